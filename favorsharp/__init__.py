@@ -1,0 +1,42 @@
+"""Linear-time attention and kernel methods from positive random features, on the arrays you already have.
+
+Data go one way: `moments` -> `fit` -> `feature_map` -> `linear_attention`, `kernel_matvec` or `nadaraya_watson`;
+`attention` does it in one call. Importing this package imports no array library and no backend.
+"""
+
+from favorsharp.dispatch import explain, use
+from favorsharp.exact import kernel_matrix, softmax_attention
+from favorsharp.features import FeatureMap, feature_map
+from favorsharp.linear_attention import attention, decode_step, init_state, linear_attention, read, update
+from favorsharp.moments import Moments, combine, moments
+from favorsharp.ops.state import State
+from favorsharp.parameters import METHODS, Parameters, excess, fit, log_second_moment
+from favorsharp.regression import kernel_matvec, nadaraya_watson
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "METHODS",
+    "FeatureMap",
+    "Moments",
+    "Parameters",
+    "State",
+    "attention",
+    "combine",
+    "decode_step",
+    "excess",
+    "explain",
+    "feature_map",
+    "fit",
+    "init_state",
+    "kernel_matrix",
+    "kernel_matvec",
+    "linear_attention",
+    "log_second_moment",
+    "moments",
+    "nadaraya_watson",
+    "read",
+    "softmax_attention",
+    "update",
+    "use",
+]

@@ -1,0 +1,173 @@
+"""Array plumbing: namespaces, dtypes, devices, host copies.
+
+The only importer of array-api-compat, and the only place that knows one library from another. Nothing here imports an
+array library: whoever hands us an array has imported its library already.
+"""
+
+import sys
+from collections.abc import Iterable
+from typing import Any
+
+import array_api_compat
+
+from favorsharp._typing import Array, DType, Namespace
+
+FLOATS = ("float16", "bfloat16", "float32", "float64")
+"""Accepted dtypes, narrow to wide. The first two are widened to float32 before anything is summed."""
+
+
+def is_array(x: object) -> bool:
+    """Whether x is an array of a library that implements the standard."""
+    return array_api_compat.is_array_api_obj(x)
+
+
+def namespace_of(*arrays: Array | None) -> Namespace:
+    """The namespace that the arrays share; None entries are passed over."""
+    return array_api_compat.array_namespace(*(x for x in arrays if x is not None))
+
+
+def library_of(x: Array) -> str:
+    """The name of the library x belongs to: "numpy", "torch", "cupy", "jax", "array_api_strict", ..."""
+    if array_api_compat.is_numpy_array(x):
+        return "numpy"
+    if array_api_compat.is_torch_array(x):
+        return "torch"
+    if array_api_compat.is_jax_array(x):
+        return "jax"
+    return type(x).__module__.partition(".")[0]
+
+
+def device_of(x: Array) -> str:
+    """The kind of device x lives on: "cpu", "cuda", or the library's own word for it."""
+    library = library_of(x)
+    if library == "numpy":
+        return "cpu"
+    if library == "torch":
+        return str(x.device.type)
+    if library == "cupy":
+        return "cuda"
+    if library == "jax":
+        return "traced" if is_traced(x) else str(next(iter(x.devices())).platform)
+    name = getattr(array_api_compat.device(x), "_device", None) or str(array_api_compat.device(x))
+    return "cpu" if str(name).lower().startswith("cpu") else str(name)
+
+
+def dtype_name(x: Array | DType) -> str:
+    """The dtype's short name, the same in every library: "float32"."""
+    return str(getattr(x, "dtype", x)).rpartition(".")[2]
+
+
+def is_traced(x: Array) -> bool:
+    """Whether x stands for values that are not known yet, so that no decision may depend on them.
+
+    torch arrays under `torch.compile`, functorch transforms, `meta` and fake tensors; JAX tracers; lazy arrays.
+    """
+    if array_api_compat.is_torch_array(x):
+        torch = sys.modules["torch"]
+        if torch.compiler.is_compiling():
+            return True
+        return bool(
+            x.device.type == "meta"
+            or type(x).__name__ == "FakeTensor"
+            or torch._C._functorch.is_functorch_wrapped_tensor(x)
+        )
+    if array_api_compat.is_jax_array(x):
+        return isinstance(x, sys.modules["jax"].core.Tracer)
+    return bool(array_api_compat.is_lazy_array(x))
+
+
+def needs_gradient(x: Array) -> bool:
+    """Whether the library would record operations on x for a backward pass."""
+    if array_api_compat.is_torch_array(x):
+        return bool(x.requires_grad and sys.modules["torch"].is_grad_enabled())
+    return False
+
+
+def without_gradient(x: Array) -> Array:
+    """The same values, constant as far as differentiation goes."""
+    if array_api_compat.is_torch_array(x):
+        return x.detach()
+    if array_api_compat.is_jax_array(x):
+        return sys.modules["jax"].lax.stop_gradient(x)
+    return x
+
+
+def compute_dtype(xp: Namespace, *arrays: Array) -> DType:
+    """The common dtype of the arrays, widened to float32 at least: what sums and states are held in."""
+    dtype = result_dtype(xp, *arrays)
+    return xp.float32 if dtype_name(dtype) in ("float16", "bfloat16") else dtype
+
+
+def result_dtype(xp: Namespace, *arrays: Array) -> DType:
+    """The dtype that the arrays promote to."""
+    return xp.result_type(*(x.dtype for x in arrays))
+
+
+def statistics_dtype(x: Array) -> DType:
+    """The widest dtype that x's device has: what moments and fits are computed in.
+
+    float64 nearly everywhere; float32 on devices without it (Metal, array-api-strict's no_float64 device) and in JAX
+    unless it is told to use 64 bits.
+    """
+    xp = namespace_of(x)
+    device = None if library_of(x) == "jax" else array_api_compat.device(x)
+    known = xp.__array_namespace_info__().dtypes(device=device, kind="real floating")
+    return known.get("float64", xp.float32)
+
+
+def cast(x: Array, dtype: DType) -> Array:
+    """The values of x in the given dtype; x itself where nothing changes."""
+    return x if x.dtype == dtype else namespace_of(x).astype(x, dtype)
+
+
+def named_dtype(xp: Namespace, name: str) -> DType:
+    """The library's dtype object of that name."""
+    return getattr(xp, name)
+
+
+def from_host(values: Any, like: Array, dtype: DType | None = None) -> Array:
+    """Host values as an array of like's library, on its device, in the given or like's dtype."""
+    dtype = like.dtype if dtype is None else dtype
+    return namespace_of(like).asarray(values, dtype=dtype, **on_device_of(like))
+
+
+def on_device_of(x: Array) -> dict[str, Any]:
+    """The keyword that makes a creation function put its result beside x; none where x is a JAX tracer."""
+    if array_api_compat.is_jax_array(x) and is_traced(x):
+        return {}
+    return {"device": array_api_compat.device(x)}
+
+
+def to_host(x: Array) -> Any:
+    """The values of x as a NumPy array; a copy unless they are on the host already."""
+    import numpy as np
+
+    if array_api_compat.is_torch_array(x):
+        x = x.detach().cpu()
+        return np.asarray((x.float() if dtype_name(x) == "bfloat16" else x).numpy())
+    if array_api_compat.is_cupy_array(x):
+        return x.get()
+    if library_of(x) == "array_api_strict":
+        x = array_api_compat.to_device(x, sys.modules["array_api_strict"].Device("CPU_DEVICE"))
+    return np.asarray(x)
+
+
+def device_label(x: Array) -> Any:
+    """A value that two arrays share when they live on the same device; None where that cannot be known."""
+    if library_of(x) == "jax":
+        return None if is_traced(x) else frozenset(x.devices())
+    return array_api_compat.device(x)
+
+
+def broadcast_shapes(*shapes: Iterable[int]) -> tuple[int, ...]:
+    """The shape that the given ones broadcast to; ValueError where they do not."""
+    result: list[int] = []
+    for shape in shapes:
+        sizes = list(shape)
+        result = [1] * (len(sizes) - len(result)) + result
+        offset = len(result) - len(sizes)
+        for axis, size in enumerate(sizes, offset):
+            if size != 1 and result[axis] not in (1, size):
+                raise ValueError(f"shapes {', '.join(str(tuple(s)) for s in shapes)} do not broadcast")
+            result[axis] = size if size != 1 else result[axis]
+    return tuple(result)

@@ -1,0 +1,151 @@
+"""Checks at the public boundary. Every message names the argument, what came, and what is accepted."""
+
+import math
+import operator
+from collections.abc import Iterable
+from typing import Any
+
+from favorsharp._arrays import FLOATS, broadcast_shapes, device_label, dtype_name, is_array, library_of, namespace_of
+from favorsharp._typing import Array, Namespace
+
+
+def check_array(name: str, x: Any) -> None:
+    """Raise unless x is an array whose subclass means what arrays mean."""
+    if not is_array(x):
+        raise TypeError(f"{name} must be an array of an array API library (NumPy, torch, CuPy, JAX, ...), got {_kind(x)}")
+    if library_of(x) == "numpy" and type(x).__name__ in ("MaskedArray", "matrix"):
+        raise TypeError(f"{name} must be a plain array, got {_kind(x)}, whose mask or operators would be ignored")
+
+
+def check_floats(**named: Any) -> Namespace:
+    """Check that the named values are real floating arrays of one library on one device; None entries are skipped.
+
+    Returns
+    -------
+    namespace
+        The functions of the library that the arrays share.
+    """
+    arrays = {name: x for name, x in named.items() if x is not None}
+    for name, x in arrays.items():
+        check_array(name, x)
+    check_together(**arrays)
+    for name, x in arrays.items():
+        dtype = dtype_name(x)
+        if dtype not in FLOATS or (dtype == "bfloat16" and library_of(x) == "numpy"):
+            raise TypeError(f"{name} has dtype {dtype}; accepted: {', '.join(FLOATS)} where the library has them")
+    return namespace_of(*arrays.values())
+
+
+def check_together(**named: Any) -> None:
+    """Check that the named arrays belong to one library and live on one device; None entries are skipped."""
+    arrays = {name: x for name, x in named.items() if x is not None}
+    libraries = {name: library_of(x) for name, x in arrays.items()}
+    if len(set(libraries.values())) > 1:
+        raise TypeError(f"all arrays must come from one library, got {_listing(libraries)}")
+    devices = {name: label for name, x in arrays.items() if (label := device_label(x)) is not None}
+    if len(set(devices.values())) > 1:
+        raise ValueError(f"all arrays must be on one device, got {_listing(devices)}")
+
+
+def check_mask(name: str, mask: Any, points: tuple[int, ...], letters: str) -> None:
+    """Check that a mask is boolean and broadcasts to the leading axes and the point axis of its array."""
+    if mask is None:
+        return
+    check_array(name, mask)
+    if dtype_name(mask) not in ("bool", "bool_"):
+        raise TypeError(f"{name} has dtype {dtype_name(mask)}; accepted: bool, True where a point is visible")
+    if mask.ndim < 1 or mask.shape[-1] != points[-1]:
+        raise ValueError(f"{name} has shape {tuple(mask.shape)}; accepted: {letters} with last axis {points[-1]}")
+    check_broadcast(letters, **{name: mask.shape[:-1], "the points": points[:-1]})
+
+
+def check_points(name: str, x: Array, letters: str) -> None:
+    """Check that an array has a point axis and a coordinate axis."""
+    if x.ndim < 2:
+        raise ValueError(f"{name} has shape {tuple(x.shape)}; accepted: {letters}, two axes at least")
+    if x.shape[-1] < 1:
+        raise ValueError(f"{name} has shape {tuple(x.shape)}; accepted: {letters} with a last axis of 1 or more")
+
+
+def check_same_size(letter: str, **named: tuple[int, int]) -> None:
+    """Check that axes which share a letter have one length; each entry is (axis, length)."""
+    if len({size for _, size in named.values()}) > 1:
+        sizes = ", ".join(f"{name} has {letter}={size}" for name, (_, size) in named.items())
+        raise ValueError(f"{' and '.join(named)} must agree in {letter}: {sizes}")
+
+
+def check_broadcast(letters: str, **shapes: Iterable[int]) -> tuple[int, ...]:
+    """Check that leading axes broadcast together, and return what they broadcast to."""
+    try:
+        return broadcast_shapes(*shapes.values())
+    except ValueError:
+        listing = _listing({name: tuple(shape) for name, shape in shapes.items()})
+        raise ValueError(f"leading axes *b must broadcast together ({letters}), got {listing}") from None
+
+
+def check_scale(scale: Any, default: float) -> float:
+    """Turn scale into a positive finite float; None means the default."""
+    if scale is None:
+        return default
+    if isinstance(scale, bool | str | complex):
+        raise TypeError(f"scale must be a positive finite number, got {scale!r}")
+    try:
+        value = float(scale)
+    except (TypeError, ValueError):
+        raise TypeError(f"scale must be a positive finite number, got {_kind(scale)}") from None
+    if not (math.isfinite(value) and value > 0):
+        raise ValueError(f"scale must be a positive finite number, got {value}")
+    return value
+
+
+def check_integer(name: str, value: Any, least: int) -> int:
+    """Turn value into an int that is no smaller than least."""
+    if isinstance(value, bool):
+        raise TypeError(f"{name} must be an integer of {least} or more, got {value!r}")
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} must be an integer of {least} or more, got {_kind(value)}") from None
+    if number < least:
+        raise ValueError(f"{name} must be an integer of {least} or more, got {number}")
+    return number
+
+
+def check_flag(name: str, value: Any) -> bool:
+    """Accept True or False and nothing else: a mask passed in a flag's place would be truthy."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {_kind(value)}")
+    return value
+
+
+def check_choice(name: str, value: Any, known: Iterable[str], also: str = "") -> str:
+    """Check that value is one of the known names, and list them where it is not."""
+    names = tuple(known)
+    if not isinstance(value, str):
+        raise TypeError(f"{name} must be one of {', '.join(names)}{also}, got {_kind(value)}")
+    if value not in names:
+        raise ValueError(f"{name} {value!r} is unknown; accepted: {', '.join(names)}{also}")
+    return value
+
+
+def check_group(enable_gqa: bool, q: Array, k: Array, names: tuple[str, str] = ("q", "k")) -> int:
+    """The number of query heads that share a key head: 1 unless grouped heads are asked for."""
+    if not enable_gqa:
+        return 1
+    for name, x in zip(names, (q, k), strict=True):
+        if x.ndim < 3:
+            raise ValueError(f"enable_gqa needs a head axis: {name} has shape {tuple(x.shape)}; accepted: (*b, heads, n, d)")
+    heads, key_heads = q.shape[-3], k.shape[-3]
+    if key_heads == 0 or heads % key_heads:
+        raise ValueError(
+            f"enable_gqa needs a multiple of the key heads: {names[0]} has {heads} heads, {names[1]} has {key_heads}"
+        )
+    return int(heads // key_heads)
+
+
+def _kind(x: Any) -> str:
+    return f"{type(x).__module__}.{type(x).__name__}".removeprefix("builtins.")
+
+
+def _listing(named: dict[str, Any]) -> str:
+    return ", ".join(f"{name}: {value}" for name, value in named.items())

@@ -1,0 +1,207 @@
+"""The yardsticks: exact kernels and exact softmax attention, quadratic in length."""
+
+import math
+
+from favorsharp._arrays import broadcast_shapes, cast, compute_dtype, namespace_of, on_device_of, result_dtype
+from favorsharp._checks import (
+    check_broadcast,
+    check_choice,
+    check_flag,
+    check_floats,
+    check_group,
+    check_mask,
+    check_points,
+    check_same_size,
+    check_scale,
+)
+from favorsharp._typing import Array
+
+KERNELS = ("softmax", "gaussian")
+"""exp(scale x.y) and exp(-scale |x - y|^2 / 2)."""
+
+_TILE_ELEMENTS = 1 << 20
+"""Scores held at once: 8 MiB of float64."""
+
+
+def kernel_scale(kernel: str, scale: float | None, size: int) -> float:
+    """The scale meant by None: d**-0.5 for softmax, as in scaled dot-product attention, and 1 for Gaussian."""
+    check_choice("kernel", kernel, KERNELS)
+    return check_scale(scale, size**-0.5 if kernel == "softmax" else 1.0)
+
+
+def log_kernel(x: Array, y: Array, kernel: str) -> Array:
+    """The exact log kernel of inputs that are scaled already, (*b, n, d), (*b, s, d) -> (*b, n, s)."""
+    xp = namespace_of(x, y)
+    dots = x @ xp.matrix_transpose(y)
+    if kernel == "softmax":
+        return dots
+    half_norms_y = xp.matrix_transpose(0.5 * xp.sum(y * y, axis=-1, keepdims=True))
+    return dots - 0.5 * xp.sum(x * x, axis=-1, keepdims=True) - half_norms_y
+
+
+def kernel_matrix(x: Array, y: Array, /, *, kernel: str = "softmax", scale: float | None = None) -> Array:
+    """The exact kernel matrix; for small inputs.
+
+    Parameters
+    ----------
+    x : array, shape (*b, n, d)
+    y : array, shape (*b, s, d)
+    kernel : {"softmax", "gaussian"}
+        exp(scale x.y), or exp(-scale |x - y|^2 / 2).
+    scale : float, optional
+        Positive and finite. None: d**-0.5 for softmax, 1 for Gaussian.
+
+    Returns
+    -------
+    array, shape (*b, n, s)
+        In the dtype that x and y promote to.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If an argument is not as described.
+    """
+    xp = check_floats(x=x, y=y)
+    check_points("x", x, "(*b, n, d)")
+    check_points("y", y, "(*b, s, d)")
+    check_same_size("d", x=(-1, x.shape[-1]), y=(-1, y.shape[-1]))
+    check_broadcast("x (*b, n, d), y (*b, s, d)", x=x.shape[:-2], y=y.shape[:-2])
+    factor = math.sqrt(kernel_scale(kernel, scale, x.shape[-1]))
+    dtype = compute_dtype(xp, x, y)
+    wide_x, wide_y = cast(x, dtype), cast(y, dtype)
+    if kernel == "gaussian" and y.shape[-2] > 0:
+        # distances do not change, and far from the origin they are then not a difference of large numbers
+        centre = xp.mean(wide_y, axis=-2, keepdims=True)
+        wide_x, wide_y = wide_x - centre, wide_y - centre
+    return cast(xp.exp(log_kernel(wide_x * factor, wide_y * factor, kernel)), result_dtype(xp, x, y))
+
+
+def softmax_attention(
+    q: Array,
+    k: Array,
+    v: Array,
+    /,
+    *,
+    is_causal: bool = False,
+    key_mask: Array | None = None,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Array:
+    """Exact attention softmax(scale q k^T) v, a tile of queries at a time.
+
+    Parameters
+    ----------
+    q : array, shape (*b, n, d)
+    k : array, shape (*b, s, d)
+    v : array, shape (*b, s, e)
+    is_causal : bool
+        Query i sees keys 0 .. i; needs n == s.
+    key_mask : boolean array, shape (*b, s), optional
+        True where a key is visible.
+    scale : float, optional
+        Positive and finite; None means d**-0.5.
+    enable_gqa : bool
+        q has g times the heads of k and v; query head h reads key head h // g.
+
+    Returns
+    -------
+    array, shape (*b, n, e)
+        In the dtype that q, k and v promote to. A query that may see no key gets zeros.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If an argument is not as described.
+    """
+    xp, group = check_attention(q, k, v, is_causal=is_causal, key_mask=key_mask, enable_gqa=enable_gqa)
+    dtype, out_dtype = compute_dtype(xp, q, k, v), result_dtype(xp, q, k, v)
+    factor = math.sqrt(kernel_scale("softmax", scale, q.shape[-1]))
+    if group > 1:
+        q, k, v, key_mask = split_heads(q, group), k[..., None, :, :], v[..., None, :, :], add_group_axis(key_mask)
+    n, s = q.shape[-2], k.shape[-2]
+    k, v = cast(k, dtype) * factor, cast(v, dtype)
+    if key_mask is not None:
+        v = xp.where(key_mask[..., None], v, 0.0)
+    batch = broadcast_shapes(q.shape[:-2], k.shape[:-2], v.shape[:-2], () if key_mask is None else key_mask.shape[:-1])
+    rows = max(1, _TILE_ELEMENTS // max(1, s * math.prod(batch)))
+    tiles = []
+    for start in range(0, n, rows) or (0,):
+        stop = min(start + rows, n)
+        logits = log_kernel(cast(q[..., start:stop, :], dtype) * factor, k, "softmax")
+        visible = None if key_mask is None else key_mask[..., None, :]
+        if is_causal:
+            positions = xp.arange(n, **on_device_of(logits))
+            past = positions[start:stop, None] >= positions[None, :]
+            visible = past if visible is None else visible & past
+        weights, total = _exp_rows(logits, visible)
+        if visible is None or not is_causal:
+            mixed = weights @ v
+        else:
+            # a key that a row may not see has weight 0, but 0 times NaN is NaN
+            mixed = mix_visible(weights, visible, v)
+        out = xp.where(total == 0, 0.0, mixed / xp.where(total == 0, 1.0, total))
+        tiles.append(cast(xp.broadcast_to(out, (*batch, *out.shape[-2:])), out_dtype))
+    out = tiles[0] if len(tiles) == 1 else xp.concat(tiles, axis=-2)
+    return merge_heads(out) if group > 1 else out
+
+
+def check_attention(
+    q: Array, k: Array, v: Array, *, is_causal: bool, key_mask: Array | None, enable_gqa: bool
+) -> tuple[object, int]:
+    """Check what every attention takes; return the namespace and the number of query heads to a key head."""
+    xp = check_floats(q=q, k=k, v=v)
+    check_points("q", q, "(*b, n, d)")
+    check_points("k", k, "(*b, s, d)")
+    check_points("v", v, "(*b, s, e)")
+    check_same_size("d", q=(-1, q.shape[-1]), k=(-1, k.shape[-1]))
+    check_same_size("s", k=(-2, k.shape[-2]), v=(-2, v.shape[-2]))
+    check_mask("key_mask", key_mask, k.shape[:-1], "(*b, s)")
+    group = check_group(check_flag("enable_gqa", enable_gqa), q, k)
+    if group > 1 and (v.ndim < 3 or v.shape[-3] not in (1, k.shape[-3])):
+        raise ValueError(f"enable_gqa needs v to have the heads of k: v has shape {tuple(v.shape)}, k {tuple(k.shape)}")
+    heads = (*q.shape[:-3], k.shape[-3]) if group > 1 else q.shape[:-2]
+    check_broadcast("q (*b, n, d), k (*b, s, d), v (*b, s, e)", q=heads, k=k.shape[:-2], v=v.shape[:-2])
+    if check_flag("is_causal", is_causal) and q.shape[-2] != k.shape[-2]:
+        raise ValueError(
+            f"is_causal needs as many queries as keys: q has n={q.shape[-2]}, k has s={k.shape[-2]}; "
+            "to go on after a prefix, pass its state"
+        )
+    return xp, group
+
+
+def split_heads(q: Array, group: int) -> Array:
+    """(*b, h g, n, d) -> (*b, h, g, n, d): query heads beside the key head they read."""
+    *batch, heads, n, d = q.shape
+    return namespace_of(q).reshape(q, (*batch, heads // group, group, n, d))
+
+
+def merge_heads(out: Array) -> Array:
+    """(*b, h, g, n, e) -> (*b, h g, n, e)."""
+    *batch, heads, group, n, e = out.shape
+    return namespace_of(out).reshape(out, (*batch, heads * group, n, e))
+
+
+def add_group_axis(key_mask: Array | None) -> Array | None:
+    """(*b, s) -> (*b, 1, s): one mask for the query heads that share a key head."""
+    return key_mask if key_mask is None or key_mask.ndim < 2 else key_mask[..., None, :]
+
+
+def mix_visible(weights: Array, visible: Array, v: Array) -> Array:
+    """weights @ v, where a value that is not finite reaches only the rows that may see it."""
+    xp = namespace_of(weights, v)
+    finite = xp.isfinite(v)
+    mixed = weights @ xp.where(finite, v, 0.0)
+    seen = cast(visible, v.dtype) @ cast(~finite, v.dtype) > 0
+    return xp.where(seen, xp.nan, mixed)
+
+
+def _exp_rows(logits: Array, visible: Array | None) -> tuple[Array, Array]:
+    """exp(logits) over what is visible, each row divided by its largest, and the row sums."""
+    xp = namespace_of(logits)
+    if visible is not None:
+        logits = xp.where(visible, logits, -xp.inf)
+    if logits.shape[-1] == 0:
+        return logits, xp.sum(logits, axis=-1, keepdims=True)
+    top = xp.max(logits, axis=-1, keepdims=True)
+    weights = xp.exp(logits - xp.where(top == -xp.inf, 0.0, top))
+    return weights, xp.sum(weights, axis=-1, keepdims=True)

@@ -1,0 +1,113 @@
+"""Feature maps: parameters and random rows, made into features whose products average to the kernel."""
+
+from typing import Any
+
+from favorsharp._arrays import cast, from_host, is_array, library_of, namespace_of
+from favorsharp._checks import check_array, check_floats, check_integer
+from favorsharp._typing import Array
+from favorsharp.features.base import FeatureMap, PositiveFeatureMap
+from favorsharp.features.dense_exponential import DenseExponentialMap
+from favorsharp.features.discrete import DiscreteMap
+from favorsharp.features.elementwise import ElementwiseMap
+from favorsharp.features.trigonometric import TrigonometricMap
+from favorsharp.parameters import DENSE_EXPONENTIAL, Parameters
+
+__all__ = ["FeatureMap", "PositiveFeatureMap", "feature_map"]
+
+_PAIRED = ("hyperbolic", "trig")
+"""Methods that make two features of each row, and so take the first ceil(m / 2) rows of a draw."""
+
+
+def feature_map(
+    parameters: Parameters, num_features: int, /, *, draw: str | Array | tuple[Array, Array] = "orthogonal", rng: Any = None
+) -> FeatureMap:
+    """Draw the random rows of a feature map.
+
+    Parameters
+    ----------
+    parameters : Parameters
+        From `fit`.
+    num_features : int
+        m, 1 or more; even for `trig`.
+    draw : str, array, or pair of arrays
+        `"iid"`, `"orthogonal"`, `"simplex"`, `"sobol"` (needs SciPy) or `"antithetic"`; or an (m, d) array of rows
+        w ~ N(0, I); or, for the dense-exponential methods, a pair: rows W of shape (m, d) from any proposal nu in the
+        coordinates of u = g1 (x - center_x), and log(p(W) / nu(W)) of shape (m,) with p = N(0, I). Arrays are NumPy's or
+        of the parameters' library. Methods that pair their rows (`hyperbolic`, `trig`) use the first ceil(m / 2).
+    rng : None, int, SeedSequence or numpy Generator
+        The same seed gives the same rows on every library and device, up to the cast.
+
+    Returns
+    -------
+    FeatureMap
+        `positive` ones have `log_query`, `log_key`, `query` and `key`; signed ones (`trig`, `poisson`, `geometric`)
+        have `query` and `key`.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If an argument is not as described.
+    """
+    if not isinstance(parameters, Parameters):
+        raise TypeError(f"parameters must be favorsharp.Parameters (from fit), got {type(parameters).__name__}")
+    m = check_integer("num_features", num_features, 1)
+    method, size = parameters.method, parameters.size
+    if method == "trig" and m % 2:
+        raise ValueError(f"num_features must be even for method 'trig', whose features are cosine and sine pairs; got {m}")
+    if isinstance(draw, tuple):
+        return _proposed(parameters, m, draw)
+    num_rows = -(-m // 2) if method in _PAIRED else m
+    if isinstance(draw, str):
+        from favorsharp.draws import draw_rows  # loads NumPy, which `import favorsharp` must not
+
+        host: Any = draw_rows(draw, num_rows, size, rng)
+    elif is_array(draw):
+        host = _given("draw", draw, parameters, (m, size))[:num_rows, :]
+    else:
+        raise TypeError(
+            "draw must be a name, an (m, d) array of rows or a pair (rows, log_weight) of arrays, "
+            f"got {type(draw).__name__}"
+        )
+    if method in ("poisson", "geometric"):
+        return DiscreteMap.from_rows(parameters, m, host)
+    rows = _placed(host, parameters)
+    if method == "trig":
+        return TrigonometricMap(parameters, m, rows)
+    if method == "hyperbolic":
+        rows = namespace_of(rows).concat([rows, -rows[: m - num_rows, :]], axis=0)
+    if method in DENSE_EXPONENTIAL:
+        return DenseExponentialMap.from_rows(parameters, m, rows)
+    return ElementwiseMap.from_rows(parameters, m, rows)
+
+
+def _proposed(parameters: Parameters, m: int, draw: tuple[Any, ...]) -> FeatureMap:
+    """A map whose rows come from the caller's own proposal."""
+    if parameters.method not in DENSE_EXPONENTIAL or parameters.method in _PAIRED:
+        raise ValueError(
+            "draw=(rows, log_weight) is for the dense-exponential methods (posrf oprf saderf aderf sderf optimal), "
+            f"got method {parameters.method_name!r}"
+        )
+    if len(draw) != 2:
+        raise ValueError(f"draw must be a pair (rows, log_weight), got {len(draw)} entries")
+    rows = _given("draw[0] (rows)", draw[0], parameters, (m, parameters.size))
+    log_weight = _given("draw[1] (log_weight)", draw[1], parameters, (m,))
+    rows, log_weight = (_placed(x, parameters) for x in (rows, log_weight))
+    return DenseExponentialMap(parameters, m, rows, rows, log_weight[..., None, :])
+
+
+def _given(name: str, x: Any, parameters: Parameters, shape: tuple[int, ...]) -> Array:
+    """A caller's array: of the right shape, floating, and NumPy's or of the parameters' library."""
+    check_array(name, x)
+    if library_of(x) == "numpy":
+        check_floats(**{name: x})
+    else:
+        check_floats(**{name: x, "parameters": parameters.g1})
+    if tuple(x.shape) != shape:
+        letters = "(m, d)" if len(shape) == 2 else "(m,)"
+        raise ValueError(f"{name} has shape {tuple(x.shape)}; accepted: {letters} = {shape}")
+    return x
+
+
+def _placed(x: Array, parameters: Parameters) -> Array:
+    like = parameters.g1
+    return from_host(x.copy(), like=like) if library_of(x) == "numpy" else cast(x, like.dtype)

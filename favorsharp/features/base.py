@@ -1,0 +1,166 @@
+"""What every feature map is."""
+
+import hashlib
+from dataclasses import dataclass, fields
+from functools import cached_property
+from typing import Any, ClassVar, Self
+
+from favorsharp._arrays import broadcast_shapes, cast, compute_dtype, is_array, is_traced, namespace_of, to_host
+from favorsharp._typing import Array
+from favorsharp.parameters import Parameters, astype, check_data, log_kernel_of, map_arrays
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class FeatureMap:
+    """Features of queries and keys, drawn once: the mean of query(x) @ key(y).T over draws is K(x, y).
+
+    Attributes
+    ----------
+    parameters : Parameters
+    num_features : int
+        m.
+    projection : array, shape (m, d)
+        The random rows w: Gaussian for most methods, integer counts of shape (*b, m, d) for `poisson` and `geometric`,
+        (m / 2, d) for `trig`.
+    positive : bool
+        Whether all features are non-negative; only such a map can serve attention.
+    """
+
+    parameters: Parameters
+    num_features: int
+    projection: Array
+
+    positive: ClassVar[bool] = False
+    family: ClassVar[str] = "signed"
+    """The kind of computation: "exponential", "elementwise" or "signed"; kernels accelerate the first."""
+
+    def query(self, x: Array, /) -> Array:
+        """Features of queries, (*b, n, d) -> (*b, n, m), in the dtype of x."""
+        raise NotImplementedError
+
+    def key(self, y: Array, /) -> Array:
+        """Features of keys, (*b, s, d) -> (*b, s, m), in the dtype of y."""
+        raise NotImplementedError
+
+    @property
+    def batch_shape(self) -> tuple[int, ...]:
+        """The leading axes of the map's own arrays: () for one map that serves every head."""
+        arrays = [self.parameters.g1, self.parameters.center_x, self.projection]
+        return broadcast_shapes(*(x.shape[:-2] for x in arrays))
+
+    @cached_property
+    def fingerprint(self) -> str | None:
+        """A digest of every number in the map, by which a state knows its own; None while they are being traced."""
+        digest = hashlib.blake2b(digest_size=16)
+        for value in (self.parameters, self):
+            for field in fields(value):
+                entry = getattr(value, field.name)
+                if is_array(entry):
+                    if is_traced(entry):
+                        return None
+                    digest.update(f"{field.name}{tuple(entry.shape)}".encode())
+                    digest.update(to_host(entry).tobytes())
+                elif not isinstance(entry, Parameters):
+                    label = entry if isinstance(entry, str | int | float) else getattr(entry, "__qualname__", "")
+                    digest.update(f"{field.name}={label}".encode())
+        return digest.hexdigest()
+
+    def expanded(self) -> Self:
+        """The same map with an axis of length 1 before the last two of its batched arrays.
+
+        It serves points of shape (*b, groups, n, d) with the map of shape (*b, ...) of each leading index.
+        """
+        value: Self = map_arrays(self, lambda x: x[..., None, :, :] if x.ndim > 2 else x)
+        return value
+
+    def __repr__(self) -> str:
+        p = self.parameters
+        return (
+            f"{type(self).__name__}(method={p.method_name!r}, kernel={p.kernel!r}, scale={p.scale:g}, "
+            f"num_features={self.num_features}, d={p.size}, batch={self.batch_shape})"
+        )
+
+    def _prepared(self, name: str, x: Array) -> tuple[Any, Array]:
+        """The map in the dtype to compute in, and x in the same."""
+        dtype = compute_dtype(check_data(self.parameters, **{name: x}), x)
+        return astype(self, dtype), cast(x, dtype)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class PositiveFeatureMap(FeatureMap):
+    """A feature map whose features are non-negative, so that their logarithms say everything."""
+
+    positive: ClassVar[bool] = True
+    family: ClassVar[str] = "elementwise"
+
+    def log_query(self, x: Array, /) -> Array:
+        """Logarithms of query features, 1/sqrt(m) included.
+
+        Parameters
+        ----------
+        x : array, shape (*b, n, d)
+            Queries, not scaled.
+
+        Returns
+        -------
+        array, shape (*b, n, m)
+            In the dtype of x; computed in float32 at least.
+        """
+        prepared, wide = self._prepared("x", x)
+        return cast(prepared._log_query(wide), x.dtype)
+
+    def log_key(self, y: Array, /) -> Array:
+        """Logarithms of key features, 1/sqrt(m) included, (*b, s, d) -> (*b, s, m), as `log_query`."""
+        prepared, wide = self._prepared("y", y)
+        return cast(prepared._log_key(wide), y.dtype)
+
+    def query(self, x: Array, /) -> Array:
+        """Features of queries, exp(log_query(x)), in the dtype of x."""
+        prepared, wide = self._prepared("x", x)
+        return cast(prepared._query(wide), x.dtype)
+
+    def key(self, y: Array, /) -> Array:
+        """Features of keys, exp(log_key(y)), in the dtype of y."""
+        prepared, wide = self._prepared("y", y)
+        return cast(prepared._key(wide), y.dtype)
+
+    def log_kernel(self, x: Array, y: Array, /) -> Array:
+        """The exact log kernel that the features stand for, (*b, n, d), (*b, s, d) -> (*b, n, s)."""
+        return log_kernel_of(self.parameters, x, y)
+
+    def _log_query(self, x: Array) -> Array:
+        raise NotImplementedError
+
+    def _log_key(self, y: Array) -> Array:
+        raise NotImplementedError
+
+    def _query(self, x: Array) -> Array:
+        return namespace_of(x).exp(self._log_query(x))
+
+    def _key(self, y: Array) -> Array:
+        return namespace_of(y).exp(self._log_key(y))
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class SignedFeatureMap(FeatureMap):
+    """A feature map with features of both signs, each times the exponential of a scalar of its point."""
+
+    def query_parts(self, x: Array) -> tuple[Array, Array]:
+        """Bounded features and the log of their scalar factor, (*b, n, m) and (*b, n, 1)."""
+        raise NotImplementedError
+
+    def key_parts(self, y: Array) -> tuple[Array, Array]:
+        """Bounded features and the log of their scalar factor, (*b, s, m) and (*b, s, 1)."""
+        return self.query_parts(y)
+
+    def query(self, x: Array, /) -> Array:
+        """Features of queries, (*b, n, d) -> (*b, n, m), in the dtype of x."""
+        prepared, wide = self._prepared("x", x)
+        features, log_factor = prepared.query_parts(wide)
+        return cast(features * namespace_of(x).exp(log_factor), x.dtype)
+
+    def key(self, y: Array, /) -> Array:
+        """Features of keys, (*b, s, d) -> (*b, s, m), in the dtype of y."""
+        prepared, wide = self._prepared("y", y)
+        features, log_factor = prepared.key_parts(wide)
+        return cast(features * namespace_of(y).exp(log_factor), y.dtype)

@@ -1,0 +1,80 @@
+"""FAVOR+, FAVOR++, FAVOR# and optimal: one computation, exp(u W^T + row + column)."""
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+from favorsharp._arrays import namespace_of
+from favorsharp._typing import Array
+from favorsharp.features.base import PositiveFeatureMap
+from favorsharp.ops.exponential_features import exponential_features
+from favorsharp.parameters import Parameters, embed_key, embed_query
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class DenseExponentialMap(PositiveFeatureMap):
+    """Importance-sampled exponential features of transformed, centred inputs (docs: theory).
+
+    Attributes
+    ----------
+    rows : array, shape (*b, m, d)
+        W, distributed as nu = N(0, diag(1 - 4a)), or as the caller's own proposal.
+    log_weight : array, shape (*b, 1, m)
+        log p(W) / nu(W) with p = N(0, I); half of it goes to each side.
+    """
+
+    rows: Array
+    log_weight: Array
+
+    family: ClassVar[str] = "exponential"
+
+    @classmethod
+    def from_rows(cls, parameters: Parameters, num_features: int, w: Array) -> "DenseExponentialMap":
+        """The map of standard Gaussian rows w, stretched to the fitted proposal."""
+        xp = namespace_of(w)
+        a = parameters.a
+        spread = 1 - 4 * a
+        log_weight = 2 * (a @ xp.matrix_transpose(w * w)) + 0.5 * xp.sum(xp.log(spread), axis=-1, keepdims=True)
+        return cls(parameters, num_features, w, w * xp.sqrt(spread), log_weight)
+
+    @property
+    def column(self) -> Array:
+        """The part of a log feature that depends on the feature alone, shape (*b, 1, m)."""
+        return 0.5 * self.log_weight - 0.5 * math.log(self.num_features)
+
+    def query_terms(self, x: Array) -> tuple[Array, Array]:
+        """u and row of queries: log features are u rows^T + row + column; (*b, n, d) and (*b, n, 1)."""
+        u, log_factor = embed_query(self.parameters, x)
+        return u, _row(u, log_factor)
+
+    def key_terms(self, y: Array) -> tuple[Array, Array]:
+        """v and row of keys: log features are v rows^T + row + column; (*b, s, d) and (*b, s, 1)."""
+        v, log_factor = embed_key(self.parameters, y)
+        return v, _row(v, log_factor)
+
+    def _log_query(self, x: Array) -> Array:
+        return self._log(*self.query_terms(x))
+
+    def _log_key(self, y: Array) -> Array:
+        return self._log(*self.key_terms(y))
+
+    def _query(self, x: Array) -> Array:
+        u, row = self.query_terms(x)
+        return exponential_features(u, self.rows, row, self.column)
+
+    def _key(self, y: Array) -> Array:
+        v, row = self.key_terms(y)
+        return exponential_features(v, self.rows, row, self.column)
+
+    def _log(self, u: Array, row: Array) -> Array:
+        return u @ namespace_of(u).matrix_transpose(self.rows) + (row + self.column)
+
+
+def _row(u: Array, log_factor: Array) -> Array:
+    """The part of a log feature that depends on the point alone; NaN where it is out of the dtype's range.
+
+    Left at minus infinity it would read as a point that nobody may see.
+    """
+    xp = namespace_of(u)
+    row = log_factor - 0.5 * xp.sum(u * u, axis=-1, keepdims=True)
+    return xp.where(xp.isfinite(row), row, xp.nan)

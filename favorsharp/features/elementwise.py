@@ -1,0 +1,56 @@
+"""Non-negative functions of projected inputs: relu, elu + 1, a caller's own. They do not estimate the kernel."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import MappingProxyType
+
+from favorsharp._arrays import is_traced, namespace_of
+from favorsharp._typing import Array
+from favorsharp.features.base import PositiveFeatureMap
+from favorsharp.parameters import Parameters
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class ElementwiseMap(PositiveFeatureMap):
+    """f(x W^T) / sqrt(m) for queries and keys alike (generalised attention, arXiv 2009.14794, section 2.1)."""
+
+    @classmethod
+    def from_rows(cls, parameters: Parameters, num_features: int, w: Array) -> "ElementwiseMap":
+        """The map of rows w; a callable may return more or fewer features than it is given, and m is what it returns."""
+        method = parameters.method
+        if callable(method):
+            xp = namespace_of(w)
+            num_features = int(method(xp.zeros_like(xp.matrix_transpose(w)[:1, :])).shape[-1])
+        return cls(parameters, num_features, w)
+
+    def _log_query(self, x: Array) -> Array:
+        projected = (x * math.sqrt(self.parameters.scale)) @ namespace_of(x).matrix_transpose(self.projection)
+        method = self.parameters.method
+        logarithm = _LOGARITHMS[method](projected) if isinstance(method, str) else _log(method(projected))
+        return logarithm - 0.5 * math.log(self.num_features)
+
+    def _log_key(self, y: Array) -> Array:
+        return self._log_query(y)
+
+
+def _log(features: Array) -> Array:
+    """Logarithms of a caller's features, -inf where they vanish."""
+    xp = namespace_of(features)
+    if not is_traced(features) and bool(xp.any(features < 0)):
+        raise ValueError("method must return non-negative features; the callable returned negative ones")
+    return xp.where(features == 0, -xp.inf, xp.log(xp.where(features == 0, 1.0, features)))
+
+
+def _log_relu(z: Array) -> Array:
+    xp = namespace_of(z)
+    return xp.where(z <= 0, -xp.inf, xp.log(xp.where(z <= 0, 1.0, z)))
+
+
+def _log_elu(z: Array) -> Array:
+    """log(elu(z) + 1): z below zero, log(1 + z) above."""
+    xp = namespace_of(z)
+    return xp.where(z < 0, z, xp.log1p(xp.where(z < 0, 0.0, z)))
+
+
+_LOGARITHMS: MappingProxyType[str, Callable[[Array], Array]] = MappingProxyType({"relu": _log_relu, "elu": _log_elu})

@@ -1,0 +1,511 @@
+"""Linear attention with random features: whole sequences, and streams."""
+
+from dataclasses import replace
+from itertools import pairwise
+from typing import Any
+
+from favorsharp._arrays import (
+    broadcast_shapes,
+    cast,
+    compute_dtype,
+    dtype_name,
+    is_array,
+    is_traced,
+    library_of,
+    namespace_of,
+    result_dtype,
+    to_host,
+    without_gradient,
+)
+from favorsharp._checks import (
+    check_array,
+    check_broadcast,
+    check_flag,
+    check_floats,
+    check_integer,
+    check_mask,
+    check_points,
+    check_same_size,
+    check_together,
+)
+from favorsharp._typing import Array
+from favorsharp.exact import add_group_axis, check_attention, merge_heads, split_heads
+from favorsharp.features import FeatureMap, PositiveFeatureMap, feature_map as draw_feature_map
+from favorsharp.ops.attention import attention as attention_op
+from favorsharp.ops.causal_attention import causal_attention
+from favorsharp.ops.state import State, decode_step as decode_step_op, empty_state, read as read_op, update as update_op
+from favorsharp.parameters import Method, astype, check_method, fit_named, is_fitted
+
+
+def attention(
+    q: Array,
+    k: Array,
+    v: Array,
+    /,
+    *,
+    num_features: int = 256,
+    method: Method = "optimal",
+    draw: str | Array | tuple[Array, Array] = "orthogonal",
+    rng: Any = None,
+    is_causal: bool = False,
+    window: int = 0,
+    key_mask: Array | None = None,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    calibration: tuple[Array, Array] | None = None,
+) -> Array:
+    """Approximate softmax attention in one call: fit, draw and apply.
+
+    One fit for each leading index (each key head with `enable_gqa`), one draw for all. Gradients flow through q, k and v
+    as the features' inputs, not through the fit: whatever the fit, the estimate is unbiased.
+
+    Parameters
+    ----------
+    q : array, shape (*b, n, d)
+    k : array, shape (*b, s, d)
+    v : array, shape (*b, s, e)
+    num_features : int
+        m, 1 or more.
+    method : str or callable
+        As in `fit`; a positive one.
+    draw, rng
+        As in `feature_map`.
+    is_causal, window, key_mask, enable_gqa
+        As in `linear_attention`. The mask also says which keys are fitted to, and where n == s, which queries.
+    scale : float, optional
+        Positive and finite; None means d**-0.5.
+    calibration : pair of arrays, optional
+        Queries (*b, n0, d) and keys (*b, s0, d) to fit to in place of q and k. A causal call with a fitted method needs
+        it: a fit to the sequence itself would show it its own future.
+
+    Returns
+    -------
+    array, shape (*b, n, e)
+        In the dtype that q, k and v promote to.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If an argument is not as described.
+    """
+    check_attention(q, k, v, is_causal=is_causal, key_mask=key_mask, enable_gqa=enable_gqa)
+    check_method(method)
+    if calibration is not None and not (isinstance(calibration, tuple | list) and len(calibration) == 2):
+        raise TypeError(f"calibration must be a pair (queries, keys) of arrays, got {type(calibration).__name__}")
+    if is_causal and is_fitted(method) and calibration is None:
+        raise ValueError(
+            f"attention(is_causal=True) with the fitted method {method!r} needs calibration=(q0, k0): fitting on the "
+            "sequence itself would show it its own future; or pass method='posrf', which fits nothing"
+        )
+    if calibration is None:
+        names, data = ("q", "k"), (q, k)
+        masks = {"mask_x": key_mask if q.shape[-2] == k.shape[-2] else None, "mask_y": key_mask}
+        if masks["mask_x"] is not None and enable_gqa:
+            masks["mask_x"] = _repeat_heads(key_mask, q, k)
+    else:
+        names, data, masks = ("calibration[0]", "calibration[1]"), tuple(calibration), {}
+        check_floats(**dict(zip(names, data, strict=True)), q=q)
+    parameters = fit_named(
+        names,
+        *(without_gradient(x) for x in data),
+        method=method,
+        kernel="softmax",
+        scale=scale,
+        enable_gqa=enable_gqa,
+        **masks,
+    )
+    drawn = draw_feature_map(parameters, num_features, draw=draw, rng=rng)
+    out: Array = linear_attention(
+        q, k, v, drawn, is_causal=is_causal, window=window, key_mask=key_mask, enable_gqa=enable_gqa
+    )
+    return out
+
+
+def linear_attention(
+    q: Array,
+    k: Array,
+    v: Array,
+    feature_map: FeatureMap,
+    /,
+    *,
+    is_causal: bool = False,
+    window: int = 0,
+    key_mask: Array | None = None,
+    enable_gqa: bool = False,
+    cu_seqlens: Any = None,
+    state: State | None = None,
+    return_state: bool = False,
+    out: Array | None = None,
+) -> Any:
+    """Attention through the features of a given map, in time and memory linear in the lengths.
+
+    Parameters
+    ----------
+    q : array, shape (*b, n, d)
+    k : array, shape (*b, s, d)
+    v : array, shape (*b, s, e)
+    feature_map : FeatureMap
+        A positive one.
+    is_causal : bool
+        Query i sees keys 0 .. i, and those of the state; needs n == s.
+    window : int
+        Positions are cut into blocks of this length from the start of each sequence. A query scores the keys of its own
+        block and of the two neighbouring ones exactly (causal: its own up to itself, and the one before) and reads the
+        others through features. Needs n == s. 0: features only.
+    key_mask : boolean array, shape (*b, s), optional
+        True where a key is visible.
+    enable_gqa : bool
+        q has g times the heads of k and v; query head h reads key head h // g. A batched map has the heads of k.
+    cu_seqlens : integers, optional
+        Boundaries 0 .. n of sequences packed along the point axis, which do not see each other; needs n == s. A list, a
+        tuple or an integer array.
+    state : State, optional
+        Of keys seen before, made by the same map.
+    return_state : bool
+        Also return the state of all keys, to go on from.
+    out : array, shape (*b, n, e), optional
+        Takes the result, and is returned. Not for libraries whose arrays cannot be written to.
+
+    Returns
+    -------
+    out : array, shape (*b, n, e)
+        In the dtype that q, k and v promote to; sums are in float32 at least. A query that may see no key gets zeros.
+    state : State
+        Only with `return_state`.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If an argument is not as described.
+    """
+    xp, group = check_attention(q, k, v, is_causal=is_causal, key_mask=key_mask, enable_gqa=enable_gqa)
+    _check_map(feature_map, group, q=q, k=k)
+    window = check_integer("window", window, 0)
+    check_flag("return_state", return_state)
+    n, s = q.shape[-2], k.shape[-2]
+    if window and n != s:
+        raise ValueError(f"window needs as many queries as keys: q has n={n}, k has s={s}")
+    if state is not None:
+        _check_state(state, feature_map, k=k)
+        if v.shape[-1] != state.v_size:
+            raise ValueError(f"state and v must agree in e: state has e={state.v_size}, v has e={v.shape[-1]}")
+        if state.window != window:
+            raise ValueError(f"window must be that of the state, {state.window}, got {window}")
+        if window and not is_causal:
+            raise ValueError("a window with a state needs is_causal=True: later blocks would be near and far at once")
+    if out is not None:
+        _check_out(out, q, k, v, feature_map, key_mask, group, state)
+    if cu_seqlens is not None:
+        if state is not None or return_state:
+            raise ValueError("cu_seqlens with state or return_state is not supported: run the sequences one by one")
+        bounds = _check_bounds(cu_seqlens, n, s)
+        pieces = [
+            linear_attention(
+                q[..., a:b, :],
+                k[..., a:b, :],
+                v[..., a:b, :],
+                feature_map,
+                is_causal=is_causal,
+                window=window,
+                key_mask=None if key_mask is None else key_mask[..., a:b],
+                enable_gqa=enable_gqa,
+            )
+            for a, b in pairwise(bounds)
+            if a < b or n == 0
+        ]
+        return _deliver(pieces[0] if len(pieces) == 1 else xp.concat(pieces, axis=-2), out)
+    fingerprint = feature_map.fingerprint if state is not None or return_state else None
+    dtype = compute_dtype(xp, q, k, v)
+    prepared: Any = astype(feature_map, dtype)
+    if group > 1:
+        q, k, v, key_mask = split_heads(q, group), k[..., None, :, :], v[..., None, :, :], add_group_axis(key_mask)
+        prepared = prepared.expanded()
+        state = None if state is None else _with_group_axis(state)
+    if is_causal:
+        result, state = causal_attention(q, k, v, prepared, key_mask=key_mask, window=window, state=state)
+    elif state is None and not return_state:
+        result = attention_op(q, k, v, prepared, key_mask=key_mask, window=window)
+    else:
+        if state is None:
+            batch = broadcast_shapes(
+                k.shape[:-2], v.shape[:-2], prepared.batch_shape, () if key_mask is None else key_mask.shape[:-1]
+            )
+            state = empty_state(prepared, batch, k.shape[-1], v.shape[-1], window, k)
+        state = update_op(state, k, v, prepared, key_mask=key_mask)
+        result = (
+            attention_op(q, k, v, prepared, key_mask=key_mask, window=window)
+            if window
+            else cast(read_op(state, q, prepared), result_dtype(xp, q, k, v))
+        )
+    result = _deliver(merge_heads(result) if group > 1 else result, out)
+    if not return_state:
+        return result
+    state = replace(state, fingerprint=fingerprint)
+    return result, _without_group_axis(state) if group > 1 else state
+
+
+def init_state(feature_map: FeatureMap, v_size: int, /, *, like: Array, window: int = 0) -> State:
+    """The state of no keys: the identity of `combine`.
+
+    Parameters
+    ----------
+    feature_map : FeatureMap
+        A positive one.
+    v_size : int
+        Size e of a value.
+    like : array, shape (*b, ., .)
+        Shaped like the keys: gives the library, device, dtype and leading axes. Its numbers are not read.
+    window : int
+        Block length of exactly scored keys; 0 for none.
+
+    Returns
+    -------
+    State
+    """
+    _check_positive(feature_map)
+    check_floats(like=like, feature_map=feature_map.projection)
+    e, window = check_integer("v_size", v_size, 0), check_integer("window", window, 0)
+    own = feature_map.batch_shape
+    batch = check_broadcast("like (*b, s, d)", like=like.shape[:-2], feature_map=own)
+    return empty_state(feature_map, batch, feature_map.parameters.size, e, window, like)
+
+
+def update(
+    state: State, k: Array, v: Array, feature_map: FeatureMap, /, *, key_mask: Array | None = None
+) -> State:
+    """The state after a further block of keys and values, of any length.
+
+    Parameters
+    ----------
+    state : State
+    k : array, shape (*b, s, d)
+    v : array, shape (*b, s, e)
+    feature_map : FeatureMap
+        The one that made the state.
+    key_mask : boolean array, shape (*b, s), optional
+        True where a key is visible.
+
+    Returns
+    -------
+    State
+        A new one; the old is as it was.
+    """
+    check_floats(k=k, v=v)
+    check_points("k", k, "(*b, s, d)")
+    check_points("v", v, "(*b, s, e)")
+    check_same_size("s", k=(-2, k.shape[-2]), v=(-2, v.shape[-2]))
+    check_mask("key_mask", key_mask, k.shape[:-1], "(*b, s)")
+    _check_map(feature_map, 1, k=k)
+    _check_state(state, feature_map, k=k)
+    if v.shape[-1] != state.v_size:
+        raise ValueError(f"state and v must agree in e: state has e={state.v_size}, v has e={v.shape[-1]}")
+    prepared = astype(feature_map, state.kv.dtype)
+    return replace(update_op(state, k, v, prepared, key_mask=key_mask), fingerprint=state.fingerprint)
+
+
+def read(state: State, q: Array, feature_map: FeatureMap, /, *, enable_gqa: bool = False) -> Array:
+    """Attention of queries to every key that a state has seen.
+
+    Parameters
+    ----------
+    state : State
+    q : array, shape (*b, n, d)
+    feature_map : FeatureMap
+        The one that made the state.
+    enable_gqa : bool
+        q has g times the heads of the state.
+
+    Returns
+    -------
+    array, shape (*b, n, e)
+        In the dtype of q; zeros where no key is visible.
+    """
+    check_floats(q=q)
+    check_points("q", q, "(*b, n, d)")
+    group = _state_group(state, q, enable_gqa)
+    _check_map(feature_map, group, q=q)
+    _check_state(state, feature_map, q=q)
+    prepared = astype(feature_map, state.kv.dtype)
+    if group == 1:
+        return read_op(state, q, prepared)
+    return merge_heads(read_op(_with_group_axis(state), split_heads(q, group), prepared.expanded()))
+
+
+def decode_step(
+    q: Array, k: Array, v: Array, state: State, feature_map: FeatureMap, /, *, enable_gqa: bool = False
+) -> tuple[Array, State]:
+    """One token of causal attention: its key and value enter the state, its query reads it.
+
+    Parameters
+    ----------
+    q : array, shape (*b, 1, d)
+    k : array, shape (*b, 1, d)
+    v : array, shape (*b, 1, e)
+    state : State
+    feature_map : FeatureMap
+        The one that made the state.
+    enable_gqa : bool
+        q has g times the heads of k, v and the state.
+
+    Returns
+    -------
+    out : array, shape (*b, 1, e)
+        In the dtype that q, k and v promote to.
+    state : State
+        A new one; the old is as it was.
+    """
+    xp, group = check_attention(q, k, v, is_causal=False, key_mask=None, enable_gqa=enable_gqa)
+    if q.shape[-2] != 1 or k.shape[-2] != 1:
+        raise ValueError(f"decode_step takes one token: q has n={q.shape[-2]}, k has s={k.shape[-2]}; accepted: 1 and 1")
+    _check_map(feature_map, group, q=q, k=k)
+    _check_state(state, feature_map, k=k)
+    if v.shape[-1] != state.v_size:
+        raise ValueError(f"state and v must agree in e: state has e={state.v_size}, v has e={v.shape[-1]}")
+    prepared = astype(feature_map, state.kv.dtype)
+    fingerprint = state.fingerprint
+    if group > 1:
+        grouped = (split_heads(q, group), k[..., None, :, :], v[..., None, :, :], _with_group_axis(state))
+        out, state = decode_step_op(*grouped, prepared.expanded())
+        out, state = merge_heads(out), _without_group_axis(state)
+    else:
+        out, state = decode_step_op(q, k, v, state, prepared)
+    return cast(out, result_dtype(xp, q, k, v)), replace(state, fingerprint=fingerprint)
+
+
+def _check_positive(feature_map: Any) -> None:
+    if not isinstance(feature_map, FeatureMap):
+        raise TypeError(f"feature_map must be a favorsharp.FeatureMap, got {type(feature_map).__name__}")
+    if not isinstance(feature_map, PositiveFeatureMap):
+        raise ValueError(
+            f"feature_map of method {feature_map.parameters.method_name!r} is signed: its denominators can vanish, so "
+            "attention refuses it; accepted: positive maps (kernel_matvec and nadaraya_watson take signed ones)"
+        )
+
+
+def _check_map(feature_map: Any, group: int, **named: Array) -> None:
+    """Check that a map is positive and fits the points it is to serve."""
+    _check_positive(feature_map)
+    check_floats(**named, feature_map=feature_map.projection)
+    size = feature_map.parameters.size
+    for name, x in named.items():
+        check_same_size("d", **{name: (-1, x.shape[-1]), "feature_map": (-1, size)})
+    batch = feature_map.batch_shape
+    for name, x in named.items():
+        leading = x.shape[:-2]
+        if name == "q" and group > 1:
+            leading = (*leading[:-1], leading[-1] // group)
+        check_broadcast("(*b, n, d)", **{name: leading, "feature_map": batch})
+
+
+def _check_state(state: Any, feature_map: FeatureMap, **named: Array) -> None:
+    """Check that a state was made by this map and lives with these arrays."""
+    if not isinstance(state, State):
+        raise TypeError(f"state must be a favorsharp.State, got {type(state).__name__}")
+    check_floats(**named, state=state.kv)
+    own = feature_map.fingerprint if state.fingerprint is not None else None
+    if state.num_features != feature_map.num_features or (own is not None and own != state.fingerprint):
+        raise ValueError(
+            f"state comes from another feature map: it is {state!r}, the map is {feature_map!r}; accepted: the map that "
+            "made it, or one with the same numbers"
+        )
+    for name, x in named.items():
+        if name != "q":
+            check_broadcast("(*b, s, d)", **{name: x.shape[:-2], "state": state.kv.shape[:-2]})
+
+
+def _state_group(state: Any, q: Array, enable_gqa: bool) -> int:
+    if not check_flag("enable_gqa", enable_gqa):
+        if isinstance(state, State):
+            check_broadcast("q (*b, n, d)", q=q.shape[:-2], state=state.kv.shape[:-2])
+        return 1
+    if not isinstance(state, State):
+        raise TypeError(f"state must be a favorsharp.State, got {type(state).__name__}")
+    heads, key_heads = (x.shape[-3] if x.ndim > 2 else 0 for x in (q, state.kv))
+    if key_heads == 0 or heads == 0 or heads % key_heads:
+        raise ValueError(
+            f"enable_gqa needs a multiple of the key heads: q has {heads} heads, the state has {key_heads}"
+        )
+    return int(heads // key_heads)
+
+
+def _check_bounds(cu_seqlens: Any, n: int, s: int) -> list[int]:
+    """The boundaries of packed sequences as host integers."""
+    if n != s:
+        raise ValueError(f"cu_seqlens needs as many queries as keys: q has n={n}, k has s={s}")
+    if is_array(cu_seqlens):
+        check_array("cu_seqlens", cu_seqlens)
+        if not dtype_name(cu_seqlens).startswith(("int", "uint")):
+            raise TypeError(f"cu_seqlens must hold integers, got dtype {dtype_name(cu_seqlens)}")
+        if cu_seqlens.ndim != 1:
+            raise ValueError(f"cu_seqlens must have one axis, got shape {tuple(cu_seqlens.shape)}")
+        if is_traced(cu_seqlens):
+            raise TypeError("cu_seqlens must be known while tracing: pass a list or tuple of ints")
+        bounds = [int(bound) for bound in to_host(cu_seqlens)]
+    elif isinstance(cu_seqlens, list | tuple):
+        bounds = [check_integer("cu_seqlens", bound, 0) for bound in cu_seqlens]
+    else:
+        raise TypeError(f"cu_seqlens must be an integer array or a list of ints, got {type(cu_seqlens).__name__}")
+    if len(bounds) < 2 or bounds[0] != 0 or bounds[-1] != n or any(b < a for a, b in pairwise(bounds)):
+        shown = bounds if len(bounds) <= 12 else [*bounds[:6], "...", *bounds[-3:]]
+        raise ValueError(f"cu_seqlens must start at 0, end at n={n} and ascend, got {shown}")
+    return bounds
+
+
+def _check_out(
+    out: Any,
+    q: Array,
+    k: Array,
+    v: Array,
+    feature_map: FeatureMap,
+    key_mask: Array | None,
+    group: int,
+    state: State | None,
+) -> None:
+    """Check that out can take the result."""
+    xp = check_floats(q=q, k=k, v=v, out=out)
+    if library_of(out) == "jax":
+        raise TypeError("out must be an array that can be written to; JAX arrays cannot: use the returned value")
+    batches = [k.shape[:-2], v.shape[:-2], feature_map.batch_shape, () if key_mask is None else key_mask.shape[:-1]]
+    if state is not None:
+        batches.append(state.kv.shape[:-2])
+    if group > 1:
+        inner = [(*batch, 1) if batch else batch for batch in batches]
+        batch = broadcast_shapes(split_heads(q, group).shape[:-2], *inner)
+        batch = (*batch[:-2], batch[-2] * batch[-1])
+    else:
+        batch = broadcast_shapes(q.shape[:-2], *batches)
+    shape, dtype = (*batch, q.shape[-2], v.shape[-1]), result_dtype(xp, q, k, v)
+    if tuple(out.shape) != shape or out.dtype != dtype:
+        raise ValueError(
+            f"out has shape {tuple(out.shape)} and dtype {dtype_name(out)}; accepted: {shape} and {dtype_name(dtype)}"
+        )
+    if library_of(out) == "numpy" and not out.flags.writeable:
+        raise ValueError("out must be an array that can be written to, got a read-only one")
+
+
+def _deliver(result: Array, out: Array | None) -> Array:
+    if out is None:
+        return result
+    out[...] = result  # the one write in the package, to the array the caller gave for it
+    return out
+
+
+def _repeat_heads(mask: Array, q: Array, k: Array) -> Array:
+    """A mask of key heads as a mask of the query heads that read them."""
+    if mask.ndim < 2 or mask.shape[-2] == 1:
+        return mask
+    return namespace_of(mask).repeat(mask, q.shape[-3] // k.shape[-3], axis=-2)
+
+
+_BATCHED = ("kv", "z", "c", "recent_k", "recent_v")
+
+
+def _with_group_axis(state: State) -> State:
+    """The state of each key head, beside an axis for the query heads that read it."""
+    values = {name: getattr(state, name)[..., None, :, :] for name in _BATCHED}
+    return replace(state, **values, recent_mask=state.recent_mask[..., None, :])
+
+
+def _without_group_axis(state: State) -> State:
+    values = {name: getattr(state, name)[..., 0, :, :] for name in _BATCHED}
+    return replace(state, **values, recent_mask=state.recent_mask[..., 0, :])

@@ -1,0 +1,213 @@
+"""First and second moments of queries and keys: all that a fit needs to know of the data."""
+
+from dataclasses import dataclass
+from functools import reduce, singledispatch
+from typing import Any
+
+from favorsharp._arrays import broadcast_shapes, cast, compute_dtype, dtype_name, namespace_of, statistics_dtype
+from favorsharp._checks import check_flag, check_floats, check_group, check_mask, check_points, check_same_size
+from favorsharp._typing import Array
+
+_TILE = 8192
+"""Points whose wide copy is held at once: 4 MiB of float64 at d = 64."""
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Moments:
+    """Counts, means and covariances of queries x and keys y, each side by its own count.
+
+    Attributes
+    ----------
+    count_x, count_y : array, shape (*b, 1, 1)
+        Visible points.
+    mean_x, mean_y : array, shape (*b, 1, d)
+    covariance_x, covariance_y : array, shape (*b, d, d)
+        Centred second moments, divided by the count.
+    dtype : str
+        What a fit is given back in: the dtype of the data, float32 at least. The moments themselves are float64 wherever
+        the device has it.
+    """
+
+    count_x: Array
+    mean_x: Array
+    covariance_x: Array
+    count_y: Array
+    mean_y: Array
+    covariance_y: Array
+    dtype: str
+
+    @property
+    def size(self) -> int:
+        """The number of coordinates, d."""
+        return int(self.mean_x.shape[-1])
+
+    @property
+    def second_x(self) -> Array:
+        """Mean of x x^T, uncentred, shape (*b, d, d)."""
+        return self.covariance_x + _outer(self.mean_x)
+
+    @property
+    def second_y(self) -> Array:
+        """Mean of y y^T, uncentred, shape (*b, d, d)."""
+        return self.covariance_y + _outer(self.mean_y)
+
+    def __repr__(self) -> str:
+        batch = tuple(self.mean_x.shape[:-2])
+        return f"Moments(d={self.size}, batch={batch}, dtype={self.dtype!r})"
+
+
+def moments(
+    x: Array,
+    y: Array,
+    /,
+    *,
+    axis: int | tuple[int, ...] = -2,
+    mask_x: Array | None = None,
+    mask_y: Array | None = None,
+    enable_gqa: bool = False,
+) -> Moments:
+    """Moments of queries and keys, in one pass over tiles of points.
+
+    Parameters
+    ----------
+    x : array, shape (*b, n, d)
+        Queries, not scaled.
+    y : array, shape (*b, s, d)
+        Keys, not scaled.
+    axis : int or tuple of int
+        Axes averaged over and kept with length 1; the point axis -2 is always one of them. `axis=(0, -2)` gives one set
+        of moments a head over a (B, H, n, d) batch.
+    mask_x, mask_y : boolean array, shape (*b, n) and (*b, s), optional
+        True where a point counts.
+    enable_gqa : bool
+        x has g times the heads of y: the g query heads of a key head are pooled.
+
+    Returns
+    -------
+    Moments
+
+    Raises
+    ------
+    TypeError, ValueError
+        If the arrays are not floating, or their libraries, devices or shapes do not fit.
+    """
+    xp = check_floats(x=x, y=y)
+    check_points("x", x, "(*b, n, d)")
+    check_points("y", y, "(*b, s, d)")
+    check_same_size("d", x=(-1, x.shape[-1]), y=(-1, y.shape[-1]))
+    check_mask("mask_x", mask_x, x.shape[:-1], "(*b, n)")
+    check_mask("mask_y", mask_y, y.shape[:-1], "(*b, s)")
+    group = check_group(check_flag("enable_gqa", enable_gqa), x, y, ("x", "y"))
+    if group > 1:
+        if mask_x is not None:
+            mask_x = _pool(xp.broadcast_to(mask_x, broadcast_shapes(mask_x.shape, x.shape[:-1]))[..., None], group)[..., 0]
+        x = _pool(x, group)
+    return Moments(
+        *_side(x, mask_x, _axes(axis, x.ndim)),
+        *_side(y, mask_y, _axes(axis, y.ndim)),
+        dtype=dtype_name(compute_dtype(xp, x, y)),
+    )
+
+
+@singledispatch
+def combine(a: Any, b: Any, /) -> Any:
+    """Join what was gathered from two sets of points; associative.
+
+    Parameters
+    ----------
+    a, b : Moments, or State
+        Two values of one type. For states, a's keys come before b's.
+
+    Returns
+    -------
+    Moments, or State
+
+    Raises
+    ------
+    TypeError
+        If a and b are of different or other types.
+    ValueError
+        If their shapes do not fit, or two states come from different feature maps.
+    """
+    raise TypeError(f"combine takes two Moments or two States, got {type(a).__name__} and {type(b).__name__}")
+
+
+@combine.register
+def _combine_moments(a: Moments, b: Any, /) -> Moments:
+    if not isinstance(b, Moments):
+        raise TypeError(f"combine takes two Moments or two States, got Moments and {type(b).__name__}")
+    if a.size != b.size:
+        raise ValueError(f"combine needs moments of one size: a has d={a.size}, b has d={b.size}")
+    check_floats(a=a.mean_x, b=b.mean_x)
+    return Moments(
+        *_merge((a.count_x, a.mean_x, a.covariance_x), (b.count_x, b.mean_x, b.covariance_x)),
+        *_merge((a.count_y, a.mean_y, a.covariance_y), (b.count_y, b.mean_y, b.covariance_y)),
+        dtype=max(a.dtype, b.dtype),  # "float32" < "float64"
+    )
+
+
+def _axes(axis: int | tuple[int, ...], ndim: int) -> tuple[int, ...]:
+    """Normalise axis to negative leading axes; the point axis is implied and not listed."""
+    axes = (axis,) if isinstance(axis, int) else tuple(axis)
+    if not all(isinstance(a, int) and -ndim <= a < ndim for a in axes):
+        raise ValueError(f"axis must name axes of a {ndim}-dimensional array, got {axis!r}")
+    negative = {a if a < 0 else a - ndim for a in axes}
+    if -2 not in negative or -1 in negative:
+        raise ValueError(f"axis must hold the point axis -2 and not the coordinate axis -1, got {axis!r}")
+    return tuple(sorted(negative - {-2}))
+
+
+def _pool(x: Array, group: int) -> Array:
+    """(*b, heads, n, d) -> (*b, heads / group, group n, d)."""
+    *batch, heads, n, d = x.shape
+    return namespace_of(x).reshape(x, (*batch, heads // group, group * n, d))
+
+
+_Side = tuple[Array, Array, Array]
+
+
+def _side(x: Array, mask: Array | None, axes: tuple[int, ...]) -> _Side:
+    """Count, mean and covariance of one side, tile by tile."""
+    wide = statistics_dtype(x)
+    n = x.shape[-2]
+    bounds = ((start, min(start + _TILE, n)) for start in range(0, n, _TILE) or (0,))
+    tiles = (
+        _tile(cast(x[..., start:stop, :], wide), None if mask is None else mask[..., start:stop], axes)
+        for start, stop in bounds
+    )
+    return reduce(_merge, tiles)
+
+
+def _tile(x: Array, mask: Array | None, axes: tuple[int, ...]) -> _Side:
+    xp = namespace_of(x)
+    if mask is None:
+        visible = xp.ones_like(x[..., :1], dtype=xp.bool)
+    else:
+        visible = xp.broadcast_to(mask, broadcast_shapes(mask.shape, x.shape[:-1]))[..., None]
+    x = xp.where(visible, x, 0.0)  # what a mask hides may be anything, NaN included
+    over = (*axes, -2)
+    count = xp.sum(cast(visible, x.dtype), axis=over, keepdims=True)
+    safe = xp.maximum(count, xp.ones_like(count))
+    mean = xp.sum(x, axis=over, keepdims=True) / safe
+    centred = xp.where(visible, x - mean, 0.0)
+    scatter = xp.matrix_transpose(centred) @ centred
+    covariance = (xp.sum(scatter, axis=axes, keepdims=True) if axes else scatter) / safe
+    return count, mean, covariance
+
+
+def _merge(a: _Side, b: _Side) -> _Side:
+    """Pairwise update of mean and covariance: no difference of large numbers (Chan, Golub, LeVeque 1983)."""
+    (count_a, mean_a, covariance_a), (count_b, mean_b, covariance_b) = a, b
+    xp = namespace_of(mean_a)
+    count = count_a + count_b
+    share = count_b / xp.maximum(count, xp.ones_like(count))
+    step = mean_b - mean_a
+    mean = mean_a + share * step
+    # an empty side has share 0 or 1, and its zeros count for nothing
+    covariance = covariance_a + share * (covariance_b - covariance_a) + share * (1 - share) * _outer(step)
+    empty = count_a == 0
+    return count, xp.where(empty, mean_b, mean), xp.where(empty, covariance_b, covariance)
+
+
+def _outer(mean: Array) -> Array:
+    return namespace_of(mean).matrix_transpose(mean) @ mean

@@ -1,0 +1,79 @@
+"""Causal linear attention: a query reads the keys up to its own, and those of the state it goes on from."""
+
+from dataclasses import replace
+
+from favorsharp._arrays import broadcast_shapes, cast, compute_dtype, namespace_of, on_device_of, result_dtype
+from favorsharp._typing import Array, PositiveMap
+from favorsharp.dispatch import Op
+from favorsharp.ops.blocks import far_step, near_partial, tile_of
+from favorsharp.ops.state import State, empty_state, finish, merge, num_leaving, with_recent
+
+
+@Op
+def causal_attention(
+    q: Array,
+    k: Array,
+    v: Array,
+    feature_map: PositiveMap,
+    *,
+    key_mask: Array | None = None,
+    window: int = 0,
+    state: State | None = None,
+) -> tuple[Array, State]:
+    """Attention of query i to the visible keys 0 .. i, through the features of a map; never n by n.
+
+    Parameters
+    ----------
+    q : array, shape (*b, n, d)
+    k : array, shape (*b, n, d)
+    v : array, shape (*b, n, e)
+    feature_map : PositiveFeatureMap
+        In the dtype to compute in.
+    key_mask : boolean array, shape (*b, n), optional
+        True where a key is visible.
+    window : int
+        Block length of exactly scored keys; 0 for none.
+    state : State, optional
+        Of the keys before the first; its window is the one given.
+
+    Returns
+    -------
+    out : array, shape (*b, n, e)
+        In the dtype that q, k and v promote to; zeros where no key is visible. Sums are in float32 at least.
+    state : State
+        Of all keys.
+    """
+    xp = namespace_of(q, k, v)
+    dtype, out_dtype = compute_dtype(xp, q, k, v), result_dtype(xp, q, k, v)
+    batch = broadcast_shapes(
+        k.shape[:-2], v.shape[:-2], feature_map.batch_shape, () if key_mask is None else key_mask.shape[:-1]
+    )
+    if state is None:
+        state = empty_state(feature_map, batch, k.shape[-1], v.shape[-1], window, k[..., :0, :])
+        state = replace(state, **{name: cast(getattr(state, name), dtype) for name in ("kv", "z", "c")})
+    full_batch = broadcast_shapes(q.shape[:-2], batch, state.kv.shape[:-2])
+    before = state.recent_k.shape[-2]
+    keys, values, mask = with_recent(state, k, v, key_mask)
+    # the carried keys have had their queries: rows of zeros stand in for those, and are cut off again
+    front = xp.zeros((*q.shape[:-2], before, q.shape[-1]), dtype=q.dtype, **on_device_of(q))
+    queries = q if before == 0 else xp.concat([front, q], axis=-2)
+    length = queries.shape[-2]
+    limit = num_leaving(length, window) if window else length
+    tile = tile_of(window, length, state, queries)
+    outs = []
+    for start in range(0, length, tile):
+        parts, state = far_step(
+            state, queries, keys, values, mask, feature_map, start=start, tile=tile, limit=limit
+        )
+        for a, b, part in parts:
+            if window:
+                near = near_partial(queries, keys, values, mask, feature_map, (a, b), state, causal=True)
+                part = merge(part, near)
+            if b > before:
+                out = cast(finish(part), out_dtype)[..., max(before - a, 0) :, :]
+                outs.append(xp.broadcast_to(out, (*full_batch, *out.shape[-2:])))
+    if window:
+        state = replace(state, recent_k=keys[..., limit:, :], recent_v=values[..., limit:, :], recent_mask=mask[..., limit:])
+    if not outs:
+        return xp.zeros((*full_batch, 0, v.shape[-1]), dtype=out_dtype, **on_device_of(q)), state
+    return outs[0] if len(outs) == 1 else xp.concat(outs, axis=-2), state

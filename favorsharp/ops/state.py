@@ -1,0 +1,342 @@
+"""The mergeable state behind linear attention, and the numbers that never overflow (docs: theory, the stabiliser).
+
+With log query features lq and log key features lk, the state of a set of keys is
+
+    c = max_j lk_j,    z = sum_j exp(lk_j - c),    S = sum_j exp(lk_j - c) v_j
+
+for each feature, and a query reads it through r = max over features of (lq + c), the weights being exp(lq + c - r). The
+feature that attains r has a key at which it attains c, so the denominator is at least 1: there is no epsilon.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+from favorsharp._arrays import broadcast_shapes, cast, compute_dtype, namespace_of, on_device_of
+from favorsharp._typing import Array, PositiveMap
+from favorsharp.dispatch import Op
+from favorsharp.exact import mix_visible
+from favorsharp.moments import combine
+
+TILE_ELEMENTS = 1 << 20
+"""Log features held at once, over all heads: 4 MiB of float32."""
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class State:
+    """Everything linear attention remembers of the keys and values it has seen; its size does not grow.
+
+    Attributes
+    ----------
+    kv : array, shape (*b, m, e)
+        S, float32 at least.
+    z : array, shape (*b, 1, m)
+    c : array, shape (*b, 1, m)
+        Largest log key feature; -inf before the first visible key.
+    window : int
+        Block length of exactly scored keys; 0 for none.
+    recent_k, recent_v : array, shape (*b, r, d) and (*b, r, e)
+        With a window, the last r <= 2 window keys and values: the current block and the one before. They begin on a
+        block boundary and are not in kv yet. r = 0 without a window.
+    recent_mask : boolean array, shape (*b, r)
+    fingerprint : str or None
+        Of the feature map that made the state.
+    """
+
+    kv: Array
+    z: Array
+    c: Array
+    window: int
+    recent_k: Array
+    recent_v: Array
+    recent_mask: Array
+    fingerprint: str | None
+
+    @property
+    def num_features(self) -> int:
+        """The number of features, m."""
+        return int(self.kv.shape[-2])
+
+    @property
+    def v_size(self) -> int:
+        """The size of a value, e."""
+        return int(self.kv.shape[-1])
+
+    def __repr__(self) -> str:
+        return (
+            f"State(num_features={self.num_features}, v_size={self.v_size}, batch={tuple(self.kv.shape[:-2])}, "
+            f"window={self.window}, recent={self.recent_k.shape[-2]})"
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Partial:
+    """What a query has read so far: sums relative to exp(ref), so that partial sums over disjoint keys can be merged.
+
+    `num` (*b, n, e), `den` and `ref` (*b, n, 1). `den` is at least 1, or 0 where nothing was visible; then `ref` is -inf.
+    """
+
+    num: Array
+    den: Array
+    ref: Array
+
+
+def empty_state(feature_map: PositiveMap, batch: tuple[int, ...], d: int, e: int, window: int, like: Array) -> State:
+    """The state of no keys, in the library, device and dtype of like."""
+    xp = namespace_of(like)
+    dtype = compute_dtype(xp, like)
+    m = feature_map.num_features
+    device = on_device_of(like)
+    none = xp.zeros((*batch, 1, m), dtype=dtype, **device)
+    return State(
+        kv=xp.zeros((*batch, m, e), dtype=dtype, **device),
+        z=none,
+        c=none - xp.inf,
+        window=window,
+        recent_k=xp.zeros((*batch, 0, d), dtype=like.dtype, **device),
+        recent_v=xp.zeros((*batch, 0, e), dtype=like.dtype, **device),
+        recent_mask=xp.zeros((*batch, 0), dtype=xp.bool, **device),
+        fingerprint=feature_map.fingerprint,
+    )
+
+
+@Op
+def update(state: State, k: Array, v: Array, feature_map: PositiveMap, *, key_mask: Array | None = None) -> State:
+    """The state after a further block of keys and values.
+
+    Parameters
+    ----------
+    state : State
+    k : array, shape (*b, s, d)
+    v : array, shape (*b, s, e)
+    feature_map : PositiveFeatureMap
+    key_mask : boolean array, shape (*b, s), optional
+        True where a key is visible.
+
+    Returns
+    -------
+    State
+        A new one; with a window, blocks that leave the last two enter the features.
+    """
+    if state.window == 0:
+        return absorb(state, k, v, key_mask, feature_map)
+    k, v, mask = with_recent(state, k, v, key_mask)
+    leaving = num_leaving(k.shape[-2], state.window)
+    state = absorb(state, k[..., :leaving, :], v[..., :leaving, :], mask[..., :leaving], feature_map)
+    xp = namespace_of(k)
+    batch = broadcast_shapes(k.shape[:-2], v.shape[:-2], mask.shape[:-1])
+    return replace(
+        state,
+        recent_k=xp.broadcast_to(k[..., leaving:, :], (*batch, *k[..., leaving:, :].shape[-2:])),
+        recent_v=xp.broadcast_to(v[..., leaving:, :], (*batch, *v[..., leaving:, :].shape[-2:])),
+        recent_mask=xp.broadcast_to(mask[..., leaving:], (*batch, mask[..., leaving:].shape[-1])),
+    )
+
+
+@Op
+def read(state: State, q: Array, feature_map: PositiveMap) -> Array:
+    """Attention of queries to every key of a state.
+
+    Parameters
+    ----------
+    state : State
+    q : array, shape (*b, n, d)
+    feature_map : PositiveFeatureMap
+
+    Returns
+    -------
+    array, shape (*b, n, e)
+        In the dtype of q; zeros where no key is visible. Keys that a window keeps are scored exactly.
+    """
+    xp = namespace_of(q)
+    tiles = []
+    width = max(state.num_features, state.recent_k.shape[-2])
+    for start, stop in tiles_of(q.shape[-2], width, broadcast_shapes(q.shape[:-2], state.kv.shape[:-2])):
+        tile = cast(q[..., start:stop, :], state.kv.dtype)
+        partial = read_partial(state, feature_map.log_query(tile))
+        if state.recent_k.shape[-2] > 0:
+            k, v = cast(state.recent_k, tile.dtype), cast(state.recent_v, tile.dtype)
+            visible = state.recent_mask[..., None, :]
+            near = exact_partial(feature_map.log_kernel(tile, k), visible, hide(v, state.recent_mask))
+            partial = merge(partial, near)
+        tiles.append(cast(finish(partial), q.dtype))
+    return tiles[0] if len(tiles) == 1 else xp.concat(tiles, axis=-2)
+
+
+@Op
+def decode_step(
+    q: Array, k: Array, v: Array, state: State, feature_map: PositiveMap, *, key_mask: Array | None = None
+) -> tuple[Array, State]:
+    """One token: the state takes its key and value, and its query reads the state.
+
+    Parameters
+    ----------
+    q : array, shape (*b, 1, d)
+    k : array, shape (*b, 1, d)
+    v : array, shape (*b, 1, e)
+    state : State
+    feature_map : PositiveFeatureMap
+    key_mask : boolean array, shape (*b, 1), optional
+
+    Returns
+    -------
+    out : array, shape (*b, 1, e)
+    state : State
+    """
+    state = update.reference(state, k, v, feature_map, key_mask=key_mask)
+    return read.reference(state, q, feature_map), state
+
+
+@combine.register
+def _combine_states(a: State, b: Any, /) -> State:
+    if not isinstance(b, State):
+        raise TypeError(f"combine takes two Moments or two States, got State and {type(b).__name__}")
+    if a.fingerprint is not None and b.fingerprint is not None and a.fingerprint != b.fingerprint:
+        raise ValueError("combine needs states of one feature map: a and b come from different feature maps")
+    if (a.window, a.num_features, a.v_size) != (b.window, b.num_features, b.v_size):
+        raise ValueError(f"combine needs states of one kind: a is {a!r}, b is {b!r}")
+    if a.recent_k.shape[-2] and b.recent_k.shape[-2]:
+        raise ValueError(
+            "states with a window cannot be combined unless one is empty: the blocks of b would move; "
+            "use window=0, or update a with b's keys and values"
+        )
+    last = b if b.recent_k.shape[-2] else a
+    merged = _merged(a, b.kv, b.z, b.c)
+    return replace(
+        merged,
+        recent_k=last.recent_k,
+        recent_v=last.recent_v,
+        recent_mask=last.recent_mask,
+        fingerprint=a.fingerprint if b.fingerprint is None else b.fingerprint,
+    )
+
+
+def absorb(state: State, k: Array, v: Array, key_mask: Array | None, feature_map: PositiveMap) -> State:
+    """The state with keys and values taken into its features, a tile at a time."""
+    batch = broadcast_shapes(state.kv.shape[:-2], k.shape[:-2], v.shape[:-2])
+    for start, stop in tiles_of(k.shape[-2], state.num_features, batch):
+        if start == stop:
+            continue
+        mask = None if key_mask is None else key_mask[..., start:stop]
+        lk = masked(feature_map.log_key(cast(k[..., start:stop, :], state.kv.dtype)), mask)
+        state = absorb_features(state, lk, hide(cast(v[..., start:stop, :], state.kv.dtype), mask))
+    return state
+
+
+def absorb_features(state: State, lk: Array, v: Array) -> State:
+    """The state with keys given by their log features; what a mask hides has -inf there and 0 in v."""
+    xp = namespace_of(lk)
+    c = xp.max(lk, axis=-2, keepdims=True)
+    p = xp.exp(lk - _finite(c))
+    return _merged(state, xp.matrix_transpose(p) @ v, xp.sum(p, axis=-2, keepdims=True), c)
+
+
+def read_partial(state: State, lq: Array) -> Partial:
+    """What queries, given by their log features, read from the features of a state."""
+    xp = namespace_of(lq)
+    shifted = lq + state.c
+    ref = xp.max(shifted, axis=-1, keepdims=True)
+    p = xp.exp(shifted - _finite(ref))
+    return Partial(p @ state.kv, p @ xp.matrix_transpose(state.z), ref)
+
+
+def pair_partial(lq: Array, lk: Array, v: Array) -> Partial:
+    """What queries read from a few keys, all of them visible or hidden by -inf, through pairwise scores."""
+    xp = namespace_of(lq)
+    c = xp.max(lk, axis=-2, keepdims=True)
+    shifted = lq + c
+    ref = xp.max(shifted, axis=-1, keepdims=True)
+    scores = xp.exp(shifted - _finite(ref)) @ xp.matrix_transpose(xp.exp(lk - _finite(c)))
+    return Partial(scores @ v, xp.sum(scores, axis=-1, keepdims=True), ref)
+
+
+def exact_partial(logits: Array, visible: Array | None, v: Array, *, mixed: bool = False) -> Partial:
+    """What queries read from keys scored exactly, (*b, n, s) log scores.
+
+    `mixed` says that rows differ in what they may see; then a value that is not finite must not reach the others.
+    """
+    xp = namespace_of(logits)
+    if visible is not None:
+        logits = xp.where(visible, logits, -xp.inf)
+    ref = xp.max(logits, axis=-1, keepdims=True)
+    p = xp.exp(logits - _finite(ref))
+    num = mix_visible(p, visible, v) if mixed and visible is not None else p @ v
+    return Partial(num, xp.sum(p, axis=-1, keepdims=True), ref)
+
+
+def merge(a: Partial, b: Partial) -> Partial:
+    """What queries read from two disjoint sets of keys."""
+    xp = namespace_of(a.ref, b.ref)
+    ref = xp.maximum(a.ref, b.ref)
+    safe = _finite(ref)
+    scale_a, scale_b = xp.exp(a.ref - safe), xp.exp(b.ref - safe)
+    return Partial(a.num * scale_a + b.num * scale_b, a.den * scale_a + b.den * scale_b, ref)
+
+
+def finish(partial: Partial) -> Array:
+    """The normalised result; zeros where nothing was visible."""
+    xp = namespace_of(partial.num)
+    nothing = partial.den == 0
+    return xp.where(nothing, 0.0, partial.num / xp.where(nothing, 1.0, partial.den))
+
+
+def masked(lk: Array, mask: Array | None) -> Array:
+    """Log key features with -inf for the keys that a mask hides."""
+    return lk if mask is None else namespace_of(lk).where(mask[..., None], lk, -namespace_of(lk).inf)
+
+
+def hide(v: Array, mask: Array | None) -> Array:
+    """Values with 0 for those that a mask hides: they may be anything, NaN included."""
+    return v if mask is None else namespace_of(v).where(mask[..., None], v, 0.0)
+
+
+def with_recent(state: State, k: Array, v: Array, key_mask: Array | None) -> tuple[Array, Array, Array]:
+    """The keys, values and mask that a windowed state keeps, followed by new ones."""
+    xp = namespace_of(k, v)
+    mask = xp.ones_like(k[..., 0], dtype=xp.bool) if key_mask is None else key_mask
+    batch = broadcast_shapes(state.recent_mask.shape[:-1], mask.shape[:-1])
+    mask = xp.concat(
+        [xp.broadcast_to(x, (*batch, x.shape[-1])) for x in (state.recent_mask, mask)],
+        axis=-1,
+    )
+    return _joined(state.recent_k, k), _joined(state.recent_v, v), mask
+
+
+def num_leaving(length: int, window: int) -> int:
+    """How many of the leading positions are in neither of the last two blocks."""
+    return max(0, -(-length // window) - 2) * window
+
+
+def tiles_of(length: int, width: int, batch: tuple[int, ...]) -> Iterator[tuple[int, int]]:
+    """Bounds of the tiles that points are worked on in; one empty tile where there are none."""
+    step = tile_length(width, batch, 1 << 20)
+    return ((start, min(start + step, length)) for start in range(0, length, step) or (0,))
+
+
+def tile_length(width: int, batch: tuple[int, ...], most: int) -> int:
+    """Points in a tile: a power of two from 16 to `most`, so that a tile of the given width stays near TILE_ELEMENTS."""
+    points = TILE_ELEMENTS // max(1, width * math.prod(batch))
+    return min(most, max(16, 1 << (points.bit_length() - 1 if points else 0)))
+
+
+def _merged(state: State, kv: Array, z: Array, c: Array) -> State:
+    """The state joined with the (kv, z, c) of further keys."""
+    xp = namespace_of(c)
+    top = xp.maximum(state.c, c)
+    safe = _finite(top)
+    old, new = xp.exp(state.c - safe), xp.exp(c - safe)
+    kv = xp.matrix_transpose(old) * state.kv + xp.matrix_transpose(new) * kv
+    return replace(state, kv=kv, z=old * state.z + new * z, c=top)
+
+
+def _finite(reference: Array) -> Array:
+    """A reference to subtract: 0 in place of -inf, which means that nothing is there."""
+    xp = namespace_of(reference)
+    return xp.where(reference == -xp.inf, 0.0, reference)
+
+
+def _joined(a: Array, b: Array) -> Array:
+    xp = namespace_of(a, b)
+    batch = broadcast_shapes(a.shape[:-2], b.shape[:-2])
+    return xp.concat([xp.broadcast_to(x, (*batch, *x.shape[-2:])) for x in (cast(a, b.dtype), b)], axis=-2)

@@ -1,0 +1,640 @@
+"""Closed-form fits: from moments to the parameters of a feature map (docs: theory).
+
+Everything here is in scaled coordinates: x = sqrt(scale) times the caller's queries, y = sqrt(scale) times the keys.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+from types import MappingProxyType
+from typing import Any
+
+from favorsharp._arrays import (
+    cast,
+    compute_dtype,
+    dtype_name,
+    from_host,
+    is_array,
+    is_traced,
+    named_dtype,
+    namespace_of,
+    on_device_of,
+)
+from favorsharp._checks import (
+    check_broadcast,
+    check_choice,
+    check_floats,
+    check_points,
+    check_same_size,
+)
+from favorsharp._typing import Array, Elementwise
+from favorsharp.exact import kernel_scale, log_kernel
+from favorsharp.moments import Moments, moments
+
+Method = str | Elementwise
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Parameters:
+    """What a feature map is made of, but for its random rows.
+
+    A dense-exponential feature is exp(sum_l a_l w_l^2 + sqrt(1 - 4 a_l) w_l u_l + (1/4) log(1 - 4 a_l) - |u|^2 / 2) with
+    u = g1 (x - center_x) for queries, and g2 (y - center_y) for keys; g1^T g2 = I (arXiv 2302.00787, theorem 4.1).
+
+    Attributes
+    ----------
+    method : str or callable
+    kernel : {"softmax", "gaussian"}
+    scale : float
+        Of the kernel. The arrays below are in coordinates that its square root has been multiplied into.
+    a : array, shape (*b, 1, d)
+        At most 0; 0 makes the rows plain Gaussians.
+    g1, g2 : array, shape (*b, d, d)
+        Transforms of queries and keys.
+    center_x, center_y : array, shape (*b, 1, d)
+        Subtracted before the transform and put back exactly by scalar factors.
+    rate : array, shape (*b, 1, 1), or None
+        Of the counts that `poisson` and `geometric` draw.
+    """
+
+    method: Method
+    kernel: str
+    scale: float
+    a: Array
+    g1: Array
+    g2: Array
+    center_x: Array
+    center_y: Array
+    rate: Array | None = None
+
+    @property
+    def size(self) -> int:
+        """The number of coordinates, d."""
+        return int(self.g1.shape[-1])
+
+    @property
+    def method_name(self) -> str:
+        """The method's name, also where it is a callable."""
+        return self.method if isinstance(self.method, str) else getattr(self.method, "__name__", "callable")
+
+    def __repr__(self) -> str:
+        batch = tuple(self.g1.shape[:-2])
+        return (
+            f"Parameters(method={self.method_name!r}, kernel={self.kernel!r}, scale={self.scale:g}, d={self.size}, "
+            f"batch={batch}, dtype={dtype_name(self.g1)!r})"
+        )
+
+
+def fit(
+    x: Array | Moments,
+    y: Array | None = None,
+    /,
+    *,
+    method: Method = "optimal",
+    kernel: str = "softmax",
+    scale: float | None = None,
+    axis: int | tuple[int, ...] = -2,
+    mask_x: Array | None = None,
+    mask_y: Array | None = None,
+    ridge: float | None = None,
+    enable_gqa: bool = False,
+) -> Parameters:
+    """Choose the parameters of a feature map, by the method's closed form.
+
+    `fit(x, y, ...)` takes queries and keys, `fit(moments, ...)` moments that were gathered before. The estimate is
+    unbiased whatever the data of the fit; the fit lowers its variance on data like these.
+
+    Parameters
+    ----------
+    x : array, shape (*b, n, d), or Moments
+        Queries, not scaled.
+    y : array, shape (*b, s, d)
+        Keys, not scaled.
+    method : str or callable
+        `posrf` (FAVOR+), `oprf` (FAVOR++), `saderf`, `aderf`, `sderf` (FAVOR#), `optimal` (least excess of them all);
+        `hyperbolic`, and the signed `trig`, `poisson`, `geometric`; `relu` and `elu`, which do not estimate the kernel;
+        or a callable that maps projected inputs elementwise to non-negative features.
+    kernel : {"softmax", "gaussian"}
+        exp(scale x.y), or exp(-scale |x - y|^2 / 2).
+    scale : float, optional
+        Positive and finite. None: d**-0.5 for softmax, 1 for Gaussian.
+    axis, mask_x, mask_y, enable_gqa
+        As in `moments`.
+    ridge : float, optional
+        A multiple of tr(S)/d added to the diagonal of a second moment S before it is inverted, so that constant
+        columns, one-hot data or fewer points than coordinates can be fitted. None: 1e-6, more where only float32 is to
+        be had; 0: none.
+
+    Returns
+    -------
+    Parameters
+        In the dtype of the data, float32 at least; computed in float64 wherever the device has it.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If an argument is not as described, or the data hold values that are not finite.
+    """
+    return fit_named(
+        ("x", "y"),
+        x,
+        y,
+        method=method,
+        kernel=kernel,
+        scale=scale,
+        ridge=ridge,
+        axis=axis,
+        mask_x=mask_x,
+        mask_y=mask_y,
+        enable_gqa=enable_gqa,
+    )
+
+
+def fit_named(
+    names: tuple[str, str],
+    x: Array | Moments,
+    y: Array | None,
+    *,
+    method: Method,
+    kernel: str,
+    scale: float | None,
+    ridge: float | None = None,
+    **gathering: Any,
+) -> Parameters:
+    """`fit`, with messages that call the data by the names the caller knows."""
+    check_method(method)
+    check_choice("kernel", kernel, ("softmax", "gaussian"))
+    if isinstance(x, Moments):
+        given = [name for name, value in gathering.items() if value is not None and value is not False and value != -2]
+        if y is not None or given:
+            raise TypeError(f"fit(moments) takes no {', '.join((['y'] if y is not None else []) + given)}")
+        data = x
+    elif y is None:
+        raise TypeError("fit takes queries and keys, or one Moments: y is missing")
+    else:
+        data = moments(x, y, **gathering)
+    for name, mean, covariance in zip(
+        names, (data.mean_x, data.mean_y), (data.covariance_x, data.covariance_y), strict=True
+    ):
+        if not is_traced(covariance):
+            xp = namespace_of(covariance)
+            if not bool(xp.all(xp.isfinite(mean)) & xp.all(xp.isfinite(covariance))):
+                raise ValueError(f"{name} holds values that are not finite (or whose squares are not): cannot fit to them")
+    scale = kernel_scale(kernel, scale, data.size)
+    statistics = _Statistics(*_scaled(data, scale), ridge=_ridge(ridge, data))
+    solve = _FITS[method] if isinstance(method, str) else _plain
+    values = {name: _restore(value, data) for name, value in solve(statistics).items()}
+    return Parameters(method=method, kernel=kernel, scale=scale, **values)
+
+
+def check_method(method: Any) -> None:
+    """Raise unless method is a known name or a callable."""
+    if not callable(method):
+        check_choice("method", method, METHODS, also=", or a callable")
+
+
+def excess(parameters: Parameters, x: Array, y: Array, /) -> Array:
+    """Mean over all pairs of log E[(f1 f2)^2], minus 2 mean log K: how far a feature is from having no variance.
+
+    Computed from moments in O((n + s) d^2), never pair by pair.
+
+    Parameters
+    ----------
+    parameters : Parameters
+        Of a dense-exponential method, `hyperbolic` or `poisson`.
+    x : array, shape (*b, n, d)
+    y : array, shape (*b, s, d)
+
+    Returns
+    -------
+    array, shape (*b)
+
+    Raises
+    ------
+    TypeError, ValueError
+        If an argument is not as described; if the method's second moment has no mean in closed form (`trig`,
+        `geometric`) or the method does not estimate the kernel.
+    """
+    check_data(parameters, x=x, y=y)
+    data = moments(x, y)
+    wide = data.mean_x.dtype
+    p = astype(parameters, wide)
+    root = math.sqrt(p.scale)
+    if p.method == "poisson":
+        squares = _diagonal(data.second_x) * _diagonal(data.second_y) * p.scale**2
+        products = data.mean_x * data.mean_y * p.scale
+        value = p.size * p.rate + _sum(squares) / p.rate - 2 * _sum(products)
+    elif p.method in DENSE_EXPONENTIAL:
+        mean_u, mean_v = _apply(p.g1, data.mean_x * root - p.center_x), _apply(p.g2, data.mean_y * root - p.center_y)
+        second_u = _congruence(p.g1, data.covariance_x * p.scale) + mean_u * mean_u
+        second_v = _congruence(p.g2, data.covariance_y * p.scale) + mean_v * mean_v
+        value = _sum(_log_variance(p.a, second_u + second_v + 2 * mean_u * mean_v))
+    else:
+        raise ValueError(
+            f"excess is known in closed form for {', '.join(DENSE_EXPONENTIAL)} and poisson, got method "
+            f"{p.method_name!r}; for trig and geometric average log_second_moment over a sample"
+        )
+    xp = namespace_of(x)
+    return cast(value[..., 0, 0], compute_dtype(xp, x, y))
+
+
+def log_second_moment(parameters: Parameters, x: Array, y: Array, /) -> Array:
+    """log E[(f1(x) f2(y))^2] of one feature, for every pair; for small inputs.
+
+    The variance of one feature's estimate is exp(log_second_moment) - K^2 (arXiv 2302.00787, theorem 4.1).
+
+    Parameters
+    ----------
+    parameters : Parameters
+        Of any method but `relu`, `elu` and callables. For `trig` one feature is a pair of cosine and sine.
+    x : array, shape (*b, n, d)
+    y : array, shape (*b, s, d)
+
+    Returns
+    -------
+    array, shape (*b, n, s)
+
+    Raises
+    ------
+    TypeError, ValueError
+        If an argument is not as described, or the method does not estimate the kernel.
+    """
+    xp = check_data(parameters, x=x, y=y)
+    p = astype(parameters, compute_dtype(xp, x, y))
+    root = math.sqrt(p.scale)
+    x, y = cast(x, p.g1.dtype) * root, cast(y, p.g1.dtype) * root
+    gaussian = 0.0
+    if p.kernel == "gaussian":
+        squared = [xp.sum(z * z, axis=-1, keepdims=True) for z in (x, y)]
+        gaussian = -squared[0] - xp.matrix_transpose(squared[1])
+    if p.method in DENSE_EXPONENTIAL:
+        shrink = 1 / xp.sqrt(1 - 8 * p.a)
+        u = _apply(p.g1, x - p.center_x) * shrink
+        v = _apply(p.g2, y - p.center_y) * shrink
+        constant = _sum(_log_variance(p.a, xp.zeros_like(p.a)))
+        pairs = log_kernel(u, -v, "gaussian") * -2  # |u + v|^2
+        return constant + pairs + 2 * log_kernel(x, y, "softmax") + gaussian
+    if p.method == "trig":
+        distance = -2 * log_kernel(x, y, "gaussian")  # |x - y|^2
+        grown = xp.sum(x * x, axis=-1)[..., :, None] + xp.sum(y * y, axis=-1)[..., None, :]
+        return xp.log1p(xp.exp(-2 * distance)) - math.log(2) + grown + gaussian
+    if p.method == "poisson":
+        return p.size * p.rate + (x * x) @ xp.matrix_transpose(y * y) / p.rate + gaussian
+    if p.method == "geometric":
+        products = xp.abs(x)[..., :, None, :] * xp.abs(y)[..., None, :, :]
+        total = xp.sum(_log_i0(2 * products / xp.sqrt(1 - p.rate)[..., None]), axis=-1)
+        return total - p.size * xp.log(p.rate) + gaussian
+    raise ValueError(f"method {p.method_name!r} does not estimate the kernel: its features have no second moment to give")
+
+
+def check_data(parameters: Parameters, **named: Array) -> Any:
+    """Check that arrays fit the parameters they are used with, and return their namespace."""
+    if not isinstance(parameters, Parameters):
+        raise TypeError(f"parameters must be favorsharp.Parameters, got {type(parameters).__name__}")
+    xp = check_floats(**named, parameters=parameters.g1)
+    for name, x in named.items():
+        check_points(name, x, "(*b, n, d)")
+        check_same_size("d", **{name: (-1, x.shape[-1]), "parameters": (-1, parameters.size)})
+    batches = {name: x.shape[:-2] for name, x in named.items()}
+    check_broadcast("(*b, n, d)", **batches, parameters=parameters.g1.shape[:-2])
+    return xp
+
+
+def embed_query(p: Parameters, x: Array) -> tuple[Array, Array]:
+    """u = g1 (x - center_x) of queries not yet scaled, and the log of a factor of x alone, shape (*b, n, 1).
+
+    K(x, y) = exp(u.v + factor_x + factor_y) with v and factor_y of `embed_key`.
+    """
+    return _embed(p, x, p.g1, p.center_x, p.center_y)
+
+
+def embed_key(p: Parameters, y: Array) -> tuple[Array, Array]:
+    """v = g2 (y - center_y) of keys not yet scaled, and the log of a factor of y alone, shape (*b, s, 1)."""
+    return _embed(p, y, p.g2, p.center_y, p.center_x)
+
+
+def log_kernel_of(p: Parameters, x: Array, y: Array) -> Array:
+    """The exact log kernel that the parameters' features estimate, (*b, n, d), (*b, s, d) -> (*b, n, s)."""
+    root = math.sqrt(p.scale)
+    x, y = x * root, y * root
+    if p.kernel == "gaussian":  # distances do not change
+        x, y = x - p.center_y, y - p.center_y
+    return log_kernel(x, y, p.kernel)
+
+
+def map_arrays(value: Any, change: Callable[[Array], Array]) -> Any:
+    """A dataclass like value with `change` applied to each of its arrays, those of inner dataclasses included."""
+    changed = {}
+    for field in fields(value):
+        entry = getattr(value, field.name)
+        if isinstance(entry, Parameters):
+            changed[field.name] = map_arrays(entry, change)
+        elif is_array(entry):
+            changed[field.name] = change(entry)
+    return replace(value, **changed)
+
+
+def astype(value: Any, dtype: Any) -> Any:
+    """A dataclass like value with its arrays in the given dtype."""
+    return map_arrays(value, lambda x: cast(x, dtype))
+
+
+def _embed(p: Parameters, x: Array, g: Array, own: Array, other: Array) -> tuple[Array, Array]:
+    xp = namespace_of(x)
+    z = x * math.sqrt(p.scale) - own
+    if p.kernel == "softmax":
+        # x.y = (x - c1).(y - c2) + c2.(x - c1) + c1.(y - c2) + c1.c2
+        factor = z @ xp.matrix_transpose(other) + 0.5 * _sum(own * other)
+    else:
+        # the same with every term of |x - y|^2 in centred coordinates, so that a common offset never matters
+        gap = other - own
+        factor = z @ xp.matrix_transpose(gap) - 0.5 * _sum(z * z) - 0.25 * _sum(gap * gap)
+    return _apply(g, z), factor
+
+
+@dataclass(frozen=True)
+class _Statistics:
+    """Scaled moments and the ridge: what the closed forms read."""
+
+    mean_x: Array
+    mean_y: Array
+    covariance_x: Array
+    covariance_y: Array
+    ridge: float
+
+    @property
+    def second_x(self) -> Array:
+        return self.covariance_x + _outer(self.mean_x, self.mean_x)
+
+    @property
+    def second_y(self) -> Array:
+        return self.covariance_y + _outer(self.mean_y, self.mean_y)
+
+
+_Values = dict[str, Array]
+
+
+def _plain(data: _Statistics) -> _Values:
+    """No fit: plain Gaussian rows (FAVOR+, arXiv 2009.14794)."""
+    identity = _identity(data.covariance_x, data.covariance_y)
+    return _values(identity, identity, xp_zeros(identity))
+
+
+def _oprf(data: _Statistics) -> _Values:
+    """One a for all axes (FAVOR++, arXiv 2205.15317, theorem 4.2)."""
+    identity = _identity(data.covariance_x, data.covariance_y)
+    return _values(identity, identity, _one_a(_pair_sums(data, identity, identity)))
+
+
+def _saderf(data: _Statistics) -> _Values:
+    """A diagonal balance, one a (arXiv 2302.00787, section 4.3)."""
+    m1, m2 = _regular(data.second_x, data.second_y, data.ridge), _regular(data.second_y, data.second_x, data.ridge)
+    psi = (_diagonal(m2) / _diagonal(m1)) ** 0.25
+    identity = _identity(data.covariance_x, data.covariance_y)
+    g1, g2 = identity * psi, identity / psi
+    return _values(g1, g2, _one_a(_pair_sums(data, g1, g2)))
+
+
+def _aderf(data: _Statistics) -> _Values:
+    """A full balance of the second moments, one a (arXiv 2302.00787, theorem 4.2)."""
+    g1, g2 = _balance(data.second_x, data.second_y, data.ridge)
+    return _values(g1, g2, _one_a(_pair_sums(data, g1, g2)))
+
+
+def _sderf(data: _Statistics) -> _Values:
+    """A rotation, one a for each axis (arXiv 2302.00787, theorem 4.3)."""
+    xp = namespace_of(data.mean_x)
+    cross = _outer(data.mean_x, data.mean_y)
+    sums, axes = xp.linalg.eigh(data.second_x + data.second_y + cross + xp.matrix_transpose(cross))
+    g = _canonical(xp.flip(xp.matrix_transpose(axes), axis=-2))
+    sums = xp.flip(sums, axis=-1)[..., None, :]
+    return _values(g, g, _best_a(xp.maximum(sums, xp.zeros_like(sums))))
+
+
+def _optimal(data: _Statistics) -> _Values:
+    """Centre, balance, one a for each axis: the least excess of the whole family (docs: theory, `optimal`)."""
+    g1, g2 = _balance(data.covariance_x, data.covariance_y, data.ridge)
+    sums = _congruence(g1, data.covariance_x) + _congruence(g2, data.covariance_y)
+    return {**_values(g1, g2, _best_a(sums)), "center_x": data.mean_x, "center_y": data.mean_y}
+
+
+def _poisson(data: _Statistics) -> _Values:
+    """The rate with the least second moment (arXiv 2205.15317, section 3.2)."""
+    xp = namespace_of(data.mean_x)
+    products = _diagonal(data.second_x) * _diagonal(data.second_y)
+    rate = xp.sqrt(_sum(products) / products.shape[-1])
+    return {**_plain(data), "rate": xp.where(rate > 0, rate, 1.0)}  # all zero: any rate is exact
+
+
+def _geometric(data: _Statistics) -> _Values:
+    """The success probability that minimises a bound on the mean log second moment.
+
+    log I0(sqrt t) is concave in t, so the mean over pairs of log I0(2 |x_l y_l| / sqrt(1 - p)) is at most its value at the
+    root mean square of x_l y_l, which the moments give.
+    """
+    xp = namespace_of(data.mean_x)
+    root = xp.sqrt(_diagonal(data.second_x) * _diagonal(data.second_y))
+    size = root.shape[-1]
+
+    def bound(p: Array) -> Array:
+        return _sum(_log_i0(2 * root / xp.sqrt(1 - p))) - size * xp.log(p)
+
+    # golden-section search in log(p / (1 - p)), where the bound has one minimum
+    ratio = (math.sqrt(5) - 1) / 2
+    low, high = xp.zeros_like(root[..., :1]) - 30.0, xp.zeros_like(root[..., :1]) + 30.0
+    for _ in range(70):
+        left, right = high - ratio * (high - low), low + ratio * (high - low)
+        lower = bound(_sigmoid(left)) <= bound(_sigmoid(right))
+        low, high = xp.where(lower, low, left), xp.where(lower, right, high)
+    return {**_plain(data), "rate": _sigmoid(0.5 * (low + high))}
+
+
+_FITS: MappingProxyType[str, Callable[[_Statistics], _Values]] = MappingProxyType(
+    {
+        "posrf": _plain,
+        "oprf": _oprf,
+        "saderf": _saderf,
+        "aderf": _aderf,
+        "sderf": _sderf,
+        "optimal": _optimal,
+        "trig": _plain,
+        "hyperbolic": _plain,
+        "poisson": _poisson,
+        "geometric": _geometric,
+        "relu": _plain,
+        "elu": _plain,
+    }
+)
+
+METHODS: Sequence[str] = tuple(_FITS)
+"""The names that `fit` knows."""
+
+DENSE_EXPONENTIAL = ("posrf", "oprf", "saderf", "aderf", "sderf", "optimal", "hyperbolic")
+"""Methods whose features are exp(rows.u + row + column)."""
+
+
+def is_fitted(method: Method) -> bool:
+    """Whether the method reads the data it is fitted to."""
+    return isinstance(method, str) and _FITS[method] is not _plain
+
+
+def _values(g1: Array, g2: Array, a: Array) -> _Values:
+    zero = xp_zeros(g1)
+    return {"a": a + zero, "g1": g1, "g2": g2, "center_x": zero, "center_y": zero}
+
+
+def xp_zeros(matrix: Array) -> Array:
+    """Zeros of shape (*b, 1, d) beside a (*b, d, d) array."""
+    return namespace_of(matrix).zeros_like(matrix[..., :1, :])
+
+
+def _scaled(data: Moments, scale: float) -> tuple[Array, Array, Array, Array]:
+    root = math.sqrt(scale)
+    return data.mean_x * root, data.mean_y * root, data.covariance_x * scale, data.covariance_y * scale
+
+
+def _ridge(ridge: Any, data: Moments) -> float:
+    """The relative ridge: the caller's, or one that the arithmetic can tell from rounding."""
+    if ridge is None:
+        return max(1e-6, 8 * data.size * float(namespace_of(data.mean_x).finfo(data.mean_x.dtype).eps))
+    if isinstance(ridge, bool) or not isinstance(ridge, int | float):
+        raise TypeError(f"ridge must be None or a finite number of 0 or more, got {type(ridge).__name__}")
+    if not (math.isfinite(ridge) and ridge >= 0):
+        raise ValueError(f"ridge must be None or a finite number of 0 or more, got {ridge}")
+    return float(ridge)
+
+
+def _restore(value: Array, data: Moments) -> Array:
+    """A fitted value in the dtype that the data came in."""
+    return cast(value, named_dtype(namespace_of(value), data.dtype))
+
+
+def _log_variance(a: Array, s: Array) -> Array:
+    """h(s) of one axis at a given a: its part of the mean log second moment."""
+    xp = namespace_of(s)
+    return xp.log(1 - 4 * a) - 0.5 * xp.log(1 - 8 * a) + s / (1 - 8 * a)
+
+
+def _best_a(s: Array) -> Array:
+    """The a that minimises h at a mean square s of u + v (docs: theory, eq. 2)."""
+    xp = namespace_of(s)
+    root = xp.sqrt((2 * s + 1) ** 2 + 8 * s)
+    # two forms of one root, each free of cancellation on its side
+    return xp.where(s < 0.5, -s / (1 - 2 * s + root), (1 - 2 * s - root) / 16)
+
+
+def _one_a(sums: Array) -> Array:
+    """The best a that all axes share."""
+    return _best_a(_sum(sums) / sums.shape[-1])
+
+
+def _pair_sums(data: _Statistics, g1: Array, g2: Array) -> Array:
+    """Mean over pairs of (u_l + v_l)^2, uncentred, shape (*b, 1, d)."""
+    shift = _apply(g1, data.mean_x) + _apply(g2, data.mean_y)
+    return _congruence(g1, data.covariance_x) + _congruence(g2, data.covariance_y) + shift * shift
+
+
+def _balance(s1: Array, s2: Array, ridge: float) -> tuple[Array, Array]:
+    """g1, g2 with g1^T g2 = I that turn both second moments into one diagonal matrix, largest entry first."""
+    xp = namespace_of(s1, s2)
+    root1, inverse1 = _square_root(_regular(s1, s2, ridge))
+    root2, inverse2 = _square_root(_regular(s2, s1, ridge))
+    u, sigma, vt = xp.linalg.svd(root1 @ root2, full_matrices=False)
+    half = xp.sqrt(sigma)[..., :, None]
+    g1 = half * (xp.matrix_transpose(u) @ inverse1)
+    g2 = half * (vt @ inverse2)
+    signs = _signs(g1)
+    return g1 * signs, g2 * signs
+
+
+def _regular(s: Array, other: Array, ridge: float) -> Array:
+    """s with a relative ridge; a side without any spread borrows the other side's measure, or 1."""
+    own, borrowed = _trace(s), _trace(other)
+    xp = namespace_of(own, borrowed)
+    size = s.shape[-1]
+    measure = xp.where(own > 0, own, xp.where(borrowed > 0, borrowed, float(size))) / size
+    added = xp.where(own > 0, ridge * measure, (ridge or 1.0) * measure)
+    return s + _identity(s, s) * added
+
+
+def _square_root(s: Array) -> tuple[Array, Array]:
+    """The symmetric square root of a positive definite matrix and its inverse."""
+    xp = namespace_of(s)
+    values, axes = xp.linalg.eigh(s)
+    # rounding can leave an eigenvalue at or below zero: no smaller than what the arithmetic resolves
+    floor = values[..., -1:] * float(xp.finfo(s.dtype).eps)
+    root = xp.sqrt(xp.maximum(values, floor))[..., None, :]
+    transposed = xp.matrix_transpose(axes)
+    return (axes * root) @ transposed, (axes / root) @ transposed
+
+
+def _canonical(g: Array) -> Array:
+    """Rows with signs that do not depend on the library's eigensolver."""
+    return g * _signs(g)
+
+
+def _signs(g: Array) -> Array:
+    """Signs, shape (*b, d, 1), that make each row's product with a fixed irrational direction positive.
+
+    The largest entry, the usual choice, is tied in data as plain as (1, -1) and then decided by rounding.
+    """
+    xp = namespace_of(g)
+    golden = (math.sqrt(5) - 1) / 2
+    direction = from_host([[0.5 + (golden * (l + 1)) % 1] for l in range(g.shape[-1])], like=g)
+    ones = xp.ones_like(g[..., :1])
+    return xp.where(g @ direction < 0, -ones, ones)
+
+
+def _identity(s1: Array, s2: Array) -> Array:
+    """The identity in the batch shape that the two sides broadcast to."""
+    xp = namespace_of(s1, s2)
+    like = xp.zeros_like(s1 + s2)
+    indices = xp.arange(s1.shape[-1], **on_device_of(like))
+    return like + xp.astype(indices[:, None] == indices[None, :], like.dtype)
+
+
+def _apply(g: Array, x: Array) -> Array:
+    """g x for points that are rows."""
+    return x @ namespace_of(g).matrix_transpose(g)
+
+
+def _congruence(g: Array, s: Array) -> Array:
+    """The diagonal of g s g^T, shape (*b, 1, d)."""
+    xp = namespace_of(g)
+    return xp.matrix_transpose(xp.sum((g @ s) * g, axis=-1, keepdims=True))
+
+
+def _diagonal(s: Array) -> Array:
+    return namespace_of(s).linalg.diagonal(s)[..., None, :]
+
+
+def _trace(s: Array) -> Array:
+    return _sum(_diagonal(s))
+
+
+def _outer(x: Array, y: Array) -> Array:
+    return namespace_of(x).matrix_transpose(x) @ y
+
+
+def _sum(x: Array) -> Array:
+    return namespace_of(x).sum(x, axis=-1, keepdims=True)
+
+
+def _sigmoid(t: Array) -> Array:
+    return 1 / (1 + namespace_of(t).exp(-t))
+
+
+def _log_i0(z: Array) -> Array:
+    """The log of the modified Bessel function I0, z >= 0.
+
+    I0(z) = mean over t of exp(z cos t): the trapezoid rule with 64 nodes is exact to rounding up to z = 100, and beyond
+    that three terms of the asymptotic series err by less than 1e-6 relative to I0.
+    """
+    xp = namespace_of(z)
+    nodes = [(2 * j + 1) * math.pi / 128 for j in range(64)]
+    drop = from_host([math.cos(t) - 1 for t in nodes], like=z)
+    small = xp.where(z < 100, z, 0.0)
+    near = xp.log(xp.mean(xp.exp(small[..., None] * drop), axis=-1))
+    far = xp.where(z < 100, 100.0, z)
+    series = xp.log1p(1 / (8 * far) + 9 / (128 * far * far) + 75 / (1024 * far**3))
+    return z + xp.where(z < 100, near, series - 0.5 * xp.log(2 * math.pi * far))
