@@ -69,7 +69,7 @@ def is_traced(x: Array) -> bool:
         return bool(
             x.device.type == "meta"
             or type(x).__name__ == "FakeTensor"
-            or torch._C._functorch.is_functorch_wrapped_tensor(x)
+            or torch._C._functorch.peek_interpreter_stack() is not None
         )
     if array_api_compat.is_jax_array(x):
         return isinstance(x, sys.modules["jax"].core.Tracer)

@@ -42,8 +42,8 @@ def check_together(**named: Any) -> None:
     libraries = {name: library_of(x) for name, x in arrays.items()}
     if len(set(libraries.values())) > 1:
         raise TypeError(f"all arrays must come from one library, got {_listing(libraries)}")
-    devices = {name: label for name, x in arrays.items() if (label := device_label(x)) is not None}
-    if len(set(devices.values())) > 1:
+    devices = {name: device_label(x) for name, x in arrays.items()}
+    if len(set(devices.values()) - {None}) > 1:
         raise ValueError(f"all arrays must be on one device, got {_listing(devices)}")
 
 

@@ -31,10 +31,6 @@ class PositiveMap(Protocol):
     def batch_shape(self) -> tuple[int, ...]:
         """The leading axes of the map's own arrays."""
 
-    @property
-    def fingerprint(self) -> str | None:
-        """A digest of the map's numbers; None while they are being traced."""
-
     def log_query(self, x: Array) -> Array:
         """Log features of queries, (*b, n, d) -> (*b, n, m)."""
 

@@ -267,7 +267,8 @@ def init_state(feature_map: FeatureMap, v_size: int, /, *, like: Array, window: 
     e, window = check_integer("v_size", v_size, 0), check_integer("window", window, 0)
     own = feature_map.batch_shape
     batch = check_broadcast("like (*b, s, d)", like=like.shape[:-2], feature_map=own)
-    return empty_state(feature_map, batch, feature_map.parameters.size, e, window, like)
+    state = empty_state(feature_map, batch, feature_map.parameters.size, e, window, like)
+    return replace(state, fingerprint=feature_map.fingerprint)
 
 
 def update(

@@ -83,7 +83,7 @@ class Partial:
 
 
 def empty_state(feature_map: PositiveMap, batch: tuple[int, ...], d: int, e: int, window: int, like: Array) -> State:
-    """The state of no keys, in the library, device and dtype of like."""
+    """The state of no keys, in the library, device and dtype of like; who hands it out signs it."""
     xp = namespace_of(like)
     dtype = compute_dtype(xp, like)
     m = feature_map.num_features
@@ -97,7 +97,7 @@ def empty_state(feature_map: PositiveMap, batch: tuple[int, ...], d: int, e: int
         recent_k=xp.zeros((*batch, 0, d), dtype=like.dtype, **device),
         recent_v=xp.zeros((*batch, 0, e), dtype=like.dtype, **device),
         recent_mask=xp.zeros((*batch, 0), dtype=xp.bool, **device),
-        fingerprint=feature_map.fingerprint,
+        fingerprint=None,
     )
 
 
