@@ -12,7 +12,9 @@ from favorsharp._typing import Array, Namespace
 def check_array(name: str, x: Any) -> None:
     """Raise unless x is an array whose subclass means what arrays mean."""
     if not is_array(x):
-        raise TypeError(f"{name} must be an array of an array API library (NumPy, torch, CuPy, JAX, ...), got {_kind(x)}")
+        raise TypeError(
+            f"{name} must be an array of an array API library (NumPy, torch, CuPy, JAX, ...), got {_kind(x)}"
+        )
     if library_of(x) == "numpy" and type(x).__name__ in ("MaskedArray", "matrix"):
         raise TypeError(f"{name} must be a plain array, got {_kind(x)}, whose mask or operators would be ignored")
 
@@ -134,7 +136,9 @@ def check_group(enable_gqa: bool, q: Array, k: Array, names: tuple[str, str] = (
         return 1
     for name, x in zip(names, (q, k), strict=True):
         if x.ndim < 3:
-            raise ValueError(f"enable_gqa needs a head axis: {name} has shape {tuple(x.shape)}; accepted: (*b, heads, n, d)")
+            raise ValueError(
+                f"enable_gqa needs a head axis: {name} has shape {tuple(x.shape)}; accepted: (*b, heads, n, d)"
+            )
     heads, key_heads = q.shape[-3], k.shape[-3]
     if key_heads == 0 or heads % key_heads:
         raise ValueError(

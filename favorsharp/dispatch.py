@@ -514,7 +514,9 @@ class Op(Generic[P, R]):
         self.reference = reference
         other = OPS.setdefault(self.name, self)
         if other.reference.__module__ != reference.__module__:
-            raise ValueError(f"{reference.__module__} defines op {self.name!r}, and so does {other.reference.__module__}")
+            raise ValueError(
+                f"{reference.__module__} defines op {self.name!r}, and so does {other.reference.__module__}"
+            )
         OPS[self.name] = self
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:

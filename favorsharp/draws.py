@@ -1,7 +1,7 @@
 """Random rows w, each N(0, I) by itself, drawn on the host in float64.
 
-The rows of one draw may depend on each other: that keeps every estimate unbiased and lowers its variance. One seed gives
-one draw for every array library and device; the caller casts and moves it. This is the package's only randomness.
+The rows of one draw may depend on each other: that keeps every estimate unbiased and lowers its variance. One seed
+gives one draw for every array library and device; the caller casts and moves it. All randomness of the package is here.
 """
 
 import math
@@ -114,9 +114,10 @@ def discrete_rows(method: str, rows: Rows, rate: Rows) -> tuple[Rows, Rows]:
 def _blocks(directions: Rows, num_rows: int, size: int, rng: np.random.Generator) -> Rows:
     """Blocks of d unit directions, each block turned by its own Haar rotation, each row given a chi_d length."""
     num_blocks = -(-num_rows // size)
-    rows = directions @ _haar(num_blocks, size, rng)
+    rows: Rows = directions @ _haar(num_blocks, size, rng)
     lengths = np.linalg.norm(rng.standard_normal((num_blocks, size, size)), axis=-1, keepdims=True)
-    return (lengths * rows).reshape(-1, size)[:num_rows]
+    rows = (lengths * rows).reshape(-1, size)
+    return rows[:num_rows]
 
 
 def _haar(num_blocks: int, size: int, rng: np.random.Generator) -> Rows:
@@ -125,22 +126,23 @@ def _haar(num_blocks: int, size: int, rng: np.random.Generator) -> Rows:
     # Without the signs LAPACK's Q favours some directions, and positive features then estimate 0.7 to 1.3 times the
     # kernel, depending on the direction of x + y.
     signs = np.where(np.diagonal(r, axis1=-2, axis2=-1) < 0, -1.0, 1.0)
-    return q * signs[:, None, :]
+    turned: Rows = q * signs[:, None, :]
+    return turned
 
 
 def _simplex_corners(size: int) -> Rows:
-    """d unit vectors in d dimensions with equal angles between them (arXiv 2301.13856, eq. 5)."""
+    """Unit vectors, d in d dimensions with equal angles between them (arXiv 2301.13856, eq. 5)."""
     if size == 1:
         return np.ones((1, 1))
     ones = np.append(np.ones(size - 1), 0.0)
-    corners = math.sqrt(size / (size - 1)) * np.eye(size) - (math.sqrt(size) + 1) / (size - 1) ** 1.5 * ones
+    corners: Rows = math.sqrt(size / (size - 1)) * np.eye(size) - (math.sqrt(size) + 1) / (size - 1) ** 1.5 * ones
     corners[-1] = ones / math.sqrt(size - 1)
     return corners
 
 
 def _normal_cdf(w: Rows) -> Rows:
     """Phi(w), kept below 1 so that every quantile is finite."""
-    levels = np.array([0.5 * math.erfc(-value / math.sqrt(2)) for value in w.ravel().tolist()]).reshape(w.shape)
+    levels: Rows = np.array([0.5 * math.erfc(-value / math.sqrt(2)) for value in w.ravel().tolist()]).reshape(w.shape)
     return np.minimum(levels, 1 - 2.0**-53)
 
 
@@ -159,17 +161,18 @@ def _poisson_quantiles(levels: Rows, rate: Rows) -> Rows:
 
 
 def _poisson_log_density(counts: Rows, rate: Rows) -> Rows:
-    """log of the factor of one coordinate: lambda / 2 - (w / 2) log lambda."""
+    """Log of the factor of one coordinate: lambda / 2 - (w / 2) log lambda."""
     return 0.5 * rate - 0.5 * counts * np.log(rate)
 
 
 def _geometric_quantiles(levels: Rows, rate: Rows) -> Rows:
     """The counts k >= 0 of P(k) = p (1 - p)^k."""
-    return np.floor(np.log1p(-levels) / np.log1p(-rate))
+    counts: Rows = np.floor(np.log1p(-levels) / np.log1p(-rate))
+    return counts
 
 
 def _geometric_log_density(counts: Rows, rate: Rows) -> Rows:
-    """log of the factor of one coordinate: -(1/2) log p - (w / 2) log(1 - p) - (1/2) log w!."""
+    """Log of the factor of one coordinate: -(1/2) log p - (w / 2) log(1 - p) - (1/2) log w!."""
     factorials = np.concatenate([[0.0], np.cumsum(np.log(np.arange(1, int(counts.max(initial=0)) + 1)))])
     return -0.5 * np.log(rate) - 0.5 * counts * np.log1p(-rate) - 0.5 * factorials[counts.astype(int)]
 

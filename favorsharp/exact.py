@@ -14,7 +14,7 @@ from favorsharp._checks import (
     check_same_size,
     check_scale,
 )
-from favorsharp._typing import Array
+from favorsharp._typing import Array, Namespace
 
 KERNELS = ("softmax", "gaussian")
 """exp(scale x.y) and exp(-scale |x - y|^2 / 2)."""
@@ -39,7 +39,7 @@ def log_kernel(x: Array, y: Array, kernel: str) -> Array:
     return dots - 0.5 * xp.sum(x * x, axis=-1, keepdims=True) - half_norms_y
 
 
-def kernel_matrix(x: Array, y: Array, /, *, kernel: str = "softmax", scale: float | None = None) -> Array:
+def kernel_matrix(x: Array, y: Array, *, kernel: str = "softmax", scale: float | None = None) -> Array:
     """The exact kernel matrix; for small inputs.
 
     Parameters
@@ -80,7 +80,6 @@ def softmax_attention(
     q: Array,
     k: Array,
     v: Array,
-    /,
     *,
     is_causal: bool = False,
     key_mask: Array | None = None,
@@ -134,11 +133,7 @@ def softmax_attention(
             past = positions[start:stop, None] >= positions[None, :]
             visible = past if visible is None else visible & past
         weights, total = _exp_rows(logits, visible)
-        if visible is None or not is_causal:
-            mixed = weights @ v
-        else:
-            # a key that a row may not see has weight 0, but 0 times NaN is NaN
-            mixed = mix_visible(weights, visible, v)
+        mixed = mix_visible(weights, visible, v) if is_causal and visible is not None else weights @ v
         out = xp.where(total == 0, 0.0, mixed / xp.where(total == 0, 1.0, total))
         tiles.append(cast(xp.broadcast_to(out, (*batch, *out.shape[-2:])), out_dtype))
     out = tiles[0] if len(tiles) == 1 else xp.concat(tiles, axis=-2)
@@ -147,7 +142,7 @@ def softmax_attention(
 
 def check_attention(
     q: Array, k: Array, v: Array, *, is_causal: bool, key_mask: Array | None, enable_gqa: bool
-) -> tuple[object, int]:
+) -> tuple[Namespace, int]:
     """Check what every attention takes; return the namespace and the number of query heads to a key head."""
     xp = check_floats(q=q, k=k, v=v)
     check_points("q", q, "(*b, n, d)")
@@ -158,7 +153,9 @@ def check_attention(
     check_mask("key_mask", key_mask, k.shape[:-1], "(*b, s)")
     group = check_group(check_flag("enable_gqa", enable_gqa), q, k)
     if group > 1 and (v.ndim < 3 or v.shape[-3] not in (1, k.shape[-3])):
-        raise ValueError(f"enable_gqa needs v to have the heads of k: v has shape {tuple(v.shape)}, k {tuple(k.shape)}")
+        raise ValueError(
+            f"enable_gqa needs v to have the heads of k: v has shape {tuple(v.shape)}, k has {tuple(k.shape)}"
+        )
     heads = (*q.shape[:-3], k.shape[-3]) if group > 1 else q.shape[:-2]
     check_broadcast("q (*b, n, d), k (*b, s, d), v (*b, s, e)", q=heads, k=k.shape[:-2], v=v.shape[:-2])
     if check_flag("is_causal", is_causal) and q.shape[-2] != k.shape[-2]:
@@ -187,7 +184,10 @@ def add_group_axis(key_mask: Array | None) -> Array | None:
 
 
 def mix_visible(weights: Array, visible: Array, v: Array) -> Array:
-    """weights @ v, where a value that is not finite reaches only the rows that may see it."""
+    """Multiply weights by v, where a value that is not finite reaches only the rows that may see it.
+
+    A plain product would not do: a key that a row may not see has weight 0, and 0 times NaN is NaN.
+    """
     xp = namespace_of(weights, v)
     finite = xp.isfinite(v)
     mixed = weights @ xp.where(finite, v, 0.0)

@@ -26,7 +26,6 @@ from favorsharp._checks import (
     check_mask,
     check_points,
     check_same_size,
-    check_together,
 )
 from favorsharp._typing import Array
 from favorsharp.exact import add_group_axis, check_attention, merge_heads, split_heads
@@ -41,7 +40,6 @@ def attention(
     q: Array,
     k: Array,
     v: Array,
-    /,
     *,
     num_features: int = 256,
     method: Method = "optimal",
@@ -56,8 +54,8 @@ def attention(
 ) -> Array:
     """Approximate softmax attention in one call: fit, draw and apply.
 
-    One fit for each leading index (each key head with `enable_gqa`), one draw for all. Gradients flow through q, k and v
-    as the features' inputs, not through the fit: whatever the fit, the estimate is unbiased.
+    One fit for each leading index (each key head with `enable_gqa`), one draw for all. Gradients flow through q, k and
+    v as the features' inputs, not through the fit: whatever the fit, the estimate is unbiased.
 
     Parameters
     ----------
@@ -126,7 +124,6 @@ def linear_attention(
     k: Array,
     v: Array,
     feature_map: FeatureMap,
-    /,
     *,
     is_causal: bool = False,
     window: int = 0,
@@ -238,13 +235,13 @@ def linear_attention(
             else cast(read_op(state, q, prepared), result_dtype(xp, q, k, v))
         )
     result = _deliver(merge_heads(result) if group > 1 else result, out)
-    if not return_state:
+    if state is None or not return_state:
         return result
-    state = replace(state, fingerprint=fingerprint)
-    return result, _without_group_axis(state) if group > 1 else state
+    signed = replace(state, fingerprint=fingerprint)
+    return result, _without_group_axis(signed) if group > 1 else signed
 
 
-def init_state(feature_map: FeatureMap, v_size: int, /, *, like: Array, window: int = 0) -> State:
+def init_state(feature_map: FeatureMap, v_size: int, *, like: Array, window: int = 0) -> State:
     """The state of no keys: the identity of `combine`.
 
     Parameters
@@ -262,18 +259,16 @@ def init_state(feature_map: FeatureMap, v_size: int, /, *, like: Array, window: 
     -------
     State
     """
-    _check_positive(feature_map)
+    positive = _check_positive(feature_map)
     check_floats(like=like, feature_map=feature_map.projection)
     e, window = check_integer("v_size", v_size, 0), check_integer("window", window, 0)
     own = feature_map.batch_shape
     batch = check_broadcast("like (*b, s, d)", like=like.shape[:-2], feature_map=own)
-    state = empty_state(feature_map, batch, feature_map.parameters.size, e, window, like)
+    state = empty_state(positive, batch, feature_map.parameters.size, e, window, like)
     return replace(state, fingerprint=feature_map.fingerprint)
 
 
-def update(
-    state: State, k: Array, v: Array, feature_map: FeatureMap, /, *, key_mask: Array | None = None
-) -> State:
+def update(state: State, k: Array, v: Array, feature_map: FeatureMap, *, key_mask: Array | None = None) -> State:
     """The state after a further block of keys and values, of any length.
 
     Parameters
@@ -304,7 +299,7 @@ def update(
     return replace(update_op(state, k, v, prepared, key_mask=key_mask), fingerprint=state.fingerprint)
 
 
-def read(state: State, q: Array, feature_map: FeatureMap, /, *, enable_gqa: bool = False) -> Array:
+def read(state: State, q: Array, feature_map: FeatureMap, *, enable_gqa: bool = False) -> Array:
     """Attention of queries to every key that a state has seen.
 
     Parameters
@@ -333,7 +328,7 @@ def read(state: State, q: Array, feature_map: FeatureMap, /, *, enable_gqa: bool
 
 
 def decode_step(
-    q: Array, k: Array, v: Array, state: State, feature_map: FeatureMap, /, *, enable_gqa: bool = False
+    q: Array, k: Array, v: Array, state: State, feature_map: FeatureMap, *, enable_gqa: bool = False
 ) -> tuple[Array, State]:
     """One token of causal attention: its key and value enter the state, its query reads it.
 
@@ -357,7 +352,9 @@ def decode_step(
     """
     xp, group = check_attention(q, k, v, is_causal=False, key_mask=None, enable_gqa=enable_gqa)
     if q.shape[-2] != 1 or k.shape[-2] != 1:
-        raise ValueError(f"decode_step takes one token: q has n={q.shape[-2]}, k has s={k.shape[-2]}; accepted: 1 and 1")
+        raise ValueError(
+            f"decode_step takes one token: q has n={q.shape[-2]}, k has s={k.shape[-2]}; accepted: 1 and 1"
+        )
     _check_map(feature_map, group, q=q, k=k)
     _check_state(state, feature_map, k=k)
     if v.shape[-1] != state.v_size:
@@ -373,7 +370,7 @@ def decode_step(
     return cast(out, result_dtype(xp, q, k, v)), replace(state, fingerprint=fingerprint)
 
 
-def _check_positive(feature_map: Any) -> None:
+def _check_positive(feature_map: Any) -> PositiveFeatureMap:
     if not isinstance(feature_map, FeatureMap):
         raise TypeError(f"feature_map must be a favorsharp.FeatureMap, got {type(feature_map).__name__}")
     if not isinstance(feature_map, PositiveFeatureMap):
@@ -381,6 +378,7 @@ def _check_positive(feature_map: Any) -> None:
             f"feature_map of method {feature_map.parameters.method_name!r} is signed: its denominators can vanish, so "
             "attention refuses it; accepted: positive maps (kernel_matvec and nadaraya_watson take signed ones)"
         )
+    return feature_map
 
 
 def _check_map(feature_map: Any, group: int, **named: Array) -> None:
@@ -406,8 +404,8 @@ def _check_state(state: Any, feature_map: FeatureMap, **named: Array) -> None:
     own = feature_map.fingerprint if state.fingerprint is not None else None
     if state.num_features != feature_map.num_features or (own is not None and own != state.fingerprint):
         raise ValueError(
-            f"state comes from another feature map: it is {state!r}, the map is {feature_map!r}; accepted: the map that "
-            "made it, or one with the same numbers"
+            f"state comes from another feature map: it is {state!r}, the map is {feature_map!r}; accepted: the map "
+            "that made it, or one with the same numbers"
         )
     for name, x in named.items():
         if name != "q":

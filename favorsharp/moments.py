@@ -24,8 +24,8 @@ class Moments:
     covariance_x, covariance_y : array, shape (*b, d, d)
         Centred second moments, divided by the count.
     dtype : str
-        What a fit is given back in: the dtype of the data, float32 at least. The moments themselves are float64 wherever
-        the device has it.
+        What a fit is given back in: the dtype of the data, float32 at least. The moments themselves are float64
+        wherever the device has it.
     """
 
     count_x: Array
@@ -59,7 +59,6 @@ class Moments:
 def moments(
     x: Array,
     y: Array,
-    /,
     *,
     axis: int | tuple[int, ...] = -2,
     mask_x: Array | None = None,
@@ -100,7 +99,9 @@ def moments(
     group = check_group(check_flag("enable_gqa", enable_gqa), x, y, ("x", "y"))
     if group > 1:
         if mask_x is not None:
-            mask_x = _pool(xp.broadcast_to(mask_x, broadcast_shapes(mask_x.shape, x.shape[:-1]))[..., None], group)[..., 0]
+            mask_x = _pool(xp.broadcast_to(mask_x, broadcast_shapes(mask_x.shape, x.shape[:-1]))[..., None], group)[
+                ..., 0
+            ]
         x = _pool(x, group)
     return Moments(
         *_side(x, mask_x, _axes(axis, x.ndim)),
@@ -110,7 +111,7 @@ def moments(
 
 
 @singledispatch
-def combine(a: Any, b: Any, /) -> Any:
+def combine(a: Any, b: Any) -> Any:
     """Join what was gathered from two sets of points; associative.
 
     Parameters
@@ -133,7 +134,7 @@ def combine(a: Any, b: Any, /) -> Any:
 
 
 @combine.register
-def _combine_moments(a: Moments, b: Any, /) -> Moments:
+def _combine_moments(a: Moments, b: Any) -> Moments:
     if not isinstance(b, Moments):
         raise TypeError(f"combine takes two Moments or two States, got Moments and {type(b).__name__}")
     if a.size != b.size:

@@ -38,7 +38,7 @@ Method = str | Elementwise
 class Parameters:
     """What a feature map is made of, but for its random rows.
 
-    A dense-exponential feature is exp(sum_l a_l w_l^2 + sqrt(1 - 4 a_l) w_l u_l + (1/4) log(1 - 4 a_l) - |u|^2 / 2) with
+    A dense-exponential feature is exp(sum_l a_l w_l^2 + sqrt(1 - 4 a_l) w_l u_l + (1/4) log(1 - 4 a_l) - |u|^2 / 2),
     u = g1 (x - center_x) for queries, and g2 (y - center_y) for keys; g1^T g2 = I (arXiv 2302.00787, theorem 4.1).
 
     Attributes
@@ -88,7 +88,6 @@ class Parameters:
 def fit(
     x: Array | Moments,
     y: Array | None = None,
-    /,
     *,
     method: Method = "optimal",
     kernel: str = "softmax",
@@ -127,7 +126,7 @@ def fit(
 
     Returns
     -------
-    Parameters
+    parameters : Parameters
         In the dtype of the data, float32 at least; computed in float64 wherever the device has it.
 
     Raises
@@ -179,7 +178,9 @@ def fit_named(
         if not is_traced(covariance):
             xp = namespace_of(covariance)
             if not bool(xp.all(xp.isfinite(mean)) & xp.all(xp.isfinite(covariance))):
-                raise ValueError(f"{name} holds values that are not finite (or whose squares are not): cannot fit to them")
+                raise ValueError(
+                    f"{name} holds values that are not finite (or whose squares are not): cannot fit to them"
+                )
     scale = kernel_scale(kernel, scale, data.size)
     statistics = _Statistics(*_scaled(data, scale), ridge=_ridge(ridge, data))
     solve = _FITS[method] if isinstance(method, str) else _plain
@@ -193,7 +194,7 @@ def check_method(method: Any) -> None:
         check_choice("method", method, METHODS, also=", or a callable")
 
 
-def excess(parameters: Parameters, x: Array, y: Array, /) -> Array:
+def excess(parameters: Parameters, x: Array, y: Array) -> Array:
     """Mean over all pairs of log E[(f1 f2)^2], minus 2 mean log K: how far a feature is from having no variance.
 
     Computed from moments in O((n + s) d^2), never pair by pair.
@@ -238,8 +239,8 @@ def excess(parameters: Parameters, x: Array, y: Array, /) -> Array:
     return cast(value[..., 0, 0], compute_dtype(xp, x, y))
 
 
-def log_second_moment(parameters: Parameters, x: Array, y: Array, /) -> Array:
-    """log E[(f1(x) f2(y))^2] of one feature, for every pair; for small inputs.
+def log_second_moment(parameters: Parameters, x: Array, y: Array) -> Array:
+    """Logarithm of the second moment E[(f1(x) f2(y))^2] of one feature, for every pair; for small inputs.
 
     The variance of one feature's estimate is exp(log_second_moment) - K^2 (arXiv 2302.00787, theorem 4.1).
 
@@ -284,7 +285,9 @@ def log_second_moment(parameters: Parameters, x: Array, y: Array, /) -> Array:
         products = xp.abs(x)[..., :, None, :] * xp.abs(y)[..., None, :, :]
         total = xp.sum(_log_i0(2 * products / xp.sqrt(1 - p.rate)[..., None]), axis=-1)
         return total - p.size * xp.log(p.rate) + gaussian
-    raise ValueError(f"method {p.method_name!r} does not estimate the kernel: its features have no second moment to give")
+    raise ValueError(
+        f"method {p.method_name!r} does not estimate the kernel: its features have no second moment to give"
+    )
 
 
 def check_data(parameters: Parameters, **named: Array) -> Any:
@@ -301,7 +304,7 @@ def check_data(parameters: Parameters, **named: Array) -> Any:
 
 
 def embed_query(p: Parameters, x: Array) -> tuple[Array, Array]:
-    """u = g1 (x - center_x) of queries not yet scaled, and the log of a factor of x alone, shape (*b, n, 1).
+    """Return u = g1 (x - center_x) of queries not yet scaled, and the log of a factor of x alone, (*b, n, 1).
 
     K(x, y) = exp(u.v + factor_x + factor_y) with v and factor_y of `embed_key`.
     """
@@ -309,7 +312,7 @@ def embed_query(p: Parameters, x: Array) -> tuple[Array, Array]:
 
 
 def embed_key(p: Parameters, y: Array) -> tuple[Array, Array]:
-    """v = g2 (y - center_y) of keys not yet scaled, and the log of a factor of y alone, shape (*b, s, 1)."""
+    """Return v = g2 (y - center_y) of keys not yet scaled, and the log of a factor of y alone, (*b, s, 1)."""
     return _embed(p, y, p.g2, p.center_y, p.center_x)
 
 
@@ -429,8 +432,8 @@ def _poisson(data: _Statistics) -> _Values:
 def _geometric(data: _Statistics) -> _Values:
     """The success probability that minimises a bound on the mean log second moment.
 
-    log I0(sqrt t) is concave in t, so the mean over pairs of log I0(2 |x_l y_l| / sqrt(1 - p)) is at most its value at the
-    root mean square of x_l y_l, which the moments give.
+    log I0(sqrt t) is concave in t, so the mean over pairs of log I0(2 |x_l y_l| / sqrt(1 - p)) is at most its value at
+    the root mean square of x_l y_l, which the moments give.
     """
     xp = namespace_of(data.mean_x)
     root = xp.sqrt(_diagonal(data.second_x) * _diagonal(data.second_y))
@@ -535,7 +538,7 @@ def _pair_sums(data: _Statistics, g1: Array, g2: Array) -> Array:
 
 
 def _balance(s1: Array, s2: Array, ridge: float) -> tuple[Array, Array]:
-    """g1, g2 with g1^T g2 = I that turn both second moments into one diagonal matrix, largest entry first."""
+    """Return g1, g2 with g1^T g2 = I that turn both second moments into one diagonal matrix, largest entry first."""
     xp = namespace_of(s1, s2)
     root1, inverse1 = _square_root(_regular(s1, s2, ridge))
     root2, inverse2 = _square_root(_regular(s2, s1, ridge))
@@ -548,7 +551,7 @@ def _balance(s1: Array, s2: Array, ridge: float) -> tuple[Array, Array]:
 
 
 def _regular(s: Array, other: Array, ridge: float) -> Array:
-    """s with a relative ridge; a side without any spread borrows the other side's measure, or 1."""
+    """Add a relative ridge to s; a side without any spread borrows the other side's measure, or 1."""
     own, borrowed = _trace(s), _trace(other)
     xp = namespace_of(own, borrowed)
     size = s.shape[-1]
@@ -580,7 +583,7 @@ def _signs(g: Array) -> Array:
     """
     xp = namespace_of(g)
     golden = (math.sqrt(5) - 1) / 2
-    direction = from_host([[0.5 + (golden * (l + 1)) % 1] for l in range(g.shape[-1])], like=g)
+    direction = from_host([[0.5 + (golden * (axis + 1)) % 1] for axis in range(g.shape[-1])], like=g)
     ones = xp.ones_like(g[..., :1])
     return xp.where(g @ direction < 0, -ones, ones)
 
@@ -594,7 +597,7 @@ def _identity(s1: Array, s2: Array) -> Array:
 
 
 def _apply(g: Array, x: Array) -> Array:
-    """g x for points that are rows."""
+    """Return g x for points that are rows."""
     return x @ namespace_of(g).matrix_transpose(g)
 
 

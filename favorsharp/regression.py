@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from favorsharp._arrays import broadcast_shapes, cast, compute_dtype, namespace_of, result_dtype
+from favorsharp._arrays import broadcast_shapes, cast, compute_dtype, namespace_of, on_device_of, result_dtype
 from favorsharp._checks import check_array, check_broadcast, check_floats, check_points, check_same_size
 from favorsharp._typing import Array
 from favorsharp.features import FeatureMap, PositiveFeatureMap
@@ -13,7 +13,7 @@ from favorsharp.ops.state import tiles_of
 from favorsharp.parameters import astype
 
 
-def kernel_matvec(x: Array, y: Array, v: Array, feature_map: FeatureMap, /) -> Array:
+def kernel_matvec(x: Array, y: Array, v: Array, feature_map: FeatureMap) -> Array:
     """An unbiased estimate of K(x, y) @ v in O((n + s) m (d + e)).
 
     Parameters
@@ -35,8 +35,7 @@ def kernel_matvec(x: Array, y: Array, v: Array, feature_map: FeatureMap, /) -> A
         If an argument is not as described.
     """
     v, single = _columns(v)
-    dtype = _check(x, y, v, feature_map)
-    prepared: Any = astype(feature_map, dtype)
+    prepared: Any = astype(feature_map, _check(x, y, v, feature_map))
     if isinstance(prepared, PositiveFeatureMap):
         out = kernel_matvec_op(x, y, v, prepared)
     else:
@@ -44,7 +43,7 @@ def kernel_matvec(x: Array, y: Array, v: Array, feature_map: FeatureMap, /) -> A
     return out[..., 0] if single else out
 
 
-def nadaraya_watson(x: Array, y: Array, v: Array, feature_map: FeatureMap, /) -> Array:
+def nadaraya_watson(x: Array, y: Array, v: Array, feature_map: FeatureMap) -> Array:
     """The kernel-weighted mean of v at each x: K(x, y) @ v with rows normalised.
 
     Parameters
@@ -68,8 +67,7 @@ def nadaraya_watson(x: Array, y: Array, v: Array, feature_map: FeatureMap, /) ->
         If an argument is not as described.
     """
     v, single = _columns(v)
-    dtype = _check(x, y, v, feature_map)
-    prepared: Any = astype(feature_map, dtype)
+    prepared: Any = astype(feature_map, _check(x, y, v, feature_map))
     if isinstance(prepared, PositiveFeatureMap):
         out = attention(x, y, v, prepared)
     else:
@@ -78,7 +76,7 @@ def nadaraya_watson(x: Array, y: Array, v: Array, feature_map: FeatureMap, /) ->
 
 
 def _columns(v: Any) -> tuple[Array, bool]:
-    """v with a value axis, and whether it had none."""
+    """Return v with a value axis, and whether it had none."""
     check_array("v", v)
     return (v[:, None], True) if v.ndim == 1 else (v, False)
 
@@ -107,8 +105,7 @@ def _signed_products(x: Array, y: Array, v: Array, feature_map: SignedFeatureMap
     batch = broadcast_shapes(x.shape[:-2], y.shape[:-2], v.shape[:-2], feature_map.batch_shape)
     n, s, m = x.shape[-2], y.shape[-2], feature_map.num_features
     if s == 0:
-        return xp.zeros_like(cast(x[..., :1], out_dtype) @ xp.sum(cast(v, out_dtype), axis=-2, keepdims=True))
-    features, log_factor = [], []
+        return xp.zeros((*batch, n, v.shape[-1]), dtype=out_dtype, **on_device_of(x))
     if normalise:
         v = xp.concat([v, xp.ones_like(v[..., :1])], axis=-1)
     total, top = None, None

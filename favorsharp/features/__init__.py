@@ -19,7 +19,11 @@ _PAIRED = ("hyperbolic", "trig")
 
 
 def feature_map(
-    parameters: Parameters, num_features: int, /, *, draw: str | Array | tuple[Array, Array] = "orthogonal", rng: Any = None
+    parameters: Parameters,
+    num_features: int,
+    *,
+    draw: str | Array | tuple[Array, Array] = "orthogonal",
+    rng: Any = None,
 ) -> FeatureMap:
     """Draw the random rows of a feature map.
 
@@ -32,16 +36,16 @@ def feature_map(
     draw : str, array, or pair of arrays
         `"iid"`, `"orthogonal"`, `"simplex"`, `"sobol"` (needs SciPy) or `"antithetic"`; or an (m, d) array of rows
         w ~ N(0, I); or, for the dense-exponential methods, a pair: rows W of shape (m, d) from any proposal nu in the
-        coordinates of u = g1 (x - center_x), and log(p(W) / nu(W)) of shape (m,) with p = N(0, I). Arrays are NumPy's or
-        of the parameters' library. Methods that pair their rows (`hyperbolic`, `trig`) use the first ceil(m / 2).
+        coordinates of u = g1 (x - center_x), and log(p(W) / nu(W)) of shape (m,) with p = N(0, I). Arrays are
+        NumPy's or of the parameters' library. Methods that pair their rows (`hyperbolic`, `trig`) use the first ceil(m / 2).
     rng : None, int, SeedSequence or numpy Generator
         The same seed gives the same rows on every library and device, up to the cast.
 
     Returns
     -------
     FeatureMap
-        `positive` ones have `log_query`, `log_key`, `query` and `key`; signed ones (`trig`, `poisson`, `geometric`)
-        have `query` and `key`.
+        `positive` ones have `log_query`, `log_key`, `query` and `key`; signed ones (`trig`, `poisson`,
+        `geometric`) have `query` and `key`.
 
     Raises
     ------
@@ -53,7 +57,9 @@ def feature_map(
     m = check_integer("num_features", num_features, 1)
     method, size = parameters.method, parameters.size
     if method == "trig" and m % 2:
-        raise ValueError(f"num_features must be even for method 'trig', whose features are cosine and sine pairs; got {m}")
+        raise ValueError(
+            f"num_features must be even for method 'trig', whose features are cosine and sine pairs; got {m}"
+        )
     if isinstance(draw, tuple):
         return _proposed(parameters, m, draw)
     num_rows = -(-m // 2) if method in _PAIRED else m

@@ -34,11 +34,11 @@ class FeatureMap:
     family: ClassVar[str] = "signed"
     """The kind of computation: "exponential", "elementwise" or "signed"; kernels accelerate the first."""
 
-    def query(self, x: Array, /) -> Array:
+    def query(self, x: Array) -> Array:
         """Features of queries, (*b, n, d) -> (*b, n, m), in the dtype of x."""
         raise NotImplementedError
 
-    def key(self, y: Array, /) -> Array:
+    def key(self, y: Array) -> Array:
         """Features of keys, (*b, s, d) -> (*b, s, m), in the dtype of y."""
         raise NotImplementedError
 
@@ -93,7 +93,7 @@ class PositiveFeatureMap(FeatureMap):
     positive: ClassVar[bool] = True
     family: ClassVar[str] = "elementwise"
 
-    def log_query(self, x: Array, /) -> Array:
+    def log_query(self, x: Array) -> Array:
         """Logarithms of query features, 1/sqrt(m) included.
 
         Parameters
@@ -109,22 +109,22 @@ class PositiveFeatureMap(FeatureMap):
         prepared, wide = self._prepared("x", x)
         return cast(prepared._log_query(wide), x.dtype)
 
-    def log_key(self, y: Array, /) -> Array:
+    def log_key(self, y: Array) -> Array:
         """Logarithms of key features, 1/sqrt(m) included, (*b, s, d) -> (*b, s, m), as `log_query`."""
         prepared, wide = self._prepared("y", y)
         return cast(prepared._log_key(wide), y.dtype)
 
-    def query(self, x: Array, /) -> Array:
+    def query(self, x: Array) -> Array:
         """Features of queries, exp(log_query(x)), in the dtype of x."""
         prepared, wide = self._prepared("x", x)
         return cast(prepared._query(wide), x.dtype)
 
-    def key(self, y: Array, /) -> Array:
+    def key(self, y: Array) -> Array:
         """Features of keys, exp(log_key(y)), in the dtype of y."""
         prepared, wide = self._prepared("y", y)
         return cast(prepared._key(wide), y.dtype)
 
-    def log_kernel(self, x: Array, y: Array, /) -> Array:
+    def log_kernel(self, x: Array, y: Array) -> Array:
         """The exact log kernel that the features stand for, (*b, n, d), (*b, s, d) -> (*b, n, s)."""
         return log_kernel_of(self.parameters, x, y)
 
@@ -153,13 +153,13 @@ class SignedFeatureMap(FeatureMap):
         """Bounded features and the log of their scalar factor, (*b, s, m) and (*b, s, 1)."""
         return self.query_parts(y)
 
-    def query(self, x: Array, /) -> Array:
+    def query(self, x: Array) -> Array:
         """Features of queries, (*b, n, d) -> (*b, n, m), in the dtype of x."""
         prepared, wide = self._prepared("x", x)
         features, log_factor = prepared.query_parts(wide)
         return cast(features * namespace_of(x).exp(log_factor), x.dtype)
 
-    def key(self, y: Array, /) -> Array:
+    def key(self, y: Array) -> Array:
         """Features of keys, (*b, s, d) -> (*b, s, m), in the dtype of y."""
         prepared, wide = self._prepared("y", y)
         features, log_factor = prepared.key_parts(wide)

@@ -43,12 +43,12 @@ class DenseExponentialMap(PositiveFeatureMap):
         return 0.5 * self.log_weight - 0.5 * math.log(self.num_features)
 
     def query_terms(self, x: Array) -> tuple[Array, Array]:
-        """u and row of queries: log features are u rows^T + row + column; (*b, n, d) and (*b, n, 1)."""
+        """Return u and row of queries: log features are u rows^T + row + column; (*b, n, d) and (*b, n, 1)."""
         u, log_factor = embed_query(self.parameters, x)
         return u, _row(u, log_factor)
 
     def key_terms(self, y: Array) -> tuple[Array, Array]:
-        """v and row of keys: log features are v rows^T + row + column; (*b, s, d) and (*b, s, 1)."""
+        """Return v and row of keys: log features are v rows^T + row + column; (*b, s, d) and (*b, s, 1)."""
         v, log_factor = embed_key(self.parameters, y)
         return v, _row(v, log_factor)
 

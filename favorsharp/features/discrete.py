@@ -29,7 +29,9 @@ class DiscreteMap(SignedFeatureMap):
         Counts and their weights are computed on the host in float64, so the parameters cannot be tracers.
         """
         if is_traced(parameters.rate):
-            raise ValueError(f"method {parameters.method_name!r} draws on the host: build its feature map outside of jit")
+            raise ValueError(
+                f"method {parameters.method_name!r} draws on the host: build its feature map outside of jit"
+            )
         from favorsharp.draws import discrete_rows  # loads NumPy, which `import favorsharp` must not
 
         counts, log_density = discrete_rows(str(parameters.method), to_host(rows), to_host(parameters.rate))

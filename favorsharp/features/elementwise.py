@@ -17,7 +17,7 @@ class ElementwiseMap(PositiveFeatureMap):
 
     @classmethod
     def from_rows(cls, parameters: Parameters, num_features: int, w: Array) -> "ElementwiseMap":
-        """The map of rows w; a callable may return more or fewer features than it is given, and m is what it returns."""
+        """Make the map of rows w; a callable may return any number of features, and that is then m."""
         method = parameters.method
         if callable(method):
             xp = namespace_of(w)

@@ -1,12 +1,13 @@
 """Attention block by block: prefixes and suffixes by features, neighbouring blocks exactly (docs: theory, the window).
 
-Positions are cut into blocks of w. A query scores its own block and the neighbouring ones exactly; every other block it
-reads through features, from states that never held the near keys, so that nothing is ever subtracted. Without a window
-the same code serves causal attention with blocks of one position and no exact part: a query reads all keys up to its own.
+Positions are cut into blocks of w. A query scores its own block and the neighbouring ones exactly; every other block
+it reads through features, from states that never held the near keys, so that nothing is ever subtracted. Without a
+window the same code serves causal attention with blocks of one position and no exact part: a query reads all keys up to
+its own.
 
-Inside a tile a causal prefix is read by halves: the second half of a tile reads the first half as a whole, and so on down
-to single blocks. Every group of queries then reads keys that it may see in full, so the stabiliser of each is attained by
-a visible key, and what is hidden from a query takes no part in any number of its row.
+Inside a tile a causal prefix is read by halves: the second half of a tile reads the first half as a whole, and so on
+down to single blocks. Every group of queries then reads keys that it may see in full, so the stabiliser of each is
+attained by a visible key, and what is hidden from a query takes no part in any number of its row.
 """
 
 from collections.abc import Callable
@@ -106,7 +107,15 @@ def far_step(
 
 
 def near_partial(
-    q: Array, k: Array, v: Array, key_mask: Array, feature_map: PositiveMap, rows: tuple[int, int], state: State, *, causal: bool
+    q: Array,
+    k: Array,
+    v: Array,
+    key_mask: Array,
+    feature_map: PositiveMap,
+    rows: tuple[int, int],
+    state: State,
+    *,
+    causal: bool,
 ) -> Partial:
     """What queries between two positions read from the keys of their own and neighbouring blocks, scored exactly.
 
@@ -172,7 +181,10 @@ def _prefix_partial(lq: Array, lk: Array, v: Array, block: int, reverse: bool) -
     size = block
     while size < lq.shape[-2]:
         later, earlier, values = (_in_blocks(x, size) for x in (lq, lk, v))
-        part = merge(part, _to_second_halves(pair_partial(later[..., 1::2, :, :], earlier[..., ::2, :, :], values[..., ::2, :, :])))
+        part = merge(
+            part,
+            _to_second_halves(pair_partial(later[..., 1::2, :, :], earlier[..., ::2, :, :], values[..., ::2, :, :])),
+        )
         size *= 2
     return _map(part, _flip) if reverse else part
 

@@ -62,9 +62,7 @@ def causal_attention(
     tile = tile_of(window, length, state, queries)
     outs = []
     for start in range(0, length, tile):
-        parts, state = far_step(
-            state, queries, keys, values, mask, feature_map, start=start, tile=tile, limit=limit
-        )
+        parts, state = far_step(state, queries, keys, values, mask, feature_map, start=start, tile=tile, limit=limit)
         for a, b, part in parts:
             if window:
                 near = near_partial(queries, keys, values, mask, feature_map, (a, b), state, causal=True)
@@ -73,7 +71,9 @@ def causal_attention(
                 out = cast(finish(part), out_dtype)[..., max(before - a, 0) :, :]
                 outs.append(xp.broadcast_to(out, (*full_batch, *out.shape[-2:])))
     if window:
-        state = replace(state, recent_k=keys[..., limit:, :], recent_v=values[..., limit:, :], recent_mask=mask[..., limit:])
+        state = replace(
+            state, recent_k=keys[..., limit:, :], recent_v=values[..., limit:, :], recent_mask=mask[..., limit:]
+        )
     if not outs:
         return xp.zeros((*full_batch, 0, v.shape[-1]), dtype=out_dtype, **on_device_of(q)), state
     return outs[0] if len(outs) == 1 else xp.concat(outs, axis=-2), state

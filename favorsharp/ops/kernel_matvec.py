@@ -28,7 +28,11 @@ def kernel_matvec(x: Array, y: Array, v: Array, feature_map: PositiveMap) -> Arr
     batch = broadcast_shapes(y.shape[:-2], v.shape[:-2], feature_map.batch_shape)
     full_batch = broadcast_shapes(x.shape[:-2], batch)
     state = absorb(
-        empty_state(feature_map, batch, y.shape[-1], v.shape[-1], 0, cast(y[..., :0, :], dtype)), y, v, None, feature_map
+        empty_state(feature_map, batch, y.shape[-1], v.shape[-1], 0, cast(y[..., :0, :], dtype)),
+        y,
+        v,
+        None,
+        feature_map,
     )
     outs = []
     for a, b in tiles_of(x.shape[-2], state.num_features, full_batch):

@@ -74,7 +74,7 @@ class State:
 class Partial:
     """What a query has read so far: sums relative to exp(ref), so that partial sums over disjoint keys can be merged.
 
-    `num` (*b, n, e), `den` and `ref` (*b, n, 1). `den` is at least 1, or 0 where nothing was visible; then `ref` is -inf.
+    `num` (*b, n, e), `den` and `ref` (*b, n, 1). `den` is at least 1, or 0 with `ref` -inf where nothing was seen.
     """
 
     num: Array
@@ -189,7 +189,7 @@ def decode_step(
 
 
 @combine.register
-def _combine_states(a: State, b: Any, /) -> State:
+def _combine_states(a: State, b: Any) -> State:
     if not isinstance(b, State):
         raise TypeError(f"combine takes two Moments or two States, got State and {type(b).__name__}")
     if a.fingerprint is not None and b.fingerprint is not None and a.fingerprint != b.fingerprint:
@@ -315,7 +315,7 @@ def tiles_of(length: int, width: int, batch: tuple[int, ...]) -> Iterator[tuple[
 
 
 def tile_length(width: int, batch: tuple[int, ...], most: int) -> int:
-    """Points in a tile: a power of two from 16 to `most`, so that a tile of the given width stays near TILE_ELEMENTS."""
+    """Points in a tile: a power of two from 16 to `most` that keeps a tile of this width near TILE_ELEMENTS."""
     points = TILE_ELEMENTS // max(1, width * math.prod(batch))
     return min(most, max(16, 1 << (points.bit_length() - 1 if points else 0)))
 
