@@ -195,9 +195,16 @@ def mix_visible(weights: Array, visible: Array, v: Array) -> Array:
     return xp.where(seen, xp.nan, mixed)
 
 
+def finite_or_nan(x: Array) -> Array:
+    """Put NaN in place of infinities: minus infinity would read as a key that nobody may see, and say nothing."""
+    xp = namespace_of(x)
+    return xp.where(xp.isfinite(x), x, xp.nan)
+
+
 def _exp_rows(logits: Array, visible: Array | None) -> tuple[Array, Array]:
     """exp(logits) over what is visible, each row divided by its largest, and the row sums."""
     xp = namespace_of(logits)
+    logits = finite_or_nan(logits)
     if visible is not None:
         logits = xp.where(visible, logits, -xp.inf)
     if logits.shape[-1] == 0:

@@ -409,7 +409,8 @@ def _sderf(data: _Statistics) -> _Values:
     xp = namespace_of(data.mean_x)
     cross = _outer(data.mean_x, data.mean_y)
     sums, axes = xp.linalg.eigh(data.second_x + data.second_y + cross + xp.matrix_transpose(cross))
-    g = _canonical(xp.flip(xp.matrix_transpose(axes), axis=-2))
+    g = xp.flip(xp.matrix_transpose(axes), axis=-2)
+    g = g * _signs(g)
     sums = xp.flip(sums, axis=-1)[..., None, :]
     return _values(g, g, _best_a(xp.maximum(sums, xp.zeros_like(sums))))
 
@@ -426,7 +427,7 @@ def _poisson(data: _Statistics) -> _Values:
     xp = namespace_of(data.mean_x)
     products = _diagonal(data.second_x) * _diagonal(data.second_y)
     rate = xp.sqrt(_sum(products) / products.shape[-1])
-    return {**_plain(data), "rate": xp.where(rate > 0, rate, 1.0)}  # all zero: any rate is exact
+    return {**_plain(data), "rate": xp.where(rate > 0, rate, 1e-6)}  # all zero: the rarer the better
 
 
 def _geometric(data: _Statistics) -> _Values:
@@ -521,9 +522,11 @@ def _log_variance(a: Array, s: Array) -> Array:
 def _best_a(s: Array) -> Array:
     """The a that minimises h at a mean square s of u + v (docs: theory, eq. 2)."""
     xp = namespace_of(s)
-    root = xp.sqrt((2 * s + 1) ** 2 + 8 * s)
     # two forms of one root, each free of cancellation on its side
-    return xp.where(s < 0.5, -s / (1 - 2 * s + root), (1 - 2 * s - root) / 16)
+    small, large = xp.where(s < 0.5, s, 0.0), xp.where(s < 0.5, 0.5, s)
+    below = -small / (1 - 2 * small + xp.sqrt((2 * small + 1) ** 2 + 8 * small))
+    above = (1 - 2 * large - xp.sqrt((2 * large + 1) ** 2 + 8 * large)) / 16
+    return xp.where(s < 0.5, below, above)
 
 
 def _one_a(sums: Array) -> Array:
@@ -541,13 +544,12 @@ def _balance(s1: Array, s2: Array, ridge: float) -> tuple[Array, Array]:
     """Return g1, g2 with g1^T g2 = I that turn both second moments into one diagonal matrix, largest entry first."""
     xp = namespace_of(s1, s2)
     root1, inverse1 = _square_root(_regular(s1, s2, ridge))
-    root2, inverse2 = _square_root(_regular(s2, s1, ridge))
-    u, sigma, vt = xp.linalg.svd(root1 @ root2, full_matrices=False)
-    half = xp.sqrt(sigma)[..., :, None]
-    g1 = half * (xp.matrix_transpose(u) @ inverse1)
-    g2 = half * (vt @ inverse2)
-    signs = _signs(g1)
-    return g1 * signs, g2 * signs
+    root2, _ = _square_root(_regular(s2, s1, ridge))
+    u, sigma, _ = xp.linalg.svd(root1 @ root2, full_matrices=False)
+    g1 = xp.sqrt(sigma)[..., :, None] * (xp.matrix_transpose(u) @ inverse1)
+    g1 = g1 * _signs(g1)
+    # the formula for g2 has the same value, but the inverse makes g1^T g2 = I, which unbiasedness rests on, to rounding
+    return g1, xp.matrix_transpose(xp.linalg.inv(g1))
 
 
 def _regular(s: Array, other: Array, ridge: float) -> Array:
@@ -569,11 +571,6 @@ def _square_root(s: Array) -> tuple[Array, Array]:
     root = xp.sqrt(xp.maximum(values, floor))[..., None, :]
     transposed = xp.matrix_transpose(axes)
     return (axes * root) @ transposed, (axes / root) @ transposed
-
-
-def _canonical(g: Array) -> Array:
-    """Rows with signs that do not depend on the library's eigensolver."""
-    return g * _signs(g)
 
 
 def _signs(g: Array) -> Array:

@@ -6,6 +6,7 @@ from typing import ClassVar
 
 from favorsharp._arrays import namespace_of
 from favorsharp._typing import Array
+from favorsharp.exact import finite_or_nan
 from favorsharp.features.base import PositiveFeatureMap
 from favorsharp.ops.exponential_features import exponential_features
 from favorsharp.parameters import Parameters, embed_key, embed_query
@@ -71,10 +72,5 @@ class DenseExponentialMap(PositiveFeatureMap):
 
 
 def _row(u: Array, log_factor: Array) -> Array:
-    """The part of a log feature that depends on the point alone; NaN where it is out of the dtype's range.
-
-    Left at minus infinity it would read as a point that nobody may see.
-    """
-    xp = namespace_of(u)
-    row = log_factor - 0.5 * xp.sum(u * u, axis=-1, keepdims=True)
-    return xp.where(xp.isfinite(row), row, xp.nan)
+    """The part of a log feature that depends on the point alone; NaN where it is out of the dtype's range."""
+    return finite_or_nan(log_factor - 0.5 * namespace_of(u).sum(u * u, axis=-1, keepdims=True))

@@ -16,7 +16,7 @@ from typing import Any
 from favorsharp._arrays import broadcast_shapes, cast, compute_dtype, namespace_of, on_device_of
 from favorsharp._typing import Array, PositiveMap
 from favorsharp.dispatch import Op
-from favorsharp.exact import mix_visible
+from favorsharp.exact import finite_or_nan, mix_visible
 from favorsharp.moments import combine
 
 TILE_ELEMENTS = 1 << 20
@@ -257,6 +257,7 @@ def exact_partial(logits: Array, visible: Array | None, v: Array, *, mixed: bool
     `mixed` says that rows differ in what they may see; then a value that is not finite must not reach the others.
     """
     xp = namespace_of(logits)
+    logits = finite_or_nan(logits)
     if visible is not None:
         logits = xp.where(visible, logits, -xp.inf)
     ref = xp.max(logits, axis=-1, keepdims=True)
