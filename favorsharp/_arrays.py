@@ -54,6 +54,8 @@ def device_of(x: Array) -> str:
 
 def dtype_name(x: Array | DType) -> str:
     """The dtype's short name, the same in every library: "float32"."""
+    if isinstance(x, type):  # NumPy names its dtypes by scalar types
+        return x.__name__
     return str(getattr(x, "dtype", x)).rpartition(".")[2]
 
 

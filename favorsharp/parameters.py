@@ -522,7 +522,8 @@ def _log_variance(a: Array, s: Array) -> Array:
 def _best_a(s: Array) -> Array:
     """The a that minimises h at a mean square s of u + v (docs: theory, eq. 2)."""
     xp = namespace_of(s)
-    # two forms of one root, each free of cancellation on its side
+    # two forms of one root, each free of cancellation on its side; rounding can leave s a little below zero
+    s = xp.maximum(s, xp.zeros_like(s))
     small, large = xp.where(s < 0.5, s, 0.0), xp.where(s < 0.5, 0.5, s)
     below = -small / (1 - 2 * small + xp.sqrt((2 * small + 1) ** 2 + 8 * small))
     above = (1 - 2 * large - xp.sqrt((2 * large + 1) ** 2 + 8 * large)) / 16

@@ -1,0 +1,61 @@
+# Two commands: `make demo` and `make test`. Both make a virtual environment of their own on first use.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
+
+.PHONY: help demo test test-all lint types layers docs wheel-check clean
+
+help:
+	@echo "make demo   compare the methods on the attention sample, leave the picture"
+	@echo "make test   the whole test matrix"
+	@echo "make lint types layers docs wheel-check clean"
+
+$(VENV)/made:
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) --upgrade pip
+	touch $@
+
+$(VENV)/cli: $(VENV)/made pyproject.toml
+	$(PIP) --editable '.[cli]'
+	touch $@
+
+$(VENV)/test: $(VENV)/made pyproject.toml
+	$(PIP) 'torch==2.13.0'
+	$(PIP) --editable '.[test]'
+	touch $@
+
+$(VENV)/docs: $(VENV)/made pyproject.toml
+	$(PIP) --editable '.[docs]'
+	touch $@
+
+demo: $(VENV)/cli
+	$(BIN)/favorsharp compare --output favorsharp-compare.png
+	@echo "The picture is favorsharp-compare.png"
+
+test: $(VENV)/test
+	$(BIN)/python -m pytest -n auto
+	$(BIN)/python -m pytest -q --backend loopback tests/ops tests/test_linear_attention.py tests/test_streaming.py tests/test_regression.py
+
+lint: $(VENV)/test
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+
+types: $(VENV)/test
+	$(BIN)/mypy
+
+layers: $(VENV)/test
+	$(BIN)/lint-imports
+
+docs: $(VENV)/docs
+	$(BIN)/sphinx-build -W -q -b html docs docs/_build/html
+
+wheel-check: $(VENV)/test
+	rm -rf dist
+	$(BIN)/python -m build --quiet --wheel
+	$(PYTHON) -m venv --clear dist/venv
+	dist/venv/bin/python -m pip --disable-pip-version-check install --quiet dist/*.whl
+	cd dist && venv/bin/python ../tests/wheel_smoke.py
+
+clean:
+	rm -rf $(VENV) dist docs/_build favorsharp-compare.png

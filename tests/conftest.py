@@ -1,0 +1,148 @@
+"""The array libraries that every law is tested on, and the switch that reruns the suite through a named backend.
+
+`pytest --backend loopback` wraps each test in `favorsharp.use("loopback")`: a backend that comes through the real entry
+point door, runs the references and counts its calls (tests/loopback). `make test` reruns the tests of ops, attention,
+streaming and regression that way, and the run fails if the backend never ran. Tests that choose backends themselves carry
+the marker `own_backend`.
+"""
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+
+import favorsharp as fs
+
+TESTS = Path(__file__).parent
+sys.path.insert(0, str(TESTS))  # oracle.py and problems.py
+sys.path.insert(0, str(TESTS / "loopback"))
+
+
+@dataclass(frozen=True)
+class Library:
+    """One way to hold arrays: a library, a device, and how to get there and back."""
+
+    name: str
+    namespace: ModuleType
+    to: Callable[[np.ndarray], Any]
+    back: Callable[[Any], np.ndarray]
+
+    def __repr__(self) -> str:
+        return self.name
+
+    def __call__(self, host: Any, dtype: str | None = None) -> Any:
+        host = np.asarray(host)
+        if dtype is None and host.dtype.kind == "f":
+            host = host.astype(np.float64)
+        return self.to(host if dtype is None else host.astype(dtype))
+
+    def is_like(self, x: Any, reference: Any) -> bool:
+        """Whether x is of the library, device and dtype of a reference array."""
+        same = type(x) is type(reference) and x.dtype == reference.dtype
+        return same and str(getattr(x, "device", None)) == str(getattr(reference, "device", None))
+
+
+def _numpy() -> Library:
+    return Library("numpy", np, np.array, np.asarray)
+
+
+def _readonly() -> Library:
+    def to(host: np.ndarray) -> np.ndarray:
+        spread = np.zeros((*host.shape[:-1], 2 * host.shape[-1]), host.dtype) if host.ndim else host.copy()
+        if host.ndim:
+            spread[..., ::2] = host
+            spread = spread[..., ::2]  # strided, too
+        spread.flags.writeable = False
+        return spread
+
+    return Library("numpy-readonly-strided", np, to, np.asarray)
+
+
+def _torch() -> Library:
+    torch = pytest.importorskip("torch")
+    return Library("torch", torch, lambda host: torch.asarray(host.copy()), lambda x: x.detach().numpy())
+
+
+def _strict() -> Library:
+    strict = pytest.importorskip("array_api_strict")
+    return Library("strict", strict, strict.asarray, np.asarray)
+
+
+def _strict_device() -> Library:
+    strict = pytest.importorskip("array_api_strict")
+    device, cpu = strict.Device("device1"), strict.Device("CPU_DEVICE")
+    return Library(
+        "strict-device1",
+        strict,
+        lambda host: strict.asarray(host, device=device),
+        lambda x: np.asarray(x.to_device(cpu)),
+    )
+
+
+def _jax() -> Library:
+    jax = pytest.importorskip("jax")
+    jax.config.update("jax_enable_x64", True)
+    return Library("jax", jax.numpy, jax.numpy.asarray, np.asarray)
+
+
+MAKERS = {
+    "numpy": _numpy,
+    "numpy-readonly-strided": _readonly,
+    "torch": _torch,
+    "strict": _strict,
+    "strict-static": _strict,
+    "strict-device1": _strict_device,
+    "jax": _jax,
+}
+
+
+@pytest.fixture(params=list(MAKERS))
+def xp(request: pytest.FixtureRequest) -> Any:
+    """Each array library in turn; "strict-static" refuses what depends on values: boolean indexing, unknown shapes."""
+    library = MAKERS[request.param]()
+    if request.param == "strict-static":
+        strict = sys.modules["array_api_strict"]
+        with strict.ArrayAPIStrictFlags(boolean_indexing=False, data_dependent_shapes=False):
+            yield library
+    else:
+        yield library
+
+
+@pytest.fixture(params=["numpy-readonly-strided", "torch", "strict-device1"])
+def few_xp(request: pytest.FixtureRequest) -> Library:
+    """The most demanding of the eager libraries, where a test runs over many cases and JAX would compile each."""
+    return MAKERS[request.param]()
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    return np.random.default_rng(20240607)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--backend", default=None, help="run every test under favorsharp.use(NAME)")
+
+
+@pytest.fixture(autouse=True)
+def _under_backend(request: pytest.FixtureRequest) -> Any:
+    name = request.config.getoption("--backend")
+    if name is None or request.node.get_closest_marker("own_backend"):
+        yield
+        return
+    with fs.use(name):
+        yield
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Fail a rerun through the loopback backend in which it never ran."""
+    if session.config.getoption("--backend") == "loopback" and not hasattr(session.config, "workerinput"):
+        import favorsharp_loopback
+
+        print(f"\nloopback ran: {dict(favorsharp_loopback.calls)}")
+        if not favorsharp_loopback.calls and session.testscollected:
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
