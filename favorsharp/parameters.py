@@ -164,9 +164,11 @@ def fit_named(
     check_method(method)
     check_choice("kernel", kernel, ("softmax", "gaussian"))
     if isinstance(x, Moments):
-        given = [name for name, value in gathering.items() if value is not None and value is not False and value != -2]
-        if y is not None or given:
-            raise TypeError(f"fit(moments) takes no {', '.join((['y'] if y is not None else []) + given)}")
+        defaults = {"y": None, "axis": -2, "mask_x": None, "mask_y": None, "enable_gqa": False}
+        values = {"y": y, **gathering}
+        given = [name for name, value in values.items() if is_array(value) or value != defaults[name]]
+        if given:
+            raise TypeError(f"fit(moments) takes no {', '.join(given)}: the moments have them in")
         data = x
     elif y is None:
         raise TypeError("fit takes queries and keys, or one Moments: y is missing")
@@ -440,16 +442,15 @@ def _geometric(data: _Statistics) -> _Values:
     root = xp.sqrt(_diagonal(data.second_x) * _diagonal(data.second_y))
     size = root.shape[-1]
 
-    def bound(p: Array) -> Array:
-        return _sum(_log_i0(2 * root / xp.sqrt(1 - p))) - size * xp.log(p)
-
-    # golden-section search in log(p / (1 - p)), where the bound has one minimum
-    ratio = (math.sqrt(5) - 1) / 2
-    low, high = xp.zeros_like(root[..., :1]) - 30.0, xp.zeros_like(root[..., :1]) + 30.0
-    for _ in range(70):
-        left, right = high - ratio * (high - low), low + ratio * (high - low)
-        lower = bound(_sigmoid(left)) <= bound(_sigmoid(right))
-        low, high = xp.where(lower, low, left), xp.where(lower, right, high)
+    # The derivative vanishes where p / (1 - p) sum_l z_l I1(z_l) / I0(z_l) = 2 d with z = 2 root / sqrt(1 - p), and its sign
+    # changes once: bisection in log(p / (1 - p)) ends at rounding, where a search for the least value ends at its root.
+    # The ends keep p away from 1, which data of zeros ask for and float32 would round to.
+    low, high = xp.zeros_like(root[..., :1]) - 40.0, xp.zeros_like(root[..., :1]) + 13.0
+    for _ in range(60):
+        middle = 0.5 * (low + high)
+        z = 2 * root * xp.sqrt(1 + xp.exp(middle))
+        rising = xp.exp(middle) * _sum(z * _bessel(z)[1]) > 2 * size
+        low, high = xp.where(rising, low, middle), xp.where(rising, middle, high)
     return {**_plain(data), "rate": _sigmoid(0.5 * (low + high))}
 
 
@@ -626,16 +627,24 @@ def _sigmoid(t: Array) -> Array:
 
 
 def _log_i0(z: Array) -> Array:
-    """The log of the modified Bessel function I0, z >= 0.
+    """The log of the modified Bessel function I0, z >= 0."""
+    return _bessel(z)[0]
 
-    I0(z) = mean over t of exp(z cos t): the trapezoid rule with 64 nodes is exact to rounding up to z = 100, and beyond
-    that three terms of the asymptotic series err by less than 1e-6 relative to I0.
+
+def _bessel(z: Array) -> tuple[Array, Array]:
+    """log I0(z) and I1(z) / I0(z), z >= 0.
+
+    I0(z) is the mean over t of exp(z cos t) and I1(z) that of cos t exp(z cos t): the trapezoid rule with 64 nodes is exact
+    to rounding up to z = 100, and beyond that the asymptotic series err by less than 1e-8.
     """
     xp = namespace_of(z)
-    nodes = [(2 * j + 1) * math.pi / 128 for j in range(64)]
-    drop = from_host([math.cos(t) - 1 for t in nodes], like=z)
-    small = xp.where(z < 100, z, 0.0)
-    near = xp.log(xp.mean(xp.exp(small[..., None] * drop), axis=-1))
-    far = xp.where(z < 100, 100.0, z)
-    series = xp.log1p(1 / (8 * far) + 9 / (128 * far * far) + 75 / (1024 * far**3))
-    return z + xp.where(z < 100, near, series - 0.5 * xp.log(2 * math.pi * far))
+    nodes = [math.cos((2 * j + 1) * math.pi / 128) for j in range(64)]
+    cosines = from_host(nodes, like=z)
+    small, large = xp.where(z < 100, z, 0.0), xp.where(z < 100, 100.0, z)
+    weights = xp.exp(small[..., None] * (cosines - 1))
+    mean = xp.mean(weights, axis=-1)
+    near = xp.log(mean), xp.mean(weights * cosines, axis=-1) / mean
+    x = 1 / large
+    series = xp.log1p(x / 8 + 9 / 128 * x**2 + 75 / 1024 * x**3) - 0.5 * xp.log(2 * math.pi * large)
+    far = series, 1 - x / 2 - x**2 / 8 - x**3 / 8
+    return z + xp.where(z < 100, near[0], far[0]), xp.where(z < 100, near[1], far[1])

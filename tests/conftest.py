@@ -6,6 +6,7 @@ streaming and regression that way, and the run fails if the backend never ran. T
 the marker `own_backend`.
 """
 
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -85,6 +86,8 @@ def _strict_device() -> Library:
 
 
 def _jax() -> Library:
+    # compiling takes most of the time of these tests, and small arrays gain nothing from an optimiser
+    os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true")
     jax = pytest.importorskip("jax")
     jax.config.update("jax_enable_x64", True)
     return Library("jax", jax.numpy, jax.numpy.asarray, np.asarray)

@@ -1,0 +1,49 @@
+"""Scratch memory is a tile, not a feature matrix."""
+
+import tracemalloc
+
+import numpy as np
+import pytest
+
+import favorsharp as fs
+
+N, D, M = 16384, 64, 256
+MIB = 2**20
+
+
+def peak(call):
+    tracemalloc.start()
+    call()
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    return most / MIB
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"is_causal": True}, {"window": 64}, {"is_causal": True, "window": 64}, {"is_causal": True, "window": 1000}]
+)
+def test_attention_never_holds_all_features(options):
+    q, k, v = np.random.default_rng(0).standard_normal((3, 1, N, D)).astype(np.float32)
+    fm = fs.feature_map(fs.fit(q, k), M, rng=0)
+    output = N * D * 4 / MIB  # 4 MiB; the feature matrix of one side would be 16 MiB, the scores 1 GiB
+    # the tiles of the output are joined at the end, and a window keeps the numerators of one pass during the other
+    assert peak(lambda: fs.linear_attention(q, k, v, fm, **options)) < 3 * output + 14
+
+
+def test_longer_sequences_take_no_more_scratch():
+    def scratch(n):
+        q, k, v = np.random.default_rng(0).standard_normal((3, 1, n, 16)).astype(np.float32)
+        fm = fs.feature_map(fs.fit(q, k), 64, rng=0)
+        return peak(lambda: fs.linear_attention(q, k, v, fm)) - 2 * n * 16 * 4 / MIB
+
+    assert scratch(1 << 17) < scratch(1 << 15) + 1
+
+
+def test_fits_are_gathered_in_tiles():
+    x = np.random.default_rng(0).standard_normal((200_000, 8)).astype(np.float32)
+    assert peak(lambda: fs.fit(x, x)) < x.nbytes / MIB
+
+
+def test_yardstick_holds_a_tile_of_scores():
+    q, k, v = np.random.default_rng(0).standard_normal((3, 4096, 8)).astype(np.float32)
+    assert peak(lambda: fs.softmax_attention(q, k, v)) < 32  # all scores: 64 MiB

@@ -1,0 +1,182 @@
+"""States: prefill and decode equal the causal call, and states merge."""
+
+import pickle
+
+import numpy as np
+import pytest
+
+import favorsharp as fs
+from problems import attention_problem, key_mask
+
+WINDOWS = [0, 1, 5, 16, 64]
+
+
+def problem(xp, n=90, heads=(2,), key_heads=None):
+    q, k, v = attention_problem(0, heads, n=n)
+    if key_heads:
+        k, v = k[:, :key_heads], v[:, :key_heads]
+    arrays = [xp(x) for x in (q, k, v)]
+    fm = fs.feature_map(fs.fit(*arrays[:2], enable_gqa=bool(key_heads)), 16, rng=0)
+    return (*arrays, fm)
+
+
+def assert_states(xp, a, b):
+    for name in ("kv", "z", "c", "recent_k", "recent_v", "recent_mask"):
+        left, right = (xp.back(getattr(state, name)) for state in (a, b))
+        np.testing.assert_allclose(np.broadcast_to(left, right.shape), right, rtol=1e-9, atol=1e-9, err_msg=name)
+
+
+@pytest.mark.parametrize("window", WINDOWS)
+def test_prefill_and_decode_is_the_causal_call(few_xp, window):
+    xp = few_xp
+    q, k, v, fm = problem(xp, n=40)
+    want = xp.back(fs.linear_attention(q, k, v, fm, is_causal=True, window=window))
+    out, state = fs.linear_attention(
+        *(x[..., :21, :] for x in (q, k, v)), fm, is_causal=True, window=window, return_state=True
+    )
+    pieces = [xp.back(out)]
+    for i in range(21, 30):
+        out, state = fs.decode_step(*(x[..., i : i + 1, :] for x in (q, k, v)), state, fm)
+        assert xp.is_like(out, v)
+        pieces.append(xp.back(out))
+    out, last = fs.linear_attention(
+        *(x[..., 30:, :] for x in (q, k, v)), fm, is_causal=True, window=window, state=state, return_state=True
+    )
+    np.testing.assert_allclose(np.concatenate([*pieces, xp.back(out)], axis=-2), want, atol=1e-11)
+    _, whole = fs.linear_attention(q, k, v, fm, is_causal=True, window=window, return_state=True)
+    assert_states(xp, last, whole)
+
+
+@pytest.mark.parametrize("window", WINDOWS)
+def test_blocks_of_any_length_give_one_state(few_xp, window):
+    xp = few_xp
+    q, k, v, fm = problem(xp)
+    mask = xp(key_mask(1, (2, 90), "holes"))
+    _, whole = fs.linear_attention(q, k, v, fm, is_causal=True, window=window, key_mask=mask, return_state=True)
+    state = fs.init_state(fm, 5, like=k, window=window)
+    for a, b in [(0, 1), (1, 1), (1, 30), (30, 64), (64, 90)]:
+        state = fs.update(state, k[..., a:b, :], v[..., a:b, :], fm, key_mask=mask[..., a:b])
+    assert_states(xp, state, whole)
+
+
+@pytest.mark.parametrize("window", WINDOWS)
+def test_grouped_heads(window):
+    q, k, v, fm = problem(np.asarray, n=40, heads=(2, 6), key_heads=2)
+    want = fs.linear_attention(q, k, v, fm, is_causal=True, window=window, enable_gqa=True)
+    out, state = fs.linear_attention(
+        *(x[..., :30, :] for x in (q, k, v)), fm, is_causal=True, window=window, enable_gqa=True, return_state=True
+    )
+    assert state.kv.shape[:2] == (2, 2)
+    pieces = [out]
+    for i in range(30, 40):
+        out, state = fs.decode_step(*(x[..., i : i + 1, :] for x in (q, k, v)), state, fm, enable_gqa=True)
+        pieces.append(out)
+    np.testing.assert_allclose(np.concatenate(pieces, axis=-2), want, atol=1e-11)
+    np.testing.assert_allclose(fs.read(state, q[..., -1:, :], fm, enable_gqa=True), want[..., -1:, :], atol=1e-11)
+
+
+def test_bidirectional_state(xp):
+    q, k, v, fm = problem(xp, n=50)
+    want = xp.back(fs.linear_attention(q, k, v, fm))
+    out, state = fs.linear_attention(q, k[..., :20, :], v[..., :20, :], fm, return_state=True)
+    np.testing.assert_allclose(
+        xp.back(out), xp.back(fs.linear_attention(q, k[..., :20, :], v[..., :20, :], fm)), atol=1e-11
+    )
+    out = fs.linear_attention(q, k[..., 20:, :], v[..., 20:, :], fm, state=state)
+    np.testing.assert_allclose(xp.back(out), want, atol=1e-11)
+
+
+def test_combine_is_associative_with_an_identity(xp):
+    q, k, v, fm = problem(xp)
+    empty = fs.init_state(fm, 5, like=k)
+    parts = [fs.update(empty, k[..., a:b, :], v[..., a:b, :], fm) for a, b in [(0, 11), (11, 12), (12, 90)]]
+    left = fs.combine(fs.combine(parts[0], parts[1]), parts[2])
+    right = fs.combine(parts[0], fs.combine(parts[1], parts[2]))
+    whole = fs.update(empty, k, v, fm)
+    assert_states(xp, left, right)
+    assert_states(xp, left, whole)
+    for joined in (fs.combine(empty, whole), fs.combine(whole, empty)):
+        for name in ("kv", "z", "c"):
+            np.testing.assert_array_equal(xp.back(getattr(joined, name)), xp.back(getattr(whole, name)))
+    np.testing.assert_allclose(xp.back(fs.read(left, q, fm)), xp.back(fs.linear_attention(q, k, v, fm)), atol=1e-11)
+
+
+def test_combine_with_a_window():
+    _, k, v, fm = problem(np.asarray)
+    empty = fs.init_state(fm, 5, like=k, window=8)
+    full = fs.update(empty, k, v, fm)
+    for joined in (fs.combine(empty, full), fs.combine(full, empty)):
+        assert_states(type("host", (), {"back": np.asarray}), joined, full)
+    with pytest.raises(ValueError, match="window cannot be combined unless one is empty"):
+        fs.combine(full, full)
+
+
+def test_nothing_read_from_an_empty_state(xp):
+    q, k, _, fm = problem(xp)
+    for window in (0, 8):
+        out = fs.read(fs.init_state(fm, 5, like=k, window=window), q, fm)
+        np.testing.assert_array_equal(xp.back(out), np.zeros((2, 90, 5)))
+
+
+@pytest.mark.parametrize("window", [0, 8])
+def test_size_does_not_grow_and_old_states_stay(window):
+    _, k, v, fm = problem(np.asarray)
+    state = fs.update(fs.init_state(fm, 5, like=k, window=window), k, v, fm)
+    before = state.kv.copy(), state.recent_k.copy()
+    later = state
+    for _ in range(5):
+        later = fs.update(later, k, v, fm)
+        assert later.kv.shape == state.kv.shape
+        assert later.recent_k.shape[-2] <= 2 * window
+    np.testing.assert_array_equal(state.kv, before[0])
+    np.testing.assert_array_equal(state.recent_k, before[1])
+
+
+def test_states_are_picklable_and_know_their_map():
+    q, k, v, fm = problem(np.asarray)
+    state = pickle.loads(pickle.dumps(fs.update(fs.init_state(fm, 5, like=k), k, v, fm)))
+    assert len(repr(state)) < 200
+    fs.read(state, q, pickle.loads(pickle.dumps(fm)))
+    fs.read(state, q, fs.feature_map(fs.fit(q, k), 16, rng=0))
+    for other in (
+        fs.feature_map(fm.parameters, 16, rng=1),
+        fs.feature_map(fm.parameters, 8, rng=0),
+        fs.feature_map(fs.fit(q, k, method="oprf"), 16, rng=0),
+    ):
+        for call in (
+            lambda other=other: fs.read(state, q, other),
+            lambda other=other: fs.update(state, k, v, other),
+            lambda other=other: fs.decode_step(q[:, :1], k[:, :1], v[:, :1], state, other),
+            lambda other=other: fs.linear_attention(q, k, v, other, is_causal=True, state=state),
+        ):
+            with pytest.raises(ValueError, match="state comes from another feature map"):
+                call()
+    with pytest.raises(ValueError, match="different feature maps"):
+        fs.combine(state, fs.init_state(fs.feature_map(fm.parameters, 16, rng=1), 5, like=k))
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_narrow_streams_are_summed_wide(dtype):
+    torch = pytest.importorskip("torch")
+    q, k, v = (torch.asarray(x).to(getattr(torch, dtype)) for x in attention_problem(1, (2,), n=40))
+    fm = fs.feature_map(fs.fit(q, k), 32, rng=0)
+    state = fs.init_state(fm, 5, like=k, window=4)
+    assert state.kv.dtype == torch.float32
+    state = fs.update(state, k, v, fm)
+    assert state.recent_k.dtype == k.dtype
+    assert fs.read(state, q, fm).dtype == q.dtype
+
+
+def test_decode_under_jit():
+    jax = pytest.importorskip("jax")
+    import favorsharp.jax  # noqa: F401  registers the values as pytrees
+
+    q, k, v, fm = problem(jax.numpy.asarray, n=12)
+    want = fs.linear_attention(q, k, v, fm, is_causal=True)
+    step = jax.jit(lambda q, k, v, state: fs.decode_step(q, k, v, state, fm))
+    state = fs.init_state(fm, 5, like=k)
+    outs = []
+    for i in range(12):
+        out, state = step(*(x[..., i : i + 1, :] for x in (q, k, v)), state)
+        outs.append(out)
+    np.testing.assert_allclose(np.concatenate(outs, axis=-2), want, atol=1e-11)

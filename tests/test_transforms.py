@@ -1,0 +1,133 @@
+"""Compilers, vectorising maps and derivatives of torch and JAX go through the references."""
+
+import numpy as np
+import pytest
+
+import favorsharp as fs
+from problems import attention_problem, key_mask
+
+MODES = [{}, {"is_causal": True}, {"window": 4}, {"is_causal": True, "window": 4}]
+
+
+def torch_problem(**options):
+    torch = pytest.importorskip("torch")
+    return torch, [torch.asarray(x) for x in attention_problem(0, **options)]
+
+
+@pytest.mark.parametrize("options", MODES, ids=str)
+def test_torch_compile_fullgraph(options):
+    torch, (q, k, v) = torch_problem(batch=(2,), n=20)
+    fm = fs.feature_map(fs.fit(q, k), 8, rng=0)
+    mask = torch.asarray(key_mask(0, (2, 20), "holes"))
+
+    def call(q, k, v):
+        return fs.linear_attention(q, k, v, fm, key_mask=mask, **options)
+
+    torch._dynamo.reset()
+    torch.testing.assert_close(torch.compile(call, fullgraph=True, backend="eager")(q, k, v), call(q, k, v))
+
+
+def test_torch_compile_fits_and_features():
+    torch, (q, k, v) = torch_problem(n=20)
+    rows = torch.asarray(np.random.default_rng(0).standard_normal((8, 8)))
+    calls = [
+        lambda q, k, v: fs.attention(q, k, v, num_features=8, draw=rows),
+        lambda q, k, v: fs.feature_map(fs.fit(q, k), 8, draw=rows).query(q),
+        lambda q, k, v: fs.excess(fs.fit(q, k, method="sderf"), q, k),
+        lambda q, k, v: fs.softmax_attention(q, k, v, is_causal=True),
+    ]
+    for call in calls:
+        torch._dynamo.reset()
+        torch.testing.assert_close(torch.compile(call, fullgraph=True, backend="eager")(q, k, v), call(q, k, v))
+
+
+@pytest.mark.slow
+def test_torch_inductor():
+    torch, (q, k, v) = torch_problem(batch=(2,), n=40)
+    fm = fs.feature_map(fs.fit(q, k), 8, rng=0)
+
+    def call(q, k, v):
+        return fs.linear_attention(q, k, v, fm)
+
+    torch.testing.assert_close(torch.compile(call, fullgraph=True)(q, k, v), call(q, k, v))
+
+
+@pytest.mark.parametrize("options", MODES, ids=str)
+def test_torch_gradients(options):
+    """Through q, k, v and through the map's own numbers, with a masked row."""
+    torch, (q, k, v) = torch_problem(batch=(2,), n=9, d=3, e=2)
+    p = fs.fit(q, k)
+    rows = torch.asarray(np.random.default_rng(0).standard_normal((4, 3)))
+    mask = torch.asarray(key_mask(0, (2, 9), "holes"))
+
+    def call(q, k, v, a, g1, center_x):
+        from dataclasses import replace
+
+        changed = replace(p, a=a, g1=g1, g2=torch.linalg.inv(g1).mT, center_x=center_x)
+        return fs.linear_attention(q, k, v, fs.feature_map(changed, 4, draw=rows), key_mask=mask, **options)
+
+    arguments = [x.clone().requires_grad_() for x in (q, k, v, p.a, p.g1, p.center_x)]
+    assert torch.autograd.gradcheck(call, arguments)
+
+
+@pytest.mark.parametrize("options", MODES, ids=str)
+def test_functional_gradients_agree(options):
+    torch, (q, k, v) = torch_problem(n=9)
+    fm = fs.feature_map(fs.fit(q, k), 8, rng=0)
+    x = k.clone().requires_grad_()
+    fs.linear_attention(q, x, v, fm, **options).sin().sum().backward()
+    functional = torch.func.grad(lambda k: fs.linear_attention(q, k, v, fm, **options).sin().sum())(k)
+    torch.testing.assert_close(functional, x.grad)
+    jax = pytest.importorskip("jax")
+    jnp = jax.numpy
+    arrays = [jnp.asarray(t.numpy()) for t in (q, k, v)]
+    own = fs.feature_map(fs.fit(*arrays[:2]), 8, rng=0)
+    function = jax.jit(jax.grad(lambda k: jnp.sin(fs.linear_attention(arrays[0], k, arrays[2], own, **options)).sum()))
+    np.testing.assert_allclose(function(arrays[1]), x.grad, atol=1e-9)
+
+
+def test_gradient_does_not_flow_through_the_fit_of_one_call():
+    torch, (q, k, v) = torch_problem(n=9)
+    fm = fs.feature_map(fs.fit(q, k), 8, rng=0)
+    one, two = q.clone().requires_grad_(), q.clone().requires_grad_()
+    fs.attention(one, k, v, num_features=8, rng=0).sin().sum().backward()
+    fs.linear_attention(two, k, v, fm).sin().sum().backward()
+    torch.testing.assert_close(one.grad, two.grad)
+
+
+@pytest.mark.parametrize("options", MODES, ids=str)
+def test_torch_vmap(options):
+    torch, (q, k, v) = torch_problem(batch=(3,), n=9)
+    fm = fs.feature_map(fs.fit(q[0], k[0]), 8, rng=0)
+    mapped = torch.vmap(lambda q, k, v: fs.linear_attention(q, k, v, fm, **options))(q, k, v)
+    torch.testing.assert_close(mapped, fs.linear_attention(q, k, v, fm, **options))
+
+
+@pytest.mark.parametrize("options", MODES, ids=str)
+def test_jax_jit_and_vmap(options):
+    jax = pytest.importorskip("jax")
+    jax.config.update("jax_enable_x64", True)
+    q, k, v = (jax.numpy.asarray(x) for x in attention_problem(1, (2,), n=9))
+    fm = fs.feature_map(fs.fit(q[0], k[0]), 8, rng=0)
+
+    def call(q, k, v):
+        return fs.linear_attention(q, k, v, fm, **options)
+
+    host = fs.feature_map(fs.fit(*(np.asarray(x[0]) for x in (q, k))), 8, rng=0)
+    want = fs.linear_attention(*(np.asarray(x) for x in (q, k, v)), host, **options)
+    np.testing.assert_allclose(jax.jit(call)(q, k, v), want, atol=1e-10)
+    np.testing.assert_allclose(jax.jit(jax.vmap(call))(q, k, v), want, atol=1e-10)
+
+
+def test_jax_jit_of_one_call():
+    jax = pytest.importorskip("jax")
+    jax.config.update("jax_enable_x64", True)
+    arrays = attention_problem(2, n=12)
+    got = jax.jit(lambda q, k, v: fs.attention(q, k, v, num_features=8, rng=0))(*(jax.numpy.asarray(x) for x in arrays))
+    np.testing.assert_allclose(got, fs.attention(*arrays, num_features=8, rng=0), atol=1e-8)
+
+
+def test_torch_meta_device():
+    torch, (q, k, v) = torch_problem(n=9)
+    fm = fs.feature_map(fs.fit(q.to("meta"), k.to("meta"), method="oprf"), 8, draw=torch.ones(8, 8, device="meta").double())
+    assert fs.linear_attention(*(x.to("meta") for x in (q, k, v)), fm).shape == (9, 5)
