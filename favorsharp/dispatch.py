@@ -24,7 +24,6 @@ op's own signature and declares them in a `Backend`, and lets `favorsharp.testin
 
 import functools
 import importlib
-import importlib.metadata
 import importlib.util
 import os
 import warnings
@@ -32,10 +31,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any, Generic, NamedTuple, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, ParamSpec, TypeVar, cast
 
 from favorsharp._arrays import FLOATS, device_of, dtype_name, is_array, is_traced, library_of, needs_gradient
 from favorsharp._typing import Array
+
+if TYPE_CHECKING:
+    from importlib.metadata import EntryPoint
 
 __all__ = [
     "OPS",
@@ -129,8 +131,8 @@ def request_of(op: str, *arguments: object) -> Request:
         device=device_of(first),
         dtype=_common_dtype(arrays or inner),
         family=family,
-        gradient=any([needs_gradient(x) for x in everything]),
-        traced=any([is_traced(x) for x in everything]),
+        gradient=any(needs_gradient(x) for x in everything),
+        traced=any(is_traced(x) for x in everything),
     )
 
 
@@ -252,9 +254,11 @@ def _can_find(module: str) -> bool:
 
 
 @functools.cache
-def _entry_points() -> Mapping[str, importlib.metadata.EntryPoint]:
+def _entry_points() -> "Mapping[str, EntryPoint]":
     """The entry point of each backend by name: the bundled ones first, in their order, then the others by name."""
-    found: dict[str, importlib.metadata.EntryPoint] = {}
+    found: dict[str, EntryPoint] = {}
+    import importlib.metadata  # a third of the time that `import favorsharp` may take, for who never calls an op
+
     known = sorted(importlib.metadata.entry_points(group=GROUP), key=lambda point: (not _is_ours(point), _rank(point)))
     for point in known:
         if point.name == REFERENCE:
@@ -286,12 +290,12 @@ def _function(target: str) -> Callable[..., Any] | str:
     """The function a kernel's target names, or the reason why it cannot be had."""
     module, _, name = target.partition(":")
     try:
-        function: Callable[..., Any] = functools.reduce(getattr, name.split("."), importlib.import_module(module))
+        function: Any = functools.reduce(getattr, name.split("."), importlib.import_module(module))
     except Exception as error:  # still before the call: this decides whether the kernel can be chosen
         fault = f"{target} could not be imported: {type(error).__name__}: {error}"
         _warn(fault)
         return fault
-    return function
+    return cast(Callable[..., Any], function)
 
 
 def backends() -> Mapping[str, Backend]:
@@ -305,15 +309,15 @@ def rediscover() -> None:
         cached.cache_clear()
 
 
-def _is_ours(point: importlib.metadata.EntryPoint) -> bool:
+def _is_ours(point: "EntryPoint") -> bool:
     return point.dist is not None and point.dist.name == "favorsharp"
 
 
-def _rank(point: importlib.metadata.EntryPoint) -> tuple[int, str]:
+def _rank(point: "EntryPoint") -> tuple[int, str]:
     return (BUNDLED.index(point.name) if point.name in BUNDLED else len(BUNDLED), point.name)
 
 
-def _describe(point: importlib.metadata.EntryPoint) -> str:
+def _describe(point: "EntryPoint") -> str:
     owner = f" of {point.dist.name}" if point.dist is not None else ""
     return f"backend {point.name!r} ({point.value}{owner})"
 
@@ -538,7 +542,8 @@ class Op(Generic[P, R]):
             target = _decide(request)
         if target is None:
             return self.reference(*args, **kwargs)
-        return _function(target)(*args, **kwargs)  # type: ignore[operator,return-value]  # decided: it is a function
+        kernel = cast(Callable[P, R], _function(target))  # not a reason: the decision has seen to that
+        return kernel(*args, **kwargs)
 
     def __repr__(self) -> str:
         return f"<favorsharp op {self.name}>"

@@ -174,7 +174,8 @@ def _geometric_quantiles(levels: Rows, rate: Rows) -> Rows:
 def _geometric_log_density(counts: Rows, rate: Rows) -> Rows:
     """Log of the factor of one coordinate: -(1/2) log p - (w / 2) log(1 - p) - (1/2) log w!."""
     factorials = np.concatenate([[0.0], np.cumsum(np.log(np.arange(1, int(counts.max(initial=0)) + 1)))])
-    return -0.5 * np.log(rate) - 0.5 * counts * np.log1p(-rate) - 0.5 * factorials[counts.astype(int)]
+    log_density: Rows = -0.5 * np.log(rate) - 0.5 * counts * np.log1p(-rate) - 0.5 * factorials[counts.astype(int)]
+    return log_density
 
 
 _DISCRETE = MappingProxyType(

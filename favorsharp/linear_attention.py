@@ -29,10 +29,14 @@ from favorsharp._checks import (
 )
 from favorsharp._typing import Array
 from favorsharp.exact import add_group_axis, check_attention, merge_heads, split_heads
-from favorsharp.features import FeatureMap, PositiveFeatureMap, feature_map as draw_feature_map
+from favorsharp.features import FeatureMap, PositiveFeatureMap
+from favorsharp.features import feature_map as draw_feature_map
 from favorsharp.ops.attention import attention as attention_op
 from favorsharp.ops.causal_attention import causal_attention
-from favorsharp.ops.state import State, decode_step as decode_step_op, empty_state, read as read_op, update as update_op
+from favorsharp.ops.state import State, empty_state
+from favorsharp.ops.state import decode_step as decode_step_op
+from favorsharp.ops.state import read as read_op
+from favorsharp.ops.state import update as update_op
 from favorsharp.parameters import Method, astype, check_method, fit_named, is_fitted
 
 

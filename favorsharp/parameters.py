@@ -442,8 +442,8 @@ def _geometric(data: _Statistics) -> _Values:
     root = xp.sqrt(_diagonal(data.second_x) * _diagonal(data.second_y))
     size = root.shape[-1]
 
-    # The derivative vanishes where p / (1 - p) sum_l z_l I1(z_l) / I0(z_l) = 2 d with z = 2 root / sqrt(1 - p), and its sign
-    # changes once: bisection in log(p / (1 - p)) ends at rounding, where a search for the least value ends at its root.
+    # The derivative vanishes where p / (1 - p) sum_l z_l I1(z_l) / I0(z_l) = 2 d with z = 2 root / sqrt(1 - p), and its
+    # sign changes once: bisection in log(p / (1 - p)) ends at rounding, a search for the least value ends at its root.
     # The ends keep p away from 1, which data of zeros ask for and float32 would round to.
     low, high = xp.zeros_like(root[..., :1]) - 40.0, xp.zeros_like(root[..., :1]) + 13.0
     for _ in range(60):
@@ -632,10 +632,10 @@ def _log_i0(z: Array) -> Array:
 
 
 def _bessel(z: Array) -> tuple[Array, Array]:
-    """log I0(z) and I1(z) / I0(z), z >= 0.
+    """Return log I0(z) and I1(z) / I0(z), z >= 0.
 
-    I0(z) is the mean over t of exp(z cos t) and I1(z) that of cos t exp(z cos t): the trapezoid rule with 64 nodes is exact
-    to rounding up to z = 100, and beyond that the asymptotic series err by less than 1e-8.
+    I0(z) is the mean over t of exp(z cos t) and I1(z) that of cos t exp(z cos t): the trapezoid rule with 64 nodes is
+    exact to rounding up to z = 100, and beyond that the asymptotic series err by less than 1e-8.
     """
     xp = namespace_of(z)
     nodes = [math.cos((2 * j + 1) * math.pi / 128) for j in range(64)]

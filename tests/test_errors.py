@@ -4,9 +4,9 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from problems import attention_problem
 
 import favorsharp as fs
-from problems import attention_problem
 
 
 @pytest.fixture
@@ -19,7 +19,9 @@ def given(xp):
 
 
 def attend(g, **changes):
-    values = {"q": g.q, "k": g.k, "v": g.v, "fm": g.fm} | {n: changes.pop(n) for n in list(changes) if n in ("q", "k", "v", "fm")}
+    values = {"q": g.q, "k": g.k, "v": g.v, "fm": g.fm} | {
+        n: changes.pop(n) for n in list(changes) if n in ("q", "k", "v", "fm")
+    }
     return fs.linear_attention(values["q"], values["k"], values["v"], values["fm"], **changes)
 
 

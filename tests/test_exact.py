@@ -1,11 +1,11 @@
 """The yardsticks against definitions."""
 
 import numpy as np
+import oracle
 import pytest
+from problems import attention_problem, key_mask
 
 import favorsharp as fs
-import oracle
-from problems import attention_problem, key_mask
 
 
 @pytest.mark.parametrize("kernel", ["softmax", "gaussian"])

@@ -4,11 +4,11 @@ from itertools import product
 from pathlib import Path
 
 import numpy as np
+import oracle
 import pytest
+from problems import attention_problem, key_mask
 
 import favorsharp as fs
-import oracle
-from problems import attention_problem, key_mask
 
 MODES = list(product([False, True], [0, 1, 3, 16, 512]))
 MAPS = [
@@ -88,7 +88,9 @@ def test_unequal_lengths(xp, n, s):
 def test_batch_axes_broadcast(few_xp):
     xp = few_xp
     q, k, v = (
-        attention_problem(7, (2, 1), n=9)[0], attention_problem(8, (3,), n=9)[1], attention_problem(9, (4, 1, 1), n=9)[2]
+        attention_problem(7, (2, 1), n=9)[0],
+        attention_problem(8, (3,), n=9)[1],
+        attention_problem(9, (4, 1, 1), n=9)[2],
     )
     mask = key_mask(0, (2, 1, 9), "holes")
     shared = map_of(*attention_problem(10)[:2])
@@ -200,9 +202,7 @@ def test_one_call_with_grouped_heads_and_a_mask(few_xp):
     k, v = k[:, :2], v[:, :2]
     mask = key_mask(4, (2, 2, 20), "padding")
     got = fs.attention(xp(q), xp(k), xp(v), num_features=16, rng=0, enable_gqa=True, key_mask=xp(mask))
-    fm = fs.feature_map(
-        fs.fit(q, k, enable_gqa=True, mask_x=np.repeat(mask, 2, axis=1), mask_y=mask), 16, rng=0
-    )
+    fm = fs.feature_map(fs.fit(q, k, enable_gqa=True, mask_x=np.repeat(mask, 2, axis=1), mask_y=mask), 16, rng=0)
     agree(xp.back(got), fs.linear_attention(q, k, v, fm, enable_gqa=True, key_mask=mask))
 
 

@@ -20,7 +20,8 @@ def peak(call):
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"is_causal": True}, {"window": 64}, {"is_causal": True, "window": 64}, {"is_causal": True, "window": 1000}]
+    "options",
+    [{}, {"is_causal": True}, {"window": 64}, {"is_causal": True, "window": 64}, {"is_causal": True, "window": 1000}],
 )
 def test_attention_never_holds_all_features(options):
     q, k, v = np.random.default_rng(0).standard_normal((3, 1, N, D)).astype(np.float32)

@@ -5,15 +5,15 @@ import pickle
 from pathlib import Path
 
 import numpy as np
+import oracle
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from problems import attention_problem, rotated
 from scipy import optimize
 
 import favorsharp as fs
-import oracle
 from favorsharp.parameters import DENSE_EXPONENTIAL
-from problems import attention_problem, rotated
 
 EXPECTED = json.loads((Path(__file__).parent / "data" / "expected_excess.json").read_text())["excess"]
 FITTED = ("oprf", "saderf", "aderf", "sderf", "optimal")
@@ -86,12 +86,18 @@ def test_best_a_is_the_minimum_of_h():
         if method in ("sderf", "optimal"):
             for axis in range(4):
                 found = optimize.minimize_scalar(
-                    lambda a, axis=axis: mean_h(s[axis], a), bounds=(-20, 0.12), method="bounded", options={"xatol": 1e-10}
+                    lambda a, axis=axis: mean_h(s[axis], a),
+                    bounds=(-20, 0.12),
+                    method="bounded",
+                    options={"xatol": 1e-10},
                 )
                 np.testing.assert_allclose(p.a[0, axis], found.x, atol=1e-6)
         else:
             found = optimize.minimize_scalar(
-                lambda a: sum(mean_h(value, a) for value in s), bounds=(-20, 0.12), method="bounded", options={"xatol": 1e-10}
+                lambda a: sum(mean_h(value, a) for value in s),
+                bounds=(-20, 0.12),
+                method="bounded",
+                options={"xatol": 1e-10},
             )
             np.testing.assert_allclose(p.a, found.x, atol=1e-6)
 
@@ -135,7 +141,9 @@ def test_optimal_is_the_minimum_over_all_free_parameters():
         return oracle.excess(a, (x - z[6:8]) @ g.T, (y - z[8:10]) @ np.linalg.inv(g))
 
     rng = np.random.default_rng(0)
-    starts = [np.concatenate([np.eye(2).ravel(), rng.standard_normal(6)]) + 0.3 * rng.standard_normal(10) for _ in range(8)]
+    starts = [
+        np.concatenate([np.eye(2).ravel(), rng.standard_normal(6)]) + 0.3 * rng.standard_normal(10) for _ in range(8)
+    ]
     found = min(optimize.minimize(objective, start, method="BFGS").fun for start in starts)
     best = float(fs.excess(fs.fit(q, k, ridge=0), q, k))
     np.testing.assert_allclose(best, found, atol=1e-6)
@@ -179,7 +187,9 @@ def test_scale_in_the_kernel_is_scale_in_the_data():
 def test_kernel_does_not_change_the_excess():
     q, k, _ = attention_problem(8)
     for method in DENSE_EXPONENTIAL:
-        values = [fs.excess(fs.fit(q, k, method=method, kernel=kernel, scale=0.5), q, k) for kernel in ("softmax", "gaussian")]
+        values = [
+            fs.excess(fs.fit(q, k, method=method, kernel=kernel, scale=0.5), q, k) for kernel in ("softmax", "gaussian")
+        ]
         np.testing.assert_allclose(*values, rtol=1e-10)
 
 
@@ -279,5 +289,7 @@ def test_values_are_frozen_short_and_picklable():
 def test_gradients_stay_finite_where_a_is_flat():
     jax = pytest.importorskip("jax")
     q, k, _ = attention_problem(19, n=9, d=3)
-    gradient = jax.grad(lambda x: fs.excess(fs.fit(x, jax.numpy.asarray(k)), x, jax.numpy.asarray(k)))(jax.numpy.asarray(q))
+    gradient = jax.grad(lambda x: fs.excess(fs.fit(x, jax.numpy.asarray(k)), x, jax.numpy.asarray(k)))(
+        jax.numpy.asarray(q)
+    )
     assert np.isfinite(np.asarray(gradient)).all()

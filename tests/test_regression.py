@@ -2,9 +2,9 @@
 
 import numpy as np
 import pytest
+from problems import attention_problem
 
 import favorsharp as fs
-from problems import attention_problem
 
 METHODS = ["optimal", "posrf", "hyperbolic", "trig", "poisson", "geometric", "relu"]
 
@@ -48,7 +48,9 @@ def test_it_converges_to_the_exact_estimate():
     weights = fs.kernel_matrix(x, y, kernel="gaussian")
     exact = weights @ v / weights.sum(-1, keepdims=True)
     parameters = fs.fit(x, y, kernel="gaussian")
-    errors = [np.linalg.norm(fs.nadaraya_watson(x, y, v, fs.feature_map(parameters, m, rng=0)) - exact) for m in (8, 4096)]
+    errors = [
+        np.linalg.norm(fs.nadaraya_watson(x, y, v, fs.feature_map(parameters, m, rng=0)) - exact) for m in (8, 4096)
+    ]
     assert errors[1] < errors[0] / 4
 
 

@@ -4,9 +4,9 @@ import pickle
 
 import numpy as np
 import pytest
+from problems import attention_problem, key_mask
 
 import favorsharp as fs
-from problems import attention_problem, key_mask
 
 WINDOWS = [0, 1, 5, 16, 64]
 

@@ -2,9 +2,9 @@
 
 import numpy as np
 import pytest
+from problems import attention_problem, key_mask
 
 import favorsharp as fs
-from problems import attention_problem, key_mask
 
 MODES = [{}, {"is_causal": True}, {"window": 4}, {"is_causal": True, "window": 4}]
 
@@ -129,5 +129,7 @@ def test_jax_jit_of_one_call():
 
 def test_torch_meta_device():
     torch, (q, k, v) = torch_problem(n=9)
-    fm = fs.feature_map(fs.fit(q.to("meta"), k.to("meta"), method="oprf"), 8, draw=torch.ones(8, 8, device="meta").double())
+    fm = fs.feature_map(
+        fs.fit(q.to("meta"), k.to("meta"), method="oprf"), 8, draw=torch.ones(8, 8, device="meta").double()
+    )
     assert fs.linear_attention(*(x.to("meta") for x in (q, k, v)), fm).shape == (9, 5)

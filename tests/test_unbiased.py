@@ -7,10 +7,10 @@ here.
 
 import numpy as np
 import pytest
+from problems import attention_problem
 
 import favorsharp as fs
 from favorsharp import draws
-from problems import attention_problem
 
 D = 4
 DIRECTIONS = np.concatenate([np.eye(D), -np.eye(D), [np.ones(D) / 2], [-np.ones(D) / 2], [[0.5, -0.5, 0.5, -0.5]]])

@@ -37,7 +37,8 @@ def feature_map(
         `"iid"`, `"orthogonal"`, `"simplex"`, `"sobol"` (needs SciPy) or `"antithetic"`; or an (m, d) array of rows
         w ~ N(0, I); or, for the dense-exponential methods, a pair: rows W of shape (m, d) from any proposal nu in the
         coordinates of u = g1 (x - center_x), and log(p(W) / nu(W)) of shape (m,) with p = N(0, I). Arrays are
-        NumPy's or of the parameters' library. Methods that pair their rows (`hyperbolic`, `trig`) use the first ceil(m / 2).
+        NumPy's or of the parameters' library. Methods that pair their rows (`hyperbolic`, `trig`) use the first
+        ceil(m / 2).
     rng : None, int, SeedSequence or numpy Generator
         The same seed gives the same rows on every library and device, up to the cast.
 

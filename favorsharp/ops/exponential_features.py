@@ -1,6 +1,6 @@
 """exp(u W^T + row + column): the features behind FAVOR+, FAVOR++, FAVOR# and `optimal`."""
 
-from favorsharp._arrays import namespace_of
+from favorsharp._arrays import cast, compute_dtype, namespace_of, result_dtype
 from favorsharp._typing import Array
 from favorsharp.dispatch import Op
 
@@ -20,7 +20,10 @@ def exponential_features(u: Array, rows: Array, row: Array, column: Array) -> Ar
     Returns
     -------
     array, shape (*b, n, m)
-        exp(u W^T + row + column). Not stabilised: attention uses logarithms.
+        exp(u W^T + row + column), computed in float32 at least, in the dtype the arguments promote to. Not stabilised:
+        attention uses logarithms.
     """
     xp = namespace_of(u, rows, row, column)
-    return xp.exp(u @ xp.matrix_transpose(rows) + (row + column))
+    out_dtype = result_dtype(xp, u, rows, row, column)
+    u, rows, row, column = (cast(x, compute_dtype(xp, u, rows, row, column)) for x in (u, rows, row, column))
+    return cast(xp.exp(u @ xp.matrix_transpose(rows) + (row + column)), out_dtype)

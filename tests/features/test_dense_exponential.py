@@ -1,12 +1,12 @@
 """The exponential maps: their log features are the formula, on every library."""
 
 import numpy as np
+import oracle
 import pytest
+from problems import attention_problem
 
 import favorsharp as fs
-import oracle
 from favorsharp.parameters import DENSE_EXPONENTIAL
-from problems import attention_problem
 
 
 @pytest.mark.parametrize("kernel", ["softmax", "gaussian"])

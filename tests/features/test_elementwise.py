@@ -2,9 +2,9 @@
 
 import numpy as np
 import pytest
+from problems import attention_problem
 
 import favorsharp as fs
-from problems import attention_problem
 
 
 def features_of(method, q, k, m=12):
@@ -15,7 +15,10 @@ def features_of(method, q, k, m=12):
 @pytest.mark.filterwarnings("ignore:divide by zero")
 def test_relu_and_elu():
     q, k, _ = attention_problem(0)
-    for method, function in (("relu", lambda z: np.maximum(z, 0)), ("elu", lambda z: np.where(z > 0, z + 1, np.exp(z)))):
+    for method, function in (
+        ("relu", lambda z: np.maximum(z, 0)),
+        ("elu", lambda z: np.where(z > 0, z + 1, np.exp(z))),
+    ):
         fm, z = features_of(method, q, k)
         np.testing.assert_allclose(fm.query(q), function(z) / 12**0.5, rtol=1e-12)
         np.testing.assert_allclose(fm.log_query(q), np.log(function(z) / 12**0.5), rtol=1e-9)

@@ -2,9 +2,9 @@
 
 import numpy as np
 import pytest
+from problems import attention_problem
 
 import favorsharp as fs
-from problems import attention_problem
 
 
 @pytest.mark.parametrize("method", ["trig", "poisson", "geometric"])
