@@ -1,0 +1,5 @@
+"""`python -m favorsharp.cli`."""
+
+from favorsharp.cli import main
+
+main()

@@ -1,0 +1,299 @@
+"""`favorsharp compare`: every setting on your own queries, keys and values."""
+
+import json
+import math
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+import favorsharp as fs
+from favorsharp.cli.files import read_attention
+from favorsharp.diagnostics import Comparison, load_sample, recommend
+from favorsharp.diagnostics import compare as measure
+
+METHODS = "posrf,oprf,saderf,aderf,sderf,optimal"
+
+
+def compare(
+    file: Annotated[
+        Path | None,
+        typer.Argument(
+            help="q, k, v of shape (heads..., points, size): .npz, .safetensors, or a folder (or one) of q.npy k.npy v.npy. "
+            "Default: six heads of a sentence encoder, 512 tokens.",
+            show_default=False,
+        ),
+    ] = None,
+    methods: Annotated[str, typer.Option(help="Names, separated by commas.")] = METHODS,
+    features: Annotated[str, typer.Option(help="Numbers of features.")] = "32,128,512",
+    window: Annotated[str, typer.Option(help="Block lengths of exactly scored keys; 0 for none.")] = "0,16",
+    draws: Annotated[str, typer.Option(help="iid, orthogonal, simplex, sobol, antithetic.")] = "orthogonal",
+    seeds: Annotated[int, typer.Option(help="Draws that errors are averaged over.", min=1)] = 3,
+    heads: Annotated[str | None, typer.Option(help="Which of the leading index, such as 0,3,5.")] = None,
+    causal: Annotated[bool, typer.Option("--causal", help="Fit to the first half, measure on the second.")] = False,
+    target: Annotated[float, typer.Option(help="The relative error you need.")] = 0.3,
+    array: Annotated[str, typer.Option(help="numpy, torch or cupy.")] = "numpy",
+    dtype: Annotated[
+        str, typer.Option(help="float32, float64, or float16 and bfloat16 where there are any.")
+    ] = "float32",
+    backend: Annotated[str | None, typer.Option(help="Run by this implementation, or fail.")] = None,
+    output: Annotated[Path, typer.Option(help="The picture: .png, .svg or .pdf.")] = Path("favorsharp-compare.png"),
+    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the numbers here.")] = None,
+) -> None:
+    """Measure error, time and memory of the methods, and recommend a setting."""
+    console = Console()
+    try:
+        options = _options(methods, features, window, draws, causal, target)
+        q, k, v, scale = (*load_sample(), None) if file is None else read_attention(file)
+        q, k, v = (_select(x, heads) for x in (q, k, v))
+        if any(options["windows"]) and q.shape[-2] != k.shape[-2]:
+            raise ValueError(
+                f"--window needs as many queries as keys, got {q.shape[-2]} and {k.shape[-2]}: use --window 0"
+            )
+        if causal and (q.shape[-2] != k.shape[-2] or q.shape[-2] < 4):
+            raise ValueError("--causal needs as many queries as keys, and at least 4")
+        _check_writable(output, json_file)
+        to = _library(array, dtype)
+        with fs.use(backend) if backend else nullcontext():
+            rows = _measure([to(x) for x in (q, k, v)], console, seeds=seeds, scale=scale, is_causal=causal, **options)
+        _draw(rows, output, target, f"{file.name if file else 'sentence encoder'}, {k.shape[-2]} keys")
+    except (ValueError, TypeError, ImportError) as error:
+        typer.echo(f"favorsharp compare: {' '.join(str(error).split())}", err=True)
+        raise typer.Exit(2) from None
+    name = file.name if file else "the shipped sample (six heads of a sentence encoder)"
+    console.print(_table(rows, f"{name}: {q.shape[-2]} queries, {k.shape[-2]} keys, d={q.shape[-1]}, {array} {dtype}"))
+    if causal:
+        console.print(
+            "Causal: maps fitted to the first half of the sequence, errors of the queries of the second half."
+        )
+    console.print(f"Exact attention takes {_milliseconds(rows[0].exact_seconds)} ms.")
+    console.print(_advice(rows, target), style="bold")
+    console.print(f"Picture: {output}", soft_wrap=True)
+    if json_file is not None:
+        json_file.write_text(json.dumps([row.as_dict() for row in rows], indent=1) + "\n")
+        console.print(f"Numbers: {json_file}", soft_wrap=True)
+
+
+def _options(methods: str, features: str, window: str, draws: str, causal: bool, target: float) -> dict[str, Any]:
+    """The settings to try, checked."""
+    from favorsharp.draws import DRAWS
+
+    names, ways = _words(methods), _words(draws)
+    positive = [name for name in fs.METHODS if name not in ("trig", "poisson", "geometric")]
+    for name in names:
+        if name not in positive:
+            raise ValueError(f"--methods: {name!r} is unknown or signed; accepted: {', '.join(positive)}")
+    for name in ways:
+        if name not in DRAWS:
+            raise ValueError(f"--draws: {name!r} is unknown; accepted: {', '.join(DRAWS)}")
+    if not (math.isfinite(target) and target > 0):
+        raise ValueError(f"--target must be a positive number, got {target}")
+    return {
+        "methods": names,
+        "num_features": _numbers("--features", features, 1),
+        "windows": _numbers("--window", window, 0),
+        "draws": ways,
+    }
+
+
+def _words(text: str) -> list[str]:
+    return list(dict.fromkeys(word.strip() for word in text.split(",") if word.strip()))
+
+
+def _numbers(name: str, text: str, least: int) -> list[int]:
+    words = _words(text)
+    if not words or not all(word.isdecimal() and int(word) >= least for word in words):
+        raise ValueError(f"{name} takes integers of {least} or more, separated by commas, got {text!r}")
+    return [int(word) for word in words]
+
+
+def _select(x: Any, heads: str | None) -> Any:
+    if heads is None:
+        return x
+    chosen = _numbers("--heads", heads, 0)
+    if x.ndim < 3 or max(chosen) >= x.shape[0]:
+        count = x.shape[0] if x.ndim > 2 else 0
+        raise ValueError(f"--heads: the leading index has {count} entries, got {heads}")
+    return x[chosen]
+
+
+def _check_writable(*paths: Path | None) -> None:
+    for path in paths:
+        if path is not None and not path.absolute().parent.is_dir():
+            raise ValueError(f"{path}: no such folder to write to")
+    if paths[0] is not None and paths[0].suffix not in (".png", ".svg", ".pdf"):
+        raise ValueError(f"--output must end in .png, .svg or .pdf, got {paths[0]}")
+
+
+def _library(array: str, dtype: str) -> Callable[[Any], Any]:
+    """What turns NumPy arrays into ones of the library and dtype."""
+    from favorsharp.testing import make_array
+
+    if array not in ("numpy", "torch", "cupy"):
+        raise ValueError(f"--array: {array!r} is unknown; accepted: numpy, torch, cupy")
+    if dtype not in ("float16", "bfloat16", "float32", "float64"):
+        raise ValueError(f"--dtype: {dtype!r} is unknown; accepted: float16, bfloat16, float32, float64")
+    make = make_array(array, dtype)
+    if make is None:
+        raise ValueError(
+            f"--array {array} --dtype {dtype} is not to be had here: not installed, no device, or no such dtype"
+        )
+    return make
+
+
+def _measure(arrays: list[Any], console: Console, **options: Any) -> list[Comparison]:
+    total = math.prod(len(options[name]) for name in ("methods", "num_features", "windows", "draws"))
+    rows = []
+    with Progress(console=console, transient=True) as progress:
+        task = progress.add_task("measuring", total=total)
+        for row in measure(*arrays, **options):
+            rows.append(row)
+            progress.advance(task)
+    return rows
+
+
+def _table(rows: list[Comparison], title: str) -> Table:
+    table = Table(title=title, title_justify="left")
+    several_draws = len({row.draw for row in rows}) > 1
+    headings = ["method", *(["draw"] if several_draws else []), "features", "window", "excess", "predicted", "measured"]
+    for heading in [*headings, "ms", "MiB"]:
+        table.add_column(heading, justify="left" if heading in ("method", "draw") else "right")
+    previous = rows[0].method
+    for row in rows:
+        if row.method != previous:
+            table.add_section()
+            previous = row.method
+        table.add_row(
+            row.method,
+            *([row.draw] if several_draws else []),
+            str(row.num_features),
+            str(row.window or "-"),
+            _number(row.excess, ".2f"),
+            _number(row.predicted, ".2f"),
+            f"{row.measured:.3f}",
+            _milliseconds(row.seconds),
+            "-" if row.memory is None else f"{row.memory / 2**20:.1f}",
+            style="bold" if row.method == "optimal" else None,
+        )
+    return table
+
+
+def _number(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
+def _milliseconds(seconds: float) -> str:
+    return f"{1e3 * seconds:.3g}"
+
+
+def _advice(rows: list[Comparison], target: float) -> str:
+    """What to use for the target, or that nothing measured reaches it."""
+    best = recommend(rows, target)
+    if best is None:
+        closest = min(rows, key=lambda row: row.measured)
+        return (
+            f"No setting reaches an error of {target:g}: the closest is {_setting(closest)} with {closest.measured:.3f}. "
+            "Use more features, a wider window, or exact attention."
+        )
+    text = f"For an error of {target:g}: {_setting(best)} ({best.measured:.3f} in {_milliseconds(best.seconds)} ms)."
+    if best.exact_seconds <= best.seconds:
+        text += (
+            f" At this length exact attention takes {_milliseconds(best.exact_seconds)} ms and is the better choice; "
+            "this setting pays on longer sequences."
+        )
+    return text
+
+
+def _setting(row: Comparison) -> str:
+    window = f", window {row.window}" if row.window else ""
+    return f"{row.method} with {row.num_features} {row.draw} features{window}"
+
+
+COLOURS = {
+    "optimal": "#c1272d",
+    "posrf": "#9a9a9a",
+    "oprf": "#5e5e5e",
+    "saderf": "#56b4e9",
+    "aderf": "#0072b2",
+    "sderf": "#009e73",
+    "hyperbolic": "#e69f00",
+    "relu": "#cc79a7",
+    "elu": "#b09030",
+}
+
+
+def _draw(rows: list[Comparison], path: Path, target: float, subject: str) -> None:
+    """Error against features and against time, one line a method, windows dashed."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+    from matplotlib.lines import Line2D
+    from matplotlib.ticker import FixedLocator, NullFormatter, NullLocator, ScalarFormatter
+
+    plain = {"axes.spines.top": False, "axes.spines.right": False, "font.size": 10, "axes.titlelocation": "left"}
+    with plt.rc_context(plain):
+        figure, (left, right) = plt.subplots(1, 2, figsize=(10.5, 4.4), sharey=True, layout="constrained")
+        windows = sorted({row.window for row in rows})
+        styles = ["-", (0, (4, 2)), (0, (1, 1.5)), (0, (5, 1, 1, 1))]
+        groups: dict[tuple[str, str, int], list[Comparison]] = {}
+        for row in rows:
+            groups.setdefault((row.method, row.draw, row.window), []).append(row)
+        for (method, _, window), group in groups.items():
+            look = {
+                "color": COLOURS.get(method, "black"),
+                "linestyle": styles[windows.index(window) % len(styles)],
+                "linewidth": 2.4 if method == "optimal" else 1.3,
+                "marker": "o",
+                "markersize": 4.5 if method == "optimal" else 3,
+                "zorder": 3 if method == "optimal" else 2,
+            }
+            errors = [row.measured for row in group]
+            left.plot([row.num_features for row in group], errors, **look)
+            right.plot([1e3 * row.seconds for row in group], errors, **look)
+        for axis in (left, right):
+            axis.set_xscale("log")
+            axis.grid(axis="y", color="#e8e8e8", linewidth=0.8)
+            axis.set_axisbelow(True)
+            axis.axhline(target, color="#444444", linewidth=0.8, linestyle=":")
+        counts = sorted({row.num_features for row in rows})
+        left.xaxis.set_major_locator(FixedLocator(counts))
+        left.xaxis.set_major_formatter(ScalarFormatter())
+        left.xaxis.set_minor_locator(NullLocator())
+        right.xaxis.set_major_formatter(ScalarFormatter())
+        right.xaxis.set_minor_formatter(NullFormatter())
+        right.axvline(1e3 * rows[0].exact_seconds, color="#444444", linewidth=0.8)
+        right.annotate(
+            "exact attention",
+            (1e3 * rows[0].exact_seconds, 0),
+            xycoords=("data", "axes fraction"),
+            xytext=(4, 4),
+            textcoords="offset points",
+            fontsize=8,
+            color="#444444",
+        )
+        left.annotate(f"target {target:g}", (0, target), xycoords=("axes fraction", "data"), fontsize=8, va="bottom")
+        left.set(xlabel="features", ylabel="relative error of attention", title=f"Error against features ({subject})")
+        left.set_ylim(bottom=0)
+        right.set(xlabel="milliseconds", title="Error against time")
+        methods = list(dict.fromkeys(row.method for row in rows))
+        handles = [Line2D([], [], color=COLOURS.get(name, "black"), linewidth=2, label=name) for name in methods]
+        if len(windows) > 1 or windows[0]:
+            handles += [
+                Line2D(
+                    [],
+                    [],
+                    color="#444444",
+                    linestyle=styles[i % len(styles)],
+                    label=f"window {w}" if w else "no window",
+                )
+                for i, w in enumerate(windows)
+            ]
+        figure.legend(handles=handles, loc="outside right upper", frameon=False)
+        figure.savefig(path, dpi=160)
+        plt.close(figure)
