@@ -193,8 +193,8 @@ def compare(
 ) -> Iterator[Comparison]:
     """Measure settings on given queries, keys and values, one after the other.
 
-    A bidirectional map is fitted to the data it is measured on, as `attention` does. A causal one must not be: it is fitted
-    to the first half of the sequence, and its error is measured on the queries of the second half.
+    A bidirectional map is fitted to the data it is measured on, as `attention` does. A causal one must not be: it is
+    fitted to the first half of the sequence, and its error is measured on the queries of the second half.
 
     Parameters
     ----------

@@ -472,7 +472,7 @@ def _decide(request: Request) -> str | None:
 
 
 def _decide_while_tracing(latest_wish: tuple[str, ...], *request: Any) -> tuple[str | None, str | None]:
-    """As `_decide`, for torch.compile: run, not traced, and given `_latest_wish` only to be asked again when it changes.
+    """As `_decide`, for torch.compile: run, not traced; given `_latest_wish` only to be asked again when it changes.
 
     The error is returned to be raised by traced code, as Dynamo takes an exception here for its own failure.
     """
@@ -524,6 +524,7 @@ class Op(Generic[P, R]):
         OPS[self.name] = self
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
+        """Run the implementation that the arguments, `use` and the environment choose."""
         request = request_of(self.name, *args, *kwargs.values())
         if request.traced:
             target, error = _decide_while_tracing(

@@ -62,7 +62,7 @@ def test_bidirectional_and_exact_rows(which, bad, window):
 @pytest.mark.parametrize("bad", BAD)
 def test_masked_points_may_be_anything(few_xp, bad, window, is_causal):
     xp = few_xp
-    good, arrays, fm = spoiled("k", bad)
+    good, arrays, _ = spoiled("k", bad)
     arrays["v"][0, AT] = BAD[bad]
     mask = np.ones((2, 200), dtype=bool)
     mask[0, AT] = False

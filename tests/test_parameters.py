@@ -86,7 +86,7 @@ def test_best_a_is_the_minimum_of_h():
         if method in ("sderf", "optimal"):
             for axis in range(4):
                 found = optimize.minimize_scalar(
-                    lambda a, axis=axis: mean_h(s[axis], a),
+                    lambda a, value=s[axis]: mean_h(value, a),
                     bounds=(-20, 0.12),
                     method="bounded",
                     options={"xatol": 1e-10},
@@ -94,7 +94,7 @@ def test_best_a_is_the_minimum_of_h():
                 np.testing.assert_allclose(p.a[0, axis], found.x, atol=1e-6)
         else:
             found = optimize.minimize_scalar(
-                lambda a: sum(mean_h(value, a) for value in s),
+                lambda a, s=s: sum(mean_h(value, a) for value in s),
                 bounds=(-20, 0.12),
                 method="bounded",
                 options={"xatol": 1e-10},

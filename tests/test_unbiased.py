@@ -1,8 +1,8 @@
 """Estimates are unbiased, for every method, draw and kernel, and in every direction.
 
-A z-score compares the mean over many independent draws with the kernel, for pairs whose sum x + y points along and against
-the axes and the diagonal: a draw that favours directions, as LAPACK's QR without signs does, passes on average and fails
-here.
+A z-score compares the mean over many independent draws with the kernel, for pairs whose sum x + y points along and
+against the axes and the diagonal: a draw that favours directions, as LAPACK's QR without signs does, passes on average
+and fails here.
 """
 
 import numpy as np

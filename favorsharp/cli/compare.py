@@ -24,7 +24,7 @@ def compare(
     file: Annotated[
         Path | None,
         typer.Argument(
-            help="q, k, v of shape (heads..., points, size): .npz, .safetensors, or a folder (or one) of q.npy k.npy v.npy. "
+            help="q, k, v of shape (heads..., points, size): .npz, .safetensors, or a folder of q.npy, k.npy, v.npy. "
             "Default: six heads of a sentence encoder, 512 tokens.",
             show_default=False,
         ),
@@ -197,7 +197,7 @@ def _advice(rows: list[Comparison], target: float) -> str:
     if best is None:
         closest = min(rows, key=lambda row: row.measured)
         return (
-            f"No setting reaches an error of {target:g}: the closest is {_setting(closest)} with {closest.measured:.3f}. "
+            f"No setting reaches an error of {target:g}: closest is {_setting(closest)}, {closest.measured:.3f}. "
             "Use more features, a wider window, or exact attention."
         )
     text = f"For an error of {target:g}: {_setting(best)} ({best.measured:.3f} in {_milliseconds(best.seconds)} ms)."
@@ -234,7 +234,7 @@ def _draw(rows: list[Comparison], path: Path, target: float, subject: str) -> No
     mpl.use("Agg")
     from matplotlib import pyplot as plt
     from matplotlib.lines import Line2D
-    from matplotlib.ticker import FixedLocator, NullFormatter, NullLocator, ScalarFormatter
+    from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator, ScalarFormatter
 
     plain = {"axes.spines.top": False, "axes.spines.right": False, "font.size": 10, "axes.titlelocation": "left"}
     with plt.rc_context(plain):
@@ -265,8 +265,10 @@ def _draw(rows: list[Comparison], path: Path, target: float, subject: str) -> No
         left.xaxis.set_major_locator(FixedLocator(counts))
         left.xaxis.set_major_formatter(ScalarFormatter())
         left.xaxis.set_minor_locator(NullLocator())
-        right.xaxis.set_major_formatter(ScalarFormatter())
+        right.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        right.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         right.xaxis.set_minor_formatter(NullFormatter())
+        figure.suptitle(subject, x=0.01, ha="left", fontsize=10, color="#444444")
         right.axvline(1e3 * rows[0].exact_seconds, color="#444444", linewidth=0.8)
         right.annotate(
             "exact attention",
@@ -278,7 +280,7 @@ def _draw(rows: list[Comparison], path: Path, target: float, subject: str) -> No
             color="#444444",
         )
         left.annotate(f"target {target:g}", (0, target), xycoords=("axes fraction", "data"), fontsize=8, va="bottom")
-        left.set(xlabel="features", ylabel="relative error of attention", title=f"Error against features ({subject})")
+        left.set(xlabel="features", ylabel="relative error of attention", title="Error against features")
         left.set_ylim(bottom=0)
         right.set(xlabel="milliseconds", title="Error against time")
         methods = list(dict.fromkeys(row.method for row in rows))

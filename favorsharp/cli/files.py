@@ -1,5 +1,6 @@
 """Reading queries, keys and values from files. Whatever is wrong with a file is one `ValueError` that names it."""
 
+import contextlib
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -51,10 +52,8 @@ def _read_npz(path: Path) -> dict[str, Any]:
 
 
 def _read_safetensors(path: Path) -> dict[str, Any]:
-    try:
+    with contextlib.suppress(ImportError):
         import ml_dtypes  # noqa: F401  lets NumPy hold bfloat16
-    except ImportError:
-        pass
     try:
         from safetensors import SafetensorError, safe_open
     except ImportError:

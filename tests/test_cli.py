@@ -1,0 +1,188 @@
+"""The command line: what it prints and writes, and one clear line for every bad file or option."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from problems import attention_problem
+
+from favorsharp.cli import main
+
+pytestmark = pytest.mark.own_backend
+
+FAST = ["--methods", "posrf,optimal", "--features", "8,64", "--seeds", "1"]
+
+
+def run(capsys, monkeypatch, *words):
+    monkeypatch.setattr(sys, "argv", ["favorsharp", *words])
+    monkeypatch.setenv("COLUMNS", "120")
+    with pytest.raises(SystemExit) as stop:
+        main()
+    captured = capsys.readouterr()
+    return stop.value.code or 0, captured.out, captured.err
+
+
+@pytest.fixture
+def arrays():
+    return dict(zip("qkv", (x.astype(np.float32) for x in attention_problem(0, (3,), n=40, e=6)), strict=True))
+
+
+@pytest.mark.parametrize("kind", ["npz", "folder", "triple", "safetensors", "bfloat16"])
+def test_compare_reads_every_kind_of_file(tmp_path, capsys, monkeypatch, arrays, kind):
+    if kind == "npz":
+        path = tmp_path / "heads.npz"
+        np.savez(path, scale=0.5, **arrays)
+    elif kind in ("folder", "triple"):
+        for name, x in arrays.items():
+            np.save(tmp_path / f"{name}.npy", x)
+        path = tmp_path if kind == "folder" else tmp_path / "k.npy"
+    else:
+        path = tmp_path / "heads.safetensors"
+        if kind == "safetensors":
+            from safetensors.numpy import save_file
+
+            save_file(arrays, path)
+        else:
+            import torch
+            from safetensors.torch import save_file
+
+            save_file({name: torch.asarray(x).bfloat16() for name, x in arrays.items()}, path)
+    picture, numbers = tmp_path / "out.png", tmp_path / "out.json"
+    code, out, err = run(
+        capsys,
+        monkeypatch,
+        "compare",
+        str(path),
+        *FAST,
+        "--window",
+        "0,8",
+        "--output",
+        str(picture),
+        "--json",
+        str(numbers),
+    )
+    assert code == 0, err
+    rows = json.loads(numbers.read_text())
+    assert [row["method"] for row in rows] == ["posrf"] * 4 + ["optimal"] * 4
+    assert all(0 < row["measured"] < 2 for row in rows)
+    assert f"{rows[-1]['measured']:.3f}" in out
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_compare_options(tmp_path, capsys, monkeypatch, arrays):
+    np.savez(tmp_path / "a.npz", **arrays)
+    output = ["--output", str(tmp_path / "a.svg")]
+    for words in (
+        ["--array", "torch", "--dtype", "float16"],
+        ["--causal"],
+        ["--heads", "0,2"],
+        ["--draws", "iid,sobol"],
+        ["--backend", "reference"],
+    ):
+        code, out, err = run(capsys, monkeypatch, "compare", str(tmp_path / "a.npz"), *FAST, *output, *words)
+        assert code == 0, err
+        assert "Exact attention takes" in out
+    _, out, _ = run(capsys, monkeypatch, "compare", str(tmp_path / "a.npz"), *FAST, *output, "--target", "5")
+    assert "For an error of 5: " in out
+    _, out, _ = run(capsys, monkeypatch, "compare", str(tmp_path / "a.npz"), *FAST, *output, "--target", "1e-9")
+    assert "No setting reaches an error of 1e-09" in out
+
+
+def bad_files(folder, arrays):
+    """Paths, and what the one line about each says."""
+    good = arrays["q"]
+
+    def save(name, **changes):
+        np.savez(folder / name, **{n: x for n, x in (arrays | changes).items() if x is not None})
+        return folder / name
+
+    text = folder / "text.npz"
+    text.write_text("not an archive")
+    one = folder / "one.npz"
+    with one.open("wb") as file:
+        np.save(file, good)
+    torn = folder / "torn.npz"
+    torn.write_bytes(save("whole.npz").read_bytes()[:300])
+    tensors = folder / "text.safetensors"
+    tensors.write_text("no tensors")
+    pickled = folder / "pickled.npz"
+    np.savez(pickled, q=np.array([{}], dtype=object), k=good, v=good)
+    return {
+        folder / "absent.npz": "no such file",
+        folder / "notes.txt": "no such file",
+        text: "cannot be read as .npz",
+        one: "cannot be read as .npz",
+        torn: "cannot be read as .npz",
+        pickled: "cannot be read as .npz",
+        tensors: "cannot be read as .safetensors",
+        save("no_v.npz", v=None): "no array v",
+        save("integers.npz", q=np.ones((3, 40, 8), int)): "q has dtype int64",
+        save("flat.npz", k=np.ones(8)): "k has shape (8,)",
+        save("empty.npz", v=np.ones((3, 0, 6))): "v has shape (3, 0, 6)",
+        save("nan.npz", q=np.full((3, 40, 8), np.nan)): "q holds values that are not finite",
+        save("sizes.npz", q=np.ones((3, 40, 7))): "shapes do not fit",
+        save("scale.npz", scale=np.float32(-1)): "scale must be one positive number",
+    }
+
+
+def test_bad_files_get_one_clear_line(tmp_path, capsys, monkeypatch, arrays):
+    for path, message in bad_files(tmp_path, arrays).items():
+        code, out, err = run(capsys, monkeypatch, "compare", str(path))
+        assert code == 2, path
+        assert out == ""
+        assert err.count("\n") == 1, err
+        assert message in err
+        assert str(path) in err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--methods", "favor"], "--methods: 'favor' is unknown or signed; accepted: posrf, oprf"),
+        (["--methods", "trig"], "--methods: 'trig' is unknown or signed"),
+        (["--features", "0"], "--features takes integers of 1 or more"),
+        (["--features", "many"], "--features takes integers"),
+        (["--window", "-1"], "--window takes integers of 0 or more"),
+        (["--draws", "halton"], "--draws: 'halton' is unknown; accepted: iid"),
+        (["--heads", "9"], "--heads: the leading index has 6 entries"),
+        (["--array", "mlx"], "--array: 'mlx' is unknown; accepted: numpy, torch, cupy"),
+        (["--dtype", "int8"], "--dtype: 'int8' is unknown"),
+        (["--dtype", "bfloat16"], "not to be had here"),
+        (["--backend", "triton"], "backend 'triton' is unknown"),
+        (["--target", "-1"], "--target must be a positive number"),
+        (["--output", "picture.docx"], "--output must end in .png"),
+        (["--output", "no/such/folder/a.png"], "no such folder to write to"),
+    ],
+)
+def test_bad_options_get_one_clear_line(capsys, monkeypatch, words, message):
+    code, _, err = run(capsys, monkeypatch, "compare", *words)
+    assert code == 2
+    assert message in " ".join(err.split())
+    assert "Traceback" not in err
+
+
+def test_info(capsys, monkeypatch):
+    code, out, _ = run(capsys, monkeypatch, "info")
+    assert code == 0
+    for word in (
+        "numpy",
+        np.__version__,
+        "backend reference",
+        "backend loopback",
+        "logical processors",
+        "CPU features",
+    ):
+        assert word in out
+
+
+def test_without_the_extra_one_line_says_what_to_install():
+    code = (
+        "import sys; sys.modules['typer'] = None\n"
+        "from favorsharp.cli import main\n"
+        "sys.argv = ['favorsharp', 'info']; main()"
+    )
+    got = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert got.returncode == 2
+    assert got.stderr == "favorsharp's command line needs typer: pip install 'favorsharp[cli]'\n"
