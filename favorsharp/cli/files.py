@@ -42,10 +42,10 @@ def _read_triple(folder: Path) -> dict[str, Any]:
 
 def _read_npz(path: Path) -> dict[str, Any]:
     try:
-        archive = np.load(path, allow_pickle=False)
-        if not isinstance(archive, np.lib.npyio.NpzFile):
-            raise ValueError("it holds one array, not an archive")
-        with archive:
+        with path.open("rb") as file:  # opened here, so that it is closed whatever np.load makes of it
+            archive = np.load(file, allow_pickle=False)
+            if not isinstance(archive, np.lib.npyio.NpzFile):
+                raise ValueError("it holds one array, not an archive")
             return {name: archive[name] for name in archive.files if name in ("q", "k", "v", "scale")}
     except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path}: cannot be read as .npz: {error}") from None
