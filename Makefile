@@ -48,7 +48,8 @@ layers: $(VENV)/test
 	$(BIN)/lint-imports
 
 docs: $(VENV)/docs
-	$(BIN)/sphinx-build -W -q -b html docs docs/_build/html
+	$(BIN)/sphinx-build -W --keep-going -q -b html docs docs/_build/html
+	$(BIN)/sphinx-build -q -b doctest -D plot_gallery=0 docs docs/_build/doctest
 
 wheel-check: $(VENV)/test
 	rm -rf dist

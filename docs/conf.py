@@ -35,7 +35,7 @@ html_theme_options = {"show_prev_next": False, "secondary_sidebar_items": ["page
 
 sphinx_gallery_conf = {
     "examples_dirs": "gallery",
-    "gallery_dirs": "gallery/auto",
+    "gallery_dirs": "auto_gallery",
     "filename_pattern": r"/plot_",
     "download_all_examples": False,
     "show_memory": False,
@@ -43,11 +43,13 @@ sphinx_gallery_conf = {
 }
 
 
-def _escape_leading_axes(app, what, name, obj, options, lines):
-    """Docstrings write shapes as (*b, n, d), which is no emphasis."""
-    lines[:] = [line.replace("(*b", r"(\*b").replace(" *b", r" \*b") for line in lines]
+def _escape_mathematics(app, what, name, obj, options, lines):
+    """Docstrings write shapes as (*b, n, d), which is no emphasis, and norms as |x|, which are no substitutions."""
+    for index, line in enumerate(lines):
+        line = line.replace("(*b", r"(\*b").replace(" *b", r" \*b")
+        lines[index] = line if "`" in line else line.replace("|", r"\|")
 
 
 def setup(app):
     """Connect what the docstrings need; after numpydoc, which has a priority of 500."""
-    app.connect("autodoc-process-docstring", _escape_leading_axes, priority=900)
+    app.connect("autodoc-process-docstring", _escape_mathematics, priority=900)
