@@ -49,7 +49,7 @@ def support() -> list[tuple[Row, str]]:
             for dtype in DTYPES:
                 make = make_array(library, dtype)
                 if make is not None:
-                    rows.append(_row(op, library, dtype, make, truths[:4] if library == "jax" else truths))
+                    rows.append(_row(op, library, dtype, make, truths[:2] if library == "jax" else truths))
     return rows
 
 
