@@ -3,7 +3,7 @@
 import time
 import tracemalloc
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.resources import as_file, files
 from typing import Any
 
@@ -12,7 +12,16 @@ from favorsharp._typing import Array
 from favorsharp.exact import softmax_attention
 from favorsharp.features import feature_map
 from favorsharp.linear_attention import linear_attention
-from favorsharp.parameters import DENSE_EXPONENTIAL, Parameters, astype, embed_key, embed_query, excess, fit, map_arrays
+from favorsharp.parameters import (
+    DENSE_EXPONENTIAL,
+    Parameters,
+    astype,
+    embed_key,
+    embed_query,
+    excess,
+    fit_named,
+    map_arrays,
+)
 
 __all__ = ["Comparison", "compare", "load_sample", "predicted_error", "recommend", "relative_error"]
 
@@ -116,7 +125,7 @@ def predicted_error(
         As in `linear_attention`.
     is_causal : bool
     rows : int
-        Queries, evenly spaced, that the mean is taken over.
+        Queries, evenly spaced, that the mean is taken over. More than 512 keys are represented by 512.
 
     Returns
     -------
@@ -135,46 +144,69 @@ def predicted_error(
             f"the error is predicted for {', '.join(DENSE_EXPONENTIAL)}, got method {parameters.method_name!r}"
         )
     p = _on_host(parameters)
-    x, y, values = (np.asarray(to_host(array), dtype=np.float64) for array in (q, k, v))
-    n, s = x.shape[-2], y.shape[-2]
-    chosen = np.unique(np.linspace(0, n - 1, rows).astype(int))
-    u, v_key = embed_query(p, x[..., chosen, :])[0], embed_key(p, y)[0]
+    x, y, value = (np.asarray(to_host(array), dtype=np.float64) for array in (q, k, v))
+    queries = np.unique(np.linspace(0, x.shape[-2] - 1, rows).astype(int))
+    # some hundred keys stand for more: what is computed is quadratic in them
+    seen = np.unique(np.linspace(0, y.shape[-2] - 1, min(y.shape[-2], _KEYS)).astype(int))
+    pairs = _visible_and_far(queries, seen, window, is_causal)
+    x, y, value = x[..., queries, :], y[..., seen, :], value[..., seen, :]
+    batch = np.broadcast_shapes(x.shape[:-2], y.shape[:-2], value.shape[:-2])
+    x, y, value = (np.broadcast_to(array, (*batch, *array.shape[-2:])) for array in (x, y, value))
+    by_head = {name: np.broadcast_to(getattr(p, name), (*batch, *getattr(p, name).shape[-2:])) for name in _HEAD}
+    heads = []
+    for head in np.ndindex(batch):
+        own: dict[str, Any] = {name: values[head] for name, values in by_head.items()}
+        heads.append(_predicted_head(replace(p, rate=None, **own), x[head], y[head], value[head], *pairs))
+    relative = [np.mean(_blunted(first / num_features, ceiling)) / size for first, ceiling, size in heads]
+    return float(np.mean(np.sqrt(relative)))
+
+
+_KEYS = 512
+_HEAD = ("a", "g1", "g2", "center_x", "center_y")
+
+
+def _visible_and_far(queries: Any, keys: Any, window: int, is_causal: bool) -> tuple[Any, Any]:
+    """Which of the sampled queries see which keys, and which of those through features."""
+    import numpy as np
+
+    visible = keys <= queries[:, None] if is_causal else np.ones((len(queries), len(keys)), dtype=bool)
+    if not window:
+        return visible, visible
+    apart = queries[:, None] // window - keys // window
+    return visible, visible & ((apart > 1) | (apart < -1))
+
+
+def _predicted_head(p: Parameters, x: Any, y: Any, values: Any, visible: Any, far: Any) -> tuple[Any, Any, float]:
+    """Of each query, the first-order mean square error times m and the ceiling; and the mean square of the output."""
+    import numpy as np
+
+    u, v = embed_query(p, x)[0], embed_key(p, y)[0]
     grow = (1 - 4 * p.a) / (1 - 8 * p.a)
-    constant = np.sum(np.log(1 - 4 * p.a) - 0.5 * np.log(1 - 8 * p.a), axis=-1)[..., None]
-    own = constant + np.sum((2 * grow - 1) * u * u, axis=-1, keepdims=True)
-    side = 0.5 * np.sum((grow - 1) * v_key * v_key, axis=-1)[..., None, :] + ((2 * grow - 1) * u) @ np.swapaxes(
-        v_key, -1, -2
-    )
-    cross = (grow * v_key) @ np.swapaxes(v_key, -1, -2)
-    logits = p.scale * (x[..., chosen, :] @ np.swapaxes(y, -1, -2))
-    if is_causal:
-        logits = np.where(np.arange(s) <= chosen[:, None], logits, -np.inf)
+    own = np.sum(np.log(1 - 4 * p.a) - 0.5 * np.log(1 - 8 * p.a)) + np.sum((2 * grow - 1) * u * u, axis=-1)
+    side = 0.5 * np.sum((grow - 1) * v * v, axis=-1) + ((2 * grow - 1) * u) @ v.T
+    cross = (grow * v) @ v.T
+    logits = np.where(visible, p.scale * (x @ y.T), -np.inf)
     weights = np.exp(logits - logits.max(-1, keepdims=True))
     weights /= weights.sum(-1, keepdims=True)
     out = weights @ values
-    if window:
-        apart = chosen[:, None] // window - np.arange(s) // window
-        far = (apart > 1) | (apart < -1) if not is_causal else apart > 1
-        weights = weights * far
-        even = far / np.maximum(far.sum(-1, keepdims=True), 1)
-    else:
-        even = np.where(np.isfinite(logits), 1.0, 0.0)
-        even = even / even.sum(-1, keepdims=True)
+    weights = weights * far
+    even = far / np.maximum(far.sum(-1, keepdims=True), 1)
     lost = (weights - weights.sum(-1, keepdims=True) * even) @ values
-    ceiling = np.sum(lost * lost, axis=-1)
-    squares = []
-    for row in range(len(chosen)):
-        ratio = np.exp(
-            np.minimum(own[..., row, :, None] + side[..., row, :, None] + side[..., row, None, :] + cross, 300)
-        )
-        pull = weights[..., row, :, None] * (values - out[..., row, None, :])
-        squares.append(np.sum(pull * ((ratio - 1) @ pull), axis=(-1, -2)))
-    # variances, but for rounding
-    first_order = np.maximum(np.moveaxis(np.array(squares), 0, -1), 0.0) / num_features
-    blunt = np.where(ceiling > 0, np.sqrt(first_order / np.where(ceiling > 0, ceiling, 1.0)), 0.0)
-    expected = first_order / (1 + blunt) ** 2
-    relative = np.mean(expected, axis=-1) / np.mean(np.sum(out * out, axis=-1), axis=-1)
-    return float(np.mean(np.sqrt(relative)))
+    first_order = []
+    for row in range(len(x)):
+        # any excess beyond 300 nats is as hopeless as 300
+        ratio = np.exp(np.minimum(own[row] + side[row][:, None] + side[row][None, :] + cross, 300))
+        pull = weights[row][:, None] * (values - out[row])
+        first_order.append(np.sum(pull * ((ratio - 1) @ pull)))
+    return np.maximum(first_order, 0.0), np.sum(lost * lost, axis=-1), float(np.mean(np.sum(out * out, axis=-1)))
+
+
+def _blunted(first_order: Any, ceiling: Any) -> Any:
+    """C f(V / C) with f(z) = z / (1 + sqrt z)^2."""
+    import numpy as np
+
+    ratio = np.where(ceiling > 0, np.sqrt(first_order / np.where(ceiling > 0, ceiling, 1.0)), 0.0)
+    return first_order / (1 + ratio) ** 2
 
 
 def compare(
@@ -223,8 +255,8 @@ def compare(
     exact_seconds = _median_time(lambda: softmax_attention(q, k, v, is_causal=is_causal, scale=scale), repeats)
     for method in methods:
         seen = (q[..., :half, :], k[..., :half, :]) if is_causal else (q, k)
-        parameters = fit(*seen, method=method, scale=scale)
-        spread = _mean(excess(parameters, q, k)) if method in (*DENSE_EXPONENTIAL, "poisson") else None
+        parameters = fit_named(("q", "k"), *seen, method=method, kernel="softmax", scale=scale)
+        spread = _mean(excess(parameters, q[..., half:, :], k)) if method in (*DENSE_EXPONENTIAL, "poisson") else None
         for draw in draws:
             for m in num_features:
                 maps = [feature_map(parameters, m, draw=draw, rng=seed) for seed in range(seeds)]

@@ -163,6 +163,25 @@ def test_bad_options_get_one_clear_line(capsys, monkeypatch, words, message):
     assert "Traceback" not in err
 
 
+def test_numbers_too_large_for_the_dtype(tmp_path, capsys, monkeypatch, arrays):
+    np.savez(tmp_path / "large.npz", **(arrays | {"k": 1e30 * arrays["k"]}))
+    code, _, err = run(capsys, monkeypatch, "compare", str(tmp_path / "large.npz"))
+    assert code == 2
+    assert "k holds numbers up to" in err
+    assert err.count("\n") == 1
+
+
+def test_unequal_lengths_are_measured_without_a_window(tmp_path, capsys, monkeypatch, arrays):
+    np.savez(tmp_path / "cross.npz", **(arrays | {"q": arrays["q"][:, :9]}))
+    output = ["--output", str(tmp_path / "a.png")]
+    code, out, err = run(capsys, monkeypatch, "compare", str(tmp_path / "cross.npz"), *FAST, *output)
+    assert code == 0, err
+    assert "9 queries, 40 keys" in out
+    code, _, err = run(capsys, monkeypatch, "compare", str(tmp_path / "cross.npz"), *FAST, *output, "--window", "4")
+    assert code == 2
+    assert "--window needs as many queries as keys, got 9 and 40" in err
+
+
 def test_info(capsys, monkeypatch):
     code, out, _ = run(capsys, monkeypatch, "info")
     assert code == 0

@@ -16,10 +16,10 @@ rows = list(compare(q, k, v, methods=["posrf", "oprf", "sderf", "optimal"], num_
 # %%
 # Dashed: the nearest keys, in blocks of 16, are scored exactly.
 
-for method in ("posrf", "oprf", "sderf", "optimal"):
+for number, method in enumerate(("posrf", "oprf", "sderf", "optimal")):
     for window, style in ((0, "-"), (16, "--")):
         errors = [row.measured for row in rows if (row.method, row.window) == (method, window)]
-        (line,) = plt.plot(features, errors, style, color=None if not window else line.get_color(), label=method if not window else None)
+        plt.plot(features, errors, style, color=f"C{number}", label=None if window else method)
 plt.xscale("log", base=2)
 plt.ylim(bottom=0)
 plt.xlabel("features")

@@ -18,6 +18,7 @@ from favorsharp.diagnostics import Comparison, load_sample, recommend
 from favorsharp.diagnostics import compare as measure
 
 METHODS = "posrf,oprf,saderf,aderf,sderf,optimal"
+DEFAULT_WINDOWS = "0,16"
 
 
 def compare(
@@ -31,7 +32,7 @@ def compare(
     ] = None,
     methods: Annotated[str, typer.Option(help="Names, separated by commas.")] = METHODS,
     features: Annotated[str, typer.Option(help="Numbers of features.")] = "32,128,512",
-    window: Annotated[str, typer.Option(help="Block lengths of exactly scored keys; 0 for none.")] = "0,16",
+    window: Annotated[str, typer.Option(help="Block lengths of exactly scored keys; 0 for none.")] = DEFAULT_WINDOWS,
     draws: Annotated[str, typer.Option(help="iid, orthogonal, simplex, sobol, antithetic.")] = "orthogonal",
     seeds: Annotated[int, typer.Option(help="Draws that errors are averaged over.", min=1)] = 3,
     heads: Annotated[str | None, typer.Option(help="Which of the leading index, such as 0,3,5.")] = None,
@@ -51,6 +52,8 @@ def compare(
         options = _options(methods, features, window, draws, causal, target)
         q, k, v, scale = (*load_sample(), None) if file is None else read_attention(file)
         q, k, v = (_select(x, heads) for x in (q, k, v))
+        if q.shape[-2] != k.shape[-2] and window == DEFAULT_WINDOWS:
+            options["windows"] = [0]  # nobody asked for one
         if any(options["windows"]) and q.shape[-2] != k.shape[-2]:
             raise ValueError(
                 f"--window needs as many queries as keys, got {q.shape[-2]} and {k.shape[-2]}: use --window 0"
@@ -59,8 +62,9 @@ def compare(
             raise ValueError("--causal needs as many queries as keys, and at least 4")
         _check_writable(output, json_file)
         to = _library(array, dtype)
+        arrays = [_converted(name, x, to, dtype) for name, x in zip("qkv", (q, k, v), strict=True)]
         with fs.use(backend) if backend else nullcontext():
-            rows = _measure([to(x) for x in (q, k, v)], console, seeds=seeds, scale=scale, is_causal=causal, **options)
+            rows = _measure(arrays, console, seeds=seeds, scale=scale, is_causal=causal, **options)
         _draw(rows, output, target, f"{file.name if file else 'sentence encoder'}, {k.shape[-2]} keys")
     except (ValueError, TypeError, ImportError) as error:
         typer.echo(f"favorsharp compare: {' '.join(str(error).split())}", err=True)
@@ -117,8 +121,8 @@ def _select(x: Any, heads: str | None) -> Any:
         return x
     chosen = _numbers("--heads", heads, 0)
     if x.ndim < 3 or max(chosen) >= x.shape[0]:
-        count = x.shape[0] if x.ndim > 2 else 0
-        raise ValueError(f"--heads: the leading index has {count} entries, got {heads}")
+        has = f"the leading index has {x.shape[0]} entries" if x.ndim > 2 else "the arrays have no leading index"
+        raise ValueError(f"--heads: {has}, got {heads}")
     return x[chosen]
 
 
@@ -144,6 +148,15 @@ def _library(array: str, dtype: str) -> Callable[[Any], Any]:
             f"--array {array} --dtype {dtype} is not to be had here: not installed, no device, or no such dtype"
         )
     return make
+
+
+def _converted(name: str, x: Any, to: Callable[[Any], Any], dtype: str) -> Any:
+    """The array in the library and dtype asked for; an error where its numbers are too large for it."""
+    limit = {"float16": 65504.0}.get(dtype, 1e15)  # squares of what is larger leave float32
+    largest = float(abs(x.astype(float)).max())
+    if largest > limit:
+        raise ValueError(f"{name} holds numbers up to {largest:.3g}; accepted in {dtype}: up to {limit:g}")
+    return to(x)
 
 
 def _measure(arrays: list[Any], console: Console, **options: Any) -> list[Comparison]:
