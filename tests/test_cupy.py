@@ -1,4 +1,4 @@
-"""CuPy arrays are recognised, checked and dispatched. No GPU is needed: the arrays lie over host memory and are not read."""
+"""CuPy arrays are recognised, checked and dispatched. No GPU is needed: they lie over host memory and are not read."""
 
 import numpy as np
 import pytest
