@@ -111,28 +111,23 @@ def request_of(op: str, *arguments: object) -> Request:
     traced also off the arrays inside dataclass values (feature maps, states).
     """
     arrays: list[Array] = []
-    values: list[object] = []
+    inner: list[Array] = []
     family = "exponential"
     for x in arguments:
-        if x is None or isinstance(x, _SCALARS):
+        if x is None or isinstance(x, (int, float, str)):
             continue
         if is_array(x):
             arrays.append(x)
         else:
-            values.append(x)
+            _collect(x, inner)
             family = getattr(x, "family", "custom" if hasattr(x, "log_key") else family)
-    library = library_of(arrays[0]) if arrays else ""
-    inner: list[Array] = []
-    if library not in _ALWAYS_EAGER:
-        for value in values:
-            _collect(value, inner)
     if not (arrays or inner):
         raise TypeError(f"{op} needs an array among its arguments to choose an implementation by, got none")
     first = arrays[0] if arrays else inner[0]
-    everything = [] if library in _ALWAYS_EAGER else arrays + inner
+    everything = arrays + inner
     return Request(
         op=op,
-        library=library or library_of(first),
+        library=library_of(first),
         device=device_of(first),
         dtype=_common_dtype(arrays or inner),
         family=family,
@@ -141,18 +136,10 @@ def request_of(op: str, *arguments: object) -> Request:
     )
 
 
-_SCALARS = (int, float, str)
-
-_ALWAYS_EAGER = frozenset({"numpy", "cupy", "array_api_strict"})
-"""Libraries that neither trace nor differentiate: the arrays inside maps and states need no look."""
-
-
 def _collect(x: object, arrays: list[Array]) -> None:
     """Append the arrays that a dataclass value holds, at any depth."""
     for name in getattr(type(x), "__dataclass_fields__", ()):
         part = getattr(x, name)
-        if part is None or isinstance(part, _SCALARS):
-            continue
         if is_array(part):
             arrays.append(part)
         else:
@@ -161,12 +148,9 @@ def _collect(x: object, arrays: list[Array]) -> None:
 
 def _common_dtype(arrays: list[Array]) -> str:
     """The floating dtype of the arrays, or all of them joined; masks and indices do not count."""
-    names = {_dtype_name(x.dtype) for x in arrays}
+    names = [dtype_name(x) for x in arrays]
     floats = [name for name in FLOATS if name in names]
-    return "+".join(floats) if floats else min(names)
-
-
-_dtype_name = functools.lru_cache(maxsize=256)(dtype_name)  # NumPy takes microseconds to spell a dtype
+    return "+".join(floats) if floats else names[0]
 
 
 # What is offered -----------------------------------------------------------------------------------------------------
@@ -434,8 +418,7 @@ def _check_names(names: Iterable[str], source: str) -> None:
 
 class _Choice(NamedTuple):
     name: str | None
-    function: Callable[..., Any] | None
-    """None for the reference, and where nothing was chosen."""
+    target: str | None
     reasons: tuple[tuple[str, str], ...]
 
 
@@ -450,15 +433,15 @@ def _choose(request: Request, names: tuple[str, ...]) -> _Choice:
     for name in names or automatic:
         if name == REFERENCE:
             return _Choice(name, None, tuple(reasons))
-        function, reason = _offer(_backend(name), request)
-        if function is not None:
-            return _Choice(name, function, tuple(reasons))
+        kernel, reason = _offer(_backend(name), request)
+        if kernel is not None:
+            return _Choice(name, kernel.target, tuple(reasons))
         reasons.append((name, reason))
     return _Choice(None, None, tuple(reasons))
 
 
-def _offer(backend: Backend, request: Request) -> tuple[Callable[..., Any] | None, str]:
-    """The function of the backend's kernel for the request, or the reasons why it has none."""
+def _offer(backend: Backend, request: Request) -> tuple[Kernel | None, str]:
+    """The backend's kernel for the request, or the reasons why it has none."""
     fault = backend.why_not()
     if fault is not None:
         return None, fault
@@ -469,14 +452,14 @@ def _offer(backend: Backend, request: Request) -> tuple[Callable[..., Any] | Non
         if reason is None:
             function = _function(kernel.target)
             if not isinstance(function, str):
-                return function, ""
+                return kernel, ""
             reason = function
         reasons.append(reason)
     return None, " / ".join(dict.fromkeys(reasons)) or f"op {request.op}"
 
 
-def _decide(request: Request) -> Callable[..., Any] | None:
-    """The kernel to run; None for the reference. Raises where no named backend can."""
+def _decide(request: Request) -> str | None:
+    """The target of the kernel to run; None for the reference. Raises where no named backend can."""
     names, source = _names_wished()
     choice = _choose(request, names)
     if choice.name is None:
@@ -485,12 +468,10 @@ def _decide(request: Request) -> Callable[..., Any] | None:
     calls = _calls.get()
     if calls is not None:
         calls.append((request.op, choice.name))
-    return choice.function
+    return choice.target
 
 
-def _decide_while_tracing(
-    latest_wish: tuple[str, ...], *request: Any
-) -> tuple[Callable[..., Any] | None, str | None]:
+def _decide_while_tracing(latest_wish: tuple[str, ...], *request: Any) -> tuple[str | None, str | None]:
     """As `_decide`, for torch.compile: run, not traced; given `_latest_wish` only to be asked again when it changes.
 
     The error is returned to be raised by traced code, as Dynamo takes an exception here for its own failure.
@@ -546,7 +527,7 @@ class Op(Generic[P, R]):
         """Run the implementation that the arguments, `use` and the environment choose."""
         request = request_of(self.name, *args, *kwargs.values())
         if request.traced:
-            kernel, error = _decide_while_tracing(
+            target, error = _decide_while_tracing(
                 _latest_wish,
                 request.op,
                 request.library,
@@ -559,9 +540,11 @@ class Op(Generic[P, R]):
             if error is not None:
                 raise BackendUnavailable(error)
         else:
-            kernel = _decide(request)
-        run: Callable[P, R] = self.reference if kernel is None else kernel
-        return run(*args, **kwargs)
+            target = _decide(request)
+        if target is None:
+            return self.reference(*args, **kwargs)
+        kernel = cast(Callable[P, R], _function(target))  # not a reason: the decision has seen to that
+        return kernel(*args, **kwargs)
 
     def __repr__(self) -> str:
         return f"<favorsharp op {self.name}>"
@@ -628,8 +611,8 @@ def _why_not_tried(name: str, request: Request, choice: _Choice, source: str) ->
     if source:
         return f"not named by {source}"
     if name != REFERENCE:
-        function, reason = _offer(_backend(name), request)
-        if function is None:
+        kernel, reason = _offer(_backend(name), request)
+        if kernel is None:
             return reason
         if not _is_ours(_entry_points()[name]):
             return "can run it, when named by use()"
