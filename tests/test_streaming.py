@@ -171,6 +171,8 @@ def test_decode_under_jit():
     jax = pytest.importorskip("jax")
     import favorsharp.jax  # noqa: F401  registers the values as pytrees
 
+    jax.config.update("jax_enable_x64", True)
+
     q, k, v, fm = problem(jax.numpy.asarray, n=12)
     want = fs.linear_attention(q, k, v, fm, is_causal=True)
     step = jax.jit(lambda q, k, v, state: fs.decode_step(q, k, v, state, fm))
