@@ -20,14 +20,14 @@ def check_array(name: str, x: Any) -> None:
 
 
 def check_floats(**named: Any) -> Namespace:
-    """Check that the named values are real floating arrays of one library on one device; None entries are skipped.
+    """Check that the named values are real floating arrays of one library on one device.
 
     Returns
     -------
     namespace
         The functions of the library that the arrays share.
     """
-    arrays = {name: x for name, x in named.items() if x is not None}
+    arrays = named
     for name, x in arrays.items():
         check_array(name, x)
     check_together(**arrays)
