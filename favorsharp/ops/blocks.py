@@ -98,7 +98,7 @@ def far_step(
         mask = rows_between(key_mask[..., None], first, last)[..., 0]
         if limit < last:
             mask = mask & (namespace_of(mask).arange(first, last, **on_device_of(mask)) < limit)
-        lk = masked(feature_map.log_key(cast(rows_between(k, first, last), dtype)), mask)
+        lk = masked(feature_map.log_key(hide(cast(rows_between(k, first, last), dtype), mask)), mask)
         values = hide(cast(rows_between(v, first, last), dtype), mask)
         part = merge(part, _prefix_partial(lq, lk, values, max(window, 1), reverse))
         state = absorb_features(state, lk, values)
@@ -128,7 +128,8 @@ def near_partial(
     if stop - start <= window and start // window == (stop - 1) // window:
         block = start // window * window
         low, high = max(block - window, 0), min(block + reach * window, k.shape[-2])
-        logits = feature_map.log_kernel(cast(q[..., start:stop, :], dtype), cast(k[..., low:high, :], dtype))
+        near_k = hide(cast(k[..., low:high, :], dtype), key_mask[..., low:high])
+        logits = feature_map.log_kernel(cast(q[..., start:stop, :], dtype), near_k)
         visible = key_mask[..., None, low:high]
         if causal:
             positions = xp.arange(0, high, **on_device_of(k))
@@ -148,7 +149,9 @@ def near_partial(
         inside = xp.arange(window, **on_device_of(k))
         offsets = xp.arange(-window, window, **on_device_of(k))
         pairs = pairs & (inside[:, None] >= offsets[None, :])
-    part = exact_partial(feature_map.expanded().log_kernel(own, keys), pairs, hide(values, mask), mixed=causal)
+    part = exact_partial(
+        feature_map.expanded().log_kernel(own, hide(keys, mask)), pairs, hide(values, mask), mixed=causal
+    )
     return _first_rows(_map(part, _out_of_blocks), stop - start)
 
 

@@ -219,7 +219,7 @@ def absorb(state: State, k: Array, v: Array, key_mask: Array | None, feature_map
         if start == stop:
             continue
         mask = None if key_mask is None else key_mask[..., start:stop]
-        lk = masked(feature_map.log_key(cast(k[..., start:stop, :], state.kv.dtype)), mask)
+        lk = masked(feature_map.log_key(hide(cast(k[..., start:stop, :], state.kv.dtype), mask)), mask)
         state = absorb_features(state, lk, hide(cast(v[..., start:stop, :], state.kv.dtype), mask))
     return state
 
