@@ -1,0 +1,280 @@
+"""From arrays and feature maps to what kernels take: addresses, strides, packed constants. Nothing is copied that can
+be read where it lies."""
+
+import math
+import weakref
+from collections.abc import Sequence
+from dataclasses import fields
+from typing import Any
+
+import numpy as np
+
+from favorsharp_numba.compiling import TAGS
+from favorsharp_numba.tiles import ALPHA, BETA, HEADER, NEAR, OFFSET, ONE, Mask, Points, Sizes
+from favorsharp_numba.vectors import BYTES, VECTORS
+
+LOG2E = 1 / math.log(2)
+KINDS = {"float16": 0, "bfloat16": 1, "float32": 2, "float64": 3}
+ITEMS = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
+
+
+def name_of(x: Any) -> str:
+    """The dtype's short name."""
+    return str(x.dtype).rpartition(".")[2]
+
+
+def is_torch(x: Any) -> bool:
+    """Whether x is a tensor."""
+    return not isinstance(x, np.ndarray) and hasattr(x, "data_ptr")
+
+
+class Address:
+    """Where an array lies: its first address, its shape and its strides in bytes."""
+
+    def __init__(self, x: Any) -> None:
+        self.kind = name_of(x)
+        if is_torch(x):
+            x = x.detach()
+            if x.is_neg() or x.is_conj():
+                x = x.resolve_neg().resolve_conj()
+            self.item = x.element_size()
+            self.start, self.shape = x.data_ptr(), tuple(x.shape)
+            self.strides = tuple(step * self.item for step in x.stride())
+        else:
+            if not x.flags.aligned or not x.dtype.isnative:
+                x = np.array(x, dtype=x.dtype.newbyteorder("="))
+            self.item = x.itemsize
+            self.start, self.shape, self.strides = x.__array_interface__["data"][0], x.shape, x.strides
+        self.owner = x  # lives as long as its address is in use
+
+    def of_batch(self, batch: tuple[int, ...], trailing: int) -> Any:
+        """The address of each entry of a batch that the leading axes broadcast to."""
+        shape, strides = self.shape[: len(self.shape) - trailing], self.strides[: len(self.shape) - trailing]
+        missing = len(batch) - len(shape)
+        addresses = np.full((1,) * len(batch), self.start, dtype=np.int64)
+        for axis, (size, step) in enumerate(zip(shape, strides, strict=True), missing):
+            if size > 1:
+                reach = np.arange(size, dtype=np.int64) * step
+                addresses = addresses + reach.reshape((-1,) + (1,) * (len(batch) - axis - 1))
+        return np.ascontiguousarray(np.broadcast_to(addresses, batch)).reshape(-1)
+
+
+class Held:
+    """Arguments of a kernel together with the arrays whose addresses they hold."""
+
+    def __init__(self) -> None:
+        self.arrays: list[Any] = []
+
+    def keep(self, x: Any) -> int:
+        """The address of a NumPy array that is kept alive."""
+        self.arrays.append(x)
+        return int(x.__array_interface__["data"][0])
+
+    def points(self, x: Any, batch: tuple[int, ...]) -> Points:
+        """An array (*b, n, size) as a kernel takes it."""
+        a = Address(x)
+        self.arrays.append(a)
+        return Points(KINDS[a.kind], self.keep(a.of_batch(batch, 2)), a.strides[-2], a.strides[-1], a.item)
+
+    def mask(self, x: Any, batch: tuple[int, ...]) -> Mask:
+        """A mask (*b, n), or none, as a kernel takes it."""
+        if x is None:
+            return Mask(0, 0)
+        a = Address(x)
+        self.arrays.append(a)
+        return Mask(self.keep(a.of_batch(batch, 1)), a.strides[-1])
+
+    def place(self, x: Any) -> int:
+        """The place of a NumPy array that is kept alive."""
+        return self.keep(x) // int(x.itemsize)
+
+
+def host(x: Any) -> Any:
+    """An array of the map as a NumPy array, not copied."""
+    return x.detach().numpy() if is_torch(x) else np.asarray(x)
+
+
+# Packed maps ---------------------------------------------------------------------------------------------------------
+
+
+class Packed:
+    """The constants of a map's two sides, in the layout of `Sizes`; one row for each map of a batch."""
+
+    def __init__(self, feature_map: Any, dtype: str) -> None:
+        self.dtype = np.dtype(dtype)
+        self.one = TAGS[dtype]
+        p = feature_map.parameters
+        self.batch: tuple[int, ...] = tuple(feature_map.batch_shape)
+        self.count = math.prod(self.batch)
+        wide = {name: _batched(getattr(p, name), self.batch) for name in ("g1", "g2", "center_x", "center_y")}
+        rows = _batched(feature_map.rows, self.batch)
+        column = LOG2E * _batched(feature_map.column, self.batch)[:, 0]
+        self.d, self.m = rows.shape[-1], rows.shape[-2]
+        self.lanes = BYTES // self.dtype.itemsize
+        self.panel = VECTORS * self.lanes
+        self.gaussian = p.kernel == "gaussian"
+        self.root = math.sqrt(p.scale)
+        self.query = self._side(wide["g1"], wide["center_x"], wide["center_y"], wide["center_y"], rows, column)
+        self.key = self._side(wide["g2"], wide["center_y"], wide["center_x"], wide["center_y"], rows, column)
+
+    def _side(self, g: Any, own: Any, other: Any, near_center: Any, rows: Any, column: Any) -> Any:
+        """Center, coefficients and projection of one side, by name."""
+        own, other, near_center = own[:, 0], other[:, 0], near_center[:, 0]
+        if self.gaussian:
+            gap = other - own
+            linear, offset, beta = gap, -0.25 * np.sum(gap * gap, axis=-1), np.full(len(g), 0.5)
+        else:
+            linear, offset, beta = other, 0.5 * np.sum(own * other, axis=-1), np.zeros(len(g))
+            near_center = np.zeros_like(near_center)
+        isotropic = np.all(g == g[:, :1, :1] * np.eye(g.shape[-1]))
+        dense = None
+        if isotropic:
+            beta = beta + 0.5 * g[:, 0, 0] ** 2
+        else:
+            dense = math.sqrt(0.5 * LOG2E) * np.swapaxes(g, -1, -2)
+        return {
+            "center": own,
+            "linear": LOG2E * linear,
+            "offset": LOG2E * offset,
+            "beta": LOG2E * beta,
+            "near_center": near_center,
+            "column": column,
+            "rows": LOG2E * (rows @ g),
+            "dense": dense,
+        }
+
+    def layout(self, e: int) -> Sizes:
+        """Where what lies, for values of size e."""
+        d, m = self.d, self.m
+        d_pad, m_pad, e_pad = (self.padded(x) for x in (d, m, e))
+        has_dense = any(side["dense"] is not None for side in (self.query, self.key))
+        center = -(-HEADER // self.lanes) * self.lanes
+        linear, near_center = center + d_pad, center + 2 * d_pad
+        column = near_center + d_pad
+        rows = column + m_pad
+        panels = rows + self.padded(m * d)
+        dense = panels + -(-m_pad // self.panel) * d * self.panel
+        zeros = dense + (-(-d_pad // self.panel) * d * self.panel if has_dense else 0)
+        total = self.padded(zeros + e_pad)
+        return Sizes(
+            d, d_pad, m, m_pad, e, e_pad, center, linear, near_center, column, rows, panels, dense, int(has_dense),
+            int(self.gaussian), total,
+        )  # fmt: skip
+
+    def padded(self, x: int) -> int:
+        """The size in whole vectors, one at least."""
+        return max(1, -(-x // self.lanes)) * self.lanes
+
+    def constants(self, s: Sizes) -> tuple[Any, Any]:
+        """The packed constants of queries and of keys, (count, s.total)."""
+        return self._packed(self.query, s, -1.0), self._packed(self.key, s, -np.inf)
+
+    def _packed(self, side: Any, s: Sizes, padding: float) -> Any:
+        out = np.zeros((self.count, s.total), self.dtype)
+        out[:, ALPHA], out[:, OFFSET], out[:, BETA] = self.root, side["offset"], side["beta"]
+        out[:, ONE], out[:, NEAR] = 1, LOG2E
+        out[:, s.center : s.center + s.d] = side["center"]
+        out[:, s.linear : s.linear + s.d] = side["linear"]
+        out[:, s.near_center : s.near_center + s.d] = side["near_center"]
+        out[:, s.column : s.column + s.m_pad] = padding
+        out[:, s.column : s.column + s.m] = side["column"]
+        out[:, s.rows : s.rows + s.m * s.d] = side["rows"].reshape(self.count, -1)
+        self._put_panels(out, s.panels, np.swapaxes(side["rows"], -1, -2), s.m_pad)
+        if s.has_dense:
+            dense = side["dense"]
+            if dense is None:  # the other side needs a matrix, this one would do without
+                dense = np.zeros((self.count, s.d, s.d))
+            self._put_panels(out, s.dense, dense, s.d_pad)
+        return out
+
+    def _put_panels(self, out: Any, place: int, matrix: Any, columns: int) -> None:
+        """Write a matrix (count, d, n) panel by panel, (panels, d, panel)."""
+        count, d, n = matrix.shape
+        panels = -(-columns // self.panel)
+        spread = np.zeros((count, d, panels * self.panel), self.dtype)
+        spread[:, :, :n] = matrix
+        spread = spread.reshape(count, d, panels, self.panel).swapaxes(1, 2)
+        out[:, place : place + panels * d * self.panel] = spread.reshape(count, -1)
+
+
+def _batched(x: Any, batch: tuple[int, ...]) -> Any:
+    """An array of a map in float64, (count, ., .)."""
+    wide = host(x).astype(np.float64)
+    return np.broadcast_to(wide, (*batch, *wide.shape[-2:])).reshape(math.prod(batch), *wide.shape[-2:])
+
+
+_packed: "weakref.WeakKeyDictionary[Any, dict[Any, Any]]" = weakref.WeakKeyDictionary()
+"""By feature map: a map is frozen. A tensor changed in place has another version, and is packed again."""
+
+
+def pack(feature_map: Any, dtype: str, e: int) -> tuple[Packed, Sizes, Any, Any]:
+    """The packed map for values of size e; the last results are kept as long as the map is."""
+    versions = tuple(
+        x._version for value in (feature_map, feature_map.parameters) for x in _arrays(value) if is_torch(x)
+    )
+    known = _packed.setdefault(feature_map, {})
+    key = (dtype, e, versions)
+    if key not in known:
+        packed = Packed(feature_map, dtype)
+        sizes = packed.layout(e)
+        known.clear()
+        known[key] = (packed, sizes, *packed.constants(sizes))
+    found: tuple[Packed, Sizes, Any, Any] = known[key]
+    return found
+
+
+def _arrays(value: Any) -> list[Any]:
+    return [x for x in (getattr(value, field.name) for field in fields(value)) if hasattr(x, "dtype")]
+
+
+# Batches -------------------------------------------------------------------------------------------------------------
+
+
+def indices(batch: tuple[int, ...], whole: tuple[int, ...]) -> Any:
+    """For each entry of a batch `whole`, the flat index of the entry of `batch` that broadcasts to it."""
+    numbers = np.arange(math.prod(batch), dtype=np.int64).reshape(batch)
+    return np.ascontiguousarray(np.broadcast_to(numbers, whole)).reshape(-1)
+
+
+def members(key_head_of: Any, heads: int) -> tuple[Any, Any]:
+    """The query heads of each key head: all of them sorted by key head, and where each key head's begin."""
+    order = np.argsort(key_head_of, kind="stable").astype(np.int64)
+    starts = np.zeros(heads + 1, np.int64)
+    np.cumsum(np.bincount(key_head_of, minlength=heads), out=starts[1:])
+    return order, starts
+
+
+def broadcast(*shapes: Sequence[int]) -> tuple[int, ...]:
+    """The shape that leading axes broadcast to."""
+    return np.broadcast_shapes(*(tuple(shape) for shape in shapes))
+
+
+def empty(like: Any, shape: tuple[int, ...], dtype: str) -> Any:
+    """A new array of like's library."""
+    if is_torch(like):
+        import torch
+
+        return torch.empty(shape, dtype=getattr(torch, dtype))
+    return np.empty(shape, dtype)
+
+
+def numpy_or_torch(like: Any, x: Any) -> Any:
+    """A NumPy array as an array of like's library, not copied."""
+    if is_torch(like):
+        import torch
+
+        return torch.from_numpy(x)
+    return x
+
+
+def promoted(*names: str) -> str:
+    """The dtype that floating dtypes promote to."""
+    distinct = set(names)
+    if distinct == {"float16", "bfloat16"}:
+        return "float32"
+    return max(distinct, key=["float16", "bfloat16", "float32", "float64"].index)
+
+
+def widened(name: str) -> str:
+    """The dtype to compute in."""
+    return "float64" if name == "float64" else "float32"

@@ -1,0 +1,19 @@
+"""Bidirectional attention."""
+
+from typing import Any
+
+from favorsharp_numba.arguments import empty
+from favorsharp_numba.problem import AttentionProblem
+
+
+def attention(q: Any, k: Any, v: Any, feature_map: Any, *, key_mask: Any = None, window: int = 0) -> Any:
+    """As `favorsharp.ops.attention.attention`."""
+    problem = AttentionProblem(feature_map, q, k, v, key_mask=key_mask, window=window)
+    out = empty(q, (*problem.batch, q.shape[-2], v.shape[-1]), problem.result)
+    if window > 0 and k.shape[-2] > 0:
+        problem.new_sums()
+        problem.windowed(out, causal=False)
+    else:
+        problem.gather()
+        problem.read(out)
+    return out

@@ -1,0 +1,398 @@
+"""Kernels of bidirectional and causal attention.
+
+Each works on some of the key heads, or of the queries, of a problem; `run.py` shares the rest out among threads. What
+the keys of a head amount to is a block of *sums*: kv, z (m_pad) and top (m_pad), the same as a `State` but to base 2.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from favorsharp_numba.compiling import jit
+from favorsharp_numba.tiles import (
+    ONE,
+    TILE,
+    ZERO,
+    Mask,
+    absorb,
+    absorb_scratch,
+    add_keys,
+    exp_block,
+    fill,
+    get,
+    integer_at,
+    invert,
+    is_hidden,
+    lanes,
+    load_keys,
+    load_near,
+    load_queries,
+    log_keys,
+    log_queries,
+    near_scratch,
+    panel,
+    product,
+    product_add,
+    put,
+    raise_top,
+    read_near,
+    read_sums,
+    rescale,
+    scale_sums,
+    squared_norm,
+    store_points,
+    sum_block,
+    transpose,
+    weigh,
+)
+
+SMALL_RISE = 40
+"""How far the top of a feature may rise within a causal tile before the tile is cut: 2**-40 loses nothing."""
+SMALLEST_TOTAL = 2.0**-60
+"""The smallest sum of weights that a causal row is normalised by; below, its tile is cut."""
+
+
+class Problem(NamedTuple):
+    """The numbers and addresses that every kernel takes.
+
+    Maps: packed constants of queries and keys (places) with the map of each key head at an address. Queries of key head
+    b: `members[member_starts[b]] ...`; q and out are indexed by query head, k, v and mask by key head.
+    """
+
+    num_keys: int
+    num_queries: int
+    first_query: int
+    window: int
+    causal: int
+    transposed: int
+    segments: int
+    query_side: int
+    key_side: int
+    map_of: int
+    members: int
+    member_starts: int
+    key_head_of: int
+    sums: int
+    sums_size: int
+    kv_size: int
+
+
+@jit
+def query_side(s, p, head):
+    return p.query_side + integer_at(p.map_of + 8 * head) * s.total
+
+
+@jit
+def key_side(s, p, head):
+    return p.key_side + integer_at(p.map_of + 8 * head) * s.total
+
+
+@jit
+def gather_keys(one, s, p, k, v, mask, low, high, scratch):
+    """The sums of segments low .. high; segment g of key head b is task b * segments + g."""
+    for task in range(low, high):
+        head, segment = task // p.segments, task % p.segments
+        start, stop = p.num_keys * segment // p.segments, p.num_keys * (segment + 1) // p.segments
+        kv = p.sums + task * p.sums_size
+        z = kv + p.kv_size
+        absorb(one, s, key_side(s, p, head), k, v, mask, head, start, stop, kv, z, z + s.m_pad, p.transposed, scratch)
+
+
+@jit
+def merge_segments(one, s, p, low, high, scratch):
+    """Merge the segments of key heads low .. high into the first of each."""
+    new_top, scales, ones = scratch, scratch + s.m_pad, scratch + 2 * s.m_pad
+    fill(one, ones, max(s.m_pad, s.e_pad), one)
+    for head in range(low, high):
+        kv = p.sums + head * p.segments * p.sums_size
+        z = kv + p.kv_size
+        top = z + s.m_pad
+        for segment in range(1, p.segments):
+            other = kv + segment * p.sums_size
+            other_z = other + p.kv_size
+            for j in range(s.m_pad):
+                put(one, new_top + j, max(get(one, top + j), get(one, other_z + s.m_pad + j)))
+            rescale(one, s, top, new_top, kv, z, p.transposed, scales, ones)
+            rescale(one, s, other_z + s.m_pad, new_top, other, other_z, p.transposed, scales, ones)
+            for i in range(p.kv_size + s.m_pad):
+                put(one, kv + i, get(one, kv + i) + get(one, other + i))
+
+
+@jit
+def read_queries(one, s, p, q, k, v, mask, recent, out, normalised, per_head, low, high, scratch):
+    """Queries read the sums of their key head; task = query head * per_head + a share of its queries.
+
+    The first `recent` keys of k are not in the sums, and are scored exactly.
+    """
+    points = scratch
+    dense = points + TILE * s.d_pad
+    factors = dense + TILE * s.d_pad
+    columns = factors + TILE
+    weights = columns + s.d * TILE
+    reference = weights + s.m * TILE
+    safe = reference + TILE
+    total = safe + TILE
+    numerator = total + TILE
+    norms = numerator + TILE * s.e_pad
+    extra = norms + TILE
+    for task in range(low, high):
+        head, share = task // per_head, task % per_head
+        key_head = integer_at(p.key_head_of + 8 * head)
+        side = query_side(s, p, key_head)
+        kv = p.sums + key_head * p.segments * p.sums_size
+        z = kv + p.kv_size
+        stop = p.num_queries * (share + 1) // per_head
+        for start in range(p.num_queries * share // per_head, stop, TILE):
+            count = min(TILE, stop - start)
+            with_factors = recent > 0 or not normalised
+            load_queries(one, s, side, q, head, start, count, with_factors, points, dense, factors, columns)
+            log_queries(one, s, side, columns, count, factors, weights)
+            weigh(one, s, side, weights, count, z + s.m_pad, z, reference, safe, total)
+            read_sums(one, s, weights, count, kv, p.transposed, numerator, extra)
+            if recent > 0:
+                load_near(one, s, side, q, Mask(0, 0), head, start, count, True, points, norms)
+                n = (count + lanes(one) - 1) // lanes(one) * lanes(one)
+                transpose(one, points, s.d_pad, count, s.d, columns, TILE, n)
+                fill(one, norms + count, n - count, one - one)
+                read_near(
+                    one, s, key_side(s, p, key_head), columns, norms, 0, count, k, v, mask, key_head, 0, recent, 0, 0,
+                    numerator, total, reference, extra,
+                )  # fmt: skip
+            if normalised:
+                invert(one, total, count)
+            else:
+                for t in range(count):
+                    put(one, total + t, np.exp2(get(one, reference + t)))
+            store_points(one, out, head, start, count, s.e, s.e_pad, total, numerator)
+
+
+@jit
+def read_scratch(one, s):
+    """Items of scratch that `read_queries` needs."""
+    return TILE * (2 * s.d_pad + s.d + s.m + 5 + s.e_pad) + max(s.e * TILE, near_scratch(s))
+
+
+@jit
+def windowed(one, s, p, q, k, v, mask, out, work, low, high, scratch):
+    """Attention with near blocks scored exactly, for key heads low .. high.
+
+    Positions count from the first key; the queries are those of positions first_query and on. What a query has read of
+    the blocks before is kept in `work` (e_pad + 2 items a query) until the pass over the blocks after it.
+    """
+    points = scratch
+    dense = points + TILE * s.d_pad
+    factors = dense + TILE * s.d_pad
+    columns = factors + TILE
+    weights = columns + s.d * TILE
+    reference = weights + s.m * TILE
+    safe = reference + TILE
+    total = safe + TILE
+    numerator = total + TILE
+    norms = numerator + TILE * s.e_pad
+    extra = norms + TILE
+    w, length = p.window, p.num_keys
+    blocks = (length + w - 1) // w
+    for head in range(low, high):
+        kv = p.sums + head * p.sums_size
+        z = kv + p.kv_size
+        top = z + s.m_pad
+        keys, queries = key_side(s, p, head), query_side(s, p, head)
+        for step in range(blocks if p.causal else 2 * blocks):
+            after = step >= blocks
+            block = 2 * blocks - 1 - step if after else step
+            if step == blocks:
+                fill(one, kv, p.kv_size + s.m_pad, one - one)
+                fill(one, top, s.m_pad, -np.inf * one)
+            entering = block + 2 if after else block - 2
+            if 0 <= entering < blocks:
+                absorb(
+                    one, s, keys, k, v, mask, head, entering * w, min(length, (entering + 1) * w), kv, z, top, 0, extra
+                )
+            for member in range(integer_at(p.member_starts + 8 * head), integer_at(p.member_starts + 8 * head + 8)):
+                f = integer_at(p.members + 8 * member)
+                stop = min(length, (block + 1) * w)
+                for first in range(max(block * w, p.first_query), stop, TILE):
+                    count = min(TILE, stop - first)
+                    start = first - p.first_query
+                    load_queries(one, s, queries, q, f, start, count, True, points, dense, factors, columns)
+                    log_queries(one, s, queries, columns, count, factors, weights)
+                    weigh(one, s, queries, weights, count, top, z, reference, safe, total)
+                    read_sums(one, s, weights, count, kv, 0, numerator, extra)
+                    line = work + (f * p.num_queries + start) * (s.e_pad + 2)
+                    if not p.causal and not after:
+                        keep(one, s, count, numerator, total, reference, line)
+                        continue
+                    if after:
+                        merge_kept(one, s, count, numerator, total, reference, line)
+                    load_near(one, s, queries, q, Mask(0, 0), f, start, count, True, points, norms)
+                    n = (count + lanes(one) - 1) // lanes(one) * lanes(one)
+                    transpose(one, points, s.d_pad, count, s.d, columns, TILE, n)
+                    fill(one, norms + count, n - count, one - one)
+                    last = first + count if p.causal else min(length, (block + 2) * w)
+                    read_near(
+                        one, s, keys, columns, norms, first, count, k, v, mask, head, max(0, (block - 1) * w), last, w,
+                        p.causal, numerator, total, reference, extra,
+                    )  # fmt: skip
+                    invert(one, total, count)
+                    store_points(one, out, f, start, count, s.e, s.e_pad, total, numerator)
+
+
+@jit
+def keep(one, s, count, numerator, total, reference, line):
+    """Put aside what a tile of queries has read."""
+    for t in range(count):
+        row = line + t * (s.e_pad + 2)
+        for j in range(s.e_pad):
+            put(one, row + j, get(one, numerator + t * s.e_pad + j))
+        put(one, row + s.e_pad, get(one, total + t))
+        put(one, row + s.e_pad + 1, get(one, reference + t))
+
+
+@jit
+def merge_kept(one, s, count, numerator, total, reference, line):
+    """Merge what was put aside into what the queries have read since."""
+    for t in range(count):
+        row = line + t * (s.e_pad + 2)
+        old, new = get(one, row + s.e_pad + 1), get(one, reference + t)
+        top = max(old, new)
+        safe = top if top > -np.inf else one - one
+        first, second = np.exp2(old - safe), np.exp2(new - safe)
+        for j in range(s.e_pad):
+            place = numerator + t * s.e_pad + j
+            put(one, place, get(one, place) * second + get(one, row + j) * first)
+        put(one, total + t, get(one, total + t) * second + get(one, row + s.e_pad) * first)
+        put(one, reference + t, top)
+
+
+@jit
+def windowed_scratch(one, s):
+    """Items of scratch that `windowed` needs."""
+    return TILE * (2 * s.d_pad + s.d + s.m + 5 + s.e_pad) + max(absorb_scratch(one, s), near_scratch(s))
+
+
+@jit
+def causal(one, s, p, q, k, v, mask, out, low, high, scratch):
+    """Attention of a query to the keys up to its own, for key heads low .. high.
+
+    A tile's keys and the sums before it share one top, which may exceed what an early query of the tile can see. Where
+    that would cost accuracy (a large rise, a small total), the tile is taken in shorter pieces: in a piece of one point
+    the top is attained by a key that its query sees.
+    """
+    p_step = s.m_pad + lanes(one)
+    points = scratch
+    dense = points + TILE * s.d_pad
+    factors = dense + TILE * s.d_pad
+    values = factors + TILE
+    features = values + TILE * s.e_pad
+    new_top = features + TILE * p_step
+    safe_top = new_top + s.m_pad
+    scales = safe_top + s.m_pad
+    new_z = scales + s.m_pad
+    ones = new_z + s.m_pad
+    columns = ones + max(s.m_pad, s.e_pad)
+    weights = columns + s.d * TILE
+    scores = weights + s.m * TILE
+    reference = scores + TILE * TILE
+    safe = reference + TILE
+    total = safe + TILE
+    numerator = total + TILE
+    fill(one, ones, max(s.m_pad, s.e_pad), one)
+    fill(one, scores, TILE * TILE, one - one)
+    width = panel(one)
+    for head in range(low, high):
+        kv = p.sums + head * p.sums_size
+        z = kv + p.kv_size
+        top = z + s.m_pad
+        keys, queries = key_side(s, p, head), query_side(s, p, head)
+        seen = False
+        for j in range(s.m):
+            seen = seen or get(one, top + j) > -np.inf
+        start, size = 0, TILE
+        while start < p.num_keys:
+            count = min(size, p.num_keys - start)
+            some = load_keys(one, s, keys, k, v, mask, head, start, count, points, dense, factors, values)
+            log_keys(one, s, keys, points, count, factors, features, p_step)
+            rise = raise_top(one, s, keys, features, p_step, count, top, new_top, safe_top)
+            if rise > SMALL_RISE and count > 1:
+                size = max(1, count // 4)
+                continue
+            rescale(one, s, top, new_top, kv, z, 0, scales, ones)
+            fill(one, new_z, s.m_pad, one - one)
+            exp_block(one, features, p_step, count, s.m_pad, keys + ZERO, 0, safe_top, ones, 0, new_z)
+            first_seen = 0
+            if not seen:
+                while first_seen < count and is_hidden(mask, head, start + first_seen):
+                    first_seen += 1
+            finite = True
+            for t in range(count):
+                finite = finite and np.isfinite(squared_norm(one, values + t * s.e_pad, s.e))
+            n = (count + lanes(one) - 1) // lanes(one) * lanes(one)
+            exact = True
+            for member in range(integer_at(p.member_starts + 8 * head), integer_at(p.member_starts + 8 * head + 8)):
+                f = integer_at(p.members + 8 * member)
+                load_queries(one, s, queries, q, f, start, count, False, points, dense, factors, columns)
+                log_queries(one, s, queries, columns, count, factors, weights)
+                weigh(one, s, queries, weights, count, top, z, reference, safe, total)
+                score_pairs(one, s, features, p_step, weights, count, scores)
+                sum_block(one, scores, TILE, count, n, keys + ONE, 0, total)
+                if count > 1:
+                    for t in range(first_seen, count):
+                        exact = exact and not get(one, total + t) < SMALLEST_TOTAL
+                    if not exact:
+                        break
+                step = 6 if finite else 1  # a value that is not finite must not meet the weight 0 of a query before it
+                for t in range(0, count, step):
+                    product(
+                        one, min(step, count - t), s.e_pad, min(t + step, count), scores + t, 1, TILE, values, width,
+                        s.e_pad, numerator + t * s.e_pad, s.e_pad,
+                    )  # fmt: skip
+                product_add(one, count, s.e_pad, s.m, weights, 1, TILE, kv, width, s.e_pad, numerator, s.e_pad)
+                invert(one, total, count)
+                store_points(one, out, f, start, count, s.e, s.e_pad, total, numerator)
+            if not exact:
+                undo_rise(one, s, kv, z, top, scales, ones)
+                size = max(1, count // 4)
+                continue
+            add_keys(one, s, features, p_step, values, count, kv, 0)
+            for j in range(s.m_pad):
+                put(one, z + j, get(one, z + j) + get(one, new_z + j))
+            seen = seen or some
+            start += count
+            size = TILE if size == TILE or start % TILE == 0 else size
+
+
+@jit
+def score_pairs(one, s, features, p_step, weights, count, scores):
+    """scores[j, i] of key j and query i >= j by their features; 0 before."""
+    width, lane = panel(one), lanes(one)
+    n = (count + lane - 1) // lane * lane
+    for j in range(0, count, 12):
+        rows = min(12, count - j)
+        left = j // lane * lane
+        product(
+            one, rows, n - left, s.m, features + j * p_step, p_step, 1, weights + left, width, TILE,
+            scores + j * TILE + left, TILE,
+        )  # fmt: skip
+        for row in range(j, j + rows):
+            fill(one, scores + row * TILE, row, one - one)
+
+
+@jit
+def undo_rise(one, s, kv, z, top, scales, ones):
+    """Take back what `rescale` did."""
+    for j in range(s.m_pad):
+        factor = get(one, scales + j)
+        if factor > 0 and factor < 1:
+            put(one, top + j, get(one, top + j) + np.log2(factor))
+        elif factor == 0:
+            put(one, top + j, -np.inf * one)
+            factor = one
+        put(one, scales + j, one / factor)
+    scale_sums(one, s, kv, z, 0, scales, ones)
+
+
+@jit
+def causal_scratch(one, s):
+    """Items of scratch that `causal` needs."""
+    keys = TILE * (2 * s.d_pad + 1 + s.e_pad + s.m_pad + lanes(one)) + 4 * s.m_pad + max(s.m_pad, s.e_pad)
+    return keys + TILE * (s.d + s.m + TILE + 3 + s.e_pad)

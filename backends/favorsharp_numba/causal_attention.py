@@ -1,0 +1,37 @@
+"""Causal attention."""
+
+from dataclasses import replace
+from typing import Any
+
+from favorsharp.ops.state import State, empty_state, num_leaving, with_recent
+from favorsharp_numba.arguments import empty, numpy_or_torch
+from favorsharp_numba.problem import AttentionProblem
+
+
+def causal_attention(
+    q: Any, k: Any, v: Any, feature_map: Any, *, key_mask: Any = None, window: int = 0, state: State | None = None
+) -> tuple[Any, State]:
+    """As `favorsharp.ops.causal_attention.causal_attention`."""
+    n, before, keys, values, mask = q.shape[-2], 0, k, v, key_mask
+    if state is not None and state.recent_k.shape[-2] > 0:
+        before = state.recent_k.shape[-2]
+        keys, values, mask = with_recent(state, k, v, key_mask)
+    problem = AttentionProblem(feature_map, q, keys, values, key_mask=mask, state=state, window=window)
+    if state is None:
+        problem.new_sums()
+        state = empty_state(feature_map, problem.key_batch, k.shape[-1], v.shape[-1], window, k[..., :0, :])
+    else:
+        problem.load_state(state)
+    out = empty(q, (*problem.batch, n, v.shape[-1]), problem.result)
+    if window:
+        problem.windowed(out, causal=True, first_query=before)
+    else:
+        problem.causal(out)
+    state = replace(state, **{name: numpy_or_torch(q, x) for name, x in problem.state_arrays().items()})
+    if window:
+        if mask is None:
+            keys, values, mask = with_recent(state, k, v, key_mask)
+        left = num_leaving(keys.shape[-2], window)
+        kept = {"recent_k": keys[..., left:, :], "recent_v": values[..., left:, :], "recent_mask": mask[..., left:]}
+        state = replace(state, **kept)
+    return out, state

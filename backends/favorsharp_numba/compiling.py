@@ -1,0 +1,109 @@
+"""How kernels are compiled: one signature for each dtype, and a disk cache that knows every source of this package.
+
+Numba files a compiled function under the time stamp of the one file it stands in. Kernels here are built from vector
+code in other files, so their stamp is a digest of all sources of the package: an edit anywhere compiles anew.
+"""
+
+import hashlib
+import os
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import llvmlite.binding
+import numba
+import numpy as np
+from numba.core import caching
+
+FAST = {"reassoc", "contract", "arcp", "nsz"}
+"""What arithmetic may be rearranged. Not "nnan" and "ninf": -inf is a mask, and a NaN has to reach its row."""
+
+VARIABLE = "FAVORSHARP_NUMBA_VECTORS"
+
+
+@cache
+def vector_bytes() -> int:
+    """The width of a vector register in bytes: 64, 32 or 16; 0 for plain Numba code.
+
+    The environment variable FAVORSHARP_NUMBA_VECTORS sets it. A vector wider than the processor's is split by the
+    compiler: no instruction is emitted that the processor lacks.
+    """
+    text = os.environ.get(VARIABLE)
+    if text is not None:
+        if text not in ("0", "16", "32", "64"):
+            raise ValueError(f"environment variable {VARIABLE} must be 0, 16, 32 or 64 (bytes), got {text!r}")
+        return int(text)
+    features = processor_features()
+    if "avx512f" in features:
+        return 64
+    return 32 if "avx" in features else 16
+
+
+@cache
+def processor_features() -> frozenset[str]:
+    """The instruction sets that compiled code may use: the host's, or what NUMBA_CPU_FEATURES says."""
+    if numba.config.CPU_FEATURES is not None:
+        return frozenset(x[1:] for x in numba.config.CPU_FEATURES.split(",") if x.startswith("+"))
+    if numba.config.CPU_NAME == "generic":
+        return frozenset()
+    return frozenset(name for name, has in llvmlite.binding.get_host_cpu_features().items() if has)
+
+
+def num_vectors() -> int:
+    """Vectors side by side in a register tile: as many as leave room for its rows."""
+    many_registers = vector_bytes() == 64 or "neon" in processor_features()
+    return 4 if many_registers else 2
+
+
+def jit(function: Callable[..., Any]) -> Any:
+    """Compile a function without the interpreter, releasing its lock, cached on disk where that is possible."""
+    return _compiled(function, fastmath=False)
+
+
+def jit_sums(function: Callable[..., Any]) -> Any:
+    """As `jit`, for plain loops whose sums may be taken in any order.
+
+    Not for code with exponentials: `exp2` rounds by adding and subtracting a constant, which may then be cancelled.
+    """
+    return _compiled(function, fastmath=FAST)
+
+
+def _compiled(function: Callable[..., Any], fastmath: Any) -> Any:
+    dispatcher = numba.njit(nogil=True, fastmath=fastmath, error_model="numpy")(function)
+    try:
+        dispatcher._cache = _Cache(function)
+    except RuntimeError:  # neither this folder nor the user's cache folder can be written to: compile in every process
+        pass
+    return dispatcher
+
+
+@cache
+def _sources_digest() -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(path.read_bytes())
+    digest.update(f"{vector_bytes()},{num_vectors()}".encode())
+    return digest.hexdigest()
+
+
+def _stamped(locator: type) -> type:
+    """A cache locator whose stamp is the digest of the package's sources."""
+
+    class Stamped(locator):  # type: ignore[misc]
+        def get_source_stamp(self) -> str:
+            return _sources_digest()
+
+    return Stamped
+
+
+class _Implementation(caching.CompileResultCacheImpl):  # type: ignore[misc]
+    _locator_classes = [_stamped(x) for x in caching.CompileResultCacheImpl._locator_classes]  # noqa: RUF012
+
+
+class _Cache(caching.FunctionCache):  # type: ignore[misc]
+    _impl_class = _Implementation
+
+
+# float32 and float64 values by which compiled functions know the dtype to work in
+TAGS = {"float32": np.float32(1), "float64": np.float64(1)}

@@ -1,0 +1,90 @@
+"""The products and blocks of `vectors.py` in plain Numba, for processors whose vectors nobody has tried.
+
+The environment variable FAVORSHARP_NUMBA_VECTORS=0 selects them.
+"""
+
+import numpy as np
+
+from favorsharp_numba.compiling import jit
+from favorsharp_numba.vectors import get, lanes, num_vectors, put
+
+_VECTORS = num_vectors()
+
+
+@jit
+def _sum(one, i, j, k, a, a_row, a_step, b, b_panel, b_step):
+    width = _VECTORS * lanes(one)
+    right = b + j // width * b_panel + j % width
+    total = one - one
+    for step in range(k):
+        total += get(one, a + i * a_row + step * a_step) * get(one, right + step * b_step)
+    return total
+
+
+@jit
+def product(one, m, n, k, a, a_row, a_step, b, b_panel, b_step, c, c_row):
+    for i in range(m):
+        for j in range(n):
+            put(one, c + i * c_row + j, _sum(one, i, j, k, a, a_row, a_step, b, b_panel, b_step))
+
+
+@jit
+def product_add(one, m, n, k, a, a_row, a_step, b, b_panel, b_step, c, c_row):
+    for i in range(m):
+        for j in range(n):
+            place = c + i * c_row + j
+            put(one, place, get(one, place) + _sum(one, i, j, k, a, a_row, a_step, b, b_panel, b_step))
+
+
+@jit
+def product_terms(one, m, n, k, a, a_row, a_step, b, b_panel, b_step, c, c_row, row, column):
+    for i in range(m):
+        for j in range(n):
+            terms = get(one, row + i) + get(one, column + j)
+            put(one, c + i * c_row + j, terms + _sum(one, i, j, k, a, a_row, a_step, b, b_panel, b_step))
+
+
+@jit
+def product_exp2(one, m, n, k, a, a_row, a_step, b, b_panel, b_step, c, c_row, row, column):
+    for i in range(m):
+        for j in range(n):
+            terms = get(one, row + i) + get(one, column + j)
+            put(one, c + i * c_row + j, np.exp2(terms + _sum(one, i, j, k, a, a_row, a_step, b, b_panel, b_step)))
+
+
+product_exp2_stream = product_exp2
+
+
+@jit
+def max_block(one, x, step, rows, n, shift, shift_step, top):
+    for i in range(rows):
+        for j in range(n):
+            value = get(one, x + i * step + j) + get(one, shift + i * shift_step)
+            if value > get(one, top + j):
+                put(one, top + j, value)
+
+
+@jit
+def exp_block(one, x, step, rows, n, shift, shift_step, top, weight, weight_step, total):
+    for i in range(rows):
+        for j in range(n):
+            place = x + i * step + j
+            value = np.exp2(get(one, place) + get(one, shift + i * shift_step) - get(one, top + j))
+            put(one, place, value)
+            put(one, total + j, get(one, total + j) + value * get(one, weight + i * weight_step))
+
+
+@jit
+def sum_block(one, x, step, rows, n, weight, weight_step, total):
+    for i in range(rows):
+        for j in range(n):
+            value = get(one, x + i * step + j) * get(one, weight + i * weight_step)
+            put(one, total + j, get(one, total + j) + value)
+
+
+@jit
+def scale_block(one, x, step, rows, n, factor, column_factor, y, y_step):
+    for i in range(rows):
+        for j in range(n):
+            value = get(one, x + i * step + j) * get(one, column_factor + j) * get(one, factor + i)
+            put(one, y + i * y_step + j, value)

@@ -1,0 +1,172 @@
+"""One problem for the attention kernels: batches, packed map and sums, ready to be run."""
+
+import math
+from typing import Any
+
+import numpy as np
+
+from favorsharp_numba import attention_kernels as kernels
+from favorsharp_numba.arguments import LOG2E, Held, broadcast, host, indices, members, name_of, pack, promoted, widened
+from favorsharp_numba.run import num_threads, share
+from favorsharp_numba.tiles import TILE
+
+
+class AttentionProblem:
+    """Queries, keys and values of a call, in the terms of the kernels.
+
+    Parameters
+    ----------
+    feature_map : DenseExponentialMap
+    q, k, v : arrays
+        q or k and v may be missing.
+    key_mask : array, optional
+    state : State, optional
+        Whose batch the sums have too.
+    """
+
+    def __init__(
+        self, feature_map: Any, q: Any, k: Any, v: Any, *, key_mask: Any = None, state: Any = None, window: int = 0
+    ) -> None:
+        given = [x for x in (q, k, v) if x is not None]
+        self.result = promoted(*(name_of(x) for x in given))
+        self.dtype = widened(self.result) if state is None else name_of(state.kv)
+        e = v.shape[-1] if v is not None else state.kv.shape[-1]
+        self.packed, self.s, query_constants, key_constants = pack(feature_map, self.dtype, e)
+        self.one = self.packed.one
+        shapes = [self.packed.batch]
+        shapes += [x.shape[:-2] for x in (k, v) if x is not None]
+        shapes += [key_mask.shape[:-1]] if key_mask is not None else []
+        shapes += [state.kv.shape[:-2]] if state is not None else []
+        self.key_batch = broadcast(*shapes)
+        self.batch = broadcast(q.shape[:-2], self.key_batch) if q is not None else self.key_batch
+        self.heads, self.query_heads = math.prod(self.key_batch), math.prod(self.batch)
+        self.held = Held()
+        # an axis that only the queries have makes the key heads repeat: those are the groups of query heads
+        key_head_of = indices(self.key_batch, self.batch)
+        order, starts = members(key_head_of, self.heads)
+        self.num_keys = k.shape[-2] if k is not None else 0
+        self.num_queries = q.shape[-2] if q is not None else 0
+        self.k = self.held.points(k, self.key_batch) if k is not None else None
+        self.v = self.held.points(v, self.key_batch) if v is not None else None
+        self.q = self.held.points(q, self.batch) if q is not None else None
+        self.mask = self.held.mask(key_mask, self.key_batch)
+        self.window = window
+        self._fixed = {
+            "query_side": self.held.place(query_constants),
+            "key_side": self.held.place(key_constants),
+            "map_of": self.held.keep(indices(self.packed.batch, self.key_batch)),
+            "members": self.held.keep(order),
+            "member_starts": self.held.keep(starts),
+            "key_head_of": self.held.keep(key_head_of),
+        }
+
+    def new_sums(self, *, segments: int = 1, transposed: bool = False) -> Any:
+        """Sums of no keys: (heads * segments, kv, z and top)."""
+        s = self.s
+        self.segments, self.transposed = segments, transposed
+        self.kv_size = s.e * s.m_pad if transposed else s.m * s.e_pad
+        # padded rows of kv are read by nobody, and z and top are as long as a padded row
+        sums = np.zeros((self.heads * segments, self.kv_size + 2 * s.m_pad), self.packed.dtype)
+        sums[:, self.kv_size + s.m_pad :] = -np.inf
+        self.sums = sums
+        return sums
+
+    def load_state(self, state: Any) -> None:
+        """The sums of a state."""
+        s, batch = self.s, self.key_batch
+        sums = self.new_sums()
+        for name, place in (("z", self.kv_size), ("c", self.kv_size + s.m_pad)):
+            value = np.broadcast_to(host(getattr(state, name)), (*batch, 1, s.m)).reshape(self.heads, s.m)
+            sums[:, place : place + s.m] = value * LOG2E if name == "c" else value
+        kv = sums[:, : self.kv_size].reshape(self.heads, s.m, s.e_pad)
+        kv[:, :, : s.e] = np.broadcast_to(host(state.kv), (*batch, s.m, s.e)).reshape(self.heads, s.m, s.e)
+
+    def state_arrays(self) -> dict[str, Any]:
+        """The sums as the arrays of a state: kv (*b, m, e), z and c (*b, 1, m)."""
+        s, batch = self.s, self.key_batch
+        first = self.sums.reshape(self.heads, self.segments, -1)[:, 0]
+        kv = first[:, : self.kv_size].reshape(self.heads, s.m, s.e_pad)[:, :, : s.e]
+        z = first[:, self.kv_size : self.kv_size + s.m]
+        c = first[:, self.kv_size + s.m_pad : self.kv_size + s.m_pad + s.m] / LOG2E
+        return {
+            "kv": np.ascontiguousarray(kv).reshape(*batch, s.m, s.e),
+            "z": np.ascontiguousarray(z).reshape(*batch, 1, s.m),
+            "c": c.astype(self.packed.dtype).reshape(*batch, 1, s.m),
+        }
+
+    def arguments(self, *, causal: bool = False, first_query: int = 0) -> Any:
+        """What kernels take besides points."""
+        return kernels.Problem(
+            num_keys=self.num_keys,
+            num_queries=self.num_queries,
+            first_query=first_query,
+            window=self.window,
+            causal=int(causal),
+            transposed=int(self.transposed),
+            segments=self.segments,
+            sums=self.held.place(self.sums),
+            sums_size=self.sums.shape[-1],
+            kv_size=self.kv_size,
+            **self._fixed,
+        )
+
+    def gather(self) -> None:
+        """Sum up all keys, in segments where there are too few heads for the threads."""
+        s = self.s
+        work = float(self.heads * self.num_keys * s.m * (s.d + s.e))
+        segments = self._pieces(self.heads, self.num_keys, work)
+        self.new_sums(segments=segments, transposed=2 * s.e <= self.packed.lanes)
+        p = self.arguments()
+        scratch = kernels.absorb_scratch(self.one, s)
+        share(kernels.gather_keys, self.heads * segments, work, scratch, self.one, s, p, self.k, self.v, self.mask)
+        if segments > 1:
+            small = 2 * s.m_pad + max(s.m_pad, s.e_pad)
+            share(kernels.merge_segments, self.heads, 0.0, small, self.one, s, p)
+
+    def absorb(self) -> None:
+        """Take all keys into sums that are there already."""
+        s = self.s
+        work = float(self.heads * self.num_keys * s.m * (s.d + s.e))
+        scratch = kernels.absorb_scratch(self.one, s)
+        p = self.arguments()
+        share(kernels.gather_keys, self.heads, work, scratch, self.one, s, p, self.k, self.v, self.mask)
+
+    def read(self, out: Any, *, normalised: bool = True, recent: int = 0) -> None:
+        """Queries read the sums, and `recent` keys exactly."""
+        s = self.s
+        work = float(self.query_heads * self.num_queries * s.m * (s.d + s.e))
+        per_head = self._pieces(self.query_heads, self.num_queries, work)
+        target = self.held.points(out, self.batch)
+        k, v = (self.q, self.q) if recent == 0 else (self.k, self.v)
+        share(
+            kernels.read_queries, self.query_heads * per_head, work, kernels.read_scratch(self.one, s), self.one, s,
+            self.arguments(), self.q, k, v, self.mask, recent, target, int(normalised), per_head,
+        )  # fmt: skip
+
+    def windowed(self, out: Any, *, causal: bool, first_query: int = 0) -> None:
+        """Near blocks exactly, the others by features."""
+        s = self.s
+        size = 0 if causal else self.query_heads * self.num_queries * (s.e_pad + 2)
+        work = np.empty(size, self.packed.dtype)
+        cost = float(self.query_heads * self.num_queries * (s.m * (s.d + s.e) + 3 * self.window * s.d))
+        share(
+            kernels.windowed, self.heads, cost, kernels.windowed_scratch(self.one, s), self.one, s,
+            self.arguments(causal=causal, first_query=first_query), self.q, self.k, self.v, self.mask,
+            self.held.points(out, self.batch), self.held.place(work),
+        )  # fmt: skip
+
+    def causal(self, out: Any) -> None:
+        """Every query reads the keys up to its own; the sums take all keys in."""
+        s = self.s
+        cost = float(self.query_heads * self.num_queries * (2 * s.m * (s.d + s.e)))
+        share(
+            kernels.causal, self.heads, cost, kernels.causal_scratch(self.one, s), self.one, s,
+            self.arguments(causal=True), self.q, self.k, self.v, self.mask, self.held.points(out, self.batch),
+        )  # fmt: skip
+
+    def _pieces(self, heads: int, length: int, work: float) -> int:
+        """Into how many pieces to cut each head, so that the threads have enough to share."""
+        threads = num_threads()
+        if work < 4e6 or heads == 0 or heads >= 2 * threads:
+            return 1
+        return max(1, min(-(-4 * threads // heads), length // (4 * TILE)))

@@ -1,0 +1,63 @@
+"""Streaming: a state takes keys, and queries read it."""
+
+from dataclasses import replace
+from typing import Any
+
+from favorsharp.ops.state import State, num_leaving, with_recent
+from favorsharp_numba.arguments import broadcast, empty, name_of, numpy_or_torch
+from favorsharp_numba.problem import AttentionProblem
+
+
+def update(state: State, k: Any, v: Any, feature_map: Any, *, key_mask: Any = None) -> State:
+    """As `favorsharp.ops.state.update`."""
+    if state.window == 0:
+        return _absorbed(state, k, v, key_mask, feature_map)
+    k, v, mask = with_recent(state, k, v, key_mask)
+    left = num_leaving(k.shape[-2], state.window)
+    if left:
+        state = _absorbed(state, k[..., :left, :], v[..., :left, :], mask[..., :left], feature_map)
+    batch = broadcast(k.shape[:-2], v.shape[:-2], mask.shape[:-1])
+    kept = {"recent_k": k[..., left:, :], "recent_v": v[..., left:, :], "recent_mask": mask[..., left:, None]}
+    return replace(
+        state,
+        **{
+            name: _expanded(x, (*batch, *x.shape[-2:]))[..., 0]
+            if name == "recent_mask"
+            else _expanded(x, (*batch, *x.shape[-2:]))
+            for name, x in kept.items()
+        },
+    )
+
+
+def read(state: State, q: Any, feature_map: Any) -> Any:
+    """As `favorsharp.ops.state.read`."""
+    return _read(state, q, feature_map, name_of(q))
+
+
+def decode_step(q: Any, k: Any, v: Any, state: State, feature_map: Any, *, key_mask: Any = None) -> tuple[Any, State]:
+    """As `favorsharp.ops.state.decode_step`."""
+    state = update(state, k, v, feature_map, key_mask=key_mask)
+    return read(state, q, feature_map), state
+
+
+def _absorbed(state: State, k: Any, v: Any, key_mask: Any, feature_map: Any) -> State:
+    problem = AttentionProblem(feature_map, None, k, v, key_mask=key_mask, state=state)
+    problem.load_state(state)
+    problem.absorb()
+    return replace(state, **{name: numpy_or_torch(k, x) for name, x in problem.state_arrays().items()})
+
+
+def _read(state: State, q: Any, feature_map: Any, dtype: str) -> Any:
+    recent = state.recent_k.shape[-2]
+    near = (state.recent_k, state.recent_v, state.recent_mask) if recent else (None, None, None)
+    problem = AttentionProblem(feature_map, q, near[0], near[1], key_mask=near[2], state=state)
+    problem.load_state(state)
+    out = empty(q, (*problem.batch, q.shape[-2], state.kv.shape[-1]), dtype)
+    problem.read(out, recent=recent)
+    return out
+
+
+def _expanded(x: Any, shape: tuple[int, ...]) -> Any:
+    import numpy as np
+
+    return x.expand(shape) if hasattr(x, "expand") else np.broadcast_to(x, shape)

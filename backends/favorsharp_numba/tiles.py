@@ -1,0 +1,433 @@
+"""What the attention kernels are made of: tiles of points, their log features, and the sums that queries read.
+
+Logarithms are of base 2. Key features stand in rows, (tile, m); query features in columns, (m, tile), so that the
+maximum over features of every query, and the sums, are taken down columns, in vectors. Scratch and packed constants are
+places (`vectors.py`); `Sizes` says where in the packed constants of a map what lies.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from favorsharp_numba.compiling import jit, jit_sums, vector_bytes
+from favorsharp_numba.vectors import byte_at, get, integer_at, lanes, load_row, panel, put, store_row
+
+if vector_bytes():
+    from favorsharp_numba.vectors import (
+        exp_block,
+        max_block,
+        product,
+        product_add,
+        product_terms,
+        scale_block,
+        sum_block,
+    )
+else:
+    from favorsharp_numba.plain import (
+        exp_block,
+        max_block,
+        product,
+        product_add,
+        product_terms,
+        scale_block,
+        sum_block,
+    )
+
+TILE = 64
+"""Points worked on at once."""
+
+HEADER = 8
+ALPHA, OFFSET, BETA, ONE, ZERO, NEAR = range(6)
+"""Scalars at the head of packed constants: the root of the scale, the log factor's constant and its coefficient of
+|z|^2, 1, 0, and the coefficient of exact scores."""
+
+
+class Points(NamedTuple):
+    """An array of points: the kind of its items, where the address of each batch entry stands, strides in bytes."""
+
+    kind: int
+    addresses: int
+    row: int
+    column: int
+    item: int
+
+
+class Mask(NamedTuple):
+    """A boolean array, or addresses 0 where all is visible."""
+
+    addresses: int
+    step: int
+
+
+class Sizes(NamedTuple):
+    """Sizes of a problem, padded ones (d_pad, ...) to whole vectors, and offsets into the packed constants of a side.
+
+    A side's log features of a point x are z A^T + column + f with z = alpha x - center and
+    f = offset + linear.z - beta |z|^2 - |dense z|^2; `rows` holds A as rows, `panels` its transpose in panels. Exact
+    scores are near (alpha x - near_center).(alpha y - near_center), with both norms' halves taken off where `gaussian`.
+    """
+
+    d: int
+    d_pad: int
+    m: int
+    m_pad: int
+    e: int
+    e_pad: int
+    center: int
+    linear: int
+    near_center: int
+    column: int
+    rows: int
+    panels: int
+    dense: int
+    has_dense: int
+    gaussian: int
+    total: int
+
+
+@jit
+def fill(one, place, count, value):
+    for i in range(count):
+        put(one, place + i, value)
+
+
+@jit
+def is_hidden(mask, b, position):
+    """Whether a mask hides a position."""
+    if mask.addresses == 0:
+        return False
+    return byte_at(integer_at(mask.addresses + 8 * b) + position * mask.step) == 0
+
+
+@jit
+def load_points(one, points, mask, b, start, count, size, pad, factor, offset, tile):
+    """Rows factor x - offset of points start .. start + count, zeros for hidden ones, padded with zeros."""
+    base = integer_at(points.addresses + 8 * b) + start * points.row
+    for t in range(count):
+        row = tile + t * pad
+        if is_hidden(mask, b, start + t):
+            fill(one, row, size, one - one)
+        elif points.column == points.item:
+            load_row(one, points.kind, base + t * points.row, size, factor, offset, row)
+        else:
+            for j in range(size):
+                address = base + t * points.row + j * points.column
+                load_row(one, points.kind, address, 1, factor, offset + j, row + j)
+        fill(one, row + size, pad - size, one - one)
+
+
+@jit
+def store_points(one, points, b, start, count, size, pad, factors, tile):
+    """Store rows times factors[t]."""
+    base = integer_at(points.addresses + 8 * b) + start * points.row
+    for t in range(count):
+        row = tile + t * pad
+        if points.column == points.item:
+            store_row(one, points.kind, base + t * points.row, size, factors + t, row)
+        else:
+            for j in range(size):
+                address = base + t * points.row + j * points.column
+                store_row(one, points.kind, address, 1, factors + t, row + j)
+
+
+@jit
+def transpose(one, x, x_step, rows, columns, y, y_step, pad):
+    """y[j, i] = x[i, j], with zeros in y's columns rows .. pad."""
+    for j in range(columns):
+        line = y + j * y_step
+        for i in range(rows):
+            put(one, line + i, get(one, x + i * x_step + j))
+        fill(one, line + rows, pad - rows, one - one)
+
+
+@jit_sums
+def _quadratic(one, z, d, linear, offset, beta):
+    first, second = one - one, one - one
+    for j in range(d):
+        value = get(one, z + j)
+        first += value * get(one, linear + j)
+        second += value * value
+    return offset + first - beta * second
+
+
+@jit_sums
+def zero_or_nan(one, z, d):
+    """0; NaN where an entry is not finite."""
+    total = one - one
+    for j in range(d):
+        total += get(one, z + j)
+    return total * (one - one)
+
+
+@jit_sums
+def squared_norm(one, z, d):
+    total = one - one
+    for j in range(d):
+        value = get(one, z + j)
+        total += value * value
+    return total
+
+
+@jit
+def log_factors(one, s, side, z, count, dense, factors):
+    """factors[t] of rows z: what a log feature holds of its point alone; NaN where that is not finite."""
+    if s.has_dense:
+        product(one, count, s.d_pad, s.d, z, s.d_pad, 1, side + s.dense, s.d * panel(one), panel(one), dense, s.d_pad)
+    for t in range(count):
+        value = _quadratic(one, z + t * s.d_pad, s.d, side + s.linear, get(one, side + OFFSET), get(one, side + BETA))
+        if s.has_dense:
+            value -= squared_norm(one, dense + t * s.d_pad, s.d)
+        put(one, factors + t, value if np.isfinite(value) else value * np.nan)
+
+
+@jit
+def rest_of_tile(count, width):
+    """The count, in whole vectors."""
+    return (count + width - 1) // width * width
+
+
+# Keys ----------------------------------------------------------------------------------------------------------------
+
+
+@jit
+def load_keys(one, s, side, k, v, mask, b, start, count, z, dense, factors, values):
+    """Load a tile of keys and values, and the keys' log factors, -inf for hidden ones; False where all are hidden."""
+    load_points(one, k, mask, b, start, count, s.d, s.d_pad, side + ALPHA, side + s.center, z)
+    zeros = side + s.total - s.e_pad
+    load_points(one, v, mask, b, start, count, s.e, s.e_pad, side + ONE, zeros, values)
+    log_factors(one, s, side, z, count, dense, factors)
+    if mask.addresses == 0:
+        return count > 0
+    some = False
+    for t in range(count):
+        if is_hidden(mask, b, start + t):
+            put(one, factors + t, -np.inf * one)
+        else:
+            some = True
+    return some
+
+
+@jit
+def log_keys(one, s, side, z, count, factors, p, p_step):
+    """Log features of keys, a row each."""
+    width = panel(one)
+    product_terms(
+        one, count, s.m_pad, s.d, z, s.d_pad, 1, side + s.panels, s.d * width, width, p, p_step, factors,
+        side + s.column,
+    )  # fmt: skip
+
+
+@jit
+def raise_top(one, s, side, p, p_step, count, top, new_top, safe):
+    """new_top = the largest log feature so far, safe = the same with 0 for -inf; return the largest finite rise."""
+    for j in range(s.m_pad):
+        put(one, new_top + j, get(one, top + j))
+    max_block(one, p, p_step, count, s.m_pad, side + ZERO, 0, new_top)
+    rise = one - one
+    for j in range(s.m_pad):
+        old, new = get(one, top + j), get(one, new_top + j)
+        put(one, safe + j, new if new > -np.inf else one - one)
+        if old > -np.inf and new - old > rise:
+            rise = new - old
+    return rise
+
+
+@jit
+def rescale(one, s, top, new_top, kv, z, transposed, factors, ones):
+    """Divide the sums by the rise of the top, feature by feature, and take the new top; factors keep what it was."""
+    changed = False
+    for j in range(s.m_pad):
+        old, new = get(one, top + j), get(one, new_top + j)
+        factor = one
+        if new > old:
+            changed = True
+            factor = np.exp2(old - new)
+            put(one, top + j, new)
+        put(one, factors + j, factor)
+    if changed:
+        scale_sums(one, s, kv, z, transposed, factors, ones)
+    return changed
+
+
+@jit
+def scale_sums(one, s, kv, z, transposed, factors, ones):
+    """Multiply the sums by a factor for each feature."""
+    scale_block(one, z, s.m_pad, 1, s.m_pad, ones, factors, z, s.m_pad)
+    if transposed:
+        scale_block(one, kv, s.m_pad, s.e, s.m_pad, ones, factors, kv, s.m_pad)
+    else:
+        for j in range(s.m):
+            if get(one, factors + j) != one:
+                scale_block(one, kv + j * s.e_pad, s.e_pad, 1, s.e_pad, factors + j, ones, kv + j * s.e_pad, s.e_pad)
+
+
+@jit
+def add_keys(one, s, p, p_step, values, count, kv, transposed):
+    """Add features times values to kv, (m, e_pad), or transposed (e, m_pad)."""
+    width = panel(one)
+    if transposed:
+        product_add(one, s.e, s.m_pad, count, values, 1, s.e_pad, p, width, p_step, kv, s.m_pad)
+    else:
+        product_add(one, s.m, s.e_pad, count, p, 1, p_step, values, width, s.e_pad, kv, s.e_pad)
+
+
+@jit
+def absorb(one, s, side, k, v, mask, b, start, stop, kv, z, top, transposed, scratch):
+    """Take the keys start .. stop into the sums (kv, z) relative to 2**top."""
+    p_step = s.m_pad + lanes(one)
+    points = scratch
+    dense = points + TILE * s.d_pad
+    factors = dense + TILE * s.d_pad
+    values = factors + TILE
+    p = values + TILE * s.e_pad
+    new_top = p + TILE * p_step
+    safe = new_top + s.m_pad
+    scales = safe + s.m_pad
+    ones = scales + s.m_pad
+    fill(one, ones, max(s.m_pad, s.e_pad), one)
+    for first in range(start, stop, TILE):
+        count = min(TILE, stop - first)
+        if load_keys(one, s, side, k, v, mask, b, first, count, points, dense, factors, values):
+            log_keys(one, s, side, points, count, factors, p, p_step)
+            raise_top(one, s, side, p, p_step, count, top, new_top, safe)
+            rescale(one, s, top, new_top, kv, z, transposed, scales, ones)
+            exp_block(one, p, p_step, count, s.m_pad, side + ZERO, 0, safe, ones, 0, z)
+            add_keys(one, s, p, p_step, values, count, kv, transposed)
+
+
+@jit
+def absorb_scratch(one, s):
+    """Items of scratch that `absorb` needs."""
+    return TILE * (2 * s.d_pad + 1 + s.e_pad + s.m_pad + lanes(one)) + 3 * s.m_pad + max(s.m_pad, s.e_pad)
+
+
+# Queries -------------------------------------------------------------------------------------------------------------
+
+
+@jit
+def load_queries(one, s, side, q, b, start, count, with_factors, z, dense, factors, columns):
+    """Load a tile of queries, rows and columns, and their log factors: 0 (or NaN) where those cancel."""
+    load_points(one, q, Mask(0, 0), b, start, count, s.d, s.d_pad, side + ALPHA, side + s.center, z)
+    if with_factors:
+        log_factors(one, s, side, z, count, dense, factors)
+    else:
+        for t in range(count):
+            put(one, factors + t, zero_or_nan(one, z + t * s.d_pad, s.d))
+    transpose(one, z, s.d_pad, count, s.d, columns, TILE, rest_of_tile(count, lanes(one)))
+    fill(one, factors + count, rest_of_tile(count, lanes(one)) - count, one - one)
+
+
+@jit
+def log_queries(one, s, side, columns, count, factors, p):
+    """Log features of queries, a column each."""
+    n = rest_of_tile(count, lanes(one))
+    product_terms(one, s.m, n, s.d, side + s.rows, s.d, 1, columns, panel(one), TILE, p, TILE, side + s.column, factors)
+
+
+@jit
+def weigh(one, s, side, p, count, top, z, reference, safe, total):
+    """Turn log query features into weights relative to 2**reference; total is their sum over the keys of z."""
+    n = rest_of_tile(count, lanes(one))
+    fill(one, reference, n, -np.inf * one)
+    fill(one, total, n, one - one)
+    max_block(one, p, TILE, s.m, n, top, 1, reference)
+    for t in range(n):
+        value = get(one, reference + t)
+        put(one, safe + t, value if value > -np.inf else one - one)
+    exp_block(one, p, TILE, s.m, n, top, 1, safe, z, 1, total)
+
+
+@jit
+def read_sums(one, s, p, count, kv, transposed, numerator, scratch):
+    """numerator (tile, e_pad) = weights times kv; `scratch` has e tiles where kv is transposed."""
+    width = panel(one)
+    if transposed:
+        n = rest_of_tile(count, lanes(one))
+        product(one, s.e, n, s.m, kv, s.m_pad, 1, p, width, TILE, scratch, TILE)
+        transpose(one, scratch, TILE, s.e, count, numerator, s.e_pad, s.e_pad)
+    else:
+        product(one, count, s.e_pad, s.m, p, 1, TILE, kv, width, s.e_pad, numerator, s.e_pad)
+
+
+@jit
+def invert(one, total, count):
+    """1 / total, 0 where nothing was seen."""
+    for t in range(count):
+        value = get(one, total + t)
+        put(one, total + t, one / value if value != 0 else value)
+
+
+# Exact scores --------------------------------------------------------------------------------------------------------
+
+
+@jit
+def load_near(one, s, side, points, mask, b, start, count, scaled, rows, norms):
+    """Rows alpha x - near_center, times the coefficient of scores where `scaled`, and minus half their norms."""
+    load_points(one, points, mask, b, start, count, s.d, s.d_pad, side + ALPHA, side + s.near_center, rows)
+    near = get(one, side + NEAR)
+    for t in range(count):
+        row = rows + t * s.d_pad
+        half = -near * squared_norm(one, row, s.d) / 2 if s.gaussian else one - one
+        put(one, norms + t, half + zero_or_nan(one, row, s.d))
+        if scaled:
+            for j in range(s.d):
+                put(one, row + j, get(one, row + j) * near)
+
+
+@jit
+def read_near(
+    one, s, side, columns, query_norms, first, count, k, v, mask, b, low, high, window, causal, numerator, total,
+    reference, scratch,
+):  # fmt: skip
+    """Add the exactly scored keys low .. high to what queries first .. first + count have read.
+
+    A query sees a key of them that the mask shows and, where causal, that is not after it.
+    """
+    n = rest_of_tile(count, lanes(one))
+    rows = scratch
+    norms = rows + TILE * s.d_pad
+    values = norms + TILE
+    scores = values + TILE * s.e_pad
+    new = scores + TILE * TILE
+    safe = new + TILE
+    scale = safe + TILE
+    ones = scale + TILE
+    fill(one, ones, max(TILE, s.e_pad), one)
+    zeros = side + s.total - s.e_pad
+    for start in range(low, high, TILE):
+        keys = min(TILE, high - start)
+        load_near(one, s, side, k, mask, b, start, keys, False, rows, norms)
+        load_points(one, v, mask, b, start, keys, s.e, s.e_pad, side + ONE, zeros, values)
+        product_terms(one, keys, n, s.d, rows, s.d_pad, 1, columns, panel(one), TILE, scores, TILE, norms, query_norms)
+        spoiled = False
+        for j in range(keys):
+            if is_hidden(mask, b, start + j):
+                fill(one, scores + j * TILE, n, -np.inf * one)
+            elif causal and start + j > first:
+                fill(one, scores + j * TILE, min(start + j - first, n), -np.inf * one)
+                spoiled = spoiled or not np.isfinite(squared_norm(one, values + j * s.e_pad, s.e))
+        for t in range(n):
+            put(one, new + t, get(one, reference + t))
+        max_block(one, scores, TILE, keys, n, side + ZERO, 0, new)
+        for t in range(n):
+            old, value = get(one, reference + t), get(one, new + t)
+            put(one, safe + t, value if value > -np.inf else one - one)
+            factor = np.exp2(old - value) if value > old else one
+            put(one, scale + t, factor)
+            put(one, total + t, get(one, total + t) * factor)
+            put(one, reference + t, value)
+        scale_block(one, numerator, s.e_pad, count, s.e_pad, scale, ones, numerator, s.e_pad)
+        exp_block(one, scores, TILE, keys, n, side + ZERO, 0, safe, ones, 0, total)
+        if spoiled:  # a value that is not finite must not meet the weight 0 of a query before it
+            for t in range(count):
+                seen = min(keys, max(0, first + t + 1 - start))
+                line = numerator + t * s.e_pad
+                product_add(one, 1, s.e_pad, seen, scores + t, 1, TILE, values, panel(one), s.e_pad, line, s.e_pad)
+        else:
+            product_add(one, count, s.e_pad, keys, scores, 1, TILE, values, panel(one), s.e_pad, numerator, s.e_pad)
+
+
+@jit
+def near_scratch(s):
+    """Items of scratch that `read_near` needs."""
+    return TILE * (s.d_pad + 1 + s.e_pad + TILE + 3) + max(TILE, s.e_pad)

@@ -1,0 +1,578 @@
+"""The inner loops, in vector instructions: a register tile of a matrix product, and exponentials of a block.
+
+Numba does not use a processor's vectors for such loops by itself; here they are spelled out as LLVM vectors, of the width
+that `compiling.vector_bytes` names. `plain.py` has the same functions in plain Numba.
+
+An array is a *place*: its address divided by the size of an item, so that places are counted in items. Strides are in
+items too, and block lengths are multiples of `lanes`. The dtype is that of the argument `one`.
+"""
+
+import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from favorsharp_numba.compiling import jit, num_vectors, processor_features, vector_bytes
+
+BYTES = vector_bytes() or 16
+VECTORS = num_vectors()
+
+HALVES = bool({"f16c", "neon", "fullfp16"} & processor_features())
+"""Whether the processor converts float16; otherwise the backend declines it."""
+
+_I32, _I64 = ir.IntType(32), ir.IntType(64)
+
+
+class _Emitter:
+    """LLVM code for vectors of one dtype."""
+
+    def __init__(self, builder, one):
+        self.b = builder
+        self.single = one == types.float32
+        self.scalar = ir.FloatType() if self.single else ir.DoubleType()
+        self.item = 4 if self.single else 8
+        self.lanes = BYTES // self.item
+        self.vector = ir.VectorType(self.scalar, self.lanes)
+        self.integer = ir.VectorType(_I32 if self.single else _I64, self.lanes)
+
+    def constant(self, value):
+        value = float(np.float32(value)) if self.single else float(value)
+        return ir.Constant(self.vector, [value] * self.lanes)
+
+    def pointer(self, place):
+        return self.b.inttoptr(self.b.mul(place, ir.Constant(_I64, self.item)), ir.PointerType())
+
+    def at(self, pointer, offset):
+        if isinstance(offset, int):
+            offset = ir.Constant(_I64, offset)
+        return self.b.gep(pointer, [offset], source_etype=self.scalar)
+
+    def load(self, pointer):
+        value = self.b.load(pointer, typ=self.vector)
+        value.align = self.item
+        return value
+
+    def store(self, value, pointer, *, stream=False):
+        instruction = self.b.store(value, pointer)
+        instruction.align = BYTES if stream else self.item
+        if stream:
+            instruction.set_metadata("nontemporal", self.b.module.add_metadata([ir.Constant(_I32, 1)]))
+
+    def broadcast(self, pointer):
+        value = self.b.load(pointer, typ=self.scalar)
+        value.align = self.item
+        undefined = ir.Constant(self.vector, ir.Undefined)
+        first = self.b.insert_element(undefined, value, ir.Constant(_I32, 0))
+        order = ir.Constant(ir.VectorType(_I32, self.lanes), [0] * self.lanes)
+        return self.b.shuffle_vector(first, undefined, order)
+
+    def multiply_add(self, x, y, z):
+        """x y + z, in one instruction where there is one."""
+        name = f"llvm.fmuladd.v{self.lanes}f{8 * self.item}"
+        function = cgutils.get_or_insert_function(self.b.module, ir.FunctionType(self.vector, [self.vector] * 3), name)
+        return self.b.call(function, [x, y, z])
+
+    def larger(self, x, y):
+        """The larger one; y where x is NaN, x where y is."""
+        return self.b.select(self.b.fcmp_ordered(">", y, x), y, x)
+
+    def exp2(self, y, *, above=False):
+        """2**y; NaN where y is. Exactly 0 below the range of normal numbers.
+
+        Rounding to the nearest integer by adding 1.5 * 2**23 leaves that integer in the low bits of the sum; with the
+        exponent's bias added to it as well, a shift makes those bits the power of two itself, or 0.
+
+        `above` says that y may be above 0, where a result near the top of the range needs the power in two factors.
+        """
+        bits, bias, big = (23, 127, 1.5 * 2**23) if self.single else (52, 1023, 1.5 * 2**52)
+        low = self.constant(-bias)
+        y = self.b.select(self.b.fcmp_ordered("<", y, low), low, y)
+        if above:
+            positive = self.b.fcmp_ordered(">", y, self.constant(0))
+            y = self.b.select(positive, self.b.fsub(y, self.constant(1)), y)
+            top = self.constant(bias + 1)
+            y = self.b.select(self.b.fcmp_ordered(">", y, top), top, y)
+        magic = self.constant(big + bias)
+        shifted = self.b.fadd(y, magic)
+        rest = self.b.fsub(y, self.b.fsub(shifted, magic))
+        coefficients = POWERS[4 if self.single else 8]
+        value = self.constant(coefficients[-1])
+        for coefficient in coefficients[-2::-1]:
+            value = self.multiply_add(value, rest, self.constant(coefficient))
+        shift = ir.Constant(self.integer, [bits] * self.lanes)
+        power = self.b.bitcast(self.b.shl(self.b.bitcast(shifted, self.integer), shift), self.vector)
+        value = self.b.fmul(value, power)
+        return self.b.select(positive, self.b.fadd(value, value), value) if above else value
+
+    def accumulator(self, value):
+        return cgutils.alloca_once_value(self.b, value)
+
+    def get(self, accumulator):
+        return self.b.load(accumulator, typ=self.vector)
+
+
+def _power_series(degree):
+    """Coefficients of a polynomial for 2**r, |r| <= 1/2, that is 1 at 0: by interpolation at Chebyshev nodes."""
+    nodes = np.cos(np.pi * (np.arange(400) + 0.5) / 400) / 2
+    slope = np.expm1(nodes * np.log(2)) / nodes
+    fitted = np.polynomial.chebyshev.Chebyshev.fit(nodes, slope, degree - 1, domain=[-0.5, 0.5])
+    return [1.0, *fitted.convert(kind=np.polynomial.Polynomial).coef]
+
+
+POWERS = {4: _power_series(6), 8: _power_series(11)}
+"""By item size; the polynomial's own error is below half a unit in the last place."""
+
+
+# The matrix product --------------------------------------------------------------------------------------------------
+
+SET, ADD, TERMS = 0, 1, 2
+"""Where the sums of a product begin: at 0, at what the result holds, at row[i] + column[j]."""
+STORE, EXP2, STREAM = 0, 1, 2
+"""What becomes of them: stored, exp2 stored, exp2 stored past the caches."""
+
+
+@intrinsic(prefer_literal=True)
+def _product(context, one, start, finish, m, n, k, a, a_row, a_step, b, b_panel, b_step, c, c_row, row, column):
+    """C (m, n) from A (m, k) and B (k, n), a register tile of 6, 2 or 1 rows by some vectors at a time.
+
+    B lies in panels of VECTORS vectors, `b_panel` items apart; its rows are `b_step` apart inside a panel.
+    """
+    start_at, finish_by = start.literal_value, finish.literal_value
+
+    def emit(context, builder, signature, args):
+        m, n, k, a, a_row, a_step, b, b_panel, b_step, c, c_row, row, column = args[3:]
+        e = _Emitter(builder, signature.args[0])
+        number = lambda value: ir.Constant(_I64, value)  # noqa: E731
+
+        def tile(rows, vectors, i, j):
+            panel = builder.mul(builder.udiv(j, number(VECTORS * e.lanes)), b_panel)
+            inside = builder.urem(j, number(VECTORS * e.lanes))
+            right = e.pointer(builder.add(b, builder.add(panel, inside)))
+            left = e.pointer(builder.add(a, builder.mul(i, a_row)))
+            result = e.pointer(builder.add(c, builder.add(builder.mul(i, c_row), j)))
+            left_rows = [builder.mul(number(r), a_row) for r in range(rows)]
+            result_rows = [e.at(result, builder.mul(number(r), c_row)) for r in range(rows)]
+            if start_at == TERMS:
+                row_terms, column_terms = e.pointer(builder.add(row, i)), e.pointer(builder.add(column, j))
+                columns = [e.load(e.at(column_terms, v * e.lanes)) for v in range(vectors)]
+            sums = []
+            for r in range(rows):
+                if start_at == TERMS:
+                    term = e.broadcast(e.at(row_terms, r))
+                    first = [builder.fadd(term, x) for x in columns]
+                elif start_at == ADD:
+                    first = [e.load(e.at(result_rows[r], v * e.lanes)) for v in range(vectors)]
+                else:
+                    first = [e.constant(0.0)] * vectors
+                sums.append([e.accumulator(x) for x in first])
+            with cgutils.for_range(builder, k) as loop:
+                line = e.at(right, builder.mul(loop.index, b_step))
+                entry = e.at(left, builder.mul(loop.index, a_step))
+                factors = [e.load(e.at(line, v * e.lanes)) for v in range(vectors)]
+                for r in range(rows):
+                    factor = e.broadcast(e.at(entry, left_rows[r]))
+                    for v in range(vectors):
+                        builder.store(e.multiply_add(factor, factors[v], e.get(sums[r][v])), sums[r][v])
+            for r in range(rows):
+                for v in range(vectors):
+                    value = e.get(sums[r][v])
+                    if finish_by != STORE:
+                        value = e.exp2(value, above=True)
+                    e.store(value, e.at(result_rows[r], v * e.lanes), stream=finish_by == STREAM)
+
+        left_column = number(0)
+        for vectors in dict.fromkeys((VECTORS, VECTORS // 2, 1)):
+            width = number(vectors * e.lanes)
+            right_column = builder.add(
+                left_column, builder.mul(builder.udiv(builder.sub(n, left_column), width), width)
+            )
+            with cgutils.for_range_slice(builder, left_column, right_column, width) as (j, _):
+                top = number(0)
+                for rows in (6, 2, 1):
+                    height = number(rows)
+                    bottom = builder.add(top, builder.mul(builder.udiv(builder.sub(m, top), height), height))
+                    with cgutils.for_range_slice(builder, top, bottom, height) as (i, _):
+                        tile(rows, vectors, i, j)
+                    top = bottom
+            left_column = right_column
+        return context.get_dummy_value()
+
+    return types.void(one, start, finish, *[types.int64] * 13), emit
+
+
+@jit
+def product(one, m, n, k, a, a_row, a_step, b, b_panel, b_step, c, c_row):
+    """C = A B."""
+    _product(one, SET, STORE, m, n, k, a, a_row, a_step, b, b_panel, b_step, c, c_row, c, c)
+
+
+@jit
+def product_add(one, m, n, k, a, a_row, a_step, b, b_panel, b_step, c, c_row):
+    """C = C + A B."""
+    _product(one, ADD, STORE, m, n, k, a, a_row, a_step, b, b_panel, b_step, c, c_row, c, c)
+
+
+@jit
+def product_terms(one, m, n, k, a, a_row, a_step, b, b_panel, b_step, c, c_row, row, column):
+    """C = A B + row + column."""
+    _product(one, TERMS, STORE, m, n, k, a, a_row, a_step, b, b_panel, b_step, c, c_row, row, column)
+
+
+@jit
+def product_exp2(one, m, n, k, a, a_row, a_step, b, b_panel, b_step, c, c_row, row, column):
+    """C = 2**(A B + row + column)."""
+    _product(one, TERMS, EXP2, m, n, k, a, a_row, a_step, b, b_panel, b_step, c, c_row, row, column)
+
+
+@jit
+def product_exp2_stream(one, m, n, k, a, a_row, a_step, b, b_panel, b_step, c, c_row, row, column):
+    """C = 2**(A B + row + column), past the caches: C and c_row are multiples of a vector."""
+    _product(one, TERMS, STREAM, m, n, k, a, a_row, a_step, b, b_panel, b_step, c, c_row, row, column)
+
+
+# Blocks: x has `rows` rows, `step` apart, of n columns ---------------------------------------------------------------
+
+
+@intrinsic
+def lanes(context, one):
+    """How many items a vector holds: what block lengths are multiples of."""
+
+    def emit(context, builder, signature, args):
+        return ir.Constant(_I64, _Emitter(builder, signature.args[0]).lanes)
+
+    return types.int64(one), emit
+
+
+@intrinsic
+def panel(context, one):
+    """How many columns a panel of B has."""
+
+    def emit(context, builder, signature, args):
+        return ir.Constant(_I64, VECTORS * _Emitter(builder, signature.args[0]).lanes)
+
+    return types.int64(one), emit
+
+
+def _blocks(builder, e, n, body):
+    """Emit body(first column, vectors) for columns 0 .. n, VECTORS vectors at a time and then one by one."""
+    start = ir.Constant(_I64, 0)
+    for vectors in dict.fromkeys((VECTORS, 1)):
+        width = ir.Constant(_I64, vectors * e.lanes)
+        stop = builder.add(start, builder.mul(builder.udiv(builder.sub(n, start), width), width))
+        with cgutils.for_range_slice(builder, start, stop, width) as (j, _):
+            body(j, vectors)
+        start = stop
+
+
+@intrinsic
+def _max_block(context, one, x, step, rows, n, shift, shift_step, top):
+    def emit(context, builder, signature, args):
+        _, x, step, rows, n, shift, shift_step, top = args
+        e = _Emitter(builder, signature.args[0])
+        block, tops, shifts = e.pointer(x), e.pointer(top), e.pointer(shift)
+
+        def body(j, vectors):
+            places = [e.at(tops, builder.add(j, ir.Constant(_I64, v * e.lanes))) for v in range(vectors)]
+            best = [e.accumulator(e.load(place)) for place in places]
+            with cgutils.for_range(builder, rows) as loop:
+                line = e.at(block, builder.add(builder.mul(loop.index, step), j))
+                term = e.broadcast(e.at(shifts, builder.mul(loop.index, shift_step)))
+                for v in range(vectors):
+                    value = builder.fadd(e.load(e.at(line, v * e.lanes)), term)
+                    builder.store(e.larger(e.get(best[v]), value), best[v])
+            for v in range(vectors):
+                e.store(e.get(best[v]), places[v])
+
+        _blocks(builder, e, n, body)
+        return context.get_dummy_value()
+
+    return types.void(one, *[types.int64] * 7), emit
+
+
+@jit
+def max_block(one, x, step, rows, n, shift, shift_step, top):
+    """top[j] = max(top[j], x[i, j] + shift[i] over i), passing over NaN; shift_step 0 for one shift."""
+    _max_block(one, x, step, rows, n, shift, shift_step, top)
+
+
+@intrinsic
+def _exp_block(context, one, x, step, rows, n, shift, shift_step, top, weight, weight_step, total):
+    def emit(context, builder, signature, args):
+        _, x, step, rows, n, shift, shift_step, top, weight, weight_step, total = args
+        e = _Emitter(builder, signature.args[0])
+        block, tops, shifts, weights, totals = (e.pointer(p) for p in (x, top, shift, weight, total))
+
+        def body(j, vectors):
+            offsets = [builder.add(j, ir.Constant(_I64, v * e.lanes)) for v in range(vectors)]
+            reference = [e.load(e.at(tops, offset)) for offset in offsets]
+            sums = [e.accumulator(e.load(e.at(totals, offset))) for offset in offsets]
+            with cgutils.for_range(builder, rows) as loop:
+                line = e.at(block, builder.add(builder.mul(loop.index, step), j))
+                term = e.broadcast(e.at(shifts, builder.mul(loop.index, shift_step)))
+                factor = e.broadcast(e.at(weights, builder.mul(loop.index, weight_step)))
+                for v in range(vectors):
+                    place = e.at(line, v * e.lanes)
+                    value = e.exp2(builder.fsub(builder.fadd(e.load(place), term), reference[v]))
+                    e.store(value, place)
+                    builder.store(e.multiply_add(value, factor, e.get(sums[v])), sums[v])
+            for v in range(vectors):
+                e.store(e.get(sums[v]), e.at(totals, offsets[v]))
+
+        _blocks(builder, e, n, body)
+        return context.get_dummy_value()
+
+    return types.void(one, *[types.int64] * 10), emit
+
+
+@jit
+def exp_block(one, x, step, rows, n, shift, shift_step, top, weight, weight_step, total):
+    """x[i, j] = 2**(x[i, j] + shift[i] - top[j]), and total[j] = total[j] + sum of weight[i] x[i, j]."""
+    _exp_block(one, x, step, rows, n, shift, shift_step, top, weight, weight_step, total)
+
+
+@intrinsic
+def _sum_block(context, one, x, step, rows, n, weight, weight_step, total):
+    def emit(context, builder, signature, args):
+        _, x, step, rows, n, weight, weight_step, total = args
+        e = _Emitter(builder, signature.args[0])
+        block, weights, totals = (e.pointer(p) for p in (x, weight, total))
+
+        def body(j, vectors):
+            places = [e.at(totals, builder.add(j, ir.Constant(_I64, v * e.lanes))) for v in range(vectors)]
+            sums = [e.accumulator(e.load(place)) for place in places]
+            with cgutils.for_range(builder, rows) as loop:
+                line = e.at(block, builder.add(builder.mul(loop.index, step), j))
+                factor = e.broadcast(e.at(weights, builder.mul(loop.index, weight_step)))
+                for v in range(vectors):
+                    value = e.load(e.at(line, v * e.lanes))
+                    builder.store(e.multiply_add(value, factor, e.get(sums[v])), sums[v])
+            for v in range(vectors):
+                e.store(e.get(sums[v]), places[v])
+
+        _blocks(builder, e, n, body)
+        return context.get_dummy_value()
+
+    return types.void(one, *[types.int64] * 7), emit
+
+
+@jit
+def sum_block(one, x, step, rows, n, weight, weight_step, total):
+    """total[j] = total[j] + sum over i of weight[i] x[i, j]; weight_step 0 for one weight."""
+    _sum_block(one, x, step, rows, n, weight, weight_step, total)
+
+
+@intrinsic
+def _scale_block(context, one, x, step, rows, n, factor, column_factor, y, y_step):
+    def emit(context, builder, signature, args):
+        _, x, step, rows, n, factor, column_factor, y, y_step = args
+        e = _Emitter(builder, signature.args[0])
+        block, factors, columns, result = (e.pointer(p) for p in (x, factor, column_factor, y))
+
+        def body(j, vectors):
+            scales = [e.load(e.at(columns, builder.add(j, ir.Constant(_I64, v * e.lanes)))) for v in range(vectors)]
+            with cgutils.for_range(builder, rows) as loop:
+                line = e.at(block, builder.add(builder.mul(loop.index, step), j))
+                target = e.at(result, builder.add(builder.mul(loop.index, y_step), j))
+                term = e.broadcast(e.at(factors, loop.index))
+                for v in range(vectors):
+                    value = builder.fmul(builder.fmul(e.load(e.at(line, v * e.lanes)), scales[v]), term)
+                    e.store(value, e.at(target, v * e.lanes))
+
+        _blocks(builder, e, n, body)
+        return context.get_dummy_value()
+
+    return types.void(one, *[types.int64] * 8), emit
+
+
+@jit
+def scale_block(one, x, step, rows, n, factor, column_factor, y, y_step):
+    """y[i, j] = x[i, j] factor[i] column_factor[j]."""
+    _scale_block(one, x, step, rows, n, factor, column_factor, y, y_step)
+
+
+# Rows of points: of any floating dtype, in and out -------------------------------------------------------------------
+
+FLOAT16, BFLOAT16, FLOAT32, FLOAT64 = 0, 1, 2, 3
+"""What a row may hold."""
+
+_ITEMS = {FLOAT16: ir.HalfType(), BFLOAT16: ir.IntType(16), FLOAT32: ir.FloatType(), FLOAT64: ir.DoubleType()}
+_SIZES = {FLOAT16: 2, BFLOAT16: 2, FLOAT32: 4, FLOAT64: 8}
+
+
+def _widened(builder, e, value, kind, shape):
+    """A loaded value in the dtype to work in; `shape` makes a scalar type the type wanted, a vector or itself."""
+    target = shape(e.scalar)
+    if kind == FLOAT16:  # by way of float32: processors have no other conversion
+        value, kind = builder.fpext(value, shape(ir.FloatType())), FLOAT32
+    if kind == BFLOAT16:
+        integers = builder.zext(value, shape(_I32))
+        value = builder.bitcast(builder.shl(integers, _filled(shape(_I32), 16)), shape(ir.FloatType()))
+        kind = FLOAT32
+    if _ITEMS[kind] == e.scalar:
+        return value
+    return builder.fptrunc(value, target) if _SIZES[kind] > e.item else builder.fpext(value, target)
+
+
+def _narrowed(builder, e, value, kind, shape):
+    """A value in the dtype of a row, rounded to the nearest."""
+    if _ITEMS[kind] == e.scalar:
+        return value
+    if kind == FLOAT16:
+        single = value if e.single else builder.fptrunc(value, shape(ir.FloatType()))
+        return builder.fptrunc(single, shape(ir.HalfType()))
+    if kind != BFLOAT16:
+        convert = builder.fpext if _SIZES[kind] > e.item else builder.fptrunc
+        return convert(value, shape(_ITEMS[kind]))
+    if not e.single:
+        value = builder.fptrunc(value, shape(ir.FloatType()))
+    bits = builder.bitcast(value, shape(_I32))
+    odd = builder.and_(builder.lshr(bits, _filled(shape(_I32), 16)), _filled(shape(_I32), 1))
+    rounded = builder.add(bits, builder.add(odd, _filled(shape(_I32), 0x7FFF)))
+    nan = builder.or_(bits, _filled(shape(_I32), 0x400000))
+    kept = builder.select(builder.fcmp_unordered("uno", value, value), nan, rounded)
+    return builder.trunc(builder.lshr(kept, _filled(shape(_I32), 16)), shape(ir.IntType(16)))
+
+
+def _filled(type_, value):
+    return ir.Constant(type_, [value] * type_.count if isinstance(type_, ir.VectorType) else value)
+
+
+def _rows_loop(builder, e, n, body):
+    """Emit body(column, shape) for whole vectors and then for single items."""
+    width = ir.Constant(_I64, e.lanes)
+    middle = builder.mul(builder.udiv(n, width), width)
+    with cgutils.for_range_slice(builder, ir.Constant(_I64, 0), middle, width) as (j, _):
+        body(j, lambda scalar: ir.VectorType(scalar, e.lanes))
+    with cgutils.for_range_slice(builder, middle, n, ir.Constant(_I64, 1)) as (j, _):
+        body(j, lambda scalar: scalar)
+
+
+@intrinsic(prefer_literal=True)
+def _load_row(context, one, kind, address, n, factor, offset, y):
+    """y[j] = x[j] factor[0] - offset[j] for a row x of the given kind, at an address, without gaps."""
+    item = kind.literal_value
+
+    def emit(context, builder, signature, args):
+        _, _, address, n, factor, offset, y = args
+        e = _Emitter(builder, signature.args[0])
+        source = builder.inttoptr(address, ir.PointerType())
+        offsets, target, factors = e.pointer(offset), e.pointer(y), e.pointer(factor)
+
+        def body(j, shape):
+            value = builder.load(builder.gep(source, [j], source_etype=_ITEMS[item]), typ=shape(_ITEMS[item]))
+            value.align = _SIZES[item]
+            centre = builder.load(e.at(offsets, j), typ=shape(e.scalar))
+            centre.align = e.item
+            scale = e.broadcast(factors)
+            if not isinstance(shape(e.scalar), ir.VectorType):
+                scale = builder.load(factors, typ=e.scalar)
+            value = builder.fmul(_widened(builder, e, value, item, shape), scale)
+            builder.store(builder.fsub(value, centre), e.at(target, j)).align = e.item
+
+        _rows_loop(builder, e, n, body)
+        return context.get_dummy_value()
+
+    return types.void(one, kind, *[types.int64] * 5), emit
+
+
+@intrinsic(prefer_literal=True)
+def _store_row(context, one, kind, address, n, factor, x):
+    """Store x[j] factor[0] to a row of the given kind, at an address, without gaps."""
+    item = kind.literal_value
+
+    def emit(context, builder, signature, args):
+        _, _, address, n, factor, x = args
+        e = _Emitter(builder, signature.args[0])
+        target = builder.inttoptr(address, ir.PointerType())
+        source, factors = e.pointer(x), e.pointer(factor)
+
+        def body(j, shape):
+            value = builder.load(e.at(source, j), typ=shape(e.scalar))
+            value.align = e.item
+            scale = e.broadcast(factors)
+            if not isinstance(shape(e.scalar), ir.VectorType):
+                scale = builder.load(factors, typ=e.scalar)
+            value = _narrowed(builder, e, builder.fmul(value, scale), item, shape)
+            place = builder.gep(target, [j], source_etype=_ITEMS[item])
+            builder.store(value, place).align = _SIZES[item]
+
+        _rows_loop(builder, e, n, body)
+        return context.get_dummy_value()
+
+    return types.void(one, kind, *[types.int64] * 4), emit
+
+
+@jit
+def load_row(one, kind, address, n, factor, offset, y):
+    """y[j] = x[j] factor[0] - offset[j] for a row x of the given kind, at an address, without gaps."""
+    if kind == 2:
+        _load_row(one, 2, address, n, factor, offset, y)
+    elif kind == 3:
+        _load_row(one, 3, address, n, factor, offset, y)
+    elif kind == 1:
+        _load_row(one, 1, address, n, factor, offset, y)
+    elif HALVES:
+        _load_row(one, 0, address, n, factor, offset, y)
+
+
+@jit
+def store_row(one, kind, address, n, factor, x):
+    """Store x[j] factor[0] to a row of the given kind, at an address, without gaps."""
+    if kind == 2:
+        _store_row(one, 2, address, n, factor, x)
+    elif kind == 3:
+        _store_row(one, 3, address, n, factor, x)
+    elif kind == 1:
+        _store_row(one, 1, address, n, factor, x)
+    elif HALVES:
+        _store_row(one, 0, address, n, factor, x)
+
+
+# Single items --------------------------------------------------------------------------------------------------------
+
+
+@intrinsic
+def get(context, one, place):
+    """The item at a place."""
+
+    def emit(context, builder, signature, args):
+        e = _Emitter(builder, signature.args[0])
+        value = builder.load(e.pointer(args[1]), typ=e.scalar)
+        value.align = e.item
+        return value
+
+    return one(one, types.int64), emit
+
+
+@intrinsic
+def put(context, one, place, value):
+    """Store an item at a place."""
+
+    def emit(context, builder, signature, args):
+        e = _Emitter(builder, signature.args[0])
+        builder.store(args[2], e.pointer(args[1])).align = e.item
+        return context.get_dummy_value()
+
+    return types.void(one, types.int64, one), emit
+
+
+@intrinsic
+def integer_at(context, address):
+    """The 64-bit integer at an address."""
+
+    def emit(context, builder, signature, args):
+        return builder.load(builder.inttoptr(args[0], ir.PointerType()), typ=_I64)
+
+    return types.int64(types.int64), emit
+
+
+@intrinsic
+def byte_at(context, address):
+    """The byte at an address."""
+
+    def emit(context, builder, signature, args):
+        byte = builder.load(builder.inttoptr(args[0], ir.PointerType()), typ=ir.IntType(8))
+        return builder.zext(byte, _I64)
+
+    return types.int64(types.int64), emit
