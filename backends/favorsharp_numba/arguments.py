@@ -152,12 +152,14 @@ class Packed:
         linear, near_center = center + d_pad, center + 2 * d_pad
         column = near_center + d_pad
         rows = column + m_pad
-        panels = rows + self.padded(m * d)
+        panels = rows + m * d_pad
         dense = panels + -(-m_pad // self.panel) * d * self.panel
-        zeros = dense + (-(-d_pad // self.panel) * d * self.panel if has_dense else 0)
+        matrix = -(-d_pad // self.panel) * d * self.panel if has_dense else 0
+        dense_back = dense + matrix
+        zeros = dense_back + matrix
         total = self.padded(zeros + e_pad)
         return Sizes(
-            d, d_pad, m, m_pad, e, e_pad, center, linear, near_center, column, rows, panels, dense, int(has_dense),
+            d, d_pad, m, m_pad, e, e_pad, center, linear, near_center, column, rows, panels, dense, dense_back, int(has_dense),
             int(self.gaussian), total,
         )  # fmt: skip
 
@@ -167,24 +169,27 @@ class Packed:
 
     def constants(self, s: Sizes) -> tuple[Any, Any]:
         """The packed constants of queries and of keys, (count, s.total)."""
-        return self._packed(self.query, s, -1.0), self._packed(self.key, s, -np.inf)
+        return self._packed(self.query, s), self._packed(self.key, s)
 
-    def _packed(self, side: Any, s: Sizes, padding: float) -> Any:
+    def _packed(self, side: Any, s: Sizes) -> Any:
         out = np.zeros((self.count, s.total), self.dtype)
         out[:, ALPHA], out[:, OFFSET], out[:, BETA] = self.root, side["offset"], side["beta"]
         out[:, ONE], out[:, NEAR] = 1, LOG2E
         out[:, s.center : s.center + s.d] = side["center"]
         out[:, s.linear : s.linear + s.d] = side["linear"]
         out[:, s.near_center : s.near_center + s.d] = side["near_center"]
-        out[:, s.column : s.column + s.m_pad] = padding
+        out[:, s.column : s.column + s.m_pad] = -np.inf
         out[:, s.column : s.column + s.m] = side["column"]
-        out[:, s.rows : s.rows + s.m * s.d] = side["rows"].reshape(self.count, -1)
+        rows = np.zeros((self.count, s.m, s.d_pad), self.dtype)
+        rows[:, :, : s.d] = side["rows"]
+        out[:, s.rows : s.rows + s.m * s.d_pad] = rows.reshape(self.count, -1)
         self._put_panels(out, s.panels, np.swapaxes(side["rows"], -1, -2), s.m_pad)
         if s.has_dense:
             dense = side["dense"]
             if dense is None:  # the other side needs a matrix, this one would do without
                 dense = np.zeros((self.count, s.d, s.d))
             self._put_panels(out, s.dense, dense, s.d_pad)
+            self._put_panels(out, s.dense_back, np.swapaxes(dense, -1, -2), s.d_pad)
         return out
 
     def _put_panels(self, out: Any, place: int, matrix: Any, columns: int) -> None:

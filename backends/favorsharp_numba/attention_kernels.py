@@ -57,6 +57,7 @@ class Problem(NamedTuple):
 
     Maps: packed constants of queries and keys (places) with the map of each key head at an address. Queries of key head
     b: `members[member_starts[b]] ...`; q and out are indexed by query head, k, v and mask by key head.
+    `stats`, where it is not 0, takes 1 / total and the reference of every query, for a backward pass.
     """
 
     num_keys: int
@@ -75,6 +76,7 @@ class Problem(NamedTuple):
     sums: int
     sums_size: int
     kv_size: int
+    stats: int
 
 
 @jit
@@ -85,6 +87,17 @@ def query_side(s, p, head):
 @jit
 def key_side(s, p, head):
     return p.key_side + integer_at(p.map_of + 8 * head) * s.total
+
+
+@jit
+def keep_stats(one, p, head, start, count, inverse, reference):
+    """Put aside what a backward pass needs of a tile of queries."""
+    if p.stats:
+        line = p.stats + 2 * (head * p.num_queries + start)
+        for t in range(count):
+            top = get(one, reference + t)
+            put(one, line + 2 * t, get(one, inverse + t))
+            put(one, line + 2 * t + 1, top if top != -np.inf else one - one)
 
 
 @jit
@@ -160,6 +173,7 @@ def read_queries(one, s, p, q, k, v, mask, recent, out, normalised, per_head, lo
                 )  # fmt: skip
             if normalised:
                 invert(one, total, count)
+                keep_stats(one, p, head, start, count, total, reference)
             else:
                 for t in range(count):
                     put(one, total + t, np.exp2(get(one, reference + t)))
@@ -234,6 +248,7 @@ def windowed(one, s, p, q, k, v, mask, out, work, low, high, scratch):
                         p.causal, numerator, total, reference, extra,
                     )  # fmt: skip
                     invert(one, total, count)
+                    keep_stats(one, p, f, start, count, total, reference)
                     store_points(one, out, f, start, count, s.e, s.e_pad, total, numerator)
 
 
@@ -348,6 +363,7 @@ def causal(one, s, p, q, k, v, mask, out, low, high, scratch):
                     )  # fmt: skip
                 product_add(one, count, s.e_pad, s.m, weights, 1, TILE, kv, width, s.e_pad, numerator, s.e_pad)
                 invert(one, total, count)
+                keep_stats(one, p, f, start, count, total, reference)
                 store_points(one, out, f, start, count, s.e, s.e_pad, total, numerator)
             if not exact:
                 undo_rise(one, s, kv, z, top, scales, ones)

@@ -88,3 +88,12 @@ def scale_block(one, x, step, rows, n, factor, column_factor, y, y_step):
         for j in range(n):
             value = get(one, x + i * step + j) * get(one, column_factor + j) * get(one, factor + i)
             put(one, y + i * y_step + j, value)
+
+
+@jit
+def multiply_block(one, x, step, rows, n, y, total):
+    for i in range(rows):
+        for j in range(n):
+            value = get(one, x + i * step + j) * get(one, y + i * step + j)
+            put(one, x + i * step + j, value)
+            put(one, total + j, get(one, total + j) + value)

@@ -25,13 +25,23 @@ class AttentionProblem:
     """
 
     def __init__(
-        self, feature_map: Any, q: Any, k: Any, v: Any, *, key_mask: Any = None, state: Any = None, window: int = 0
+        self,
+        feature_map: Any,
+        q: Any,
+        k: Any,
+        v: Any,
+        *,
+        key_mask: Any = None,
+        state: Any = None,
+        window: int = 0,
+        backward: bool = False,
     ) -> None:
         given = [x for x in (q, k, v) if x is not None]
         self.result = promoted(*(name_of(x) for x in given))
         self.dtype = widened(self.result) if state is None else name_of(state.kv)
         e = v.shape[-1] if v is not None else state.kv.shape[-1]
-        self.packed, self.s, query_constants, key_constants = pack(feature_map, self.dtype, e)
+        # a backward pass has a further value, 1, whose sum is the normaliser, and no heads that share keys
+        self.packed, self.s, query_constants, key_constants = pack(feature_map, self.dtype, e + backward)
         self.one = self.packed.one
         shapes = [self.packed.batch]
         shapes += [x.shape[:-2] for x in (k, v) if x is not None]
@@ -39,6 +49,8 @@ class AttentionProblem:
         shapes += [state.kv.shape[:-2]] if state is not None else []
         self.key_batch = broadcast(*shapes)
         self.batch = broadcast(q.shape[:-2], self.key_batch) if q is not None else self.key_batch
+        if backward:
+            self.key_batch = self.batch
         self.heads, self.query_heads = math.prod(self.key_batch), math.prod(self.batch)
         self.held = Held()
         # an axis that only the queries have makes the key heads repeat: those are the groups of query heads
@@ -51,6 +63,7 @@ class AttentionProblem:
         self.q = self.held.points(q, self.batch) if q is not None else None
         self.mask = self.held.mask(key_mask, self.key_batch)
         self.window = window
+        self.stats: Any = None
         self._fixed = {
             "query_side": self.held.place(query_constants),
             "key_side": self.held.place(key_constants),
@@ -94,6 +107,15 @@ class AttentionProblem:
             "c": c.astype(self.packed.dtype).reshape(*batch, 1, s.m),
         }
 
+    def keep_stats(self) -> Any:
+        """Have the kernels put aside what a backward pass needs: (query heads, n, 2), 1 / total and reference."""
+        self.stats = np.zeros((self.query_heads, self.num_queries, 2), self.packed.dtype)
+        return self.stats
+
+    def arguments_fixed(self) -> dict[str, int]:
+        """Addresses that do not depend on the sums."""
+        return self._fixed
+
     def arguments(self, *, causal: bool = False, first_query: int = 0) -> Any:
         """What kernels take besides points."""
         return kernels.Problem(
@@ -107,6 +129,7 @@ class AttentionProblem:
             sums=self.held.place(self.sums),
             sums_size=self.sums.shape[-1],
             kv_size=self.kv_size,
+            stats=0 if self.stats is None else self.held.place(self.stats),
             **self._fixed,
         )
 

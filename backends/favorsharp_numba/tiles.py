@@ -16,6 +16,7 @@ if vector_bytes():
     from favorsharp_numba.vectors import (
         exp_block,
         max_block,
+        multiply_block,
         product,
         product_add,
         product_terms,
@@ -26,6 +27,7 @@ else:
     from favorsharp_numba.plain import (
         exp_block,
         max_block,
+        multiply_block,
         product,
         product_add,
         product_terms,
@@ -80,6 +82,7 @@ class Sizes(NamedTuple):
     rows: int
     panels: int
     dense: int
+    dense_back: int
     has_dense: int
     gaussian: int
     total: int
@@ -321,7 +324,7 @@ def load_queries(one, s, side, q, b, start, count, with_factors, z, dense, facto
 def log_queries(one, s, side, columns, count, factors, p):
     """Log features of queries, a column each."""
     n = rest_of_tile(count, lanes(one))
-    product_terms(one, s.m, n, s.d, side + s.rows, s.d, 1, columns, panel(one), TILE, p, TILE, side + s.column, factors)
+    product_terms(one, s.m, n, s.d, side + s.rows, s.d_pad, 1, columns, panel(one), TILE, p, TILE, side + s.column, factors)
 
 
 @jit

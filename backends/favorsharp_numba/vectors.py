@@ -391,6 +391,39 @@ def scale_block(one, x, step, rows, n, factor, column_factor, y, y_step):
     _scale_block(one, x, step, rows, n, factor, column_factor, y, y_step)
 
 
+@intrinsic
+def _multiply_block(context, one, x, step, rows, n, y, total):
+    def emit(context, builder, signature, args):
+        _, x, step, rows, n, y, total = args
+        e = _Emitter(builder, signature.args[0])
+        block, others, totals = e.pointer(x), e.pointer(y), e.pointer(total)
+
+        def body(j, vectors):
+            places = [e.at(totals, builder.add(j, ir.Constant(_I64, v * e.lanes))) for v in range(vectors)]
+            sums = [e.accumulator(e.load(place)) for place in places]
+            with cgutils.for_range(builder, rows) as loop:
+                offset = builder.add(builder.mul(loop.index, step), j)
+                line, other = e.at(block, offset), e.at(others, offset)
+                for v in range(vectors):
+                    place = e.at(line, v * e.lanes)
+                    value = builder.fmul(e.load(place), e.load(e.at(other, v * e.lanes)))
+                    e.store(value, place)
+                    builder.store(builder.fadd(value, e.get(sums[v])), sums[v])
+            for v in range(vectors):
+                e.store(e.get(sums[v]), places[v])
+
+        _blocks(builder, e, n, body)
+        return context.get_dummy_value()
+
+    return types.void(one, *[types.int64] * 6), emit
+
+
+@jit
+def multiply_block(one, x, step, rows, n, y, total):
+    """x[i, j] = x[i, j] y[i, j], and total[j] = total[j] + sum of x[i, j]; x and y have one step."""
+    _multiply_block(one, x, step, rows, n, y, total)
+
+
 # Rows of points: of any floating dtype, in and out -------------------------------------------------------------------
 
 FLOAT16, BFLOAT16, FLOAT32, FLOAT64 = 0, 1, 2, 3

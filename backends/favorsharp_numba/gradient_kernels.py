@@ -1,0 +1,455 @@
+"""Kernels of the backward pass of attention.
+
+A query i reads a key j with weight exp2(lq_i + lk_j - r_i), r_i its reference, summed over features, or over the exact
+score. With G_i = (dout_i, -dout_i.out_i) / total_i and V_j = (v_j, 1), the gradient of that weight is G_i.V_j. So one
+procedure, `sweep`, serves both directions: the tiles of one side (keys with V, queries with G) are taken into sums, and
+the other side reads them: its log features get the gradient weight * (sums.value), and where the readers are keys,
+what they read is the gradient of v. Features are computed again, never stored.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from favorsharp_numba.attention_kernels import SMALL_RISE
+from favorsharp_numba.compiling import jit, jit_sums
+from favorsharp_numba.tiles import (
+    ALPHA,
+    BETA,
+    ONE,
+    TILE,
+    ZERO,
+    Mask,
+    add_keys,
+    exp_block,
+    fill,
+    get,
+    integer_at,
+    is_hidden,
+    lanes,
+    load_near,
+    load_points,
+    log_factors,
+    log_keys,
+    log_queries,
+    max_block,
+    multiply_block,
+    panel,
+    product,
+    product_add,
+    product_terms,
+    put,
+    raise_top,
+    rescale,
+    rest_of_tile,
+    transpose,
+    zero_or_nan,
+)
+
+LARGEST_WEIGHT = 60
+"""Log 2 of the weight that a hidden pair may have before a causal tile is cut."""
+
+
+class Backward(NamedTuple):
+    """What `sweep` and `near_gradients` take. All arrays are indexed by query head; gradients are contiguous places.
+
+    `causal` 1: keys up to the query's own; `window` > 0: only blocks that are not near. `maps`, where it is not 0,
+    takes the gradients of the maps' constants, `maps_size` items a head and side.
+    """
+
+    num_keys: int
+    num_queries: int
+    window: int
+    causal: int
+    with_factors: int
+    query_side: int
+    key_side: int
+    map_of: int
+    stats: int
+    dq: int
+    dk: int
+    dv: int
+    maps: int
+    maps_size: int
+
+
+@jit_sums
+def dot(one, x, y, n):
+    total = one - one
+    for j in range(n):
+        total += get(one, x + j) * get(one, y + j)
+    return total
+
+
+@jit
+def add_rows(one, target, size, tile, pad, count, factor):
+    """Add rows times a factor to rows of `size` items without gaps."""
+    for t in range(count):
+        for j in range(size):
+            place = target + t * size + j
+            put(one, place, get(one, place) + factor * get(one, tile + t * pad + j))
+
+
+@jit
+def load_gradients(one, s, constants, gradient, out, stats, f, start, count, values, other):
+    """Rows G of queries: (dout, -dout.out) / total."""
+    e = s.e - 1
+    zeros = constants + s.total - s.e_pad
+    everything = Mask(0, 0)
+    load_points(one, gradient, everything, f, start, count, e, s.e_pad, constants + ONE, zeros, values)
+    load_points(one, out, everything, f, start, count, e, s.e_pad, constants + ONE, zeros, other)
+    for t in range(count):
+        row = values + t * s.e_pad
+        inverse = get(one, stats + 2 * (start + t))
+        put(one, row + e, -dot(one, row, other + t * s.e_pad, e))
+        for j in range(s.e):
+            put(one, row + j, get(one, row + j) * inverse if inverse != 0 else one - one)
+
+
+@jit
+def load_values(one, s, constants, v, mask, f, start, count, values):
+    """Rows V of keys: (v, 1); zeros for hidden ones."""
+    e = s.e - 1
+    zeros = constants + s.total - s.e_pad
+    load_points(one, v, mask, f, start, count, e, s.e_pad, constants + ONE, zeros, values)
+    for t in range(count):
+        put(one, values + t * s.e_pad + e, one - one if is_hidden(mask, f, start + t) else one)
+
+
+@jit
+def load_side(
+    one, s, p, keys, constants, x, second, out, mask, stats, f, start, count, z, dense, factors, values, other
+):  # fmt: skip
+    """A tile of keys (points x, values second) or of queries (points x, gradients second): z, log factors, values."""
+    if keys:
+        load_points(one, x, mask, f, start, count, s.d, s.d_pad, constants + ALPHA, constants + s.center, z)
+        log_factors(one, s, constants, z, count, dense, factors)
+        for t in range(count):
+            if is_hidden(mask, f, start + t):
+                put(one, factors + t, -np.inf * one)
+        load_values(one, s, constants, second, mask, f, start, count, values)
+    else:
+        everything = Mask(0, 0)
+        load_points(one, x, everything, f, start, count, s.d, s.d_pad, constants + ALPHA, constants + s.center, z)
+        if p.with_factors:
+            log_factors(one, s, constants, z, count, dense, factors)
+        for t in range(count):
+            own = get(one, factors + t) if p.with_factors else zero_or_nan(one, z + t * s.d_pad, s.d)
+            put(one, factors + t, own - get(one, stats + 2 * (start + t) + 1))
+        load_gradients(one, s, constants, second, out, stats, f, start, count, values, other)
+
+
+@jit
+def sweep(
+    one, s, p, keys_read, backwards, reader, reader_values, taken, taken_values, out, mask, low, high, scratch
+):  # fmt: skip
+    """One side reads the sums of the other, for query heads low .. high, in ascending or descending order of blocks.
+
+    keys_read 1: keys read queries, and their gradients and those of their values are added to dk and dv; 0: queries
+    read keys, and dq is added to.
+    """
+    p_step = s.m_pad + lanes(one)
+    points = scratch
+    dense = points + TILE * s.d_pad
+    factors = dense + TILE * s.d_pad
+    values = factors + TILE
+    other = values + TILE * s.e_pad
+    features = other + TILE * s.e_pad
+    new_top = features + TILE * p_step
+    safe_top = new_top + s.m_pad
+    scales = safe_top + s.m_pad
+    trash = scales + s.m_pad
+    ones = trash + max(s.m_pad, TILE)
+    top = ones + max(s.m_pad, max(s.e_pad, TILE))
+    sums = top + s.m_pad
+    reader_points = sums + s.m * s.e_pad
+    reader_factors = reader_points + TILE * s.d_pad
+    reader_rows = reader_factors + TILE
+    reader_columns = reader_rows + TILE * s.e_pad
+    columns = reader_columns + s.e * TILE
+    weights = columns + s.d * TILE
+    slopes = weights + s.m * TILE
+    pairs = slopes + s.m * TILE
+    products = pairs + TILE * TILE
+    gradient = products + TILE * TILE
+    zeros = gradient + TILE * max(s.d_pad, s.e_pad)
+    extra = zeros + TILE
+    fill(one, ones, max(s.m_pad, max(s.e_pad, TILE)), one)
+    fill(one, zeros, TILE, one - one)
+    width, lane = panel(one), lanes(one)
+    num_readers = p.num_keys if keys_read else p.num_queries
+    num_taken = p.num_queries if keys_read else p.num_keys
+    block = p.window if p.window > 0 else TILE
+    if not p.causal and p.window == 0:
+        block = max(num_taken, max(num_readers, 1))
+    num_blocks = (max(num_readers, num_taken) + block - 1) // block
+    pairwise = p.causal and p.window == 0
+    lag = 0 if p.window == 0 else 2
+    for f in range(low, high):
+        query_constants = p.query_side + integer_at(p.map_of + 8 * f) * s.total
+        key_constants = p.key_side + integer_at(p.map_of + 8 * f) * s.total
+        mine = key_constants if keys_read else query_constants
+        theirs = query_constants if keys_read else key_constants
+        stats = p.stats + 2 * f * p.num_queries
+        fill(one, sums, s.m * s.e_pad, one - one)
+        fill(one, top, s.m_pad, -np.inf * one)
+        for number in range(num_blocks):
+            current = num_blocks - 1 - number if backwards else number
+            if not pairwise:
+                entering = current + lag if backwards else current - lag
+                if 0 <= entering < num_blocks:
+                    stop = min(num_taken, (entering + 1) * block)
+                    for start in range(entering * block, stop, TILE):
+                        count = min(TILE, stop - start)
+                        load_side(
+                            one, s, p, not keys_read, theirs, taken, taken_values, out, mask, stats, f, start, count,
+                            points, dense, factors, values, other,
+                        )  # fmt: skip
+                        log_keys(one, s, theirs, points, count, factors, features, p_step)
+                        raise_top(one, s, theirs, features, p_step, count, top, new_top, safe_top)
+                        rescale(one, s, top, new_top, sums, trash, 0, scales, ones)
+                        exp_block(
+                            one, features, p_step, count, s.m_pad, theirs + ZERO, 0, safe_top, ones, 0, trash
+                        )
+                        add_keys(one, s, features, p_step, values, count, sums, 0)
+            begin, end = current * block, min(num_readers, (current + 1) * block)
+            done, size = 0, TILE
+            while done < end - begin:
+                count = min(size, end - begin - done)
+                start = end - done - count if backwards else begin + done
+                n = rest_of_tile(count, lane)
+                load_side(
+                    one, s, p, keys_read, mine, reader, reader_values, out, mask, stats, f, start, count,
+                    reader_points, dense, reader_factors, reader_rows, other,
+                )  # fmt: skip
+                transpose(one, reader_points, s.d_pad, count, s.d, columns, TILE, n)
+                transpose(one, reader_rows, s.e_pad, count, s.e, reader_columns, TILE, n)
+                fill(one, reader_factors + count, n - count, one - one)
+                log_queries(one, s, mine, columns, count, reader_factors, weights)
+                if pairwise:
+                    load_side(
+                        one, s, p, not keys_read, theirs, taken, taken_values, out, mask, stats, f, start, count,
+                        points, dense, factors, values, other,
+                    )  # fmt: skip
+                    log_keys(one, s, theirs, points, count, factors, features, p_step)
+                    rise = raise_top(one, s, theirs, features, p_step, count, top, new_top, safe_top)
+                    if count > 1:
+                        fill(one, gradient, n, -np.inf * one)
+                        max_block(one, weights, TILE, s.m, n, new_top, 1, gradient)
+                        for t in range(count):
+                            rise = max(rise, get(one, gradient + t) - (LARGEST_WEIGHT - SMALL_RISE))
+                        if rise > SMALL_RISE:
+                            size = max(1, count // 4)
+                            continue
+                    rescale(one, s, top, new_top, sums, trash, 0, scales, ones)
+                    exp_block(one, features, p_step, count, s.m_pad, theirs + ZERO, 0, safe_top, ones, 0, trash)
+                exp_block(one, weights, TILE, s.m, n, top, 1, zeros, theirs + ZERO, 0, trash)
+                product(
+                    one, s.m, n, s.e, sums, s.e_pad, 1, reader_columns, width, TILE, slopes, TILE
+                )
+                if pairwise:
+                    product(
+                        one, count, n, s.e, values, s.e_pad, 1, reader_columns, width, TILE, products, TILE
+                    )
+                    hide_pairs(one, products, count, n, keys_read)
+                    product_add(one, s.m, n, count, features, 1, p_step, products, width, TILE, slopes, TILE)
+                if keys_read:
+                    product(
+                        one, count, s.e_pad, s.m, weights, 1, TILE, sums, width, s.e_pad, gradient, s.e_pad
+                    )
+                    if pairwise:
+                        product(
+                            one, count, n, s.m, features, p_step, 1, weights, width, TILE, pairs, TILE
+                        )
+                        hide_pairs(one, pairs, count, n, keys_read)
+                        product_add(
+                            one, count, s.e_pad, count, pairs, 1, TILE, values, width, s.e_pad, gradient, s.e_pad
+                        )
+                    target = p.dv + (f * num_readers + start) * (s.e - 1)
+                    add_rows(one, target, s.e - 1, gradient, s.e_pad, count, one)
+                fill(one, zeros, n, one - one)
+                multiply_block(one, slopes, TILE, s.m, n, weights, zeros)
+                product(
+                    one, count, s.d_pad, s.m, slopes, 1, TILE, mine + s.rows, width, s.d_pad, gradient, s.d_pad
+                )
+                if keys_read or p.with_factors:
+                    add_factor_gradients(one, s, mine, reader_points, dense, zeros, count, gradient, other, extra)
+                target = (p.dk if keys_read else p.dq) + (f * num_readers + start) * s.d
+                scale = one * np.log(2.0) * get(one, mine + ALPHA)
+                add_rows(one, target, s.d, gradient, s.d_pad, count, one * scale)
+                if p.maps:
+                    maps = p.maps + (2 * f + keys_read) * p.maps_size
+                    add_map_gradients(
+                        one, s, slopes, reader_points, zeros, count, maps, extra, keys_read or p.with_factors
+                    )
+                fill(one, zeros, TILE, one - one)
+                if pairwise:
+                    add_keys(one, s, features, p_step, values, count, sums, 0)
+                done += count
+                size = TILE if size == TILE or done % TILE == 0 else size
+
+
+@jit
+def hide_pairs(one, pairs, count, n, keys_read):
+    """Zero the pairs [taken, reader] whose key comes after their query."""
+    for t in range(count):
+        line = pairs + t * TILE
+        if keys_read:
+            fill(one, line + t + 1, n - t - 1, one - one)
+        else:
+            fill(one, line, t, one - one)
+
+
+@jit
+def add_factor_gradients(one, s, constants, z, dense, slopes, count, gradient, other, extra):
+    """Add slope * (linear - 2 beta z - 2 dense^T dense z), the gradient through the log factor, to rows."""
+    twice = 2 * get(one, constants + BETA)
+    width = panel(one)
+    for t in range(count):
+        slope = get(one, slopes + t)
+        for j in range(s.d):
+            place = gradient + t * s.d_pad + j
+            value = get(one, constants + s.linear + j) - twice * get(one, z + t * s.d_pad + j)
+            put(one, place, get(one, place) + slope * value)
+    if s.has_dense:
+        product(
+            one, count, s.d_pad, s.d, z, s.d_pad, 1, constants + s.dense, s.d * width, width, dense, s.d_pad
+        )
+        for t in range(count):
+            for j in range(s.d):
+                place = dense + t * s.d_pad + j
+                put(one, place, -2 * get(one, slopes + t) * get(one, place))
+        product_add(
+            one, count, s.d_pad, s.d, dense, s.d_pad, 1, constants + s.dense_back, s.d * width, width, gradient,
+            s.d_pad,
+        )  # fmt: skip
+
+
+@jit
+def add_map_gradients(one, s, slopes, z, factor_slopes, count, maps, weighted, with_factors):
+    """Add sums of slopes: times z (m, d_pad), alone (m_pad); of factor slopes: alone, times z, times z z^T."""
+    width = panel(one)
+    product_add(one, s.m, s.d_pad, count, slopes, TILE, 1, z, width, s.d_pad, maps, s.d_pad)
+    column = maps + s.m * s.d_pad
+    for i in range(s.m):
+        put(one, column + i, get(one, column + i) + total_of(one, slopes + i * TILE, count))
+    if with_factors:
+        first = column + s.m_pad
+        second = first + s.d_pad
+        for t in range(count):
+            slope = get(one, factor_slopes + t)
+            for j in range(s.d_pad):
+                value = slope * get(one, z + t * s.d_pad + j)
+                put(one, weighted + t * s.d_pad + j, value)
+                put(one, first + j, get(one, first + j) + value)
+        product_add(one, s.d, s.d_pad, count, weighted, 1, s.d_pad, z, width, s.d_pad, second, s.d_pad)
+        alone = second + s.d * s.d_pad
+        put(one, alone, get(one, alone) + total_of(one, factor_slopes, count))
+
+
+@jit_sums
+def total_of(one, x, n):
+    total = one - one
+    for j in range(n):
+        total += get(one, x + j)
+    return total
+
+
+@jit
+def sweep_scratch(one, s):
+    """Items of scratch that `sweep` needs."""
+    p_step = s.m_pad + lanes(one)
+    wide = max(s.m_pad, max(s.e_pad, TILE))
+    taken = TILE * (2 * s.d_pad + 1 + 2 * s.e_pad + p_step) + 3 * s.m_pad + 2 * wide + s.m_pad + s.m * s.e_pad
+    reader = TILE * (s.d_pad + 1 + s.e_pad + s.e + s.d + 2 * s.m + 2 * TILE + 1 + max(s.d_pad, s.e_pad) + s.d_pad)
+    return taken + reader
+
+
+@jit
+def near_gradients(one, s, p, q, k, v, gradient, out, mask, low, high, scratch):
+    """Gradients through the exactly scored keys, for query heads low .. high."""
+    queries = scratch
+    norms = queries + TILE * s.d_pad
+    columns = norms + TILE
+    slopes = columns + s.d * TILE
+    slope_columns = slopes + TILE * s.e_pad
+    other = slope_columns + s.e * TILE
+    keys = other + TILE * s.e_pad
+    key_norms = keys + TILE * s.d_pad
+    values = key_norms + TILE
+    scores = values + TILE * s.e_pad
+    products = scores + TILE * TILE
+    query_rows = products + TILE * TILE
+    key_rows = query_rows + TILE * s.d_pad
+    value_rows = key_rows + TILE * s.d_pad
+    totals = value_rows + TILE * s.e_pad
+    references = totals + TILE
+    sums = references + TILE
+    width = panel(one)
+    w, length = p.window, p.num_keys
+    natural = one * np.log(2.0)
+    for f in range(low, high):
+        query_constants = p.query_side + integer_at(p.map_of + 8 * f) * s.total
+        key_constants = p.key_side + integer_at(p.map_of + 8 * f) * s.total
+        stats = p.stats + 2 * f * p.num_queries
+        root = get(one, query_constants + ALPHA)
+        for piece in range((length + w - 1) // w * ((w + TILE - 1) // TILE)):
+            block = piece // ((w + TILE - 1) // TILE)
+            first = block * w + piece % ((w + TILE - 1) // TILE) * TILE
+            count = min(TILE, min(length, (block + 1) * w) - first)
+            if count <= 0:
+                continue
+            n = rest_of_tile(count, lanes(one))
+            load_near(one, s, query_constants, q, Mask(0, 0), f, first, count, True, queries, norms)
+            transpose(one, queries, s.d_pad, count, s.d, columns, TILE, n)
+            fill(one, norms + count, n - count, one - one)
+            load_gradients(one, s, query_constants, gradient, out, stats, f, first, count, slopes, other)
+            transpose(one, slopes, s.e_pad, count, s.e, slope_columns, TILE, n)
+            for t in range(n):
+                put(one, references + t, get(one, stats + 2 * (first + t) + 1) if t < count else one - one)
+            fill(one, query_rows, TILE * s.d_pad, one - one)
+            last = first + count if p.causal else min(length, (block + 2) * w)
+            for start in range(max(0, (block - 1) * w), last, TILE):
+                size = min(TILE, last - start)
+                load_near(one, s, key_constants, k, mask, f, start, size, False, keys, key_norms)
+                load_values(one, s, key_constants, v, mask, f, start, size, values)
+                product_terms(
+                    one, size, n, s.d, keys, s.d_pad, 1, columns, width, TILE, scores, TILE, key_norms, norms
+                )
+                for j in range(size):
+                    if is_hidden(mask, f, start + j):
+                        fill(one, scores + j * TILE, n, -np.inf * one)
+                    elif p.causal and start + j > first:
+                        fill(one, scores + j * TILE, min(start + j - first, n), -np.inf * one)
+                exp_block(
+                    one, scores, TILE, size, n, key_constants + ZERO, 0, references, key_constants + ZERO, 0, totals
+                )
+                product(one, size, s.e_pad, count, scores, TILE, 1, slopes, width, s.e_pad, value_rows, s.e_pad)
+                add_rows(one, p.dv + (f * length + start) * (s.e - 1), s.e - 1, value_rows, s.e_pad, size, one)
+                product(one, size, n, s.e, values, s.e_pad, 1, slope_columns, width, TILE, products, TILE)
+                fill(one, sums, n, one - one)
+                multiply_block(one, products, TILE, size, n, scores, sums)
+                product_add(
+                    one, count, s.d_pad, size, products, 1, TILE, keys, width, s.d_pad, query_rows, s.d_pad
+                )
+                product(one, size, s.d_pad, count, products, TILE, 1, queries, width, s.d_pad, key_rows, s.d_pad)
+                for j in range(size):  # queries were scaled to base 2
+                    line = key_rows + j * s.d_pad
+                    slope = total_of(one, products + j * TILE, count) if s.gaussian else one - one
+                    for i in range(s.d):
+                        own = get(one, keys + j * s.d_pad + i)
+                        put(one, line + i, natural * get(one, line + i) - slope * own)
+                add_rows(one, p.dk + (f * length + start) * s.d, s.d, key_rows, s.d_pad, size, root)
+                if s.gaussian:
+                    for t in range(count):
+                        for i in range(s.d):
+                            place = query_rows + t * s.d_pad + i
+                            own = natural * get(one, queries + t * s.d_pad + i)
+                            put(one, place, get(one, place) - get(one, sums + t) * own)
+            add_rows(one, p.dq + (f * length + first) * s.d, s.d, query_rows, s.d_pad, count, root)
+
+
+@jit
+def near_gradients_scratch(s):
+    """Items of scratch that `near_gradients` needs."""
+    return TILE * (4 * s.d_pad + s.d + s.e + 5 + 4 * s.e_pad + 2 * TILE)

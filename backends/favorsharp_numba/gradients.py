@@ -1,0 +1,155 @@
+"""Gradients of attention and of exponential features, as plain functions of arrays."""
+
+import math
+from typing import Any
+
+import numpy as np
+
+from favorsharp_numba import gradient_kernels as kernels
+from favorsharp_numba.arguments import Address, Held, broadcast, empty, name_of, numpy_or_torch
+from favorsharp_numba.problem import AttentionProblem
+from favorsharp_numba.run import share
+
+
+def attention_with_stats(
+    q: Any, k: Any, v: Any, feature_map: Any, *, key_mask: Any = None, window: int = 0, causal: bool = False
+) -> tuple[Any, Any]:
+    """Attention, and of every query 1 / total and the reference: what the backward pass needs besides the result."""
+    problem = AttentionProblem(feature_map, q, k, v, key_mask=key_mask, window=window)
+    out = empty(q, (*problem.batch, q.shape[-2], v.shape[-1]), problem.result)
+    stats = problem.keep_stats()
+    if window > 0 and k.shape[-2] > 0:
+        problem.new_sums()
+        problem.windowed(out, causal=causal)
+    elif causal:
+        problem.new_sums()
+        problem.causal(out)
+    else:
+        problem.gather()
+        problem.read(out)
+    return out, stats
+
+
+def attention_backward(
+    gradient: Any,
+    q: Any,
+    k: Any,
+    v: Any,
+    feature_map: Any,
+    out: Any,
+    stats: Any,
+    *,
+    key_mask: Any = None,
+    window: int = 0,
+    causal: bool = False,
+    of_map: bool = False,
+) -> tuple[Any, Any, Any, Any]:
+    """The gradients of q, k and v, in their shapes and dtypes, and the sums that the gradients of a map are made of.
+
+    Parameters
+    ----------
+    gradient : array, shape (*b, n, e)
+        Of the result `out`.
+    stats : array
+        From `attention_with_stats`, as `out` is.
+    of_map : bool
+        Whether the gradients of the map are wanted.
+
+    Returns
+    -------
+    dq, dk, dv : arrays
+    maps : dict of arrays or None
+        For each side sums over points of the gradients of its log features: times the point, alone; and of its log
+        factors: alone, times the point, times the point's products. Points are alpha x - center.
+    """
+    problem = AttentionProblem(feature_map, q, k, v, key_mask=key_mask, window=window, backward=True)
+    s, one, held = problem.s, problem.one, problem.held
+    dtype, heads = problem.packed.dtype, problem.query_heads
+    n, length = problem.num_queries, problem.num_keys
+    dq, dk, dv = (
+        np.zeros((heads, size, width), dtype) for size, width in ((n, s.d), (length, s.d), (length, s.e - 1))
+    )
+    maps_size = s.m * s.d_pad + s.m_pad + s.d_pad + s.d * s.d_pad + 8 if of_map else 0
+    maps = np.zeros((heads, 2, maps_size), dtype)
+    given, result = held.points(gradient, problem.batch), held.points(out, problem.batch)
+    fixed = problem.arguments_fixed()
+    p = kernels.Backward(
+        num_keys=length,
+        num_queries=n,
+        window=window,
+        causal=int(causal),
+        with_factors=int(window > 0),
+        query_side=fixed["query_side"],
+        key_side=fixed["key_side"],
+        map_of=fixed["map_of"],
+        stats=held.place(stats),
+        dq=held.place(dq),
+        dk=held.place(dk),
+        dv=held.place(dv),
+        maps=held.place(maps) if of_map else 0,
+        maps_size=maps_size,
+    )
+    scratch = kernels.sweep_scratch(one, s)
+    cost = float(heads * max(n, length) * s.m * 6 * (s.d + s.e))
+    both = window > 0 and not causal
+    for backwards in (0, 1):
+        if not backwards or both:
+            share(
+                kernels.sweep, heads, cost, scratch, one, s, p, 0, backwards, problem.q, given, problem.k, problem.v,
+                result, problem.mask,
+            )  # fmt: skip
+        if backwards or both:
+            share(
+                kernels.sweep, heads, cost, scratch, one, s, p, 1, backwards, problem.k, problem.v, problem.q, given,
+                result, problem.mask,
+            )  # fmt: skip
+    if window > 0:
+        share(
+            kernels.near_gradients, heads, cost, kernels.near_gradients_scratch(s), one, s, p, problem.q, problem.k,
+            problem.v, given, result, problem.mask,
+        )  # fmt: skip
+    sums = _map_sums(maps, s, problem.batch) if of_map else None
+    return (
+        _like(dq.reshape(*problem.batch, n, s.d), q),
+        _like(dk.reshape(*problem.batch, length, s.d), k),
+        _like(dv.reshape(*problem.batch, length, s.e - 1), v),
+        sums,
+    )
+
+
+def _map_sums(maps: Any, s: Any, batch: tuple[int, ...]) -> dict[str, Any]:
+    sums = {}
+    column = s.m * s.d_pad
+    first = column + s.m_pad
+    second = first + s.d_pad
+    alone = second + s.d * s.d_pad
+    for index, side in enumerate(("query", "key")):
+        x = maps[:, index]
+        parts = {
+            "points": x[:, :column].reshape(-1, s.m, s.d_pad)[:, :, : s.d],
+            "column": x[:, None, column : column + s.m],
+            "factor_points": x[:, None, first : first + s.d],
+            "factor_products": x[:, second:alone].reshape(-1, s.d, s.d_pad)[:, :, : s.d],
+            "factor": x[:, None, alone : alone + 1],
+        }
+        sums.update({f"{side}_{name}": part.reshape(*batch, *part.shape[-2:]) for name, part in parts.items()})
+    return sums
+
+
+def _like(gradient: Any, x: Any) -> Any:
+    """A gradient over a whole batch as one of x, which was broadcast to it: of its library, shape and dtype."""
+    return _cast(summed_to(gradient, tuple(x.shape)), x)
+
+
+def summed_to(gradient: Any, shape: tuple[int, ...]) -> Any:
+    """The sum over the axes along which an array of a shape was broadcast."""
+    while gradient.ndim > len(shape):
+        gradient = gradient.sum(axis=0)
+    axes = tuple(i for i, size in enumerate(shape) if size == 1 and gradient.shape[i] != 1)
+    return gradient.sum(axis=axes, keepdims=True) if axes else gradient
+
+
+def _cast(value: Any, like: Any) -> Any:
+    if name_of(like) == value.dtype.name:
+        return numpy_or_torch(like, value)
+    return numpy_or_torch(like, value).to(like.dtype) if hasattr(like, "data_ptr") else value.astype(like.dtype)
