@@ -11,13 +11,27 @@ _FLOATS = ("float16", "bfloat16", "float32", "float64")
 _DTYPES = frozenset("+".join(names) for count in (1, 2, 3, 4) for names in combinations(_FLOATS, count))
 
 
-def _kernel(op: str, target: str) -> Kernel:
+_OPS = {
+    "exponential_features": "exponential_features",
+    "attention": "attention",
+    "causal_attention": "causal_attention",
+    "update": "state",
+    "read": "state",
+    "decode_step": "state",
+    "kernel_matvec": "kernel_matvec",
+}
+"""The module of each op."""
+_DIFFERENTIABLE = ("exponential_features", "attention", "causal_attention")
+
+
+def _kernel(op: str, module: str, library: str, *, differentiable: bool = False) -> Kernel:
     return Kernel(
         op=op,
-        target=f"favorsharp_numba.{target}",
-        libraries=frozenset({"numpy", "torch"}),
+        target=f"favorsharp_numba.{module}:{op}",
+        libraries=frozenset({library}),
         devices=frozenset({"cpu"}),
         dtypes=_DTYPES,
+        differentiable=differentiable,
     )
 
 
@@ -25,12 +39,8 @@ BACKEND = Backend(
     "numba",
     requires=("numba",),
     kernels=(
-        _kernel("exponential_features", "exponential_features:exponential_features"),
-        _kernel("attention", "attention:attention"),
-        _kernel("causal_attention", "causal_attention:causal_attention"),
-        _kernel("update", "state:update"),
-        _kernel("read", "state:read"),
-        _kernel("decode_step", "state:decode_step"),
-        _kernel("kernel_matvec", "kernel_matvec:kernel_matvec"),
+        *(_kernel(op, module, "numpy") for op, module in _OPS.items()),
+        *(_kernel(op, "torch_ops", "torch", differentiable=True) for op in _DIFFERENTIABLE),
+        *(_kernel(op, module, "torch") for op, module in _OPS.items() if op not in _DIFFERENTIABLE),
     ),
 )

@@ -283,3 +283,23 @@ def promoted(*names: str) -> str:
 def widened(name: str) -> str:
     """The dtype to compute in."""
     return "float64" if name == "float64" else "float32"
+
+
+def summed_to(gradient: Any, shape: tuple[int, ...]) -> Any:
+    """The sum over the axes along which an array of a shape was broadcast."""
+    while gradient.ndim > len(shape):
+        gradient = gradient.sum(axis=0)
+    axes = tuple(i for i, size in enumerate(shape) if size == 1 and gradient.shape[i] != 1)
+    return gradient.sum(axis=axes, keepdims=True) if axes else gradient
+
+
+def like_array(value: Any, like: Any) -> Any:
+    """A NumPy array in the library and dtype of another."""
+    if is_torch(like):
+        return numpy_or_torch(like, np.ascontiguousarray(value)).to(like.dtype)
+    return value.astype(like.dtype, copy=False)
+
+
+def expanded(x: Any, shape: tuple[int, ...]) -> Any:
+    """An array broadcast to a shape, not copied."""
+    return x.expand(shape) if is_torch(x) else np.broadcast_to(x, shape)

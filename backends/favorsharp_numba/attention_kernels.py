@@ -140,7 +140,7 @@ def read_queries(one, s, p, q, k, v, mask, recent, out, normalised, per_head, lo
     points = scratch
     dense = points + TILE * s.d_pad
     factors = dense + TILE * s.d_pad
-    columns = factors + TILE
+    columns = factors + 2 * TILE
     weights = columns + s.d * TILE
     reference = weights + s.m * TILE
     safe = reference + TILE
@@ -183,7 +183,7 @@ def read_queries(one, s, p, q, k, v, mask, recent, out, normalised, per_head, lo
 @jit
 def read_scratch(one, s):
     """Items of scratch that `read_queries` needs."""
-    return TILE * (2 * s.d_pad + s.d + s.m + 5 + s.e_pad) + max(s.e * TILE, near_scratch(s))
+    return TILE * (2 * s.d_pad + s.d + s.m + 6 + s.e_pad) + max(s.e * TILE, near_scratch(s))
 
 
 @jit
@@ -196,7 +196,7 @@ def windowed(one, s, p, q, k, v, mask, out, work, low, high, scratch):
     points = scratch
     dense = points + TILE * s.d_pad
     factors = dense + TILE * s.d_pad
-    columns = factors + TILE
+    columns = factors + 2 * TILE
     weights = columns + s.d * TILE
     reference = weights + s.m * TILE
     safe = reference + TILE
@@ -282,7 +282,7 @@ def merge_kept(one, s, count, numerator, total, reference, line):
 @jit
 def windowed_scratch(one, s):
     """Items of scratch that `windowed` needs."""
-    return TILE * (2 * s.d_pad + s.d + s.m + 5 + s.e_pad) + max(absorb_scratch(one, s), near_scratch(s))
+    return TILE * (2 * s.d_pad + s.d + s.m + 6 + s.e_pad) + max(absorb_scratch(one, s), near_scratch(s))
 
 
 @jit
@@ -297,7 +297,7 @@ def causal(one, s, p, q, k, v, mask, out, low, high, scratch):
     points = scratch
     dense = points + TILE * s.d_pad
     factors = dense + TILE * s.d_pad
-    values = factors + TILE
+    values = factors + 2 * TILE
     features = values + TILE * s.e_pad
     new_top = features + TILE * p_step
     safe_top = new_top + s.m_pad
@@ -410,5 +410,5 @@ def undo_rise(one, s, kv, z, top, scales, ones):
 @jit
 def causal_scratch(one, s):
     """Items of scratch that `causal` needs."""
-    keys = TILE * (2 * s.d_pad + 1 + s.e_pad + s.m_pad + lanes(one)) + 4 * s.m_pad + max(s.m_pad, s.e_pad)
+    keys = TILE * (2 * s.d_pad + 2 + s.e_pad + s.m_pad + lanes(one)) + 4 * s.m_pad + max(s.m_pad, s.e_pad)
     return keys + TILE * (s.d + s.m + TILE + 3 + s.e_pad)

@@ -28,10 +28,11 @@ def causal_attention(
     else:
         problem.causal(out)
     state = replace(state, **{name: numpy_or_torch(q, x) for name, x in problem.state_arrays().items()})
-    if window:
-        if mask is None:
-            keys, values, mask = with_recent(state, k, v, key_mask)
-        left = num_leaving(keys.shape[-2], window)
-        kept = {"recent_k": keys[..., left:, :], "recent_v": values[..., left:, :], "recent_mask": mask[..., left:]}
-        state = replace(state, **kept)
-    return out, state
+    return out, replace(state, **recent(state, k, v, key_mask)) if window else state
+
+
+def recent(state: State, k: Any, v: Any, key_mask: Any) -> dict[str, Any]:
+    """The keys, values and mask that a state keeps beside its features after further ones."""
+    keys, values, mask = with_recent(state, k, v, key_mask)
+    left = num_leaving(keys.shape[-2], state.window)
+    return {"recent_k": keys[..., left:, :], "recent_v": values[..., left:, :], "recent_mask": mask[..., left:]}

@@ -42,6 +42,7 @@ from favorsharp_numba.tiles import (
     raise_top,
     rescale,
     rest_of_tile,
+    total_of,
     transpose,
     zero_or_nan,
 )
@@ -152,7 +153,7 @@ def sweep(
     points = scratch
     dense = points + TILE * s.d_pad
     factors = dense + TILE * s.d_pad
-    values = factors + TILE
+    values = factors + 2 * TILE
     other = values + TILE * s.e_pad
     features = other + TILE * s.e_pad
     new_top = features + TILE * p_step
@@ -164,7 +165,7 @@ def sweep(
     sums = top + s.m_pad
     reader_points = sums + s.m * s.e_pad
     reader_factors = reader_points + TILE * s.d_pad
-    reader_rows = reader_factors + TILE
+    reader_rows = reader_factors + 2 * TILE
     reader_columns = reader_rows + TILE * s.e_pad
     columns = reader_columns + s.e * TILE
     weights = columns + s.d * TILE
@@ -206,11 +207,9 @@ def sweep(
                             points, dense, factors, values, other,
                         )  # fmt: skip
                         log_keys(one, s, theirs, points, count, factors, features, p_step)
-                        raise_top(one, s, theirs, features, p_step, count, top, new_top, safe_top)
-                        rescale(one, s, top, new_top, sums, trash, 0, scales, ones)
-                        exp_block(
-                            one, features, p_step, count, s.m_pad, theirs + ZERO, 0, safe_top, ones, 0, trash
-                        )
+                        if raise_top(one, s, theirs, features, p_step, count, top, new_top, safe_top) > 0:
+                            rescale(one, s, top, new_top, sums, trash, 0, scales, ones)
+                        exp_block(one, features, p_step, count, s.m_pad, theirs + ZERO, 0, safe_top, ones, 0, trash)
                         add_keys(one, s, features, p_step, values, count, sums, 0)
             begin, end = current * block, min(num_readers, (current + 1) * block)
             done, size = 0, TILE
@@ -235,7 +234,7 @@ def sweep(
                     rise = raise_top(one, s, theirs, features, p_step, count, top, new_top, safe_top)
                     if count > 1:
                         fill(one, gradient, n, -np.inf * one)
-                        max_block(one, weights, TILE, s.m, n, new_top, 1, gradient)
+                        max_block(one, weights, TILE, s.m, n, new_top, 1, gradient, gradient)
                         for t in range(count):
                             rise = max(rise, get(one, gradient + t) - (LARGEST_WEIGHT - SMALL_RISE))
                         if rise > SMALL_RISE:
@@ -244,23 +243,15 @@ def sweep(
                     rescale(one, s, top, new_top, sums, trash, 0, scales, ones)
                     exp_block(one, features, p_step, count, s.m_pad, theirs + ZERO, 0, safe_top, ones, 0, trash)
                 exp_block(one, weights, TILE, s.m, n, top, 1, zeros, theirs + ZERO, 0, trash)
-                product(
-                    one, s.m, n, s.e, sums, s.e_pad, 1, reader_columns, width, TILE, slopes, TILE
-                )
+                product(one, s.m, n, s.e, sums, s.e_pad, 1, reader_columns, width, TILE, slopes, TILE)
                 if pairwise:
-                    product(
-                        one, count, n, s.e, values, s.e_pad, 1, reader_columns, width, TILE, products, TILE
-                    )
+                    product(one, count, n, s.e, values, s.e_pad, 1, reader_columns, width, TILE, products, TILE)
                     hide_pairs(one, products, count, n, keys_read)
                     product_add(one, s.m, n, count, features, 1, p_step, products, width, TILE, slopes, TILE)
                 if keys_read:
-                    product(
-                        one, count, s.e_pad, s.m, weights, 1, TILE, sums, width, s.e_pad, gradient, s.e_pad
-                    )
+                    product(one, count, s.e_pad, s.m, weights, 1, TILE, sums, width, s.e_pad, gradient, s.e_pad)
                     if pairwise:
-                        product(
-                            one, count, n, s.m, features, p_step, 1, weights, width, TILE, pairs, TILE
-                        )
+                        product(one, count, n, s.m, features, p_step, 1, weights, width, TILE, pairs, TILE)
                         hide_pairs(one, pairs, count, n, keys_read)
                         product_add(
                             one, count, s.e_pad, count, pairs, 1, TILE, values, width, s.e_pad, gradient, s.e_pad
@@ -269,9 +260,7 @@ def sweep(
                     add_rows(one, target, s.e - 1, gradient, s.e_pad, count, one)
                 fill(one, zeros, n, one - one)
                 multiply_block(one, slopes, TILE, s.m, n, weights, zeros)
-                product(
-                    one, count, s.d_pad, s.m, slopes, 1, TILE, mine + s.rows, width, s.d_pad, gradient, s.d_pad
-                )
+                product(one, count, s.d_pad, s.m, slopes, 1, TILE, mine + s.rows, width, s.d_pad, gradient, s.d_pad)
                 if keys_read or p.with_factors:
                     add_factor_gradients(one, s, mine, reader_points, dense, zeros, count, gradient, other, extra)
                 target = (p.dk if keys_read else p.dq) + (f * num_readers + start) * s.d
@@ -312,9 +301,7 @@ def add_factor_gradients(one, s, constants, z, dense, slopes, count, gradient, o
             value = get(one, constants + s.linear + j) - twice * get(one, z + t * s.d_pad + j)
             put(one, place, get(one, place) + slope * value)
     if s.has_dense:
-        product(
-            one, count, s.d_pad, s.d, z, s.d_pad, 1, constants + s.dense, s.d * width, width, dense, s.d_pad
-        )
+        product(one, count, s.d_pad, s.d, z, s.d_pad, 1, constants + s.dense, s.d * width, width, dense, s.d_pad)
         for t in range(count):
             for j in range(s.d):
                 place = dense + t * s.d_pad + j
@@ -347,21 +334,13 @@ def add_map_gradients(one, s, slopes, z, factor_slopes, count, maps, weighted, w
         put(one, alone, get(one, alone) + total_of(one, factor_slopes, count))
 
 
-@jit_sums
-def total_of(one, x, n):
-    total = one - one
-    for j in range(n):
-        total += get(one, x + j)
-    return total
-
-
 @jit
 def sweep_scratch(one, s):
     """Items of scratch that `sweep` needs."""
     p_step = s.m_pad + lanes(one)
     wide = max(s.m_pad, max(s.e_pad, TILE))
-    taken = TILE * (2 * s.d_pad + 1 + 2 * s.e_pad + p_step) + 3 * s.m_pad + 2 * wide + s.m_pad + s.m * s.e_pad
-    reader = TILE * (s.d_pad + 1 + s.e_pad + s.e + s.d + 2 * s.m + 2 * TILE + 1 + max(s.d_pad, s.e_pad) + s.d_pad)
+    taken = TILE * (2 * s.d_pad + 2 + 2 * s.e_pad + p_step) + 3 * s.m_pad + 2 * wide + s.m_pad + s.m * s.e_pad
+    reader = TILE * (s.d_pad + 2 + s.e_pad + s.e + s.d + 2 * s.m + 2 * TILE + 1 + max(s.d_pad, s.e_pad) + s.d_pad)
     return taken + reader
 
 
@@ -413,9 +392,7 @@ def near_gradients(one, s, p, q, k, v, gradient, out, mask, low, high, scratch):
                 size = min(TILE, last - start)
                 load_near(one, s, key_constants, k, mask, f, start, size, False, keys, key_norms)
                 load_values(one, s, key_constants, v, mask, f, start, size, values)
-                product_terms(
-                    one, size, n, s.d, keys, s.d_pad, 1, columns, width, TILE, scores, TILE, key_norms, norms
-                )
+                product_terms(one, size, n, s.d, keys, s.d_pad, 1, columns, width, TILE, scores, TILE, key_norms, norms)
                 for j in range(size):
                     if is_hidden(mask, f, start + j):
                         fill(one, scores + j * TILE, n, -np.inf * one)
@@ -429,9 +406,7 @@ def near_gradients(one, s, p, q, k, v, gradient, out, mask, low, high, scratch):
                 product(one, size, n, s.e, values, s.e_pad, 1, slope_columns, width, TILE, products, TILE)
                 fill(one, sums, n, one - one)
                 multiply_block(one, products, TILE, size, n, scores, sums)
-                product_add(
-                    one, count, s.d_pad, size, products, 1, TILE, keys, width, s.d_pad, query_rows, s.d_pad
-                )
+                product_add(one, count, s.d_pad, size, products, 1, TILE, keys, width, s.d_pad, query_rows, s.d_pad)
                 product(one, size, s.d_pad, count, products, TILE, 1, queries, width, s.d_pad, key_rows, s.d_pad)
                 for j in range(size):  # queries were scaled to base 2
                     line = key_rows + j * s.d_pad

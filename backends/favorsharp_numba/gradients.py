@@ -1,20 +1,19 @@
-"""Gradients of attention and of exponential features, as plain functions of arrays."""
+"""Gradients of attention, as plain functions of arrays."""
 
-import math
 from typing import Any
 
 import numpy as np
 
 from favorsharp_numba import gradient_kernels as kernels
-from favorsharp_numba.arguments import Address, Held, broadcast, empty, name_of, numpy_or_torch
+from favorsharp_numba.arguments import empty, like_array, summed_to
 from favorsharp_numba.problem import AttentionProblem
 from favorsharp_numba.run import share
 
 
 def attention_with_stats(
     q: Any, k: Any, v: Any, feature_map: Any, *, key_mask: Any = None, window: int = 0, causal: bool = False
-) -> tuple[Any, Any]:
-    """Attention, and of every query 1 / total and the reference: what the backward pass needs besides the result."""
+) -> tuple[Any, Any, dict[str, Any] | None]:
+    """Attention; of every query 1 / total and the reference, which the backward pass needs; the state's arrays, if causal."""
     problem = AttentionProblem(feature_map, q, k, v, key_mask=key_mask, window=window)
     out = empty(q, (*problem.batch, q.shape[-2], v.shape[-1]), problem.result)
     stats = problem.keep_stats()
@@ -27,7 +26,7 @@ def attention_with_stats(
     else:
         problem.gather()
         problem.read(out)
-    return out, stats
+    return out, stats, problem.state_arrays() if causal else None
 
 
 def attention_backward(
@@ -66,9 +65,7 @@ def attention_backward(
     s, one, held = problem.s, problem.one, problem.held
     dtype, heads = problem.packed.dtype, problem.query_heads
     n, length = problem.num_queries, problem.num_keys
-    dq, dk, dv = (
-        np.zeros((heads, size, width), dtype) for size, width in ((n, s.d), (length, s.d), (length, s.e - 1))
-    )
+    dq, dk, dv = (np.zeros((heads, size, width), dtype) for size, width in ((n, s.d), (length, s.d), (length, s.e - 1)))
     maps_size = s.m * s.d_pad + s.m_pad + s.d_pad + s.d * s.d_pad + 8 if of_map else 0
     maps = np.zeros((heads, 2, maps_size), dtype)
     given, result = held.points(gradient, problem.batch), held.points(out, problem.batch)
@@ -110,9 +107,9 @@ def attention_backward(
         )  # fmt: skip
     sums = _map_sums(maps, s, problem.batch) if of_map else None
     return (
-        _like(dq.reshape(*problem.batch, n, s.d), q),
-        _like(dk.reshape(*problem.batch, length, s.d), k),
-        _like(dv.reshape(*problem.batch, length, s.e - 1), v),
+        _for(dq.reshape(*problem.batch, n, s.d), q),
+        _for(dk.reshape(*problem.batch, length, s.d), k),
+        _for(dv.reshape(*problem.batch, length, s.e - 1), v),
         sums,
     )
 
@@ -136,20 +133,5 @@ def _map_sums(maps: Any, s: Any, batch: tuple[int, ...]) -> dict[str, Any]:
     return sums
 
 
-def _like(gradient: Any, x: Any) -> Any:
-    """A gradient over a whole batch as one of x, which was broadcast to it: of its library, shape and dtype."""
-    return _cast(summed_to(gradient, tuple(x.shape)), x)
-
-
-def summed_to(gradient: Any, shape: tuple[int, ...]) -> Any:
-    """The sum over the axes along which an array of a shape was broadcast."""
-    while gradient.ndim > len(shape):
-        gradient = gradient.sum(axis=0)
-    axes = tuple(i for i, size in enumerate(shape) if size == 1 and gradient.shape[i] != 1)
-    return gradient.sum(axis=axes, keepdims=True) if axes else gradient
-
-
-def _cast(value: Any, like: Any) -> Any:
-    if name_of(like) == value.dtype.name:
-        return numpy_or_torch(like, value)
-    return numpy_or_torch(like, value).to(like.dtype) if hasattr(like, "data_ptr") else value.astype(like.dtype)
+def _for(gradient: Any, x: Any) -> Any:
+    return like_array(summed_to(gradient, tuple(x.shape)), x)

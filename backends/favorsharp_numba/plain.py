@@ -56,7 +56,9 @@ product_exp2_stream = product_exp2
 
 
 @jit
-def max_block(one, x, step, rows, n, shift, shift_step, top):
+def max_block(one, x, step, rows, n, shift, shift_step, first, top):
+    for j in range(n):
+        put(one, top + j, get(one, first + j))
     for i in range(rows):
         for j in range(n):
             value = get(one, x + i * step + j) + get(one, shift + i * shift_step)

@@ -4,7 +4,7 @@ from dataclasses import replace
 from typing import Any
 
 from favorsharp.ops.state import State, num_leaving, with_recent
-from favorsharp_numba.arguments import broadcast, empty, name_of, numpy_or_torch
+from favorsharp_numba.arguments import broadcast, empty, expanded, name_of, numpy_or_torch
 from favorsharp_numba.problem import AttentionProblem
 
 
@@ -21,9 +21,9 @@ def update(state: State, k: Any, v: Any, feature_map: Any, *, key_mask: Any = No
     return replace(
         state,
         **{
-            name: _expanded(x, (*batch, *x.shape[-2:]))[..., 0]
+            name: expanded(x, (*batch, *x.shape[-2:]))[..., 0]
             if name == "recent_mask"
-            else _expanded(x, (*batch, *x.shape[-2:]))
+            else expanded(x, (*batch, *x.shape[-2:]))
             for name, x in kept.items()
         },
     )
@@ -55,9 +55,3 @@ def _read(state: State, q: Any, feature_map: Any, dtype: str) -> Any:
     out = empty(q, (*problem.batch, q.shape[-2], state.kv.shape[-1]), dtype)
     problem.read(out, recent=recent)
     return out
-
-
-def _expanded(x: Any, shape: tuple[int, ...]) -> Any:
-    import numpy as np
-
-    return x.expand(shape) if hasattr(x, "expand") else np.broadcast_to(x, shape)

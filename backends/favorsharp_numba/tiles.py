@@ -10,7 +10,18 @@ from typing import NamedTuple
 import numpy as np
 
 from favorsharp_numba.compiling import jit, jit_sums, vector_bytes
-from favorsharp_numba.vectors import byte_at, get, integer_at, lanes, load_row, panel, put, store_row
+from favorsharp_numba.vectors import (
+    byte_at,
+    compare_tops,
+    get,
+    integer_at,
+    lanes,
+    load_rows,
+    panel,
+    put,
+    quadratic_rows,
+    store_rows,
+)
 
 if vector_bytes():
     from favorsharp_numba.vectors import (
@@ -106,31 +117,32 @@ def is_hidden(mask, b, position):
 def load_points(one, points, mask, b, start, count, size, pad, factor, offset, tile):
     """Rows factor x - offset of points start .. start + count, zeros for hidden ones, padded with zeros."""
     base = integer_at(points.addresses + 8 * b) + start * points.row
-    for t in range(count):
-        row = tile + t * pad
-        if is_hidden(mask, b, start + t):
-            fill(one, row, size, one - one)
-        elif points.column == points.item:
-            load_row(one, points.kind, base + t * points.row, size, factor, offset, row)
-        else:
+    if points.column == points.item:
+        load_rows(one, points.kind, base, points.row, count, size, pad, factor, offset, tile)
+    else:
+        for t in range(count):
+            row = tile + t * pad
             for j in range(size):
                 address = base + t * points.row + j * points.column
-                load_row(one, points.kind, address, 1, factor, offset + j, row + j)
-        fill(one, row + size, pad - size, one - one)
+                load_rows(one, points.kind, address, 0, 1, 1, 1, factor, offset + j, row + j)
+            fill(one, row + size, pad - size, one - one)
+    if mask.addresses != 0:
+        for t in range(count):
+            if is_hidden(mask, b, start + t):
+                fill(one, tile + t * pad, size, one - one)
 
 
 @jit
 def store_points(one, points, b, start, count, size, pad, factors, tile):
     """Store rows times factors[t]."""
     base = integer_at(points.addresses + 8 * b) + start * points.row
-    for t in range(count):
-        row = tile + t * pad
-        if points.column == points.item:
-            store_row(one, points.kind, base + t * points.row, size, factors + t, row)
-        else:
+    if points.column == points.item:
+        store_rows(one, points.kind, base, points.row, count, size, pad, factors, tile)
+    else:
+        for t in range(count):
             for j in range(size):
                 address = base + t * points.row + j * points.column
-                store_row(one, points.kind, address, 1, factors + t, row + j)
+                store_rows(one, points.kind, address, 0, 1, 1, 1, factors + t, tile + t * pad + j)
 
 
 @jit
@@ -144,13 +156,11 @@ def transpose(one, x, x_step, rows, columns, y, y_step, pad):
 
 
 @jit_sums
-def _quadratic(one, z, d, linear, offset, beta):
-    first, second = one - one, one - one
-    for j in range(d):
-        value = get(one, z + j)
-        first += value * get(one, linear + j)
-        second += value * value
-    return offset + first - beta * second
+def total_of(one, x, n):
+    total = one - one
+    for j in range(n):
+        total += get(one, x + j)
+    return total
 
 
 @jit_sums
@@ -173,11 +183,17 @@ def squared_norm(one, z, d):
 
 @jit
 def log_factors(one, s, side, z, count, dense, factors):
-    """factors[t] of rows z: what a log feature holds of its point alone; NaN where that is not finite."""
+    """factors[t] of rows z: what a log feature holds of its point alone; NaN where that is not finite.
+
+    The tile of scratch behind the factors is used too.
+    """
     if s.has_dense:
         product(one, count, s.d_pad, s.d, z, s.d_pad, 1, side + s.dense, s.d * panel(one), panel(one), dense, s.d_pad)
+    squares = factors + TILE
+    quadratic_rows(one, z, s.d_pad, count, s.d_pad, side + s.linear, factors, squares)
+    offset, beta = get(one, side + OFFSET), get(one, side + BETA)
     for t in range(count):
-        value = _quadratic(one, z + t * s.d_pad, s.d, side + s.linear, get(one, side + OFFSET), get(one, side + BETA))
+        value = offset + get(one, factors + t) - beta * get(one, squares + t)
         if s.has_dense:
             value -= squared_norm(one, dense + t * s.d_pad, s.d)
         put(one, factors + t, value if np.isfinite(value) else value * np.nan)
@@ -222,17 +238,12 @@ def log_keys(one, s, side, z, count, factors, p, p_step):
 
 @jit
 def raise_top(one, s, side, p, p_step, count, top, new_top, safe):
-    """new_top = the largest log feature so far, safe = the same with 0 for -inf; return the largest finite rise."""
-    for j in range(s.m_pad):
-        put(one, new_top + j, get(one, top + j))
-    max_block(one, p, p_step, count, s.m_pad, side + ZERO, 0, new_top)
-    rise = one - one
-    for j in range(s.m_pad):
-        old, new = get(one, top + j), get(one, new_top + j)
-        put(one, safe + j, new if new > -np.inf else one - one)
-        if old > -np.inf and new - old > rise:
-            rise = new - old
-    return rise
+    """new_top = the largest log feature so far, safe = the same with 0 for -inf; return the largest rise.
+
+    Where features are seen for the first time and none rose, it is a little more than 0.
+    """
+    max_block(one, p, p_step, count, s.m_pad, side + ZERO, 0, top, new_top)
+    return compare_tops(one, s.m_pad, top, new_top, safe)
 
 
 @jit
@@ -281,7 +292,7 @@ def absorb(one, s, side, k, v, mask, b, start, stop, kv, z, top, transposed, scr
     points = scratch
     dense = points + TILE * s.d_pad
     factors = dense + TILE * s.d_pad
-    values = factors + TILE
+    values = factors + 2 * TILE
     p = values + TILE * s.e_pad
     new_top = p + TILE * p_step
     safe = new_top + s.m_pad
@@ -292,8 +303,8 @@ def absorb(one, s, side, k, v, mask, b, start, stop, kv, z, top, transposed, scr
         count = min(TILE, stop - first)
         if load_keys(one, s, side, k, v, mask, b, first, count, points, dense, factors, values):
             log_keys(one, s, side, points, count, factors, p, p_step)
-            raise_top(one, s, side, p, p_step, count, top, new_top, safe)
-            rescale(one, s, top, new_top, kv, z, transposed, scales, ones)
+            if raise_top(one, s, side, p, p_step, count, top, new_top, safe) > 0:
+                rescale(one, s, top, new_top, kv, z, transposed, scales, ones)
             exp_block(one, p, p_step, count, s.m_pad, side + ZERO, 0, safe, ones, 0, z)
             add_keys(one, s, p, p_step, values, count, kv, transposed)
 
@@ -301,7 +312,7 @@ def absorb(one, s, side, k, v, mask, b, start, stop, kv, z, top, transposed, scr
 @jit
 def absorb_scratch(one, s):
     """Items of scratch that `absorb` needs."""
-    return TILE * (2 * s.d_pad + 1 + s.e_pad + s.m_pad + lanes(one)) + 3 * s.m_pad + max(s.m_pad, s.e_pad)
+    return TILE * (2 * s.d_pad + 2 + s.e_pad + s.m_pad + lanes(one)) + 3 * s.m_pad + max(s.m_pad, s.e_pad)
 
 
 # Queries -------------------------------------------------------------------------------------------------------------
@@ -313,18 +324,22 @@ def load_queries(one, s, side, q, b, start, count, with_factors, z, dense, facto
     load_points(one, q, Mask(0, 0), b, start, count, s.d, s.d_pad, side + ALPHA, side + s.center, z)
     if with_factors:
         log_factors(one, s, side, z, count, dense, factors)
+    n = rest_of_tile(count, lanes(one))
+    transpose(one, z, s.d_pad, count, s.d, columns, TILE, n)
+    if with_factors:
+        fill(one, factors + count, n - count, one - one)
     else:
-        for t in range(count):
-            put(one, factors + t, zero_or_nan(one, z + t * s.d_pad, s.d))
-    transpose(one, z, s.d_pad, count, s.d, columns, TILE, rest_of_tile(count, lanes(one)))
-    fill(one, factors + count, rest_of_tile(count, lanes(one)) - count, one - one)
+        fill(one, factors, n, one - one)
+        sum_block(one, columns, TILE, s.d, n, side + ZERO, 0, factors)
 
 
 @jit
 def log_queries(one, s, side, columns, count, factors, p):
     """Log features of queries, a column each."""
     n = rest_of_tile(count, lanes(one))
-    product_terms(one, s.m, n, s.d, side + s.rows, s.d_pad, 1, columns, panel(one), TILE, p, TILE, side + s.column, factors)
+    product_terms(
+        one, s.m, n, s.d, side + s.rows, s.d_pad, 1, columns, panel(one), TILE, p, TILE, side + s.column, factors
+    )
 
 
 @jit
@@ -333,7 +348,7 @@ def weigh(one, s, side, p, count, top, z, reference, safe, total):
     n = rest_of_tile(count, lanes(one))
     fill(one, reference, n, -np.inf * one)
     fill(one, total, n, one - one)
-    max_block(one, p, TILE, s.m, n, top, 1, reference)
+    max_block(one, p, TILE, s.m, n, top, 1, reference, reference)
     for t in range(n):
         value = get(one, reference + t)
         put(one, safe + t, value if value > -np.inf else one - one)
@@ -409,9 +424,7 @@ def read_near(
             elif causal and start + j > first:
                 fill(one, scores + j * TILE, min(start + j - first, n), -np.inf * one)
                 spoiled = spoiled or not np.isfinite(squared_norm(one, values + j * s.e_pad, s.e))
-        for t in range(n):
-            put(one, new + t, get(one, reference + t))
-        max_block(one, scores, TILE, keys, n, side + ZERO, 0, new)
+        max_block(one, scores, TILE, keys, n, side + ZERO, 0, reference, new)
         for t in range(n):
             old, value = get(one, reference + t), get(one, new + t)
             put(one, safe + t, value if value > -np.inf else one - one)

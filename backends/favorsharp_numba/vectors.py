@@ -266,15 +266,16 @@ def _blocks(builder, e, n, body):
 
 
 @intrinsic
-def _max_block(context, one, x, step, rows, n, shift, shift_step, top):
+def _max_block(context, one, x, step, rows, n, shift, shift_step, first, top):
     def emit(context, builder, signature, args):
-        _, x, step, rows, n, shift, shift_step, top = args
+        _, x, step, rows, n, shift, shift_step, first, top = args
         e = _Emitter(builder, signature.args[0])
-        block, tops, shifts = e.pointer(x), e.pointer(top), e.pointer(shift)
+        block, firsts, tops, shifts = (e.pointer(place) for place in (x, first, top, shift))
 
         def body(j, vectors):
-            places = [e.at(tops, builder.add(j, ir.Constant(_I64, v * e.lanes))) for v in range(vectors)]
-            best = [e.accumulator(e.load(place)) for place in places]
+            offsets = [builder.add(j, ir.Constant(_I64, v * e.lanes)) for v in range(vectors)]
+            places = [e.at(tops, offset) for offset in offsets]
+            best = [e.accumulator(e.load(e.at(firsts, offset))) for offset in offsets]
             with cgutils.for_range(builder, rows) as loop:
                 line = e.at(block, builder.add(builder.mul(loop.index, step), j))
                 term = e.broadcast(e.at(shifts, builder.mul(loop.index, shift_step)))
@@ -287,13 +288,13 @@ def _max_block(context, one, x, step, rows, n, shift, shift_step, top):
         _blocks(builder, e, n, body)
         return context.get_dummy_value()
 
-    return types.void(one, *[types.int64] * 7), emit
+    return types.void(one, *[types.int64] * 8), emit
 
 
 @jit
-def max_block(one, x, step, rows, n, shift, shift_step, top):
-    """top[j] = max(top[j], x[i, j] + shift[i] over i), passing over NaN; shift_step 0 for one shift."""
-    _max_block(one, x, step, rows, n, shift, shift_step, top)
+def max_block(one, x, step, rows, n, shift, shift_step, first, top):
+    """top[j] = max(first[j], x[i, j] + shift[i] over i), passing over NaN; shift_step 0 for one shift."""
+    _max_block(one, x, step, rows, n, shift, shift_step, first, top)
 
 
 @intrinsic
@@ -482,84 +483,147 @@ def _rows_loop(builder, e, n, body):
 
 
 @intrinsic(prefer_literal=True)
-def _load_row(context, one, kind, address, n, factor, offset, y):
-    """y[j] = x[j] factor[0] - offset[j] for a row x of the given kind, at an address, without gaps."""
+def _load_rows(context, one, kind, address, step, count, n, pad, factor, offset, y):
     item = kind.literal_value
 
     def emit(context, builder, signature, args):
-        _, _, address, n, factor, offset, y = args
+        _, _, address, step, count, n, pad, factor, offset, y = args
         e = _Emitter(builder, signature.args[0])
-        source = builder.inttoptr(address, ir.PointerType())
-        offsets, target, factors = e.pointer(offset), e.pointer(y), e.pointer(factor)
+        offsets, factors = e.pointer(offset), e.pointer(factor)
+        wide = e.broadcast(factors)
+        single = builder.load(factors, typ=e.scalar)
+        with cgutils.for_range(builder, count) as loop:
+            source = builder.inttoptr(builder.add(address, builder.mul(loop.index, step)), ir.PointerType())
+            target = e.pointer(builder.add(y, builder.mul(loop.index, pad)))
 
-        def body(j, shape):
-            value = builder.load(builder.gep(source, [j], source_etype=_ITEMS[item]), typ=shape(_ITEMS[item]))
-            value.align = _SIZES[item]
-            centre = builder.load(e.at(offsets, j), typ=shape(e.scalar))
-            centre.align = e.item
-            scale = e.broadcast(factors)
-            if not isinstance(shape(e.scalar), ir.VectorType):
-                scale = builder.load(factors, typ=e.scalar)
-            value = builder.fmul(_widened(builder, e, value, item, shape), scale)
-            builder.store(builder.fsub(value, centre), e.at(target, j)).align = e.item
+            def body(j, shape):
+                value = builder.load(builder.gep(source, [j], source_etype=_ITEMS[item]), typ=shape(_ITEMS[item]))
+                value.align = _SIZES[item]
+                centre = builder.load(e.at(offsets, j), typ=shape(e.scalar))
+                centre.align = e.item
+                scale = wide if isinstance(shape(e.scalar), ir.VectorType) else single
+                value = builder.fmul(_widened(builder, e, value, item, shape), scale)
+                builder.store(builder.fsub(value, centre), e.at(target, j)).align = e.item
 
-        _rows_loop(builder, e, n, body)
+            _rows_loop(builder, e, n, body)
+            with cgutils.for_range_slice(builder, n, pad, ir.Constant(_I64, 1)) as (j, _):
+                builder.store(ir.Constant(e.scalar, 0.0), e.at(target, j)).align = e.item
         return context.get_dummy_value()
 
-    return types.void(one, kind, *[types.int64] * 5), emit
+    return types.void(one, kind, *[types.int64] * 8), emit
 
 
 @intrinsic(prefer_literal=True)
-def _store_row(context, one, kind, address, n, factor, x):
-    """Store x[j] factor[0] to a row of the given kind, at an address, without gaps."""
+def _store_rows(context, one, kind, address, step, count, n, pad, factor, x):
     item = kind.literal_value
 
     def emit(context, builder, signature, args):
-        _, _, address, n, factor, x = args
+        _, _, address, step, count, n, pad, factor, x = args
         e = _Emitter(builder, signature.args[0])
-        target = builder.inttoptr(address, ir.PointerType())
-        source, factors = e.pointer(x), e.pointer(factor)
+        factors = e.pointer(factor)
+        with cgutils.for_range(builder, count) as loop:
+            target = builder.inttoptr(builder.add(address, builder.mul(loop.index, step)), ir.PointerType())
+            source = e.pointer(builder.add(x, builder.mul(loop.index, pad)))
+            wide = e.broadcast(e.at(factors, loop.index))
+            single = builder.load(e.at(factors, loop.index), typ=e.scalar)
 
-        def body(j, shape):
-            value = builder.load(e.at(source, j), typ=shape(e.scalar))
-            value.align = e.item
-            scale = e.broadcast(factors)
-            if not isinstance(shape(e.scalar), ir.VectorType):
-                scale = builder.load(factors, typ=e.scalar)
-            value = _narrowed(builder, e, builder.fmul(value, scale), item, shape)
-            place = builder.gep(target, [j], source_etype=_ITEMS[item])
-            builder.store(value, place).align = _SIZES[item]
+            def body(j, shape):
+                value = builder.load(e.at(source, j), typ=shape(e.scalar))
+                value.align = e.item
+                scale = wide if isinstance(shape(e.scalar), ir.VectorType) else single
+                value = _narrowed(builder, e, builder.fmul(value, scale), item, shape)
+                place = builder.gep(target, [j], source_etype=_ITEMS[item])
+                builder.store(value, place).align = _SIZES[item]
 
-        _rows_loop(builder, e, n, body)
+            _rows_loop(builder, e, n, body)
         return context.get_dummy_value()
 
-    return types.void(one, kind, *[types.int64] * 4), emit
+    return types.void(one, kind, *[types.int64] * 7), emit
 
 
 @jit
-def load_row(one, kind, address, n, factor, offset, y):
-    """y[j] = x[j] factor[0] - offset[j] for a row x of the given kind, at an address, without gaps."""
+def load_rows(one, kind, address, step, count, n, pad, factor, offset, y):
+    """y[t, j] = x[t, j] factor[0] - offset[j], and 0 from n to pad.
+
+    x has rows of the given kind, without gaps in them, `step` bytes apart.
+    """
     if kind == 2:
-        _load_row(one, 2, address, n, factor, offset, y)
+        _load_rows(one, 2, address, step, count, n, pad, factor, offset, y)
     elif kind == 3:
-        _load_row(one, 3, address, n, factor, offset, y)
+        _load_rows(one, 3, address, step, count, n, pad, factor, offset, y)
     elif kind == 1:
-        _load_row(one, 1, address, n, factor, offset, y)
+        _load_rows(one, 1, address, step, count, n, pad, factor, offset, y)
     elif HALVES:
-        _load_row(one, 0, address, n, factor, offset, y)
+        _load_rows(one, 0, address, step, count, n, pad, factor, offset, y)
 
 
 @jit
-def store_row(one, kind, address, n, factor, x):
-    """Store x[j] factor[0] to a row of the given kind, at an address, without gaps."""
+def store_rows(one, kind, address, step, count, n, pad, factor, x):
+    """Store x[t, j] factor[t] to rows of the given kind, without gaps in them, `step` bytes apart."""
     if kind == 2:
-        _store_row(one, 2, address, n, factor, x)
+        _store_rows(one, 2, address, step, count, n, pad, factor, x)
     elif kind == 3:
-        _store_row(one, 3, address, n, factor, x)
+        _store_rows(one, 3, address, step, count, n, pad, factor, x)
     elif kind == 1:
-        _store_row(one, 1, address, n, factor, x)
+        _store_rows(one, 1, address, step, count, n, pad, factor, x)
     elif HALVES:
-        _store_row(one, 0, address, n, factor, x)
+        _store_rows(one, 0, address, step, count, n, pad, factor, x)
+
+
+@intrinsic
+def _quadratic_rows(context, one, z, step, count, n, linear, first, second):
+    def emit(context, builder, signature, args):
+        _, z, step, count, n, linear, first, second = args
+        e = _Emitter(builder, signature.args[0])
+        lines, coefficients = e.pointer(z), e.pointer(linear)
+        name = f"llvm.vector.reduce.fadd.v{e.lanes}f{8 * e.item}"
+        reduce = cgutils.get_or_insert_function(builder.module, ir.FunctionType(e.scalar, [e.scalar, e.vector]), name)
+        with cgutils.for_range(builder, count) as loop:
+            line = e.at(lines, builder.mul(loop.index, step))
+            dots, squares = e.accumulator(e.constant(0.0)), e.accumulator(e.constant(0.0))
+            with cgutils.for_range_slice(builder, ir.Constant(_I64, 0), n, ir.Constant(_I64, e.lanes)) as (j, _):
+                value = e.load(e.at(line, j))
+                builder.store(e.multiply_add(value, e.load(e.at(coefficients, j)), e.get(dots)), dots)
+                builder.store(e.multiply_add(value, value, e.get(squares)), squares)
+            for sums, target in ((dots, first), (squares, second)):
+                total = builder.call(reduce, [ir.Constant(e.scalar, 0.0), e.get(sums)], fastmath=("reassoc",))
+                builder.store(total, e.at(e.pointer(target), loop.index)).align = e.item
+        return context.get_dummy_value()
+
+    return types.void(one, *[types.int64] * 7), emit
+
+
+@jit
+def quadratic_rows(one, z, step, count, n, linear, first, second):
+    """first[t] = linear.z[t], second[t] = z[t].z[t] over n columns, in whole vectors."""
+    _quadratic_rows(one, z, step, count, n, linear, first, second)
+
+
+@intrinsic
+def _compare_tops(context, one, n, top, new_top, safe):
+    def emit(context, builder, signature, args):
+        _, n, top, new_top, safe = args
+        e = _Emitter(builder, signature.args[0])
+        tops, new_tops, safes = e.pointer(top), e.pointer(new_top), e.pointer(safe)
+        best = e.accumulator(e.constant(0.0))
+        lowest, nothing, little = e.constant(-np.inf), e.constant(0.0), e.constant(1e-30)
+        with cgutils.for_range_slice(builder, ir.Constant(_I64, 0), n, ir.Constant(_I64, e.lanes)) as (j, _):
+            old, new = e.load(e.at(tops, j)), e.load(e.at(new_tops, j))
+            e.store(builder.select(builder.fcmp_ordered(">", new, lowest), new, nothing), e.at(safes, j))
+            rise = builder.select(builder.fcmp_ordered(">", old, lowest), builder.fsub(new, old), little)
+            rise = builder.select(builder.fcmp_ordered(">", new, old), rise, nothing)
+            builder.store(e.larger(e.get(best), rise), best)
+        name = f"llvm.vector.reduce.fmax.v{e.lanes}f{8 * e.item}"
+        reduce = cgutils.get_or_insert_function(builder.module, ir.FunctionType(e.scalar, [e.vector]), name)
+        return builder.call(reduce, [e.get(best)])
+
+    return one(one, *[types.int64] * 4), emit
+
+
+@jit
+def compare_tops(one, n, top, new_top, safe):
+    """Return the largest rise from top to new_top, positive where any rose; safe = new_top with 0 for -inf."""
+    return _compare_tops(one, n, top, new_top, safe)
 
 
 # Single items --------------------------------------------------------------------------------------------------------

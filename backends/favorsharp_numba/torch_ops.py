@@ -1,0 +1,162 @@
+"""The operations that torch differentiates, with the backward kernels as their gradients.
+
+Gradients flow to q, k, v and to every array of a feature map. A state that causal attention returns is differentiable
+too, through the reference; and where a state comes in, the reference computes the call, as only it carries gradients
+from one call to the next.
+"""
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from favorsharp.ops.causal_attention import causal_attention as causal_op
+from favorsharp.ops.state import State, empty_state
+from favorsharp.ops.state import update as update_op
+from favorsharp_numba import attention as plain_attention
+from favorsharp_numba import causal_attention as plain_causal
+from favorsharp_numba import exponential_features as plain_features
+from favorsharp_numba.causal_attention import recent
+from favorsharp_numba.gradients import attention_backward, attention_with_stats
+
+
+def exponential_features(u: Any, rows: Any, row: Any, column: Any, *, out: Any = None) -> Any:
+    """As `favorsharp.ops.exponential_features.exponential_features`."""
+    if out is not None or not _recorded(u, rows, row, column):
+        return plain_features.exponential_features(u, rows, row, column, out=out)
+    return _Features.apply(u, rows, row, column)
+
+
+def attention(q: Any, k: Any, v: Any, feature_map: Any, *, key_mask: Any = None, window: int = 0) -> Any:
+    """As `favorsharp.ops.attention.attention`."""
+    if not _recorded(q, k, v, *_arrays_of(feature_map)):
+        return plain_attention.attention(q, k, v, feature_map, key_mask=key_mask, window=window)
+    return _Attention.apply(feature_map, key_mask, window, False, q, k, v, *_arrays_of(feature_map))
+
+
+def causal_attention(
+    q: Any, k: Any, v: Any, feature_map: Any, *, key_mask: Any = None, window: int = 0, state: State | None = None
+) -> tuple[Any, State]:
+    """As `favorsharp.ops.causal_attention.causal_attention`."""
+    arrays = _arrays_of(feature_map)
+    carried = [] if state is None else [state.kv, state.z, state.c, state.recent_k, state.recent_v]
+    if not _recorded(q, k, v, *arrays, *carried):
+        return plain_causal.causal_attention(q, k, v, feature_map, key_mask=key_mask, window=window, state=state)
+    if state is not None:
+        return causal_op.reference(q, k, v, feature_map, key_mask=key_mask, window=window, state=state)
+    out, kv, z, c = _Attention.apply(feature_map, key_mask, window, True, q, k, v, *arrays)
+    state = empty_state(feature_map, tuple(kv.shape[:-2]), k.shape[-1], v.shape[-1], window, k[..., :0, :])
+    state = replace(state, kv=kv, z=z, c=c)
+    return out, replace(state, **recent(state, k, v, key_mask)) if window else state
+
+
+def _recorded(*arrays: Any) -> bool:
+    return torch.is_grad_enabled() and any(x.requires_grad for x in arrays)
+
+
+_MAP_FIELDS = ("rows", "log_weight")
+_PARAMETER_FIELDS = ("g1", "g2", "center_x", "center_y")
+
+
+def _arrays_of(feature_map: Any) -> list[Any]:
+    """The arrays of a map that its features depend on."""
+    return [
+        *(getattr(feature_map, name) for name in _MAP_FIELDS),
+        *(getattr(feature_map.parameters, name) for name in _PARAMETER_FIELDS),
+    ]
+
+
+class _Features(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, u: Any, rows: Any, row: Any, column: Any) -> Any:
+        ctx.save_for_backward(u, rows, row, column)
+        return plain_features.exponential_features(u, rows, row, column)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Any) -> Any:
+        return plain_features.exponential_features_backward(gradient, *ctx.saved_tensors)
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, feature_map: Any, key_mask: Any, window: int, causal: bool, q: Any, k: Any, v: Any, *arrays: Any
+    ) -> Any:
+        out, stats, state = attention_with_stats(q, k, v, feature_map, key_mask=key_mask, window=window, causal=causal)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(q, k, v, out, *arrays)
+        ctx.feature_map, ctx.key_mask, ctx.options, ctx.stats = feature_map, key_mask, (window, causal), stats
+        if state is None:
+            return out
+        return (out, *(torch.from_numpy(state[name]) for name in ("kv", "z", "c")))
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Any, *of_state: Any) -> Any:
+        q, k, v, out, *arrays = ctx.saved_tensors
+        window, causal = ctx.options
+        of_map = any(ctx.needs_input_grad[7:])
+        gradient = torch.zeros_like(out) if gradient is None else gradient
+        *gradients, sums = attention_backward(
+            gradient, q, k, v, ctx.feature_map, out, ctx.stats,
+            key_mask=ctx.key_mask, window=window, causal=causal, of_map=of_map,
+        )  # fmt: skip
+        of_arrays = map_gradients(ctx.feature_map, sums) if of_map else [None] * len(arrays)
+        total = [*gradients, *of_arrays]
+        if any(x is not None for x in of_state):
+            through = state_gradients(ctx.feature_map, ctx.key_mask, window, q, k, v, of_state)
+            total = [b if a is None else a if b is None else a + b for a, b in zip(total, through, strict=True)]
+        return (None, None, None, None, *total)
+
+
+def state_gradients(
+    feature_map: Any, key_mask: Any, window: int, q: Any, k: Any, v: Any, of_state: tuple[Any, ...]
+) -> list[Any]:
+    """The gradients that reach q (none), k, v and the arrays of a map through a returned state, by the reference."""
+    leaves = [x.detach().requires_grad_() for x in (k, v, *_arrays_of(feature_map))]
+    keys, values, rows, log_weight, g1, g2, center_x, center_y = leaves
+    parameters = replace(feature_map.parameters, g1=g1, g2=g2, center_x=center_x, center_y=center_y)
+    own = replace(feature_map, parameters=parameters, rows=rows, log_weight=log_weight)
+    with torch.enable_grad():
+        batch = tuple(next(x for x in of_state if x is not None).shape[:-2])
+        state = empty_state(own, batch, k.shape[-1], v.shape[-1], window, keys[..., :0, :])
+        state = update_op.reference(state, keys, values, own, key_mask=key_mask)
+        given = [
+            (x, g)
+            for x, g in zip((state.kv, state.z, state.c), of_state, strict=True)
+            if g is not None and x.requires_grad
+        ]
+        if not given:  # a window keeps every key beside the features
+            return [None] * (1 + len(leaves))
+        found = torch.autograd.grad([x for x, _ in given], leaves, [g for _, g in given], allow_unused=True)
+    return [None, *found]
+
+
+def map_gradients(feature_map: Any, sums: dict[str, Any]) -> list[Any]:
+    """The gradients of a map's arrays, in the order of `_arrays_of`.
+
+    Log features depend on the map through few numbers, and the sums over points are taken already: so a scalar with
+    the same gradients is written down, and torch differentiates it.
+    """
+    leaves = [x.detach().clone().requires_grad_() for x in _arrays_of(feature_map)]
+    rows, log_weight, g1, g2, center_x, center_y = leaves
+    gaussian = feature_map.parameters.kernel == "gaussian"
+    sums = {name: torch.from_numpy(x.copy()).to(rows.dtype) for name, x in sums.items()}
+    with torch.enable_grad():
+        total = rows.new_zeros(())
+        for side, g, own, other in (("query", g1, center_x, center_y), ("key", g2, center_y, center_x)):
+            points, column = sums[f"{side}_points"], sums[f"{side}_column"]
+            factor, first, second = (sums[f"{side}_{x}"] for x in ("factor", "factor_points", "factor_products"))
+            moved = own - own.detach()  # 0: the points are centred, and move when the center does
+            total = total + ((points - column.mT * moved) * (rows @ g)).sum() + (0.5 * column * log_weight).sum()
+            first_moved = first - factor * moved
+            second_moved = second - first.mT * moved - moved.mT * first + factor * moved.mT * moved
+            total = total - 0.5 * (second_moved * (g.mT @ g)).sum()
+            if gaussian:
+                gap = other - own
+                total = total + (first_moved * gap).sum() - 0.25 * (factor * (gap * gap).sum(-1, keepdim=True)).sum()
+                total = total - 0.5 * second_moved.diagonal(dim1=-2, dim2=-1).sum()
+            else:
+                total = total + (first_moved * other).sum()
+                total = total + 0.5 * (factor * (own * other).sum(-1, keepdim=True)).sum()
+        return list(torch.autograd.grad(total, leaves, allow_unused=True))
