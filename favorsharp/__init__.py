@@ -7,6 +7,7 @@ Data go one way: `moments` -> `fit` -> `feature_map` -> `linear_attention`, `ker
 from favorsharp.dispatch import explain, use
 from favorsharp.exact import kernel_matrix, softmax_attention
 from favorsharp.features import FeatureMap, feature_map
+from favorsharp.gradients import vjp
 from favorsharp.linear_attention import attention, decode_step, init_state, linear_attention, read, update
 from favorsharp.moments import Moments, combine, moments
 from favorsharp.ops.state import State
@@ -39,4 +40,5 @@ __all__ = [
     "softmax_attention",
     "update",
     "use",
+    "vjp",
 ]

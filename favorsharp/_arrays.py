@@ -5,7 +5,7 @@ array library: whoever hands us an array has imported its library already.
 """
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import array_api_compat
@@ -173,3 +173,32 @@ def broadcast_shapes(*shapes: Iterable[int]) -> tuple[int, ...]:
                 raise ValueError(f"shapes {', '.join(str(tuple(s)) for s in shapes)} do not broadcast")
             result[axis] = size if size != 1 else result[axis]
     return tuple(result)
+
+
+def differentiate(
+    function: Callable[..., Array], arrays: tuple[Array, ...]
+) -> tuple[Array, Callable[[Array], tuple[Array, ...]]]:
+    """function(*arrays), and the map from a gradient of it to the gradients of the arrays, by the arrays' library."""
+    library = library_of(arrays[0])
+    if library == "torch":
+        torch = sys.modules["torch"]
+        leaves = [x.detach().requires_grad_() for x in arrays]
+        with torch.enable_grad():
+            out = function(*leaves)
+
+        def pullback(gradient: Array) -> tuple[Array, ...]:
+            if not out.requires_grad:  # an empty result
+                return tuple(torch.zeros_like(x) for x in leaves)
+            found: tuple[Array, ...] = torch.autograd.grad(
+                out, leaves, gradient, retain_graph=True, materialize_grads=True
+            )
+            return found
+
+        return out.detach(), pullback
+    if library == "jax":
+        result: tuple[Array, Callable[[Array], tuple[Array, ...]]] = sys.modules["jax"].vjp(function, *arrays)
+        return result
+    raise TypeError(
+        f"{library} arrays cannot be differentiated by their own library, and no backend that can is installed; "
+        "accepted: NumPy arrays with favorsharp[cpu], torch tensors, JAX arrays"
+    )

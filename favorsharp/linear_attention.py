@@ -180,7 +180,7 @@ def linear_attention(
         If an argument is not as described.
     """
     xp, group = check_attention(q, k, v, is_causal=is_causal, key_mask=key_mask, enable_gqa=enable_gqa)
-    _check_map(feature_map, group, q=q, k=k)
+    check_map(feature_map, group, q=q, k=k)
     window = check_integer("window", window, 0)
     check_flag("return_state", return_state)
     n, s = q.shape[-2], k.shape[-2]
@@ -199,7 +199,7 @@ def linear_attention(
     if cu_seqlens is not None:
         if state is not None or return_state:
             raise ValueError("cu_seqlens with state or return_state is not supported: run the sequences one by one")
-        bounds = _check_bounds(cu_seqlens, n, s)
+        bounds = check_bounds(cu_seqlens, n, s)
         pieces = [
             linear_attention(
                 q[..., a:b, :],
@@ -295,7 +295,7 @@ def update(state: State, k: Array, v: Array, feature_map: FeatureMap, *, key_mas
     check_points("v", v, "(*b, s, e)")
     check_same_size("s", k=(-2, k.shape[-2]), v=(-2, v.shape[-2]))
     check_mask("key_mask", key_mask, k.shape[:-1], "(*b, s)")
-    _check_map(feature_map, 1, k=k)
+    check_map(feature_map, 1, k=k)
     _check_state(state, feature_map, k=k)
     if v.shape[-1] != state.v_size:
         raise ValueError(f"state and v must agree in e: state has e={state.v_size}, v has e={v.shape[-1]}")
@@ -323,7 +323,7 @@ def read(state: State, q: Array, feature_map: FeatureMap, *, enable_gqa: bool = 
     check_floats(q=q)
     check_points("q", q, "(*b, n, d)")
     group = _state_group(state, q, enable_gqa)
-    _check_map(feature_map, group, q=q)
+    check_map(feature_map, group, q=q)
     _check_state(state, feature_map, q=q)
     prepared = astype(feature_map, state.kv.dtype)
     if group == 1:
@@ -359,7 +359,7 @@ def decode_step(
         raise ValueError(
             f"decode_step takes one token: q has n={q.shape[-2]}, k has s={k.shape[-2]}; accepted: 1 and 1"
         )
-    _check_map(feature_map, group, q=q, k=k)
+    check_map(feature_map, group, q=q, k=k)
     _check_state(state, feature_map, k=k)
     if v.shape[-1] != state.v_size:
         raise ValueError(f"state and v must agree in e: state has e={state.v_size}, v has e={v.shape[-1]}")
@@ -385,7 +385,7 @@ def _check_positive(feature_map: Any) -> PositiveFeatureMap:
     return feature_map
 
 
-def _check_map(feature_map: Any, group: int, **named: Array) -> None:
+def check_map(feature_map: Any, group: int, **named: Array) -> None:
     """Check that a map is positive and fits the points it is to serve."""
     _check_positive(feature_map)
     check_floats(**named, feature_map=feature_map.projection)
@@ -431,7 +431,7 @@ def _state_group(state: Any, q: Array, enable_gqa: bool) -> int:
     return int(heads // key_heads)
 
 
-def _check_bounds(cu_seqlens: Any, n: int, s: int) -> list[int]:
+def check_bounds(cu_seqlens: Any, n: int, s: int) -> list[int]:
     """The boundaries of packed sequences as host integers."""
     if n != s:
         raise ValueError(f"cu_seqlens needs as many queries as keys: q has n={n}, k has s={s}")

@@ -19,6 +19,8 @@ _OPS = {
     "read": "state",
     "decode_step": "state",
     "kernel_matvec": "kernel_matvec",
+    "attention_vjp": "vjp",
+    "exponential_features_vjp": "vjp",
 }
 """The module of each op."""
 _DIFFERENTIABLE = ("exponential_features", "attention", "causal_attention")

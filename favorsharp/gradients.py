@@ -1,0 +1,145 @@
+"""Gradients for callers without automatic differentiation."""
+
+from itertools import pairwise
+from typing import Any
+
+from favorsharp._arrays import compute_dtype, namespace_of
+from favorsharp._checks import check_choice, check_floats, check_integer
+from favorsharp._typing import Array
+from favorsharp.exact import add_group_axis, check_attention, merge_heads, split_heads
+from favorsharp.linear_attention import check_bounds, check_map
+from favorsharp.ops.vjp import Pullback, attention_vjp, exponential_features_vjp
+from favorsharp.parameters import DENSE_EXPONENTIAL, astype
+
+__all__ = ["vjp"]
+
+_NAMES = ("exponential_features", "linear_attention")
+
+
+def vjp(function: Any, *arguments: Any, **options: Any) -> tuple[Array, Pullback]:
+    """The result of a function, and the function that takes a gradient of it back to its arguments.
+
+    NumPy pipelines can train with it: the gradients are computed by backward kernels, which need `favorsharp[cpu]`.
+    torch and JAX arrays are taken too, though these libraries differentiate `linear_attention` by themselves.
+
+    Parameters
+    ----------
+    function : {linear_attention, "linear_attention", "exponential_features"} or the op of that name
+        `linear_attention(q, k, v, feature_map)` with the options is_causal, window, key_mask, enable_gqa and cu_seqlens,
+        and `of_map=True` to get the gradients of a dense-exponential map's rows and log_weight too.
+        `exponential_features(u, rows, row, column)`.
+    *arguments, **options
+        Of the function.
+
+    Returns
+    -------
+    out : array
+    pullback : callable
+        From a gradient, shaped like `out`, to the gradients of the arrays among the arguments, in their shapes and
+        dtypes: (dq, dk, dv), with of_map (dq, dk, dv, drows, dlog_weight); or (du, drows, drow, dcolumn).
+
+    Raises
+    ------
+    TypeError, ValueError
+        If an argument is not as described, or nothing here can differentiate such arrays.
+
+    Examples
+    --------
+    >>> import numpy as np, favorsharp as fs
+    >>> q, k, v = np.random.default_rng(0).standard_normal((3, 16, 4))
+    >>> fm = fs.feature_map(fs.fit(q, k), 32, rng=0)
+    >>> out, pullback = fs.vjp(fs.linear_attention, q, k, v, fm, is_causal=True)  # doctest: +SKIP
+    >>> dq, dk, dv = pullback(np.ones_like(out))  # doctest: +SKIP
+    """
+    name = function if isinstance(function, str) else getattr(function, "__name__", repr(function))
+    check_choice("function", name, _NAMES)
+    if name == "linear_attention":
+        return _linear_attention(*arguments, **options)
+    return exponential_features_vjp(*arguments, **options)
+
+
+def _linear_attention(
+    q: Array,
+    k: Array,
+    v: Array,
+    feature_map: Any,
+    *,
+    is_causal: bool = False,
+    window: int = 0,
+    key_mask: Array | None = None,
+    enable_gqa: bool = False,
+    cu_seqlens: Any = None,
+    of_map: bool = False,
+) -> tuple[Array, Pullback]:
+    xp, group = check_attention(q, k, v, is_causal=is_causal, key_mask=key_mask, enable_gqa=enable_gqa)
+    check_map(feature_map, group, q=q, k=k)
+    window = check_integer("window", window, 0)
+    if window and q.shape[-2] != k.shape[-2]:
+        raise ValueError(f"window needs as many queries as keys: q has n={q.shape[-2]}, k has s={k.shape[-2]}")
+    if of_map and feature_map.parameters.method not in DENSE_EXPONENTIAL:
+        raise ValueError(
+            f"of_map needs a dense-exponential map ({' '.join(DENSE_EXPONENTIAL)}), "
+            f"got method {feature_map.parameters.method_name!r}"
+        )
+    if cu_seqlens is not None:
+        bounds = check_bounds(cu_seqlens, q.shape[-2], k.shape[-2])
+        spans = [(a, b) for a, b in pairwise(bounds) if a < b] or [(0, 0)]
+        pieces = [
+            _linear_attention(
+                q[..., a:b, :],
+                k[..., a:b, :],
+                v[..., a:b, :],
+                feature_map,
+                is_causal=is_causal,
+                window=window,
+                key_mask=None if key_mask is None else key_mask[..., a:b],
+                enable_gqa=enable_gqa,
+                of_map=of_map,
+            )
+            for a, b in spans
+        ]
+        return xp.concat([out for out, _ in pieces], axis=-2), _packed_pullback(pieces, spans, of_map)
+    prepared: Any = astype(feature_map, compute_dtype(xp, q, k, v))
+    options: dict[str, Any] = {"window": window, "is_causal": is_causal, "of_map": of_map}
+    if group == 1:
+        return attention_vjp(q, k, v, prepared, key_mask=key_mask, **options)
+    out, inner = attention_vjp(
+        split_heads(q, group),
+        k[..., None, :, :],
+        v[..., None, :, :],
+        prepared.expanded(),
+        key_mask=add_group_axis(key_mask),
+        **options,
+    )
+
+    def pullback(gradient: Array) -> tuple[Array, ...]:
+        dq, dk, dv, *of_rows = inner(split_heads(_checked(gradient, merged), group))
+        shapes = (feature_map.rows.shape, feature_map.log_weight.shape) if of_map else ()
+        return (
+            merge_heads(dq),
+            dk[..., 0, :, :],
+            dv[..., 0, :, :],
+            *(xp.reshape(x, shape) for x, shape in zip(of_rows, shapes, strict=True)),
+        )
+
+    merged = merge_heads(out)
+    return merged, pullback
+
+
+def _checked(gradient: Array, out: Array) -> Array:
+    check_floats(gradient=gradient, out=out)
+    if tuple(gradient.shape) != tuple(out.shape):
+        raise ValueError(
+            f"gradient has shape {tuple(gradient.shape)}; accepted: that of the result, {tuple(out.shape)}"
+        )
+    return gradient
+
+
+def _packed_pullback(pieces: list[tuple[Array, Pullback]], spans: list[tuple[int, int]], of_map: bool) -> Pullback:
+    def pullback(gradient: Array) -> tuple[Array, ...]:
+        xp = namespace_of(gradient)
+        found = [inner(gradient[..., a:b, :]) for (_, inner), (a, b) in zip(pieces, spans, strict=True)]
+        points = tuple(xp.concat([piece[i] for piece in found], axis=-2) for i in range(3))
+        return points + tuple(sum(piece[i] for piece in found) for i in ((3, 4) if of_map else ()))
+
+    return pullback

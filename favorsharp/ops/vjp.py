@@ -1,0 +1,79 @@
+"""Results together with their vector-Jacobian products, for callers without automatic differentiation.
+
+The references ask the arrays' own library to differentiate; for a library that cannot, a backend has to.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from favorsharp._arrays import differentiate
+from favorsharp._typing import Array, PositiveMap
+from favorsharp.dispatch import Op
+from favorsharp.ops.attention import attention
+from favorsharp.ops.causal_attention import causal_attention
+from favorsharp.ops.exponential_features import exponential_features
+
+Pullback = Callable[[Array], tuple[Array, ...]]
+"""From the gradient of a result to the gradients of what it was made of."""
+
+
+@Op
+def attention_vjp(
+    q: Array,
+    k: Array,
+    v: Array,
+    feature_map: PositiveMap,
+    *,
+    key_mask: Array | None = None,
+    window: int = 0,
+    is_causal: bool = False,
+    of_map: bool = False,
+) -> tuple[Array, Pullback]:
+    """Bidirectional or causal attention and its pullback.
+
+    Parameters
+    ----------
+    q, k, v, feature_map, key_mask, window
+        As in `attention` and `causal_attention`.
+    is_causal : bool
+        Which of the two.
+    of_map : bool
+        Whether the pullback also gives the gradients of the map's rows and log_weight; for dense-exponential maps.
+
+    Returns
+    -------
+    out : array, shape (*b, n, e)
+    pullback : callable
+        (*b, n, e) -> (dq, dk, dv) or (dq, dk, dv, drows, dlog_weight), in the shapes and dtypes of what they belong to.
+    """
+
+    def result(*arrays: Array) -> Array:
+        own: Any = feature_map
+        if of_map:
+            own = replace(own, rows=arrays[3], log_weight=arrays[4])
+        points = arrays[0], arrays[1], arrays[2]
+        if is_causal:
+            return causal_attention.reference(*points, own, key_mask=key_mask, window=window)[0]
+        return attention.reference(*points, own, key_mask=key_mask, window=window)
+
+    inner: Any = feature_map
+    return differentiate(result, (q, k, v, *((inner.rows, inner.log_weight) if of_map else ())))
+
+
+@Op
+def exponential_features_vjp(u: Array, rows: Array, row: Array, column: Array) -> tuple[Array, Pullback]:
+    """exp(u W^T + row + column) and its pullback.
+
+    Parameters
+    ----------
+    u, rows, row, column
+        As in `exponential_features`.
+
+    Returns
+    -------
+    out : array, shape (*b, n, m)
+    pullback : callable
+        (*b, n, m) -> (du, drows, drow, dcolumn), in the shapes and dtypes of what they belong to.
+    """
+    return differentiate(exponential_features.reference, (u, rows, row, column))
