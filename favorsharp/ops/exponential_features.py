@@ -6,7 +6,7 @@ from favorsharp.dispatch import Op
 
 
 @Op
-def exponential_features(u: Array, rows: Array, row: Array, column: Array) -> Array:
+def exponential_features(u: Array, rows: Array, row: Array, column: Array, *, out: Array | None = None) -> Array:
     """Exponential features of transformed points.
 
     Parameters
@@ -16,6 +16,9 @@ def exponential_features(u: Array, rows: Array, row: Array, column: Array) -> Ar
         W.
     row : array, shape (*b, n, 1)
     column : array, shape (*b, 1, m)
+    out : array, shape (*b, n, m), optional
+        Takes the result, in its dtype, and is returned: where the result is large, its first touch costs more than its
+        computation.
 
     Returns
     -------
@@ -26,4 +29,8 @@ def exponential_features(u: Array, rows: Array, row: Array, column: Array) -> Ar
     xp = namespace_of(u, rows, row, column)
     out_dtype = result_dtype(xp, u, rows, row, column)
     u, rows, row, column = (cast(x, compute_dtype(xp, u, rows, row, column)) for x in (u, rows, row, column))
-    return cast(xp.exp(u @ xp.matrix_transpose(rows) + (row + column)), out_dtype)
+    result = cast(xp.exp(u @ xp.matrix_transpose(rows) + (row + column)), out_dtype)
+    if out is None:
+        return result
+    out[...] = result
+    return out

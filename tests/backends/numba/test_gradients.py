@@ -1,0 +1,138 @@
+"""The backward kernels against torch's derivative of the references."""
+
+from dataclasses import replace
+from itertools import product
+
+import numpy as np
+import pytest
+from problems import attention_problem, key_mask
+
+import favorsharp as fs
+from favorsharp.dispatch import watch
+from favorsharp.ops.exponential_features import exponential_features
+
+pytestmark = pytest.mark.own_backend
+torch = pytest.importorskip("torch")
+pytest.importorskip("numba")
+
+ERROR = {torch.float64: 1e-9, torch.float32: 1e-4}
+MODES = list(product((False, True), (0, 5, 64, 100)))
+PARAMETERS = ["g1", "g2", "center_x", "center_y"]
+
+
+def trainable(feature_map):
+    """The map with arrays of its own that gradients reach."""
+    arrays = {name: getattr(feature_map.parameters, name).clone().requires_grad_() for name in PARAMETERS}
+    own = {name: getattr(feature_map, name).clone().requires_grad_() for name in ("rows", "log_weight")}
+    made = replace(feature_map, parameters=replace(feature_map.parameters, **arrays), **own)
+    return made, [*arrays.values(), *own.values()]
+
+
+def gradients(backend, dtype, *, method="optimal", kernel="softmax", train=False, masked=False, state=False, **options):
+    q, k, v = (torch.asarray(x, dtype=dtype).requires_grad_() for x in attention_problem(0, (2, 2), n=150))
+    mask = torch.asarray(key_mask(1, (2, 2, 150), "holes")) if masked else None
+    fm = fs.feature_map(fs.fit(q.detach() / 2, k.detach() / 2, method=method, kernel=kernel), 12, rng=0)
+    leaves = [q, k, v]
+    if train:
+        fm, of_map = trainable(fm)
+        leaves += of_map
+    with fs.use(backend), watch() as calls:
+        result = fs.linear_attention(q / 2, k / 2, v, fm, key_mask=mask, return_state=state, **options)
+    assert {name for _, name in calls} == {backend}
+    out, kept = result if state else (result, None)
+    loss = (out * torch.linspace(-1, 1, out.numel(), dtype=dtype).reshape(out.shape)).sum()
+    if state:
+        loss = loss + kept.kv.square().sum() + kept.z.sum()
+    return torch.autograd.grad(loss, leaves, allow_unused=True)
+
+
+def assert_same(got, want, error):
+    size = max(float(x.abs().max()) for x in want if x is not None)
+    for a, b in zip(got, want, strict=True):
+        if a is None or b is None:
+            assert (a is None or a.abs().max() < 1e-9 * size) and (b is None or b.abs().max() < 1e-9 * size)
+        else:
+            assert a.shape == b.shape and a.dtype == b.dtype
+            # what vanishes in exact arithmetic is compared with the size of the others
+            assert float((a - b).abs().max()) <= error * max(float(b.abs().max()), 1e-2 * size)
+
+
+@pytest.mark.parametrize("dtype", ERROR)
+@pytest.mark.parametrize(("is_causal", "window"), MODES)
+def test_gradients_of_q_k_v_are_those_of_the_reference(is_causal, window, dtype):
+    for masked in (False, True):
+        options = {"is_causal": is_causal, "window": window, "masked": masked}
+        assert_same(gradients("numba", dtype, **options), gradients("reference", dtype, **options), ERROR[dtype])
+
+
+@pytest.mark.parametrize(("method", "kernel"), [("posrf", "softmax"), ("sderf", "gaussian"), ("optimal", "gaussian")])
+@pytest.mark.parametrize(("is_causal", "window"), [(False, 0), (True, 0), (False, 16), (True, 16)])
+def test_gradients_of_every_array_of_the_map(is_causal, window, method, kernel):
+    options = {"is_causal": is_causal, "window": window, "method": method, "kernel": kernel, "train": True}
+    got, want = (gradients(name, torch.float64, **options) for name in ("numba", "reference"))
+    assert_same(got, want, 1e-9)
+
+
+@pytest.mark.parametrize("window", [0, 16, 100])
+def test_gradients_reach_keys_and_values_through_a_returned_state(window):
+    options = {"is_causal": True, "window": window, "state": True, "train": True}
+    got, want = (gradients(name, torch.float64, **options) for name in ("numba", "reference"))
+    assert_same(got, want, 1e-9)
+
+
+def test_gradients_cross_from_one_call_to_the_next():
+    def run(backend):
+        q, k, v = (torch.asarray(x).requires_grad_() for x in attention_problem(2, (2,), n=40))
+        fm = fs.feature_map(fs.fit(q.detach(), k.detach()), 8, rng=0)
+        with fs.use(backend):
+            _, state = fs.linear_attention(
+                *(x[:, :25] for x in (q, k, v)), fm, is_causal=True, return_state=True, window=4
+            )
+            out = fs.linear_attention(*(x[:, 25:] for x in (q, k, v)), fm, is_causal=True, state=state, window=4)
+        return torch.autograd.grad(out.square().sum(), (q, k, v))
+
+    assert_same(run("numba"), run("reference"), 1e-9)
+
+
+def test_gradients_where_tops_rise_steeply():
+    """Here causal tiles are cut; the reference and the kernels must still agree."""
+
+    def run(backend):
+        q, k, v = attention_problem(3, n=64)
+        k = k + np.linspace(0, 30, 64)[:, None]
+        q, k, v = (torch.asarray(x).requires_grad_() for x in (q, k, v))
+        fm = fs.feature_map(fs.fit(q.detach(), k.detach(), method="posrf"), 8, rng=0)
+        with fs.use(backend):
+            out = fs.linear_attention(q, k, v, fm, is_causal=True)
+        return torch.autograd.grad(out.square().sum(), (q, k, v))
+
+    assert_same(run("numba"), run("reference"), 1e-8)
+
+
+@pytest.mark.parametrize("dtype", ERROR)
+@pytest.mark.parametrize("n", [0, 1, 71, 600])
+def test_gradients_of_features(n, dtype):
+    rng = np.random.default_rng(0)
+    shapes = ((2, 3, n, 7), (3, 13, 7), (2, 3, n, 1), (1, 13))
+    given = [torch.asarray(rng.standard_normal(shape) / 2, dtype=dtype).requires_grad_() for shape in shapes]
+    weights = torch.asarray(rng.standard_normal((2, 3, n, 13)), dtype=dtype)
+
+    def run(backend):
+        with fs.use(backend):
+            return torch.autograd.grad(exponential_features(*given), given, weights)
+
+    for a, b in zip(run("numba"), run("reference"), strict=True):
+        assert a.shape == b.shape
+        torch.testing.assert_close(a, b, rtol=ERROR[dtype], atol=ERROR[dtype] * (float(b.abs().max()) if b.numel() else 0))
+
+
+def test_narrow_inputs_get_narrow_gradients():
+    q, k, v = (torch.asarray(x, dtype=torch.bfloat16).requires_grad_() for x in attention_problem(4, (2,), n=70))
+    fm = fs.feature_map(fs.fit(q.detach(), k.detach(), method="posrf"), 8, rng=0)
+    with fs.use("numba"):
+        found = torch.autograd.grad(fs.linear_attention(q, k, v, fm).float().square().sum(), (q, k, v))
+    with fs.use("reference"):
+        want = torch.autograd.grad(fs.linear_attention(q, k, v, fm).float().square().sum(), (q, k, v))
+    for a, b in zip(found, want, strict=True):
+        assert a.dtype == torch.bfloat16
+        assert float((a - b).abs().max()) <= 0.05 * float(b.abs().max())

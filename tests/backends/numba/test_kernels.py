@@ -1,0 +1,148 @@
+"""The kernels against the references, op by op, and what only kernels have to get right: layouts, tops, totals."""
+
+import numpy as np
+import pytest
+from problems import attention_problem, key_mask
+
+import favorsharp as fs
+from favorsharp.dispatch import watch
+from favorsharp.ops.exponential_features import exponential_features
+from favorsharp.parameters import astype
+from favorsharp.testing import check_backend
+
+pytestmark = pytest.mark.own_backend
+pytest.importorskip("numba")
+
+OPS = ["exponential_features", "attention", "causal_attention", "update", "read", "decode_step", "kernel_matvec"]
+
+
+@pytest.mark.parametrize("library", ["numpy", "torch"])
+@pytest.mark.parametrize("op", OPS)
+def test_every_case_of_every_op_equals_the_reference(op, library):
+    if library == "torch":
+        pytest.importorskip("torch")
+    dtypes = {row.dtype for row in check_backend("numba", ops=[op], libraries=[library])}
+    assert {"float16", "float32", "float64"} <= dtypes
+
+
+def test_numpy_and_torch_run_it_without_being_told():
+    torch = pytest.importorskip("torch")
+    q, k, v = attention_problem(0)
+    for to in (np.asarray, torch.asarray):
+        fm = fs.feature_map(fs.fit(to(q), to(k)), 16, rng=0)
+        with watch() as calls:
+            fs.linear_attention(to(q), to(k), to(v), fm)
+            fs.linear_attention(to(q), to(k), to(v), fm, is_causal=True)
+        assert calls == [("attention", "numba"), ("causal_attention", "numba")]
+
+
+def both(q, k, v, feature_map, **options):
+    with fs.use("numba"):
+        got = fs.linear_attention(q, k, v, feature_map, **options)
+    with fs.use("reference"):
+        want = fs.linear_attention(*(x.astype(np.float64) for x in (q, k, v)), feature_map, **options)
+    return got, want
+
+
+@pytest.mark.parametrize("scale", [1e-12, 1.0, 30.0, 1e3])
+@pytest.mark.parametrize(("is_causal", "window"), [(False, 0), (True, 0), (False, 16), (True, 16)])
+def test_no_scale_of_the_inputs_overflows_or_vanishes(scale, is_causal, window):
+    """Log features reach 1e6 here; in float64 kernel and reference still agree to rounding of such logarithms."""
+    q, k, v = attention_problem(1, (2,), n=150)
+    fm = fs.feature_map(fs.fit(q, k, method="posrf"), 24, rng=0)
+    mask = key_mask(2, k.shape[:-1], "holes")
+    got, want = both(q * scale, k * scale, v, fm, is_causal=is_causal, window=window, key_mask=mask)
+    assert np.isfinite(got).all()
+    np.testing.assert_allclose(got, want, atol=1e-9 if scale < 100 else 1e-6)
+
+
+def test_a_causal_row_is_not_washed_out_by_a_key_it_cannot_see():
+    """Keys whose features grow by 2**200 within a tile: the tile's common top would leave its early rows nothing."""
+    rng = np.random.default_rng(0)
+    n, d = 64, 4
+    growing = np.linspace(0, 40, n)[:, None] * np.ones(d)
+    q, k, v = rng.standard_normal((n, d)), rng.standard_normal((n, d)) + growing, rng.standard_normal((n, 3))
+    for dtype, error in ((np.float64, 1e-10), (np.float32, 1e-3)):
+        fm = fs.feature_map(fs.fit(q, k, method="posrf"), 8, rng=0)
+        fm = astype(fm, dtype)
+        for keys in (k, k[::-1], rng.permutation(k)):
+            got, want = both(*(np.ascontiguousarray(x, dtype) for x in (q, keys, v)), astype(fm, np.float64), is_causal=True)
+            np.testing.assert_allclose(got, want, atol=error)
+
+
+@pytest.mark.parametrize("poison", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("where", ["q", "k", "v"])
+@pytest.mark.parametrize(("is_causal", "window"), [(False, 0), (True, 0), (False, 7), (True, 7)])
+def test_what_is_not_finite_reaches_the_rows_that_the_reference_says(where, poison, is_causal, window):
+    q, k, v = attention_problem(3, (2,), n=90)
+    fm = fs.feature_map(fs.fit(q, k), 16, rng=0)
+    {"q": q, "k": k, "v": v}[where][0, 50, 1] = poison
+    with np.errstate(all="ignore"):
+        got, want = both(q, k, v, fm, is_causal=is_causal, window=window)
+    finite = np.isfinite(want).all(axis=-1)
+    np.testing.assert_array_equal(np.isfinite(got).all(axis=-1), finite)
+    np.testing.assert_allclose(got[finite], want[finite], atol=1e-10)
+
+
+LAYOUTS = {
+    "transposed": lambda x: np.ascontiguousarray(np.swapaxes(x, -1, -2)).swapaxes(-1, -2),
+    "reversed": lambda x: np.ascontiguousarray(x[..., ::-1, ::-1])[..., ::-1, ::-1],
+    "every other": lambda x: np.repeat(x, 2, axis=-2)[..., ::2, :],
+    "broadcast": lambda x: np.broadcast_to(x[:1], x.shape),
+    "unaligned": lambda x: np.frombuffer(b"\0" + x.tobytes(), np.uint8)[1:].view(x.dtype).reshape(x.shape),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_layouts_do_not_change_results(layout, is_causal):
+    q, k, v = attention_problem(4, (2, 3), n=70)
+    q, k, v = (np.broadcast_to(x[:1], x.shape) for x in (q, k, v))
+    fm = fs.feature_map(fs.fit(q, k), 16, rng=0)
+    with fs.use("numba"):
+        want = fs.linear_attention(*(x.copy() for x in (q, k, v)), fm, is_causal=is_causal)
+        given = [LAYOUTS[layout](x.copy()) for x in (q, k, v)]
+        got = fs.linear_attention(*given, fm, is_causal=is_causal)
+    np.testing.assert_array_equal(got, want)
+
+
+@pytest.mark.parametrize("m", [1, 15, 16, 64, 100])
+@pytest.mark.parametrize("n", [0, 1, 65, 40_000])
+def test_features_written_to_out_equal_fresh_ones(n, m):
+    """40,000 rows are past the size from which results are stored past the caches."""
+    rng = np.random.default_rng(0)
+    u, rows, row, column = (
+        rng.standard_normal(shape).astype(np.float32) / 2 for shape in ((n, 8), (m, 8), (n, 1), (1, m))
+    )
+    with fs.use("numba"):
+        fresh = exponential_features(u, rows, row, column)
+        whole = np.full((n + 2, m + 3), 7, np.float32)
+        for target in (np.empty((n, m), np.float32), whole[1:-1, 1:-2], np.empty((n, 2 * m), np.float32)[:, ::2]):
+            got = exponential_features(u, rows, row, column, out=target)
+            assert got is target
+            np.testing.assert_array_equal(got, fresh)
+    assert (whole[[0, -1]] == 7).all()
+    assert (whole[:, [0, -1, -2]] == 7).all()
+    np.testing.assert_allclose(fresh, np.exp(u @ rows.T + row + column), rtol=2e-6)
+
+
+def test_features_keep_the_range_of_the_dtype():
+    for dtype in (np.float32, np.float64):
+        info = np.finfo(dtype)
+        logs = np.log(np.array([float(info.tiny) * 2, 1, float(info.max) / 2], dtype=np.longdouble)).astype(dtype)
+        logs = np.append(logs, [np.inf, -np.inf, np.nan]).astype(dtype)[:, None]
+        none = np.zeros((6, 1), dtype)
+        with fs.use("numba"), np.errstate(over="ignore"):
+            got = exponential_features(none, np.zeros((5, 1), dtype), logs, np.zeros((1, 5), dtype))
+            np.testing.assert_allclose(got, np.broadcast_to(np.exp(logs), got.shape), rtol=300 * info.eps)
+
+
+def test_grouped_heads_read_the_keys_of_their_group():
+    q, k, v = attention_problem(5, (2, 6), n=80)
+    k, v = k[:, ::3], v[:, ::3]
+    fm = fs.feature_map(fs.fit(q.reshape(-1, 8), k.reshape(-1, 8)), 16, rng=0)
+    repeated = [np.repeat(x, 3, axis=1) for x in (k, v)]
+    with fs.use("numba"):
+        for options in ({}, {"is_causal": True}, {"window": 16}, {"is_causal": True, "window": 16}):
+            got = fs.linear_attention(q, k, v, fm, enable_gqa=True, **options)
+            np.testing.assert_allclose(got, fs.linear_attention(q, *repeated, fm, **options), atol=1e-12)

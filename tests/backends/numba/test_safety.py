@@ -1,0 +1,209 @@
+"""Kernels among others: threads, forks, threading layers, limits, caches, processors. Each in a process of its own."""
+
+import os
+import shutil
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytestmark = pytest.mark.own_backend
+pytest.importorskip("numba")
+
+ROOT = Path(__file__).parents[3]
+SETUP = """
+import numpy as np
+import favorsharp as fs
+rng = np.random.default_rng(0)
+q, k, v = (rng.standard_normal((4, 1000, 16)).astype("float32") for _ in range(3))
+fm = fs.feature_map(fs.fit(q, k, method="posrf"), 64, rng=0)
+def run(**options):
+    with fs.use("numba"):
+        return fs.linear_attention(q, k, v, fm, **options)
+"""
+
+
+def python(code, *, package=None, **environment):
+    """Run code after SETUP in a fresh interpreter; return what it prints."""
+    paths = [str(ROOT), str(package or ROOT / "backends")]
+    result = subprocess.run(
+        [sys.executable, "-c", SETUP + textwrap.dedent(code)],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), **environment},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    return result.stdout.strip()
+
+
+@pytest.mark.parametrize("layer", ["omp", "workqueue"])
+def test_calls_from_several_threads_at_once(layer):
+    """On the workqueue layer Numba itself would end the process."""
+    code = """
+    from concurrent.futures import ThreadPoolExecutor
+    want = run(is_causal=True), run()
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda i: (run(is_causal=True), run()), range(24)))
+    assert all((a == want[0]).all() and np.allclose(b, want[1], atol=1e-5) for a, b in found)
+    print("same")
+    """
+    assert python(code, NUMBA_THREADING_LAYER=layer) == "same"
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+def test_a_forked_child_computes_as_its_parent():
+    code = """
+    import os
+    want = run(is_causal=True)
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if (run(is_causal=True) == want).all() else 1)
+    print(os.waitpid(child, 0)[1])
+    """
+    assert python(code) == "0"
+
+
+def test_beside_the_threads_of_torch():
+    pytest.importorskip("torch")
+    code = """
+    import torch
+    want = run()
+    for _ in range(20):
+        a = torch.randn(300, 300) @ torch.randn(300, 300)
+        assert np.allclose(run(), want, atol=1e-5)
+    torch.set_num_threads(1)
+    from favorsharp_numba.run import num_threads
+    print(num_threads())
+    """
+    assert python(code) == "1"
+
+
+def test_limits_on_threads_are_kept():
+    code = """
+    import numba
+    from favorsharp_numba.run import num_threads
+    print(num_threads())
+    """
+    assert python(code, NUMBA_NUM_THREADS="1") == "1"
+    pytest.importorskip("threadpoolctl")
+    code = """
+    import threadpoolctl
+    from favorsharp_numba.run import num_threads
+    before = num_threads()
+    with threadpoolctl.threadpool_limits(1):
+        inside = num_threads()
+    print(inside, num_threads() == before)
+    """
+    assert python(code) == "1 True"
+
+
+def test_results_do_not_depend_on_the_number_of_threads(tmp_path):
+    code = """
+    found = [run(**options) for options in ({}, {"is_causal": True}, {"window": 16}, {"is_causal": True, "window": 16})]
+    np.save(PATH, np.stack(found))
+    """
+    results = []
+    for threads in ("1", "2", "7"):
+        path = tmp_path / f"{threads}.npy"
+        python(f"PATH = {str(path)!r}\n" + textwrap.dedent(code), NUMBA_NUM_THREADS=threads)
+        results.append(np.load(path))
+    for other in results[1:]:
+        np.testing.assert_allclose(other, results[0], atol=2e-6)
+
+
+@pytest.mark.parametrize("width", ["0", "16", "32", "64"])
+def test_every_vector_width_and_plain_code_agree(width):
+    code = """
+    with fs.use("reference"):
+        wide = [x.astype("float64") for x in (q, k, v)]
+        want = [fs.linear_attention(*(x[:, :131] for x in wide), fm, **o) for o in OPTIONS]
+    q, k, v = (x[:, :131] for x in (q, k, v))
+    for options, reference in zip(OPTIONS, want):
+        assert np.abs(run(**options) - reference).max() < 1e-5
+    out, pullback = fs.vjp(fs.linear_attention, q, k, v, fm, is_causal=True)
+    print([float(np.abs(x).sum().round(1)) for x in pullback(out)])
+    """
+    options = "OPTIONS = [{}, {'is_causal': True}, {'window': 16}, {'is_causal': True, 'window': 5}]\n"
+    width_of_host = python(options + textwrap.dedent(code))
+    assert python(options + textwrap.dedent(code), FAVORSHARP_NUMBA_VECTORS=width) == width_of_host
+
+
+def test_an_unknown_vector_width_is_refused():
+    with pytest.raises(AssertionError, match="FAVORSHARP_NUMBA_VECTORS must be 0, 16, 32 or 64"):
+        python("import favorsharp_numba.compiling as c; c.vector_bytes()", FAVORSHARP_NUMBA_VECTORS="48")
+
+
+def test_runs_where_nothing_can_be_cached(tmp_path):
+    """A read-only package and no home: every process compiles."""
+    package = tmp_path / "backends"
+    shutil.copytree(ROOT / "backends", package, ignore=shutil.ignore_patterns("__pycache__"))
+    code = """
+    from favorsharp_numba import compiling
+    compiling._Implementation._locator_classes = []  # what Numba finds where no folder can be written to
+    from favorsharp_numba.vectors import product
+    print(type(product._cache).__name__, float(np.abs(run()).sum()) > 0)
+    """
+    assert python(code, package=package) == "NullCache True"
+
+
+def test_a_kernel_is_compiled_anew_when_a_file_it_uses_has_changed(tmp_path):
+    """Numba's own stamp is that of the kernel's file; here exp2 of another file is halved."""
+    package = tmp_path / "backends"
+    shutil.copytree(ROOT / "backends", package, ignore=shutil.ignore_patterns("__pycache__"))
+    code = """
+    from favorsharp_numba.exponential_features import exponential_features
+    import favorsharp_numba
+    zero = np.zeros((4, 4), "float32")
+    print(favorsharp_numba.__file__.startswith(ROOT), exponential_features(zero, zero, zero[:, :1], zero[:1])[0, 0])
+    """
+    code = f"ROOT = {str(tmp_path)!r}\n" + textwrap.dedent(code)
+    environment = {"NUMBA_CACHE_DIR": str(tmp_path / "cache")}
+    assert python(code, package=package, **environment) == "True 1.0"
+    vectors = package / "favorsharp_numba" / "vectors.py"
+    stamp = os.stat(package / "favorsharp_numba" / "exponential_features.py").st_mtime
+    text = vectors.read_text()
+    assert text.count("return [1.0, *fitted") == 1
+    vectors.write_text(text.replace("return [1.0, *fitted", "return [0.5, *fitted"))
+    assert os.stat(package / "favorsharp_numba" / "exponential_features.py").st_mtime == stamp
+    assert python(code, package=package, **environment) == "True 0.5"
+
+
+def test_the_second_process_does_not_compile(tmp_path):
+    code = """
+    from favorsharp_numba.attention_kernels import read_queries
+    run()
+    print(sum(read_queries.stats.cache_hits.values()), sum(read_queries.stats.cache_misses.values()))
+    """
+    environment = {"NUMBA_CACHE_DIR": str(tmp_path)}
+    assert python(code, **environment) == "0 1"
+    assert python(code, **environment) == "1 0"
+
+
+def test_layouts_and_lengths_share_one_compilation():
+    code = """
+    from favorsharp_numba.attention_kernels import causal, read_queries
+    run(); run(is_causal=True)
+    q = q[:, ::-1, ::-1]; k = np.asfortranarray(k); v.flags.writeable = False
+    run(); run(is_causal=True); run(key_mask=np.ones(k.shape[:-1], bool))
+    q, k, v = (x[:, :3].astype("float16") for x in (q, k, v))
+    run(); run(is_causal=True)
+    print(len(read_queries.signatures), len(causal.signatures))
+    """
+    assert python(code) == "1 1"
+
+
+def test_importing_the_backend_imports_nothing():
+    code = "import sys, favorsharp_numba; print(any(x in sys.modules for x in ('numba', 'torch')))"
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "backends")])},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert result.stdout.strip() == "False"

@@ -1,0 +1,90 @@
+"""vjp: the gradients of torch's autograd, on arrays that have none."""
+
+import numpy as np
+import pytest
+from problems import attention_problem, key_mask
+
+import favorsharp as fs
+
+pytestmark = pytest.mark.own_backend
+torch = pytest.importorskip("torch")
+pytest.importorskip("numba")
+
+OPTIONS = [
+    {},
+    {"is_causal": True},
+    {"window": 8},
+    {"is_causal": True, "window": 8, "cu_seqlens": [0, 20, 20, 50]},
+    {"cu_seqlens": (0, 50)},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("of_map", [False, True])
+def test_numpy_gets_the_gradients_of_torch(options, of_map):
+    q, k, v = attention_problem(0, (2, 4), n=50)
+    k, v = k[:, :2], v[:, :2]
+    mask = key_mask(1, k.shape[:-1], "holes")
+    gradient = np.random.default_rng(1).standard_normal((2, 4, 50, 5))
+
+    def run(to, backend):
+        fm = fs.feature_map(fs.fit(to(q), to(k), enable_gqa=True), 12, rng=0)
+        with fs.use(backend):
+            out, pullback = fs.vjp(
+                fs.linear_attention, to(q), to(k), to(v), fm, key_mask=to(mask), enable_gqa=True, of_map=of_map, **options
+            )
+            return [out, *pullback(to(gradient))]
+
+    got, want = run(np.asarray, "numba"), run(torch.asarray, "reference")
+    assert len(got) == (6 if of_map else 4)
+    for a, b in zip(got, want, strict=True):
+        assert type(a) is np.ndarray
+        np.testing.assert_allclose(a, b.numpy(), atol=1e-10 * float(b.abs().max()))
+
+
+def test_a_step_along_the_gradient_changes_the_loss_as_it_says():
+    q, k, v = attention_problem(2, n=30)
+    fm = fs.feature_map(fs.fit(q, k), 16, rng=0)
+    out, pullback = fs.vjp("linear_attention", q, k, v, fm, is_causal=True, window=4)
+    gradients = pullback(2 * out)  # of the sum of squares
+    step = 1e-6
+    moved = fs.linear_attention(*(x + step * g for x, g in zip((q, k, v), gradients, strict=True)), fm, is_causal=True, window=4)
+    slope = (np.sum(moved**2) - np.sum(out**2)) / step
+    assert slope == pytest.approx(sum(np.sum(g * g) for g in gradients), rel=1e-4)
+
+
+def test_features_have_a_pullback_too():
+    rng = np.random.default_rng(0)
+    u, rows, row, column = (rng.standard_normal(shape) for shape in ((20, 3), (7, 3), (20, 1), (1, 7)))
+    out, pullback = fs.vjp("exponential_features", u, rows, row, column)
+    g = rng.standard_normal(out.shape)
+    for got, want in zip(
+        pullback(g), ((g * out) @ rows, (g * out).T @ u, (g * out).sum(1, keepdims=True), (g * out).sum(0, keepdims=True)),
+        strict=True,
+    ):  # fmt: skip
+        np.testing.assert_allclose(got, want, atol=1e-10 * np.abs(want).max())
+
+
+def test_jax_arrays_are_differentiated_by_jax():
+    jax = pytest.importorskip("jax")
+    jax.config.update("jax_enable_x64", True)
+    q, k, v = attention_problem(3, n=12)
+    fm = fs.feature_map(fs.fit(q, k), 8, rng=0)
+    jq, jk, jv = (jax.numpy.asarray(x) for x in (q, k, v))
+    jax_map = fs.feature_map(fs.fit(jq, jk), 8, rng=0)
+    out, pullback = fs.vjp(fs.linear_attention, jq, jk, jv, jax_map)
+    _, ours = fs.vjp(fs.linear_attention, q, k, v, fm)
+    for got, want in zip(pullback(out), ours(np.asarray(out)), strict=True):
+        np.testing.assert_allclose(np.asarray(got), want, atol=1e-9)
+
+
+def test_refusals_say_what_is_accepted():
+    q, k, v = attention_problem(4)
+    fm = fs.feature_map(fs.fit(q, k), 8, rng=0)
+    with pytest.raises(ValueError, match="function .*accepted.*linear_attention"):
+        fs.vjp(fs.softmax_attention, q, k, v)
+    with fs.use("reference"), pytest.raises(TypeError, match=r"numpy arrays.*favorsharp\[cpu\]"):
+        fs.vjp(fs.linear_attention, q, k, v, fm)
+    relu = fs.feature_map(fs.fit(q, k, method="relu"), 8, rng=0)
+    with pytest.raises(ValueError, match="of_map needs a dense-exponential map.*relu"):
+        fs.vjp(fs.linear_attention, q, k, v, relu, of_map=True)
