@@ -79,7 +79,8 @@ def check_backend(
 ) -> list[Row]:
     """Compare every kernel of a backend with the references, in float64.
 
-    Each case runs under `use(backend)`, and it is checked that the backend's own implementation ran.
+    Each case runs under `use(backend)`, and it is checked that the backend's own implementation ran. The ops whose
+    results are functions (`attention_vjp`, `exponential_features_vjp`) have no cases.
 
     Parameters
     ----------
@@ -109,7 +110,7 @@ def check_backend(
         raise ValueError(f"backend {name!r} cannot be used here: {fault}")
     rows = []
     for kernel in known[name].kernels:
-        if ops is not None and kernel.op not in tuple(ops):
+        if kernel.op not in _MAKERS or (ops is not None and kernel.op not in tuple(ops)):
             continue
         for library, dtype in itertools.product(sorted(kernel.libraries), sorted(kernel.dtypes)):
             if libraries is not None and library not in tuple(libraries):

@@ -214,7 +214,8 @@ def test_causal_calls_do_not_fit_to_the_future():
     changed = [x.copy() for x in (q, k, v)]
     for x in changed:
         x[20:] += 1
-    np.testing.assert_array_equal(fs.attention(*changed, is_causal=True, method="posrf", rng=0)[:20], out[:20])
+    again = fs.attention(*changed, is_causal=True, method="posrf", rng=0)
+    np.testing.assert_allclose(again[:20], out[:20], rtol=1e-13)
 
 
 def test_out_takes_the_result(few_xp):

@@ -14,7 +14,7 @@ def test_loopback_passes_on_numpy_and_torch():
 
     before = sum(favorsharp_loopback.calls.values())
     rows = check_backend("loopback", libraries=["numpy", "torch"])
-    assert {row.op for row in rows} == set(dispatch.OPS)
+    assert {row.op for row in rows} == {op for op in dispatch.OPS if not op.endswith("_vjp")}
     assert {row.dtype for row in rows} == {"float16", "bfloat16", "float32", "float64"}
     assert sum(favorsharp_loopback.calls.values()) == before + len(rows)
 
@@ -36,6 +36,8 @@ def test_a_wrong_kernel_is_found(monkeypatch, op):
 
 def test_every_op_has_cases():
     for op in dispatch.OPS:
+        if op.endswith("_vjp"):  # its result is a function; test_vjp.py
+            continue
         assert len({case.name for case in cases(op)}) == len(cases(op)) > 2
     with pytest.raises(ValueError, match="op 'softmax' has no cases"):
         cases("softmax")

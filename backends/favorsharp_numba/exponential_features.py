@@ -7,7 +7,6 @@ import numpy as np
 
 from favorsharp_numba.arguments import (
     KINDS,
-    LOG2E,
     Held,
     broadcast,
     empty,
@@ -40,9 +39,9 @@ from favorsharp_numba.tiles import (
 from favorsharp_numba.vectors import BYTES, VECTORS
 
 if vector_bytes():
-    from favorsharp_numba.vectors import product_exp2, product_exp2_stream
+    from favorsharp_numba.vectors import product_exp, product_exp_stream
 else:
-    from favorsharp_numba.plain import product_exp2, product_exp2_stream
+    from favorsharp_numba.plain import product_exp, product_exp_stream
 
 STREAM_BYTES = 1 << 22
 """Results larger than this are stored past the caches, which they would only sweep empty."""
@@ -66,11 +65,11 @@ class _Problem:
         self.held = Held()
         panels = -(-self.m_pad // self.width)
         self.wide_rows = np.zeros((*self.map_batch, panels * self.width, self.d_pad), self.dtype)
-        np.multiply(_wide(rows, self.dtype), LOG2E, out=self.wide_rows[..., : self.m, : self.d])
+        self.wide_rows[..., : self.m, : self.d] = _wide(rows, self.dtype)
         spread = self.wide_rows[..., : self.d].reshape(*self.map_batch, panels, self.width, self.d)
         packed = np.ascontiguousarray(spread.swapaxes(-1, -2))
         terms = np.zeros((*self.map_batch, 1, panels * self.width), self.dtype)
-        np.multiply(_wide(column, self.dtype), LOG2E, out=terms[..., : self.m])
+        terms[..., : self.m] = _wide(column, self.dtype)
         constants = np.zeros(max(self.d_pad, self.m_pad) + 8, self.dtype)
         constants[ONE] = 1
         self.u = self.held.points(u, self.batch)
@@ -106,7 +105,7 @@ def exponential_features(u: Any, rows: Any, row: Any, column: Any, *, out: Any =
     share(
         _forward, p.heads * p.per_head, float(math.prod(shape) * (p.d + 12)), scratch, p.one,
         p.u, p.row, target, p.packed, p.terms, p.n, p.m, p.d, p.d_pad, p.m_pad, int(direct), int(stream),
-        p.per_head, p.constants, LOG2E,
+        p.per_head, p.constants,
     )  # fmt: skip
     return out
 
@@ -123,7 +122,7 @@ def exponential_features_backward(gradient: Any, u: Any, rows: Any, row: Any, co
     share(
         _backward, tasks, float(p.heads * p.n * p.m * 3 * p.d), scratch, p.one,
         p.u, p.row, p.held.points(gradient, p.batch), p.packed, p.terms, p.places(p.wide_rows), p.n, p.m, p.d,
-        p.d_pad, p.m_pad, p.per_head, p.constants, LOG2E,
+        p.d_pad, p.m_pad, p.per_head, p.constants,
         *(p.held.place(x) for x in (du, drow, drows, dcolumn)),
     )  # fmt: skip
     drows = drows.reshape(p.heads, p.per_head, p.m, p.d_pad).sum(axis=1)[:, :, : p.d]
@@ -140,18 +139,16 @@ def _wide(x: Any, dtype: Any) -> Any:
 
 
 @jit
-def _load(one, u, row, head, start, count, d, d_pad, constants, log2e, z, factors):
+def _load(one, u, row, head, start, count, d, d_pad, constants, z, factors):
     everything = Mask(0, 0)
     zeros = constants + 8
     load_points(one, u, everything, head, start, count, d, d_pad, constants + ONE, zeros, z)
     load_points(one, row, everything, head, start, count, 1, 1, constants + ONE, zeros, factors)
-    for t in range(count):
-        put(one, factors + t, get(one, factors + t) * log2e)
 
 
 @jit
 def _forward(
-    one, u, row, out, rows, columns, n, m, d, d_pad, m_pad, direct, stream, per_head, constants, log2e, low, high,
+    one, u, row, out, rows, columns, n, m, d, d_pad, m_pad, direct, stream, per_head, constants, low, high,
     scratch,
 ):  # fmt: skip
     z = scratch
@@ -166,24 +163,24 @@ def _forward(
         matrix, terms = integer_at(rows + 8 * head), integer_at(columns + 8 * head)
         for start in range(n * piece // per_head, stop, TILE):
             count = min(TILE, stop - start)
-            _load(one, u, row, head, start, count, d, d_pad, constants, log2e, z, factors)
+            _load(one, u, row, head, start, count, d, d_pad, constants, z, factors)
             if direct:
                 place = (integer_at(out.addresses + 8 * head) + start * out.row) // out.item
                 step = out.row // out.item
                 if stream:
-                    product_exp2_stream(
+                    product_exp_stream(
                         one, count, m, d, z, d_pad, 1, matrix, d * width, width, place, step, factors, terms
                     )
                 else:
-                    product_exp2(one, count, m, d, z, d_pad, 1, matrix, d * width, width, place, step, factors, terms)
+                    product_exp(one, count, m, d, z, d_pad, 1, matrix, d * width, width, place, step, factors, terms)
             else:
-                product_exp2(one, count, m_pad, d, z, d_pad, 1, matrix, d * width, width, tile, m_pad, factors, terms)
+                product_exp(one, count, m_pad, d, z, d_pad, 1, matrix, d * width, width, tile, m_pad, factors, terms)
                 store_points(one, out, head, start, count, m, m_pad, ones, tile)
 
 
 @jit
 def _backward(
-    one, u, row, gradient, rows, columns, wide_rows, n, m, d, d_pad, m_pad, per_head, constants, log2e, du, drow,
+    one, u, row, gradient, rows, columns, wide_rows, n, m, d, d_pad, m_pad, per_head, constants, du, drow,
     drows, dcolumn, low, high, scratch,
 ):  # fmt: skip
     z = scratch
@@ -199,8 +196,8 @@ def _backward(
         matrix, terms = integer_at(rows + 8 * head), integer_at(columns + 8 * head)
         for start in range(n * piece // per_head, stop, TILE):
             count = min(TILE, stop - start)
-            _load(one, u, row, head, start, count, d, d_pad, constants, log2e, z, factors)
-            product_exp2(one, count, m_pad, d, z, d_pad, 1, matrix, d * width, width, features, m_pad, factors, terms)
+            _load(one, u, row, head, start, count, d, d_pad, constants, z, factors)
+            product_exp(one, count, m_pad, d, z, d_pad, 1, matrix, d * width, width, features, m_pad, factors, terms)
             load_points(one, gradient, everything, head, start, count, m, m_pad, constants + ONE, constants + 8, slopes)
             multiply_block(one, slopes, m_pad, count, m_pad, features, dcolumn + task * m_pad)
             product(
@@ -209,5 +206,5 @@ def _backward(
             for t in range(count):
                 put(one, drow + head * n + start + t, total_of(one, slopes + t * m_pad, m))
                 for j in range(d):
-                    put(one, du + (head * n + start + t) * d + j, get(one, result + t * d_pad + j) / log2e)
+                    put(one, du + (head * n + start + t) * d + j, get(one, result + t * d_pad + j))
             product_add(one, m, d_pad, count, slopes, 1, m_pad, z, width, d_pad, drows + task * m * d_pad, d_pad)

@@ -45,14 +45,14 @@ def product_terms(one, m, n, k, a, a_row, a_step, b, b_panel, b_step, c, c_row, 
 
 
 @jit
-def product_exp2(one, m, n, k, a, a_row, a_step, b, b_panel, b_step, c, c_row, row, column):
+def product_exp(one, m, n, k, a, a_row, a_step, b, b_panel, b_step, c, c_row, row, column):
     for i in range(m):
         for j in range(n):
             terms = get(one, row + i) + get(one, column + j)
-            put(one, c + i * c_row + j, np.exp2(terms + _sum(one, i, j, k, a, a_row, a_step, b, b_panel, b_step)))
+            put(one, c + i * c_row + j, np.exp(terms + _sum(one, i, j, k, a, a_row, a_step, b, b_panel, b_step)))
 
 
-product_exp2_stream = product_exp2
+product_exp_stream = product_exp
 
 
 @jit

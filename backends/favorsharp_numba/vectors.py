@@ -18,6 +18,8 @@ from favorsharp_numba.compiling import jit, num_vectors, processor_features, vec
 BYTES = vector_bytes() or 16
 VECTORS = num_vectors()
 
+LOG2E = 1 / np.log(2)
+
 HALVES = bool({"f16c", "neon", "fullfp16"} & processor_features())
 """Whether the processor converts float16; otherwise the backend declines it."""
 
@@ -128,8 +130,8 @@ POWERS = {4: _power_series(6), 8: _power_series(11)}
 
 SET, ADD, TERMS = 0, 1, 2
 """Where the sums of a product begin: at 0, at what the result holds, at row[i] + column[j]."""
-STORE, EXP2, STREAM = 0, 1, 2
-"""What becomes of them: stored, exp2 stored, exp2 stored past the caches."""
+STORE, EXP, STREAM = 0, 1, 2
+"""What becomes of them: stored, exp stored, exp stored past the caches."""
 
 
 @intrinsic(prefer_literal=True)
@@ -178,7 +180,7 @@ def _product(context, one, start, finish, m, n, k, a, a_row, a_step, b, b_panel,
                 for v in range(vectors):
                     value = e.get(sums[r][v])
                     if finish_by != STORE:
-                        value = e.exp2(value, above=True)
+                        value = e.exp2(builder.fmul(value, e.constant(LOG2E)), above=True)
                     e.store(value, e.at(result_rows[r], v * e.lanes), stream=finish_by == STREAM)
 
         left_column = number(0)
@@ -220,14 +222,14 @@ def product_terms(one, m, n, k, a, a_row, a_step, b, b_panel, b_step, c, c_row, 
 
 
 @jit
-def product_exp2(one, m, n, k, a, a_row, a_step, b, b_panel, b_step, c, c_row, row, column):
-    """C = 2**(A B + row + column)."""
-    _product(one, TERMS, EXP2, m, n, k, a, a_row, a_step, b, b_panel, b_step, c, c_row, row, column)
+def product_exp(one, m, n, k, a, a_row, a_step, b, b_panel, b_step, c, c_row, row, column):
+    """C = exp(A B + row + column)."""
+    _product(one, TERMS, EXP, m, n, k, a, a_row, a_step, b, b_panel, b_step, c, c_row, row, column)
 
 
 @jit
-def product_exp2_stream(one, m, n, k, a, a_row, a_step, b, b_panel, b_step, c, c_row, row, column):
-    """C = 2**(A B + row + column), past the caches: C and c_row are multiples of a vector."""
+def product_exp_stream(one, m, n, k, a, a_row, a_step, b, b_panel, b_step, c, c_row, row, column):
+    """C = exp(A B + row + column), past the caches: C and c_row are multiples of a vector."""
     _product(one, TERMS, STREAM, m, n, k, a, a_row, a_step, b, b_panel, b_step, c, c_row, row, column)
 
 

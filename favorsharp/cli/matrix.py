@@ -43,7 +43,7 @@ def matrix(
 def support() -> list[tuple[Row, str]]:
     """One row for each op, library and dtype, over all cases of the op, and the device."""
     rows = []
-    for op in sorted(OPS):
+    for op in sorted(op for op in OPS if not op.endswith("_vjp")):  # the result of those is a function
         truths = [(case, wanted(op, case)) for case in cases(op)]
         for library in LIBRARIES:
             for dtype in DTYPES:

