@@ -4,12 +4,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 
-.PHONY: help demo test test-all lint types layers docs wheel-check clean
+.PHONY: help demo test test-slow bench lint types layers docs wheel-check clean
 
 help:
 	@echo "make demo   compare the methods on the attention sample, leave the picture"
 	@echo "make test   the whole test matrix"
-	@echo "make lint types layers docs wheel-check clean"
+	@echo "make bench  the kernels against what else a CPU can run"
+	@echo "make test-slow lint types layers docs wheel-check clean"
 
 $(VENV)/made:
 	$(PYTHON) -m venv $(VENV)
@@ -34,8 +35,14 @@ demo: $(VENV)/cli
 	@echo "The picture is favorsharp-compare.png"
 
 test: $(VENV)/test
-	$(BIN)/python -m pytest -n auto
+	$(BIN)/python -m pytest -n auto -m "not slow"
 	$(BIN)/python -m pytest -q --backend loopback tests/ops tests/test_linear_attention.py tests/test_streaming.py tests/test_regression.py
+
+test-slow: $(VENV)/test
+	$(BIN)/python -m pytest -n auto -m slow
+
+bench: $(VENV)/test
+	$(BIN)/python -m benchmarks.report
 
 lint: $(VENV)/test
 	$(BIN)/ruff check

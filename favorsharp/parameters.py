@@ -340,8 +340,20 @@ def map_arrays(value: Any, change: Callable[[Array], Array]) -> Any:
 
 
 def astype(value: Any, dtype: Any) -> Any:
-    """A dataclass like value with its arrays in the given dtype."""
-    return map_arrays(value, lambda x: cast(x, dtype))
+    """A dataclass like value with its arrays in the given dtype; value itself where they have it already.
+
+    What a backend derives from a frozen value it may keep as long as that very value lives.
+    """
+    same = True
+
+    def change(x: Array) -> Array:
+        nonlocal same
+        changed = cast(x, dtype)
+        same = same and changed is x
+        return changed
+
+    changed = map_arrays(value, change)
+    return value if same else changed
 
 
 def _embed(p: Parameters, x: Array, g: Array, own: Array, other: Array) -> tuple[Array, Array]:

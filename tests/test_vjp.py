@@ -31,7 +31,15 @@ def test_numpy_gets_the_gradients_of_torch(options, of_map):
         fm = fs.feature_map(fs.fit(to(q), to(k), enable_gqa=True), 12, rng=0)
         with fs.use(backend):
             out, pullback = fs.vjp(
-                fs.linear_attention, to(q), to(k), to(v), fm, key_mask=to(mask), enable_gqa=True, of_map=of_map, **options
+                fs.linear_attention,
+                to(q),
+                to(k),
+                to(v),
+                fm,
+                key_mask=to(mask),
+                enable_gqa=True,
+                of_map=of_map,
+                **options,
             )
             return [out, *pullback(to(gradient))]
 
@@ -48,7 +56,9 @@ def test_a_step_along_the_gradient_changes_the_loss_as_it_says():
     out, pullback = fs.vjp("linear_attention", q, k, v, fm, is_causal=True, window=4)
     gradients = pullback(2 * out)  # of the sum of squares
     step = 1e-6
-    moved = fs.linear_attention(*(x + step * g for x, g in zip((q, k, v), gradients, strict=True)), fm, is_causal=True, window=4)
+    moved = fs.linear_attention(
+        *(x + step * g for x, g in zip((q, k, v), gradients, strict=True)), fm, is_causal=True, window=4
+    )
     slope = (np.sum(moved**2) - np.sum(out**2)) / step
     assert slope == pytest.approx(sum(np.sum(g * g) for g in gradients), rel=1e-4)
 
@@ -58,10 +68,9 @@ def test_features_have_a_pullback_too():
     u, rows, row, column = (rng.standard_normal(shape) for shape in ((20, 3), (7, 3), (20, 1), (1, 7)))
     out, pullback = fs.vjp("exponential_features", u, rows, row, column)
     g = rng.standard_normal(out.shape)
-    for got, want in zip(
-        pullback(g), ((g * out) @ rows, (g * out).T @ u, (g * out).sum(1, keepdims=True), (g * out).sum(0, keepdims=True)),
-        strict=True,
-    ):  # fmt: skip
+    slopes = g * out
+    wanted = slopes @ rows, slopes.T @ u, slopes.sum(1, keepdims=True), slopes.sum(0, keepdims=True)
+    for got, want in zip(pullback(g), wanted, strict=True):
         np.testing.assert_allclose(got, want, atol=1e-10 * np.abs(want).max())
 
 

@@ -1,10 +1,12 @@
 """From arrays and feature maps to what kernels take: addresses, strides, packed constants. Nothing is copied that can
-be read where it lies."""
+be read where it lies.
+"""
 
 import math
 import weakref
 from collections.abc import Sequence
 from dataclasses import fields
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -20,7 +22,12 @@ ITEMS = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 
 def name_of(x: Any) -> str:
     """The dtype's short name."""
-    return str(x.dtype).rpartition(".")[2]
+    return _dtype_name(x.dtype)
+
+
+@cache  # NumPy makes the text anew each time, and small calls feel it
+def _dtype_name(dtype: Any) -> str:
+    return str(dtype).rpartition(".")[2]
 
 
 def is_torch(x: Any) -> bool:

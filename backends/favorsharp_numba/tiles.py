@@ -27,7 +27,6 @@ if vector_bytes():
     from favorsharp_numba.vectors import (
         exp_block,
         max_block,
-        multiply_block,
         product,
         product_add,
         product_terms,
@@ -38,7 +37,6 @@ else:
     from favorsharp_numba.plain import (
         exp_block,
         max_block,
-        multiply_block,
         product,
         product_add,
         product_terms,

@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+
 from favorsharp.ops.causal_attention import causal_attention as causal_op
 from favorsharp.ops.state import State, empty_state
 from favorsharp.ops.state import update as update_op

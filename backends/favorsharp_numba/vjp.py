@@ -40,7 +40,8 @@ def exponential_features_vjp(u: Any, rows: Any, row: Any, column: Any) -> tuple[
 
 def _of_map(feature_map: Any, sums: dict[str, Any]) -> tuple[Any, Any]:
     """The gradients of rows and log_weight: log features are z (rows g)^T + log_weight / 2 and what does not depend on
-    either."""
+    either.
+    """
     p = feature_map.parameters
     rows = sums["query_points"] @ np.swapaxes(host(p.g1), -1, -2) + sums["key_points"] @ np.swapaxes(host(p.g2), -1, -2)
     log_weight = (sums["query_column"] + sums["key_column"]) / 2

@@ -50,9 +50,11 @@ def assert_same(got, want, error):
     size = max(float(x.abs().max()) for x in want if x is not None)
     for a, b in zip(got, want, strict=True):
         if a is None or b is None:
-            assert (a is None or a.abs().max() < 1e-9 * size) and (b is None or b.abs().max() < 1e-9 * size)
+            assert a is None or a.abs().max() < 1e-9 * size
+            assert b is None or b.abs().max() < 1e-9 * size
         else:
-            assert a.shape == b.shape and a.dtype == b.dtype
+            assert a.shape == b.shape
+            assert a.dtype == b.dtype
             # what vanishes in exact arithmetic is compared with the size of the others
             assert float((a - b).abs().max()) <= error * max(float(b.abs().max()), 1e-2 * size)
 
@@ -123,7 +125,9 @@ def test_gradients_of_features(n, dtype):
 
     for a, b in zip(run("numba"), run("reference"), strict=True):
         assert a.shape == b.shape
-        torch.testing.assert_close(a, b, rtol=ERROR[dtype], atol=ERROR[dtype] * (float(b.abs().max()) if b.numel() else 0))
+        torch.testing.assert_close(
+            a, b, rtol=ERROR[dtype], atol=ERROR[dtype] * (float(b.abs().max()) if b.numel() else 0)
+        )
 
 
 def test_narrow_inputs_get_narrow_gradients():

@@ -66,7 +66,9 @@ def test_a_causal_row_is_not_washed_out_by_a_key_it_cannot_see():
         fm = fs.feature_map(fs.fit(q, k, method="posrf"), 8, rng=0)
         fm = astype(fm, dtype)
         for keys in (k, k[::-1], rng.permutation(k)):
-            got, want = both(*(np.ascontiguousarray(x, dtype) for x in (q, keys, v)), astype(fm, np.float64), is_causal=True)
+            got, want = both(
+                *(np.ascontiguousarray(x, dtype) for x in (q, keys, v)), astype(fm, np.float64), is_causal=True
+            )
             np.testing.assert_allclose(got, want, atol=error)
 
 

@@ -41,7 +41,7 @@ def python(code, *, package=None, **environment):
     return result.stdout.strip()
 
 
-@pytest.mark.parametrize("layer", ["omp", "workqueue"])
+@pytest.mark.parametrize("layer", [pytest.param("omp", marks=pytest.mark.slow), "workqueue"])
 def test_calls_from_several_threads_at_once(layer):
     """On the workqueue layer Numba itself would end the process."""
     code = """
@@ -116,7 +116,10 @@ def test_results_do_not_depend_on_the_number_of_threads(tmp_path):
         np.testing.assert_allclose(other, results[0], atol=2e-6)
 
 
-@pytest.mark.parametrize("width", ["0", "16", "32", "64"])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize("width", ["0", *(pytest.param(x, marks=SLOW) for x in ("16", "32", "64"))])
 def test_every_vector_width_and_plain_code_agree(width):
     code = """
     with fs.use("reference"):
@@ -138,6 +141,7 @@ def test_an_unknown_vector_width_is_refused():
         python("import favorsharp_numba.compiling as c; c.vector_bytes()", FAVORSHARP_NUMBA_VECTORS="48")
 
 
+@pytest.mark.slow
 def test_runs_where_nothing_can_be_cached(tmp_path):
     """A read-only package and no home: every process compiles."""
     package = tmp_path / "backends"
@@ -173,6 +177,7 @@ def test_a_kernel_is_compiled_anew_when_a_file_it_uses_has_changed(tmp_path):
     assert python(code, package=package, **environment) == "True 0.5"
 
 
+@pytest.mark.slow
 def test_the_second_process_does_not_compile(tmp_path):
     code = """
     from favorsharp_numba.attention_kernels import read_queries

@@ -1,0 +1,41 @@
+"""One token: the state takes a key and a value, and a query reads it."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+import favorsharp as fs
+from benchmarks.attention import D, problem
+from benchmarks.measure import Table, compare, per_call
+from benchmarks.peers import compiled
+
+GOALS = {1: 4.0, 64: 1.7}
+
+
+def torch_step(q: Any, k: Any, v: Any, rows: Any, kv: Any, z: Any, root: float) -> Any:
+    """Without maxima, and with fresh states, as ours."""
+    pq, pk = (torch.exp((x * root) @ rows.mT - (x * x).sum(-1, keepdim=True) * (root * root / 2)) for x in (q, k))
+    kv, z = kv + pk.mT * v, z + pk
+    return (pq @ kv) / (pq * z).sum(-1, keepdim=True), kv, z
+
+
+def tables(*, quick: bool = False) -> Iterator[Table]:
+    """A batch of 1 and of 64, eight heads, m = 64."""
+    m, root = 64, D**-0.25
+    for batch, goal in GOALS.items():
+        *_, fm = problem(64, m)
+        q, k, v = (torch.randn(batch, 8, 1, D) for _ in range(3))
+        own = fs.feature_map(fs.fit(torch.randn(64, D), torch.randn(64, D), method="posrf"), m, rng=0)
+        state = fs.update(
+            fs.init_state(own, D, like=k), torch.randn(batch, 8, 32, D), torch.randn(batch, 8, 32, D), own
+        )
+        kv, z, rows = torch.rand(batch, 8, m, D), torch.rand(batch, 8, 1, m), torch.from_numpy(fm.rows)
+        sides = {
+            "favorsharp": lambda a=(q, k, v, state, own): fs.decode_step(*a),
+            "torch": lambda a=(q, k, v, rows, kv, z, root): torch_step(*a),
+            "torch.compile": lambda a=(q, k, v, rows, kv, z, root): compiled(torch_step)(*a),
+        }
+        calls = 5 if quick else 100 if batch == 1 else 20
+        timed = {name: per_call(side, calls) for name, side in sides.items()}
+        yield compare(f"decode, B={batch}, m={m}, {calls} tokens", timed, goal=goal)

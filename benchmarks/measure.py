@@ -1,0 +1,101 @@
+"""Interleaved medians in one process, after a check of every peer's result."""
+
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "16")  # its workers spin after a call, and slow down whoever is next
+
+import numpy as np
+
+PAUSE = 0.006
+"""Seconds between two calls, for the workers of the last one to go to sleep."""
+
+
+@dataclass
+class Table:
+    """Seconds of each peer at one piece of work; `ours` is the first."""
+
+    work: str
+    seconds: dict[str, float]
+    goal: float | None = None
+    left_out: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def ratio(self) -> float | None:
+        """The best other peer's time over ours."""
+        ours, *others = self.seconds.values()
+        return min(others) / ours if others else None
+
+
+def compare(
+    work: str,
+    peers: dict[str, Callable[[], Any]],
+    *,
+    want: Any = None,
+    tolerance: float = 1e-3,
+    goal: float | None = None,
+    rounds: int = 9,
+    budget: float = 20.0,
+) -> Table:
+    """Time the peers in turn, round by round; a peer whose result is wrong or that fails is left out and named."""
+    left_out = {}
+    runs: dict[str, Callable[[], Any]] = {}
+    for name, peer in peers.items():
+        try:
+            got = peer()
+            if want is not None:
+                got = np.asarray(got.detach() if hasattr(got, "detach") else got, dtype=np.float64)
+                error = np.max(np.abs(got - want)) / np.max(np.abs(want))
+                if not error <= tolerance:
+                    raise ArithmeticError(f"relative error {error:.1g}")
+            peer()
+        except Exception as fault:
+            left_out[name] = f"{type(fault).__name__}: {fault}"[:120]
+            continue
+        runs[name] = peer
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    begin = time.perf_counter()
+    for number in range(rounds):
+        for name, peer in runs.items():
+            time.sleep(PAUSE)
+            start = time.perf_counter()
+            result = peer()
+            times[name].append(time.perf_counter() - start)
+            del result
+        if number >= 2 and time.perf_counter() - begin > budget:
+            break
+    return Table(work, {name: statistics.median(found) for name, found in times.items()}, goal, left_out)
+
+
+def per_call(peer: Callable[[], Any], calls: int) -> Callable[[], None]:
+    """Many calls as one, for what is too short to time alone."""
+
+    def run() -> None:
+        for _ in range(calls):
+            peer()
+
+    return run
+
+
+def machine() -> dict[str, str]:
+    """The processor and the versions that the numbers belong to."""
+    name = platform.processor() or platform.machine()
+    try:
+        with open("/proc/cpuinfo") as lines:
+            name = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        pass
+    packages = {}
+    for package in ("favorsharp", "numba", "numpy", "torch", "jax", "performer-pytorch"):
+        try:
+            packages[package] = version(package)
+        except PackageNotFoundError:
+            packages[package] = "not installed"
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return {"processor": f"{name}, {cores} cores", "python": platform.python_version(), **packages}

@@ -1,0 +1,134 @@
+"""What else a user of a CPU could run: the formulas in NumPy, torch and JAX. Inputs are contiguous, gradients off.
+
+All are stabilised by row and feature maxima as ours are, except where the name says "plain".
+"""
+
+import functools
+from typing import Any
+
+import numpy as np
+import torch
+
+TILE = 64
+
+
+def numpy_features(u: Any, rows: Any, row: Any, column: Any) -> Any:
+    """The formula."""
+    return np.exp(u @ rows.T + row + column)
+
+
+def numpy_features_tiled(u: Any, rows: Any, row: Any, column: Any, tile: int = 1024) -> Any:
+    """Tiles of rows that stay in the cache, into one result."""
+    out = np.empty((len(u), len(rows)), u.dtype)
+    for start in range(0, len(u), tile):
+        part = out[start : start + tile]
+        np.matmul(u[start : start + tile], rows.T, out=part)
+        part += row[start : start + tile] + column
+        np.exp(part, out=part)
+    return out
+
+
+def torch_features(u: Any, rows: Any, row: Any, column: Any) -> Any:
+    """The formula, fresh."""
+    return torch.exp(u @ rows.T + row + column)
+
+
+def torch_features_in_place(u: Any, rows: Any, row: Any, column: Any) -> Any:
+    """One temporary less at each step."""
+    return torch.addmm(column.expand(len(u), -1), u, rows.T).add_(row).exp_()
+
+
+def _logs(x: Any, rows: Any, root: float) -> Any:
+    x = x * root
+    return x @ rows.mT - (x * x).sum(-1, keepdim=True) / 2
+
+
+def torch_attention(q: Any, k: Any, v: Any, rows: Any, root: float) -> Any:
+    """Bidirectional FAVOR+ with maxima, all features in memory."""
+    lq, lk = _logs(q, rows, root), _logs(k, rows, root)
+    top = lk.amax(-2, keepdim=True)
+    features = torch.exp(lk - top)
+    weights = lq + top
+    weights = torch.exp(weights - weights.amax(-1, keepdim=True))
+    return (weights @ (features.mT @ v)) / (weights @ features.sum(-2, keepdim=True).mT)
+
+
+def torch_attention_plain(q: Any, k: Any, v: Any, rows: Any, root: float) -> Any:
+    """Without maxima: what a user would write, and what overflows on other inputs than these."""
+    pq, pk = torch.exp(_logs(q, rows, root)), torch.exp(_logs(k, rows, root))
+    return (pq @ (pk.mT @ v)) / (pq @ pk.sum(-2, keepdim=True).mT)
+
+
+def numpy_attention_tiled(q: Any, k: Any, v: Any, rows: Any, root: float, tile: int = 512) -> Any:
+    """Head by head, tile by tile; without maxima."""
+    out = np.empty_like(v)
+    for head in np.ndindex(q.shape[:-2]):
+        s, z = 0.0, 0.0
+        for start in range(0, k.shape[-2], tile):
+            x = k[head][start : start + tile] * np.float32(root)
+            p = np.exp(x @ rows.T - (x * x).sum(-1, keepdims=True) / 2)
+            s, z = s + p.T @ v[head][start : start + tile], z + p.sum(0)
+        for start in range(0, q.shape[-2], tile):
+            x = q[head][start : start + tile] * np.float32(root)
+            p = np.exp(x @ rows.T - (x * x).sum(-1, keepdims=True) / 2)
+            out[head][start : start + tile] = (p @ s) / (p @ z)[:, None]
+    return out
+
+
+def torch_causal_chunked(q: Any, k: Any, v: Any, rows: Any, root: float, chunk: int = TILE) -> Any:
+    """Chunks of 64: pairs inside, cumulative sums before; without maxima (their cost would be added)."""
+    pq, pk = torch.exp(_logs(q, rows, root)), torch.exp(_logs(k, rows, root))
+    *batch, n, _ = q.shape
+    pq, pk, v = (x.reshape(*batch, n // chunk, chunk, x.shape[-1]) for x in (pq, pk, v))
+    sums = pk.mT @ v
+    sums = sums.cumsum(-3) - sums
+    ones = pk.sum(-2)
+    ones = ones.cumsum(-2) - ones
+    pairs = (pq @ pk.mT).tril()
+    total = pairs.sum(-1, keepdim=True) + pq @ ones[..., None]
+    return ((pairs @ v + pq @ sums) / total).reshape(*batch, n, -1)
+
+
+@functools.cache
+def compiled(function: Any) -> Any:
+    """The function under torch.compile, for the shapes it is given."""
+    return torch.compile(function, dynamic=False)
+
+
+@functools.cache
+def jitted(name: str) -> Any:
+    """The bidirectional formula or the features under jax.jit."""
+    import jax
+    import jax.numpy as jnp
+
+    def features(u: Any, rows: Any, row: Any, column: Any) -> Any:
+        return jnp.exp(u @ rows.T + row + column)
+
+    def attention(q: Any, k: Any, v: Any, rows: Any, root: float) -> Any:
+        def logs(x: Any) -> Any:
+            x = x * root
+            return x @ rows.T - (x * x).sum(-1, keepdims=True) / 2
+
+        lq, lk = logs(q), logs(k)
+        top = lk.max(-2, keepdims=True)
+        p = jnp.exp(lk - top)
+        w = lq + top
+        w = jnp.exp(w - w.max(-1, keepdims=True))
+        return (w @ (p.swapaxes(-1, -2) @ v)) / (w @ p.sum(-2, keepdims=True).swapaxes(-1, -2))
+
+    function = jax.jit({"features": features, "attention": attention}[name])
+    return lambda *arrays: function(*arrays).block_until_ready()
+
+
+def exact(q: Any, k: Any, v: Any, *, is_causal: bool = False) -> Any:
+    """torch's exact attention."""
+    return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=is_causal)
+
+
+def performer(m: int, d: int, *, causal: bool = False) -> Any:
+    """performer-pytorch's FastAttention, where it is installed; None elsewhere."""
+    try:
+        from performer_pytorch import FastAttention
+    except ImportError:
+        return None
+    return FastAttention(dim_heads=d, nb_features=m, causal=causal)

@@ -1,0 +1,125 @@
+"""Run the benchmarks and write the page and the picture: `python -m benchmarks.report`."""
+
+import datetime
+import time
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import torch
+import typer
+
+from benchmarks import (
+    attention,
+    causal_attention,
+    decode_step,
+    exponential_features,
+    kernel_matvec,
+    measure,
+    startup,
+)
+
+SCRIPTS = {
+    "exponential_features": exponential_features,
+    "attention": attention,
+    "causal_attention": causal_attention,
+    "decode_step": decode_step,
+    "kernel_matvec": kernel_matvec,
+    "startup": startup,
+}
+ROOT = Path(__file__).parents[1]
+
+
+def peak() -> float:
+    """GFLOP/s of a square float32 product: the machine at this moment."""
+    a = torch.randn(2048, 2048)
+    best = min(_seconds(lambda: a @ a) for _ in range(7))
+    return 2 * 2048**3 / best / 1e9
+
+
+def _seconds(run) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def page(found: list[measure.Table], memory: dict[str, float], flops: float) -> str:
+    """The Markdown page."""
+    lines = [
+        "# CPU benchmarks",
+        "",
+        f"Measured {datetime.date.today().isoformat()}: "
+        + ", ".join(f"{name} {value}" for name, value in measure.machine().items())
+        + f". A 2048 x 2048 float32 product ran at {flops:.0f} GFLOP/s in the same run.",
+        "",
+        "Interleaved medians in one process, float32, eight heads of 64, after a check against float64 where the sizes",
+        "allow it. Read ratios: times on a shared machine vary. Peers marked plain take no maxima, and so overflow on",
+        "larger inputs; ours always take them. `python -m benchmarks.report` writes this page.",
+        "",
+        "| work | ours, ms | best other, ms | ratio | goal |",
+        "|---|---|---|---|---|",
+    ]
+    for table in found:
+        ours, *others = table.seconds.items()
+        if others and table.work.split(":")[0] != "start-up":
+            name, best = min(others, key=lambda item: item[1])
+            goal = f"{table.goal:.1f}{'' if table.ratio >= table.goal else ' (missed)'}" if table.goal else ""
+            lines.append(
+                f"| {table.work} | {1e3 * ours[1]:.2f} | {name} {1e3 * best:.2f} | {table.ratio:.2f} | {goal} |"
+            )
+    lines += ["", "## Every peer", ""]
+    for table in found:
+        lines += [f"**{table.work}**", "", "| | ms |", "|---|---|"]
+        lines += [f"| {name} | {1e3 * seconds:.2f} |" for name, seconds in table.seconds.items()]
+        lines += [f"| {name} | left out: {why.splitlines()[0]} |" for name, why in table.left_out.items()]
+        lines.append("")
+    lines += ["## Memory beyond inputs and output", "", "| | MiB |", "|---|---|"]
+    lines += [f"| {name} | {size:.1f} |" for name, size in memory.items()]
+    return "\n".join(lines) + "\n"
+
+
+def picture(found: list[measure.Table], path: Path) -> None:
+    """Ratios to the best alternative, beside the goals."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    shown = [table for table in found if table.goal and table.ratio]
+    figure, axes = pyplot.subplots(figsize=(8, 0.35 * len(shown) + 1.2))
+    places = np.arange(len(shown))
+    axes.barh(places, [table.ratio for table in shown], color="#4477aa", label="reached")
+    axes.plot([table.goal for table in shown], places, "k|", markersize=12, label="goal")
+    axes.set_yticks(places, [table.work for table in shown], fontsize=7)
+    axes.invert_yaxis()
+    axes.set_xscale("log")
+    axes.set_xlabel("times the best alternative")
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+
+
+def main(
+    names: Annotated[list[str] | None, typer.Argument(help=f"Of {', '.join(SCRIPTS)}; all by default.")] = None,
+    quick: Annotated[bool, typer.Option(help="Tiny sizes: whether it runs, not how fast.")] = False,
+    output: Annotated[Path, typer.Option(help="The page.")] = ROOT / "docs" / "benchmarks.md",
+) -> None:
+    """Run the benchmarks and write the page and the picture."""
+    found = []
+    flops = peak()
+    with torch.no_grad():
+        for name in names or SCRIPTS:
+            if name not in SCRIPTS:
+                raise typer.BadParameter(f"{name!r} is unknown; known: {', '.join(SCRIPTS)}")
+            with torch.set_grad_enabled(name == "causal_attention"):
+                for table in SCRIPTS[name].tables(quick=quick):
+                    found.append(table)
+                    typer.echo(f"{table.work}: ratio {table.ratio or 0:.2f}, goal {table.goal}  {table.left_out or ''}")
+    memory = startup.scratch(quick=quick)
+    output.write_text(page(found, memory, flops))
+    picture(found, output.parent / "_static" / "benchmarks.png" if not quick else output.with_suffix(".png"))
+    typer.echo(f"Page: {output}")
+
+
+if __name__ == "__main__":
+    typer.run(main)

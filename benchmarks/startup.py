@@ -1,0 +1,55 @@
+"""The first call in a new process, with an empty cache and with a filled one; and the memory of a long call."""
+
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+
+from benchmarks.measure import Table
+
+FIRST = """
+import time, numpy as np, favorsharp as fs
+q, k, v = np.random.default_rng(0).standard_normal((3, 2, 64, 16)).astype("float32")
+fm = fs.feature_map(fs.fit(q, k), 16, rng=0)
+start = time.perf_counter()
+fs.linear_attention(q, k, v, fm)
+print(time.perf_counter() - start)
+"""
+MEMORY = """
+import resource, numpy as np, favorsharp as fs
+n = {n}
+q, k, v = np.random.default_rng(0).standard_normal((3, 8, n, 64), dtype="float32")
+fm = fs.feature_map(fs.fit(q[:, :64], k[:, :64], method="posrf"), 64, rng=0)
+out = np.zeros_like(v)
+fs.linear_attention(q[:, :640], k[:, :640], v[:, :640], fm, is_causal={causal}, out=out[:, :640])
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+result = fs.linear_attention(q, k, v, fm, is_causal={causal})
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024 - result.nbytes / 2**20)
+"""
+
+
+def run(code: str, **environment: str) -> float:
+    """What the code prints."""
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, **environment}, capture_output=True, text=True, check=True
+    )
+    return float(done.stdout)
+
+
+def tables(*, quick: bool = False) -> Iterator[Table]:
+    """First calls, in seconds."""
+    with tempfile.TemporaryDirectory() as folder:
+        found = {
+            name: run(FIRST, NUMBA_CACHE_DIR=folder) for name in ("first call, cold cache", "first call, warm cache")
+        }
+    yield Table("start-up: first call of attention, float32 (goal: 0.3 s warm)", found)
+
+
+def scratch(*, quick: bool = False) -> dict[str, float]:
+    """MiB beyond inputs and output at L = 65,536."""
+    n = 2048 if quick else 65_536
+    return {
+        f"{name}, L={n}": run(MEMORY.format(n=n, causal=causal))
+        for name, causal in (("bidirectional", False), ("causal", True))
+    }
