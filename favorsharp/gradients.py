@@ -25,8 +25,8 @@ def vjp(function: Any, *arguments: Any, **options: Any) -> tuple[Array, Pullback
     Parameters
     ----------
     function : {linear_attention, "linear_attention", "exponential_features"} or the op of that name
-        `linear_attention(q, k, v, feature_map)` with the options is_causal, window, key_mask, enable_gqa and cu_seqlens,
-        and `of_map=True` to get the gradients of a dense-exponential map's rows and log_weight too.
+        `linear_attention(q, k, v, feature_map)` with the options is_causal, window, key_mask, enable_gqa and
+        cu_seqlens, and `of_map=True` to get the gradients of a dense-exponential map's rows and log_weight too.
         `exponential_features(u, rows, row, column)`.
     *arguments, **options
         Of the function.

@@ -4,6 +4,7 @@ import shutil
 import subprocess
 import sys
 from importlib.metadata import entry_points
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,9 @@ from favorsharp.diagnostics import load_sample
 
 assert "site-packages" in fs.__file__, fs.__file__
 assert (Path(fs.__file__).parent / "py.typed").exists()
+
+assert find_spec("favorsharp_numba"), "the wheel lacks the kernels"
+assert str(fs.explain("attention", like=np.ones(3))).splitlines()[0] == "reference: chosen"
 
 q, k, v = (x.astype(np.float32) for x in load_sample())
 out = fs.attention(q, k, v, num_features=128, rng=0)

@@ -6,7 +6,7 @@ import math
 import weakref
 from collections.abc import Sequence
 from dataclasses import fields
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 import numpy as np
@@ -56,14 +56,27 @@ class Address:
 
     def of_batch(self, batch: tuple[int, ...], trailing: int) -> Any:
         """The address of each entry of a batch that the leading axes broadcast to."""
-        shape, strides = self.shape[: len(self.shape) - trailing], self.strides[: len(self.shape) - trailing]
-        missing = len(batch) - len(shape)
-        addresses = np.full((1,) * len(batch), self.start, dtype=np.int64)
-        for axis, (size, step) in enumerate(zip(shape, strides, strict=True), missing):
-            if size > 1:
-                reach = np.arange(size, dtype=np.int64) * step
-                addresses = addresses + reach.reshape((-1,) + (1,) * (len(batch) - axis - 1))
-        return np.ascontiguousarray(np.broadcast_to(addresses, batch)).reshape(-1)
+        leading = len(self.shape) - trailing
+        return self.start + _offsets(self.shape[:leading], self.strides[:leading], batch)
+
+
+@lru_cache(maxsize=1024)
+def _offsets(shape: tuple[int, ...], strides: tuple[int, ...], batch: tuple[int, ...]) -> Any:
+    """The distance of each entry of a batch from the first, in bytes, where the leading axes broadcast to it."""
+    missing = len(batch) - len(shape)
+    offsets = np.zeros((1,) * len(batch), dtype=np.int64)
+    for axis, (size, step) in enumerate(zip(shape, strides, strict=True), missing):
+        if size > 1:
+            reach = np.arange(size, dtype=np.int64) * step
+            offsets = offsets + reach.reshape((-1,) + (1,) * (len(batch) - axis - 1))
+    return _constant(np.broadcast_to(offsets, batch))
+
+
+def _constant(x: Any) -> Any:
+    """A flat copy that nobody can write to."""
+    flat = np.array(x).reshape(-1)
+    flat.flags.writeable = False
+    return flat
 
 
 class Held:
@@ -165,10 +178,8 @@ class Packed:
         dense_back = dense + matrix
         zeros = dense_back + matrix
         total = self.padded(zeros + e_pad)
-        return Sizes(
-            d, d_pad, m, m_pad, e, e_pad, center, linear, near_center, column, rows, panels, dense, dense_back, int(has_dense),
-            int(self.gaussian), total,
-        )  # fmt: skip
+        places = center, linear, near_center, column, rows, panels, dense, dense_back
+        return Sizes(d, d_pad, m, m_pad, e, e_pad, *places, int(has_dense), int(self.gaussian), total)
 
     def padded(self, x: int) -> int:
         """The size in whole vectors, one at least."""
@@ -242,23 +253,29 @@ def _arrays(value: Any) -> list[Any]:
 # Batches -------------------------------------------------------------------------------------------------------------
 
 
+@lru_cache(maxsize=1024)
 def indices(batch: tuple[int, ...], whole: tuple[int, ...]) -> Any:
     """For each entry of a batch `whole`, the flat index of the entry of `batch` that broadcasts to it."""
-    numbers = np.arange(math.prod(batch), dtype=np.int64).reshape(batch)
-    return np.ascontiguousarray(np.broadcast_to(numbers, whole)).reshape(-1)
+    return _constant(np.broadcast_to(np.arange(math.prod(batch), dtype=np.int64).reshape(batch), whole))
 
 
-def members(key_head_of: Any, heads: int) -> tuple[Any, Any]:
-    """The query heads of each key head: all of them sorted by key head, and where each key head's begin."""
-    order = np.argsort(key_head_of, kind="stable").astype(np.int64)
-    starts = np.zeros(heads + 1, np.int64)
-    np.cumsum(np.bincount(key_head_of, minlength=heads), out=starts[1:])
-    return order, starts
+@lru_cache(maxsize=1024)
+def members(batch: tuple[int, ...], whole: tuple[int, ...]) -> tuple[Any, Any]:
+    """The query heads `whole` of each key head of `batch`: all, sorted by key head, and where each key head's begin."""
+    heads = indices(batch, whole)
+    starts = np.zeros(math.prod(batch) + 1, np.int64)
+    np.cumsum(np.bincount(heads, minlength=math.prod(batch)), out=starts[1:])
+    return _constant(np.argsort(heads, kind="stable").astype(np.int64)), _constant(starts)
+
+
+@lru_cache(maxsize=1024)
+def _broadcast(shapes: tuple[tuple[int, ...], ...]) -> tuple[int, ...]:
+    return np.broadcast_shapes(*shapes)
 
 
 def broadcast(*shapes: Sequence[int]) -> tuple[int, ...]:
     """The shape that leading axes broadcast to."""
-    return np.broadcast_shapes(*(tuple(shape) for shape in shapes))
+    return _broadcast(tuple(tuple(shape) for shape in shapes))
 
 
 def empty(like: Any, shape: tuple[int, ...], dtype: str) -> Any:

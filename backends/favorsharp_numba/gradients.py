@@ -13,7 +13,7 @@ from favorsharp_numba.run import share
 def attention_with_stats(
     q: Any, k: Any, v: Any, feature_map: Any, *, key_mask: Any = None, window: int = 0, causal: bool = False
 ) -> tuple[Any, Any, dict[str, Any] | None]:
-    """Attention; of every query 1 / total and the reference, which the backward pass needs; the state's arrays, if causal."""
+    """Attention; 1 / total and the reference of every query, for a backward pass; where causal, the state's arrays."""
     problem = AttentionProblem(feature_map, q, k, v, key_mask=key_mask, window=window)
     out = empty(q, (*problem.batch, q.shape[-2], v.shape[-1]), problem.result)
     stats = problem.keep_stats()

@@ -55,7 +55,7 @@ class AttentionProblem:
         self.held = Held()
         # an axis that only the queries have makes the key heads repeat: those are the groups of query heads
         key_head_of = indices(self.key_batch, self.batch)
-        order, starts = members(key_head_of, self.heads)
+        order, starts = members(self.key_batch, self.batch)
         self.num_keys = k.shape[-2] if k is not None else 0
         self.num_queries = q.shape[-2] if q is not None else 0
         self.k = self.held.points(k, self.key_batch) if k is not None else None

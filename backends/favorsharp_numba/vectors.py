@@ -1,7 +1,7 @@
 """The inner loops, in vector instructions: a register tile of a matrix product, and exponentials of a block.
 
-Numba does not use a processor's vectors for such loops by itself; here they are spelled out as LLVM vectors, of the width
-that `compiling.vector_bytes` names. `plain.py` has the same functions in plain Numba.
+Numba does not use a processor's vectors for such loops by itself; here they are spelled out as LLVM vectors, of the
+width that `compiling.vector_bytes` names. `plain.py` has the same functions in plain Numba.
 
 An array is a *place*: its address divided by the size of an item, so that places are counted in items. Strides are in
 items too, and block lengths are multiples of `lanes`. The dtype is that of the argument `one`.
