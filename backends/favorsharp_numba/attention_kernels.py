@@ -9,6 +9,12 @@ from typing import NamedTuple
 import numpy as np
 
 from favorsharp_numba.compiling import jit
+from favorsharp_numba.primitives import (
+    exp_block,
+    product,
+    product_add,
+    sum_block,
+)
 from favorsharp_numba.tiles import (
     ONE,
     TILE,
@@ -17,7 +23,6 @@ from favorsharp_numba.tiles import (
     absorb,
     absorb_scratch,
     add_keys,
-    exp_block,
     fill,
     get,
     integer_at,
@@ -31,8 +36,6 @@ from favorsharp_numba.tiles import (
     log_queries,
     near_scratch,
     panel,
-    product,
-    product_add,
     put,
     raise_top,
     read_near,
@@ -41,7 +44,6 @@ from favorsharp_numba.tiles import (
     scale_sums,
     squared_norm,
     store_points,
-    sum_block,
     transpose,
     weigh,
 )

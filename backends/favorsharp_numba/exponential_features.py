@@ -18,7 +18,14 @@ from favorsharp_numba.arguments import (
     summed_to,
     widened,
 )
-from favorsharp_numba.compiling import TAGS, jit, vector_bytes
+from favorsharp_numba.compiling import TAGS, jit
+from favorsharp_numba.primitives import (
+    multiply_block,
+    product,
+    product_add,
+    product_exp,
+    product_exp_stream,
+)
 from favorsharp_numba.run import share
 from favorsharp_numba.tiles import (
     ONE,
@@ -28,20 +35,12 @@ from favorsharp_numba.tiles import (
     get,
     integer_at,
     load_points,
-    multiply_block,
     panel,
-    product,
-    product_add,
     put,
     store_points,
     total_of,
 )
 from favorsharp_numba.vectors import BYTES, VECTORS
-
-if vector_bytes():
-    from favorsharp_numba.vectors import product_exp, product_exp_stream
-else:
-    from favorsharp_numba.plain import product_exp, product_exp_stream
 
 STREAM_BYTES = 1 << 22
 """Results larger than this are stored past the caches, which they would only sweep empty."""

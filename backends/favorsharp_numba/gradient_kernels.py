@@ -13,6 +13,14 @@ import numpy as np
 
 from favorsharp_numba.attention_kernels import SMALL_RISE
 from favorsharp_numba.compiling import jit, jit_sums
+from favorsharp_numba.primitives import (
+    exp_block,
+    max_block,
+    multiply_block,
+    product,
+    product_add,
+    product_terms,
+)
 from favorsharp_numba.tiles import (
     ALPHA,
     BETA,
@@ -21,7 +29,6 @@ from favorsharp_numba.tiles import (
     ZERO,
     Mask,
     add_keys,
-    exp_block,
     fill,
     get,
     integer_at,
@@ -32,12 +39,7 @@ from favorsharp_numba.tiles import (
     log_factors,
     log_keys,
     log_queries,
-    max_block,
-    multiply_block,
     panel,
-    product,
-    product_add,
-    product_terms,
     put,
     raise_top,
     rescale,

@@ -9,7 +9,16 @@ from typing import NamedTuple
 
 import numpy as np
 
-from favorsharp_numba.compiling import jit, jit_sums, vector_bytes
+from favorsharp_numba.compiling import jit, jit_sums
+from favorsharp_numba.primitives import (
+    exp_block,
+    max_block,
+    product,
+    product_add,
+    product_terms,
+    scale_block,
+    sum_block,
+)
 from favorsharp_numba.vectors import (
     byte_at,
     compare_tops,
@@ -22,27 +31,6 @@ from favorsharp_numba.vectors import (
     quadratic_rows,
     store_rows,
 )
-
-if vector_bytes():
-    from favorsharp_numba.vectors import (
-        exp_block,
-        max_block,
-        product,
-        product_add,
-        product_terms,
-        scale_block,
-        sum_block,
-    )
-else:
-    from favorsharp_numba.plain import (
-        exp_block,
-        max_block,
-        product,
-        product_add,
-        product_terms,
-        scale_block,
-        sum_block,
-    )
 
 TILE = 64
 """Points worked on at once."""

@@ -1,0 +1,17 @@
+"""The products and blocks in use: vector code, or plain Numba where FAVORSHARP_NUMBA_VECTORS is 0."""
+
+from favorsharp_numba import plain, vectors
+from favorsharp_numba.compiling import vector_bytes
+
+_source = vectors if vector_bytes() else plain
+
+product = _source.product
+product_add = _source.product_add
+product_terms = _source.product_terms
+product_exp = _source.product_exp
+product_exp_stream = _source.product_exp_stream
+max_block = _source.max_block
+exp_block = _source.exp_block
+sum_block = _source.sum_block
+scale_block = _source.scale_block
+multiply_block = _source.multiply_block
