@@ -9,8 +9,6 @@ from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "16")  # its workers spin after a call, and slow down whoever is next
-
 import numpy as np
 
 PAUSE = 0.006

@@ -6,6 +6,7 @@ array library: whoever hands us an array has imported its library already.
 
 import sys
 from collections.abc import Callable, Iterable
+from functools import lru_cache
 from typing import Any
 
 import array_api_compat
@@ -56,7 +57,12 @@ def dtype_name(x: Array | DType) -> str:
     """The dtype's short name, the same in every library: "float32"."""
     if isinstance(x, type):  # NumPy names its dtypes by scalar types
         return x.__name__
-    return str(getattr(x, "dtype", x)).rpartition(".")[2]
+    return _label(getattr(x, "dtype", x))
+
+
+@lru_cache(maxsize=64)  # NumPy makes the text anew each time, which small calls feel
+def _label(dtype: DType) -> str:
+    return str(dtype).rpartition(".")[2]
 
 
 def is_traced(x: Array) -> bool:

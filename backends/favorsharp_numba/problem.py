@@ -7,6 +7,7 @@ import numpy as np
 
 from favorsharp_numba import attention_kernels as kernels
 from favorsharp_numba.arguments import LOG2E, Held, broadcast, host, indices, members, name_of, pack, promoted, widened
+from favorsharp_numba.decode_kernel import Sides
 from favorsharp_numba.run import num_threads, share
 from favorsharp_numba.tiles import TILE
 
@@ -115,6 +116,10 @@ class AttentionProblem:
     def arguments_fixed(self) -> dict[str, int]:
         """Addresses that do not depend on the sums."""
         return self._fixed
+
+    def sides(self) -> Any:
+        """The packed maps and the map of each key head."""
+        return Sides(self._fixed["query_side"], self._fixed["key_side"], self._fixed["map_of"])
 
     def arguments(self, *, causal: bool = False, first_query: int = 0) -> Any:
         """What kernels take besides points."""

@@ -628,6 +628,49 @@ def compare_tops(one, n, top, new_top, safe):
     return _compare_tops(one, n, top, new_top, safe)
 
 
+@intrinsic
+def _turn_rows(context, one, kv, new_kv, m, e, old, new, weight, v, numerator):
+    def emit(context, builder, signature, args):
+        _, kv, new_kv, m, n, old, new, weight, v, numerator = args
+        e = _Emitter(builder, signature.args[0])
+        source, target, values, result = (e.pointer(x) for x in (kv, new_kv, v, numerator))
+        scales, features, weights = (e.pointer(x) for x in (old, new, weight))
+
+        def body(j, shape):
+            kind = shape(e.scalar)
+            wide = isinstance(kind, ir.VectorType)
+
+            def item(pointer):
+                if wide:
+                    return e.broadcast(pointer)
+                return builder.load(pointer, typ=e.scalar)
+
+            value = builder.load(e.at(values, j), typ=kind)
+            value.align = e.item
+            total = cgutils.alloca_once_value(builder, ir.Constant(kind, [0.0] * e.lanes if wide else 0.0))
+            with cgutils.for_range(builder, m) as loop:
+                offset = builder.add(builder.mul(loop.index, n), j)
+                held = builder.load(e.at(source, offset), typ=kind)
+                held.align = e.item
+                kept = builder.fmul(held, item(e.at(scales, loop.index)))
+                turned = builder.fadd(kept, builder.fmul(value, item(e.at(features, loop.index))))
+                builder.store(turned, e.at(target, offset)).align = e.item
+                read = builder.fmul(turned, item(e.at(weights, loop.index)))
+                builder.store(builder.fadd(builder.load(total, typ=kind), read), total)
+            builder.store(builder.load(total, typ=kind), e.at(result, j)).align = e.item
+
+        _rows_loop(builder, e, n, body)
+        return context.get_dummy_value()
+
+    return types.void(one, *[types.int64] * 9), emit
+
+
+@jit
+def turn_rows(one, kv, new_kv, m, e, old, new, weight, v, numerator):
+    """new_kv[i] = old[i] kv[i] + new[i] v for rows of e items, and numerator = sum of weight[i] new_kv[i]."""
+    _turn_rows(one, kv, new_kv, m, e, old, new, weight, v, numerator)
+
+
 # Single items --------------------------------------------------------------------------------------------------------
 
 
