@@ -57,12 +57,13 @@ def dtype_name(x: Array | DType) -> str:
     """The dtype's short name, the same in every library: "float32"."""
     if isinstance(x, type):  # NumPy names its dtypes by scalar types
         return x.__name__
-    return _label(getattr(x, "dtype", x))
+    dtype = getattr(x, "dtype", x)
+    return _numpy_label(dtype) if type(dtype).__module__.startswith("numpy") else str(dtype).rpartition(".")[2]
 
 
 @lru_cache(maxsize=64)  # NumPy makes the text anew each time, which small calls feel
-def _label(dtype: DType) -> str:
-    return str(dtype).rpartition(".")[2]
+def _numpy_label(dtype: DType) -> str:
+    return str(dtype)
 
 
 def is_traced(x: Array) -> bool:
