@@ -12,7 +12,7 @@ from favorsharp.linear_attention import attention, decode_step, init_state, line
 from favorsharp.moments import Moments, combine, moments
 from favorsharp.ops.state import State
 from favorsharp.parameters import METHODS, Parameters, excess, fit, log_second_moment
-from favorsharp.regression import kernel_matvec, nadaraya_watson
+from favorsharp.regression import kernel_matvec, leave_one_out, nadaraya_watson
 
 __version__ = "0.1.0"
 
@@ -32,6 +32,7 @@ __all__ = [
     "init_state",
     "kernel_matrix",
     "kernel_matvec",
+    "leave_one_out",
     "linear_attention",
     "log_second_moment",
     "moments",

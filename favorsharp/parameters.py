@@ -20,6 +20,7 @@ from favorsharp._arrays import (
     namespace_of,
     on_device_of,
 )
+from favorsharp._chunks import is_chunked
 from favorsharp._checks import (
     check_broadcast,
     check_choice,
@@ -169,11 +170,11 @@ def fit_named(
         given = [name for name, value in values.items() if is_array(value) or value != defaults[name]]
         if given:
             raise TypeError(f"fit(moments) takes no {', '.join(given)}: the moments have them in")
-        data = x
+        data = _known(x)
     elif y is None:
         raise TypeError("fit takes queries and keys, or one Moments: y is missing")
     else:
-        data = moments(x, y, **gathering)
+        data = _known(moments(x, y, **gathering))
     for name, mean, covariance in zip(
         names, (data.mean_x, data.mean_y), (data.covariance_x, data.covariance_y), strict=True
     ):
@@ -188,6 +189,16 @@ def fit_named(
     solve = _FITS[method] if isinstance(method, str) else _plain
     values = {name: _restore(value, data) for name, value in solve(statistics).items()}
     return Parameters(method=method, kernel=kernel, scale=scale, **values)
+
+
+def _known(data: Moments) -> Moments:
+    """The moments as NumPy arrays where they are dask's: a fit needs their values, and they are small."""
+    if not is_chunked(data.mean_x):
+        return data
+    import dask
+
+    names = [field.name for field in fields(data) if field.name != "dtype"]
+    return replace(data, **dict(zip(names, dask.compute(*(getattr(data, name) for name in names)), strict=True)))
 
 
 def check_method(method: Any) -> None:

@@ -1,16 +1,52 @@
 """Kernel operators through features: K(x, y) @ v, and the Nadaraya-Watson estimate."""
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
 from favorsharp._arrays import broadcast_shapes, cast, compute_dtype, namespace_of, on_device_of, result_dtype
+from favorsharp._chunks import is_chunked, point_blocks, tree_reduce
 from favorsharp._checks import check_array, check_broadcast, check_floats, check_points, check_same_size
 from favorsharp._typing import Array
 from favorsharp.features import FeatureMap, PositiveFeatureMap
-from favorsharp.features.base import SignedFeatureMap
+from favorsharp.moments import combine
 from favorsharp.ops.attention import attention
 from favorsharp.ops.kernel_matvec import kernel_matvec as kernel_matvec_op
-from favorsharp.ops.state import tiles_of
+from favorsharp.ops.state import State, empty_state, read_partial, tiles_of
+from favorsharp.ops.state import read as read_op
+from favorsharp.ops.state import update as update_op
 from favorsharp.parameters import astype
+
+
+@dataclass(frozen=True, eq=False)
+class SignedSums:
+    """Sums of signed key features times values, relative to exp(top).
+
+    Attributes
+    ----------
+    total : array, shape (*b, m, e + 1)
+        The last column belongs to values of 1.
+    top : array, shape (*b, 1, 1)
+        Largest log factor of a point; -inf before the first.
+    """
+
+    total: Array
+    top: Array
+
+
+Sums = State | SignedSums
+"""All that an estimate needs to know of the points y and their values: what each block gives, and `combine` joins."""
+
+
+@combine.register
+def _combine_sums(a: SignedSums, b: Any) -> SignedSums:
+    if not isinstance(b, SignedSums) or a.total.shape[-2:] != b.total.shape[-2:]:
+        raise ValueError(f"combine needs sums of one map and one value size, got {a} and {b}")
+    xp = namespace_of(a.total, b.total)
+    top = xp.maximum(a.top, b.top)
+    safe = xp.where(top == -xp.inf, 0.0, top)
+    return SignedSums(a.total * xp.exp(a.top - safe) + b.total * xp.exp(b.top - safe), top)
 
 
 def kernel_matvec(x: Array, y: Array, v: Array, feature_map: FeatureMap) -> Array:
@@ -34,12 +70,14 @@ def kernel_matvec(x: Array, y: Array, v: Array, feature_map: FeatureMap) -> Arra
     TypeError, ValueError
         If an argument is not as described.
     """
-    v, single = _columns(v)
+    if is_chunked(x, y, v):
+        return _chunked(x, y, v, feature_map, products)
+    v, single = _columns("v", v)
     prepared: Any = astype(feature_map, _check(x, y, v, feature_map))
     if isinstance(prepared, PositiveFeatureMap):
         out = kernel_matvec_op(x, y, v, prepared)
     else:
-        out = _signed_products(x, y, v, prepared, normalise=False)
+        out = cast(products(gather(y, v, prepared), x, prepared), result_dtype(namespace_of(x, y, v), x, y, v))
     return out[..., 0] if single else out
 
 
@@ -66,19 +104,62 @@ def nadaraya_watson(x: Array, y: Array, v: Array, feature_map: FeatureMap) -> Ar
     TypeError, ValueError
         If an argument is not as described.
     """
-    v, single = _columns(v)
+    if is_chunked(x, y, v):
+        return _chunked(x, y, v, feature_map, means)
+    v, single = _columns("v", v)
     prepared: Any = astype(feature_map, _check(x, y, v, feature_map))
     if isinstance(prepared, PositiveFeatureMap):
         out = attention(x, y, v, prepared)
     else:
-        out = _signed_products(x, y, v, prepared, normalise=True)
+        out = cast(means(gather(y, v, prepared), x, prepared), result_dtype(namespace_of(x, y, v), x, y, v))
     return out[..., 0] if single else out
 
 
-def _columns(v: Any) -> tuple[Array, bool]:
+def _columns(name: str, v: Any) -> tuple[Array, bool]:
     """Return v with a value axis, and whether it had none."""
-    check_array("v", v)
+    check_array(name, v)
     return (v[:, None], True) if v.ndim == 1 else (v, False)
+
+
+def _chunked(x: Array, y: Array, v: Array, feature_map: Any, finish: Callable[[Sums, Array, Any], Array]) -> Array:
+    """A lazy dask array: the sums of each chunk of y, merged by a tree, then read by each chunk of x."""
+    import dask
+    import dask.array as da
+    import numpy as np
+
+    x, y = da.asarray(x), da.asarray(y)
+    single = v.ndim == 1
+    v = da.asarray(v)[:, None] if single else da.asarray(v)
+    if not isinstance(feature_map, FeatureMap):
+        raise TypeError(f"feature_map must be a favorsharp.FeatureMap, got {type(feature_map).__name__}")
+    # the arguments are judged by empty arrays of their shapes and dtypes: nothing is computed here
+    hollow = [np.broadcast_to(np.zeros((), dtype=a.dtype), a.shape) for a in (x, y, v)]
+    dtype = _check(*hollow, feature_map)
+    out_dtype = np.result_type(*(a.dtype for a in hollow))
+    batch = broadcast_shapes(*(a.shape[:-2] for a in hollow), feature_map.batch_shape)
+    prepared: Any = astype(feature_map, dtype)
+    held = dask.delayed(prepared, traverse=False)
+    pairs = zip(point_blocks("y", y), point_blocks("v", v, like=y), strict=True)
+    sums = tree_reduce(_joined, [dask.delayed(gather)(a.astype(dtype), b, held) for a, b in pairs])
+    blocks = [
+        da.from_delayed(
+            dask.delayed(_finished)(finish, sums, block, held, (*batch, size, v.shape[-1]), out_dtype),
+            (*batch, size, v.shape[-1]),
+            dtype=out_dtype,
+        )
+        for size, block in zip(x.chunks[-2], point_blocks("x", x), strict=True)
+    ]
+    out = da.concatenate(blocks, axis=-2)
+    return out[..., 0] if single else out
+
+
+def _joined(parts: list[Sums]) -> Sums:
+    return reduce(combine, parts)
+
+
+def _finished(finish: Any, sums: Sums, x: Array, feature_map: Any, shape: tuple[int, ...], dtype: Any) -> Array:
+    out = cast(finish(sums, x, feature_map), dtype)
+    return namespace_of(out).broadcast_to(out, shape)
 
 
 def _check(x: Array, y: Array, v: Array, feature_map: Any) -> Any:
@@ -97,37 +178,123 @@ def _check(x: Array, y: Array, v: Array, feature_map: Any) -> Any:
     return compute_dtype(xp, x, y, v)
 
 
-def _signed_products(x: Array, y: Array, v: Array, feature_map: SignedFeatureMap, *, normalise: bool) -> Array:
-    """K(x, y) @ v by signed features, tile by tile; the scalar factors of points are kept as logarithms."""
-    xp = namespace_of(x, y, v)
-    out_dtype = result_dtype(xp, x, y, v)
-    dtype = compute_dtype(xp, x, y, v)
-    batch = broadcast_shapes(x.shape[:-2], y.shape[:-2], v.shape[:-2], feature_map.batch_shape)
-    n, s, m = x.shape[-2], y.shape[-2], feature_map.num_features
-    if s == 0:
-        return xp.zeros((*batch, n, v.shape[-1]), dtype=out_dtype, **on_device_of(x))
-    if normalise:
-        v = xp.concat([v, xp.ones_like(v[..., :1])], axis=-1)
-    total, top = None, None
-    for a, b in tiles_of(s, m, batch):
+def gather(y: Array, v: Array, feature_map: Any) -> Sums:
+    """The sums of a block of points and values, checked already, for a map in the dtype to compute in."""
+    xp = namespace_of(y, v)
+    dtype = compute_dtype(xp, y, v)
+    batch = broadcast_shapes(y.shape[:-2], v.shape[:-2], feature_map.batch_shape)
+    if isinstance(feature_map, PositiveFeatureMap):
+        empty = empty_state(feature_map, batch, y.shape[-1], v.shape[-1], 0, cast(y[..., :0, :], dtype))
+        return update_op(empty, y, v, feature_map)
+    v = xp.concat([v, xp.ones_like(v[..., :1])], axis=-1)
+    m = feature_map.num_features
+    sums = SignedSums(
+        xp.zeros((*batch, m, v.shape[-1]), dtype=dtype, **on_device_of(y)),
+        xp.full((*batch, 1, 1), -xp.inf, dtype=dtype, **on_device_of(y)),
+    )
+    for a, b in tiles_of(y.shape[-2], m, batch):
+        if a == b:
+            continue
         features, log_factor = feature_map.key_parts(cast(y[..., a:b, :], dtype))
-        tile_top = xp.max(log_factor, axis=-2, keepdims=True)
-        weighted = features * xp.exp(log_factor - tile_top)
-        tile_total = xp.matrix_transpose(weighted) @ cast(v[..., a:b, :], dtype)
-        if total is None:
-            total, top = tile_total, tile_top
-        else:
-            higher = xp.maximum(top, tile_top)
-            total = total * xp.exp(top - higher) + tile_total * xp.exp(tile_top - higher)
-            top = higher
+        top = xp.max(log_factor, axis=-2, keepdims=True)
+        weighted = features * xp.exp(log_factor - top)
+        sums = combine(sums, SignedSums(xp.matrix_transpose(weighted) @ cast(v[..., a:b, :], dtype), top))
+    return sums
+
+
+def products(sums: Sums, x: Array, feature_map: Any) -> Array:
+    """K(x, y) @ v of the y and v that were gathered, in the dtype of the sums."""
+    if isinstance(sums, State):
+
+        def rows(tile: Array) -> Array:
+            part = read_partial(sums, feature_map.log_query(tile))
+            return part.num * namespace_of(tile).exp(part.ref)
+    else:
+
+        def rows(tile: Array) -> Array:
+            features, log_factor = feature_map.query_parts(tile)
+            return (features @ sums.total[..., :-1]) * namespace_of(tile).exp(log_factor + sums.top)
+
+    return _by_tiles(rows, sums, x, feature_map)
+
+
+def means(sums: Sums, x: Array, feature_map: Any) -> Array:
+    """The kernel-weighted mean of the v that were gathered, in the dtype of the sums; see `nadaraya_watson`."""
+    if isinstance(sums, State):
+        return read_op(sums, cast(x, sums.kv.dtype), feature_map)
+
+    def rows(tile: Array) -> Array:
+        out = feature_map.query_parts(tile)[0] @ sums.total
+        return _divided(out[..., :-1], out[..., -1:])
+
+    out = _by_tiles(rows, sums, x, feature_map)
+    empty = sums.top == -namespace_of(x).inf
+    return namespace_of(x).where(empty, 0.0, out)
+
+
+def leave_one_out(x: Array, v: Array, feature_map: FeatureMap) -> Array:
+    """The Nadaraya-Watson estimate at each point from all the others, in one pass over the points.
+
+    A point's own share in its estimate is taken out of the sums that all points have made, so that n estimates cost
+    what `nadaraya_watson` costs. Mean square differences from v, for maps of several scales, choose a bandwidth.
+
+    Parameters
+    ----------
+    x : array, shape (*b, n, d)
+    v : array, shape (*b, n, e) or (n,)
+    feature_map : FeatureMap
+
+    Returns
+    -------
+    array, shape (*b, n, e), or (*b, n) for a v of one axis
+        In the dtype that x and v promote to. NaN where the others have less than 1e-10 (float32: 1e-4) of the weight of
+        all, or with a signed map no positive weight: what is left of the sums is then rounding.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If an argument is not as described.
+    """
+    v, single = _columns("v", v)
+    dtype = _check(x, x, v, feature_map)
+    xp = namespace_of(x, v)
+    prepared: Any = astype(feature_map, dtype)
+    sums = gather(x, v, prepared)
+    least = 1e-4 if dtype == xp.float32 else 1e-10
     outs = []
-    for a, b in tiles_of(n, m, batch):
-        features, log_factor = feature_map.query_parts(cast(x[..., a:b, :], dtype))
-        out = features @ total
-        if normalise:
-            weight = out[..., -1:]
-            out = xp.where(weight > 0, out[..., :-1] / xp.where(weight > 0, weight, 1.0), xp.nan)
+    batch = broadcast_shapes(x.shape[:-2], v.shape[:-2], prepared.batch_shape)
+    for a, b in tiles_of(x.shape[-2], prepared.num_features, batch):
+        tile, values = cast(x[..., a:b, :], dtype), cast(v[..., a:b, :], dtype)
+        if isinstance(sums, State):
+            lq, lk = prepared.log_query(tile), prepared.log_key(tile)
+            part = read_partial(sums, lq)
+            num, den = part.num, part.den
+            own = xp.sum(xp.exp(lq + lk - part.ref), axis=-1, keepdims=True)
         else:
-            out = out * xp.exp(log_factor + top)
-        outs.append(xp.broadcast_to(cast(out, out_dtype), (*batch, *out.shape[-2:])))
+            query, _ = prepared.query_parts(tile)
+            key, log_factor = prepared.key_parts(tile)
+            both = query @ sums.total
+            num, den = both[..., :-1], both[..., -1:]
+            own = xp.sum(query * key, axis=-1, keepdims=True) * xp.exp(log_factor - sums.top)
+        left = xp.where(den - own > least * den, den - own, 0.0 * den)
+        outs.append(cast(_divided(num - own * values, left), result_dtype(xp, x, v)))
+    out = outs[0] if len(outs) == 1 else xp.concat(outs, axis=-2)
+    return out[..., 0] if single else out
+
+
+def _divided(num: Array, den: Array) -> Array:
+    """num / den, NaN where den is not positive."""
+    xp = namespace_of(num)
+    return xp.where(den > 0, num / xp.where(den > 0, den, 1.0), xp.nan)
+
+
+def _by_tiles(rows: Callable[[Array], Array], sums: Sums, x: Array, feature_map: Any) -> Array:
+    """What `rows` makes of x, a tile of points at a time."""
+    xp = namespace_of(x)
+    held = sums.kv if isinstance(sums, State) else sums.total
+    batch = broadcast_shapes(x.shape[:-2], held.shape[:-2], feature_map.batch_shape)
+    outs = []
+    for a, b in tiles_of(x.shape[-2], feature_map.num_features, batch):
+        out = rows(cast(x[..., a:b, :], held.dtype))
+        outs.append(xp.broadcast_to(out, (*batch, *out.shape[-2:])))
     return outs[0] if len(outs) == 1 else xp.concat(outs, axis=-2)

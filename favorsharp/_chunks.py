@@ -1,0 +1,39 @@
+"""Dask arrays: one delayed call for each chunk of points, and a tree that merges what they give.
+
+dask is not imported unless somebody hands over one of its arrays.
+"""
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from favorsharp._arrays import is_array, library_of
+from favorsharp._typing import Array
+
+_FAN = 8
+"""Parts that one merge joins."""
+
+
+def is_chunked(*arrays: Array) -> bool:
+    """Whether one of the arrays is dask's."""
+    return any(is_array(x) and library_of(x) == "dask" for x in arrays)
+
+
+def point_blocks(name: str, x: Array, like: Array | None = None) -> list[Any]:
+    """The chunks of x along the point axis -2 as delayed arrays, every other axis whole; cut as `like` is, if given."""
+    import dask.array as da
+
+    x = da.asarray(x)
+    if any(size != size for sizes in x.chunks for size in sizes):  # NaN stands for a size that dask does not know
+        raise ValueError(f"{name} has chunks of unknown size; accepted: known sizes, as compute_chunk_sizes() gives")
+    points = x.chunks[-2] if like is None else like.chunks[-2]
+    x = x.rechunk({axis: points if axis == x.ndim - 2 else -1 for axis in range(x.ndim)})
+    return list(x.to_delayed().ravel())
+
+
+def tree_reduce(join: Callable[[list[Any]], Any], parts: list[Any]) -> Any:
+    """Delayed parts joined in order, a few at a time."""
+    delayed = sys.modules["dask"].delayed
+    while len(parts) > 1:
+        parts = [delayed(join)(parts[start : start + _FAN]) for start in range(0, len(parts), _FAN)]
+    return parts[0]

@@ -1,0 +1,350 @@
+"""scikit-learn estimators: random features, and Nadaraya-Watson regression and classification that stream.
+
+`gamma` is scikit-learn's: the kernel is exp(-gamma |x - y|^2), so the scale of `favorsharp.fit` is twice gamma.
+"""
+
+from typing import Any, Self
+
+import numpy as np
+from sklearn.base import (
+    BaseEstimator,
+    ClassifierMixin,
+    ClassNamePrefixFeaturesOutMixin,
+    RegressorMixin,
+    TransformerMixin,
+)
+from sklearn.utils import check_random_state
+from sklearn.utils._array_api import (  # private, and imported nowhere else
+    check_same_namespace,
+    get_namespace,
+    supported_float_dtypes,
+)
+from sklearn.utils.metaestimators import available_if
+from sklearn.utils.multiclass import check_classification_targets
+from sklearn.utils.validation import check_is_fitted, validate_data
+
+from favorsharp._arrays import cast, from_host, on_device_of, to_host
+from favorsharp._checks import check_choice
+from favorsharp.exact import kernel_matrix, softmax_attention
+from favorsharp.features import feature_map
+from favorsharp.moments import combine
+from favorsharp.parameters import METHODS, fit
+from favorsharp.regression import gather, leave_one_out, means, products
+
+__all__ = ["NadarayaWatsonClassifier", "NadarayaWatsonRegressor", "RandomFeatures"]
+
+SIGNED = ("trig", "poisson", "geometric")
+
+GRID = tuple(2.0**power for power in range(-4, 7))
+"""What `gamma="auto_cv"` multiplies the value of "scale" by, in turn."""
+
+
+class _KernelEstimator(BaseEstimator):
+    """What the three estimators share: checks of points, the bandwidth, the map, the tags."""
+
+    def _points(self, x: Any, *, reset: bool, **options: Any) -> Any:
+        xp, _ = get_namespace(x)
+        return validate_data(self, x, dtype=supported_float_dtypes(xp), reset=reset, **options)
+
+    def _bandwidth(self, x: Any) -> float:
+        """The number that gamma stands for: "scale" is 1 / (d var(x)), 1 where x does not vary."""
+        if isinstance(self.gamma, str):
+            check_choice("gamma", self.gamma, self._GAMMAS, also=", or a positive number")
+            spread = float(to_host(x).astype(np.float64).var())
+            return 1.0 / (x.shape[1] * spread) if spread > 0 else 1.0
+        return float(self.gamma)
+
+    def _map(self, x: Any, gamma: float, seed: int) -> Any:
+        parameters = fit(x, x, method=self.method, kernel="gaussian", scale=2 * gamma)
+        return feature_map(parameters, self.n_components, draw=self.draw, rng=seed)
+
+    def _seed(self) -> int:
+        return int(check_random_state(self.random_state).randint(2**31 - 1))
+
+    def __sklearn_tags__(self) -> Any:
+        tags = super().__sklearn_tags__()
+        tags.array_api_support = True
+        tags.input_tags.sparse = False
+        return tags
+
+
+class RandomFeatures(ClassNamePrefixFeaturesOutMixin, TransformerMixin, _KernelEstimator):
+    """Random features of the Gaussian kernel, positive and fitted to the data; in RBFSampler's place.
+
+    The dot product of two transformed points estimates exp(-gamma |x - y|^2) without bias. Takes NumPy arrays, and with
+    scikit-learn's array API dispatch torch tensors and others; keeps float32.
+
+    Parameters
+    ----------
+    method : str or callable, default="optimal"
+        As in `favorsharp.fit`.
+    n_components : int, default=256
+        Number of features; even for `trig`.
+    gamma : {"scale"} or float, default="scale"
+        "scale" is 1 / (n_features X.var()).
+    draw : str, default="orthogonal"
+        As in `favorsharp.feature_map`.
+    random_state : int, RandomState or None, default=None
+
+    Attributes
+    ----------
+    feature_map_ : FeatureMap
+    gamma_ : float
+    n_features_in_ : int
+    feature_names_in_ : ndarray of str
+        Where the data have names.
+    """
+
+    _GAMMAS = ("scale",)
+
+    def __init__(
+        self,
+        method: Any = "optimal",
+        n_components: int = 256,
+        gamma: Any = "scale",
+        draw: Any = "orthogonal",
+        random_state: Any = None,
+    ) -> None:
+        self.method = method
+        self.n_components = n_components
+        self.gamma = gamma
+        self.draw = draw
+        self.random_state = random_state
+
+    def fit(self, X: Any, y: Any = None) -> Self:  # noqa: N803
+        """Fit the features to X, shape (n, d), and draw them."""
+        X = self._points(X, reset=True)  # noqa: N806
+        self.gamma_ = self._bandwidth(X)
+        self.feature_map_ = self._map(X, self.gamma_, self._seed())
+        self._projection = self.feature_map_.projection
+        self._n_features_out = self.feature_map_.num_features
+        return self
+
+    def transform(self, X: Any) -> Any:  # noqa: N803
+        """Features of X, shape (n, d) -> (n, n_components), in the dtype of X."""
+        check_is_fitted(self)
+        check_same_namespace(X, self, attribute="_projection", method="transform")
+        return self.feature_map_.query(self._points(X, reset=False))
+
+    def __sklearn_tags__(self) -> Any:
+        tags = super().__sklearn_tags__()
+        tags.transformer_tags.preserves_dtype = ["float64", "float32"]
+        return tags
+
+
+class _NadarayaWatson(_KernelEstimator):
+    """Kernel-weighted means of values, by sums that any number of blocks may enter."""
+
+    _GAMMAS = ("scale", "auto_cv")
+
+    def __init__(
+        self,
+        method: Any = "optimal",
+        n_components: int = 256,
+        gamma: Any = "scale",
+        draw: Any = "orthogonal",
+        random_state: Any = None,
+        verbose: bool = False,
+    ) -> None:
+        self.method = method
+        self.n_components = n_components
+        self.gamma = gamma
+        self.draw = draw
+        self.random_state = random_state
+        self.verbose = verbose
+
+    def _start(self, x: Any, v: Any) -> None:
+        if not callable(self.method):
+            check_choice("method", self.method, ("exact", *METHODS), also=", or a callable")
+        seed = self._seed()
+        self.gamma_ = self._bandwidth(x)
+        if isinstance(self.gamma, str) and self.gamma == "auto_cv":
+            self.gamma_ = self._tuned(x, v, seed)
+        self.feature_map_ = None if self.method == "exact" else self._map(x, self.gamma_, seed)
+        self._reference = x[:1, ...]  # the library, device and dtype of the fit
+        self._sums = None
+
+    def _tuned(self, x: Any, v: Any, seed: int) -> float:
+        """The candidate whose leave-one-out estimates are closest to v, in one pass each."""
+        from tqdm import tqdm
+
+        host = to_host(v).astype(np.float64)
+        others = (host.sum(axis=0) - host) / max(len(host) - 1, 1)
+        errors = {}
+        for gamma in tqdm([factor * self.gamma_ for factor in GRID], desc="bandwidth", disable=not self.verbose):
+            if self.method == "exact":
+                out = to_host(_exact_leave_one_out(x, v, gamma))
+            else:
+                out = to_host(leave_one_out(x, v, self._map(x, gamma, seed)))
+            out = np.where(np.isnan(out), others, out)  # a point without neighbours is guessed from all
+            errors[gamma] = float(((out - host) ** 2).mean())
+        return min(errors, key=lambda gamma: errors[gamma])
+
+    def _absorb(self, x: Any, v: Any) -> None:
+        if self.method == "exact":
+            held = self._sums
+            xp, _ = get_namespace(x)
+            self._sums = (x, v) if held is None else tuple(xp.concat(pair) for pair in zip(held, (x, v), strict=True))
+            return
+        block = gather(x, v, self.feature_map_)
+        self._sums = block if self._sums is None else combine(self._sums, block)
+
+    def _estimate(self, x: Any, method: str, finish: Any = means) -> Any:
+        check_is_fitted(self)
+        check_same_namespace(x, self, attribute="_reference", method=method)
+        x = self._points(x, reset=False)
+        like = cast(x, self._reference.dtype)
+        if self.method == "exact":
+            out = _exact(like, *self._sums, self.gamma_)
+        else:
+            out = finish(self._sums, like, self.feature_map_)
+        return cast(out, x.dtype)
+
+    def _like_first(self, x: Any) -> Any:
+        return cast(x, self._reference.dtype)
+
+    def __sklearn_is_fitted__(self) -> bool:
+        return getattr(self, "_sums", None) is not None
+
+
+def _exact(x: Any, y: Any, v: Any, gamma: float) -> Any:
+    """The exact estimate, which never underflows: softmax attention over 2 gamma (x.y - |y|^2 / 2)."""
+    xp, _ = get_namespace(y)
+    centre = xp.mean(y, axis=0, keepdims=True)
+    x, y = x - centre, y - centre
+    queries = xp.concat([x, xp.ones_like(x[:, :1])], axis=1)
+    keys = xp.concat([y, -0.5 * xp.sum(y * y, axis=1, keepdims=True)], axis=1)
+    return softmax_attention(queries, keys, v, scale=2 * gamma)
+
+
+def _exact_leave_one_out(x: Any, v: Any, gamma: float) -> Any:
+    xp, _ = get_namespace(x)
+    n = x.shape[0]
+    rows = max(1, (1 << 20) // n)
+    where = xp.arange(n, **on_device_of(x))
+    outs = []
+    for a in range(0, n, rows):
+        weights = kernel_matrix(x[a : a + rows, :], x, kernel="gaussian", scale=2 * gamma)
+        weights = xp.where(where[a : a + rows, None] == where[None, :], 0.0, weights)
+        total = xp.sum(weights, axis=1, keepdims=True)
+        outs.append(xp.where(total > 0, (weights @ v) / xp.where(total > 0, total, 1.0), xp.nan))
+    return xp.concat(outs)
+
+
+class NadarayaWatsonRegressor(RegressorMixin, _NadarayaWatson):
+    """Kernel-weighted means of the training values, in time linear in the number of points.
+
+    Parameters
+    ----------
+    method : str or callable, default="optimal"
+        As in `favorsharp.fit`, or "exact" for the quadratic yardstick. With a signed method (`trig`, `poisson`,
+        `geometric`) a row whose estimated denominator is not positive is NaN.
+    n_components : int, default=256
+    gamma : {"scale", "auto_cv"} or float, default="scale"
+        "scale" is 1 / (n_features X.var()); "auto_cv" tries multiples of it from 1/16 to 64 and keeps the one with the
+        least leave-one-out square error, one pass over the data each. `partial_fit` chooses on its first block.
+    draw : str, default="orthogonal"
+    random_state : int, RandomState or None, default=None
+    verbose : bool, default=False
+        Show a progress bar while "auto_cv" runs.
+
+    Attributes
+    ----------
+    feature_map_ : FeatureMap or None
+        None for "exact".
+    gamma_ : float
+    n_features_in_ : int
+    """
+
+    def fit(self, X: Any, y: Any) -> Self:  # noqa: N803
+        """Forget what was seen, and take in points X, shape (n, d), with values y, shape (n,) or (n, e)."""
+        self._sums = None
+        return self.partial_fit(X, y)
+
+    def partial_fit(self, X: Any, y: Any) -> Self:  # noqa: N803
+        """Take in a further block; the first one chooses bandwidth and features."""
+        first = not self.__sklearn_is_fitted__()
+        xp, _ = get_namespace(X)
+        X, y = self._points(  # noqa: N806
+            X, reset=first, y=y, multi_output=True, y_numeric=True
+        )
+        values = xp.asarray(y, dtype=X.dtype, **on_device_of(X))
+        values = values[:, None] if values.ndim == 1 else values
+        if first:
+            self._single = y.ndim == 1
+            self._start(X, values)
+        self._absorb(self._like_first(X), self._like_first(values))
+        return self
+
+    def predict(self, X: Any) -> Any:  # noqa: N803
+        """Estimates at X, shape (n, d) -> (n,) or (n, e)."""
+        out = self._estimate(X, "predict")
+        return out[:, 0] if self._single else out
+
+    def __sklearn_tags__(self) -> Any:
+        tags = super().__sklearn_tags__()
+        tags.regressor_tags.poor_score = True  # a local mean is weak in many dimensions
+        tags.target_tags.multi_output = True
+        return tags
+
+
+class NadarayaWatsonClassifier(ClassifierMixin, _NadarayaWatson):
+    """Kernel-weighted shares of the classes, in time linear in the number of points.
+
+    Parameters as in `NadarayaWatsonRegressor`; "auto_cv" scores the shares against the labels by square error.
+
+    Attributes
+    ----------
+    classes_ : array
+    feature_map_ : FeatureMap or None
+    gamma_ : float
+    n_features_in_ : int
+    """
+
+    def fit(self, X: Any, y: Any) -> Self:  # noqa: N803
+        """Forget what was seen, and take in points X, shape (n, d), with labels y, shape (n,)."""
+        self._sums = None
+        return self.partial_fit(X, y)
+
+    def partial_fit(self, X: Any, y: Any, classes: Any = None) -> Self:  # noqa: N803
+        """Take in a further block; the first one chooses bandwidth and features, and names all classes."""
+        first = not self.__sklearn_is_fitted__()
+        X, y = self._points(X, reset=first, y=y)  # noqa: N806
+        check_classification_targets(y)
+        labels = to_host(y) if get_namespace(y)[1] else np.asarray(y)
+        if first:
+            xp, _ = get_namespace(y if classes is None else classes)
+            self.classes_ = xp.unique_values(y) if classes is None else xp.unique_values(xp.asarray(classes))
+        named = self._named()
+        index = np.minimum(np.searchsorted(named, labels), len(named) - 1)
+        known = named[index] == labels
+        if not known.all():
+            unknown = np.unique(labels[~known])
+            raise ValueError(f"y has labels {unknown}; accepted: those of the first block or of classes, {named}")
+        shares = from_host(np.eye(len(named))[index], X)
+        if first:
+            self._start(X, shares)
+        self._absorb(self._like_first(X), self._like_first(shares))
+        return self
+
+    def predict(self, X: Any) -> Any:  # noqa: N803
+        """Classes of the largest shares, shape (n, d) -> (n,)."""
+        # a signed map's denominator may fail to be positive; the order of its numerators means something all the same
+        shares = self._estimate(X, "predict", products if self.method in SIGNED else means)
+        found = self._named()[np.argmax(to_host(shares), axis=1)]
+        _, dispatched = get_namespace(X)
+        return from_host(found, shares, dtype=self.classes_.dtype) if dispatched else found
+
+    def _named(self) -> Any:
+        """The classes on the host."""
+        return to_host(self.classes_) if get_namespace(self.classes_)[1] else np.asarray(self.classes_)
+
+    def _is_positive(self) -> bool:
+        if self.method in SIGNED:
+            raise AttributeError(f"method {self.method!r} is signed: its shares can be negative: no probabilities")
+        return True
+
+    @available_if(_is_positive)
+    def predict_proba(self, X: Any) -> Any:  # noqa: N803
+        """Shares of the classes, shape (n, d) -> (n, classes); not for signed methods."""
+        return self._estimate(X, "predict_proba")

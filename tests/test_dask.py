@@ -1,0 +1,59 @@
+"""dask arrays: lazy, and NumPy's numbers whatever the chunks."""
+
+import numpy as np
+import pytest
+from problems import attention_problem
+
+import favorsharp as fs
+
+da = pytest.importorskip("dask.array")
+
+
+@pytest.mark.parametrize("method", ["optimal", "trig", "poisson"])
+@pytest.mark.parametrize("function", [fs.kernel_matvec, fs.nadaraya_watson])
+@pytest.mark.parametrize("batch", [(), (2,)])
+def test_chunks_give_the_numbers_of_one_array(function, method, batch):
+    x, y, v = attention_problem(0, batch, n=57, s=203, d=3)
+    fm = fs.feature_map(fs.fit(x, y, method=method, kernel="gaussian", scale=0.2), 64, rng=0)
+    want = function(x, y, v, fm)
+    chunks = (*(1,) * len(batch), 11, 2)  # the axis of coordinates is cut, too
+    lazy = function(*(da.from_array(a, chunks=chunks) for a in (x, y, v)), fm)
+    assert isinstance(lazy, da.Array)
+    assert lazy.shape == want.shape
+    assert lazy.dtype == want.dtype
+    np.testing.assert_allclose(lazy.compute(), want, rtol=1e-8, atol=1e-8 * np.nanmax(np.abs(want)))
+
+
+def test_moments_and_fits():
+    x, y, _ = attention_problem(1, n=57, s=203)
+    lazy = fs.moments(da.from_array(x, chunks=(10, 3)), da.from_array(y, chunks=(20, 8)))
+    whole = fs.moments(x, y)
+    for name in ("count_x", "mean_x", "covariance_x", "count_y", "mean_y", "covariance_y"):
+        assert isinstance(getattr(lazy, name), da.Array)
+        np.testing.assert_allclose(getattr(lazy, name).compute(), getattr(whole, name), rtol=1e-10, atol=1e-12)
+    np.testing.assert_allclose(fs.fit(lazy).g1, fs.fit(whole).g1, rtol=1e-8)
+    np.testing.assert_allclose(fs.fit(da.from_array(x), da.from_array(y)).g1, fs.fit(x, y).g1, rtol=1e-8)
+
+
+def test_nothing_is_read_before_it_is_asked_for():
+    def refuse(block):
+        raise AssertionError("computed")
+
+    x, y, v = attention_problem(2, n=20)
+    fm = fs.feature_map(fs.fit(x, y), 8, rng=0)
+    trap = da.map_blocks(refuse, da.from_array(x, chunks=(5, 8)), dtype=x.dtype, meta=np.empty((0, 0)))
+    lazy = fs.nadaraya_watson(trap, trap, da.from_array(v), fm)
+    fs.moments(trap, trap)
+    with pytest.raises(AssertionError, match="computed"):
+        lazy.compute()
+
+
+def test_values_of_one_axis_and_errors():
+    x, y, v = attention_problem(3, n=20)
+    fm = fs.feature_map(fs.fit(x, y), 8, rng=0)
+    got = fs.kernel_matvec(*(da.from_array(a, chunks=6) for a in (x, y, v[:, 0])), fm)
+    np.testing.assert_allclose(got.compute(), fs.kernel_matvec(x, y, v[:, 0], fm), rtol=1e-10)
+    with pytest.raises(ValueError, match="agree in s"):
+        fs.kernel_matvec(da.from_array(x), da.from_array(y), da.from_array(v[:-1]), fm)
+    with pytest.raises(ValueError, match="unknown size"):
+        fs.kernel_matvec(da.from_array(x)[da.from_array(x[:, 0] > 0)], y, v, fm)

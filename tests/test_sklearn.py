@@ -1,0 +1,114 @@
+"""The estimators: scikit-learn's own checks, and what they promise beyond them."""
+
+import pickle
+
+import numpy as np
+import pytest
+
+pytest.importorskip("sklearn")
+from sklearn.datasets import load_diabetes, load_iris
+from sklearn.linear_model import Ridge
+from sklearn.metrics.pairwise import rbf_kernel
+from sklearn.model_selection import GridSearchCV
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from sklearn.utils.estimator_checks import check_estimator
+
+import favorsharp as fs
+from favorsharp.sklearn import NadarayaWatsonClassifier, NadarayaWatsonRegressor, RandomFeatures
+
+pytestmark = pytest.mark.own_backend
+
+ESTIMATORS = [
+    RandomFeatures(n_components=32, random_state=0),
+    NadarayaWatsonRegressor(n_components=64, random_state=0),
+    NadarayaWatsonRegressor(method="exact"),
+    NadarayaWatsonClassifier(n_components=512, random_state=0),
+    NadarayaWatsonClassifier(method="exact"),
+]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("estimator", ESTIMATORS, ids=str)
+def test_scikit_learn_accepts_it(estimator, monkeypatch):
+    monkeypatch.setenv("SCIPY_ARRAY_API", "1")
+    results = check_estimator(estimator, on_fail=None, on_skip=None)
+    failed = [
+        (r["check_name"], r["exception"])
+        for r in results
+        if r["status"] == "failed" and type(r["exception"]).__name__ != "CUDARuntimeError"  # CuPy without a GPU
+    ]
+    assert not failed
+    assert sum(r["status"] == "passed" for r in results) > 45
+
+
+def test_features_estimate_the_rbf_kernel():
+    x = np.random.default_rng(0).standard_normal((40, 3)) + 2
+    got = [RandomFeatures(n_components=m, gamma=0.2, random_state=0).fit_transform(x) for m in (64, 8192)]
+    errors = [np.abs(f @ f.T - rbf_kernel(x, gamma=0.2)).max() for f in got]
+    assert errors[1] < 0.03
+    assert errors[1] < errors[0]
+
+
+def test_float32_pipelines_grids_pickles_and_names():
+    x, y = load_diabetes(return_X_y=True, as_frame=True)
+    assert RandomFeatures(n_components=8).fit_transform(x.to_numpy(np.float32)).dtype == np.float32
+    frame = RandomFeatures(n_components=8).set_output(transform="pandas").fit_transform(x)
+    assert list(frame.columns)[:2] == ["randomfeatures0", "randomfeatures1"]
+    pipe = make_pipeline(StandardScaler(), RandomFeatures(n_components=64, random_state=0), Ridge(alpha=1e-3))
+    search = GridSearchCV(pipe, {"randomfeatures__gamma": [0.002, 0.02]}, cv=3).fit(x, y)
+    assert search.best_score_ > 0.4
+    again = pickle.loads(pickle.dumps(search.best_estimator_))
+    np.testing.assert_array_equal(again.predict(x), search.predict(x))
+
+
+@pytest.mark.parametrize("method", ["optimal", "exact", "trig"])
+def test_blocks_equal_the_whole(method):
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((300, 2))
+    y = (x[:, 0] > 0) + (x[:, 1] > 0) * 2
+    options = {"method": method, "n_components": 256, "gamma": 1.0, "random_state": 0}
+    blocks = NadarayaWatsonClassifier(**options)
+    for start in range(0, 300, 100):
+        blocks.partial_fit(x[start : start + 100], y[start : start + 100], classes=[0, 1, 2, 3])
+    assert (blocks.predict(x) == y).mean() > 0.85
+    if method == "exact":
+        whole = NadarayaWatsonClassifier(**options).fit(x, y)
+        np.testing.assert_allclose(blocks.predict_proba(x), whole.predict_proba(x), rtol=1e-10)
+        np.testing.assert_allclose(whole.predict_proba(x).sum(1), 1)
+    if method == "trig":
+        assert not hasattr(blocks, "predict_proba")
+
+
+def test_the_exact_estimate_far_from_everything_is_the_nearest_point():
+    x = np.array([[0.0], [1.0], [2.0]])
+    model = NadarayaWatsonRegressor(method="exact", gamma=5.0).fit(x, [1.0, 2.0, 3.0])
+    np.testing.assert_allclose(model.predict([[100.0]]), [3.0])
+
+
+@pytest.mark.parametrize("method", ["optimal", "trig"])
+def test_leave_one_out_leaves_one_out(method):
+    rng = np.random.default_rng(0)
+    x, v = rng.standard_normal((30, 2)), rng.standard_normal(30)
+    fm = fs.feature_map(fs.fit(x, x, method=method, kernel="gaussian", scale=0.1), 64, rng=0)
+    want = [
+        fs.nadaraya_watson(x[i : i + 1], np.delete(x, i, 0), np.delete(v, i), fm)[0] for i in range(len(x))
+    ]
+    np.testing.assert_allclose(fs.leave_one_out(x, v, fm), want, rtol=1e-8)
+
+
+@pytest.mark.parametrize("method", ["optimal", "exact"])
+def test_auto_cv_finds_a_better_bandwidth(method):
+    x = np.random.default_rng(0).uniform(-3, 3, (600, 1))
+    y = np.sin(4 * x[:, 0])
+    scores = [
+        NadarayaWatsonRegressor(method=method, gamma=gamma, n_components=512, random_state=0).fit(x, y).score(x, y)
+        for gamma in ("scale", "auto_cv")
+    ]
+    assert scores[1] > max(scores[0], 0.8)
+
+
+def test_iris():
+    x, y = load_iris(return_X_y=True, as_frame=False)
+    names = np.array(["a", "b", "c"])[y]
+    assert NadarayaWatsonClassifier(gamma="auto_cv", random_state=0).fit(x, names).score(x, names) > 0.9
