@@ -13,6 +13,7 @@ from favorsharp.moments import Moments, combine, moments
 from favorsharp.ops.state import State
 from favorsharp.parameters import METHODS, Parameters, excess, fit, log_second_moment
 from favorsharp.regression import kernel_matvec, leave_one_out, nadaraya_watson
+from favorsharp.storage import load, save
 
 __version__ = "0.1.0"
 
@@ -34,10 +35,12 @@ __all__ = [
     "kernel_matvec",
     "leave_one_out",
     "linear_attention",
+    "load",
     "log_second_moment",
     "moments",
     "nadaraya_watson",
     "read",
+    "save",
     "softmax_attention",
     "update",
     "use",

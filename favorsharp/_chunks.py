@@ -19,13 +19,23 @@ def is_chunked(*arrays: Array) -> bool:
     return any(is_array(x) and library_of(x) == "dask" for x in arrays)
 
 
-def point_blocks(name: str, x: Array, like: Array | None = None) -> list[Any]:
-    """The chunks of x along the point axis -2 as delayed arrays, every other axis whole; cut as `like` is, if given."""
+def as_chunked(**named: Array) -> list[Array]:
+    """The named arrays as dask's, of known shapes."""
     import dask.array as da
 
-    x = da.asarray(x)
-    if any(size != size for sizes in x.chunks for size in sizes):  # NaN stands for a size that dask does not know
-        raise ValueError(f"{name} has chunks of unknown size; accepted: known sizes, as compute_chunk_sizes() gives")
+    arrays = {name: da.asarray(x) for name, x in named.items()}
+    for name, x in arrays.items():
+        if any(size != size for size in x.shape):  # NaN stands for a size that dask does not know
+            raise ValueError(
+                f"{name} has chunks of unknown size; accepted: known sizes, as compute_chunk_sizes() gives"
+            )
+        if x.ndim < 2:
+            raise ValueError(f"{name} has shape {x.shape}; accepted: two axes at least")
+    return list(arrays.values())
+
+
+def point_blocks(x: Array, like: Array | None = None) -> list[Any]:
+    """The chunks of x along the point axis -2 as delayed arrays, every other axis whole; cut as `like` is, if given."""
     points = x.chunks[-2] if like is None else like.chunks[-2]
     x = x.rechunk({axis: points if axis == x.ndim - 2 else -1 for axis in range(x.ndim)})
     return list(x.to_delayed().ravel())

@@ -5,8 +5,8 @@ from functools import reduce, singledispatch
 from typing import Any
 
 from favorsharp._arrays import broadcast_shapes, cast, compute_dtype, dtype_name, namespace_of, statistics_dtype
-from favorsharp._chunks import is_chunked, point_blocks, tree_reduce
 from favorsharp._checks import check_flag, check_floats, check_group, check_mask, check_points, check_same_size
+from favorsharp._chunks import as_chunked, is_chunked, point_blocks, tree_reduce
 from favorsharp._typing import Array
 
 _TILE = 8192
@@ -157,15 +157,16 @@ def _chunked(x: Array, y: Array, axis: Any, mask_x: Any, mask_y: Any, enable_gqa
     import numpy as np
 
     if mask_x is not None or mask_y is not None or enable_gqa or axis != -2:
-        raise ValueError("moments of dask arrays take no mask_x, mask_y, enable_gqa or axis: gather them chunk by chunk")
-    x, y = da.asarray(x), da.asarray(y)
-    hollow = [np.zeros((*a.shape[:-2], 0, a.shape[-1]), dtype=a.dtype) if a.ndim > 1 else a for a in (x, y)]
-    if hollow[0] is x or hollow[1] is y:
-        raise ValueError(f"x and y need two axes at least, got shapes {x.shape} and {y.shape}")
-    wide = moments(*hollow)  # judges dtypes and sizes
+        raise ValueError(
+            "moments of dask arrays take no mask_x, mask_y, enable_gqa or axis: gather them chunk by chunk"
+        )
+    x, y = as_chunked(x=x, y=y)
+    wide = moments(
+        *(np.zeros((*a.shape[:-2], 0, a.shape[-1]), dtype=a.dtype) for a in (x, y))
+    )  # judges dtypes and sizes
     values = []
     for name, a in (("x", x), ("y", y)):
-        side = tree_reduce(_merged, [dask.delayed(_side)(block, None, ()) for block in point_blocks(name, a)])
+        side = tree_reduce(_merged, [dask.delayed(_side)(block, None, ()) for block in point_blocks(a)])
         shapes = [getattr(wide, f"{field}_{name}").shape for field in ("count", "mean", "covariance")]
         values += [da.from_delayed(side[i], shape, dtype=np.float64) for i, shape in enumerate(shapes)]
     return Moments(*values, dtype=wide.dtype)

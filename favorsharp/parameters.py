@@ -20,7 +20,6 @@ from favorsharp._arrays import (
     namespace_of,
     on_device_of,
 )
-from favorsharp._chunks import is_chunked
 from favorsharp._checks import (
     check_broadcast,
     check_choice,
@@ -28,6 +27,7 @@ from favorsharp._checks import (
     check_points,
     check_same_size,
 )
+from favorsharp._chunks import is_chunked
 from favorsharp._typing import Array, Elementwise
 from favorsharp.exact import kernel_scale, log_kernel
 from favorsharp.moments import Moments, moments

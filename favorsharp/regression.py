@@ -6,8 +6,8 @@ from functools import reduce
 from typing import Any
 
 from favorsharp._arrays import broadcast_shapes, cast, compute_dtype, namespace_of, on_device_of, result_dtype
-from favorsharp._chunks import is_chunked, point_blocks, tree_reduce
 from favorsharp._checks import check_array, check_broadcast, check_floats, check_points, check_same_size
+from favorsharp._chunks import as_chunked, is_chunked, point_blocks, tree_reduce
 from favorsharp._typing import Array
 from favorsharp.features import FeatureMap, PositiveFeatureMap
 from favorsharp.moments import combine
@@ -127,9 +127,8 @@ def _chunked(x: Array, y: Array, v: Array, feature_map: Any, finish: Callable[[S
     import dask.array as da
     import numpy as np
 
-    x, y = da.asarray(x), da.asarray(y)
-    single = v.ndim == 1
-    v = da.asarray(v)[:, None] if single else da.asarray(v)
+    v, single = _columns("v", v)
+    x, y, v = as_chunked(x=x, y=y, v=v)
     if not isinstance(feature_map, FeatureMap):
         raise TypeError(f"feature_map must be a favorsharp.FeatureMap, got {type(feature_map).__name__}")
     # the arguments are judged by empty arrays of their shapes and dtypes: nothing is computed here
@@ -139,7 +138,7 @@ def _chunked(x: Array, y: Array, v: Array, feature_map: Any, finish: Callable[[S
     batch = broadcast_shapes(*(a.shape[:-2] for a in hollow), feature_map.batch_shape)
     prepared: Any = astype(feature_map, dtype)
     held = dask.delayed(prepared, traverse=False)
-    pairs = zip(point_blocks("y", y), point_blocks("v", v, like=y), strict=True)
+    pairs = zip(point_blocks(y), point_blocks(v, like=y), strict=True)
     sums = tree_reduce(_joined, [dask.delayed(gather)(a.astype(dtype), b, held) for a, b in pairs])
     blocks = [
         da.from_delayed(
@@ -147,7 +146,7 @@ def _chunked(x: Array, y: Array, v: Array, feature_map: Any, finish: Callable[[S
             (*batch, size, v.shape[-1]),
             dtype=out_dtype,
         )
-        for size, block in zip(x.chunks[-2], point_blocks("x", x), strict=True)
+        for size, block in zip(x.chunks[-2], point_blocks(x), strict=True)
     ]
     out = da.concatenate(blocks, axis=-2)
     return out[..., 0] if single else out
@@ -283,7 +282,7 @@ def leave_one_out(x: Array, v: Array, feature_map: FeatureMap) -> Array:
 
 
 def _divided(num: Array, den: Array) -> Array:
-    """num / den, NaN where den is not positive."""
+    """Num / den, NaN where den is not positive."""
     xp = namespace_of(num)
     return xp.where(den > 0, num / xp.where(den > 0, den, 1.0), xp.nan)
 

@@ -23,7 +23,7 @@ from sklearn.utils.metaestimators import available_if
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted, validate_data
 
-from favorsharp._arrays import cast, from_host, on_device_of, to_host
+from favorsharp._arrays import cast, from_host, named_dtype, namespace_of, on_device_of, to_host
 from favorsharp._checks import check_choice
 from favorsharp.exact import kernel_matrix, softmax_attention
 from favorsharp.features import feature_map
@@ -313,8 +313,10 @@ class NadarayaWatsonClassifier(ClassifierMixin, _NadarayaWatson):
         check_classification_targets(y)
         labels = to_host(y) if get_namespace(y)[1] else np.asarray(y)
         if first:
-            xp, _ = get_namespace(y if classes is None else classes)
-            self.classes_ = xp.unique_values(y) if classes is None else xp.unique_values(xp.asarray(classes))
+            named = np.unique(labels if classes is None else np.asarray(classes))
+            _, dispatched = get_namespace(X)
+            move = dispatched and named.dtype.kind in "iuf"  # names of classes stay NumPy's: no other library has them
+            self.classes_ = from_host(named, X, dtype=named_dtype(namespace_of(X), named.dtype.name)) if move else named
         named = self._named()
         index = np.minimum(np.searchsorted(named, labels), len(named) - 1)
         known = named[index] == labels
@@ -332,12 +334,11 @@ class NadarayaWatsonClassifier(ClassifierMixin, _NadarayaWatson):
         # a signed map's denominator may fail to be positive; the order of its numerators means something all the same
         shares = self._estimate(X, "predict", products if self.method in SIGNED else means)
         found = self._named()[np.argmax(to_host(shares), axis=1)]
-        _, dispatched = get_namespace(X)
-        return from_host(found, shares, dtype=self.classes_.dtype) if dispatched else found
+        return found if isinstance(self.classes_, np.ndarray) else from_host(found, shares, dtype=self.classes_.dtype)
 
     def _named(self) -> Any:
         """The classes on the host."""
-        return to_host(self.classes_) if get_namespace(self.classes_)[1] else np.asarray(self.classes_)
+        return to_host(self.classes_)
 
     def _is_positive(self) -> bool:
         if self.method in SIGNED:

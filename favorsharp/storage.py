@@ -1,0 +1,144 @@
+"""Feature maps, fits, moments and states in files: arrays and a line of JSON in an .npz, and never a pickle."""
+
+import hashlib
+import json
+import zipfile
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from favorsharp._arrays import dtype_name, from_host, is_array, named_dtype, namespace_of, to_host
+from favorsharp._typing import Array
+from favorsharp.features import DenseExponentialMap, DiscreteMap, ElementwiseMap, FeatureMap, TrigonometricMap
+from favorsharp.moments import Moments
+from favorsharp.ops.state import State
+from favorsharp.parameters import Parameters
+
+FORMAT = 1
+"""The version of the files that `save` writes; `load` reads this one and none other."""
+
+_KINDS: dict[str, Any] = {
+    kind.__name__: kind
+    for kind in (
+        Moments,
+        Parameters,
+        State,
+        DenseExponentialMap,
+        TrigonometricMap,
+        DiscreteMap,
+        ElementwiseMap,
+    )
+}
+
+
+def save(path: str | Path, value: Moments | Parameters | FeatureMap | State) -> None:
+    """Write a value to a file that `load` reads on any machine and into any array library.
+
+    Parameters
+    ----------
+    path : str or Path
+        Written as it is named; an existing file is replaced.
+    value : Moments, Parameters, FeatureMap or State
+
+    Raises
+    ------
+    TypeError
+        If the value is of another type, or its method is a callable, which is code and not data.
+    """
+    import numpy as np
+
+    arrays: dict[str, Any] = {}
+    header = {"favorsharp": FORMAT, "value": _taken_apart(value, "", arrays)}
+    header["digest"] = _digest(header["value"], arrays)
+    with Path(path).open("wb") as file:
+        np.savez(file, header=np.frombuffer(json.dumps(header).encode(), dtype=np.uint8), **arrays)
+
+
+def load(path: str | Path, *, like: Array | None = None) -> Any:
+    """Read what `save` wrote.
+
+    Parameters
+    ----------
+    path : str or Path
+    like : array, optional
+        Gives the library and the device of the arrays; NumPy without it. dtypes are those of the saved value.
+
+    Returns
+    -------
+    Moments, Parameters, FeatureMap or State
+        With the same numbers: a state goes on with the map that made it, whichever of the two were saved.
+
+    Raises
+    ------
+    ValueError
+        If the file is not one that `save` wrote, was written in another version of the format, or is damaged.
+    """
+    import numpy as np
+
+    path = Path(path)
+    try:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
+            arrays = {name: archive[name] for name in archive.files}
+        header = json.loads(arrays.pop("header").tobytes())
+        version = header["favorsharp"]
+    except (
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        EOFError,
+        IndexError,
+        NotImplementedError,
+        SyntaxError,
+        MemoryError,
+        OverflowError,
+        zipfile.BadZipFile,
+        zipfile.LargeZipFile,
+    ) as error:
+        raise ValueError(f"{path}: not a file that favorsharp.save wrote, or a damaged one: {error}") from None
+    if version != FORMAT:
+        raise ValueError(f"{path}: format {version!r} of favorsharp's files; accepted: {FORMAT}")
+    if header.get("digest") != _digest(header.get("value"), arrays):
+        raise ValueError(f"{path}: damaged or altered: its contents do not have the digest that it names")
+    try:
+        return _put_together(header["value"], arrays, np.zeros(0) if like is None else like)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path}: its contents do not make a value of favorsharp: {error}") from None
+
+
+def _taken_apart(value: Any, prefix: str, arrays: dict[str, Any]) -> dict[str, Any]:
+    """What JSON can hold of a value; its arrays go to `arrays`."""
+    if type(value) not in _KINDS.values():
+        raise TypeError(f"value must be Moments, Parameters, a FeatureMap or a State, got {type(value).__name__}")
+    entries: dict[str, Any] = {}
+    for field in fields(value):
+        entry, name = getattr(value, field.name), prefix + field.name
+        if isinstance(entry, Parameters):
+            entries[field.name] = _taken_apart(entry, f"{name}.", arrays)
+        elif is_array(entry):
+            arrays[name] = to_host(entry)  # bfloat16 in float32
+            entries[field.name] = {"array": name, "dtype": dtype_name(entry).rstrip("_")}
+        elif entry is None or isinstance(entry, str | int | float):
+            entries[field.name] = entry
+        else:
+            raise TypeError(f"{field.name} is {entry!r}, which is code: save takes the named methods")
+    return {"type": type(value).__name__, "fields": entries}
+
+
+def _put_together(described: dict[str, Any], arrays: dict[str, Any], like: Array) -> Any:
+    values = {}
+    for name, entry in described["fields"].items():
+        if isinstance(entry, dict) and "array" in entry:
+            dtype = named_dtype(namespace_of(like), entry["dtype"])
+            values[name] = from_host(arrays[entry["array"]], like, dtype=dtype)
+        else:
+            values[name] = _put_together(entry, arrays, like) if isinstance(entry, dict) else entry
+    return _KINDS[described["type"]](**values)
+
+
+def _digest(described: Any, arrays: dict[str, Any]) -> str:
+    digest = hashlib.blake2b(json.dumps(described, sort_keys=True).encode(), digest_size=16)
+    for name in sorted(arrays):
+        digest.update(f"{name}{arrays[name].dtype.str}{arrays[name].shape}".encode())
+        digest.update(arrays[name].tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,85 @@
+"""Saved values come back with every number, and nothing else is taken for one."""
+
+import io
+import json
+
+import numpy as np
+import pytest
+from problems import attention_problem
+
+import favorsharp as fs
+
+METHODS = ["optimal", "hyperbolic", "trig", "poisson", "relu"]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_map_comes_back(few_xp, tmp_path, method):
+    x, y, _ = (few_xp(a, "float32") for a in attention_problem(0, (2,)))
+    fm = fs.feature_map(fs.fit(x, y, method=method), 8, rng=0)
+    fs.save(tmp_path / "map", fm)
+    again = fs.load(tmp_path / "map", like=x)
+    assert type(again) is type(fm)
+    assert again.fingerprint == fm.fingerprint
+    assert few_xp.is_like(again.query(x), fm.query(x))
+    np.testing.assert_array_equal(few_xp.back(again.query(x)), few_xp.back(fm.query(x)))
+
+
+@pytest.mark.parametrize("window", [0, 4])
+def test_a_stream_goes_on_with_its_saved_state(tmp_path, window):
+    q, k, v = attention_problem(1, n=20)
+    fm = fs.feature_map(fs.fit(q, k), 8, rng=0)
+    state = fs.update(fs.init_state(fm, 5, like=k, window=window), k[:15], v[:15], fm)
+    for name, value in (("map", fm), ("state", state), ("moments", fs.moments(q, k)), ("fit", fm.parameters)):
+        fs.save(tmp_path / name, value)
+    fm2, state2 = fs.load(tmp_path / "map"), fs.load(tmp_path / "state")
+    want = fs.decode_step(q[:1], k[15:16], v[15:16], state, fm)[0]
+    np.testing.assert_array_equal(fs.decode_step(q[:1], k[15:16], v[15:16], state2, fm2)[0], want)
+    np.testing.assert_array_equal(fs.fit(fs.load(tmp_path / "moments")).g1, fs.load(tmp_path / "fit").g1)
+    other = fs.feature_map(fs.fit(q, k), 8, rng=1)
+    with pytest.raises(ValueError, match="another feature map"):
+        fs.read(state2, q, other)
+
+
+def test_foreign_and_damaged_files_are_refused(tmp_path):
+    q, k, _ = attention_problem(2)
+    path = tmp_path / "map"
+    fs.save(path, fs.feature_map(fs.fit(q, k), 8, rng=0))
+    good = path.read_bytes()
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        bad = bytearray(good)
+        where = int(rng.integers(len(bad)))
+        bad[where] ^= 1 << int(rng.integers(8))
+        path.write_bytes(bytes(bad))
+        try:
+            again = fs.load(path)
+        except ValueError:
+            continue
+        assert again.fingerprint is not None  # a bit that nothing reads: a date, a flag
+        np.testing.assert_array_equal(again.projection, fs.feature_map(fs.fit(q, k), 8, rng=0).projection)
+    for size in range(0, len(good), 97):
+        path.write_bytes(good[:size])
+        with pytest.raises(ValueError, match="not a file that favorsharp"):
+            fs.load(path)
+    np.savez(path.with_suffix(".npz"), a=np.arange(3))
+    with pytest.raises(ValueError, match="not a file that favorsharp"):
+        fs.load(path.with_suffix(".npz"))
+
+
+def test_pickles_other_versions_and_callables_are_refused(tmp_path):
+    q, k, _ = attention_problem(3)
+    path = tmp_path / "map"
+    with path.open("wb") as file:
+        np.savez(file, header=np.array([{"a": 1}], dtype=object))
+    with pytest.raises(ValueError, match="not a file"):
+        fs.load(path)
+    header = np.frombuffer(json.dumps({"favorsharp": 99}).encode(), dtype=np.uint8)
+    buffer = io.BytesIO()
+    np.savez(buffer, header=header)
+    path.write_bytes(buffer.getvalue())
+    with pytest.raises(ValueError, match="format 99"):
+        fs.load(path)
+    with pytest.raises(TypeError, match="is code"):
+        fs.save(path, fs.fit(q, k, method=np.square))
+    with pytest.raises(TypeError, match="value must be"):
+        fs.save(path, q)
