@@ -4,6 +4,7 @@ Data go one way: `moments` -> `fit` -> `feature_map` -> `linear_attention`, `ker
 `attention` does it in one call. Importing this package imports no array library and no backend.
 """
 
+from favorsharp.diagnostics import suggest
 from favorsharp.dispatch import explain, use
 from favorsharp.exact import kernel_matrix, softmax_attention
 from favorsharp.features import FeatureMap, feature_map
@@ -42,6 +43,7 @@ __all__ = [
     "read",
     "save",
     "softmax_attention",
+    "suggest",
     "update",
     "use",
     "vjp",

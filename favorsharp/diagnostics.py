@@ -20,10 +20,20 @@ from favorsharp.parameters import (
     embed_query,
     excess,
     fit_named,
+    log_kernel_of,
     map_arrays,
 )
 
-__all__ = ["Comparison", "compare", "load_sample", "predicted_error", "recommend", "relative_error"]
+__all__ = [
+    "Comparison",
+    "Suggestion",
+    "compare",
+    "load_sample",
+    "predicted_error",
+    "recommend",
+    "relative_error",
+    "suggest",
+]
 
 
 @dataclass(frozen=True)
@@ -137,6 +147,20 @@ def predicted_error(
     ValueError
         If the method is not a dense-exponential one.
     """
+    heads = _heads(parameters, q, k, v, window, is_causal, rows)
+    return _relative(heads, num_features)
+
+
+def _relative(heads: list[tuple[Any, Any, float]], num_features: int) -> float:
+    import numpy as np
+
+    return float(
+        np.mean([np.sqrt(np.mean(_blunted(first / num_features, ceiling)) / size) for first, ceiling, size in heads])
+    )
+
+
+def _heads(parameters: Parameters, q: Array, k: Array, v: Array, window: int, is_causal: bool, rows: int) -> Any:
+    """Of each leading index, what `_predicted_head` gives: all that depends on the number of features by division."""
     import numpy as np
 
     if parameters.method not in DENSE_EXPONENTIAL:
@@ -157,8 +181,7 @@ def predicted_error(
     for head in np.ndindex(batch):
         own: dict[str, Any] = {name: values[head] for name, values in by_head.items()}
         heads.append(_predicted_head(replace(p, rate=None, **own), x[head], y[head], value[head], *pairs))
-    relative = [np.mean(_blunted(first / num_features, ceiling)) / size for first, ceiling, size in heads]
-    return float(np.mean(np.sqrt(relative)))
+    return heads
 
 
 _KEYS = 512
@@ -185,7 +208,7 @@ def _predicted_head(p: Parameters, x: Any, y: Any, values: Any, visible: Any, fa
     own = np.sum(np.log(1 - 4 * p.a) - 0.5 * np.log(1 - 8 * p.a)) + np.sum((2 * grow - 1) * u * u, axis=-1)
     side = 0.5 * np.sum((grow - 1) * v * v, axis=-1) + ((2 * grow - 1) * u) @ v.T
     cross = (grow * v) @ v.T
-    logits = np.where(visible, p.scale * (x @ y.T), -np.inf)
+    logits = np.where(visible, log_kernel_of(p, x, y), -np.inf)
     weights = np.exp(logits - logits.max(-1, keepdims=True))
     weights /= weights.sum(-1, keepdims=True)
     out = weights @ values
@@ -207,6 +230,97 @@ def _blunted(first_order: Any, ceiling: Any) -> Any:
 
     ratio = np.where(ceiling > 0, np.sqrt(first_order / np.where(ceiling > 0, ceiling, 1.0)), 0.0)
     return first_order / (1 + ratio) ** 2
+
+
+@dataclass(frozen=True)
+class Suggestion:
+    """What `suggest` found.
+
+    Attributes
+    ----------
+    method, draw : str
+        For `fit` and `feature_map`.
+    num_features : int
+    predicted_error : float
+        Of that many features: relative error of the kernel-weighted means.
+    target_error : float
+    reached : bool
+        Whether the prediction is at most the target; False where even the most features considered miss it.
+    exact_is_cheaper : bool
+        Whether the exact sums take fewer operations: n s at most (n + s) m.
+    """
+
+    method: str
+    draw: str
+    num_features: int
+    predicted_error: float
+    target_error: float
+    reached: bool
+    exact_is_cheaper: bool
+
+
+def suggest(
+    x: Array,
+    y: Array,
+    v: Array | None = None,
+    *,
+    target_error: float,
+    kernel: str = "softmax",
+    scale: float | None = None,
+    methods: Iterable[str] = ("posrf", "oprf", "saderf", "aderf", "sderf", "optimal"),
+) -> Suggestion:
+    """The method and the least number of features that are predicted to reach an error, before any is drawn.
+
+    Each method is fitted from moments; `predicted_error` then gives its error for any number of features from a sample of
+    32 queries and at most 512 keys. Of several methods with one number of features, the one with the least error.
+
+    Parameters
+    ----------
+    x : array, shape (*b, n, d)
+        Queries, or where to estimate.
+    y : array, shape (*b, s, d)
+    v : array, shape (*b, s, e), optional
+        The values to be averaged. None: unit normal values, for which the error is that of the matrix of normalised
+        kernel weights in the Frobenius norm.
+    target_error : float
+        Relative, between 0 and 1.
+    kernel, scale
+        As in `fit`.
+    methods : iterable of str
+        Dense-exponential ones.
+
+    Returns
+    -------
+    Suggestion
+        With at most 65536 features. The draw is `orthogonal`, which is no worse than the independent rows that the
+        prediction is made for.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If an argument is not as described.
+    """
+    import numpy as np
+
+    if isinstance(target_error, bool) or not isinstance(target_error, int | float):
+        raise TypeError(f"target_error must be a number between 0 and 1, got {type(target_error).__name__}")
+    if not 0 < target_error < 1:
+        raise ValueError(f"target_error must be between 0 and 1, got {target_error}")
+    n, s = x.shape[-2], y.shape[-2]
+    values = np.random.default_rng(0).standard_normal((s, 32)) if v is None else v
+    found = []
+    for method in methods:
+        parameters = fit_named(("x", "y"), x, y, method=method, kernel=kernel, scale=scale)
+        heads = _heads(parameters, x, y, values, 0, False, 32)
+        errors = [(m, _relative(heads, m)) for m in _SIZES]
+        m, error = next(((m, error) for m, error in errors if error <= target_error), errors[-1])
+        found.append((error > target_error, m, error, method))
+    missed, m, error, method = min(found)
+    return Suggestion(method, "orthogonal", m, error, float(target_error), not missed, n * s <= (n + s) * m)
+
+
+_SIZES = tuple(int(2 ** (half / 2)) // 8 * 8 for half in range(8, 33))
+"""Numbers of features that are considered: 16 to 65536, two to each doubling, multiples of 8."""
 
 
 def compare(

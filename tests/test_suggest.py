@@ -1,0 +1,47 @@
+"""Suggestions: the least features that are predicted to do, checked against what they then do."""
+
+import numpy as np
+import pytest
+
+import favorsharp as fs
+from favorsharp.diagnostics import load_sample, predicted_error, relative_error
+
+
+@pytest.mark.parametrize("target", [0.6, 0.4])
+def test_the_suggested_features_do_what_is_predicted_on_real_heads(target):
+    q, k, v = (x.astype(np.float64) for x in load_sample())
+    found = fs.suggest(q, k, v, target_error=target)
+    assert found.reached
+    assert found.predicted_error <= target
+    fm = fs.feature_map(fs.fit(q, k, method=found.method), found.num_features, draw=found.draw, rng=0)
+    exact = fs.softmax_attention(q, k, v)
+    measured = relative_error(fs.linear_attention(q, k, v, fm), exact).mean()
+    assert 0.6 < measured / found.predicted_error < 1.5
+    parameters = fs.fit(q, k, method=found.method)
+    assert predicted_error(parameters, q, k, v, found.num_features) == pytest.approx(found.predicted_error)
+
+
+def test_gaussian_kernel():
+    rng = np.random.default_rng(0)
+    x, v = rng.standard_normal((800, 3)), rng.standard_normal((800, 2))
+    found = fs.suggest(x, x, v, target_error=0.3, kernel="gaussian", scale=0.5)
+    fm = fs.feature_map(fs.fit(x, x, method=found.method, kernel="gaussian", scale=0.5), found.num_features, rng=0)
+    weights = fs.kernel_matrix(x, x, kernel="gaussian", scale=0.5)
+    measured = float(relative_error(fs.nadaraya_watson(x, x, v, fm), weights @ v / weights.sum(1, keepdims=True)))
+    assert 0.4 < measured / found.predicted_error < 2
+
+
+def test_exact_is_named_cheaper_for_few_points_and_only_then():
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((20, 4))
+    assert fs.suggest(x, x, target_error=0.1).exact_is_cheaper
+    many = rng.standard_normal((200_000, 4)).astype(np.float32)
+    assert not fs.suggest(many, many, target_error=0.3).exact_is_cheaper
+    assert not fs.suggest(40 * x, 40 * x, target_error=0.001).reached
+
+
+def test_bad_targets():
+    x = np.zeros((3, 2))
+    for bad, error in ((0.0, ValueError), (1.5, ValueError), (float("nan"), ValueError), ("small", TypeError)):
+        with pytest.raises(error, match="target_error"):
+            fs.suggest(x, x, target_error=bad)
