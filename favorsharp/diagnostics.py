@@ -1,10 +1,8 @@
 """What an approximation costs and what it gets: predicted and measured error of attention, time and memory."""
 
 import time
-import tracemalloc
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
-from importlib.resources import as_file, files
 from typing import Any
 
 from favorsharp._arrays import cast, is_traced, library_of, namespace_of, to_host
@@ -78,6 +76,8 @@ def load_sample() -> tuple[Any, Any, Any]:
     q, k, v : numpy.ndarray, shape (6, 512, 32), float16
         As recorded; data/PROVENANCE.md says where they come from.
     """
+    from importlib.resources import as_file, files  # costs an importer time that few need
+
     import numpy as np
 
     with as_file(files("favorsharp") / "data" / "attention_sample.npz") as path, np.load(path) as archive:
@@ -271,8 +271,8 @@ def suggest(
 ) -> Suggestion:
     """The method and the least number of features that are predicted to reach an error, before any is drawn.
 
-    Each method is fitted from moments; `predicted_error` then gives its error for any number of features from a sample of
-    32 queries and at most 512 keys. Of several methods with one number of features, the one with the least error.
+    Each method is fitted from moments; `predicted_error` then gives its error for any number of features from a sample
+    of 32 queries and at most 512 keys. Of several methods with one number of features, the one with the least error.
 
     Parameters
     ----------
@@ -437,6 +437,8 @@ def _median_time(call: Callable[[], Array], repeats: int) -> float:
 
 def _peak_memory(call: Callable[[], Array]) -> int:
     """Bytes that a call holds at most, as NumPy reports them."""
+    import tracemalloc
+
     tracemalloc.start()
     try:
         call()

@@ -164,12 +164,13 @@ def _chunked(x: Array, y: Array, axis: Any, mask_x: Any, mask_y: Any, enable_gqa
     wide = moments(
         *(np.zeros((*a.shape[:-2], 0, a.shape[-1]), dtype=a.dtype) for a in (x, y))
     )  # judges dtypes and sizes
-    values = []
+    values: list[Array] = []
     for name, a in (("x", x), ("y", y)):
         side = tree_reduce(_merged, [dask.delayed(_side)(block, None, ()) for block in point_blocks(a)])
         shapes = [getattr(wide, f"{field}_{name}").shape for field in ("count", "mean", "covariance")]
         values += [da.from_delayed(side[i], shape, dtype=np.float64) for i, shape in enumerate(shapes)]
-    return Moments(*values, dtype=wide.dtype)
+    count_x, mean_x, covariance_x, count_y, mean_y, covariance_y = values
+    return Moments(count_x, mean_x, covariance_x, count_y, mean_y, covariance_y, dtype=wide.dtype)
 
 
 def _merged(sides: list[Any]) -> Any:

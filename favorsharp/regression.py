@@ -133,7 +133,7 @@ def _chunked(x: Array, y: Array, v: Array, feature_map: Any, finish: Callable[[S
         raise TypeError(f"feature_map must be a favorsharp.FeatureMap, got {type(feature_map).__name__}")
     # the arguments are judged by empty arrays of their shapes and dtypes: nothing is computed here
     hollow = [np.broadcast_to(np.zeros((), dtype=a.dtype), a.shape) for a in (x, y, v)]
-    dtype = _check(*hollow, feature_map)
+    dtype = _check(hollow[0], hollow[1], hollow[2], feature_map)
     out_dtype = np.result_type(*(a.dtype for a in hollow))
     batch = broadcast_shapes(*(a.shape[:-2] for a in hollow), feature_map.batch_shape)
     prepared: Any = astype(feature_map, dtype)

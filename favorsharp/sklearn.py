@@ -162,7 +162,7 @@ class _NadarayaWatson(_KernelEstimator):
             self.gamma_ = self._tuned(x, v, seed)
         self.feature_map_ = None if self.method == "exact" else self._map(x, self.gamma_, seed)
         self._reference = x[:1, ...]  # the library, device and dtype of the fit
-        self._sums = None
+        self._sums: Any = None
 
     def _tuned(self, x: Any, v: Any, seed: int) -> float:
         """The candidate whose leave-one-out estimates are closest to v, in one pass each."""
@@ -170,7 +170,7 @@ class _NadarayaWatson(_KernelEstimator):
 
         host = to_host(v).astype(np.float64)
         others = (host.sum(axis=0) - host) / max(len(host) - 1, 1)
-        errors = {}
+        errors: dict[float, float] = {}
         for gamma in tqdm([factor * self.gamma_ for factor in GRID], desc="bandwidth", disable=not self.verbose):
             if self.method == "exact":
                 out = to_host(_exact_leave_one_out(x, v, gamma))

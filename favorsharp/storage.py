@@ -1,18 +1,22 @@
 """Feature maps, fits, moments and states in files: arrays and a line of JSON in an .npz, and never a pickle."""
 
 import hashlib
-import json
-import zipfile
 from dataclasses import fields
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from favorsharp._arrays import dtype_name, from_host, is_array, named_dtype, namespace_of, to_host
 from favorsharp._typing import Array
-from favorsharp.features import DenseExponentialMap, DiscreteMap, ElementwiseMap, FeatureMap, TrigonometricMap
+from favorsharp.features import FeatureMap
+from favorsharp.features.dense_exponential import DenseExponentialMap
+from favorsharp.features.discrete import DiscreteMap
+from favorsharp.features.elementwise import ElementwiseMap
+from favorsharp.features.trigonometric import TrigonometricMap
 from favorsharp.moments import Moments
 from favorsharp.ops.state import State
 from favorsharp.parameters import Parameters
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 FORMAT = 1
 """The version of the files that `save` writes; `load` reads this one and none other."""
@@ -31,7 +35,7 @@ _KINDS: dict[str, Any] = {
 }
 
 
-def save(path: str | Path, value: Moments | Parameters | FeatureMap | State) -> None:
+def save(path: "str | Path", value: Moments | Parameters | FeatureMap | State) -> None:
     """Write a value to a file that `load` reads on any machine and into any array library.
 
     Parameters
@@ -45,6 +49,9 @@ def save(path: str | Path, value: Moments | Parameters | FeatureMap | State) -> 
     TypeError
         If the value is of another type, or its method is a callable, which is code and not data.
     """
+    import json
+    from pathlib import Path
+
     import numpy as np
 
     arrays: dict[str, Any] = {}
@@ -54,7 +61,7 @@ def save(path: str | Path, value: Moments | Parameters | FeatureMap | State) -> 
         np.savez(file, header=np.frombuffer(json.dumps(header).encode(), dtype=np.uint8), **arrays)
 
 
-def load(path: str | Path, *, like: Array | None = None) -> Any:
+def load(path: "str | Path", *, like: Array | None = None) -> Any:
     """Read what `save` wrote.
 
     Parameters
@@ -73,6 +80,10 @@ def load(path: str | Path, *, like: Array | None = None) -> Any:
     ValueError
         If the file is not one that `save` wrote, was written in another version of the format, or is damaged.
     """
+    import json
+    import zipfile
+    from pathlib import Path
+
     import numpy as np
 
     path = Path(path)
@@ -137,6 +148,8 @@ def _put_together(described: dict[str, Any], arrays: dict[str, Any], like: Array
 
 
 def _digest(described: Any, arrays: dict[str, Any]) -> str:
+    import json
+
     digest = hashlib.blake2b(json.dumps(described, sort_keys=True).encode(), digest_size=16)
     for name in sorted(arrays):
         digest.update(f"{name}{arrays[name].dtype.str}{arrays[name].shape}".encode())
