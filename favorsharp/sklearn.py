@@ -195,7 +195,8 @@ class _NadarayaWatson(_KernelEstimator):
         x = self._points(x, reset=False)
         like = cast(x, self._reference.dtype)
         if self.method == "exact":
-            out = _exact(like, *self._sums, self.gamma_)
+            y, v = self._sums
+            out = _exact(like, y, v, self.gamma_)
         else:
             out = finish(self._sums, like, self.feature_map_)
         return cast(out, x.dtype)
