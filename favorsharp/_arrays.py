@@ -85,6 +85,36 @@ def is_traced(x: Array) -> bool:
     return bool(array_api_compat.is_lazy_array(x))
 
 
+def signature_of(x: Any) -> Any:
+    """All of x that checks and the choice of an implementation look at; None where that is not soon told.
+
+    Told are plain NumPy arrays, torch tensors and values of exactly these types: bool, int, None.
+    """
+    kind = type(x)
+    if kind.__module__ == "numpy":
+        return (kind, x.shape, x.dtype) if kind.__name__ == "ndarray" else None
+    if kind.__module__ == "torch":
+        return (kind, x.shape, x.dtype, x.device, x.requires_grad) if kind.__name__ == "Tensor" else None
+    return (kind, x) if x is None or kind is bool or kind is int else None
+
+
+def stamps_of(arrays: Iterable[Array]) -> tuple[Any, ...]:
+    """What changes of arrays that stay the same objects: torch tensors are written to, and begin to need gradients."""
+    return tuple(
+        (x.requires_grad, None if x.is_inference() else x._version) for x in arrays if type(x).__module__ == "torch"
+    )
+
+
+def mode_of_library() -> Any:
+    """What torch's results depend on besides its tensors; None where it traces or transforms."""
+    torch = sys.modules.get("torch")
+    if torch is None:
+        return False
+    if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
+        return None
+    return bool(torch.is_grad_enabled()), bool(torch.is_inference_mode_enabled())
+
+
 def needs_gradient(x: Array) -> bool:
     """Whether the library would record operations on x for a backward pass."""
     if array_api_compat.is_torch_array(x):

@@ -27,13 +27,25 @@ import importlib
 import importlib.util
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, ParamSpec, TypeVar, cast
+from weakref import WeakKeyDictionary
 
-from favorsharp._arrays import FLOATS, device_of, dtype_name, is_array, is_traced, library_of, needs_gradient
+from favorsharp._arrays import (
+    FLOATS,
+    device_of,
+    dtype_name,
+    is_array,
+    is_traced,
+    library_of,
+    mode_of_library,
+    needs_gradient,
+    signature_of,
+    stamps_of,
+)
 from favorsharp._typing import Array
 
 if TYPE_CHECKING:
@@ -307,6 +319,7 @@ def rediscover() -> None:
     """Look for backends again: forget what was found, loaded and decided."""
     for cached in (_entry_points, _backend, _function, _parse, _choose):
         cached.cache_clear()
+    _settled.clear()
 
 
 def _is_ours(point: "EntryPoint") -> bool:
@@ -525,6 +538,10 @@ class Op(Generic[P, R]):
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         """Run the implementation that the arguments, `use` and the environment choose."""
+        return self.implementation(*args, **kwargs)(*args, **kwargs)
+
+    def implementation(self, *args: P.args, **kwargs: P.kwargs) -> Callable[P, R]:
+        """The function that a call with these arguments runs."""
         request = request_of(self.name, *args, *kwargs.values())
         if request.traced:
             target, error = _decide_while_tracing(
@@ -542,15 +559,63 @@ class Op(Generic[P, R]):
         else:
             target = _decide(request)
         if target is None:
-            return self.reference(*args, **kwargs)
-        kernel = cast(Callable[P, R], _function(target))  # not a reason: the decision has seen to that
-        return kernel(*args, **kwargs)
+            return self.reference
+        return cast(Callable[P, R], _function(target))  # not a reason: the decision has seen to that
 
     def __repr__(self) -> str:
         return f"<favorsharp op {self.name}>"
 
     def __reduce__(self) -> str:
         return self.name
+
+
+# Calls like one before -----------------------------------------------------------------------------------------------
+
+_settled: WeakKeyDictionary[Any, dict[Hashable, Any]] = WeakKeyDictionary()
+"""By feature map and `call_signature`: the implementation and the prepared map that an earlier call came to.
+
+Checks and choice take longer than a token's arithmetic. A signature holds everything they look at, so that a call with
+the signature of an earlier one passes them as that one did.
+"""
+
+MOST_SETTLED = 64
+"""Signatures remembered for each map; with more, as lengths vary, the oldest is forgotten."""
+
+
+def call_signature(feature_map: Any, *arguments: object) -> tuple[Hashable, ...] | None:
+    """What the checks of a call and its choice depend on; None where a call has to be looked at each time."""
+    mode = mode_of_library()
+    if mode is None or _calls.get() is not None:
+        return None
+    held = getattr(feature_map, "arrays", None)
+    if held is None:
+        return None
+    signature: list[Hashable] = [mode, _wish.get(), os.environ.get(VARIABLE), stamps_of(held)]
+    for x in arguments:
+        part = signature_of(x)
+        if part is None:
+            return None
+        signature.append(part)
+    return tuple(signature)
+
+
+def recall(feature_map: Any, signature: tuple[Hashable, ...] | None) -> tuple[Callable[..., Any], Any] | None:
+    """The implementation and the prepared map of an earlier call with this map and signature."""
+    known = _settled.get(feature_map) if signature is not None else None
+    found = None if known is None else known.get(signature)
+    return None if found is None else (found[0], feature_map if found[1] is None else found[1])
+
+
+def settle(
+    feature_map: Any, signature: tuple[Hashable, ...] | None, implementation: Callable[..., Any], prepared: Any
+) -> None:
+    """Remember what a call with this map and signature came to."""
+    if signature is None:
+        return
+    known = _settled.setdefault(feature_map, {})
+    while len(known) >= MOST_SETTLED:
+        known.pop(next(iter(known)), None)
+    known[signature] = implementation, None if prepared is feature_map else prepared  # the map must not keep itself
 
 
 # Seeing it -----------------------------------------------------------------------------------------------------------

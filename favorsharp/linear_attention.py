@@ -28,6 +28,7 @@ from favorsharp._checks import (
     check_same_size,
 )
 from favorsharp._typing import Array
+from favorsharp.dispatch import call_signature, recall, settle
 from favorsharp.exact import add_group_axis, check_attention, merge_heads, split_heads
 from favorsharp.features import FeatureMap, PositiveFeatureMap
 from favorsharp.features import feature_map as draw_feature_map
@@ -179,6 +180,13 @@ def linear_attention(
     TypeError, ValueError
         If an argument is not as described.
     """
+    signature = None
+    if cu_seqlens is None and state is None and out is None and return_state is False and enable_gqa is False:
+        signature = call_signature(feature_map, q, k, v, key_mask, is_causal, window)
+    if (known := recall(feature_map, signature)) is not None:
+        run, prepared = known
+        result = run(q, k, v, prepared, key_mask=key_mask, window=window)
+        return result[0] if is_causal else result
     xp, group = check_attention(q, k, v, is_causal=is_causal, key_mask=key_mask, enable_gqa=enable_gqa)
     check_map(feature_map, group, q=q, k=k)
     window = check_integer("window", window, 0)
@@ -217,7 +225,12 @@ def linear_attention(
         return _deliver(pieces[0] if len(pieces) == 1 else xp.concat(pieces, axis=-2), out)
     fingerprint = feature_map.fingerprint if state is not None or return_state else None
     dtype = compute_dtype(xp, q, k, v)
-    prepared: Any = astype(feature_map, dtype)
+    prepared = astype(feature_map, dtype)
+    if signature is not None:
+        run = (causal_attention if is_causal else attention_op).implementation(
+            q, k, v, prepared, key_mask=key_mask, window=window
+        )
+        settle(feature_map, signature, run, prepared)
     if group > 1:
         q, k, v, key_mask = split_heads(q, group), k[..., None, :, :], v[..., None, :, :], add_group_axis(key_mask)
         prepared = prepared.expanded()
@@ -354,6 +367,15 @@ def decode_step(
     state : State
         A new one; the old is as it was.
     """
+    signature = None
+    if enable_gqa is False and isinstance(state, State):
+        held = (state.kv, state.z, state.c, state.recent_k, state.recent_v, state.recent_mask)
+        signature = call_signature(feature_map, q, k, v, *held, state.window)
+        signature = None if signature is None else (*signature, state.fingerprint)
+    if (known := recall(feature_map, signature)) is not None:
+        run, prepared = known
+        token: tuple[Array, State] = run(q, k, v, state, prepared)
+        return token
     xp, group = check_attention(q, k, v, is_causal=False, key_mask=None, enable_gqa=enable_gqa)
     if q.shape[-2] != 1 or k.shape[-2] != 1:
         raise ValueError(
@@ -370,6 +392,8 @@ def decode_step(
         out, state = decode_step_op(*grouped, prepared.expanded())
         out, state = merge_heads(out), _without_group_axis(state)
     else:
+        if q.dtype == k.dtype == v.dtype:
+            settle(feature_map, signature, decode_step_op.implementation(q, k, v, state, prepared), prepared)
         out, state = decode_step_op(q, k, v, state, prepared)
     return cast(out, result_dtype(xp, q, k, v)), replace(state, fingerprint=fingerprint)
 

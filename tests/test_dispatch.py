@@ -1,6 +1,7 @@
 """The choice of an implementation: what is chosen, what is refused, and that nothing falls back quietly."""
 
 import asyncio
+import sys
 import threading
 
 import numpy as np
@@ -231,3 +232,66 @@ def test_a_wish_that_tracing_cannot_honour_is_an_error(install):
     fm = fs.feature_map(fs.fit(q, k), 8, rng=0)
     with fs.use("numba"), pytest.raises(BackendUnavailable, match="traced arrays"):
         torch.func.grad(lambda q: fs.linear_attention(q, k, v, fm).sum())(q)
+
+
+# Calls like one before -----------------------------------------------------------------------------------------------
+
+
+def prepared_problem():
+    q, k, v = attention_problem(0)
+    return (q, k, v), fs.feature_map(fs.fit(q, k), 8, rng=0)
+
+
+def test_a_call_like_one_before_is_not_checked_again(monkeypatch):
+    (q, k, v), fm = prepared_problem()
+    first = fs.linear_attention(q, k, v, fm)
+    monkeypatch.setattr(sys.modules["favorsharp.linear_attention"], "check_attention", broken)
+    np.testing.assert_array_equal(fs.linear_attention(q, k, v, fm), first)
+    for other in ({"is_causal": True}, {"window": 2}, {"is_causal": 0}, {"key_mask": np.ones(len(k), bool)}):
+        with pytest.raises(ZeroDivisionError):
+            fs.linear_attention(q, k, v, fm, **other)
+    with pytest.raises(ZeroDivisionError):
+        fs.linear_attention(q[1:], k, v, fm)
+    with pytest.raises(ZeroDivisionError):
+        fs.linear_attention(q.astype("f"), k, v, fm)
+
+
+def test_a_wish_reaches_a_call_like_one_before(install):
+    install(Point("numba", doubled()))
+    (q, k, v), fm = prepared_problem()
+    twofold = fs.linear_attention(q, k, v, fm)
+    with fs.use("reference"):
+        np.testing.assert_allclose(2 * fs.linear_attention(q, k, v, fm), twofold)
+    with dispatch.watch() as calls:
+        fs.linear_attention(q, k, v, fm)
+    assert calls == [("attention", "numba")]
+
+
+def test_no_map_is_kept_alive_by_its_calls():
+    import gc
+    import weakref
+
+    (q, k, v), fm = prepared_problem()
+    state = fs.init_state(fm, v.shape[-1], like=k)
+    fs.linear_attention(q, k, v, fm)
+    fs.decode_step(q[:1], k[:1], v[:1], state, fm)
+    known = weakref.ref(fm)
+    del fm
+    gc.collect()
+    assert known() is None
+
+
+def test_gradients_are_seen_in_calls_like_one_before():
+    torch = pytest.importorskip("torch")
+    (q, k, v), _ = prepared_problem()
+    q, k, v = (torch.asarray(x) for x in (q, k, v))
+    fm = fs.feature_map(fs.fit(q, k), 8, rng=0)
+    assert not fs.linear_attention(q, k, v, fm).requires_grad
+    assert fs.linear_attention(q.clone().requires_grad_(), k, v, fm).requires_grad
+    fm.rows.requires_grad_()
+    assert fs.linear_attention(q, k, v, fm).requires_grad
+    with torch.no_grad():
+        assert not fs.linear_attention(q, k, v, fm).requires_grad
+    with torch.inference_mode():
+        drawn = fs.feature_map(fs.fit(q, k), 8, rng=0)
+        torch.testing.assert_close(fs.linear_attention(q, k, v, drawn), fs.linear_attention(q, k, v, fm))

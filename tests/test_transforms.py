@@ -79,6 +79,7 @@ def test_functional_gradients_agree(options):
     functional = torch.func.grad(lambda k: fs.linear_attention(q, k, v, fm, **options).sin().sum())(k)
     torch.testing.assert_close(functional, x.grad)
     jax = pytest.importorskip("jax")
+    jax.config.update("jax_enable_x64", True)
     jnp = jax.numpy
     arrays = [jnp.asarray(t.numpy()) for t in (q, k, v)]
     own = fs.feature_map(fs.fit(*arrays[:2]), 8, rng=0)

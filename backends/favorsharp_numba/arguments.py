@@ -5,9 +5,8 @@ be read where it lies.
 import math
 import weakref
 from collections.abc import Sequence
-from dataclasses import fields
 from functools import cache, lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -35,6 +34,39 @@ def is_torch(x: Any) -> bool:
     return not isinstance(x, np.ndarray) and hasattr(x, "data_ptr")
 
 
+class Layout(NamedTuple):
+    """How an array lies: its shape, strides in bytes and dtype's name."""
+
+    shape: tuple[int, ...]
+    steps: tuple[int, ...]
+    name: str
+    item: int
+    is_whole: bool
+
+
+def layout_of(x: Any) -> Layout | None:
+    """The layout of an array; None where it has to be copied before it can be read."""
+    if is_torch(x):
+        if x.is_neg() or x.is_conj():
+            return None
+        return _layout(x.shape, x.stride(), x.dtype, x.element_size(), x.is_contiguous())
+    flags = x.flags
+    if not (flags.aligned and x.dtype.isnative):
+        return None
+    return _layout(x.shape, x.strides, x.dtype, 1, flags.c_contiguous)
+
+
+@lru_cache(maxsize=1024)
+def _layout(shape: Any, steps: Any, dtype: Any, unit: int, is_whole: bool) -> Layout:
+    name = _dtype_name(dtype)
+    return Layout(tuple(shape), tuple(step * unit for step in steps), name, ITEMS[name], bool(is_whole))
+
+
+def start_of(x: Any) -> int:
+    """The address of the first item."""
+    return int(x.data_ptr() if is_torch(x) else x.__array_interface__["data"][0])
+
+
 class Address:
     """Where an array lies: its first address, its shape and its strides in bytes."""
 
@@ -57,11 +89,11 @@ class Address:
     def of_batch(self, batch: tuple[int, ...], trailing: int) -> Any:
         """The address of each entry of a batch that the leading axes broadcast to."""
         leading = len(self.shape) - trailing
-        return self.start + _offsets(self.shape[:leading], self.strides[:leading], batch)
+        return self.start + offsets_of(self.shape[:leading], self.strides[:leading], batch)
 
 
 @lru_cache(maxsize=1024)
-def _offsets(shape: tuple[int, ...], strides: tuple[int, ...], batch: tuple[int, ...]) -> Any:
+def offsets_of(shape: tuple[int, ...], strides: tuple[int, ...], batch: tuple[int, ...]) -> Any:
     """The distance of each entry of a batch from the first, in bytes, where the leading axes broadcast to it."""
     missing = len(batch) - len(shape)
     offsets = np.zeros((1,) * len(batch), dtype=np.int64)
@@ -232,11 +264,8 @@ _packed: "weakref.WeakKeyDictionary[Any, dict[Any, Any]]" = weakref.WeakKeyDicti
 
 def pack(feature_map: Any, dtype: str, e: int) -> tuple[Packed, Sizes, Any, Any]:
     """The packed map for values of size e; the last results are kept as long as the map is."""
-    versions = tuple(
-        x._version for value in (feature_map, feature_map.parameters) for x in _arrays(value) if is_torch(x)
-    )
     known = _packed.setdefault(feature_map, {})
-    key = (dtype, e, versions)
+    key = (dtype, e, versions_of(feature_map))
     if key not in known:
         packed = Packed(feature_map, dtype)
         sizes = packed.layout(e)
@@ -246,8 +275,9 @@ def pack(feature_map: Any, dtype: str, e: int) -> tuple[Packed, Sizes, Any, Any]
     return found
 
 
-def _arrays(value: Any) -> list[Any]:
-    return [x for x in (getattr(value, field.name) for field in fields(value)) if hasattr(x, "dtype")]
+def versions_of(feature_map: Any) -> tuple[int | None, ...]:
+    """How often each tensor of a map has been written to, where torch counts that."""
+    return tuple(None if x.is_inference() else x._version for x in feature_map.arrays if is_torch(x))
 
 
 # Batches -------------------------------------------------------------------------------------------------------------

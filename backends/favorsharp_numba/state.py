@@ -4,10 +4,9 @@ from dataclasses import replace
 from typing import Any
 
 from favorsharp.ops.state import State, num_leaving, with_recent
-from favorsharp_numba.arguments import broadcast, empty, expanded, host, is_torch, name_of, numpy_or_torch
-from favorsharp_numba.decode_kernel import turn, turn_scratch
+from favorsharp_numba.arguments import broadcast, empty, expanded, layout_of, name_of, numpy_or_torch
 from favorsharp_numba.problem import AttentionProblem
-from favorsharp_numba.run import share
+from favorsharp_numba.turns import turn_of
 
 
 def update(state: State, k: Any, v: Any, feature_map: Any, *, key_mask: Any = None) -> State:
@@ -38,36 +37,14 @@ def read(state: State, q: Any, feature_map: Any) -> Any:
 
 def decode_step(q: Any, k: Any, v: Any, state: State, feature_map: Any, *, key_mask: Any = None) -> tuple[Any, State]:
     """As `favorsharp.ops.state.decode_step`."""
-    batch = tuple(state.kv.shape[:-2])
-    alike = all(tuple(x.shape[:-2]) == batch for x in (q, k, v, state.z, state.c))
-    whole = all(_is_contiguous(x) and name_of(x) == name_of(state.kv) for x in (state.kv, state.z, state.c))
-    if state.window == 0 and key_mask is None and alike and whole and q.shape[-2] == k.shape[-2] == 1:
-        return _turned(q, k, v, state, feature_map)
+    if state.window == 0 and key_mask is None and q.shape[-2] == k.shape[-2] == 1:
+        layouts = tuple(layout_of(x) for x in (q, k, v, state.kv, state.z, state.c))
+        turn = turn_of(feature_map, layouts, state.kv) if None not in layouts else None
+        if turn is not None:
+            out, kv, z, c = turn.run(q, k, v, state.kv, state.z, state.c)
+            return out, replace(state, kv=kv, z=z, c=c)
     state = update(state, k, v, feature_map, key_mask=key_mask)
     return read(state, q, feature_map), state
-
-
-def _turned(q: Any, k: Any, v: Any, state: State, feature_map: Any) -> tuple[Any, State]:
-    """One token in one pass over the state."""
-    problem = AttentionProblem(feature_map, q, k, v, state=state)
-    if problem.key_batch != tuple(state.kv.shape[:-2]):  # the map has axes of its own
-        state = update(state, k, v, feature_map)
-        return read(state, q, feature_map), state
-    s, held, dtype = problem.s, problem.held, name_of(state.kv)
-    out = empty(q, (*problem.batch, 1, s.e), name_of(q))
-    kv, z, c = (empty(q, tuple(x.shape), dtype) for x in (state.kv, state.z, state.c))
-    old = [held.place(host(x)) for x in (state.kv, state.z, state.c)]
-    new = [held.place(host(x)) for x in (kv, z, c)]
-    work = float(problem.heads * s.m * (4 * s.e + 2 * s.d))
-    share(
-        turn, problem.heads, work, turn_scratch(s), problem.one, s, problem.sides(), problem.q, problem.k, problem.v,
-        held.points(out, problem.batch), *old, *new,
-    )  # fmt: skip
-    return out, replace(state, kv=kv, z=z, c=c)
-
-
-def _is_contiguous(x: Any) -> bool:
-    return bool(x.is_contiguous() if is_torch(x) else x.flags.c_contiguous and x.flags.aligned)
 
 
 def _absorbed(state: State, k: Any, v: Any, key_mask: Any, feature_map: Any) -> State:

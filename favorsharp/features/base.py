@@ -49,6 +49,12 @@ class FeatureMap:
         return broadcast_shapes(*(x.shape[:-2] for x in arrays))
 
     @cached_property
+    def arrays(self) -> tuple[Array, ...]:
+        """Every array in the map."""
+        entries = (getattr(value, field.name) for value in (self.parameters, self) for field in fields(value))
+        return tuple(x for x in entries if is_array(x))
+
+    @cached_property
     def fingerprint(self) -> str | None:
         """A digest of every number in the map, by which a state knows its own; None while they are being traced."""
         digest = hashlib.blake2b(digest_size=16)
