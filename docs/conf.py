@@ -1,5 +1,6 @@
 """Sphinx configuration."""
 
+import re
 import sys
 from pathlib import Path
 
@@ -46,6 +47,7 @@ sphinx_gallery_conf = {
 def _escape_mathematics(app, what, name, obj, options, lines):
     """Docstrings write shapes as (*b, n, d), which is no emphasis, and norms as |x|, which are no substitutions."""
     for index, line in enumerate(lines):
+        line = re.sub(r":ref:`([^`<]*?)(?: <[^>]*>)?`", r"\1", line)  # of inherited docstrings, to another site
         line = line.replace("(*b", r"(\*b").replace(" *b", r" \*b")
         lines[index] = line if "`" in line else line.replace("|", r"\|")
 
