@@ -50,16 +50,19 @@ def check_together(**named: Any) -> None:
         raise ValueError(f"all arrays must be on one device, got {_listing(devices)}")
 
 
-def check_mask(name: str, mask: Any, points: tuple[int, ...], letters: str) -> None:
-    """Check that a mask is boolean and broadcasts to the leading axes and the point axis of its array."""
+def check_mask(name: str, mask: Any, letters: str, **of: Array) -> None:
+    """Check that a mask is boolean, lives with the array it masks and broadcasts to its leading axes and point axis."""
     if mask is None:
         return
+    ((owner, x),) = of.items()
+    points = x.shape[:-1]
     check_array(name, mask)
+    check_together(**{owner: x, name: mask})
     if dtype_name(mask) not in ("bool", "bool_"):
         raise TypeError(f"{name} has dtype {dtype_name(mask)}; accepted: bool, True where a point is visible")
     if mask.ndim < 1 or mask.shape[-1] != points[-1]:
         raise ValueError(f"{name} has shape {tuple(mask.shape)}; accepted: {letters} with last axis {points[-1]}")
-    check_broadcast(letters, **{name: mask.shape[:-1], "the points": points[:-1]})
+    check_broadcast(letters, **{name: mask.shape[:-1], owner: points[:-1]})
 
 
 def check_points(name: str, x: Array, letters: str) -> None:

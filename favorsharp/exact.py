@@ -119,8 +119,8 @@ def softmax_attention(
         q, k, v, key_mask = split_heads(q, group), k[..., None, :, :], v[..., None, :, :], add_group_axis(key_mask)
     n, s = q.shape[-2], k.shape[-2]
     k, v = cast(k, dtype) * factor, cast(v, dtype)
-    if key_mask is not None:
-        v = xp.where(key_mask[..., None], v, 0.0)
+    if key_mask is not None:  # what is hidden may be anything, and must reach no gradient either
+        k, v = (xp.where(key_mask[..., None], x, 0.0) for x in (k, v))
     batch = broadcast_shapes(q.shape[:-2], k.shape[:-2], v.shape[:-2], () if key_mask is None else key_mask.shape[:-1])
     rows = max(1, _TILE_ELEMENTS // max(1, s * math.prod(batch)))
     tiles = []
@@ -150,7 +150,7 @@ def check_attention(
     check_points("v", v, "(*b, s, e)")
     check_same_size("d", q=(-1, q.shape[-1]), k=(-1, k.shape[-1]))
     check_same_size("s", k=(-2, k.shape[-2]), v=(-2, v.shape[-2]))
-    check_mask("key_mask", key_mask, k.shape[:-1], "(*b, s)")
+    check_mask("key_mask", key_mask, "(*b, s)", k=k)
     group = check_group(check_flag("enable_gqa", enable_gqa), q, k)
     if group > 1 and (v.ndim < 3 or v.shape[-3] not in (1, k.shape[-3])):
         raise ValueError(

@@ -307,7 +307,7 @@ def update(state: State, k: Array, v: Array, feature_map: FeatureMap, *, key_mas
     check_points("k", k, "(*b, s, d)")
     check_points("v", v, "(*b, s, e)")
     check_same_size("s", k=(-2, k.shape[-2]), v=(-2, v.shape[-2]))
-    check_mask("key_mask", key_mask, k.shape[:-1], "(*b, s)")
+    check_mask("key_mask", key_mask, "(*b, s)", k=k)
     check_map(feature_map, 1, k=k)
     _check_state(state, feature_map, k=k)
     if v.shape[-1] != state.v_size:

@@ -5,7 +5,15 @@ from functools import reduce, singledispatch
 from typing import Any
 
 from favorsharp._arrays import broadcast_shapes, cast, compute_dtype, dtype_name, namespace_of, statistics_dtype
-from favorsharp._checks import check_flag, check_floats, check_group, check_mask, check_points, check_same_size
+from favorsharp._checks import (
+    check_broadcast,
+    check_flag,
+    check_floats,
+    check_group,
+    check_mask,
+    check_points,
+    check_same_size,
+)
 from favorsharp._chunks import as_chunked, is_chunked, point_blocks, tree_reduce
 from favorsharp._typing import Array
 
@@ -97,8 +105,8 @@ def moments(
     check_points("x", x, "(*b, n, d)")
     check_points("y", y, "(*b, s, d)")
     check_same_size("d", x=(-1, x.shape[-1]), y=(-1, y.shape[-1]))
-    check_mask("mask_x", mask_x, x.shape[:-1], "(*b, n)")
-    check_mask("mask_y", mask_y, y.shape[:-1], "(*b, s)")
+    check_mask("mask_x", mask_x, "(*b, n)", x=x)
+    check_mask("mask_y", mask_y, "(*b, s)", y=y)
     group = check_group(check_flag("enable_gqa", enable_gqa), x, y, ("x", "y"))
     if group > 1:
         if mask_x is not None:
@@ -143,6 +151,7 @@ def _combine_moments(a: Moments, b: Any) -> Moments:
     if a.size != b.size:
         raise ValueError(f"combine needs moments of one size: a has d={a.size}, b has d={b.size}")
     check_floats(a=a.mean_x, b=b.mean_x)
+    check_broadcast("moments", a=a.mean_x.shape[:-2], b=b.mean_x.shape[:-2])
     return Moments(
         *_merge((a.count_x, a.mean_x, a.covariance_x), (b.count_x, b.mean_x, b.covariance_x)),
         *_merge((a.count_y, a.mean_y, a.covariance_y), (b.count_y, b.mean_y, b.covariance_y)),

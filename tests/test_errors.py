@@ -104,6 +104,7 @@ CASES = {
     "a state of another window": (lambda g: attend(g, state=g.state, window=2, is_causal=True), ValueError, r"window must be that of the state, 0, got 2"),
     "two tokens in a step": (lambda g: fs.decode_step(g.q, g.k, g.v, g.state, g.fm), ValueError, r"decode_step takes one token: q has n=6"),
     "combine of unlikes": (lambda g: fs.combine(g.state, fs.moments(g.q, g.k)), TypeError, r"combine takes two Moments or two States"),
+    "combine of moments of other batches": (lambda g: fs.combine(fs.moments(g.q, g.k), fs.moments(g.q[:, :3, ...], g.k[:, :3, ...])), ValueError, r"leading axes .*a: \(2, 4\), b: \(2, 3\)"),
     "combine of arrays": (lambda g: fs.combine(g.q, g.q), TypeError, r"combine takes two Moments or two States"),
     # packed sequences
     "not from 0": (lambda g: attend(g, cu_seqlens=[1, 6]), ValueError, r"cu_seqlens must start at 0, end at n=6 and ascend, got \[1, 6\]"),
@@ -157,6 +158,8 @@ def test_libraries_are_not_mixed(xp):
         lambda: fm.query(other),
         lambda: fs.kernel_matrix(xp(q), other),
         lambda: fs.excess(fm.parameters, other, other),
+        lambda: fs.linear_attention(xp(q), xp(k), xp(v), fm, key_mask=other[..., 0] > 0),
+        lambda: fs.fit(xp(q), xp(k), mask_y=other[..., 0] > 0),
     ):
         with pytest.raises(TypeError, match=r"all arrays must come from one library, got .*(torch|array_api_strict)"):
             call()
@@ -172,6 +175,7 @@ def test_devices_are_not_mixed():
         lambda: fs.fit(q, elsewhere),
         lambda: fm.key(elsewhere),
         lambda: fs.update(fs.init_state(fm, 5, like=k), elsewhere, v, fm),
+        lambda: fs.softmax_attention(q, k, v, key_mask=elsewhere[..., 0] > 0),
     ):
         with pytest.raises(ValueError, match="all arrays must be on one device, got .*device1"):
             call()
@@ -186,6 +190,14 @@ def test_arrays_that_mean_something_else():
     ml_dtypes = pytest.importorskip("ml_dtypes")
     with pytest.raises(TypeError, match="v has dtype bfloat16"):
         fs.softmax_attention(q, k, v.astype(ml_dtypes.bfloat16))
+
+
+def test_states_of_other_batches_are_not_combined(xp):
+    q, k = (xp(x) for x in attention_problem(5, (2,), n=6)[:2])
+    one_map = fs.feature_map(fs.fit(q, k, axis=(0, -2)), 8, rng=0)
+    two, three = (fs.init_state(one_map, 5, like=xp(np.ones((b, 6, 8)))) for b in (2, 3))
+    with pytest.raises(ValueError, match=r"leading axes .*a: \(2,\), b: \(3,\)"):
+        fs.combine(two, three)
 
 
 def test_out_must_be_writable():

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from favorsharp._arrays import broadcast_shapes, cast, compute_dtype, namespace_of, on_device_of
+from favorsharp._checks import check_broadcast, check_together
 from favorsharp._typing import Array, PositiveMap
 from favorsharp.dispatch import Op
 from favorsharp.exact import finite_or_nan, mix_visible
@@ -201,6 +202,8 @@ def _combine_states(a: State, b: Any) -> State:
             "states with a window cannot be combined unless one is empty: the blocks of b would move; "
             "use window=0, or update a with b's keys and values"
         )
+    check_together(a=a.kv, b=b.kv)
+    check_broadcast("states", a=a.kv.shape[:-2], b=b.kv.shape[:-2])
     last = b if b.recent_k.shape[-2] else a
     merged = _merged(a, b.kv, b.z, b.c)
     return replace(
