@@ -4,6 +4,7 @@ from typing import Any
 
 import numpy as np
 
+from favorsharp.features.map_gradients import map_gradients
 from favorsharp_numba import gradient_kernels as kernels
 from favorsharp_numba.arguments import empty, like_array, summed_to
 from favorsharp_numba.problem import AttentionProblem
@@ -112,6 +113,11 @@ def attention_backward(
         _for(dv.reshape(*problem.batch, length, s.e - 1), v),
         sums,
     )
+
+
+def of_arrays_of_map(feature_map: Any, sums: dict[str, Any]) -> tuple[Any, ...]:
+    """The gradients of a map's arrays, in the order of `favorsharp.features.map_gradients`, from the sums."""
+    return map_gradients(feature_map, {name: like_array(x, feature_map.rows) for name, x in sums.items()})
 
 
 def _map_sums(maps: Any, s: Any, batch: tuple[int, ...]) -> dict[str, Any]:

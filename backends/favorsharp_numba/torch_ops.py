@@ -17,7 +17,7 @@ from favorsharp_numba import attention as plain_attention
 from favorsharp_numba import causal_attention as plain_causal
 from favorsharp_numba import exponential_features as plain_features
 from favorsharp_numba.causal_attention import recent
-from favorsharp_numba.gradients import attention_backward, attention_with_stats
+from favorsharp_numba.gradients import attention_backward, attention_with_stats, of_arrays_of_map
 
 
 def exponential_features(u: Any, rows: Any, row: Any, column: Any, *, out: Any = None) -> Any:
@@ -54,16 +54,10 @@ def _recorded(*arrays: Any) -> bool:
     return torch.is_grad_enabled() and any(x.requires_grad for x in arrays)
 
 
-_MAP_FIELDS = ("rows", "log_weight")
-_PARAMETER_FIELDS = ("g1", "g2", "center_x", "center_y")
-
-
 def _arrays_of(feature_map: Any) -> list[Any]:
-    """The arrays of a map that its features depend on."""
-    return [
-        *(getattr(feature_map, name) for name in _MAP_FIELDS),
-        *(getattr(feature_map.parameters, name) for name in _PARAMETER_FIELDS),
-    ]
+    """The arrays of a map that its features depend on, in the order of `map_gradients`."""
+    p = feature_map.parameters
+    return [feature_map.rows, feature_map.log_weight, p.g1, p.g2, p.center_x, p.center_y]
 
 
 class _Features(torch.autograd.Function):
@@ -102,7 +96,7 @@ class _Attention(torch.autograd.Function):
             gradient, q, k, v, ctx.feature_map, out, ctx.stats,
             key_mask=ctx.key_mask, window=window, causal=causal, of_map=of_map,
         )  # fmt: skip
-        of_arrays = map_gradients(ctx.feature_map, sums) if of_map else [None] * len(arrays)
+        of_arrays = of_arrays_of_map(ctx.feature_map, sums) if of_map else [None] * len(arrays)
         total = [*gradients, *of_arrays]
         if any(x is not None for x in of_state):
             through = state_gradients(ctx.feature_map, ctx.key_mask, window, q, k, v, of_state)
@@ -131,33 +125,3 @@ def state_gradients(
             return [None] * (1 + len(leaves))
         found = torch.autograd.grad([x for x, _ in given], leaves, [g for _, g in given], allow_unused=True)
     return [None, *found]
-
-
-def map_gradients(feature_map: Any, sums: dict[str, Any]) -> list[Any]:
-    """The gradients of a map's arrays, in the order of `_arrays_of`.
-
-    Log features depend on the map through few numbers, and the sums over points are taken already: so a scalar with
-    the same gradients is written down, and torch differentiates it.
-    """
-    leaves = [x.detach().clone().requires_grad_() for x in _arrays_of(feature_map)]
-    rows, log_weight, g1, g2, center_x, center_y = leaves
-    gaussian = feature_map.parameters.kernel == "gaussian"
-    sums = {name: torch.from_numpy(x.copy()).to(rows.dtype) for name, x in sums.items()}
-    with torch.enable_grad():
-        total = rows.new_zeros(())
-        for side, g, own, other in (("query", g1, center_x, center_y), ("key", g2, center_y, center_x)):
-            points, column = sums[f"{side}_points"], sums[f"{side}_column"]
-            factor, first, second = (sums[f"{side}_{x}"] for x in ("factor", "factor_points", "factor_products"))
-            moved = own - own.detach()  # 0: the points are centred, and move when the center does
-            total = total + ((points - column.mT * moved) * (rows @ g)).sum() + (0.5 * column * log_weight).sum()
-            first_moved = first - factor * moved
-            second_moved = second - first.mT * moved - moved.mT * first + factor * moved.mT * moved
-            total = total - 0.5 * (second_moved * (g.mT @ g)).sum()
-            if gaussian:
-                gap = other - own
-                total = total + (first_moved * gap).sum() - 0.25 * (factor * (gap * gap).sum(-1, keepdim=True)).sum()
-                total = total - 0.5 * second_moved.diagonal(dim1=-2, dim2=-1).sum()
-            else:
-                total = total + (first_moved * other).sum()
-                total = total + 0.5 * (factor * (own * other).sum(-1, keepdim=True)).sum()
-        return list(torch.autograd.grad(total, leaves, allow_unused=True))
