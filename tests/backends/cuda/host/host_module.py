@@ -1,0 +1,244 @@
+"""`HostModule` stands where `cupy.RawModule` stands on a machine with a GPU: same source, same names, run by shim.h."""
+
+import contextlib
+import ctypes
+import fcntl
+import hashlib
+import os
+import shutil
+import subprocess
+import tempfile
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+HERE = Path(__file__).parent
+HEADERS = ("shim.h", "tensor_cores.h", "numbers.h", "block.h", "fibers.h")
+ORDERS = ("forward", "reverse", "random")
+SANITIZERS = {
+    "": ("-O2",),
+    "thread": ("-O1", "-g", "-fsanitize=thread"),
+    "address": ("-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"),
+}
+FLAGS = (
+    "-std=c++17",
+    "-fPIC",
+    "-shared",
+    "-fvisibility=hidden",
+    "-fno-strict-aliasing",  # kernels read shared memory as what they please
+    "-ffp-contract=off",
+    "-fno-tree-loop-distribute-patterns",  # a loop that became memcpy would be seen by the sanitizers
+    "-Wall",
+    "-Wno-unknown-pragmas",
+)
+SHARED_LIMITS = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024}
+DEFAULT_SHARED = 48 * 1024  # above it a kernel must ask, through max_dynamic_shared_size_bytes
+GRID_LIMITS = (2**31 - 1, 65535, 65535)
+MESSAGE_BYTES = 512
+
+_one_launch = threading.Lock()  # the shim has one block, and torch runs backward in a thread of its own
+
+
+class LaunchError(RuntimeError):
+    """What a GPU would refuse, or what the shim saw going wrong."""
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """In which order threads and blocks run: each one of `ORDERS`."""
+
+    threads: str = "forward"
+    blocks: str = "forward"
+    seed: int = 0
+
+
+SCHEDULES = (
+    Schedule("forward", "forward"),
+    Schedule("reverse", "reverse"),
+    Schedule("random", "random", 1),
+)
+_schedule = SCHEDULES[0]
+
+
+@contextlib.contextmanager
+def scheduled(schedule: Schedule) -> Iterator[None]:
+    """Launches inside run in this order (in every thread of Python)."""
+    global _schedule
+    before, _schedule = _schedule, schedule
+    try:
+        yield
+    finally:
+        _schedule = before
+
+
+class _CSchedule(ctypes.Structure):
+    _fields_ = (("threads", ctypes.c_int), ("blocks", ctypes.c_int), ("seed", ctypes.c_uint))
+
+
+class HostModule:
+    """Kernels of one source, compiled for the CPU when the first is asked for.
+
+    Parameters
+    ----------
+    code : str
+        CUDA C++ source.
+    options : sequence of str
+        Options of NVRTC; only definitions (-D) mean anything here.
+    name_expressions : sequence of str
+        The kernels that may be asked for.
+    """
+
+    shared_limit = SHARED_LIMITS["sm_90"]
+    launched: set[str] | None = None  # where a test puts a set, names of launched kernels are added
+
+    def __init__(
+        self, *, code: str, options: Sequence[str] = (), name_expressions: Sequence[str] = (), **_: Any
+    ) -> None:
+        self.code = code
+        self.options = tuple(option for option in options if option.startswith("-D"))
+        self.names = list(name_expressions)
+        self._library: ctypes.CDLL | None = None
+
+    def compile(self) -> None:
+        """Build the library, or find it built."""
+        if self._library is None:
+            self._library = ctypes.CDLL(str(build(self.code, self.names, self.options)))
+
+    def get_function(self, name: str) -> "HostFunction":
+        """The kernel of a name expression."""
+        if name not in self.names:
+            raise LaunchError(f"kernel {name!r} is not among the {len(self.names)} name_expressions of this module")
+        self.compile()
+        return HostFunction(self._library, self.names.index(name), name)
+
+
+class HostFunction:
+    """One kernel, called as CuPy calls one."""
+
+    def __init__(self, library: ctypes.CDLL | None, number: int, name: str) -> None:
+        self.name = name
+        self._launch = getattr(library, f"host_launch_{number}")
+        sizes = (ctypes.c_int * 128)()
+        count = getattr(library, f"host_parameters_{number}")(sizes)
+        self.parameters = tuple(sizes[:count])
+        self._max_shared = DEFAULT_SHARED
+
+    @property
+    def max_dynamic_shared_size_bytes(self) -> int:
+        """How much shared memory a launch may ask for."""
+        return self._max_shared
+
+    @max_dynamic_shared_size_bytes.setter
+    def max_dynamic_shared_size_bytes(self, value: int) -> None:
+        if value > HostModule.shared_limit:
+            raise LaunchError(f"{self.name}: {value} bytes of shared memory; a block has {HostModule.shared_limit}")
+        self._max_shared = value
+
+    def __call__(
+        self,
+        grid: Sequence[int],
+        block: Sequence[int],
+        args: Sequence[Any],
+        *,
+        shared_mem: int = 0,
+        stream: Any = None,
+    ) -> None:
+        grid, block = ((*(int(x) for x in size), 1, 1)[:3] for size in (grid, block))
+        if any(not 1 <= size <= limit for size, limit in zip(grid, GRID_LIMITS, strict=True)):
+            raise LaunchError(f"{self.name}: grid {grid}; each must be at least 1 and at most {GRID_LIMITS}")
+        threads = block[0] * block[1] * block[2]
+        if not 32 <= threads <= 1024 or threads % 32:
+            raise LaunchError(f"{self.name}: block {block}; the shim runs whole warps, at most 1024 threads")
+        if shared_mem > self._max_shared:
+            raise LaunchError(
+                f"{self.name}: {shared_mem} bytes of shared memory, more than max_dynamic_shared_size_bytes "
+                f"{self._max_shared}"
+            )
+        values, pointers = self._arguments(args)
+        schedule = _CSchedule(ORDERS.index(_schedule.threads), ORDERS.index(_schedule.blocks), _schedule.seed)
+        message = ctypes.create_string_buffer(MESSAGE_BYTES)
+        with _one_launch:
+            failed = self._launch(
+                (ctypes.c_uint * 3)(*grid),
+                (ctypes.c_uint * 3)(*block),
+                ctypes.c_size_t(shared_mem),
+                ctypes.byref(schedule),
+                pointers,
+                message,
+            )
+        del values  # kept until here
+        if failed:
+            raise LaunchError(f"{self.name}: {message.value.decode()}")
+        if HostModule.launched is not None:
+            HostModule.launched.add(self.name)
+
+    def _arguments(self, args: Sequence[Any]) -> tuple[list[Any], Any]:
+        if len(args) != len(self.parameters):
+            raise LaunchError(f"{self.name} takes {len(self.parameters)} arguments, got {len(args)}")
+        values = [_value(x) for x in args]
+        for i, (value, size) in enumerate(zip(values, self.parameters, strict=True)):
+            if ctypes.sizeof(value) != abs(size):
+                raise LaunchError(f"{self.name}: argument {i} has {ctypes.sizeof(value)} bytes, takes {abs(size)}")
+        return values, (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
+
+
+def _value(x: Any) -> Any:
+    """The bytes that a launch copies for one argument: addresses of arrays, numbers in their own width."""
+    if hasattr(x, "data") and hasattr(x.data, "ptr"):  # cupy.ndarray
+        return ctypes.c_uint64(x.data.ptr)
+    if isinstance(x, np.ndarray):
+        return ctypes.c_uint64(x.ctypes.data)
+    if isinstance(x, np.generic):
+        return (ctypes.c_char * x.nbytes).from_buffer_copy(x.tobytes())
+    if isinstance(x, bool):
+        return ctypes.c_bool(x)
+    if isinstance(x, int):
+        return ctypes.c_int64(x)
+    if isinstance(x, float):
+        return ctypes.c_double(x)
+    raise TypeError(f"a kernel takes arrays and numbers, got {type(x).__name__}")
+
+
+def sanitizer() -> str:
+    """What this process runs under: "", "thread" or "address" (see sanitized.py)."""
+    return os.environ.get("FAVORSHARP_HOST_SANITIZER", "")
+
+
+def compiler() -> str | None:
+    """Path of g++, if there is one."""
+    return shutil.which(os.environ.get("CXX", "g++"))
+
+
+def build(code: str, names: Sequence[str], options: Sequence[str] = ()) -> Path:
+    """A shared library with launchers of these kernels; built once for each source, set of names and options."""
+    unit = code + '\n#line 1 "launchers"\n' + "".join(map(_launcher, range(len(names)), names))
+    flags = [*FLAGS, *SANITIZERS[sanitizer()], *options, "-include", str(HERE / "shim.h")]
+    command = [compiler() or "g++", *flags]
+    stamp = "\0".join([*command, unit, *((HERE / header).read_text() for header in HEADERS)])
+    folder = Path(tempfile.gettempdir()) / f"favorsharp-host-{os.getuid()}"
+    folder.mkdir(exist_ok=True)
+    library = folder / f"{hashlib.sha256(stamp.encode()).hexdigest()[:24]}.so"
+    with open(library.with_suffix(".lock"), "w") as lock:  # workers of one test run wait for each other
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not library.exists():
+            source, fresh = library.with_suffix(".cpp"), library.with_suffix(".new")
+            source.write_text(unit)
+            done = subprocess.run([*command, "-o", str(fresh), str(source)], capture_output=True, text=True)
+            if done.returncode:
+                raise LaunchError(f"g++ refuses the source:\n{done.stderr[:8000]}")
+            os.replace(fresh, library)
+    return library
+
+
+def _launcher(number: int, name: str) -> str:
+    return (
+        f'extern "C" __attribute__((visibility("default"))) int host_launch_{number}(const unsigned *grid, '
+        "const unsigned *block, size_t shared, const host::Schedule *schedule, void **arguments, char *message) {\n"
+        f"  return host::launch({name}, grid, block, shared, schedule, arguments, message);\n}}\n"
+        f'extern "C" __attribute__((visibility("default"))) int host_parameters_{number}(int *sizes) {{\n'
+        f"  return host::parameters({name}, sizes);\n}}\n"
+    )
