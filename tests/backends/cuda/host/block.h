@@ -84,9 +84,11 @@ HOST_UNSEEN inline unsigned lane() { return current->linear % WARP; }
 template <class... Values> [[noreturn]] HOST_UNSEEN void fail(Place place, const char *format, Values... values) {
   if (!block.failed) {
     block.failed = true;
+    look_away(true);
     int n = snprintf(block.message, MESSAGE_BYTES, "%s:%d, thread %u of block (%u, %u, %u): ", place.file, place.line,
                      current->linear, block.index.x, block.index.y, block.index.z);
     snprintf(block.message + n, MESSAGE_BYTES - n, format, values...);
+    look_away(false);
   }
   suspend(current->fiber);
   abort();
@@ -216,15 +218,17 @@ HOST_UNSEEN inline void report_deadlock() {
     else if (!other && thread.gate != first->gate) other = &thread;
   }
   block.failed = true;
+  look_away(true);
   int n = snprintf(block.message, MESSAGE_BYTES, "deadlock in block (%u, %u, %u): %u threads returned, thread %u waits "
                    "at %s (%s:%d)", block.index.x, block.index.y, block.index.z, block.size - block.live, first->linear,
                    first->what, first->place.file, first->place.line);
   if (other)
     snprintf(block.message + n, MESSAGE_BYTES - n, ", thread %u at %s (%s:%d)", other->linear, other->what,
              other->place.file, other->place.line);
+  look_away(false);
 }
 
-HOST_UNSEEN inline void run_block() {
+HOST_UNSEEN inline void run_block(unsigned turn) {
   const unsigned warps = block.size / WARP;
   block.live = block.size;
   for (Gate &gate : block.barrier) gate.arrived = gate.generation = 0;
@@ -241,7 +245,7 @@ HOST_UNSEEN inline void run_block() {
     thread.done = false;
     thread.gate = nullptr;
     thread.copies = thread.group = 0;
-    prepare(thread.fiber, enter_thread);
+    prepare(thread.fiber, i, turn, enter_thread);
   }
   // A warp goes on as far as it can before the next: where a barrier is missing it runs far ahead of the others.
   unsigned order[MAX_WARPS];
@@ -255,7 +259,6 @@ HOST_UNSEEN inline void run_block() {
       }
     if (!moved && !block.failed) report_deadlock();
   }
-  for (unsigned i = 0; i < block.size; i++) retire(block.thread[i].fiber);
 }
 
 // Shared memory of exactly the size asked for, not better aligned than promised, and full of NaN.
@@ -305,15 +308,21 @@ HOST_UNSEEN inline int run_grid(const unsigned *grid, const unsigned *size, size
     block.index = {b % grid[0], b / grid[0] % grid[1], b / (grid[0] * grid[1])};
     shared[i].fill(shared_bytes);
     block.shared = shared[i].start;
-    run_block();
+    run_block(i);
     if (!HOST_TSAN) shared[i].drop(shared_bytes);  // else a later block's memory would be taken for this one's
   }
+  if (block.failed)
+    for (unsigned i = 0; i < block.size; i++) release_for(block.thread[i].fiber, &block.ended);
   acquire(&block.ended);
   if (HOST_TSAN)
     for (unsigned i = 0; i < blocks; i++) free(shared[i].base);
   free(shared);
   free(order);
-  if (block.failed) snprintf(message, MESSAGE_BYTES, "%s", block.message);
+  if (block.failed) {
+    look_away(true);
+    snprintf(message, MESSAGE_BYTES, "%s", block.message);
+    look_away(false);
+  }
   return block.failed;
 }
 

@@ -10,10 +10,13 @@
 extern "C" {
 void *__tsan_get_current_fiber();
 void *__tsan_create_fiber(unsigned flags);
-void __tsan_destroy_fiber(void *fiber);
 void __tsan_switch_to_fiber(void *fiber, unsigned flags);
 void __tsan_acquire(void *address);
 void __tsan_release(void *address);
+void AnnotateIgnoreReadsBegin(const char *file, int line);
+void AnnotateIgnoreReadsEnd(const char *file, int line);
+void AnnotateIgnoreWritesBegin(const char *file, int line);
+void AnnotateIgnoreWritesEnd(const char *file, int line);
 }
 #else
 #define HOST_TSAN 0
@@ -49,10 +52,21 @@ struct Context {
 #endif
 };
 
+// A stack, and what ThreadSanitizer knows the fiber by that runs on it. Both are dear to make, and kept.
+struct Seat {
+  char *stack;
+  void *tsan;
+};
+
+// Neighbouring blocks take turns, so that ThreadSanitizer tells their accesses apart. The symbol is one for all libraries
+// of kernels in a process.
+constexpr unsigned TURNS = HOST_TSAN ? 2 : 1;
+inline __attribute__((visibility("default"))) Seat seats[TURNS][1024];
+
 struct Fiber {
   Context context;
-  char *stack;
-  void *tsan, *asan_fake_stack;
+  Seat *seat;
+  void *asan_fake_stack;
 };
 
 // The scheduler runs on the caller's own stack.
@@ -84,47 +98,42 @@ HOST_UNSEEN inline void switch_context(Context &from, Context &to) {
 }
 
 // Make a fiber start at `entry` (which never returns) the next time it is resumed.
-HOST_UNSEEN inline void prepare(Fiber &fiber, void (*entry)()) {
-  if (!fiber.stack) {
-    fiber.stack = (char *)mmap(nullptr, STACK_BYTES, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    if (fiber.stack == MAP_FAILED) abort();
-    mprotect(fiber.stack, GUARD_BYTES, PROT_NONE);  // a stack that is too small shall fault, not overwrite
+HOST_UNSEEN inline void prepare(Fiber &fiber, unsigned thread, unsigned turn, void (*entry)()) {
+  Seat &seat = seats[turn % TURNS][thread];
+  fiber.seat = &seat;
+  if (!seat.stack) {
+    seat.stack = (char *)mmap(nullptr, STACK_BYTES, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (seat.stack == MAP_FAILED) abort();
+    mprotect(seat.stack, GUARD_BYTES, PROT_NONE);  // a stack that is too small shall fault, not overwrite
+#if HOST_TSAN
+    seat.tsan = __tsan_create_fiber(0);
+#endif
   }
 #if HOST_ASAN
-  __asan_unpoison_memory_region(fiber.stack + GUARD_BYTES, STACK_BYTES - GUARD_BYTES);
+  __asan_unpoison_memory_region(seat.stack + GUARD_BYTES, STACK_BYTES - GUARD_BYTES);
 #endif
 #if HOST_ASSEMBLY_SWITCH
-  void **top = (void **)(fiber.stack + STACK_BYTES - 64);
+  void **top = (void **)(seat.stack + STACK_BYTES - 64);
   *--top = nullptr;  // where entry would return to; keeps the stack aligned as after a call
   *--top = (void *)entry;
   for (int saved = 0; saved < 6; saved++) *--top = nullptr;
   fiber.context.stack_pointer = top;
 #else
   getcontext(&fiber.context.state);
-  fiber.context.state.uc_stack.ss_sp = fiber.stack;
+  fiber.context.state.uc_stack.ss_sp = seat.stack;
   fiber.context.state.uc_stack.ss_size = STACK_BYTES;
   fiber.context.state.uc_link = nullptr;
   makecontext(&fiber.context.state, entry, 0);
 #endif
-#if HOST_TSAN
-  fiber.tsan = __tsan_create_fiber(0);
-#endif
-}
-
-HOST_UNSEEN inline void retire(Fiber &fiber) {
-#if HOST_TSAN
-  __tsan_destroy_fiber(fiber.tsan);
-#endif
-  fiber.tsan = nullptr;
 }
 
 // From the scheduler into a fiber; comes back when the fiber suspends itself.
 HOST_UNSEEN inline void resume(Fiber &fiber) {
 #if HOST_ASAN
-  __sanitizer_start_switch_fiber(&scheduler.asan_fake_stack, fiber.stack, STACK_BYTES);
+  __sanitizer_start_switch_fiber(&scheduler.asan_fake_stack, fiber.seat->stack, STACK_BYTES);
 #endif
 #if HOST_TSAN
-  __tsan_switch_to_fiber(fiber.tsan, 1);
+  __tsan_switch_to_fiber(fiber.seat->tsan, 1);
 #endif
   switch_context(scheduler.context, fiber.context);
 #if HOST_ASAN
@@ -167,6 +176,27 @@ HOST_UNSEEN inline void acquire(void *clock) {
   __tsan_acquire(clock);
 #else
   (void)clock;
+#endif
+}
+
+// In the place of a fiber that will not run again: all that it did is now before whoever acquires the clock.
+HOST_UNSEEN inline void release_for(const Fiber &fiber, void *clock) {
+#if HOST_TSAN
+  __tsan_switch_to_fiber(fiber.seat->tsan, 1);
+  __tsan_release(clock);
+  __tsan_switch_to_fiber(scheduler.tsan, 1);
+#else
+  (void)fiber, (void)clock;
+#endif
+}
+
+// Around what the shim lets the C library do.
+HOST_UNSEEN inline void look_away(bool away) {
+#if HOST_TSAN
+  (away ? AnnotateIgnoreReadsBegin : AnnotateIgnoreReadsEnd)(__FILE__, __LINE__);
+  (away ? AnnotateIgnoreWritesBegin : AnnotateIgnoreWritesEnd)(__FILE__, __LINE__);
+#else
+  (void)away;
 #endif
 }
 

@@ -179,20 +179,20 @@ class HostFunction:
     def _arguments(self, args: Sequence[Any]) -> tuple[list[Any], Any]:
         if len(args) != len(self.parameters):
             raise LaunchError(f"{self.name} takes {len(self.parameters)} arguments, got {len(args)}")
-        values = [_value(x) for x in args]
+        values = [_value(x, size < 0) for x, size in zip(args, self.parameters, strict=True)]
         for i, (value, size) in enumerate(zip(values, self.parameters, strict=True)):
             if ctypes.sizeof(value) != abs(size):
                 raise LaunchError(f"{self.name}: argument {i} has {ctypes.sizeof(value)} bytes, takes {abs(size)}")
         return values, (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
 
 
-def _value(x: Any) -> Any:
-    """The bytes that a launch copies for one argument: addresses of arrays, numbers in their own width."""
+def _value(x: Any, is_pointer: bool) -> Any:
+    """The bytes that a launch copies for one argument: addresses of arrays, numbers and structures by value."""
     if hasattr(x, "data") and hasattr(x.data, "ptr"):  # cupy.ndarray
         return ctypes.c_uint64(x.data.ptr)
-    if isinstance(x, np.ndarray):
+    if isinstance(x, np.ndarray) and is_pointer:
         return ctypes.c_uint64(x.ctypes.data)
-    if isinstance(x, np.generic):
+    if isinstance(x, np.generic | np.ndarray):
         return (ctypes.c_char * x.nbytes).from_buffer_copy(x.tobytes())
     if isinstance(x, bool):
         return ctypes.c_bool(x)

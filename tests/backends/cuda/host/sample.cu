@@ -101,7 +101,7 @@ __global__ void wrong(int what, float *out, long long n) {
     unsigned rows[1];
     host::ldmatrix<1>(rows, shared + 1);
   } else if (what == 7) {  // shared memory that was never written
-    out[thread] = shared[thread];
+    out[blockIdx.x * 64 + thread] = shared[thread];
   } else if (what == 8) {  // one element too many
     shared[n] = 1.0f;
   } else if (what == 9) {  // the same in global memory

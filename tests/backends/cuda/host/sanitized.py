@@ -11,7 +11,7 @@ from host_module import compiler
 RUNTIMES = {"thread": "libtsan.so", "address": "libasan.so"}
 OPTIONS = {
     # `exitcode` tells a report from any other failure; the first is enough
-    "thread": ("TSAN_OPTIONS", "exitcode=66:halt_on_error=1:report_signal_unsafe=0:history_size=4"),
+    "thread": ("TSAN_OPTIONS", "exitcode=66:halt_on_error=1:report_signal_unsafe=0:history_size=2:atexit_sleep_ms=0"),
     "address": ("ASAN_OPTIONS", "exitcode=66:detect_leaks=0:halt_on_error=1:detect_stack_use_after_return=0"),
 }
 REPORTED = 66
@@ -32,7 +32,7 @@ def run(sanitizer: str, script: Path, *arguments: str, timeout: float = 600) -> 
         **os.environ,
         "LD_PRELOAD": runtime,
         name: options,
-        "UBSAN_OPTIONS": "print_stacktrace=1",
+        "UBSAN_OPTIONS": "print_stacktrace=1:halt_on_error=1:exitcode=66",
         "FAVORSHARP_HOST_SANITIZER": sanitizer,
         "OPENBLAS_NUM_THREADS": "1",
         "OMP_NUM_THREADS": "1",

@@ -1,0 +1,21 @@
+"""Kernels on a CPU: what the tests of favorsharp_cuda share."""
+
+import os
+import sys
+from pathlib import Path
+
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE / "host"))  # host_module.py, sanitized.py
+sys.path.insert(0, str(HERE))
+
+from host_module import compiler  # noqa: E402
+
+if compiler() is None:
+    if os.environ.get("CI") == "true":
+        raise RuntimeError("the kernels are proven through g++, which this CI does not have")
+    collect_ignore_glob = ["test_*.py"]
+
+
+def pytest_report_header() -> str | None:
+    return None if compiler() else "CUDA kernels: not tested, there is no g++"
