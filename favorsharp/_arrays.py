@@ -139,7 +139,13 @@ def compute_dtype(xp: Namespace, *arrays: Array) -> DType:
 
 def result_dtype(xp: Namespace, *arrays: Array) -> DType:
     """The dtype that the arrays promote to."""
-    return xp.result_type(*(x.dtype for x in arrays))
+    dtypes = [x.dtype for x in arrays]
+    names = {dtype_name(dtype) for dtype in dtypes}
+    if len(names) == 1:
+        return dtypes[0]
+    if "bfloat16" in names:  # unknown to the standard, and torch's own function for it cannot be compiled
+        return named_dtype(xp, "float64" if "float64" in names else "float32")
+    return xp.result_type(*dtypes)
 
 
 def statistics_dtype(x: Array) -> DType:

@@ -1,0 +1,151 @@
+"""Linear attention as a module over queries, keys and values."""
+
+from typing import Any
+
+import torch
+
+from favorsharp._checks import check_flag, check_integer
+from favorsharp.linear_attention import linear_attention
+from favorsharp.parameters import Method
+from favorsharp.torch.buffers import MapBuffers
+
+
+class LinearAttention(MapBuffers):
+    """Attention through random features, with the feature map as buffers.
+
+    Call `calibrate(q, k)` once on sample data, in training or in evaluation. From then on the map is frozen: calls are
+    deterministic, and it changes only by `calibrate`, `set_parameters`, `redraw(rng)` or `load_state_dict`. Gradients
+    flow to q, k and v.
+
+    Parameters
+    ----------
+    size : int
+        d, of a query.
+    heads : int, optional
+        Heads of the keys that get a fit each; None: one fit for all heads.
+    method : str or callable
+        As in `favorsharp.fit`; a positive one. `posrf` needs no calibration.
+    num_features : int
+        m.
+    draw : str or array, shape (m, d)
+        As in `favorsharp.feature_map`. All heads share the rows.
+    rng : None, int, SeedSequence or numpy Generator
+        None: seeded by torch's global generator, as the weights of a module are.
+    is_causal : bool
+        Query i sees keys 0 .. i.
+    window : int
+        Block length of exactly scored keys, as in `favorsharp.linear_attention`; 0 for none.
+    scale : float, optional
+        Of the kernel exp(scale q.k); None means d**-0.5.
+    enable_gqa : bool
+        Queries have g times the heads of keys and values.
+    device, dtype : optional
+        Of the buffers; they stay in float32 at least.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from favorsharp.torch import LinearAttention
+    >>> q, k, v = torch.randn(3, 2, 4, 100, 16)
+    >>> attention = LinearAttention(16, heads=4, num_features=64, rng=0).calibrate(q, k)
+    >>> attention(q, k, v).shape
+    torch.Size([2, 4, 100, 16])
+    """
+
+    def __init__(
+        self,
+        size: int,
+        heads: int | None = None,
+        *,
+        method: Method = "optimal",
+        num_features: int = 256,
+        draw: Any = "orthogonal",
+        rng: Any = None,
+        is_causal: bool = False,
+        window: int = 0,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(
+            size,
+            heads,
+            method=method,
+            num_features=num_features,
+            draw=draw,
+            rng=rng,
+            scale=scale,
+            enable_gqa=enable_gqa,
+            device=device,
+            dtype=dtype,
+        )
+        self.is_causal = check_flag("is_causal", is_causal)
+        self.window = check_integer("window", window, 0)
+
+    def forward(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        key_mask: torch.Tensor | None = None,
+        *,
+        is_causal: bool | None = None,
+        cu_seqlens: Any = None,
+        state: Any = None,
+        return_state: bool = False,
+    ) -> Any:
+        """Attention, as `favorsharp.linear_attention`.
+
+        Parameters
+        ----------
+        q : tensor, shape (*b, n, d)
+        k : tensor, shape (*b, s, d)
+        v : tensor, shape (*b, s, e)
+        key_mask : boolean tensor, shape (*b, s), optional
+            True where a key is visible.
+        is_causal : bool, optional
+            In place of the module's own.
+        cu_seqlens, state, return_state
+            As in `favorsharp.linear_attention`.
+
+        Returns
+        -------
+        tensor, shape (*b, n, e)
+            In the dtype that q, k and v promote to. Computed in float32 at least, under autocast too.
+        state : State
+            Only with `return_state`.
+
+        Raises
+        ------
+        RuntimeError
+            If a fitted method is not calibrated.
+        TypeError, ValueError
+            If an argument is not as described.
+        """
+        with without_autocast(q):
+            return linear_attention(
+                q,
+                k,
+                v,
+                self.feature_map,
+                is_causal=self.is_causal if is_causal is None else is_causal,
+                window=self.window,
+                key_mask=key_mask,
+                enable_gqa=self.enable_gqa,
+                cu_seqlens=cu_seqlens,
+                state=state,
+                return_state=return_state,
+            )
+
+    def extra_repr(self) -> str:
+        """What `repr` shows."""
+        causal = ", is_causal=True" if self.is_causal else ""
+        window = f", window={self.window}" if self.window else ""
+        return super().extra_repr() + causal + window
+
+
+def without_autocast(x: torch.Tensor) -> Any:
+    """A context without autocast on the device of x: the exponents of features do not survive half precision."""
+    kind = x.device.type
+    return torch.autocast(kind if torch.amp.is_autocast_available(kind) else "cpu", enabled=False)

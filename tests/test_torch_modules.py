@@ -1,0 +1,393 @@
+"""Modules: calibrated once, then frozen; saved, moved, compiled and differentiated like any other."""
+
+import copy
+import pickle
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+import favorsharp as fs  # noqa: E402
+from favorsharp.torch import LinearAttention, MultiheadAttention  # noqa: E402
+
+
+def sample(*shape, seed=0):
+    """Queries, keys and values with means."""
+    generator = torch.Generator().manual_seed(seed)
+    q, k, v = torch.randn(3, *shape, generator=generator)
+    return q + 0.3, k - 0.2, v
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def attention():
+    q, k, _ = sample(2, 4, 50, 8)
+    return LinearAttention(8, 4, num_features=16, rng=0).calibrate(q, k)
+
+
+# LinearAttention -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{}, {"is_causal": True}, {"window": 8}, {"is_causal": True, "window": 8}], ids=str)
+def test_is_linear_attention_with_one_fit_a_head(options):
+    q, k, v = sample(2, 4, 50, 8)
+    mask = torch.arange(50) < torch.tensor([50, 31])[:, None, None]
+    module = LinearAttention(8, 4, num_features=16, rng=3, scale=0.5, **options).calibrate(q, k, key_mask=mask)
+    parameters = fs.fit(q, k, axis=(0, -2), mask_x=mask, mask_y=mask, scale=0.5)
+    want = fs.linear_attention(q, k, v, fs.feature_map(parameters, 16, rng=3), key_mask=mask, **options)
+    torch.testing.assert_close(module(q, k, v, mask), want)
+
+
+def test_one_fit_for_all_heads():
+    q, k, v = sample(2, 4, 50, 8)
+    module = LinearAttention(8, num_features=16, rng=3).calibrate(q, k)
+    fm = fs.feature_map(fs.fit(q.reshape(-1, 8), k.reshape(-1, 8)), 16, rng=3)
+    torch.testing.assert_close(module(q, k, v), fs.linear_attention(q, k, v, fm))
+
+
+def test_grouped_heads():
+    q, k, v = sample(2, 4, 50, 8)
+    k, v = k[:, :2], v[:, :2]
+    module = LinearAttention(8, 2, num_features=16, rng=3, enable_gqa=True).calibrate(q, k)
+    fm = fs.feature_map(fs.fit(q, k, axis=(0, -2), enable_gqa=True), 16, rng=3)
+    torch.testing.assert_close(module(q, k, v), fs.linear_attention(q, k, v, fm, enable_gqa=True))
+
+
+def test_calibration_on_moments_of_several_batches():
+    q, k, v = sample(4, 4, 50, 8)
+    parts = [fs.moments(q[i : i + 2], k[i : i + 2], axis=(0, -2)) for i in (0, 2)]
+    one = LinearAttention(8, 4, num_features=16, rng=0).calibrate(fs.combine(*parts))
+    two = LinearAttention(8, 4, num_features=16, rng=0).calibrate(q, k)
+    torch.testing.assert_close(one(q, k, v), two(q, k, v), rtol=1e-4, atol=1e-5)
+
+
+def test_uncalibrated_is_refused_and_posrf_is_ready():
+    q, k, v = sample(2, 4, 50, 8)
+    with pytest.raises(RuntimeError, match=r"LinearAttention .*'optimal' is not calibrated: call calibrate\(q, k\)"):
+        LinearAttention(8, 4)(q, k, v)
+    fm = fs.feature_map(fs.fit(q, k, method="posrf"), 16, rng=0)
+    ready = LinearAttention(8, 4, method="posrf", num_features=16, rng=0)
+    torch.testing.assert_close(ready(q, k, v), fs.linear_attention(q, k, v, fm))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_calls_are_deterministic_and_change_nothing(attention, training):
+    q, k, v = sample(2, 4, 50, 8)
+    attention.train(training)
+    before = copy.deepcopy(attention.state_dict())
+    out = attention(q, k, v)
+    assert torch.equal(attention(q, k, v), out)
+    for name, value in attention.state_dict().items():
+        assert torch.equal(value, before[name])
+
+
+def test_redraw_is_explicit_and_seeded(attention):
+    q, k, v = sample(2, 4, 50, 8)
+    old, parameters = attention(q, k, v), attention.g1.clone()
+    new = attention.redraw(7)(q, k, v)
+    assert (new - old).abs().max() > 1e-3
+    assert torch.equal(attention.g1, parameters)
+    assert torch.equal(attention.redraw(0)(q, k, v), old)
+    torch.manual_seed(5)
+    first = LinearAttention(8).projection
+    torch.manual_seed(5)
+    assert torch.equal(LinearAttention(8).projection, first)
+
+
+@pytest.mark.parametrize("calibrated", [True, False])
+def test_state_dict_round_trip(attention, calibrated):
+    """Into a module with other rows, whether it has parameters already or not."""
+    q, k, v = sample(2, 4, 50, 8)
+    other = LinearAttention(8, 4, num_features=16, rng=1)
+    if calibrated:
+        other.calibrate(k, q)
+    other.load_state_dict(attention.state_dict())
+    assert torch.equal(other(q, k, v), attention(q, k, v))
+
+
+def test_state_dict_loads_after_a_call(attention):
+    """The frozen map that calls share is made anew."""
+    q, k, v = sample(2, 4, 50, 8)
+    other = LinearAttention(8, 4, num_features=16, rng=1).calibrate(k, q)
+    other(q, k, v), other.feature_map.fingerprint
+    other.load_state_dict(attention.state_dict())
+    assert torch.equal(other(q, k, v), attention(q, k, v))
+    assert other.feature_map.fingerprint == attention.feature_map.fingerprint
+
+
+def test_state_dicts_that_do_not_fit_are_refused(attention):
+    with pytest.raises(RuntimeError, match=r"Missing key.*g1"):
+        attention.load_state_dict(LinearAttention(8, 4, num_features=16).state_dict())
+    other = LinearAttention(8, 2, num_features=16)
+    with pytest.raises(RuntimeError, match="size mismatch for g1"):
+        other.load_state_dict(attention.state_dict())
+
+
+def test_copies_and_pickles(attention):
+    q, k, v = sample(2, 4, 50, 8)
+    out = attention(q, k, v)
+    copied, pickled = copy.deepcopy(attention), pickle.loads(pickle.dumps(attention))
+    attention.redraw(9)
+    for other in (copied, pickled):
+        assert torch.equal(other(q, k, v), out)
+
+
+def test_half_precision_keeps_the_map(attention):
+    q, k, v = sample(2, 4, 50, 8)
+    want = attention(q, k, v)
+    for dtype in (torch.float16, torch.bfloat16):
+        module = copy.deepcopy(attention).to(dtype)
+        assert {x.dtype for x in module.buffers()} == {torch.float32}
+        out = module(q.to(dtype), k.to(dtype), v.to(dtype))
+        assert out.dtype == dtype
+        torch.testing.assert_close(out.float(), want, atol=0.03, rtol=0.03)
+    assert copy.deepcopy(attention).double().g1.dtype == torch.float64
+    assert copy.deepcopy(attention).to("meta").g1.device.type == "meta"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_does_not_reach_the_features(attention, dtype):
+    q, k, v = (x.requires_grad_() for x in sample(2, 4, 50, 8))
+    with fs.use("reference"):  # made of products that autocast would take
+        want = attention(q, k, v)
+        with torch.autocast("cpu", dtype):
+            out = attention(q, k, v)
+            assert attention(q.to(dtype), k.to(dtype), v.to(dtype)).dtype == dtype
+    torch.testing.assert_close(out, want)
+    out.sum().backward()
+    assert all(x.grad is not None and bool(x.grad.isfinite().all()) for x in (q, k, v))
+
+
+def test_gradients(attention):
+    q, k, v = (x.double().requires_grad_() for x in sample(1, 4, 6, 8))
+    module = copy.deepcopy(attention).double()
+    assert torch.autograd.gradcheck(module, (q, k, v))
+
+
+def test_stream_equals_the_causal_call(attention):
+    q, k, v = sample(2, 4, 20, 8)
+    attention.is_causal = True
+    whole = attention(q, k, v)
+    out, state = attention(q[:, :, :19], k[:, :, :19], v[:, :, :19], return_state=True)
+    token, _ = fs.decode_step(q[:, :, 19:], k[:, :, 19:], v[:, :, 19:], state, attention.feature_map)
+    torch.testing.assert_close(torch.cat([out, token], dim=2), whole)
+
+
+def test_export_and_compile(attention):
+    """One graph, with the map's numbers as inputs: a module that is calibrated again needs no new graph."""
+    q, k, v = sample(2, 4, 50, 8)
+    exported = torch.export.export(attention, (q, k, v)).module()
+    torch.testing.assert_close(exported(q, k, v), attention(q, k, v))
+    assert {name for name, _ in exported.named_buffers()} == {name for name, _ in attention.named_buffers()}
+    torch._dynamo.reset()
+    compiled = torch.compile(attention, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(q, k, v), attention(q, k, v))
+    attention.calibrate(k, q).redraw(3)
+    torch.testing.assert_close(compiled(q, k, v), attention(q, k, v))
+
+
+def test_bad_arguments():
+    q, k, _ = sample(2, 4, 50, 8)
+    for options, error, message in (
+        ({"method": "trig"}, ValueError, "'trig' has signed features"),
+        ({"method": "best"}, ValueError, "method 'best' is unknown; accepted: posrf"),
+        ({"draw": "random"}, ValueError, "draw 'random' is unknown; accepted: iid"),
+        ({"draw": torch.ones(3, 8)}, ValueError, r"draw has shape \(3, 8\); accepted: \(m, d\) = \(256, 8\)"),
+        ({"num_features": 0}, ValueError, "num_features must be an integer of 1 or more, got 0"),
+        ({"scale": -1.0}, ValueError, "scale must be a positive finite number"),
+        ({"is_causal": q}, TypeError, "is_causal must be True or False"),
+        ({"window": -1}, ValueError, "window must be an integer of 0 or more"),
+        ({"rng": "seed"}, TypeError, "rng must be None, an int"),
+    ):
+        with pytest.raises(error, match=message):
+            LinearAttention(8, **options)
+    module = LinearAttention(8, 3)
+    with pytest.raises(ValueError, match=r"k has shape \(2, 4, 50, 8\); accepted: .*3, s, d"):
+        module.calibrate(q, k)
+    with pytest.raises(TypeError, match="q must be a torch tensor, got ndarray"):
+        module.calibrate(q.numpy(), k.numpy())
+    with pytest.raises(ValueError, match="not finite"):
+        LinearAttention(8, 4).calibrate(q * torch.nan, k)
+    with pytest.raises(ValueError, match=r"leading axes \(2, 4\); accepted: \(4,\)"):
+        LinearAttention(8, 4).calibrate(fs.moments(q, k))
+    with pytest.raises(ValueError, match="method 'optimal'"):
+        LinearAttention(8, 4).set_parameters(fs.fit(q[0], k[0], method="sderf"))
+    with pytest.raises(ValueError, match="given its rows as an array"):
+        LinearAttention(8, num_features=16, draw=torch.randn(16, 8)).redraw(0)
+
+
+# MultiheadAttention --------------------------------------------------------------------------------------------------
+
+KINDS = [
+    {"batch_first": True},
+    {"bias": False},
+    {"kdim": 20, "vdim": 12, "batch_first": True},
+    {"add_bias_kv": True, "batch_first": True},
+    {"add_zero_attn": True},
+    {"dtype": torch.float64},
+]
+
+
+def inputs(options, n=30, s=30):
+    """Query, key and value in the layout of a module with these options."""
+    torch.manual_seed(0)
+    made = [
+        torch.randn(2, length, width, dtype=options.get("dtype"))
+        for length, width in ((n, 32), (s, options.get("kdim", 32)), (s, options.get("vdim", 32)))
+    ]
+    return made if options.get("batch_first") else [x.transpose(0, 1) for x in made]
+
+
+@pytest.mark.parametrize("options", KINDS, ids=str)
+@pytest.mark.parametrize("masked", [False, True])
+def test_exact_is_torch_with_its_weights(options, masked):
+    theirs = torch.nn.MultiheadAttention(32, 4, **options)
+    ours = MultiheadAttention(32, 4, **options, method="exact")
+    ours.load_state_dict(theirs.state_dict(), strict=True)
+    mask = torch.arange(30) >= torch.tensor([30, 17])[:, None] if masked else None
+    given = inputs(options)
+    torch.testing.assert_close(
+        ours(*given, key_padding_mask=mask)[0], theirs(*given, key_padding_mask=mask, need_weights=False)[0]
+    )
+
+
+@pytest.mark.parametrize("options", KINDS, ids=str)
+def test_features_approach_torch(options):
+    theirs = torch.nn.MultiheadAttention(32, 4, **options)
+    ours = MultiheadAttention.from_torch(theirs, num_features=2048, rng=0)
+    given = inputs(options, n=25)
+    want = theirs(*given, need_weights=False)[0]
+    out, weights = ours.calibrate(*given[:2])(*given)
+    assert weights is None
+    assert out.dtype == want.dtype
+    assert (out - want).norm() < 0.2 * want.norm()
+
+
+def test_same_initial_weights_as_torch():
+    torch.manual_seed(3)
+    theirs = torch.nn.MultiheadAttention(32, 4, add_bias_kv=True)
+    torch.manual_seed(3)
+    ours = MultiheadAttention(32, 4, add_bias_kv=True, method="exact")
+    for name, weight in theirs.state_dict().items():
+        assert ours.state_dict()[name].shape == weight.shape
+        assert abs(float(ours.state_dict()[name].std()) - float(weight.std())) < 0.02
+
+
+def test_masks_of_torch():
+    """Causal masks in each of torch's forms; floating padding; unbatched inputs; padding without influence."""
+    theirs = torch.nn.MultiheadAttention(32, 4, batch_first=True)
+    exact = MultiheadAttention.from_torch(theirs, method="exact")
+    x = inputs({"batch_first": True})[0]
+    square = torch.nn.Transformer.generate_square_subsequent_mask(30)
+    want = theirs(x, x, x, attn_mask=square, need_weights=False)[0]
+    for mask in (square, square < 0, (square < 0).expand(8, 30, 30)):
+        for is_causal in (False, True):
+            torch.testing.assert_close(exact(x, x, x, attn_mask=mask, is_causal=is_causal)[0], want)
+    torch.testing.assert_close(exact(x, x, x, is_causal=True)[0], want)
+    torch.testing.assert_close(exact(x, x, x, attn_mask=torch.zeros(30, 30))[0], exact(x, x, x)[0])
+    torch.testing.assert_close(exact(x[0], x[0], x[0])[0], exact(x, x, x)[0][0])
+    padding = torch.arange(30) >= torch.tensor([30, 17])[:, None]
+    additive = torch.zeros(2, 30).masked_fill(padding, -torch.inf)
+    linear = MultiheadAttention.from_torch(theirs, num_features=32, rng=0).calibrate(x, key_padding_mask=padding)
+    out = linear(x, x, x, key_padding_mask=padding)[0]
+    torch.testing.assert_close(linear(x, x, x, key_padding_mask=additive)[0], out)
+    torch.testing.assert_close(linear(x[1, :17], x[1, :17], x[1, :17])[0], out[1, :17])
+    spoiled = x.masked_fill(padding[..., None], 1e3)
+    again = MultiheadAttention.from_torch(theirs, num_features=32, rng=0).calibrate(spoiled, key_padding_mask=padding)
+    torch.testing.assert_close(again(spoiled, spoiled, spoiled, key_padding_mask=padding)[0][1, :17], out[1, :17])
+
+
+def test_causal_features_do_not_see_the_future():
+    x = inputs({"batch_first": True})[0]
+    module = MultiheadAttention(32, 4, batch_first=True, num_features=32, rng=0, window=8).calibrate(x)
+    out = module(x, x, x, is_causal=True)[0]
+    changed = torch.cat([x[:, :20], -x[:, 20:]], dim=1)
+    assert torch.equal(module(changed, changed, changed, is_causal=True)[0][:, :20], out[:, :20])
+
+
+def test_inside_an_encoder_layer_of_torch():
+    """In evaluation torch's layer computes exact attention by itself, past any module that looks like its own."""
+    layer = torch.nn.TransformerEncoderLayer(32, 4, 64, batch_first=True).eval()
+    x = inputs({"batch_first": True})[0]
+    with torch.no_grad():
+        exact = layer(x)
+        layer.self_attn = MultiheadAttention.from_torch(layer.self_attn, dropout=0.0, num_features=8, rng=0).calibrate(
+            x
+        )
+        padding = torch.zeros(2, 30, dtype=torch.bool)
+        out = layer(x)
+        torch.testing.assert_close(layer(x, src_key_padding_mask=padding), out)
+        causal = layer(x, src_mask=torch.nn.Transformer.generate_square_subsequent_mask(30), is_causal=True)
+    with torch.enable_grad():
+        torch.testing.assert_close(layer(x), out)
+    assert (out - exact).abs().max() > 1e-3
+    assert (out - causal).abs().max() > 1e-3
+
+
+def test_state_dict_of_the_whole_module():
+    x = inputs({"batch_first": True})[0]
+    one = MultiheadAttention(32, 4, batch_first=True, num_features=16, rng=0).calibrate(x)
+    two = MultiheadAttention(32, 4, batch_first=True, num_features=16, rng=1)
+    two.load_state_dict(one.state_dict())
+    assert torch.equal(two(x, x, x)[0], one(x, x, x)[0])
+    rows = one.attention.projection.clone()
+    one.load_state_dict(torch.nn.MultiheadAttention(32, 4).state_dict())
+    assert torch.equal(one.attention.projection, rows)
+    with pytest.raises(RuntimeError, match=r"Missing key.*in_proj_weight"):
+        one.load_state_dict({})
+
+
+def test_training_under_autocast():
+    """Weights get finite gradients, and the loss falls."""
+    x = inputs({"batch_first": True})[0]
+    module = MultiheadAttention(32, 4, batch_first=True, num_features=16, rng=0).calibrate(x)
+    optimizer = torch.optim.Adam(module.parameters(), lr=1e-2)
+    losses = []
+    for _ in range(8):
+        with torch.autocast("cpu", torch.bfloat16), fs.use("reference"):
+            out = module(x, x, x)[0]
+            assert out.dtype == torch.bfloat16
+            loss = (out.float() - x).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+
+
+def test_multihead_compiles_in_half_precision():
+    x = inputs({"batch_first": True})[0].bfloat16()
+    module = MultiheadAttention(32, 4, batch_first=True, num_features=16, rng=0).calibrate(x.float()).bfloat16()
+    padding = torch.arange(30) >= torch.tensor([30, 17])[:, None]
+    torch._dynamo.reset()
+    compiled = torch.compile(module, fullgraph=True, backend="eager")
+    got = compiled(x, x, x, key_padding_mask=padding, is_causal=True)[0]
+    torch.testing.assert_close(got, module(x, x, x, key_padding_mask=padding, is_causal=True)[0], atol=0.02, rtol=0.02)
+
+
+def test_multihead_refuses_what_it_cannot_do():
+    x = inputs({"batch_first": True})[0]
+    module = MultiheadAttention(32, 4, batch_first=True, method="posrf")
+    for call, message in (
+        (lambda: module(x, x, x, need_weights=True), "need_weights=True: attention weights never exist here"),
+        (lambda: module(x, x, x, attn_mask=torch.eye(30).bool()), "attn_mask is neither causal nor empty"),
+        (lambda: module(x, x, x, attn_mask=torch.eye(30)), "attn_mask holds numbers other than 0 and -inf"),
+        (lambda: module(x, x, x, attn_mask=torch.eye(30).bool(), is_causal=True), "neither causal nor empty"),
+        (lambda: module(x, x, x, key_padding_mask=torch.ones(2, 30)), "key_padding_mask holds numbers other than"),
+        (lambda: module(x, x, x, key_padding_mask=torch.ones(3, 30).bool()), r"accepted: \(batch, s\) = \(2, 30\)"),
+        (lambda: module(x[..., :5], x, x), r"query has shape \(2, 30, 5\); accepted: .* the last of 32"),
+        (lambda: MultiheadAttention(32, 4, dropout=0.1), "dropout acts on attention weights"),
+        (lambda: MultiheadAttention(32, 5), "embed_dim must be a multiple of num_heads, got 32 and 5"),
+        (lambda: MultiheadAttention(32, 4, method="exact", window=4), "window is for features"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+    extra = MultiheadAttention(32, 4, batch_first=True, method="posrf", add_zero_attn=True)
+    with pytest.raises(ValueError, match="keys without a position"):
+        extra(x, x, x, is_causal=True)
+    with pytest.raises(TypeError, match=r"module must be a torch.nn.MultiheadAttention, got Linear"):
+        MultiheadAttention.from_torch(torch.nn.Linear(2, 2))
