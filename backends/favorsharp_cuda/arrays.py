@@ -1,0 +1,96 @@
+"""Arrays as addresses: where one lies, on which device, and how to make another beside it.
+
+CuPy arrays, torch tensors, and NumPy arrays where tests run the kernels on the host.
+"""
+
+import sys
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+
+WIDER = {"float16": "float32", "bfloat16": "float32", "float32": "float32", "float64": "float64"}
+"""What each dtype is computed in."""
+
+
+def is_torch(x: Any) -> bool:
+    """Whether x is a tensor."""
+    return type(x).__module__.partition(".")[0] == "torch" or hasattr(x, "data_ptr")
+
+
+def is_numpy(x: Any) -> bool:
+    """Whether x is NumPy's."""
+    return isinstance(x, np.ndarray)
+
+
+def name_of(x: Any) -> str:
+    """The dtype's short name."""
+    return _name(x.dtype)
+
+
+@lru_cache(maxsize=64)
+def _name(dtype: Any) -> str:
+    return str(dtype).rpartition(".")[2]
+
+
+def device_number(x: Any) -> int:
+    """The number of the GPU; 0 for host memory."""
+    if is_numpy(x):
+        return 0
+    if is_torch(x):
+        return int(x.device.index or 0)
+    return int(x.device.id)
+
+
+def place_of(x: Any) -> tuple[int, tuple[int, ...]]:
+    """The address of the first item, and the strides in items."""
+    if is_torch(x):
+        return int(x.data_ptr()), tuple(x.stride())
+    start = x.__array_interface__["data"][0] if is_numpy(x) else x.data.ptr
+    item = x.dtype.itemsize
+    if any(step % item for step in x.strides):
+        raise ValueError(f"strides {x.strides} must be multiples of the item's size, {item}")
+    return int(start), tuple(step // item for step in x.strides)
+
+
+def readable(x: Any) -> Any:
+    """The array without a gradient and without lazy conjugation, in native byte order."""
+    if is_torch(x):
+        x = x.detach()
+        return x.resolve_neg().resolve_conj() if x.is_neg() or x.is_conj() else x
+    if is_numpy(x) and not (x.flags.aligned and x.dtype.isnative):
+        return np.array(x, dtype=x.dtype.newbyteorder("="))
+    return x
+
+
+def empty(like: Any, shape: tuple[int, ...], dtype: str) -> Any:
+    """A new array of like's library, beside it."""
+    if is_torch(like):
+        torch = sys.modules["torch"]
+        return torch.empty(shape, dtype=getattr(torch, dtype), device=like.device)
+    if is_numpy(like):
+        return np.empty(shape, dtype)
+    import cupy
+
+    return cupy.empty(shape, dtype)
+
+
+def upload(like: Any, host: Any) -> Any:
+    """A NumPy array of numbers as an array of like's library, beside it."""
+    if is_torch(like):
+        torch = sys.modules["torch"]
+        return torch.from_numpy(np.ascontiguousarray(host)).to(like.device)
+    if is_numpy(like):
+        return np.ascontiguousarray(host)
+    import cupy
+
+    x = cupy.empty(host.shape, host.dtype)
+    x.set(np.ascontiguousarray(host))
+    return x
+
+
+def cast(x: Any, dtype: str) -> Any:
+    """The array in another dtype; itself where it has it."""
+    if name_of(x) == dtype:
+        return x
+    return x.to(getattr(sys.modules["torch"], dtype)) if is_torch(x) else x.astype(dtype)

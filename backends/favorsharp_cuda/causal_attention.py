@@ -1,0 +1,62 @@
+"""Causal attention."""
+
+from dataclasses import replace
+from typing import Any
+
+from favorsharp._arrays import broadcast_shapes
+from favorsharp.ops.state import State, num_leaving, with_recent
+from favorsharp_cuda import arrays, plain
+from favorsharp_cuda.problem import key_batch_of
+from favorsharp_cuda.state import fitting
+
+
+def causal_attention(
+    q: Any, k: Any, v: Any, feature_map: Any, *, key_mask: Any = None, window: int = 0, state: State | None = None
+) -> tuple[Any, State]:
+    """As `favorsharp.ops.causal_attention.causal_attention`."""
+    dtype = arrays.name_of(q)
+    wide = arrays.WIDER[dtype] if state is None else arrays.name_of(state.kv)
+    before, keys, values, mask = 0, k, v, key_mask
+    if state is not None and state.recent_k.shape[-2]:
+        before = state.recent_k.shape[-2]
+        keys, values, mask = with_recent(state, k, v, key_mask)
+    length = keys.shape[-2]
+    limit = num_leaving(length, window) if window else length
+    key_batch = key_batch_of(feature_map, keys, values, mask, state)
+    batch = broadcast_shapes(tuple(q.shape[:-2]), key_batch)
+    queries, keys, values = (fitting(x, wide) for x in (q, keys, values))
+    out = arrays.empty(q, (*batch, q.shape[-2], v.shape[-1]), arrays.name_of(queries))
+    sums = plain.causal(
+        out, queries, keys, values, feature_map, mask, None if state is None else (state.kv, state.z, state.c),
+        window=window, first_query=before, limit=limit,
+    )  # fmt: skip
+    one_a_key_head = _one_along(batch, key_batch)
+    kv, z, c = (x[one_a_key_head] for x in sums)
+    if state is None:
+        nothing = _nothing(k, v, key_batch)
+        state = State(kv=kv, z=z, c=c, window=window, **nothing, fingerprint=None)
+    recent: dict[str, Any] = {}
+    if window:
+        keys, values, mask = with_recent(state, k, v, key_mask)
+        recent = {
+            "recent_k": keys[..., limit:, :],
+            "recent_v": values[..., limit:, :],
+            "recent_mask": mask[..., limit:],
+        }
+    return arrays.cast(out, dtype), replace(state, kv=kv, z=z, c=c, **recent)
+
+
+def _nothing(k: Any, v: Any, batch: tuple[int, ...]) -> dict[str, Any]:
+    """No recent keys."""
+    return {
+        "recent_k": arrays.empty(k, (*batch, 0, k.shape[-1]), arrays.name_of(k)),
+        "recent_v": arrays.empty(v, (*batch, 0, v.shape[-1]), arrays.name_of(v)),
+        "recent_mask": arrays.empty(k, (*batch, 0), "bool"),
+    }
+
+
+def _one_along(batch: tuple[int, ...], keys: tuple[int, ...]) -> tuple[Any, ...]:
+    """What picks of the heads of a batch one for each head of the keys' batch."""
+    missing = len(batch) - len(keys)
+    inner = (slice(None) if size == own else slice(0, 1) for size, own in zip(batch[missing:], keys, strict=True))
+    return (*(0 for _ in range(missing)), *inner, slice(None), slice(None))

@@ -1,0 +1,19 @@
+"""exp(u W^T + row + column)."""
+
+from typing import Any
+
+from favorsharp._arrays import broadcast_shapes
+from favorsharp_cuda import arrays, plain
+
+
+def exponential_features(u: Any, rows: Any, row: Any, column: Any, *, out: Any = None) -> Any:
+    """As `favorsharp.ops.exponential_features.exponential_features`."""
+    batch = broadcast_shapes(*(tuple(x.shape[:-2]) for x in (u, rows, row, column)))
+    dtype = arrays.name_of(u)
+    shape = (*batch, u.shape[-2], rows.shape[-2])
+    result = out if out is not None and arrays.name_of(out) == dtype else arrays.empty(u, shape, dtype)
+    plain.features(u, rows, row, column, result)
+    if out is None or out is result:
+        return result
+    out[...] = arrays.cast(result, arrays.name_of(out))
+    return out

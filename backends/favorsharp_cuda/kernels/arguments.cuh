@@ -1,0 +1,60 @@
+// What kernels are given: one structure by value, built by problem.py, whose fields are in the same order.
+namespace favorsharp {
+
+constexpr int AXES = 8;  // leading axes longer than 1 that a batch may have
+
+// An array of a batch: its address, strides in items (0 along what it is broadcast over).
+struct Array {
+  i64 start, row, column;
+  i64 axis[AXES];
+};
+
+// The constants of a side of a map, in the layout of maps.py.
+struct Side {
+  i64 header, rows, planes;
+};
+
+struct Problem {
+  Array q, k, v, mask, out, stats, partial_sums;
+  Array kv_in, z_in, c_in;     // a state to begin with
+  Array kv_out, z_out, c_out;  // the state of all keys
+  i64 shape[AXES];             // of the batch; unused axes have length 1
+  i64 map_axis[AXES];          // the number of a head's map is the sum of index * map_axis
+  i64 key_axis[AXES];          // that of its key head
+  Side query, key;
+  i64 m, m_pad, d, e;          // features, and in whole tiles; sizes as given
+  i64 gaussian, has_dense, map_rows;
+  i64 num_queries, num_keys, first_query, window;
+  i64 causal, reverse, normalised;
+  i64 limit;                   // keys that enter the features in the end
+  i64 recent;                  // keys that are scored exactly by every query
+  i64 segments, span;          // of positions
+  i64 sums, scratch, planes;
+  i64 steps[4];                // free for the op
+};
+
+DEVICE void split_head(const Problem &p, i64 head, i64 (&index)[AXES]) {
+#pragma unroll
+  for (int a = AXES - 1; a >= 0; a--) {
+    index[a] = head % p.shape[a];
+    head /= p.shape[a];
+  }
+}
+DEVICE i64 along(const i64 (&index)[AXES], const i64 (&axis)[AXES]) {
+  i64 sum = 0;
+#pragma unroll
+  for (int a = 0; a < AXES; a++) sum += index[a] * axis[a];
+  return sum;
+}
+
+// Rows and columns of an array's entry of one head.
+template <class T> struct View {
+  T *start;
+  i64 row, column;
+  DEVICE T &at(i64 i, i64 j) const { return start[i * row + j * column]; }
+};
+template <class T> DEVICE View<T> view(const Array &x, const i64 (&index)[AXES]) {
+  return {(T *)x.start + (x.start ? along(index, x.axis) : 0), x.row, x.column};
+}
+
+}  // namespace favorsharp

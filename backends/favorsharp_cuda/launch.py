@@ -1,0 +1,129 @@
+"""Compiles kernels when they are first needed and launches them, on the caller's device and stream."""
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+from favorsharp_cuda import arrays
+from favorsharp_cuda.source import INSTANTIATIONS, source
+
+OPTIONS = ("-std=c++17",)
+
+OLDEST = 80
+"""Compute capability below which there is no cp.async and no bfloat16."""
+
+module_class: Any = None
+"""What makes a module of (code=, options=, name_expressions=): None for `cupy.RawModule`. Tests put another here."""
+
+_kernels: dict[tuple[int, str], Any] = {}
+
+
+class CannotCompile(RuntimeError):
+    """The card or the installation cannot run the kernels; the message names the cure."""
+
+
+def run(expression: str, like: Any, grid: int, threads: int, problem: Any, shared: int = 0) -> None:
+    """Launch a kernel of one structure by value.
+
+    Parameters
+    ----------
+    expression : str
+        One of `INSTANTIATIONS`.
+    like : array
+        Of the caller: tells device and stream.
+    grid, threads : int
+        Blocks, and threads in one.
+    problem : structured NumPy array, shape (1,)
+        What the kernel takes.
+    shared : int
+        Bytes of dynamic shared memory.
+    """
+    if grid == 0:
+        return
+    device = arrays.device_number(like)
+    with on_stream_of(like):
+        kernel = _kernels.get((device, expression))
+        if kernel is None:
+            kernel = _kernels[device, expression] = _compile(expression, device)
+        if shared > 48 * 1024:
+            kernel.max_dynamic_shared_size_bytes = shared
+        kernel((grid,), (threads,), (problem,), shared_mem=shared)
+
+
+def forget() -> None:
+    """Forget every compiled kernel: tests that change `module_class` or the source call this."""
+    _kernels.clear()
+
+
+def on_stream_of(like: Any) -> AbstractContextManager[Any]:
+    """Makes the caller's device and stream CuPy's current ones."""
+    if not arrays.is_torch(like) or like.device.type != "cuda":
+        return nullcontext()  # CuPy arrays: its current device and stream are the caller's
+    import cupy
+    import torch
+
+    stream = torch.cuda.current_stream(like.device)
+    return _Both(cupy.cuda.Device(like.device.index), cupy.cuda.ExternalStream(stream.cuda_stream, like.device.index))
+
+
+class _Both:
+    """A device and a stream of it, entered together."""
+
+    def __init__(self, device: Any, stream: Any) -> None:
+        self.device, self.stream = device, stream
+
+    def __enter__(self) -> None:
+        self.device.__enter__()
+        self.stream.__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        self.stream.__exit__(*error)
+        self.device.__exit__(*error)
+
+
+def _compile(expression: str, device: int) -> Any:
+    if expression not in INSTANTIATIONS:
+        raise KeyError(f"{expression} is not in INSTANTIATIONS")
+    make = module_class
+    if make is None:
+        import cupy
+
+        make = cupy.RawModule
+        _check_card(cupy, device)
+    try:
+        module = make(code=source(), options=OPTIONS, name_expressions=[expression])
+        return module.get_function(expression)
+    except Exception as error:
+        cure = _cure_of(error)
+        if cure is None:
+            raise
+        raise CannotCompile(cure) from error
+
+
+def _check_card(cupy: Any, device: int) -> None:
+    capability = int(cupy.cuda.Device(device).compute_capability)
+    if capability < OLDEST:
+        raise CannotCompile(
+            f"favorsharp's CUDA kernels need a card of compute capability 8.0 or newer, device {device} has "
+            f"{capability // 10}.{capability % 10}: use favorsharp.use('reference'), or pip install "
+            "'favorsharp[torch]' and torch tensors on the CPU"
+        )
+
+
+def _cure_of(error: Exception) -> str | None:
+    """What to install where CuPy found no NVRTC or no headers of the toolkit."""
+    text = str(error)
+    if not any(word in text.lower() for word in ("nvrtc", "cuda headers", "cuda_path", "cudart", "include")):
+        return None
+    major = 13
+    try:
+        import cupy
+
+        major = cupy.cuda.runtime.runtimeGetVersion() // 1000
+    except Exception:  # the runtime itself may be what is missing
+        pass
+    packages = (
+        "'nvidia-cuda-nvrtc-cu12' 'nvidia-cuda-runtime-cu12'"
+        if major == 12
+        else f"'nvidia-cuda-nvrtc=={major}.*' 'nvidia-cuda-runtime=={major}.*'"
+    )
+    return f"CuPy cannot compile, as the toolkit's NVRTC or headers are missing: pip install {packages} ({text})"

@@ -1,0 +1,152 @@
+"""Launches the kernels of plain arithmetic: float64, points of more than 128 entries, and single tokens."""
+
+import math
+from typing import Any
+
+from favorsharp._arrays import broadcast_shapes
+from favorsharp_cuda import arrays
+from favorsharp_cuda.launch import run
+from favorsharp_cuda.maps import plain_map
+from favorsharp_cuda.problem import Problem, key_batch_of
+from favorsharp_cuda.source import expression
+
+THREADS = 128
+ENTER, NEAR, LOAD_PARTIAL, STORE_PARTIAL = 1, 2, 4, 8
+QUERIES_A_BLOCK = 16
+
+Sums = tuple[Any, Any, Any]
+"""kv (*b, m, e), z and c (*b, 1, m), as in a State."""
+
+
+def new_sums(like: Any, batch: tuple[int, ...], m: int, e: int, dtype: str) -> Sums:
+    """Sums that a kernel is to write."""
+    return (
+        arrays.empty(like, (*batch, m, e), dtype),
+        arrays.empty(like, (*batch, 1, m), dtype),
+        arrays.empty(like, (*batch, 1, m), dtype),
+    )
+
+
+def attend(
+    batch: tuple[int, ...],
+    feature_map: Any,
+    dtype: str,
+    *,
+    like: Any,
+    e: int,
+    q: Any = None,
+    k: Any = None,
+    v: Any = None,
+    mask: Any = None,
+    out: Any = None,
+    sums: Sums | None = None,
+    new: Sums | None = None,
+    partial: Any = None,
+    flags: int = 0,
+    pieces: int = 1,
+    **numbers: int,
+) -> None:
+    """One launch of `plain_attention`; see kernels/plain.cu for what the flags say."""
+    problem = Problem(batch)
+    packed = plain_map(feature_map, like, arrays.WIDER[dtype])
+    problem.held += [packed.query, packed.key]
+    problem.number("map_axis", tuple(feature_map.batch_shape))
+    problem.values["query"]["header"] = arrays.place_of(packed.query)[0]
+    problem.values["key"]["header"] = arrays.place_of(packed.key)[0]
+    d = feature_map.parameters.g1.shape[-1]
+    m = feature_map.num_features
+    problem.set(
+        m=m, d=d, e=e, has_dense=packed.has_dense, map_rows=packed.size,
+        gaussian=feature_map.parameters.kernel == "gaussian", normalised=1, segments=pieces, steps=(flags, 0, 0, 0),
+        num_queries=0 if q is None else q.shape[-2], num_keys=0 if k is None else k.shape[-2],
+    )  # fmt: skip
+    problem.set(**numbers)
+    for name, x in (("q", q), ("k", k), ("v", v), ("out", out), ("partial_sums", partial)):
+        if x is not None:
+            problem.array(name, x)
+    if mask is not None:
+        problem.array("mask", mask, trailing=1)
+    for names, group in ((("kv_in", "z_in", "c_in"), sums), (("kv_out", "z_out", "c_out"), new)):
+        for name, x in zip(names, group or (), strict=bool(group)):
+            problem.array(name, x)
+    item = 8 if dtype == "float64" else 4
+    shared = item * (d + 3 * m + e + THREADS // 32 + THREADS)
+    run(expression("plain_attention", dtype), like, problem.heads * pieces, THREADS, problem.values, shared)
+
+
+def attention(q: Any, k: Any, v: Any, feature_map: Any, key_mask: Any, window: int, *, normalised: bool = True) -> Any:
+    """Bidirectional attention, or the kernel operator where it is not normalised."""
+    dtype, e, m = arrays.name_of(q), v.shape[-1], feature_map.num_features
+    keys = key_batch_of(feature_map, k, v, key_mask)
+    batch = broadcast_shapes(tuple(q.shape[:-2]), keys)
+    out = arrays.empty(q, (*batch, q.shape[-2], e), dtype)
+    wide = arrays.WIDER[dtype]
+    given = {"like": q, "e": e, "k": k, "v": v, "mask": key_mask}
+    if window and k.shape[-2]:
+        partial = arrays.empty(q, (*batch, q.shape[-2], e + 2), wide)
+        both = {"q": q, "out": out, "new": new_sums(q, batch, m, e, wide), "partial": partial, "window": window}
+        attend(batch, feature_map, dtype, flags=ENTER | NEAR | STORE_PARTIAL, **given, **both)
+        attend(batch, feature_map, dtype, flags=ENTER | LOAD_PARTIAL, reverse=1, **given, **both)
+        return out
+    sums = new_sums(q, keys, m, e, wide)
+    attend(keys, feature_map, dtype, flags=ENTER, new=sums, limit=k.shape[-2], **given)
+    read(out, q, feature_map, sums, normalised=normalised)
+    return out
+
+
+def read(out: Any, q: Any, feature_map: Any, sums: Sums, recent: Any = None, *, normalised: bool = True) -> None:
+    """Queries read sums, and recent keys (k, v, mask) exactly."""
+    k, v, mask = recent or (None, None, None)
+    pieces = max(1, -(-q.shape[-2] // QUERIES_A_BLOCK))
+    attend(
+        tuple(out.shape[:-2]), feature_map, arrays.name_of(q), like=q, e=out.shape[-1], q=q, k=k, v=v, mask=mask,
+        out=out, sums=sums, flags=NEAR if recent else 0, pieces=pieces, normalised=normalised,
+        recent=0 if k is None else k.shape[-2],
+    )  # fmt: skip
+
+
+def absorb(k: Any, v: Any, feature_map: Any, key_mask: Any, sums: Sums) -> Sums:
+    """The sums after further keys."""
+    keys = broadcast_shapes(key_batch_of(feature_map, k, v, key_mask), tuple(sums[0].shape[:-2]))
+    dtype = arrays.name_of(k)
+    new = new_sums(k, keys, feature_map.num_features, v.shape[-1], arrays.WIDER[dtype])
+    attend(
+        keys, feature_map, dtype, like=k, e=v.shape[-1], k=k, v=v, mask=key_mask, sums=sums, new=new, flags=ENTER,
+        limit=k.shape[-2],
+    )  # fmt: skip
+    return new
+
+
+def causal(
+    out: Any,
+    q: Any,
+    k: Any,
+    v: Any,
+    feature_map: Any,
+    key_mask: Any,
+    sums: Sums | None,
+    *,
+    window: int,
+    first_query: int,
+    limit: int,
+) -> Sums:
+    """Every query reads the keys up to its own; the sums after `limit` keys, of every head of the queries."""
+    dtype, e, batch = arrays.name_of(q), v.shape[-1], tuple(out.shape[:-2])
+    new = new_sums(q, batch, feature_map.num_features, e, arrays.WIDER[dtype])
+    attend(
+        batch, feature_map, dtype, like=q, e=e, q=q, k=k, v=v, mask=key_mask, out=out, sums=sums, new=new,
+        flags=ENTER | (NEAR if window else 0), window=window, causal=1, first_query=first_query, limit=limit,
+    )  # fmt: skip
+    return new
+
+
+def features(u: Any, rows: Any, row: Any, column: Any, out: Any) -> None:
+    """exp(u W^T + row + column) into out."""
+    problem = Problem(tuple(out.shape[:-2]))
+    n, m = out.shape[-2:]
+    pieces = max(1, min(-(-n * m // THREADS), 65536))
+    problem.set(m=m, d=u.shape[-1], num_queries=n, segments=pieces)
+    for name, x in (("q", u), ("k", rows), ("v", row), ("mask", column), ("out", out)):
+        problem.array(name, x)
+    if math.prod(out.shape):
+        run(expression("plain_features", arrays.name_of(u)), u, problem.heads * pieces, THREADS, problem.values)

@@ -1,0 +1,104 @@
+"""The structure that kernels take (kernels/arguments.cuh), built from arrays of any leading axes and strides."""
+
+import math
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+
+from favorsharp._arrays import broadcast_shapes
+from favorsharp_cuda import arrays
+
+AXES = 8
+
+_ARRAY = np.dtype([("start", "i8"), ("row", "i8"), ("column", "i8"), ("axis", "i8", (AXES,))])
+_SIDE = np.dtype([("header", "i8"), ("rows", "i8"), ("planes", "i8")])
+_ARRAYS = (
+    *("q", "k", "v", "mask", "out", "stats", "partial_sums"),
+    *("kv_in", "z_in", "c_in", "kv_out", "z_out", "c_out"),
+)
+PROBLEM = np.dtype(
+    [
+        *((name, _ARRAY) for name in _ARRAYS),
+        *((name, "i8", (AXES,)) for name in ("shape", "map_axis", "key_axis")),
+        ("query", _SIDE),
+        ("key", _SIDE),
+        *((name, "i8") for name in ("m", "m_pad", "d", "e", "gaussian", "has_dense", "map_rows")),
+        *((name, "i8") for name in ("num_queries", "num_keys", "first_query", "window")),
+        *((name, "i8") for name in ("causal", "reverse", "normalised", "limit", "recent", "segments", "span")),
+        *((name, "i8") for name in ("sums", "scratch", "planes")),
+        ("steps", "i8", (4,)),
+    ]
+)
+"""The layout of `Problem` in kernels/arguments.cuh: the same fields in the same order, all of eight bytes."""
+
+
+class Problem:
+    """A batch of one problem: fills the structure and keeps alive what it points to.
+
+    Parameters
+    ----------
+    batch : tuple of int
+        The heads that the kernel's blocks count through.
+    """
+
+    def __init__(self, batch: Sequence[int]) -> None:
+        self.batch = tuple(batch)
+        axes = [axis for axis, size in enumerate(self.batch) if size != 1]
+        if len(axes) > AXES:
+            raise ValueError(f"batch {self.batch} has {len(axes)} axes longer than 1, accepted: at most {AXES}")
+        self._axes = axes
+        self.heads = math.prod(self.batch)
+        self.values = np.zeros(1, PROBLEM)
+        self.values["shape"] = _padded([self.batch[axis] for axis in axes], 1)
+        self.held: list[Any] = []
+
+    def set(self, **numbers: int | tuple[int, ...]) -> None:
+        """Set fields that are numbers."""
+        for name, value in numbers.items():
+            self.values[name] = value
+
+    def array(self, name: str, x: Any, trailing: int = 2) -> None:
+        """Set an array (*b, rows, columns), or (*b, rows) with `trailing` 1."""
+        x = arrays.readable(x)
+        self.held.append(x)
+        start, strides = arrays.place_of(x)
+        entry = self.values[name]
+        entry["start"], entry["row"] = start, strides[-trailing]
+        entry["column"] = strides[-1] if trailing == 2 else 0
+        entry["axis"] = self._steps(tuple(x.shape[:-trailing]), strides[: len(x.shape) - trailing])
+
+    def number(self, name: str, batch: tuple[int, ...]) -> None:
+        """Set the axis steps by which a head finds its entry of another batch, which broadcasts to this one."""
+        steps = [math.prod(batch[axis + 1 :]) for axis in range(len(batch))]
+        self.values[name] = self._steps(batch, tuple(steps))
+
+    def hold(self, x: Any) -> int:
+        """The address of an array that is kept alive."""
+        self.held.append(x)
+        return arrays.place_of(x)[0]
+
+    def _steps(self, shape: tuple[int, ...], strides: tuple[int, ...]) -> list[int]:
+        return _steps(shape, strides, len(self.batch), tuple(self._axes))
+
+
+@lru_cache(maxsize=1024)
+def _steps(shape: tuple[int, ...], strides: tuple[int, ...], rank: int, axes: tuple[int, ...]) -> list[int]:
+    missing = rank - len(shape)
+    steps = [0] * missing + [step if size != 1 else 0 for size, step in zip(shape, strides, strict=True)]
+    return _padded([steps[axis] for axis in axes], 0)
+
+
+def _padded(values: list[int], filler: int) -> list[int]:
+    """The last axes of the structure, which are the innermost."""
+    return [filler] * (AXES - len(values)) + values
+
+
+def key_batch_of(feature_map: Any, k: Any, v: Any, key_mask: Any = None, state: Any = None) -> tuple[int, ...]:
+    """The leading axes that keys, values, mask, map and state broadcast to."""
+    shapes = [tuple(feature_map.batch_shape)]
+    shapes += [tuple(x.shape[:-2]) for x in (k, v) if x is not None]
+    shapes += [tuple(key_mask.shape[:-1])] if key_mask is not None else []
+    shapes += [tuple(state.kv.shape[:-2])] if state is not None else []
+    return broadcast_shapes(*shapes)

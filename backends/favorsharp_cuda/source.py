@@ -1,0 +1,37 @@
+"""The kernels as one text for the compiler, and the list of everything that may be compiled from it."""
+
+from functools import cache
+from importlib.resources import files
+
+FILES = ("primitives.cuh", "arguments.cuh", "plain.cu")
+"""In the order in which they are joined."""
+
+TYPES = {
+    "float16": "favorsharp::half",
+    "bfloat16": "favorsharp::bfloat16",
+    "float32": "float",
+    "float64": "double",
+}
+
+
+@cache
+def source() -> str:
+    """All files in one text, each with its name for the compiler's messages.
+
+    They must not include each other: CuPy's cache of compiled kernels looks at this text alone.
+    """
+    folder = files("favorsharp_cuda") / "kernels"
+    return "".join(f'#line 1 "{name}"\n{(folder / name).read_text()}\n' for name in FILES)
+
+
+def expression(kernel: str, *arguments: str | int) -> str:
+    """The name of an instance of a kernel: its template arguments are dtypes' names and numbers."""
+    names = (TYPES.get(x, x) if isinstance(x, str) else str(x) for x in arguments)
+    return f"favorsharp::{kernel}<{', '.join(names)}>"
+
+
+INSTANTIATIONS = (
+    *(expression("plain_attention", dtype) for dtype in TYPES),
+    *(expression("plain_features", dtype) for dtype in TYPES),
+)
+"""Every name that `launch.run` may be asked for: what the tests run, NVRTC compiles and the resource table lists."""

@@ -1,0 +1,63 @@
+"""Streaming: a state takes keys, and queries read it."""
+
+from dataclasses import replace
+from typing import Any
+
+from favorsharp._arrays import broadcast_shapes, namespace_of
+from favorsharp.ops.state import State, num_leaving, with_recent
+from favorsharp_cuda import arrays, plain
+from favorsharp_cuda.problem import key_batch_of
+
+
+def update(state: State, k: Any, v: Any, feature_map: Any, *, key_mask: Any = None) -> State:
+    """As `favorsharp.ops.state.update`."""
+    if state.window == 0:
+        return _absorbed(state, k, v, key_mask, feature_map)
+    k, v, mask = with_recent(state, k, v, key_mask)
+    left = num_leaving(k.shape[-2], state.window)
+    if left:
+        state = _absorbed(state, k[..., :left, :], v[..., :left, :], mask[..., :left], feature_map)
+    return replace(state, **recent_of(k[..., left:, :], v[..., left:, :], mask[..., left:]))
+
+
+def read(state: State, q: Any, feature_map: Any) -> Any:
+    """As `favorsharp.ops.state.read`."""
+    dtype, wide = arrays.name_of(q), arrays.name_of(state.kv)
+    q = fitting(q, wide)
+    recent = None
+    if state.recent_k.shape[-2]:
+        working = arrays.name_of(q)
+        recent = (arrays.cast(state.recent_k, working), arrays.cast(state.recent_v, working), state.recent_mask)
+    keys = key_batch_of(feature_map, state.recent_k, state.recent_v, state.recent_mask, state)
+    batch = broadcast_shapes(tuple(q.shape[:-2]), keys)
+    out = arrays.empty(q, (*batch, q.shape[-2], state.kv.shape[-1]), arrays.name_of(q))
+    plain.read(out, q, feature_map, (state.kv, state.z, state.c), recent)
+    return arrays.cast(out, dtype)
+
+
+def decode_step(q: Any, k: Any, v: Any, state: State, feature_map: Any, *, key_mask: Any = None) -> tuple[Any, State]:
+    """As `favorsharp.ops.state.decode_step`."""
+    state = update(state, k, v, feature_map, key_mask=key_mask)
+    return read(state, q, feature_map), state
+
+
+def fitting(x: Any, wide: str) -> Any:
+    """The array in a dtype that is computed in the dtype of a state: its own, if it is."""
+    return x if arrays.WIDER[arrays.name_of(x)] == wide else arrays.cast(x, wide)
+
+
+def recent_of(k: Any, v: Any, mask: Any) -> dict[str, Any]:
+    """The keys, values and mask that a state keeps beside its features, of one batch."""
+    xp = namespace_of(k)
+    batch = broadcast_shapes(tuple(k.shape[:-2]), tuple(v.shape[:-2]), tuple(mask.shape[:-1]))
+    return {
+        "recent_k": xp.broadcast_to(k, (*batch, *k.shape[-2:])),
+        "recent_v": xp.broadcast_to(v, (*batch, *v.shape[-2:])),
+        "recent_mask": xp.broadcast_to(mask, (*batch, mask.shape[-1])),
+    }
+
+
+def _absorbed(state: State, k: Any, v: Any, key_mask: Any, feature_map: Any) -> State:
+    wide = arrays.name_of(state.kv)
+    kv, z, c = plain.absorb(fitting(k, wide), fitting(v, wide), feature_map, key_mask, (state.kv, state.z, state.c))
+    return replace(state, kv=kv, z=z, c=c)
