@@ -4,7 +4,6 @@ import os
 import sys
 from pathlib import Path
 
-
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE / "host"))  # host_module.py, sanitized.py
 sys.path.insert(0, str(HERE))

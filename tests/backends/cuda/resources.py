@@ -1,0 +1,171 @@
+"""What the kernels take of a GPU, from NVRTC and the disassembler, on a machine without one.
+
+`python tests/backends/cuda/resources.py` compiles every instantiation and rewrites resources.json.
+"""
+
+import importlib.metadata
+import json
+import re
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
+TABLE = Path(__file__).with_name("resources.json")
+INSTRUCTIONS = {
+    "HMMA": "products of the tensor cores",
+    "LDSM": "matrices loaded from shared memory",
+    "LDGSTS": "asynchronous copies to shared memory",
+    "LDL": "loads from local memory: a spill, or an array that is indexed at run time",
+    "STL": "stores to it",
+}
+BATCH = 12  # names in one run of NVRTC
+
+Resources = dict[str, int]
+
+
+def compile_for(architecture: str, names: Iterable[str], code: str | None = None) -> dict[str, Resources]:
+    """Registers, spills and instruction counts of kernels of `favorsharp_cuda.source` (or of other code)."""
+    from favorsharp_cuda.launch import OPTIONS
+    from favorsharp_cuda.source import source
+
+    code = source() if code is None else code
+    names = sorted(names)
+    batches = [names[i : i + BATCH] for i in range(0, len(names), BATCH)]
+    found: dict[str, Resources] = {}
+    for batch in batches:
+        found |= _compile(architecture, batch, code, OPTIONS)
+    return found
+
+
+def _compile(architecture: str, names: list[str], code: str, options: tuple[str, ...]) -> dict[str, Resources]:
+    from cupy_backends.cuda.libs import nvrtc  # needs libnvrtc, and neither a driver nor a GPU
+
+    program = nvrtc.createProgram(code, "favorsharp.cu", (), ())
+    try:
+        for name in names:
+            nvrtc.addNameExpression(program, name)
+        try:
+            nvrtc.compileProgram(program, (f"-arch={architecture}", "--ptxas-options=-v", *options))
+        except Exception as error:
+            raise RuntimeError(f"NVRTC, {architecture}:\n{nvrtc.getProgramLog(program)[:8000]}") from error
+        symbols = {nvrtc.getLoweredName(program, name): name for name in names}
+        log = nvrtc.getProgramLog(program)
+        cubin = nvrtc.getCUBIN(program) + b"\0"  # CuPy takes the last byte for the end of a string
+    finally:
+        nvrtc.destroyProgram(program)
+    counts = count_instructions(cubin)
+    found = {symbols[symbol]: counts[symbol] | taken for symbol, taken in read_log(log).items() if symbol in symbols}
+    missing = set(names) - set(found)
+    if missing:
+        raise RuntimeError(f"NVRTC's log says nothing of {sorted(missing)}")
+    return found
+
+
+def read_log(log: str) -> dict[str, Resources]:
+    """Registers, spilled bytes and static shared memory of each kernel, by symbol, from what ptxas prints."""
+    found: dict[str, Resources] = {}
+    symbol = ""
+    for line in log.splitlines():
+        if entry := re.search(r"(?:entry function|Function properties for) '?(\w+)'?", line):
+            symbol = entry[1]
+            found.setdefault(symbol, {"registers": 0, "spilled": 0, "shared": 0})
+        elif spills := re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", line):
+            found[symbol]["spilled"] = int(spills[1]) + int(spills[2])
+        elif used := re.search(r"Used (\d+) registers", line):
+            found[symbol]["registers"] = int(used[1])
+            static = re.search(r"(\d+) bytes smem", line)
+            found[symbol]["shared"] = int(static[1]) if static else 0
+    return found
+
+
+def count_instructions(cubin: bytes) -> dict[str, Resources]:
+    """How often each of `INSTRUCTIONS` stands in each kernel, by symbol."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [str(disassembler()), "-c", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    counts: dict[str, Counter[str]] = {}
+    current: Counter[str] = Counter()
+    for line in text.splitlines():
+        if section := re.match(r"\s*\.section\s+\.text\.(\w+)", line):
+            current = counts.setdefault(section[1], Counter())
+        elif instruction := re.match(r"\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9]+)", line):
+            current[instruction[1]] += 1
+    return {symbol: {name: of[name] for name in INSTRUCTIONS} for symbol, of in counts.items()}
+
+
+def disassembler() -> Path:
+    """nvdisasm of the wheel nvidia-cuda-nvdisasm."""
+    for file in importlib.metadata.files("nvidia-cuda-nvdisasm") or ():
+        if file.name in ("nvdisasm", "nvdisasm.exe"):
+            return Path(str(file.locate()))
+    raise FileNotFoundError("nvdisasm: pip install nvidia-cuda-nvdisasm")
+
+
+def read_table() -> dict[str, dict[str, Resources]]:
+    """The table that is checked in: by architecture and name."""
+    return json.loads(TABLE.read_text()) if TABLE.exists() else {}  # type: ignore[no-any-return]
+
+
+def write_table(table: Mapping[str, Mapping[str, Resources]]) -> None:
+    """Write it, one kernel a line."""
+    blocks = []
+    for architecture, kernels in table.items():
+        lines = [f"  {json.dumps(name)}: {json.dumps(kernels[name])}" for name in sorted(kernels)]
+        blocks.append(f" {json.dumps(architecture)}: {{\n" + ",\n".join(lines) + "\n }")
+    TABLE.write_text("{\n" + ",\n".join(blocks) + "\n}\n")
+
+
+def complaints(found: Mapping[str, Resources], table: Mapping[str, Resources]) -> list[str]:
+    """Where kernels take more than the table says, or compute by other instructions."""
+    said = []
+    for name, now in found.items():
+        then = table.get(name)
+        if then is None:
+            said.append(f"{name} is not in the table")
+            continue
+        said += [f"{name}: {now[what]} {what}, none is allowed" for what in ("spilled", "LDL", "STL") if now[what]]
+        said += [
+            f"{name}: {now[what]} {what}, {then[what]} in the table"
+            for what in ("registers", "shared")
+            if now[what] > then[what]
+        ]
+        said += [
+            f"{name}: {now[what]} {what}, {then[what]} in the table"
+            for what in ("HMMA", "LDSM", "LDGSTS")
+            if now[what] != then[what]
+        ]
+    return said
+
+
+def representatives(names: Iterable[str]) -> list[str]:
+    """Of each kernel the instance whose name sorts last: one dtype, the largest first size."""
+    by_kernel = groupby(sorted(names), key=lambda name: name.partition("<")[0])
+    return [list(group)[-1] for _, group in by_kernel]
+
+
+def main() -> None:
+    """Compile everything for every architecture and write the table."""
+    from favorsharp_cuda.source import INSTANTIATIONS
+
+    with ThreadPoolExecutor() as pool:
+        results: list[Any] = list(pool.map(lambda a: compile_for(a, INSTANTIATIONS), ARCHITECTURES))
+    table = dict(zip(ARCHITECTURES, results, strict=True))
+    write_table(table)
+    for architecture, kernels in table.items():
+        for line in complaints(kernels, kernels):
+            print(f"{architecture}: {line}", file=sys.stderr)
+    print(f"{TABLE.name}: {len(INSTANTIATIONS)} kernels for {', '.join(ARCHITECTURES)}, by {sysconfig.get_platform()}")
+
+
+if __name__ == "__main__":
+    main()
