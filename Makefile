@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 
-.PHONY: help demo test test-slow bench lint types layers docs wheel-check clean
+.PHONY: help demo test test-slow bench lint types layers docs wheel-check gpu-check clean
 
 help:
 	@echo "make demo   compare the methods on the attention sample, leave the picture"
@@ -64,6 +64,9 @@ wheel-check: $(VENV)/test
 	$(PYTHON) -m venv --clear dist/venv
 	dist/venv/bin/python -m pip --disable-pip-version-check install --quiet dist/*.whl
 	cd dist && venv/bin/python ../tests/wheel_smoke.py
+
+gpu-check: $(VENV)/test
+	@$(BIN)/python tests/gpu_check.py
 
 clean:
 	rm -rf $(VENV) dist docs/_build favorsharp-compare.png

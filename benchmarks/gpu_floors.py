@@ -1,0 +1,80 @@
+"""What attention by random features costs a GPU at the least: bytes, products and exponentials of a token of a head.
+
+Sources of the rates: an H100 copies at 3.0 TB/s (3.35 on paper); mma.sync kernels of softmax attention are charted at
+324 to 370 TFLOP/s on it, taken as 300; 132 multiprocessors make 16 exponentials a clock each at 1.75 GHz.
+"""
+
+from dataclasses import dataclass
+
+BYTES_A_SECOND = 3.0e12
+FLOPS_A_SECOND = 300e12
+EXPONENTIALS_A_SECOND = 3.7e12
+SPLIT = 3  # products of bfloat16 parts in the place of one of float32
+
+CHUNK = 64
+"""Tokens that see each other pair by pair in causal mode."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """One token of one head.
+
+    Attributes
+    ----------
+    is_causal, backward : bool
+        What is computed; backward alone, without the forward pass.
+    d, m, e : int
+        Sizes of points, features and values.
+    itemsize : int
+        Bytes of a number in memory: 2 or 4.
+    """
+
+    d: int
+    m: int
+    e: int
+    is_causal: bool = False
+    backward: bool = False
+    itemsize: int = 2
+
+    @property
+    def bytes(self) -> int:
+        """Read and written once: queries, keys, values and output; backward also their gradients."""
+        once = 2 * (self.d + self.e) * self.itemsize
+        return 2 * once if self.backward else once
+
+    @property
+    def planned_bytes(self) -> int:
+        """As our kernels do it: in causal mode keys and values are read again for the states of segments."""
+        again = (self.d + self.e) * self.itemsize if self.is_causal else 0
+        return self.bytes + (3 * again if self.backward else again)
+
+    @property
+    def planned_flops(self) -> int:
+        """Multiplications and additions of products, as our kernels do them."""
+        d, m, e = self.d, self.m, self.e
+        if not self.is_causal:
+            forward = 4 * m * (d + e)
+            return 2 * forward if self.backward else forward
+        if self.backward:
+            return 13 * m * (d + e) + 6 * CHUNK * (m + e)
+        return 6 * m * (d + e) + 2 * CHUNK * (m + e)
+
+    @property
+    def exponentials(self) -> int:
+        """One a feature; key features of causal mode twice."""
+        return (3 if self.is_causal else 2) * self.m * (2 if self.backward else 1)
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """What each resource needs for a token of a head."""
+        products = SPLIT if self.itemsize == 4 else 1
+        return {
+            "bytes": self.planned_bytes / BYTES_A_SECOND,
+            "products": products * self.planned_flops / FLOPS_A_SECOND,
+            "exponentials": self.exponentials / EXPONENTIALS_A_SECOND,
+        }
+
+    @property
+    def floor(self) -> float:
+        """The slowest of the three, with all of them at once: seconds for a token of a head."""
+        return max(self.seconds.values())
