@@ -85,17 +85,24 @@ def is_traced(x: Array) -> bool:
     return bool(array_api_compat.is_lazy_array(x))
 
 
-def signature_of(x: Any) -> Any:
+def signature_of(x: Any, *, with_layout: bool = False) -> Any:
     """All of x that checks and the choice of an implementation look at; None where that is not soon told.
 
-    Told are plain NumPy arrays, torch tensors and values of exactly these types: bool, int, None.
+    Told are plain NumPy arrays, torch tensors and values of exactly these types: bool, int, str, None. The layout is
+    how the items lie in memory.
     """
     kind = type(x)
-    if kind.__module__ == "numpy":
-        return (kind, x.shape, x.dtype) if kind.__name__ == "ndarray" else None
-    if kind.__module__ == "torch":
-        return (kind, x.shape, x.dtype, x.device, x.requires_grad) if kind.__name__ == "Tensor" else None
-    return (kind, x) if x is None or kind is bool or kind is int else None
+    module = kind.__module__
+    if module == "numpy":
+        if kind.__name__ != "ndarray":
+            return None
+        return (x.shape, x.dtype, x.strides, x.flags.aligned) if with_layout else (x.shape, x.dtype)
+    if module == "torch":
+        if kind.__name__ != "Tensor":
+            return None
+        told = (kind, x.shape, x.dtype, x.device, x.requires_grad)
+        return (*told, x.stride(), x.is_neg()) if with_layout else told
+    return (kind, x) if x is None or kind is bool or kind is int or kind is str else None
 
 
 def stamps_of(arrays: Iterable[Array]) -> tuple[Any, ...]:
@@ -113,6 +120,12 @@ def mode_of_library() -> Any:
     if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
         return None
     return bool(torch.is_grad_enabled()), bool(torch.is_inference_mode_enabled())
+
+
+def records_gradients() -> bool:
+    """Whether torch is there and records operations for a backward pass, on tensors that need it."""
+    torch = sys.modules.get("torch")
+    return torch is not None and bool(torch.is_grad_enabled())
 
 
 def needs_gradient(x: Array) -> bool:

@@ -582,34 +582,39 @@ MOST_SETTLED = 64
 """Signatures remembered for each map; with more, as lengths vary, the oldest is forgotten."""
 
 
-def call_signature(feature_map: Any, *arguments: object) -> tuple[Hashable, ...] | None:
-    """What the checks of a call and its choice depend on; None where a call has to be looked at each time."""
+def call_signature(
+    feature_map: Any, *arguments: object, with_layout: bool = False, known: Hashable = ()
+) -> tuple[Hashable, ...] | None:
+    """What the checks of a call and its choice depend on; None where a call has to be looked at each time.
+
+    `with_layout` adds how arrays lie in memory, and `known` what is known of further arguments.
+    """
     mode = mode_of_library()
-    if mode is None or _calls.get() is not None:
-        return None
     held = getattr(feature_map, "arrays", None)
-    if held is None:
+    if mode is None or held is None or known is None or _calls.get() is not None:
         return None
-    signature: list[Hashable] = [mode, _wish.get(), os.environ.get(VARIABLE), stamps_of(held)]
+    signature: list[Hashable] = [mode, _wish.get(), os.environ.get(VARIABLE), stamps_of(held), known]
     for x in arguments:
-        part = signature_of(x)
+        part = signature_of(x, with_layout=with_layout)
         if part is None:
             return None
         signature.append(part)
     return tuple(signature)
 
 
-def recall(feature_map: Any, signature: tuple[Hashable, ...] | None) -> tuple[Callable[..., Any], Any] | None:
+def recall(feature_map: Any, signature: tuple[Hashable, ...] | None) -> tuple[Any, Any] | None:
     """The implementation and the prepared map of an earlier call with this map and signature."""
     known = _settled.get(feature_map) if signature is not None else None
     found = None if known is None else known.get(signature)
     return None if found is None else (found[0], feature_map if found[1] is None else found[1])
 
 
-def settle(
-    feature_map: Any, signature: tuple[Hashable, ...] | None, implementation: Callable[..., Any], prepared: Any
-) -> None:
-    """Remember what a call with this map and signature came to."""
+def settle(feature_map: Any, signature: tuple[Hashable, ...] | None, implementation: Any, prepared: Any) -> None:
+    """Remember what a call with this map and signature came to.
+
+    An implementation may have an attribute `plan`: a function of the arguments of a first call that returns one for
+    calls like it, the layouts of arrays included, or None. Such a plan looks at nothing again.
+    """
     if signature is None:
         return
     known = _settled.setdefault(feature_map, {})

@@ -1,5 +1,6 @@
 """Linear attention with random features: whole sequences, and streams."""
 
+from collections.abc import Hashable
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
@@ -13,7 +14,9 @@ from favorsharp._arrays import (
     is_traced,
     library_of,
     namespace_of,
+    records_gradients,
     result_dtype,
+    signature_of,
     to_host,
     without_gradient,
 )
@@ -369,13 +372,12 @@ def decode_step(
     """
     signature = None
     if enable_gqa is False and isinstance(state, State):
-        held = (state.kv, state.z, state.c, state.recent_k, state.recent_v, state.recent_mask)
-        signature = call_signature(feature_map, q, k, v, *held, state.window)
-        signature = None if signature is None else (*signature, state.fingerprint)
+        signature = call_signature(feature_map, q, k, v, with_layout=True, known=_layout_of(state))
     if (known := recall(feature_map, signature)) is not None:
-        run, prepared = known
-        token: tuple[Array, State] = run(q, k, v, state, prepared)
-        return token
+        (planned, layout), prepared = known
+        result: tuple[Array, State] = planned(q, k, v, state, prepared)
+        object.__setattr__(result[1], "known_layout", layout)
+        return result
     xp, group = check_attention(q, k, v, is_causal=False, key_mask=None, enable_gqa=enable_gqa)
     if q.shape[-2] != 1 or k.shape[-2] != 1:
         raise ValueError(
@@ -392,10 +394,24 @@ def decode_step(
         out, state = decode_step_op(*grouped, prepared.expanded())
         out, state = merge_heads(out), _without_group_axis(state)
     else:
+        run: Any = decode_step_op
+        if signature is not None:
+            run = decode_step_op.implementation(q, k, v, state, prepared)
+            plan = getattr(run, "plan", None)
+            run = (None if plan is None else plan(q, k, v, state, prepared)) or run
+        out, state = run(q, k, v, state, prepared)
         if q.dtype == k.dtype == v.dtype:
-            settle(feature_map, signature, decode_step_op.implementation(q, k, v, state, prepared), prepared)
-        out, state = decode_step_op(q, k, v, state, prepared)
+            settle(feature_map, signature, (run, _layout_of(state)), prepared)
     return cast(out, result_dtype(xp, q, k, v)), replace(state, fingerprint=fingerprint)
+
+
+def _layout_of(state: State) -> Hashable:
+    """What a call with this state depends on; None where that is not soon told."""
+    if state.known_layout is not None and not records_gradients():  # which tensors need gradients may have changed
+        return state.known_layout
+    arrays = state.kv, state.z, state.c, state.recent_k, state.recent_v, state.recent_mask
+    parts = [signature_of(x, with_layout=True) for x in arrays]
+    return None if None in parts else (*parts, state.window, state.fingerprint)
 
 
 def _check_positive(feature_map: Any) -> PositiveFeatureMap:

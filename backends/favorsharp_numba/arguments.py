@@ -34,34 +34,6 @@ def is_torch(x: Any) -> bool:
     return not isinstance(x, np.ndarray) and hasattr(x, "data_ptr")
 
 
-class Layout(NamedTuple):
-    """How an array lies: its shape, strides in bytes and dtype's name."""
-
-    shape: tuple[int, ...]
-    steps: tuple[int, ...]
-    name: str
-    item: int
-    is_whole: bool
-
-
-def layout_of(x: Any) -> Layout | None:
-    """The layout of an array; None where it has to be copied before it can be read."""
-    if is_torch(x):
-        if x.is_neg() or x.is_conj():
-            return None
-        return _layout(x.shape, x.stride(), x.dtype, x.element_size(), x.is_contiguous())
-    flags = x.flags
-    if not (flags.aligned and x.dtype.isnative):
-        return None
-    return _layout(x.shape, x.strides, x.dtype, 1, flags.c_contiguous)
-
-
-@lru_cache(maxsize=1024)
-def _layout(shape: Any, steps: Any, dtype: Any, unit: int, is_whole: bool) -> Layout:
-    name = _dtype_name(dtype)
-    return Layout(tuple(shape), tuple(step * unit for step in steps), name, ITEMS[name], bool(is_whole))
-
-
 def start_of(x: Any) -> int:
     """The address of the first item."""
     return int(x.data_ptr() if is_torch(x) else x.__array_interface__["data"][0])
@@ -83,17 +55,24 @@ class Address:
             if not x.flags.aligned or not x.dtype.isnative:
                 x = np.array(x, dtype=x.dtype.newbyteorder("="))
             self.item = x.itemsize
-            self.start, self.shape, self.strides = x.__array_interface__["data"][0], x.shape, x.strides
+            self.start, self.shape, self.strides = start_of(x), x.shape, x.strides
         self.owner = x  # lives as long as its address is in use
 
-    def of_batch(self, batch: tuple[int, ...], trailing: int) -> Any:
-        """The address of each entry of a batch that the leading axes broadcast to."""
+    def offsets(self, batch: tuple[int, ...], trailing: int) -> "Constant":
+        """The offset of each entry of a batch that the leading axes broadcast to."""
         leading = len(self.shape) - trailing
-        return self.start + offsets_of(self.shape[:leading], self.strides[:leading], batch)
+        return _offsets(self.shape[:leading], self.strides[:leading], batch)
+
+
+class Constant(NamedTuple):
+    """A flat array of integers that nobody can write to, and its address."""
+
+    values: Any
+    address: int
 
 
 @lru_cache(maxsize=1024)
-def offsets_of(shape: tuple[int, ...], strides: tuple[int, ...], batch: tuple[int, ...]) -> Any:
+def _offsets(shape: tuple[int, ...], strides: tuple[int, ...], batch: tuple[int, ...]) -> Constant:
     """The distance of each entry of a batch from the first, in bytes, where the leading axes broadcast to it."""
     missing = len(batch) - len(shape)
     offsets = np.zeros((1,) * len(batch), dtype=np.int64)
@@ -104,11 +83,10 @@ def offsets_of(shape: tuple[int, ...], strides: tuple[int, ...], batch: tuple[in
     return _constant(np.broadcast_to(offsets, batch))
 
 
-def _constant(x: Any) -> Any:
-    """A flat copy that nobody can write to."""
+def _constant(x: Any) -> Constant:
     flat = np.array(x).reshape(-1)
     flat.flags.writeable = False
-    return flat
+    return Constant(flat, start_of(flat))
 
 
 class Held:
@@ -120,21 +98,27 @@ class Held:
     def keep(self, x: Any) -> int:
         """The address of a NumPy array that is kept alive."""
         self.arrays.append(x)
-        return int(x.__array_interface__["data"][0])
+        return start_of(x)
+
+    def constant(self, x: Constant) -> int:
+        """The address of a constant that is kept alive."""
+        self.arrays.append(x)
+        return x.address
 
     def points(self, x: Any, batch: tuple[int, ...]) -> Points:
         """An array (*b, n, size) as a kernel takes it."""
         a = Address(x)
         self.arrays.append(a)
-        return Points(KINDS[a.kind], self.keep(a.of_batch(batch, 2)), a.strides[-2], a.strides[-1], a.item)
+        offsets = self.constant(a.offsets(batch, 2))
+        return Points(KINDS[a.kind], a.start, offsets, a.strides[-2], a.strides[-1], a.item)
 
     def mask(self, x: Any, batch: tuple[int, ...]) -> Mask:
         """A mask (*b, n), or none, as a kernel takes it."""
         if x is None:
-            return Mask(0, 0)
+            return Mask(0, 0, 0)
         a = Address(x)
         self.arrays.append(a)
-        return Mask(self.keep(a.of_batch(batch, 1)), a.strides[-1])
+        return Mask(a.start, self.constant(a.offsets(batch, 1)), a.strides[-1])
 
     def place(self, x: Any) -> int:
         """The place of a NumPy array that is kept alive."""
@@ -284,15 +268,15 @@ def versions_of(feature_map: Any) -> tuple[int | None, ...]:
 
 
 @lru_cache(maxsize=1024)
-def indices(batch: tuple[int, ...], whole: tuple[int, ...]) -> Any:
+def indices(batch: tuple[int, ...], whole: tuple[int, ...]) -> Constant:
     """For each entry of a batch `whole`, the flat index of the entry of `batch` that broadcasts to it."""
     return _constant(np.broadcast_to(np.arange(math.prod(batch), dtype=np.int64).reshape(batch), whole))
 
 
 @lru_cache(maxsize=1024)
-def members(batch: tuple[int, ...], whole: tuple[int, ...]) -> tuple[Any, Any]:
+def members(batch: tuple[int, ...], whole: tuple[int, ...]) -> tuple[Constant, Constant]:
     """The query heads `whole` of each key head of `batch`: all, sorted by key head, and where each key head's begin."""
-    heads = indices(batch, whole)
+    heads = indices(batch, whole).values
     starts = np.zeros(math.prod(batch) + 1, np.int64)
     np.cumsum(np.bincount(heads, minlength=math.prod(batch)), out=starts[1:])
     return _constant(np.argsort(heads, kind="stable").astype(np.int64)), _constant(starts)

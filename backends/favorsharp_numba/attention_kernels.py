@@ -16,10 +16,10 @@ from favorsharp_numba.primitives import (
     sum_block,
 )
 from favorsharp_numba.tiles import (
+    NO_MASK,
     ONE,
     TILE,
     ZERO,
-    Mask,
     absorb,
     absorb_scratch,
     add_keys,
@@ -165,7 +165,7 @@ def read_queries(one, s, p, q, k, v, mask, recent, out, normalised, per_head, lo
             weigh(one, s, side, weights, count, z + s.m_pad, z, reference, safe, total)
             read_sums(one, s, weights, count, kv, p.transposed, numerator, extra)
             if recent > 0:
-                load_near(one, s, side, q, Mask(0, 0), head, start, count, True, points, norms)
+                load_near(one, s, side, q, NO_MASK, head, start, count, True, points, norms)
                 n = (count + lanes(one) - 1) // lanes(one) * lanes(one)
                 transpose(one, points, s.d_pad, count, s.d, columns, TILE, n)
                 fill(one, norms + count, n - count, one - one)
@@ -240,7 +240,7 @@ def windowed(one, s, p, q, k, v, mask, out, work, low, high, scratch):
                         continue
                     if after:
                         merge_kept(one, s, count, numerator, total, reference, line)
-                    load_near(one, s, queries, q, Mask(0, 0), f, start, count, True, points, norms)
+                    load_near(one, s, queries, q, NO_MASK, f, start, count, True, points, norms)
                     n = (count + lanes(one) - 1) // lanes(one) * lanes(one)
                     transpose(one, points, s.d_pad, count, s.d, columns, TILE, n)
                     fill(one, norms + count, n - count, one - one)

@@ -28,9 +28,9 @@ from favorsharp_numba.primitives import (
 )
 from favorsharp_numba.run import share
 from favorsharp_numba.tiles import (
+    NO_MASK,
     ONE,
     TILE,
-    Mask,
     fill,
     get,
     integer_at,
@@ -92,7 +92,7 @@ def exponential_features(u: Any, rows: Any, row: Any, column: Any, *, out: Any =
     if out is None:
         out = empty(u, shape, p.result)
     target = p.held.points(out, p.batch)
-    starts = p.held.arrays[-1]
+    starts = target.base + p.held.arrays[-1].values
     direct = target.kind == KINDS[p.dtype.name] and target.column == p.dtype.itemsize and p.m % p.lanes == 0
     stream = (
         direct
@@ -139,7 +139,7 @@ def _wide(x: Any, dtype: Any) -> Any:
 
 @jit
 def _load(one, u, row, head, start, count, d, d_pad, constants, z, factors):
-    everything = Mask(0, 0)
+    everything = NO_MASK
     zeros = constants + 8
     load_points(one, u, everything, head, start, count, d, d_pad, constants + ONE, zeros, z)
     load_points(one, row, everything, head, start, count, 1, 1, constants + ONE, zeros, factors)
@@ -164,7 +164,7 @@ def _forward(
             count = min(TILE, stop - start)
             _load(one, u, row, head, start, count, d, d_pad, constants, z, factors)
             if direct:
-                place = (integer_at(out.addresses + 8 * head) + start * out.row) // out.item
+                place = (out.base + integer_at(out.offsets + 8 * head) + start * out.row) // out.item
                 step = out.row // out.item
                 if stream:
                     product_exp_stream(
@@ -188,7 +188,7 @@ def _backward(
     slopes = features + TILE * m_pad
     result = slopes + TILE * m_pad
     width = panel(one)
-    everything = Mask(0, 0)
+    everything = NO_MASK
     for task in range(low, high):
         head, piece = task // per_head, task % per_head
         stop = n * (piece + 1) // per_head

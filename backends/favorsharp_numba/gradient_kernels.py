@@ -24,10 +24,10 @@ from favorsharp_numba.primitives import (
 from favorsharp_numba.tiles import (
     ALPHA,
     BETA,
+    NO_MASK,
     ONE,
     TILE,
     ZERO,
-    Mask,
     add_keys,
     fill,
     get,
@@ -98,7 +98,7 @@ def load_gradients(one, s, constants, gradient, out, stats, f, start, count, val
     """Rows G of queries: (dout, -dout.out) / total."""
     e = s.e - 1
     zeros = constants + s.total - s.e_pad
-    everything = Mask(0, 0)
+    everything = NO_MASK
     load_points(one, gradient, everything, f, start, count, e, s.e_pad, constants + ONE, zeros, values)
     load_points(one, out, everything, f, start, count, e, s.e_pad, constants + ONE, zeros, other)
     for t in range(count):
@@ -132,7 +132,7 @@ def load_side(
                 put(one, factors + t, -np.inf * one)
         load_values(one, s, constants, second, mask, f, start, count, values)
     else:
-        everything = Mask(0, 0)
+        everything = NO_MASK
         load_points(one, x, everything, f, start, count, s.d, s.d_pad, constants + ALPHA, constants + s.center, z)
         if p.with_factors:
             log_factors(one, s, constants, z, count, dense, factors)
@@ -381,7 +381,7 @@ def near_gradients(one, s, p, q, k, v, gradient, out, mask, low, high, scratch):
             if count <= 0:
                 continue
             n = rest_of_tile(count, lanes(one))
-            load_near(one, s, query_constants, q, Mask(0, 0), f, first, count, True, queries, norms)
+            load_near(one, s, query_constants, q, NO_MASK, f, first, count, True, queries, norms)
             transpose(one, queries, s.d_pad, count, s.d, columns, TILE, n)
             fill(one, norms + count, n - count, one - one)
             load_gradients(one, s, query_constants, gradient, out, stats, f, first, count, slopes, other)

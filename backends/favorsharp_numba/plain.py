@@ -99,3 +99,14 @@ def multiply_block(one, x, step, rows, n, y, total):
             value = get(one, x + i * step + j) * get(one, y + i * step + j)
             put(one, x + i * step + j, value)
             put(one, total + j, get(one, total + j) + value)
+
+
+@jit
+def turn_rows(one, kv, new_kv, m, n, old, new, weight, v, numerator):
+    for j in range(n):
+        total = one - one
+        for i in range(m):
+            value = get(one, kv + i * n + j) * get(one, old + i) + get(one, v + j) * get(one, new + i)
+            put(one, new_kv + i * n + j, value)
+            total += get(one, weight + i) * value
+        put(one, numerator + j, total)

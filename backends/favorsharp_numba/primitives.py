@@ -15,3 +15,4 @@ exp_block = _source.exp_block
 sum_block = _source.sum_block
 scale_block = _source.scale_block
 multiply_block = _source.multiply_block
+turn_rows = _source.turn_rows

@@ -7,7 +7,6 @@ import numpy as np
 
 from favorsharp_numba import attention_kernels as kernels
 from favorsharp_numba.arguments import LOG2E, Held, broadcast, host, indices, members, name_of, pack, promoted, widened
-from favorsharp_numba.decode_kernel import Sides
 from favorsharp_numba.run import num_threads, share
 from favorsharp_numba.tiles import TILE
 
@@ -68,10 +67,10 @@ class AttentionProblem:
         self._fixed = {
             "query_side": self.held.place(query_constants),
             "key_side": self.held.place(key_constants),
-            "map_of": self.held.keep(indices(self.packed.batch, self.key_batch)),
-            "members": self.held.keep(order),
-            "member_starts": self.held.keep(starts),
-            "key_head_of": self.held.keep(key_head_of),
+            "map_of": self.held.constant(indices(self.packed.batch, self.key_batch)),
+            "members": self.held.constant(order),
+            "member_starts": self.held.constant(starts),
+            "key_head_of": self.held.constant(key_head_of),
         }
 
     def new_sums(self, *, segments: int = 1, transposed: bool = False) -> Any:
@@ -116,10 +115,6 @@ class AttentionProblem:
     def arguments_fixed(self) -> dict[str, int]:
         """Addresses that do not depend on the sums."""
         return self._fixed
-
-    def sides(self) -> Any:
-        """The packed maps and the map of each key head."""
-        return Sides(self._fixed["query_side"], self._fixed["key_side"], self._fixed["map_of"])
 
     def arguments(self, *, causal: bool = False, first_query: int = 0) -> Any:
         """What kernels take besides points."""

@@ -85,14 +85,14 @@ def share(kernel: Callable[..., None], tasks: int, work: float, scratch: int, on
     threads = 1 if work < SMALL else min(num_threads(), tasks)
     memory = np.empty((threads, scratch + 64), one.dtype)  # a row a thread, of which each uses what is aligned
     if threads == 1:
-        kernel(one, *arguments, 0, tasks, _aligned(memory[0]))
+        kernel(one, *arguments, 0, tasks, aligned(memory[0]))
         return
     step = max(1, tasks // (4 * threads))  # short shares: a thread that is held up leaves its rest to the others
     shares = iter(range(0, tasks, step))
     take = threading.Lock()
 
     def work_off(thread: int) -> None:
-        place = _aligned(memory[thread])
+        place = aligned(memory[thread])
         while True:
             with take:
                 low = next(shares, None)
@@ -109,7 +109,7 @@ def share(kernel: Callable[..., None], tasks: int, work: float, scratch: int, on
         other.result()
 
 
-def _aligned(memory: Any) -> int:
+def aligned(memory: Any) -> int:
     """The first place of an array that lies on a cache line."""
-    address: int = memory.ctypes.data
+    address: int = memory.__array_interface__["data"][0]
     return -(-address // 64) * 64 // int(memory.itemsize)

@@ -4,7 +4,7 @@ from dataclasses import replace
 from typing import Any
 
 from favorsharp.ops.state import State, num_leaving, with_recent
-from favorsharp_numba.arguments import broadcast, empty, expanded, layout_of, name_of, numpy_or_torch
+from favorsharp_numba.arguments import broadcast, empty, expanded, name_of, numpy_or_torch
 from favorsharp_numba.problem import AttentionProblem
 from favorsharp_numba.turns import turn_of
 
@@ -37,14 +37,14 @@ def read(state: State, q: Any, feature_map: Any) -> Any:
 
 def decode_step(q: Any, k: Any, v: Any, state: State, feature_map: Any, *, key_mask: Any = None) -> tuple[Any, State]:
     """As `favorsharp.ops.state.decode_step`."""
-    if state.window == 0 and key_mask is None and q.shape[-2] == k.shape[-2] == 1:
-        layouts = tuple(layout_of(x) for x in (q, k, v, state.kv, state.z, state.c))
-        turn = turn_of(feature_map, layouts, state.kv) if None not in layouts else None
-        if turn is not None:
-            out, kv, z, c = turn.run(q, k, v, state.kv, state.z, state.c)
-            return out, replace(state, kv=kv, z=z, c=c)
+    turn = turn_of(q, k, v, state, feature_map) if key_mask is None else None
+    if turn is not None:
+        return turn(q, k, v, state, feature_map)
     state = update(state, k, v, feature_map, key_mask=key_mask)
     return read(state, q, feature_map), state
+
+
+decode_step.plan = turn_of  # type: ignore[attr-defined]
 
 
 def _absorbed(state: State, k: Any, v: Any, key_mask: Any, feature_map: Any) -> State:

@@ -42,20 +42,28 @@ ALPHA, OFFSET, BETA, ONE, ZERO, NEAR = range(6)
 
 
 class Points(NamedTuple):
-    """An array of points: the kind of its items, where the address of each batch entry stands, strides in bytes."""
+    """An array of points: the kind of its items, its address, where the offset of each batch entry stands, strides.
+
+    Offsets and strides are in bytes.
+    """
 
     kind: int
-    addresses: int
+    base: int
+    offsets: int
     row: int
     column: int
     item: int
 
 
 class Mask(NamedTuple):
-    """A boolean array, or addresses 0 where all is visible."""
+    """A boolean array, in the same terms; offsets 0 where all is visible."""
 
-    addresses: int
+    base: int
+    offsets: int
     step: int
+
+
+NO_MASK = Mask(0, 0, 0)
 
 
 class Sizes(NamedTuple):
@@ -94,15 +102,15 @@ def fill(one, place, count, value):
 @jit
 def is_hidden(mask, b, position):
     """Whether a mask hides a position."""
-    if mask.addresses == 0:
+    if mask.offsets == 0:
         return False
-    return byte_at(integer_at(mask.addresses + 8 * b) + position * mask.step) == 0
+    return byte_at(mask.base + integer_at(mask.offsets + 8 * b) + position * mask.step) == 0
 
 
 @jit
 def load_points(one, points, mask, b, start, count, size, pad, factor, offset, tile):
     """Rows factor x - offset of points start .. start + count, zeros for hidden ones, padded with zeros."""
-    base = integer_at(points.addresses + 8 * b) + start * points.row
+    base = points.base + integer_at(points.offsets + 8 * b) + start * points.row
     if points.column == points.item:
         load_rows(one, points.kind, base, points.row, count, size, pad, factor, offset, tile)
     else:
@@ -112,7 +120,7 @@ def load_points(one, points, mask, b, start, count, size, pad, factor, offset, t
                 address = base + t * points.row + j * points.column
                 load_rows(one, points.kind, address, 0, 1, 1, 1, factor, offset + j, row + j)
             fill(one, row + size, pad - size, one - one)
-    if mask.addresses != 0:
+    if mask.offsets != 0:
         for t in range(count):
             if is_hidden(mask, b, start + t):
                 fill(one, tile + t * pad, size, one - one)
@@ -121,7 +129,7 @@ def load_points(one, points, mask, b, start, count, size, pad, factor, offset, t
 @jit
 def store_points(one, points, b, start, count, size, pad, factors, tile):
     """Store rows times factors[t]."""
-    base = integer_at(points.addresses + 8 * b) + start * points.row
+    base = points.base + integer_at(points.offsets + 8 * b) + start * points.row
     if points.column == points.item:
         store_rows(one, points.kind, base, points.row, count, size, pad, factors, tile)
     else:
@@ -201,7 +209,7 @@ def load_keys(one, s, side, k, v, mask, b, start, count, z, dense, factors, valu
     zeros = side + s.total - s.e_pad
     load_points(one, v, mask, b, start, count, s.e, s.e_pad, side + ONE, zeros, values)
     log_factors(one, s, side, z, count, dense, factors)
-    if mask.addresses == 0:
+    if mask.offsets == 0:
         return count > 0
     some = False
     for t in range(count):
@@ -307,7 +315,7 @@ def absorb_scratch(one, s):
 @jit
 def load_queries(one, s, side, q, b, start, count, with_factors, z, dense, factors, columns):
     """Load a tile of queries, rows and columns, and their log factors: 0 (or NaN) where those cancel."""
-    load_points(one, q, Mask(0, 0), b, start, count, s.d, s.d_pad, side + ALPHA, side + s.center, z)
+    load_points(one, q, NO_MASK, b, start, count, s.d, s.d_pad, side + ALPHA, side + s.center, z)
     if with_factors:
         log_factors(one, s, side, z, count, dense, factors)
     n = rest_of_tile(count, lanes(one))

@@ -1,79 +1,91 @@
-"""One token in one pass over the state: what its calls share is worked out once for each layout of their arrays.
+"""One token in one pass over the state: what tokens of one layout share is worked out once.
 
 The arithmetic of a token takes microseconds, less than it takes to describe its arrays to a kernel.
 """
 
 import math
+import threading
 from typing import Any
-from weakref import WeakKeyDictionary
 
-from favorsharp_numba.arguments import (
-    KINDS,
-    Held,
-    Layout,
-    broadcast,
-    empty,
-    indices,
-    layout_of,
-    offsets_of,
-    pack,
-    start_of,
-    versions_of,
-)
-from favorsharp_numba.decode_kernel import Sides, turn, turn_scratch
-from favorsharp_numba.run import share
-from favorsharp_numba.tiles import Points
+import numpy as np
+
+from favorsharp.ops.state import State
+from favorsharp_numba.arguments import Held, broadcast, empty, indices, is_torch, name_of, pack, start_of
+from favorsharp_numba.decode_kernel import PLAN_SIZE, turn, turn_scratch
+from favorsharp_numba.run import SMALL, aligned, share
 
 
 class Turn:
-    """One token, for a feature map and the layouts of q, k, v, kv, z and c."""
+    """One token, for arrays laid out as those of a first call: a function of q, k, v, the state and the map.
 
-    def __init__(self, feature_map: Any, layouts: tuple[Layout, ...], like: Any) -> None:
-        q, state = layouts[0], layouts[3:]
-        self.dtype = state[0].name
-        batch, size = tuple(state[0].shape[:-2]), state[0].shape[-1]
-        packed, self.sizes, query, key = pack(feature_map, self.dtype, size)
+    Neither layouts nor the map are looked at again.
+    """
+
+    def __init__(self, q: Any, k: Any, v: Any, state: State, feature_map: Any) -> None:
+        batch, size = tuple(state.kv.shape[:-2]), state.kv.shape[-1]
+        packed, sizes, query, key = pack(feature_map, name_of(state.kv), size)
         self.one = packed.one
-        self.shape = (*batch, 1, size)
-        alike = all(tuple(x.shape[:-2]) == batch for x in layouts) and broadcast(packed.batch, batch) == batch
-        self.possible = alike and all(x.is_whole and x.name == self.dtype for x in state)
-        if not self.possible:
-            return
         self.heads = math.prod(batch)
-        self.work = float(self.heads * self.sizes.m * (4 * size + 2 * self.sizes.d))
-        self.scratch = turn_scratch(self.sizes)
+        self.work = float(self.heads * sizes.m * (4 * size + 2 * sizes.d))
+        self.scratch = turn_scratch(sizes)
+        self.empty, self.start_of, out = np.empty, start_of, empty(q, (*batch, 1, size), name_of(q))
+        if is_torch(q):
+            import torch
+
+            self.empty, self.start_of = torch.empty, torch.Tensor.data_ptr
+        self.new = [(x.shape, x.dtype) for x in (out, state.kv, state.z, state.c)]
         self.held = Held()
-        self.sides = Sides(self.held.place(query), self.held.place(key), self.held.keep(indices(packed.batch, batch)))
-        self.out_name = q.name
-        points = (*layouts[:3], layout_of(empty(like, self.shape, q.name)))
-        self.points = [(KINDS[x.name], *x.steps[-2:], x.item) for x in points]
-        self.offsets = [offsets_of(tuple(x.shape[:-2]), x.steps[:-2], batch) for x in points]
+        plan = [*sizes, self.held.place(query), self.held.place(key)]
+        plan.append(self.held.constant(indices(packed.batch, batch)))
+        for x in (q, k, v, out):
+            plan += [part for name, part in self.held.points(x, batch)._asdict().items() if name != "base"]
+        self.held.arrays = [x for x in self.held.arrays if not hasattr(x, "owner")]  # constants, not this call's arrays
+        assert len(plan) == PLAN_SIZE
+        self.plan = self.held.keep(np.array(plan, dtype=np.int64))
+        self.threads = threading.local()
 
-    def run(self, q: Any, k: Any, v: Any, *state: Any) -> tuple[Any, ...]:
-        """The result, kv, z and c."""
-        out = empty(q, self.shape, self.out_name)
-        new = [empty(q, tuple(x.shape), self.dtype) for x in state]
-        item = self.one.itemsize
-        places = [start_of(x) // item for x in (*state, *new)]
-        addresses = [offsets + start_of(x) for offsets, x in zip(self.offsets, (q, k, v, out), strict=True)]
-        points = [
-            Points(kind, start_of(at), row, column, size)
-            for (kind, row, column, size), at in zip(self.points, addresses, strict=True)
-        ]
-        share(turn, self.heads, self.work, self.scratch, self.one, self.sizes, self.sides, *points, *places)
-        return out, *new
+    def __call__(self, q: Any, k: Any, v: Any, state: State, feature_map: Any) -> tuple[Any, State]:
+        """The result and the state after it."""
+        out, kv, z, c = [self.empty(shape, dtype=dtype) for shape, dtype in self.new]
+        start = self.start_of
+        places = [start(x) for x in (q, k, v, out, state.kv, state.z, state.c, kv, z, c)]
+        if self.work < SMALL:
+            turn(self.one, self.plan, *places, 0, self.heads, self._scratch())
+        else:
+            share(turn, self.heads, self.work, self.scratch, self.one, self.plan, *places)
+        return out, State(kv, z, c, state.window, state.recent_k, state.recent_v, state.recent_mask, state.fingerprint)
+
+    def _scratch(self) -> int:
+        """Where this thread's scratch is."""
+        try:
+            place: int = self.threads.place
+        except AttributeError:
+            self.threads.memory = np.empty(self.scratch + 64, self.one.dtype)
+            place = self.threads.place = aligned(self.threads.memory)
+        return place
 
 
-_turns: "WeakKeyDictionary[Any, dict[Any, Turn]]" = WeakKeyDictionary()
-"""By feature map; the last layouts. A tensor of a map that is written to has another version, and another turn."""
+def turn_of(q: Any, k: Any, v: Any, state: State, feature_map: Any) -> Turn | None:
+    """The turn for arrays of these layouts; None where the kernel cannot take them."""
+    held = state.kv, state.z, state.c
+    batch, dtype = tuple(state.kv.shape[:-2]), state.kv.dtype
+    if state.window or q.shape[-2] != 1 or k.shape[-2] != 1:
+        return None
+    if any(tuple(x.shape[:-2]) != batch for x in (q, k, v, *held)) or batch != broadcast(
+        feature_map.batch_shape, batch
+    ):
+        return None
+    if any(x.dtype != dtype or not _is_whole(x) for x in held) or not all(_can_be_read(x) for x in (q, k, v)):
+        return None
+    return Turn(q, k, v, state, feature_map)
 
 
-def turn_of(feature_map: Any, layouts: tuple[Layout, ...], like: Any) -> Turn | None:
-    """The turn for arrays of these layouts and of like's library; None where the kernel cannot take them."""
-    known = _turns.setdefault(feature_map, {})
-    key = (layouts, type(like), versions_of(feature_map))
-    found = known.get(key)
-    if found is None:
-        known.clear()
-        found = known[key] = Turn(feature_map, layouts, like)
-    return found if found.possible else None
+def _is_whole(x: Any) -> bool:
+    return _can_be_read(x) and bool(x.is_contiguous() if is_torch(x) else x.flags.c_contiguous)
+
+
+def _can_be_read(x: Any) -> bool:
+    """Whether the items of x can be read where they lie."""
+    if is_torch(x):
+        return not (x.is_neg() or x.is_conj())
+    return bool(x.flags.aligned and x.dtype.isnative)

@@ -247,6 +247,16 @@ def lanes(context, one):
 
 
 @intrinsic
+def item_size(context, one):
+    """Bytes of an item."""
+
+    def emit(context, builder, signature, args):
+        return ir.Constant(_I64, _Emitter(builder, signature.args[0]).item)
+
+    return types.int64(one), emit
+
+
+@intrinsic
 def panel(context, one):
     """How many columns a panel of B has."""
 
@@ -629,46 +639,58 @@ def compare_tops(one, n, top, new_top, safe):
 
 
 @intrinsic
-def _turn_rows(context, one, kv, new_kv, m, e, old, new, weight, v, numerator):
+def _turn_rows(context, one, kv, new_kv, m, n, old, new, weight, v, numerator):
     def emit(context, builder, signature, args):
         _, kv, new_kv, m, n, old, new, weight, v, numerator = args
         e = _Emitter(builder, signature.args[0])
         source, target, values, result = (e.pointer(x) for x in (kv, new_kv, v, numerator))
         scales, features, weights = (e.pointer(x) for x in (old, new, weight))
 
-        def body(j, shape):
-            kind = shape(e.scalar)
-            wide = isinstance(kind, ir.VectorType)
+        def body(j, vectors):
+            """Columns of whole vectors; of single items where `vectors` is 0."""
+            kind = e.vector if vectors else e.scalar
+            parts = [builder.add(j, ir.Constant(_I64, v * e.lanes)) for v in range(max(vectors, 1))]
+
+            def load(pointer):
+                value = builder.load(pointer, typ=kind)
+                value.align = e.item
+                return value
 
             def item(pointer):
-                if wide:
-                    return e.broadcast(pointer)
-                return builder.load(pointer, typ=e.scalar)
+                return e.broadcast(pointer) if vectors else load(pointer)
 
-            value = builder.load(e.at(values, j), typ=kind)
-            value.align = e.item
-            total = cgutils.alloca_once_value(builder, ir.Constant(kind, [0.0] * e.lanes if wide else 0.0))
+            held = [load(e.at(values, part)) for part in parts]
+            nothing = ir.Constant(kind, [0.0] * e.lanes if vectors else 0.0)
+            totals = [cgutils.alloca_once_value(builder, nothing) for _ in parts]
             with cgutils.for_range(builder, m) as loop:
-                offset = builder.add(builder.mul(loop.index, n), j)
-                held = builder.load(e.at(source, offset), typ=kind)
-                held.align = e.item
-                kept = builder.fmul(held, item(e.at(scales, loop.index)))
-                turned = builder.fadd(kept, builder.fmul(value, item(e.at(features, loop.index))))
-                builder.store(turned, e.at(target, offset)).align = e.item
-                read = builder.fmul(turned, item(e.at(weights, loop.index)))
-                builder.store(builder.fadd(builder.load(total, typ=kind), read), total)
-            builder.store(builder.load(total, typ=kind), e.at(result, j)).align = e.item
+                line = builder.mul(loop.index, n)
+                scale, feature, factor = (item(e.at(x, loop.index)) for x in (scales, features, weights))
+                for part, value, total in zip(parts, held, totals, strict=True):
+                    offset = builder.add(line, part)
+                    kept = builder.fmul(load(e.at(source, offset)), scale)
+                    turned = builder.fadd(kept, builder.fmul(value, feature), flags=("contract",))
+                    builder.store(turned, e.at(target, offset)).align = e.item
+                    read = builder.fmul(turned, factor)
+                    builder.store(builder.fadd(builder.load(total, typ=kind), read, flags=("contract",)), total)
+            for part, total in zip(parts, totals, strict=True):
+                builder.store(builder.load(total, typ=kind), e.at(result, part)).align = e.item
 
-        _rows_loop(builder, e, n, body)
+        start = ir.Constant(_I64, 0)
+        for vectors in dict.fromkeys((VECTORS, 1, 0)):
+            width = ir.Constant(_I64, max(1, vectors * e.lanes))
+            stop = builder.add(start, builder.mul(builder.udiv(builder.sub(n, start), width), width))
+            with cgutils.for_range_slice(builder, start, stop, width) as (j, _):
+                body(j, vectors)
+            start = stop
         return context.get_dummy_value()
 
     return types.void(one, *[types.int64] * 9), emit
 
 
 @jit
-def turn_rows(one, kv, new_kv, m, e, old, new, weight, v, numerator):
-    """new_kv[i] = old[i] kv[i] + new[i] v for rows of e items, and numerator = sum of weight[i] new_kv[i]."""
-    _turn_rows(one, kv, new_kv, m, e, old, new, weight, v, numerator)
+def turn_rows(one, kv, new_kv, m, n, old, new, weight, v, numerator):
+    """new_kv[i] = old[i] kv[i] + new[i] v for rows of n items, and numerator = sum of weight[i] new_kv[i]."""
+    _turn_rows(one, kv, new_kv, m, n, old, new, weight, v, numerator)
 
 
 # Single items --------------------------------------------------------------------------------------------------------

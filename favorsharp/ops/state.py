@@ -9,9 +9,9 @@ feature that attains r has a key at which it attains c, so the denominator is at
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 from favorsharp._arrays import broadcast_shapes, cast, compute_dtype, namespace_of, on_device_of
 from favorsharp._checks import check_broadcast, check_together
@@ -53,6 +53,9 @@ class State:
     recent_v: Array
     recent_mask: Array
     fingerprint: str | None
+
+    known_layout: ClassVar[Hashable] = None
+    """What a call with this state depends on; kept by the call that made it, where that knew (`decode_step`)."""
 
     @property
     def num_features(self) -> int:
