@@ -2,9 +2,20 @@
 
 from typing import Any
 
-from favorsharp_cuda import plain
+from favorsharp._arrays import broadcast_shapes
+from favorsharp_cuda import arrays, plain
+from favorsharp_cuda.problem import key_batch_of
 
 
 def attention(q: Any, k: Any, v: Any, feature_map: Any, *, key_mask: Any = None, window: int = 0) -> Any:
     """As `favorsharp.ops.attention.attention`."""
     return plain.attention(q, k, v, feature_map, key_mask, window)
+
+
+def attention_with_stats(
+    q: Any, k: Any, v: Any, feature_map: Any, *, key_mask: Any = None, window: int = 0
+) -> tuple[Any, Any]:
+    """Attention, and for a backward pass 1 / total and the reference of every query, (*b, n, 2)."""
+    batch = broadcast_shapes(tuple(q.shape[:-2]), key_batch_of(feature_map, k, v, key_mask))
+    stats = arrays.empty(q, (*batch, q.shape[-2], 2), arrays.WIDER[arrays.name_of(q)])
+    return plain.attention(q, k, v, feature_map, key_mask, window, stats=stats), stats

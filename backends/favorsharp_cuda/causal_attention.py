@@ -14,6 +14,22 @@ def causal_attention(
     q: Any, k: Any, v: Any, feature_map: Any, *, key_mask: Any = None, window: int = 0, state: State | None = None
 ) -> tuple[Any, State]:
     """As `favorsharp.ops.causal_attention.causal_attention`."""
+    return _attend(q, k, v, feature_map, key_mask, window, state, None)
+
+
+def causal_attention_with_stats(
+    q: Any, k: Any, v: Any, feature_map: Any, *, key_mask: Any = None, window: int = 0
+) -> tuple[Any, Any, State]:
+    """Causal attention; for a backward pass 1 / total and the reference of every query, (*b, n, 2); and the state."""
+    batch = broadcast_shapes(tuple(q.shape[:-2]), key_batch_of(feature_map, k, v, key_mask))
+    stats = arrays.empty(q, (*batch, q.shape[-2], 2), arrays.WIDER[arrays.name_of(q)])
+    out, state = _attend(q, k, v, feature_map, key_mask, window, None, stats)
+    return out, stats, state
+
+
+def _attend(
+    q: Any, k: Any, v: Any, feature_map: Any, key_mask: Any, window: int, state: State | None, stats: Any
+) -> tuple[Any, State]:
     dtype = arrays.name_of(q)
     wide = arrays.WIDER[dtype] if state is None else arrays.name_of(state.kv)
     before, keys, values, mask = 0, k, v, key_mask
@@ -28,7 +44,7 @@ def causal_attention(
     out = arrays.empty(q, (*batch, q.shape[-2], v.shape[-1]), arrays.name_of(queries))
     sums = plain.causal(
         out, queries, keys, values, feature_map, mask, None if state is None else (state.kv, state.z, state.c),
-        window=window, first_query=before, limit=limit,
+        window=window, first_query=before, limit=limit, stats=stats,
     )  # fmt: skip
     one_a_key_head = _one_along(batch, key_batch)
     kv, z, c = (x[one_a_key_head] for x in sums)

@@ -42,6 +42,7 @@ def attend(
     sums: Sums | None = None,
     new: Sums | None = None,
     partial: Any = None,
+    stats: Any = None,
     flags: int = 0,
     pieces: int = 1,
     **numbers: int,
@@ -61,7 +62,7 @@ def attend(
         num_queries=0 if q is None else q.shape[-2], num_keys=0 if k is None else k.shape[-2],
     )  # fmt: skip
     problem.set(**numbers)
-    for name, x in (("q", q), ("k", k), ("v", v), ("out", out), ("partial_sums", partial)):
+    for name, x in (("q", q), ("k", k), ("v", v), ("out", out), ("partial_sums", partial), ("stats", stats)):
         if x is not None:
             problem.array(name, x)
     if mask is not None:
@@ -74,8 +75,21 @@ def attend(
     run(expression("plain_attention", dtype), like, problem.heads * pieces, THREADS, problem.values, shared)
 
 
-def attention(q: Any, k: Any, v: Any, feature_map: Any, key_mask: Any, window: int, *, normalised: bool = True) -> Any:
-    """Bidirectional attention, or the kernel operator where it is not normalised."""
+def attention(
+    q: Any,
+    k: Any,
+    v: Any,
+    feature_map: Any,
+    key_mask: Any,
+    window: int,
+    *,
+    normalised: bool = True,
+    stats: Any = None,
+) -> Any:
+    """Bidirectional attention, or the kernel operator where it is not normalised.
+
+    `stats` (*b, n, 2), of the type computed in, takes 1 / total and the reference of every query, for a backward pass.
+    """
     dtype, e, m = arrays.name_of(q), v.shape[-1], feature_map.num_features
     keys = key_batch_of(feature_map, k, v, key_mask)
     batch = broadcast_shapes(tuple(q.shape[:-2]), keys)
@@ -86,22 +100,31 @@ def attention(q: Any, k: Any, v: Any, feature_map: Any, key_mask: Any, window: i
         partial = arrays.empty(q, (*batch, q.shape[-2], e + 2), wide)
         both = {"q": q, "out": out, "new": new_sums(q, batch, m, e, wide), "partial": partial, "window": window}
         attend(batch, feature_map, dtype, flags=ENTER | NEAR | STORE_PARTIAL, **given, **both)
-        attend(batch, feature_map, dtype, flags=ENTER | LOAD_PARTIAL, reverse=1, **given, **both)
+        attend(batch, feature_map, dtype, flags=ENTER | LOAD_PARTIAL, reverse=1, stats=stats, **given, **both)
         return out
     sums = new_sums(q, keys, m, e, wide)
     attend(keys, feature_map, dtype, flags=ENTER, new=sums, limit=k.shape[-2], **given)
-    read(out, q, feature_map, sums, normalised=normalised)
+    read(out, q, feature_map, sums, normalised=normalised, stats=stats)
     return out
 
 
-def read(out: Any, q: Any, feature_map: Any, sums: Sums, recent: Any = None, *, normalised: bool = True) -> None:
+def read(
+    out: Any,
+    q: Any,
+    feature_map: Any,
+    sums: Sums,
+    recent: Any = None,
+    *,
+    normalised: bool = True,
+    stats: Any = None,
+) -> None:
     """Queries read sums, and recent keys (k, v, mask) exactly."""
     k, v, mask = recent or (None, None, None)
     pieces = max(1, -(-q.shape[-2] // QUERIES_A_BLOCK))
     attend(
         tuple(out.shape[:-2]), feature_map, arrays.name_of(q), like=q, e=out.shape[-1], q=q, k=k, v=v, mask=mask,
         out=out, sums=sums, flags=NEAR if recent else 0, pieces=pieces, normalised=normalised,
-        recent=0 if k is None else k.shape[-2],
+        recent=0 if k is None else k.shape[-2], stats=stats,
     )  # fmt: skip
 
 
@@ -129,13 +152,14 @@ def causal(
     window: int,
     first_query: int,
     limit: int,
+    stats: Any = None,
 ) -> Sums:
     """Every query reads the keys up to its own; the sums after `limit` keys, of every head of the queries."""
     dtype, e, batch = arrays.name_of(q), v.shape[-1], tuple(out.shape[:-2])
     new = new_sums(q, batch, feature_map.num_features, e, arrays.WIDER[dtype])
     attend(
         batch, feature_map, dtype, like=q, e=e, q=q, k=k, v=v, mask=key_mask, out=out, sums=sums, new=new,
-        flags=ENTER | (NEAR if window else 0), window=window, causal=1, first_query=first_query, limit=limit,
+        flags=ENTER | (NEAR if window else 0), window=window, causal=1, first_query=first_query, limit=limit, stats=stats,
     )  # fmt: skip
     return new
 

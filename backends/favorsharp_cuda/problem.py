@@ -41,16 +41,18 @@ class Problem:
     ----------
     batch : tuple of int
         The heads that the kernel's blocks count through.
+    layout : dtype
+        Of the structure.
     """
 
-    def __init__(self, batch: Sequence[int]) -> None:
+    def __init__(self, batch: Sequence[int], layout: Any = PROBLEM) -> None:
         self.batch = tuple(batch)
         axes = [axis for axis, size in enumerate(self.batch) if size != 1]
         if len(axes) > AXES:
             raise ValueError(f"batch {self.batch} has {len(axes)} axes longer than 1, accepted: at most {AXES}")
         self._axes = axes
         self.heads = math.prod(self.batch)
-        self.values = np.zeros(1, PROBLEM)
+        self.values = np.zeros(1, layout)
         self.values["shape"] = _padded([self.batch[axis] for axis in axes], 1)
         self.held: list[Any] = []
 
@@ -73,6 +75,10 @@ class Problem:
         """Set the axis steps by which a head finds its entry of another batch, which broadcasts to this one."""
         steps = [math.prod(batch[axis + 1 :]) for axis in range(len(batch))]
         self.values[name] = self._steps(batch, tuple(steps))
+
+    def axes(self, name: str, numbers: Sequence[int]) -> None:
+        """Set a number for each axis of the batch."""
+        self.values[name] = _padded([numbers[axis] for axis in self._axes], 1)
 
     def hold(self, x: Any) -> int:
         """The address of an array that is kept alive."""

@@ -6,6 +6,12 @@ from importlib.resources import files
 FILES = ("primitives.cuh", "arguments.cuh", "plain.cu")
 """In the order in which they are joined."""
 
+GRADIENT_FILES = (
+    *("gradient_tiles.cuh", "attention_gradients.cu", "gradient_points.cu", "near_gradients.cu"),
+    "exponential_features_gradients.cu",
+)
+"""The backward kernels, after the others."""
+
 TYPES = {
     "float16": "favorsharp::half",
     "bfloat16": "favorsharp::bfloat16",
@@ -21,7 +27,7 @@ def source() -> str:
     They must not include each other: CuPy's cache of compiled kernels looks at this text alone.
     """
     folder = files("favorsharp_cuda") / "kernels"
-    return "".join(f'#line 1 "{name}"\n{(folder / name).read_text()}\n' for name in FILES)
+    return "".join(f'#line 1 "{name}"\n{(folder / name).read_text()}\n' for name in (*FILES, *GRADIENT_FILES))
 
 
 def expression(kernel: str, *arguments: str | int) -> str:
@@ -30,8 +36,24 @@ def expression(kernel: str, *arguments: str | int) -> str:
     return f"favorsharp::{kernel}<{', '.join(names)}>"
 
 
+def _gradients() -> tuple[str, ...]:
+    """Backward kernels: over dtypes and the width that points and values are padded to."""
+    computed = ("float32", "float64")
+    kernels = (
+        *("gradient_factors", "near_gradients", "gradient_points", "gradient_factor_sums"),
+        "exponential_features_gradients",
+    )
+    return (
+        *(expression("gradient_sweep", dtype, width) for dtype in TYPES for width in (32, 64, 96, 128)),
+        *(expression(name, dtype, width) for name in kernels for dtype in TYPES for width in (64, 128)),
+        *(expression("sum_members", dtype) for dtype in TYPES),
+        *(expression(name, dtype) for name in ("gradient_scan", "gradient_map", "sum_segments") for dtype in computed),
+    )
+
+
 INSTANTIATIONS = (
     *(expression("plain_attention", dtype) for dtype in TYPES),
     *(expression("plain_features", dtype) for dtype in TYPES),
+    *_gradients(),
 )
 """Every name that `launch.run` may be asked for: what the tests run, NVRTC compiles and the resource table lists."""

@@ -156,6 +156,8 @@ DEVICE float larger(float a, float b) { return fmaxf(a, b); }  // of a number an
 DEVICE double larger(double a, double b) { return fmax(a, b); }
 DEVICE float exp_of(float x) { return exp2_of(x * 1.4426950408889634f); }
 DEVICE double exp_of(double x) { return exp(x); }
+DEVICE float log_of(float x) { return logf(x); }
+DEVICE double log_of(double x) { return log(x); }
 
 template <class A> DEVICE A warp_max(A x) {
   for (int bit = 16; bit; bit >>= 1) x = larger(x, __shfl_xor_sync(WHOLE_WARP, x, bit));

@@ -1,0 +1,47 @@
+"""Gradients of exp(u W^T + row + column)."""
+
+from typing import Any
+
+from favorsharp._arrays import broadcast_shapes
+from favorsharp_cuda import arrays
+from favorsharp_cuda.gradients import GRADIENTS, ROWS, THREADS, segments_of, slice_of, sum_members, width_of
+from favorsharp_cuda.launch import run
+from favorsharp_cuda.problem import Problem
+from favorsharp_cuda.source import expression
+
+
+def exponential_features_backward(gradient: Any, u: Any, rows: Any, row: Any, column: Any) -> tuple[Any, Any, Any, Any]:
+    """The gradients of u, rows, row and column, in their shapes and dtypes."""
+    dtype = arrays.name_of(u)
+    wide = arrays.WIDER[dtype]
+    item = 8 if wide == "float64" else 4
+    n, d, m = u.shape[-2], u.shape[-1], rows.shape[-2]
+    width = max(64, -(-width_of(d, 0) // 64) * 64)
+    size = slice_of(width, item)
+    slices = -(-m // size)
+    p = Problem(broadcast_shapes(*(tuple(x.shape[:-2]) for x in (u, rows, row, column))), GRADIENTS)
+    segments, span = segments_of(p.heads, n, ROWS)
+    for name, x in (("q", u), ("k", rows), ("v", row), ("out", column), ("gradient", gradient)):
+        p.array(name, x)
+    features = slices * size
+    partial = arrays.empty(u, (p.heads, slices, segments, size, width + 1), wide)
+    of_map = arrays.empty(u, (p.heads, features, width + 1), wide)
+    du, drow = (arrays.empty(u, (p.heads, n, columns), wide) for columns in (d, 1))
+    p.set(
+        m=m, d=d, slices=slices, num_queries=n, segments=segments, span=span, heads=p.heads, dq=p.hold(du),
+        query_slopes=p.hold(drow), map_sums=p.hold(partial), to=p.hold(of_map), outer=p.heads * slices,
+        inner=size * (width + 1), **{"from": p.hold(partial)},
+    )  # fmt: skip
+    shared = item * ((ROWS + size) * (width + 4) + ROWS * (size + 4))
+    kernel = expression("exponential_features_gradients", dtype, width)
+    run(kernel, u, p.heads * segments, THREADS, p.values, shared)
+    numbers = p.heads * slices * size * (width + 1)
+    run(expression("sum_segments", wide), u, -(-numbers // THREADS), THREADS, p.values)
+    head = features * (width + 1)
+    first = p.hold(of_map)
+    return (
+        sum_members(p, u, p.hold(du), (d, 1, n * d)),
+        sum_members(p, rows, first, (width + 1, 1, head)),
+        sum_members(p, row, p.hold(drow), (1, 1, n)),
+        sum_members(p, column, first + width * item, (0, width + 1, head)),
+    )

@@ -1,0 +1,311 @@
+"""Gradients of attention by the backward kernels (kernels/attention_gradients.cu and its neighbours)."""
+
+import math
+from typing import Any
+
+import numpy as np
+
+from favorsharp._arrays import broadcast_shapes
+from favorsharp_cuda import arrays
+from favorsharp_cuda.launch import run
+from favorsharp_cuda.maps import plain_map
+from favorsharp_cuda.problem import AXES, PROBLEM, Problem, key_batch_of
+from favorsharp_cuda.source import expression
+
+THREADS, ROWS = 128, 32
+WIDTHS = (32, 64, 96, 128)
+"""What sizes of points and values are padded to by sweeps; other kernels know 64 and 128."""
+ENOUGH_BLOCKS = 512
+"""Blocks that keep a large card busy."""
+SHORTEST_SEGMENT = 512
+"""Points that a segment has at least: its sums cost as much as reading some hundred points."""
+
+_ARRAY = PROBLEM["q"]
+_ARRAYS = ("q", "k", "v", "mask", "out", "stats", "gradient", "target")
+GRADIENTS = np.dtype(
+    [
+        *((name, _ARRAY) for name in _ARRAYS),
+        *((name, "i8", (AXES,)) for name in ("shape", "map_axis", "member")),
+        *((name, "i8") for name in ("query", "key", "constants", "m", "d", "e", "slices", "slice", "width")),
+        *((name, "i8") for name in ("gaussian", "has_dense")),
+        *((name, "i8") for name in ("num_queries", "num_keys", "window", "causal", "segments", "span")),
+        *((name, "i8") for name in ("state_segments", "state_span")),
+        *((name, "i8") for name in ("keys_read", "backwards", "added", "only_states", "heads", "targets")),
+        *((name, "i8") for name in ("query_factor", "query_near", "query_last", "key_factor", "key_near")),
+        *((name, "i8") for name in ("dq", "dk", "dv", "query_slopes", "key_slopes")),
+        *((name, "i8") for name in ("states", "map_sums", "factor_sums", "from", "to", "outer", "inner")),
+        *((name, "i8") for name in ("num_rows", "num_columns", "row_step", "column_step", "head_step")),
+    ]
+)
+"""The layout of `Gradients` in kernels/gradient_tiles.cuh."""
+
+
+def attention_backward(
+    gradient: Any, q: Any, k: Any, v: Any, feature_map: Any, out: Any, stats: Any, *, key_mask: Any = None,
+    window: int = 0, causal: bool = False, of_map: bool = False,
+) -> tuple[Any, Any, Any, "MapSums | None"]:  # fmt: skip
+    """The gradients of q, k and v, in their shapes and dtypes, and the sums that those of a map are made of.
+
+    Parameters
+    ----------
+    gradient : array, shape (*b, n, e)
+        Of the result `out`.
+    stats : array, shape (*b, n, 2)
+        1 / total and the reference of every query, of the type computed in.
+    of_map : bool
+        Whether the sums are wanted.
+    """
+    backward = Backward(
+        gradient, q, k, v, feature_map, out, stats, key_mask=key_mask, window=window, causal=causal
+    )  # fmt: skip
+    sums = MapSums(backward) if of_map else None
+    backward.factors()
+    for keys_read in (0, 1):
+        backward.sweep(keys_read, sums)
+    if window:
+        backward.near()
+    return backward.of_points(0), backward.of_points(1), backward.of_values(), sums
+
+
+def width_of(d: int, e: int) -> int:
+    """The width that points of size d and values of size e are padded to."""
+    for width in WIDTHS:
+        if max(d, e) <= width:
+            return width
+    raise ValueError(f"gradients on a GPU need d and e of at most {WIDTHS[-1]}, got d={d} and e={e}")
+
+
+def slice_of(width: int, item: int) -> int:
+    """Features that a sweep works on at once: `Slice` of kernels/gradient_tiles.cuh."""
+    return (64 if width <= 64 else 32) * 4 // item
+
+
+def segments_of(heads: int, points: int, block: int) -> tuple[int, int]:
+    """Into how many segments to cut the points of each head, and the points of one, in whole blocks."""
+    wanted = max(1, min(-(-ENOUGH_BLOCKS // max(1, heads)), points // SHORTEST_SEGMENT))
+    blocks = max(1, -(-points // block))
+    span = -(-blocks // wanted) * block
+    return max(1, -(-points // span)), span
+
+
+class Backward:
+    """One backward pass: its structure, and what the kernels leave on the way.
+
+    Parameters
+    ----------
+    gradient : array, shape (*b, n, e)
+        Of the result `out`.
+    stats : array, shape (*b, n, 2)
+        1 / total and the reference of every query.
+    """
+
+    def __init__(
+        self, gradient: Any, q: Any, k: Any, v: Any, feature_map: Any, out: Any, stats: Any, *, key_mask: Any,
+        window: int, causal: bool,
+    ) -> None:  # fmt: skip
+        self.q, self.k, self.v = q, k, v
+        self.dtype = arrays.name_of(q)
+        self.wide = arrays.WIDER[self.dtype]
+        self.item = 8 if self.wide == "float64" else 4
+        self.n, self.s, self.d, self.e = q.shape[-2], k.shape[-2], q.shape[-1], v.shape[-1]
+        self.m = feature_map.num_features
+        self.width = width_of(self.d, self.e)
+        self.wider = max(64, -(-self.width // 64) * 64)
+        self.slice = slice_of(self.width, self.item)
+        self.slices = -(-self.m // self.slice)
+        self.window, self.causal = window, causal
+        self.spans = [0, 0]
+        keys = key_batch_of(feature_map, k, v, key_mask)
+        self.batch = broadcast_shapes(tuple(q.shape[:-2]), keys)
+        packed = plain_map(feature_map, q, self.wide)
+        p = self.problem = Problem(self.batch, GRADIENTS)
+        self.heads = p.heads
+        p.number("map_axis", tuple(feature_map.batch_shape))
+        for name, x in (("q", q), ("k", k), ("v", v), ("out", out), ("stats", stats), ("gradient", gradient)):
+            p.array(name, x)
+        if key_mask is not None:
+            p.array("mask", key_mask, trailing=1)
+        p.set(
+            query=p.hold(packed.query), key=p.hold(packed.key), constants=packed.size, has_dense=packed.has_dense,
+            gaussian=feature_map.parameters.kernel == "gaussian", m=self.m, d=self.d, e=self.e, slices=self.slices,
+            slice=self.slice, width=self.width,
+            num_queries=self.n, num_keys=self.s, window=window, causal=causal, heads=self.heads,
+        )  # fmt: skip
+        for name, shape in (
+            *((name, (self.n,)) for name in ("query_factor", "query_near", "query_last", "query_slopes")),
+            *((name, (self.s,)) for name in ("key_factor", "key_near", "key_slopes")),
+            *(("dq", (self.n, self.d)), ("dk", (self.s, self.d)), ("dv", (self.s, self.e))),
+        ):
+            p.set(**{name: self._place(*shape)})
+
+    def _place(self, *shape: int) -> int:
+        """The address of a new array with an entry for each head."""
+        return self.problem.hold(arrays.empty(self.q, (self.heads, *shape), self.wide))
+
+    def run(self, kernel: str, blocks: int, shared: int = 0, *, over: tuple[str | int, ...]) -> None:
+        """Launch an instance of a kernel."""
+        run(expression(kernel, *over), self.q, blocks, THREADS, self.problem.values, shared)
+
+    def factors(self) -> None:
+        """What log features hold of each point alone."""
+        shared = self.item * (self.wider + 2 * ROWS) * (self.wider + 4)
+        for keys, points in ((0, self.n), (1, self.s)):
+            self.problem.set(keys_read=keys)
+            self.run("gradient_factors", self.heads * -(-points // ROWS), shared, over=(self.dtype, self.wider))
+
+    def sweep(self, keys_read: int, sums: "MapSums | None") -> None:
+        """One side reads the other: the gradients of z = sqrt(scale) x - center, of factors, and of values."""
+        p, window = self.problem, self.window
+        both = window > 0 and not self.causal
+        readers, taken = (self.s, self.n) if keys_read else (self.n, self.s)
+        segments, span = segments_of(self.heads, readers, self.window or ROWS)
+        state_segments, state_span = (segments, span) if self.causal or both else segments_of(self.heads, taken, self.window or ROWS)
+        state = (3 + self.width) * self.slice
+        self.spans[keys_read] = span
+        p.set(
+            keys_read=keys_read, segments=segments, span=span, state_segments=state_segments, state_span=state_span,
+            states=self._place(self.slices * state_segments, state),
+            map_sums=0 if sums is None else sums.of_features(keys_read, segments),
+        )  # fmt: skip
+        shared = self._shared()
+        for turn, backwards in enumerate((0, 1) if both else (keys_read,)):
+            p.set(backwards=backwards, added=turn)
+            over = (self.dtype, self.width)
+            p.set(only_states=1)
+            self.run("gradient_sweep", self.heads * self.slices * state_segments, shared, over=over)
+            numbers = self.heads * self.slices * (state - 2 * self.slice)
+            self.run("gradient_scan", -(-numbers // THREADS), over=(self.wide,))
+            p.set(only_states=0)
+            self.run("gradient_sweep", self.heads * segments, shared, over=over)
+
+    def _shared(self) -> int:
+        """Bytes of shared memory of a sweep."""
+        points, features, pairs = self.width + 4, self.slice + 4, ROWS + 4
+        items = 3 * ROWS * points + 2 * self.width * features + 3 * ROWS * features + 2 * ROWS * pairs
+        return self.item * (items + self.slice * points + 5 * self.slice + 4 * ROWS + 2)
+
+    def near(self) -> None:
+        """Add what goes through the exactly scored keys."""
+        w = self.window
+        tiles = -(-self.s // w) * -(-w // ROWS)
+        shared = self.item * (4 * ROWS * (self.wider + 4) + 2 * ROWS * (ROWS + 4) + 6 * ROWS)
+        for keys_read in (0, 1):
+            self.problem.set(keys_read=keys_read)
+            self.run("near_gradients", self.heads * tiles, shared, over=(self.dtype, self.wider))
+
+    def of_points(self, keys_read: int) -> Any:
+        """The gradient of q, or of k."""
+        x, points = (self.k, self.s) if keys_read else (self.q, self.n)
+        target, targets = self.target(x, self.dtype)
+        self.problem.set(keys_read=keys_read)
+        shared = self.item * (self.wider + 2 * ROWS) * (self.wider + 4)
+        self.run("gradient_points", targets * -(-points // ROWS), shared, over=(self.dtype, self.wider))
+        return target
+
+    def of_values(self) -> Any:
+        """The gradient of v."""
+        dv = int(self.problem.values["dv"][0])
+        return sum_members(self.problem, self.v, dv, (self.e, 1, self.s * self.e))
+
+    def target(self, x: Any, dtype: str) -> tuple[Any, int]:
+        """An array for the gradient of another, and the number of its heads."""
+        return target_of(self.problem, x, dtype)
+
+
+def target_of(problem: Problem, x: Any, dtype: str) -> tuple[Any, int]:
+    """An array for the gradient of another; one of its heads takes the sum of those that it was broadcast to."""
+    target = arrays.empty(x, tuple(x.shape), dtype)
+    problem.array("target", target)
+    shape = (1,) * (len(problem.batch) - x.ndim + 2) + tuple(x.shape[:-2])
+    targets = math.prod(shape)
+    problem.axes("member", [size if own == 1 else 1 for size, own in zip(problem.batch, shape, strict=True)])
+    problem.set(targets=targets)
+    return target, targets
+
+
+def sum_members(problem: Problem, x: Any, source: int, steps: tuple[int, int, int]) -> Any:
+    """The gradient of x, summed over the heads it was broadcast to, in its dtype.
+
+    Parameters
+    ----------
+    source : int
+        Address of the numbers, which lie `steps` apart along rows, columns and heads.
+    """
+    target, targets = target_of(problem, x, arrays.name_of(x))
+    rows, columns = x.shape[-2:]
+    problem.set(
+        **{"from": source}, num_rows=rows, num_columns=columns, row_step=steps[0], column_step=steps[1],
+        head_step=steps[2],
+    )  # fmt: skip
+    blocks = -(-targets * rows * columns // THREADS)
+    run(expression("sum_members", arrays.name_of(x)), x, blocks, THREADS, problem.values)
+    return target
+
+
+class MapSums:
+    """Sums over points that the gradients of a map are made of, per head; see `favorsharp.features.map_gradients`."""
+
+    def __init__(self, backward: Backward) -> None:
+        self.b = backward
+        self.partial: list[Any] = [None, None]
+        self.segments = [0, 0]
+
+    def of_features(self, keys: int, segments: int) -> int:
+        """The address of what a sweep leaves of each segment."""
+        b = self.b
+        self.segments[keys] = segments
+        self.partial[keys] = arrays.empty(b.q, (b.heads, b.slices, segments, b.slice, b.width + 1), b.wide)
+        return b.problem.hold(self.partial[keys])
+
+    def finished(self) -> dict[str, Any]:
+        """Every sum, (*b, ., .), by the names of `map_gradients`."""
+        b, sums = self.b, {}
+        for keys, side in enumerate(("query", "key")):
+            segments = self.segments[keys]
+            whole = self._summed(self.partial[keys], b.heads * b.slices, segments, b.slice * (b.width + 1))
+            features = whole.reshape(*b.batch, b.slices * b.slice, b.width + 1)[..., : b.m, :]
+            sums[f"{side}_points"] = features[..., : b.d]
+            sums[f"{side}_column"] = features[..., -1:].swapaxes(-1, -2)
+            width = b.wider
+            size = width * width + width + 1
+            partial = arrays.empty(b.q, (b.heads, segments, size), b.wide)
+            span = b.spans[keys]
+            b.problem.set(keys_read=keys, segments=segments, span=span, factor_sums=b.problem.hold(partial))
+            shared = b.item * 2 * ROWS * (width + 4)
+            b.run("gradient_factor_sums", b.heads * segments * (width // 32), shared, over=(b.dtype, width))
+            factors = self._summed(partial, b.heads, segments, size).reshape(*b.batch, 1, size)
+            products = factors[..., 0, : width * width].reshape(*b.batch, width, width)
+            sums[f"{side}_factor_products"] = products[..., : b.d, : b.d]
+            sums[f"{side}_factor_points"] = factors[..., width * width : width * width + b.d]
+            sums[f"{side}_factor"] = factors[..., -1:]
+        return sums
+
+    def _summed(self, partial: Any, outer: int, segments: int, inner: int) -> Any:
+        b = self.b
+        result = arrays.empty(b.q, (outer, inner), b.wide)
+        b.problem.set(
+            **{"from": b.problem.hold(partial), "to": b.problem.hold(result)}, outer=outer, segments=segments,
+            inner=inner,
+        )  # fmt: skip
+        b.run("sum_segments", -(-outer * inner // THREADS), over=(b.wide,))
+        return result
+
+    def rows_and_weights(self, feature_map: Any) -> tuple[Any, Any]:
+        """The gradients of the map's rows and log_weight, in their shapes."""
+        b, p = self.b, feature_map.parameters
+        problem = b.problem
+        whole = []
+        for keys in (0, 1):
+            sums = self._summed(self.partial[keys], b.heads * b.slices, self.segments[keys], b.slice * (b.width + 1))
+            whole.append(sums)
+        problem.array("q", p.g1)
+        problem.array("k", p.g2)
+        problem.set(**{"from": problem.hold(whole[0]), "to": problem.hold(whole[1])}, inner=b.slices * b.slice)
+        found = []
+        for of_weights, like in enumerate((feature_map.rows, feature_map.log_weight)):
+            target, targets = b.target(like, b.wide)
+            problem.set(keys_read=of_weights)
+            numbers = targets * like.shape[-1] * like.shape[-2]
+            b.run("gradient_map", -(-numbers // THREADS), over=(b.wide,))
+            found.append(arrays.cast(target, arrays.name_of(like)))
+        return found[0], found[1]

@@ -1,0 +1,340 @@
+// Gradients of attention through the features.
+//
+// A query i reads a key j with weight p = exp(lq_i + lk_j - r_i) summed over features, r_i the logarithm of its total.
+// With G_i = (dout_i, -dout_i.out_i) and V_j = (v_j, 1) the gradient of a weight's logarithm is p G_i.V_j. So one sweep
+// serves both directions: tiles of one side (keys with V, queries with G) are taken into sums, one for each feature,
+// relative to the largest log feature taken; the other side reads them. A reader's log features have the gradient
+// weight * (sums.value), and where keys read, what they read is the gradient of v. Features are computed again, a slice
+// of them at a time; the references never change, so that slices are independent.
+namespace favorsharp {
+
+constexpr float LARGEST_EXPONENT = 40;  // of the weight of a hidden pair, before a causal tile is cut
+
+// Of a segment and slice: the largest log feature taken, and those of the segments before; sums of the last entries of
+// values, then of the others.
+struct State {
+  int m, width;
+  DEVICE int scanned() const { return m; }
+  DEVICE int last() const { return 2 * m; }
+  DEVICE int sums() const { return 3 * m; }
+  DEVICE int size() const { return m * (3 + width); }
+};
+
+template <class T, int W> struct Sweep {
+  typedef typename Computing<T>::type A;
+  static constexpr int C = GRADIENT_ROWS, M = Slice<A, W>::SIZE, P = W + 4, Q = M + 4, PAIR = C + 4;
+  static constexpr int EXPONENT = Planes<T>::EXPONENT, VALUE = Planes<T>::VALUE;
+
+  const Gradients &g;
+  const i64 head;
+  const bool keys_read;
+  View<const T> my_points, their_points, my_values, their_values;
+  View<const bool> my_mask, their_mask;
+  PlainSide<A> my_side, their_side;
+  A *point, *taken, *read, *mine, *theirs, *feature, *weight, *slope, *pair, *product, *sums;
+  A *top, *next, *last, *my_column, *their_column, *factor_taken, *last_taken, *factor_read, *last_read;
+  int *cut;
+  i64 slice;
+  int turn;
+  Tile<A, M, W> of_rows;  // gradients of the map
+  A of_column;
+
+  DEVICE Sweep(const Gradients &g, i64 head, unsigned char *raw)
+      : g(g), head(head), keys_read(g.keys_read != 0), slice(0), turn(0) {
+    i64 index[AXES];
+    split_head(g, head, index);
+    const View<const T> q = view<const T>(g.q, index), k = view<const T>(g.k, index);
+    const View<const T> gradient = view<const T>(g.gradient, index), v = view<const T>(g.v, index);
+    const View<const bool> mask = view<const bool>(g.mask, index), none = {0, 0, 0};
+    const i64 map = along(index, g.map_axis) * g.constants;
+    const PlainSide<A> query = {(const A *)g.query + map, g.d, g.m}, key = {(const A *)g.key + map, g.d, g.m};
+    my_points = keys_read ? k : q, their_points = keys_read ? q : k;
+    my_values = keys_read ? v : gradient, their_values = keys_read ? gradient : v;
+    my_mask = keys_read ? mask : none, their_mask = keys_read ? none : mask;
+    my_side = keys_read ? key : query, their_side = keys_read ? query : key;
+    A *room = (A *)raw;
+    auto take = [&](int items) {
+      A *start = room;
+      room += items;
+      return start;
+    };
+    point = take(C * P), taken = take(C * P), read = take(C * P), mine = take(W * Q), theirs = take(W * Q);
+    feature = take(C * Q), weight = take(C * Q), slope = take(C * Q), pair = take(C * PAIR), product = take(C * PAIR);
+    sums = take(M * P), top = take(M), next = take(M), last = take(M), my_column = take(M), their_column = take(M);
+    factor_taken = take(C), last_taken = take(C), factor_read = take(C), last_read = take(C);
+    cut = (int *)take(2);
+  }
+
+  DEVICE i64 readers() const { return keys_read ? g.num_keys : g.num_queries; }
+  DEVICE i64 others() const { return keys_read ? g.num_queries : g.num_keys; }
+
+  DEVICE void load_map(A *rows, A *column, const PlainSide<A> &side) {
+    for (int i = threadIdx.x; i < W * M; i += GRADIENT_THREADS) {
+      const int c = i / M, j = i % M;
+      const i64 feature = slice * M + j;
+      rows[c * Q + j] = c < g.d && feature < g.m ? side.rows()[c * g.m + feature] : 0;
+    }
+    for (int j = threadIdx.x; j < M; j += GRADIENT_THREADS)
+      column[j] = slice * M + j < g.m ? side.column()[slice * M + j] : -infinity<A>();
+  }
+
+  // What points of one side are in log features alone, and the last entries of their values.
+  DEVICE void load_factors(bool keys, i64 start, int count, A *factor, A *last) {
+    const A *factors = (const A *)(keys ? g.key_factor : g.query_factor) + head * (keys ? g.num_keys : g.num_queries);
+    const A *lasts = (const A *)g.query_last + head * g.num_queries;
+    const int r = threadIdx.x;
+    if (r >= C) return;
+    factor[r] = r < count ? factors[start + r] : -infinity<A>();
+    last[r] = r >= count ? A(0) : keys ? A(factor[r] != -infinity<A>()) : lasts[start + r];
+  }
+
+  // Logarithms of the features of the points in shared memory.
+  DEVICE void log_features(Tile<A, C, M> &log, const A *rows, const A *column, const A *factor) {
+    log.clear();
+    log.template add_product<EXPONENT>(point, P, 1, rows, Q, 1, W);
+    log.each([&](int r, int c, A &value) { value += column[c] + factor[r]; });
+  }
+
+  // A tile of points enters the sums, or reads them, or (a causal tile) both. False where a causal tile has to be cut.
+  DEVICE bool step(bool taking, i64 take_start, int take_count, bool reading, i64 start, int count, bool added) {
+    const int tid = threadIdx.x;
+    if (taking) {
+      load_points<T, W>(point, their_points, g.d, take_start, take_count, their_side.alpha(), their_side.center(),
+                        their_mask);
+      load_values<T, W>(taken, their_values, g.e, take_start, take_count, their_mask);
+      load_factors(!keys_read, take_start, take_count, factor_taken, last_taken);
+      __syncthreads();  // the points and factors of all threads are there
+      Tile<A, C, M> log;
+      log_features(log, theirs, their_column, factor_taken);
+      log.store(feature, Q);
+      __syncthreads();  // and so are their features
+      for (int j = tid; j < M; j += GRADIENT_THREADS) {
+        A largest = top[j];
+        for (int r = 0; r < C; r++) largest = larger(largest, feature[r * Q + j]);
+        next[j] = largest;
+      }
+    }
+    if (reading) {
+      load_points<T, W>(point, my_points, g.d, start, count, my_side.alpha(), my_side.center(), my_mask);
+      load_values<T, W>(read, my_values, g.e, start, count, my_mask);
+      load_factors(keys_read, start, count, factor_read, last_read);
+    }
+    if (tid == 0) cut[turn] = 0;
+    __syncthreads();  // points of readers, and the tops
+    if (reading) {
+      const A *reference = taking ? next : top;
+      Tile<A, C, M> log;
+      log_features(log, mine, my_column, factor_read);
+      log.each([&](int r, int c, A &value) {
+        value += reference[c];
+        if (taking && r < count && value > A(LARGEST_EXPONENT)) cut[turn] = 1;
+        value = exp_of(value);
+      });
+      log.store(weight, Q);
+      __syncthreads();  // the weights of readers; and whether one is too large
+      turn ^= 1;
+      if (taking && count > 1 && cut[turn ^ 1]) return false;
+    }
+    if (taking) {
+      for (int i = tid; i < C * M; i += GRADIENT_THREADS) {
+        const int r = i / M, j = i % M;
+        feature[r * Q + j] = exp_of(feature[r * Q + j] - limited(next[j]));
+      }
+      for (int i = tid; i < M * W; i += GRADIENT_THREADS) {
+        const int j = i / W;
+        if (next[j] > top[j]) sums[j * P + i % W] *= exp_of(top[j] - next[j]);
+      }
+      for (int j = tid; j < M; j += GRADIENT_THREADS)
+        if (next[j] > top[j]) last[j] *= exp_of(top[j] - next[j]);
+      __syncthreads();  // features and sums are relative to the new tops
+      A *old = top;
+      top = next, next = old;
+    }
+    if (reading) give(taking, start, count, added);
+    if (taking) {
+      Tile<A, M, W> own;
+      own.load(sums, P);
+      own.template add_product<VALUE>(feature, 1, Q, taken, P, 1, C);
+      own.store(sums, P);
+      for (int j = tid; j < M; j += GRADIENT_THREADS)
+        for (int r = 0; r < C; r++) last[j] += feature[r * Q + j] * last_taken[r];
+    }
+    __syncthreads();  // all is used, and the next tile may take its place
+    return true;
+  }
+
+  // The gradients of a tile of readers.
+  DEVICE void give(bool pairwise, i64 start, int count, bool added) {
+    const int tid = threadIdx.x;
+    Tile<A, C, M> slopes;
+    slopes.clear();
+    slopes.template add_product<VALUE>(read, P, 1, sums, 1, P, W);
+    slopes.each([&](int r, int c, A &value) { value += last_read[r] * last[c]; });
+    if (pairwise) {
+      Tile<A, C, C> pairs;
+      pairs.clear();
+      pairs.template add_product<VALUE>(read, P, 1, taken, 1, P, W);
+      pairs.each([&](int r, int c, A &value) { value = seen(r, c) ? value + last_read[r] * last_taken[c] : A(0); });
+      pairs.store(pair, PAIR);
+      if (keys_read) {
+        pairs.clear();
+        pairs.template add_product<VALUE>(weight, Q, 1, feature, 1, Q, M);
+        pairs.each([&](int r, int c, A &value) { value = seen(r, c) ? value : A(0); });
+        pairs.store(product, PAIR);
+      }
+      __syncthreads();  // pairs of a tile
+      slopes.template add_product<VALUE>(pair, PAIR, 1, feature, Q, 1, C);
+    }
+    slopes.each([&](int r, int c, A &value) { value *= weight[r * Q + c]; });
+    slopes.store(slope, Q);
+    if (keys_read) {
+      Tile<A, C, W> values;
+      values.clear();
+      values.template add_product<VALUE>(weight, Q, 1, sums, P, 1, M);
+      if (pairwise) values.template add_product<VALUE>(product, PAIR, 1, taken, P, 1, C);
+      add_rows(values, (A *)g.dv + (head * g.num_keys + start) * g.e, g.e, count, added);
+    }
+    __syncthreads();  // the gradients of log features
+    Tile<A, C, W> rows;
+    rows.clear();
+    rows.template add_product<VALUE>(slope, Q, 1, mine, 1, Q, M);
+    const i64 line = head * readers() + start;
+    add_rows(rows, (A *)(keys_read ? g.dk : g.dq) + line * g.d, g.d, count, added);
+    A total = 0;
+    for (int j = tid & 3; j < M; j += 4) total += slope[(tid >> 2) * Q + j];
+    total = quarter_sum(total);
+    if ((tid & 3) == 0 && (tid >> 2) < count) {
+      A *place = (A *)(keys_read ? g.key_slopes : g.query_slopes) + line + (tid >> 2);
+      *place = added ? *place + total : total;
+    }
+    if (g.map_sums) {
+      of_rows.template add_product<VALUE>(slope, 1, Q, point, P, 1, C);
+      if (tid < M)
+        for (int r = 0; r < C; r++) of_column += slope[r * Q + tid];
+    }
+  }
+
+  // Whether the reader in row r of a causal tile sees, or is seen by, what was taken from row c.
+  DEVICE bool seen(int r, int c) const { return keys_read ? c >= r : c <= r; }
+
+  DEVICE void add_rows(Tile<A, C, W> &tile, A *to, i64 size, int count, bool added) {
+    tile.each([&](int r, int c, A &value) {
+      if (r < count && c < size) to[r * size + c] = added ? to[r * size + c] + value : value;
+    });
+  }
+
+  DEVICE A *state(i64 segment) const {
+    return (A *)g.states + ((head * g.slices + slice) * g.state_segments + segment) * State{M, W}.size();
+  }
+  DEVICE void load_state(i64 segment) {
+    const bool empty = g.only_states != 0;
+    const A *from = state(segment);
+    for (int i = threadIdx.x; i < M * W; i += GRADIENT_THREADS)
+      sums[i / W * P + i % W] = empty ? A(0) : from[State{M, W}.sums() + i];
+    for (int j = threadIdx.x; j < M; j += GRADIENT_THREADS) {
+      last[j] = empty ? A(0) : from[State{M, W}.last() + j];
+      top[j] = empty ? -infinity<A>() : from[State{M, W}.scanned() + j];
+    }
+  }
+  DEVICE void store_state(i64 segment) {
+    A *to = state(segment);
+    for (int i = threadIdx.x; i < M * W; i += GRADIENT_THREADS) to[State{M, W}.sums() + i] = sums[i / W * P + i % W];
+    for (int j = threadIdx.x; j < M; j += GRADIENT_THREADS) to[State{M, W}.last() + j] = last[j], to[j] = top[j];
+  }
+  DEVICE void store_map(i64 segment) {
+    A *const to = (A *)g.map_sums + ((head * g.slices + slice) * g.segments + segment) * M * (W + 1);
+    of_rows.each([&](int r, int c, A &value) {
+      A *const place = to + r * (W + 1) + c;
+      *place = g.added ? *place + value : value;
+    });
+    if (threadIdx.x < M) {
+      A *const place = to + threadIdx.x * (W + 1) + W;
+      *place = g.added ? *place + of_column : of_column;
+    }
+  }
+};
+
+// A block has a segment of readers, and slice after slice; or, for what segments hold, a segment of the other side (the
+// points that enter the sums between its first reader and its last) and one slice.
+template <class T, int W> GRADIENT_KERNEL gradient_sweep(ARGUMENT Gradients g) {
+  typedef Sweep<T, W> S;
+  SHARED_MEMORY(raw);
+  const bool only_states = g.only_states != 0, backwards = g.backwards != 0;
+  const i64 segments = only_states ? g.state_segments : g.segments, segment = blockIdx.x % segments;
+  const i64 parts = only_states ? g.slices : 1, part = blockIdx.x / segments % parts;
+  S s(g, blockIdx.x / segments / parts, raw);
+  const i64 w = g.window, shift = backwards ? 2 * w : -2 * w;
+  const i64 low = only_states ? max((i64)0, segment * g.state_span + shift) : segment * g.span;
+  const i64 high = only_states ? min(s.others(), segment * g.state_span + shift + g.state_span)
+                               : min(s.readers(), low + g.span);
+  const bool pairwise = g.causal && w == 0 && !only_states, whole = !g.causal && w == 0;
+  const i64 block = w > 0 && !only_states ? w : high - low, blocks = high > low ? (high - low + block - 1) / block : 0;
+  for (s.slice = part; s.slice < (only_states ? part + 1 : g.slices); s.slice++) {
+    s.load_map(s.theirs, s.their_column, s.their_side);
+    if (!only_states) s.load_map(s.mine, s.my_column, s.my_side);
+    s.load_state(whole && !only_states ? 0 : segment);
+    s.of_rows.clear(), s.of_column = 0;
+    i64 number = 0, take = 0, take_stop = 0, start = 0, stop = 0;
+    int size = S::C;
+    while (true) {
+      if (take >= take_stop && start >= stop) {  // the next block
+        if (number == blocks) break;
+        const i64 begin = low + (backwards ? blocks - 1 - number : number) * block;
+        number++;
+        start = begin, stop = min(high, begin + block);
+        if (only_states || pairwise) take = start, take_stop = stop;
+        else if (w > 0) take = max((i64)0, begin + shift), take_stop = min(s.others(), begin + shift + w);
+        if (only_states) start = stop;
+        continue;
+      }
+      const bool taking = take < take_stop, reading = pairwise || !taking;
+      const int count = (int)min((i64)size, taking ? take_stop - take : stop - start);
+      const bool from_the_end = pairwise && backwards;
+      const i64 take_at = from_the_end ? take_stop - count : take, at = from_the_end ? stop - count : start;
+      if (!s.step(taking, take_at, count, reading, at, count, g.added || s.slice > 0)) {
+        size = max(1, count / 4);
+        continue;
+      }
+      if (from_the_end) {
+        take_stop -= count, stop -= count;
+        if ((high - stop) % S::C == 0) size = S::C;
+      } else {
+        if (taking) take += count;
+        if (reading) start += count;
+        if (pairwise && (start - low) % S::C == 0) size = S::C;
+      }
+    }
+    if (only_states) s.store_state(segment);
+    else if (g.map_sums) s.store_map(segment);
+  }
+}
+
+// The states of segments become those of all segments before (after, where backwards), or of all: a thread a number.
+template <class A> GRADIENT_KERNEL gradient_scan(ARGUMENT Gradients g) {
+  const State at = {(int)g.slice, (int)g.width};
+  const int numbers = at.size() - at.last();
+  const i64 thread = (i64)blockIdx.x * GRADIENT_THREADS + threadIdx.x;
+  if (thread >= g.heads * g.slices * numbers) return;
+  const int number = at.last() + (int)(thread % numbers);
+  const bool is_last = number < at.sums();
+  const int feature = is_last ? number - at.last() : (number - at.sums()) / at.width;
+  A *const states = (A *)g.states + thread / numbers * g.state_segments * at.size();
+  A sum = 0, top = -infinity<A>();
+  const bool whole = !g.causal && g.window == 0;
+  for (i64 t = 0; t < g.state_segments; t++) {
+    A *const state = states + (g.backwards ? g.state_segments - 1 - t : t) * at.size();
+    const A own = state[feature], value = state[number], largest = larger(top, own);
+    if (!whole) {
+      state[number] = sum;
+      if (is_last) state[at.scanned() + feature] = top;
+    }
+    sum = sum * exp_of(top - limited(largest)) + value * exp_of(own - limited(largest));
+    top = largest;
+  }
+  if (whole) {
+    states[number] = sum;
+    if (is_last) states[at.scanned() + feature] = top;
+  }
+}
+
+}  // namespace favorsharp

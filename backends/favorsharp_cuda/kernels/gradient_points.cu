@@ -1,0 +1,250 @@
+// Before and after the sweeps: what log features hold of a point alone, and the gradients of points and of maps.
+namespace favorsharp {
+
+// A tile of points, and what the factor of their log features is made of: offset + linear.z - beta |z|^2 - |dense^T z|^2.
+template <class T, int W> struct Factors {
+  typedef typename Computing<T>::type A;
+  static constexpr int C = GRADIENT_ROWS, P = W + 4, ITEMS = W * P + 2 * C * P;
+  const Gradients &g;
+  A *dense, *point, *square;
+
+  DEVICE Factors(const Gradients &g, unsigned char *raw)
+      : g(g), dense((A *)raw), point((A *)raw + W * P), square((A *)raw + W * P + C * P) {}
+
+  DEVICE void load_dense(const PlainSide<A> &side) {
+    for (int i = threadIdx.x; i < W * W; i += GRADIENT_THREADS) {
+      const int r = i / W, c = i % W;
+      dense[r * P + c] = r < g.d && c < g.d ? side.dense()[r * g.d + c] : 0;
+    }
+  }
+  DEVICE void multiply() {  // square = point dense
+    Tile<A, C, W> tile;
+    tile.clear();
+    tile.template add_product<Planes<T>::EXPONENT>(point, P, 1, dense, P, 1, W);
+    tile.store(square, P);
+  }
+};
+
+// What a sweep needs of every point of one side (g.keys_read): a block a tile.
+template <class T, int W> GRADIENT_KERNEL gradient_factors(ARGUMENT Gradients g) {
+  typedef Factors<T, W> F;
+  typedef typename F::A A;
+  SHARED_MEMORY(raw);
+  F f(g, raw);
+  const bool keys = g.keys_read;
+  const i64 all = keys ? g.num_keys : g.num_queries, tiles = (all + F::C - 1) / F::C;
+  const i64 head = blockIdx.x / tiles, start = blockIdx.x % tiles * F::C;
+  const int count = (int)min((i64)F::C, all - start), r = threadIdx.x / 4, part = threadIdx.x % 4;
+  i64 index[AXES];
+  split_head(g, head, index);
+  const View<const T> q = view<const T>(g.q, index), k = view<const T>(g.k, index), x = keys ? k : q;
+  const View<const bool> mask = view<const bool>(g.mask, index), none = {0, 0, 0}, visible = keys ? mask : none;
+  const i64 map = along(index, g.map_axis) * g.constants;
+  const PlainSide<A> side = {(const A *)(keys ? g.key : g.query) + map, g.d, g.m};
+  load_points<T, W>(f.point, x, g.d, start, count, side.alpha(), side.center(), visible);
+  if (g.has_dense) f.load_dense(side);
+  __syncthreads();  // the points, and the matrix
+  if (g.has_dense) {
+    f.multiply();
+    __syncthreads();  // its products with all points
+  }
+  A factor = 0, last = 0;
+  for (int c = part; c < g.d; c += 4) {
+    const A z = f.point[r * F::P + c];
+    factor += side.linear()[c] * z - side.beta() * z * z;
+    if (g.has_dense) factor -= f.square[r * F::P + c] * f.square[r * F::P + c];
+  }
+  const View<const T> gradient = view<const T>(g.gradient, index), out = view<const T>(g.out, index);
+  if (!keys && r < count)
+    for (int c = part; c < g.e; c += 4) last -= widened(gradient.at(start + r, c)) * widened(out.at(start + r, c));
+  factor = finite_or_nan(side.offset() + quarter_sum(factor)), last = quarter_sum(last);
+  if (part != 0 || r >= count) return;
+  if (keys) {
+    const bool hidden = mask.start && !mask.at(start + r, 0);
+    ((A *)g.key_factor)[head * all + start + r] = hidden ? -infinity<A>() : factor;
+    ((A *)g.key_near)[head * all + start + r] = hidden ? -infinity<A>() : A(0);
+  } else {
+    const View<const A> stats = view<const A>(g.stats, index);
+    const A inverse = stats.at(start + r, 0);  // 0 where nothing is visible
+    const A near = inverse == 0 ? -infinity<A>() : log_of(inverse) - stats.at(start + r, 1);
+    ((A *)g.query_factor)[head * all + start + r] = inverse == 0 ? near : near + factor;
+    ((A *)g.query_near)[head * all + start + r] = near;
+    ((A *)g.query_last)[head * all + start + r] = last;
+  }
+}
+
+// The heads of the batch whose sum is head `number` of target: each in turn.
+struct Members {
+  i64 index[AXES], base[AXES], count;
+  DEVICE Members(const Gradients &g, i64 number) : count(1) {
+#pragma unroll
+    for (int a = AXES - 1; a >= 0; a--) {
+      const i64 size = g.shape[a] / g.member[a];
+      base[a] = number % size;
+      number /= size;
+      count *= g.member[a];
+    }
+  }
+  DEVICE i64 head(const Gradients &g, i64 member) {
+    i64 head = 0, step = 1;
+#pragma unroll
+    for (int a = AXES - 1; a >= 0; a--) {
+      index[a] = base[a] + member % g.member[a];
+      member /= g.member[a];
+      head += index[a] * step;
+      step *= g.shape[a];
+    }
+    return head;
+  }
+};
+
+// The gradient of points from that of z = alpha x - center and of the factor: a block a tile of target.
+template <class T, int W> GRADIENT_KERNEL gradient_points(ARGUMENT Gradients g) {
+  typedef Factors<T, W> F;
+  typedef typename F::A A;
+  SHARED_MEMORY(raw);
+  F f(g, raw);
+  const bool keys = g.keys_read, with_factor = keys || g.window > 0;
+  const i64 all = keys ? g.num_keys : g.num_queries, tiles = (all + F::C - 1) / F::C;
+  const i64 start = blockIdx.x % tiles * F::C;
+  const int count = (int)min((i64)F::C, all - start);
+  Members members(g, blockIdx.x / tiles);
+  Tile<A, F::C, W> sum;
+  sum.clear();
+  for (i64 t = 0; t < members.count; t++) {
+    const i64 head = members.head(g, t), line = head * all + start;
+    const i64 map = along(members.index, g.map_axis) * g.constants;
+    const PlainSide<A> side = {(const A *)(keys ? g.key : g.query) + map, g.d, g.m};
+    const A *slopes = (const A *)(keys ? g.key_slopes : g.query_slopes) + line;
+    const A *rows = (const A *)(keys ? g.dk : g.dq) + line * g.d;
+    Tile<A, F::C, W> back;
+    back.clear();
+    if (with_factor) {
+      const View<const T> q = view<const T>(g.q, members.index), k = view<const T>(g.k, members.index);
+      const View<const bool> mask = view<const bool>(g.mask, members.index), none = {0, 0, 0};
+      load_points<T, W>(f.point, keys ? k : q, g.d, start, count, side.alpha(), side.center(), keys ? mask : none);
+      if (g.has_dense) f.load_dense(side);
+      __syncthreads();  // the points, and the matrix
+      if (g.has_dense) {
+        f.multiply();
+        __syncthreads();  // its products with all points
+        back.template add_product<Planes<T>::EXPONENT>(f.square, F::P, 1, f.dense, 1, F::P, W);
+      }
+    }
+    sum.each([&](int r, int c, A &value) {
+      if (r < count && c < g.d) value += side.alpha() * rows[r * g.d + c];
+    });
+    if (with_factor) {
+      back.each([&](int r, int c, A &value) {
+        if (r < count && c < g.d)
+          value = side.alpha() * slopes[r] *
+                  (side.linear()[c] - 2 * side.beta() * f.point[r * F::P + c] - 2 * value);
+        else value = 0;
+      });
+#pragma unroll
+      for (int r = 0; r < sum.ROWS; r++)
+#pragma unroll
+        for (int c = 0; c < sum.COLUMNS; c++)
+#pragma unroll
+          for (int i = 0; i < 4; i++) sum.x[r][c][i] += back.x[r][c][i];
+      if (t + 1 < members.count) __syncthreads();  // the next head's points take their place
+    }
+  }
+  const View<T> to = view<T>(g.target, members.base);
+  sum.each([&](int r, int c, A &value) {
+    if (r < count && c < g.d) put(&to.at(start + r, c), value);
+  });
+}
+
+// Target, in its own dtype, as sums over the heads that it was broadcast to: a thread a number.
+template <class T> GRADIENT_KERNEL sum_members(ARGUMENT Gradients g) {
+  typedef typename Computing<T>::type A;
+  const i64 number = (i64)blockIdx.x * GRADIENT_THREADS + threadIdx.x, size = g.num_rows * g.num_columns;
+  if (number >= g.targets * size) return;
+  Members members(g, number / size);
+  const i64 row = number % size / g.num_columns, column = number % g.num_columns;
+  const A *from = (const A *)g.from + row * g.row_step + column * g.column_step;
+  A sum = 0;
+  for (i64 t = 0; t < members.count; t++) sum += from[members.head(g, t) * g.head_step];
+  put(&view<T>(g.target, members.base).at(row, column), sum);
+}
+
+// Sums over the points of a segment of the factors' gradients times the point's products, times the point, and alone:
+// a block has 32 rows of the products. Of the side that g.keys_read says.
+template <class T, int W> GRADIENT_KERNEL gradient_factor_sums(ARGUMENT Gradients g) {
+  typedef typename Computing<T>::type A;
+  constexpr int C = GRADIENT_ROWS, P = W + 4, PARTS = W / 32, SIZE = W * W + W + 1;
+  SHARED_MEMORY(raw);
+  A *point = (A *)raw, *weighted = point + C * P;
+  const bool keys = g.keys_read;
+  const i64 all = keys ? g.num_keys : g.num_queries;
+  const i64 head = blockIdx.x / PARTS / g.segments, segment = blockIdx.x / PARTS % g.segments;
+  const int part = blockIdx.x % PARTS;
+  i64 index[AXES];
+  split_head(g, head, index);
+  const View<const T> q = view<const T>(g.q, index), k = view<const T>(g.k, index), x = keys ? k : q;
+  const View<const bool> mask = view<const bool>(g.mask, index), none = {0, 0, 0}, visible = keys ? mask : none;
+  const PlainSide<A> side = {(const A *)(keys ? g.key : g.query) + along(index, g.map_axis) * g.constants, g.d, g.m};
+  const A *slopes = (const A *)(keys ? g.key_slopes : g.query_slopes) + head * all;
+  Tile<A, 32, W> products;
+  products.clear();
+  A sum = 0, total = 0;
+  const i64 stop = min(all, (segment + 1) * g.span);
+  for (i64 start = segment * g.span; start < stop; start += C) {
+    const int count = (int)min(stop - start, (i64)C);
+    load_points<T, W>(point, x, g.d, start, count, side.alpha(), side.center(), visible);
+    __syncthreads();  // the points
+    for (int i = threadIdx.x; i < C * W; i += GRADIENT_THREADS) {
+      const int r = i / W, c = i % W;
+      weighted[r * P + c] = r < count ? slopes[start + r] * point[r * P + c] : 0;
+    }
+    __syncthreads();  // and the points times their gradients
+    products.template add_product<Planes<T>::VALUE>(weighted + part * 32, 1, P, point, P, 1, C);
+    if (part == 0) {
+      if (threadIdx.x < W)
+        for (int r = 0; r < C; r++) sum += weighted[r * P + threadIdx.x];
+      for (int r = 0; r < count; r++) total += slopes[start + r];
+    }
+    __syncthreads();  // the next points take their place
+  }
+  A *to = (A *)g.factor_sums + (head * g.segments + segment) * SIZE;
+  products.each([&](int r, int c, A &value) { to[(part * 32 + r) * W + c] = value; });
+  if (part == 0) {
+    if (threadIdx.x < W) to[W * W + threadIdx.x] = sum;
+    if (threadIdx.x == 0) to[W * W + W] = total;
+  }
+}
+
+// Sums over segments, (outer, segments, inner) to (outer, inner): a thread a number.
+template <class A> GRADIENT_KERNEL sum_segments(ARGUMENT Gradients g) {
+  const i64 number = (i64)blockIdx.x * GRADIENT_THREADS + threadIdx.x, inner = g.inner;
+  if (number >= g.outer * inner) return;
+  const A *from = (const A *)g.from + number / inner * g.segments * inner + number % inner;
+  A sum = 0;
+  for (i64 t = 0; t < g.segments; t++) sum += from[t * inner];
+  ((A *)g.to)[number] = sum;
+}
+
+// The gradients of a map's rows or, where g.keys_read, of its log weights, from the sums over points of the gradients of
+// log features (heads, inner, width + 1): times the point, and alone. q and k are the map's g1 and g2. A thread a number.
+template <class A> GRADIENT_KERNEL gradient_map(ARGUMENT Gradients g) {
+  const i64 thread = (i64)blockIdx.x * GRADIENT_THREADS + threadIdx.x, columns = g.keys_read ? 1 : g.d;
+  if (thread >= g.targets * g.m * columns) return;
+  const i64 feature = thread / columns % g.m, column = thread % columns;
+  Members members(g, thread / columns / g.m);
+  A sum = 0;
+  for (i64 t = 0; t < members.count; t++) {
+    const i64 line = (members.head(g, t) * g.inner + feature) * (g.width + 1);
+    const A *query = (const A *)g.from + line, *key = (const A *)g.to + line;
+    if (g.keys_read) {
+      sum += (query[g.width] + key[g.width]) / 2;
+    } else {
+      const View<const A> g1 = view<const A>(g.q, members.index), g2 = view<const A>(g.k, members.index);
+      for (i64 c = 0; c < g.d; c++) sum += query[c] * g1.at(column, c) + key[c] * g2.at(column, c);
+    }
+  }
+  const View<A> to = view<A>(g.target, members.base);
+  (g.keys_read ? to.at(0, feature) : to.at(feature, column)) = sum;
+}
+
+}  // namespace favorsharp

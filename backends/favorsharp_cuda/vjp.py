@@ -1,0 +1,49 @@
+"""Results and their pullbacks, by the backward kernels."""
+
+from collections.abc import Callable
+from typing import Any
+
+from favorsharp_cuda import arrays
+from favorsharp_cuda.attention import attention_with_stats
+from favorsharp_cuda.causal_attention import causal_attention_with_stats
+from favorsharp_cuda.exponential_features import exponential_features
+from favorsharp_cuda.exponential_features_gradients import exponential_features_backward
+from favorsharp_cuda.gradients import attention_backward
+
+
+def attention_vjp(
+    q: Any,
+    k: Any,
+    v: Any,
+    feature_map: Any,
+    *,
+    key_mask: Any = None,
+    window: int = 0,
+    is_causal: bool = False,
+    of_map: bool = False,
+) -> tuple[Any, Callable[[Any], tuple[Any, ...]]]:
+    """As `favorsharp.ops.vjp.attention_vjp`."""
+    options = {"key_mask": key_mask, "window": window}
+    if is_causal:
+        out, stats, _ = causal_attention_with_stats(q, k, v, feature_map, **options)
+    else:
+        out, stats = attention_with_stats(q, k, v, feature_map, **options)
+
+    def pullback(gradient: Any) -> tuple[Any, ...]:
+        gradient = arrays.cast(gradient, arrays.name_of(q))
+        *points, sums = attention_backward(
+            gradient, q, k, v, feature_map, out, stats, causal=is_causal, of_map=of_map, **options
+        )
+        return (*points, *sums.rows_and_weights(feature_map)) if sums is not None else tuple(points)
+
+    return out, pullback
+
+
+def exponential_features_vjp(u: Any, rows: Any, row: Any, column: Any) -> tuple[Any, Callable[[Any], tuple[Any, ...]]]:
+    """As `favorsharp.ops.vjp.exponential_features_vjp`."""
+    out = exponential_features(u, rows, row, column)
+
+    def pullback(gradient: Any) -> tuple[Any, ...]:
+        return exponential_features_backward(arrays.cast(gradient, arrays.name_of(u)), u, rows, row, column)
+
+    return out, pullback
