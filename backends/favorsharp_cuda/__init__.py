@@ -15,6 +15,8 @@ _OPS = {
     "read": "state",
     "decode_step": "state",
     "kernel_matvec": "kernel_matvec",
+    "attention_vjp": "vjp",
+    "exponential_features_vjp": "vjp",
 }
 """The module of each op."""
 

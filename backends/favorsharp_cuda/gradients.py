@@ -158,8 +158,10 @@ class Backward:
         p, window = self.problem, self.window
         both = window > 0 and not self.causal
         readers, taken = (self.s, self.n) if keys_read else (self.n, self.s)
-        segments, span = segments_of(self.heads, readers, self.window or ROWS)
-        state_segments, state_span = (segments, span) if self.causal or both else segments_of(self.heads, taken, self.window or ROWS)
+        block = window or ROWS
+        segments, span = segments_of(self.heads, readers, block)
+        ordered = self.causal or both
+        state_segments, state_span = (segments, span) if ordered else segments_of(self.heads, taken, block)
         state = (3 + self.width) * self.slice
         self.spans[keys_read] = span
         p.set(

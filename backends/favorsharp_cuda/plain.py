@@ -159,7 +159,8 @@ def causal(
     new = new_sums(q, batch, feature_map.num_features, e, arrays.WIDER[dtype])
     attend(
         batch, feature_map, dtype, like=q, e=e, q=q, k=k, v=v, mask=key_mask, out=out, sums=sums, new=new,
-        flags=ENTER | (NEAR if window else 0), window=window, causal=1, first_query=first_query, limit=limit, stats=stats,
+        flags=ENTER | (NEAR if window else 0), window=window, causal=1, first_query=first_query, limit=limit,
+        stats=stats,
     )  # fmt: skip
     return new
 

@@ -8,7 +8,7 @@ from favorsharp_cuda.attention import attention_with_stats
 from favorsharp_cuda.causal_attention import causal_attention_with_stats
 from favorsharp_cuda.exponential_features import exponential_features
 from favorsharp_cuda.exponential_features_gradients import exponential_features_backward
-from favorsharp_cuda.gradients import attention_backward
+from favorsharp_cuda.gradients import attention_backward, width_of
 
 
 def attention_vjp(
@@ -23,6 +23,7 @@ def attention_vjp(
     of_map: bool = False,
 ) -> tuple[Any, Callable[[Any], tuple[Any, ...]]]:
     """As `favorsharp.ops.vjp.attention_vjp`."""
+    width_of(q.shape[-1], v.shape[-1])  # refuses what is too wide before any work
     options = {"key_mask": key_mask, "window": window}
     if is_causal:
         out, stats, _ = causal_attention_with_stats(q, k, v, feature_map, **options)
@@ -41,6 +42,7 @@ def attention_vjp(
 
 def exponential_features_vjp(u: Any, rows: Any, row: Any, column: Any) -> tuple[Any, Callable[[Any], tuple[Any, ...]]]:
     """As `favorsharp.ops.vjp.exponential_features_vjp`."""
+    width_of(u.shape[-1], 0)
     out = exponential_features(u, rows, row, column)
 
     def pullback(gradient: Any) -> tuple[Any, ...]:

@@ -16,7 +16,7 @@ template <class T> struct Planes {
   static constexpr int EXPONENT = 2, VALUE = 2;
 };
 template <> struct Planes<float> {
-  static constexpr int EXPONENT = 3, VALUE = 2;
+  static constexpr int EXPONENT = 3, VALUE = 3;
 };
 template <> struct Planes<bfloat16> {
   static constexpr int EXPONENT = 2, VALUE = 1;

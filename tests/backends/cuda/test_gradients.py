@@ -1,0 +1,216 @@
+"""The backward kernels, run by the shim, against torch's derivative of the references in float64."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from host_module import SCHEDULES, HostModule, scheduled
+from problems import attention_problem, key_mask
+
+import favorsharp as fs
+from favorsharp.features.map_gradients import MAP_ARRAYS, map_gradients
+from favorsharp.ops.vjp import attention_vjp, exponential_features_vjp
+from favorsharp.parameters import astype
+
+torch = pytest.importorskip("torch")
+from favorsharp_cuda import gradients, launch, vjp  # noqa: E402
+
+pytestmark = pytest.mark.own_backend
+PARAMETERS = ("a", "g1", "g2", "center_x", "center_y")
+ERROR = {"float64": 1e-12, "float32": 1e-5, "float16": 3e-3, "bfloat16": 2e-2}
+WIDE = {"float64": "float64", "float32": "float32", "float16": "float32", "bfloat16": "float32"}
+
+
+@pytest.fixture(autouse=True)
+def on_the_host(monkeypatch):
+    monkeypatch.setattr(launch, "module_class", HostModule)
+    monkeypatch.setattr(gradients, "SHORTEST_SEGMENT", 40)  # several segments at test lengths
+    launch.forget()
+    yield
+    launch.forget()
+
+
+def to(x, dtype):
+    return torch.asarray(np.asarray(x)).to(getattr(torch, dtype))
+
+
+def wide(x):
+    return x.to(torch.float64)
+
+
+def map_in(feature_map, dtype):
+    """The map with tensors of a dtype."""
+    arrays = {name: to(getattr(feature_map.parameters, name), dtype) for name in PARAMETERS}
+    own = {name: to(getattr(feature_map, name), dtype) for name in ("rows", "log_weight", "projection")}
+    return replace(feature_map, parameters=replace(feature_map.parameters, **arrays), **own)
+
+
+class Problem:
+    """Tensors in a dtype, and the same values in float64."""
+
+    def __init__(self, dtype, *, batch=(2,), n=100, s=None, d=8, e=5, m=12, masked=None, method="optimal",
+                 kernel="softmax", grouped=False, seed=0):  # fmt: skip
+        q, k, v = attention_problem(seed, batch, n=n, s=s, d=d, e=e)
+        if grouped:  # the last leading axis is that of query heads which share a key head
+            k, v = k[..., :1, :, :], v[..., :1, :, :]
+        mask = None if masked is None else key_mask(1, k.shape[:-1], masked)
+        pooled = q[..., :1, :, :] if grouped else q
+        fitted = fs.fit(pooled, k, method=method, kernel=kernel)
+        feature_map = astype(fs.feature_map(fitted, m, rng=0), np.dtype(WIDE[dtype]))
+        self.points = [to(x, dtype) for x in (q, k, v)]
+        self.feature_map = map_in(feature_map, WIDE[dtype])
+        self.exact_map = map_in(feature_map, "float64")
+        self.mask = None if mask is None else torch.asarray(mask)
+        self.dtype = dtype
+
+    def compare(self, *, of_map=True, **options):
+        """Largest errors of the result and of the gradients, which every schedule gives bit for bit."""
+        options = {"key_mask": self.mask, "of_map": of_map, **options}
+        rng = np.random.default_rng(5)
+        runs = []
+        gradient = None
+        for schedule in SCHEDULES:
+            with scheduled(schedule):
+                out, pullback = vjp.attention_vjp(*self.points, self.feature_map, **options)
+                gradient = to(rng.standard_normal(out.shape), self.dtype) if gradient is None else gradient
+                runs.append([out, *pullback(gradient)])
+        for other in runs[1:]:
+            assert all(torch.equal(a, b) for a, b in zip(runs[0], other, strict=True))
+        exact = [wide(x) for x in self.points]
+        want_out, want = attention_vjp.reference(*exact, self.exact_map, **options)
+        compare(runs[0], [want_out, *want(wide(gradient))], ERROR[self.dtype])
+
+
+def compare(got, want, error):
+    size = max((float(x.abs().max()) for x in want[1:] if x.numel()), default=0.0)
+    for a, b in zip(got, want, strict=True):
+        assert tuple(a.shape) == tuple(b.shape)
+        if b.numel():
+            # what vanishes in exact arithmetic is compared with the size of the others
+            assert float((wide(a) - b).abs().max()) <= error * max(float(b.abs().max()), 1e-2 * size)
+
+
+MODES = [
+    {"is_causal": False},
+    {"is_causal": True},
+    {"is_causal": False, "window": 16},
+    {"is_causal": True, "window": 16},
+    {"is_causal": False, "window": 5},
+    {"is_causal": True, "window": 45},
+]
+
+
+@pytest.mark.parametrize("masked", [None, "holes"])
+@pytest.mark.parametrize("mode", MODES, ids=str)
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+def test_gradients_are_those_of_the_reference(dtype, mode, masked):
+    Problem(dtype, masked=masked).compare(**mode)
+
+
+@pytest.mark.parametrize(("method", "kernel"), [("posrf", "softmax"), ("sderf", "gaussian"), ("optimal", "gaussian")])
+@pytest.mark.parametrize("mode", MODES[:4], ids=str)
+def test_every_kernel_and_kind_of_map(mode, method, kernel):
+    Problem("float64", n=70, method=method, kernel=kernel).compare(**mode)
+
+
+@pytest.mark.parametrize(("n", "s"), [(0, 5), (5, 0), (1, 1), (33, 100), (100, 31)])
+def test_any_length(n, s):
+    Problem("float64", n=n, s=s).compare()
+    if n == s:
+        Problem("float64", n=n).compare(is_causal=True, window=4)
+
+
+@pytest.mark.parametrize("mode", MODES[:4], ids=str)
+def test_heads_that_share_keys_give_them_their_sum(mode):
+    Problem("float64", batch=(2, 3), grouped=True, n=40, masked="padding").compare(**mode)
+
+
+def test_arrays_are_read_where_they_lie():
+    problem = Problem("float64", n=40)
+    problem.points = [x.mT.contiguous().mT for x in problem.points]
+    problem.points[0] = problem.points[0].expand(3, 2, 40, 8)
+    assert not any(x.is_contiguous() for x in problem.points)
+    problem.compare(is_causal=True)
+
+
+def test_more_features_and_wider_values_than_a_slice():
+    Problem("float64", n=33, d=3, e=40, m=150).compare(is_causal=True)
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_tops_that_rise_steeply(is_causal):
+    """Here a causal tile is cut, as a later key would swallow what earlier rows see."""
+    problem = Problem("float64", n=64, method="posrf", m=8)
+    problem.points[1] = problem.points[1] + torch.linspace(0, 40, 64, dtype=torch.float64)[:, None]
+    problem.compare(is_causal=is_causal)
+
+
+def test_narrow_points_get_narrow_gradients():
+    Problem("bfloat16", n=40, masked="holes").compare(is_causal=True)
+    Problem("bfloat16", n=40).compare(window=16)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [32, 64, 96, 128])
+@pytest.mark.parametrize("dtype", ["float64", "float32", "float16", "bfloat16"])
+def test_every_instance(dtype, width):
+    for mode in (MODES[0], MODES[1], MODES[3]):
+        Problem(dtype, n=45, d=width, e=width - 7, m=70, masked="padding").compare(**mode)
+    for masked in (None, "holes"):
+        gradients_of_every_array(dtype, is_causal=True, window=16, d=width - 5, e=width, masked=masked)
+
+
+def gradients_of_every_array(dtype, *, is_causal, window, **options):
+    problem = Problem(dtype, n=70, **options)
+    q, k, v = (wide(x).requires_grad_() for x in problem.points)
+    leaves = [getattr(problem.exact_map, name, None) for name in MAP_ARRAYS[:2]]
+    leaves += [getattr(problem.exact_map.parameters, name) for name in MAP_ARRAYS[2:]]
+    leaves = [x.clone().requires_grad_() for x in leaves]
+    of_parameters = dict(zip(MAP_ARRAYS[2:], leaves[2:], strict=True))
+    exact = replace(
+        problem.exact_map,
+        parameters=replace(problem.exact_map.parameters, **of_parameters),
+        rows=leaves[0],
+        log_weight=leaves[1],
+    )
+    with fs.use("reference"):
+        want = fs.linear_attention(q, k, v, exact, is_causal=is_causal, window=window, key_mask=problem.mask)
+    weight = to(np.random.default_rng(1).standard_normal(want.shape), dtype)
+    expected = torch.autograd.grad(want, leaves, wide(weight), allow_unused=True)
+    mode = {"key_mask": problem.mask, "window": window}
+    if is_causal:
+        out, stats, _ = vjp.causal_attention_with_stats(*problem.points, problem.feature_map, **mode)
+    else:
+        out, stats = vjp.attention_with_stats(*problem.points, problem.feature_map, **mode)
+    *_, sums = gradients.attention_backward(
+        weight, *problem.points, problem.feature_map, out, stats, causal=is_causal, of_map=True, **mode
+    )
+    found = map_gradients(problem.feature_map, sums.finished())
+    expected = [torch.zeros_like(x) if g is None else g for g, x in zip(expected, leaves, strict=True)]
+    compare([out, *found], [want.detach(), *expected], ERROR[dtype])
+
+
+@pytest.mark.parametrize(("is_causal", "window"), [(False, 0), (True, 0), (False, 16)])
+@pytest.mark.parametrize("kernel", ["softmax", "gaussian"])
+def test_gradients_of_every_array_of_the_map(kernel, is_causal, window):
+    gradients_of_every_array("float64", is_causal=is_causal, window=window, kernel=kernel, masked="holes")
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+@pytest.mark.parametrize(("n", "m"), [(0, 5), (71, 13), (100, 70)])
+def test_gradients_of_features(n, m, dtype):
+    rng = np.random.default_rng(0)
+    shapes = ((2, 3, n, 7), (3, m, 7), (2, 3, n, 1), (1, m))
+    given = [to(rng.standard_normal(shape) / 2, dtype) for shape in shapes]
+    weights = to(rng.standard_normal((2, 3, n, m)), dtype)
+    want_out, want = exponential_features_vjp.reference(*(wide(x) for x in given))
+    for schedule in SCHEDULES:
+        with scheduled(schedule):
+            out, pullback = vjp.exponential_features_vjp(*given)
+            compare([out, *pullback(weights)], [want_out, *want(wide(weights))], ERROR[dtype])
+
+
+def test_what_is_too_wide_is_refused_before_any_work():
+    q = torch.zeros(4, 129)
+    with pytest.raises(ValueError, match="d and e of at most 128, got d=129 and e=3"):
+        vjp.attention_vjp(q, q, q[:, :3], None)
