@@ -69,7 +69,8 @@ def _numpy_label(dtype: DType) -> str:
 def is_traced(x: Array) -> bool:
     """Whether x stands for values that are not known yet, so that no decision may depend on them.
 
-    torch arrays under `torch.compile`, functorch transforms, `meta` and fake tensors; JAX tracers; lazy arrays.
+    torch arrays under `torch.compile`, functorch transforms, `meta` tensors, and subclasses that carry their numbers
+    elsewhere (fake tensors, DTensors: a kernel would read through a pointer to nothing); JAX tracers; lazy arrays.
     """
     if array_api_compat.is_torch_array(x):
         torch = sys.modules["torch"]
@@ -77,7 +78,7 @@ def is_traced(x: Array) -> bool:
             return True
         return bool(
             x.device.type == "meta"
-            or type(x).__name__ == "FakeTensor"
+            or type(x).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__
             or torch._C._functorch.peek_interpreter_stack() is not None
         )
     if array_api_compat.is_jax_array(x):

@@ -44,6 +44,12 @@ def check_together(**named: Any) -> None:
     libraries = {name: library_of(x) for name, x in arrays.items()}
     if len(set(libraries.values())) > 1:
         raise TypeError(f"all arrays must come from one library, got {_listing(libraries)}")
+    spread = {name: "a DTensor" if type(x).__name__ == "DTensor" else "not one" for name, x in arrays.items()}
+    if len(set(spread.values())) > 1:
+        raise TypeError(
+            f"all tensors must be DTensors or none, got {_listing(spread)}; favorsharp.distributed.linear_attention "
+            "takes DTensors with a map of plain tensors"
+        )
     devices = {name: device_label(x) for name, x in arrays.items()}
     known = [device for device in devices.values() if device is not None]
     if any(device != known[0] for device in known):  # CuPy's devices compare, but do not hash

@@ -39,7 +39,7 @@ def attention(
     full_batch = broadcast_shapes(q.shape[:-2], batch)
     state = empty_state(feature_map, batch, k.shape[-1], v.shape[-1], window, cast(k[..., :0, :], dtype))
     if window > 0 and k.shape[-2] > 0:
-        parts = _windowed(state, q, k, v, key_mask, feature_map)
+        parts = windowed_rows(state, state, q, k, v, key_mask, feature_map)
         outs = [cast(finish(part), out_dtype) for _, _, part in parts]
     else:
         state = absorb(state, k, v, key_mask, feature_map)
@@ -51,23 +51,24 @@ def attention(
     return outs[0] if len(outs) == 1 else xp.concat(outs, axis=-2)
 
 
-def _windowed(
-    state: State, q: Array, k: Array, v: Array, key_mask: Array | None, feature_map: PositiveMap
+def windowed_rows(
+    before: State, after: State, q: Array, k: Array, v: Array, key_mask: Array | None, feature_map: PositiveMap
 ) -> list[Rows]:
-    """Near blocks exactly, the blocks before them in one pass, the blocks after them in another."""
+    """Near blocks exactly, the blocks before them in one pass, the blocks after them in another.
+
+    `before` and `after` are states of keys that lie outside: two blocks or more from every query that counts.
+    """
     xp = namespace_of(q, k, v)
     n = q.shape[-2]
     mask = xp.ones_like(k[..., 0], dtype=xp.bool) if key_mask is None else key_mask
-    tile = tile_of(state.window, n, state, q)
+    tile = tile_of(before.window, n, before, q)
     starts = range(0, n, tile)
     passed: list[Rows] = []
-    before = state
     for start in starts:
         rows, before = far_step(before, q, k, v, mask, feature_map, start=start, tile=tile, limit=n)
         for a, b, part in rows:
-            near = near_partial(q, k, v, mask, feature_map, (a, b), state, causal=False)
+            near = near_partial(q, k, v, mask, feature_map, (a, b), before, causal=False)
             passed.append((a, b, merge(part, near)))
-    after = state
     done: list[Rows] = []
     for start in reversed(starts):
         rows, after = far_step(after, q, k, v, mask, feature_map, start=start, tile=tile, limit=n, reverse=True)

@@ -1,0 +1,76 @@
+"""
+Long sequences over several processes
+=====================================
+
+Three processes hold a third of a sequence each. They exchange states, never keys, and get the rows that one process
+would have got, and its gradients.
+"""
+
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+import favorsharp as fs
+import favorsharp.distributed as fsd
+
+WORLD, LENGTH = 3, 3 * 512
+
+
+def whole_sequence():
+    """Two heads; every process can make it here, so that results can be compared."""
+    torch.manual_seed(0)
+    return torch.randn(3, 2, LENGTH, 32, dtype=torch.float64)
+
+
+# %%
+# What one rank runs. It looks at its own third only. `torchrun` would start such programs on one machine or on many;
+# here a file is where the ranks meet.
+
+
+def one_rank(rank, folder):
+    """Fit, draw and attend together with the other ranks; leave the result and a gradient in files."""
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=WORLD)
+    own = whole_sequence()[:, :, rank * LENGTH // WORLD : (rank + 1) * LENGTH // WORLD]
+    q, k, v = (x.clone().requires_grad_() for x in own)
+    moments = fsd.all_combine(fs.moments(q.detach(), k.detach()))
+    feature_map = fs.feature_map(fs.fit(moments), 64, rng=0)
+    out = fsd.linear_attention(q, k, v, feature_map, is_causal=True, window=16)
+    out.square().sum().backward()
+    torch.save((out.detach(), k.grad), Path(folder, f"{rank}.pt"))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if sys.argv[1:2] == ["--rank"]:
+    one_rank(int(sys.argv[2]), sys.argv[3])
+    sys.exit()
+
+# %%
+# Three processes of this very file:
+
+with tempfile.TemporaryDirectory() as folder:
+    ranks = [subprocess.Popen([sys.executable, __file__, "--rank", str(rank), folder]) for rank in range(WORLD)]
+    assert [process.wait(timeout=300) for process in ranks] == [0] * WORLD
+    parts = [torch.load(Path(folder, f"{rank}.pt")) for rank in range(WORLD)]
+out, of_keys = (torch.cat(shards, dim=-2) for shards in zip(*parts, strict=True))
+
+# %%
+# And one process with everything:
+
+q, k, v = (x.requires_grad_() for x in whole_sequence())
+feature_map = fs.feature_map(fs.fit(q.detach(), k.detach()), 64, rng=0)
+expected = fs.linear_attention(q, k, v, feature_map, is_causal=True, window=16)
+expected.square().sum().backward()
+print("output: ", bool(torch.allclose(out, expected.detach(), rtol=0, atol=1e-9)))
+print("gradient of the keys: ", bool(torch.allclose(of_keys, k.grad, rtol=0, atol=1e-9)))
+
+# %%
+# What a rank sends to another, against its keys and values:
+
+state = 64 * (32 + 2)
+block = 16 * (32 + 32 + 1)
+print(f"{state + block} numbers a head instead of {LENGTH // WORLD * (32 + 32)}, however long the sequence")

@@ -1,0 +1,226 @@
+"""Attention of several processes, bidirectional and causal."""
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from favorsharp._arrays import (
+    broadcast_shapes,
+    cast,
+    compute_dtype,
+    dtype_name,
+    library_of,
+    needs_gradient,
+    result_dtype,
+)
+from favorsharp._checks import check_integer
+from favorsharp._typing import Array
+from favorsharp.distributed.collectives import Exchange, Sum, Tied, on_every_rank
+from favorsharp.distributed.dtensors import is_dtensor, over_dtensors
+from favorsharp.distributed.shards import Routes, Shard, finite, packed_keys, packed_states, taken_in, unpacked_keys
+from favorsharp.exact import add_group_axis, check_attention, merge_heads, split_heads
+from favorsharp.features import FeatureMap
+from favorsharp.linear_attention import check_map
+from favorsharp.ops.attention import windowed_rows
+from favorsharp.ops.blocks import join_rows, rows_between
+from favorsharp.ops.causal_attention import causal_attention
+from favorsharp.ops.state import State, empty_state, read
+from favorsharp.ops.state import finish as finished
+from favorsharp.parameters import astype
+
+
+def linear_attention(
+    q: Array,
+    k: Array,
+    v: Array,
+    feature_map: FeatureMap,
+    *,
+    is_causal: bool = False,
+    window: int = 0,
+    key_mask: Array | None = None,
+    enable_gqa: bool = False,
+    group: Any = None,
+) -> Array:
+    """`favorsharp.linear_attention` over a sequence whose shards the ranks of a process group hold.
+
+    Every rank calls it with its own shard and gets the rows of its own queries. In training every rank also calls
+    backward on a loss that its result takes part in, an empty result included; gradients are those of the sum of the
+    ranks' losses. Gradients of a map's arrays are each rank's own share of that.
+
+    Parameters
+    ----------
+    q : tensor or DTensor, shape (*b, n, d)
+        The rank's queries; n may differ between ranks and be 0.
+    k : tensor or DTensor, shape (*b, s, d)
+    v : tensor or DTensor, shape (*b, s, e)
+    feature_map : FeatureMap
+        A positive one, with the same numbers on every rank.
+    is_causal : bool
+        A query sees the keys of earlier ranks, and its own rank's up to itself; needs n == s on every rank.
+    window : int
+        Blocks of exactly scored keys, counted from the start of the whole sequence. Every shard but the last that
+        holds anything must be a multiple of it long. Needs n == s.
+    key_mask : boolean tensor, shape (*b, s), optional
+        True where a key of the shard is visible. With DTensors: a DTensor, or the whole mask on every rank.
+    enable_gqa : bool
+        q has g times the heads of k and v; query head h reads key head h // g.
+    group : ProcessGroup, optional
+        None: the default group. With DTensors it is that of the mesh dimension that shards the sequence.
+
+    Returns
+    -------
+    tensor or DTensor, shape (*b, n, e)
+        In the dtype that q, k and v promote to; zeros for a query that may see no key of any rank.
+
+    Raises
+    ------
+    TypeError, ValueError
+        On every rank, if an argument of one is not as described, or the ranks disagree in their maps or options.
+
+    Notes
+    -----
+    Sent are states of m (e + 2) numbers a head, with a window also a block of keys and values to each neighbour, and
+    a few words by which the ranks agree; whole shards of keys never.
+    """
+    options: dict[str, Any] = {"is_causal": is_causal, "window": window, "enable_gqa": enable_gqa}
+    if is_dtensor(q, k, v):
+        return over_dtensors(linear_attention, q, k, v, feature_map, key_mask=key_mask, group=group, **options)
+    shard, told = on_every_rank(
+        group, lambda: _prepared(q, k, v, feature_map, key_mask=key_mask, **options), lambda made: made.told
+    )
+    lengths = _agreed(told)
+    if is_causal or shard.window:
+        out, exchanged = _in_order(shard, lengths, group)
+    else:
+        out, exchanged = _as_a_whole(shard, group)
+    out = Tied.apply(cast(out, shard.dtype), exchanged)
+    return merge_heads(out) if shard.shared > 1 else out
+
+
+def _prepared(
+    q: Array,
+    k: Array,
+    v: Array,
+    feature_map: FeatureMap,
+    *,
+    key_mask: Array | None,
+    is_causal: bool,
+    window: int,
+    enable_gqa: bool,
+) -> Shard:
+    """Check a rank's arguments by themselves."""
+    xp, shared = check_attention(q, k, v, is_causal=is_causal, key_mask=key_mask, enable_gqa=enable_gqa)
+    if library_of(q) != "torch":
+        raise TypeError(f"q, k and v must be torch tensors, got arrays of {library_of(q)}")
+    check_map(feature_map, shared, q=q, k=k)
+    window = check_integer("window", window, 0)
+    if window and q.shape[-2] != k.shape[-2]:
+        raise ValueError(f"window needs as many queries as keys: q has n={q.shape[-2]}, k has s={k.shape[-2]}")
+    wide, narrow = compute_dtype(xp, q, k, v), result_dtype(xp, q, k, v)
+    recorded = any(needs_gradient(x) for x in (q, k, v, *feature_map.arrays))
+    prepared: Any = astype(feature_map, wide)
+    if shared > 1:
+        q, k, v, key_mask = split_heads(q, shared), k[..., None, :, :], v[..., None, :, :], add_group_axis(key_mask)
+        prepared = prepared.expanded()
+    batch = broadcast_shapes(
+        k.shape[:-2], v.shape[:-2], prepared.batch_shape, () if key_mask is None else key_mask.shape[:-1]
+    )
+    empty = empty_state(prepared, batch, k.shape[-1], v.shape[-1], 0, cast(k[..., :0, :], wide))
+    told = {
+        "length": k.shape[-2],
+        "is_causal": is_causal,
+        "window": window,
+        "query heads to a key head": shared,
+        "leading axes of the keys": batch,
+        "d, the size of a key": k.shape[-1],
+        "e, the size of a value": v.shape[-1],
+        "dtype": dtype_name(narrow),
+        "whether gradients are recorded": recorded,
+        "feature_map": feature_map.fingerprint,
+    }
+    return Shard(q, k, v, key_mask, prepared, window, is_causal, shared, narrow, empty, told)
+
+
+def _agreed(told: list[dict[str, Any]]) -> list[int]:
+    """The lengths of the shards, where all ranks mean the same call."""
+    for name in told[0]:
+        for rank, one in enumerate(told):
+            if name != "length" and one[name] != told[0][name]:
+                hint = ": make it from one fit and one seed on every rank" if name == "feature_map" else ""
+                raise ValueError(
+                    f"the ranks must agree in {name}{hint}; rank 0 has {told[0][name]}, rank {rank} has {one[name]}"
+                )
+    lengths, window = [one["length"] for one in told], told[0]["window"]
+    holders = [rank for rank, length in enumerate(lengths) if length]
+    for rank in holders[:-1] if window else ():
+        if lengths[rank] % window:
+            raise ValueError(
+                f"window={window} needs shards of whole blocks: rank {rank} holds {lengths[rank]} positions; accepted: "
+                f"multiples of {window}, and any length for the last shard"
+            )
+    return lengths
+
+
+def _as_a_whole(shard: Shard, group: Any) -> tuple[Array, Array]:
+    """Every query reads every key: the ranks' states, relative to their common reference, are summed."""
+    state = shard.state_of(0, shard.k.shape[-2])
+    # what a query reads does not depend on the reference of the sums, so that no gradient belongs to it
+    top = state.c.detach().clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(top, dist.ReduceOp.MAX, group=group)
+    sums = torch.cat([state.kv, state.z.mT], -1) * torch.exp(state.c - finite(top)).mT
+    total = Sum.apply(group, sums, *shard.inputs)
+    state = replace(state, kv=total[..., :-1], z=total[..., -1:].mT, c=top)
+    return read(state, shard.q, shard.feature_map), total
+
+
+def _in_order(shard: Shard, lengths: list[int], group: Any) -> tuple[Array, Array]:
+    """A query reads the states of the ranks before its own (and after it), and blocks of keys across the borders."""
+    rank, ranks = dist.get_rank(group), range(len(lengths))
+    routes = Routes(lengths, shard.window, shard.is_causal)
+    sources = [source for source in ranks if routes.part(source, rank) is not None]
+    parts = [routes.part(rank, to) for to in ranks]
+    blocks = [routes.block(rank, to) for to in ranks]
+    coming = [stop - start for start, stop in (routes.block(source, rank) for source in ranks)]
+    counts = (
+        ([int(part is not None) for part in parts], [int(source in sources) for source in ranks]),
+        ([stop - start for start, stop in blocks], coming),
+    )
+    sent = packed_states(shard, parts), torch.cat([packed_keys(shard, *block) for block in blocks])
+    states, keys = Exchange.apply(group, counts, *sent, *shard.inputs)
+    earlier, left = sum(source < rank for source in sources), sum(coming[:rank])
+    prefix, suffix = (taken_in(shard.empty, rows) for rows in (states[:earlier], states[earlier:]))
+    near = [unpacked_keys(shard, rows) for rows in (keys[:left], keys[left:])]
+    if not shard.is_causal:
+        return _between(shard, prefix, suffix, *near), states
+    recent = dict(zip(("recent_k", "recent_v", "recent_mask"), near[0], strict=True)) if shard.window else {}
+    state = replace(prefix, window=shard.window, **recent)
+    options: dict[str, Any] = {"key_mask": shard.key_mask, "window": shard.window, "state": state}
+    return causal_attention(shard.q, shard.k, shard.v, shard.feature_map, **options)[0], states
+
+
+_Block = tuple[Array, Array, Array]
+
+
+def _between(shard: Shard, prefix: State, suffix: State, left: _Block, right: _Block) -> Array:
+    """Bidirectional attention with a window, in a shard that continues on both sides."""
+    n, before = shard.q.shape[-2], left[0].shape[-2]
+    full = broadcast_shapes(shard.q.shape[:-2], prefix.kv.shape[:-2])
+    if n == 0:
+        return shard.q.new_zeros((*full, 0, shard.v.shape[-1]))
+    mask = torch.ones_like(shard.k[..., 0], dtype=torch.bool) if shard.key_mask is None else shard.key_mask
+    k, v, visible = (
+        torch.cat([a, x.expand((*a.shape[:-2], *x.shape[-2:])), b], -2)
+        for a, x, b in (
+            (left[0], shard.k, right[0]),
+            (left[1], shard.v, right[1]),
+            (left[2][..., None], mask[..., None], right[2][..., None]),
+        )
+    )
+    # the neighbours' keys have their queries elsewhere: rows of zeros stand in for those, and are cut off again
+    queries = rows_between(shard.q, -before, n + right[0].shape[-2])
+    prefix, suffix = (replace(state, window=shard.window) for state in (prefix, suffix))
+    parts = windowed_rows(prefix, suffix, queries, k, v, visible[..., 0], shard.feature_map)
+    out = finished(join_rows([part for _, _, part in parts]))[..., before : before + n, :]
+    return out.expand((*full, *out.shape[-2:]))

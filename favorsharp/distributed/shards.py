@@ -1,0 +1,133 @@
+"""What ranks send each other: states of their keys, and with a window the blocks next to a border.
+
+With a window of w a query scores three blocks exactly. At the border of a shard one of them lies on the neighbouring
+rank, which sends its keys and values, and a state that leaves them out; ranks further away send the state of all their
+keys. So nothing is subtracted, and everything else is as if the shard continued.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from favorsharp._arrays import cast
+from favorsharp._typing import Array
+from favorsharp.moments import combine
+from favorsharp.ops.state import State, update
+
+WHOLE, BUT_LAST, BUT_FIRST = 0, 1, 2
+"""Which keys of a shard a state is of: all, or all but those of the last or first block."""
+
+
+@dataclass(frozen=True)
+class Shard:
+    """What a rank holds, checked; with an axis for the query heads that share a key head, where they do."""
+
+    q: Array
+    k: Array
+    v: Array
+    key_mask: Array | None
+    feature_map: Any
+    window: int
+    is_causal: bool
+    shared: int
+    dtype: Any
+    empty: State
+    told: dict[str, Any]
+
+    @property
+    def inputs(self) -> tuple[Array, ...]:
+        """Everything that a gradient may flow to."""
+        return (self.q, self.k, self.v, *self.feature_map.arrays)
+
+    def state_of(self, start: int, stop: int) -> State:
+        """The state of the keys between two positions."""
+        mask = None if self.key_mask is None else self.key_mask[..., start:stop]
+        k, v = self.k[..., start:stop, :], self.v[..., start:stop, :]
+        state: State = update(self.empty, k, v, self.feature_map, key_mask=mask)
+        return state
+
+
+@dataclass(frozen=True)
+class Routes:
+    """Who sends what to whom, worked out from the lengths of the shards alike on every rank."""
+
+    lengths: Sequence[int]
+    window: int
+    is_causal: bool
+
+    def neighbours(self, rank: int) -> tuple[int | None, int | None]:
+        """The nearest ranks before and after that hold keys, of which some are scored exactly here."""
+        if not self.window or not self.lengths[rank]:
+            return None, None
+        holders = [i for i, length in enumerate(self.lengths) if length]
+        before, after = [i for i in holders if i < rank], [i for i in holders if i > rank]
+        return before[-1] if before else None, after[0] if after and not self.is_causal else None
+
+    def part(self, source: int, to: int) -> int | None:
+        """Which state of its keys one rank sends to another."""
+        if source == to or 0 in (self.lengths[source], self.lengths[to]) or (self.is_causal and source > to):
+            return None
+        before, after = self.neighbours(to)
+        return BUT_LAST if source == before else BUT_FIRST if source == after else WHOLE
+
+    def block(self, source: int, to: int) -> tuple[int, int]:
+        """Bounds of the positions whose keys one rank sends to another."""
+        before, after = self.neighbours(to)
+        length = self.lengths[source]
+        if source == before:
+            return length - self.window, length
+        return (0, min(self.window, length)) if source == after else (0, 0)
+
+
+def packed_states(shard: Shard, parts: Sequence[int | None]) -> Array:
+    """The states to be sent, a row each: kv, z and c, (r, *b, m, e + 2)."""
+    empty, s, window = shard.empty, shard.k.shape[-2], shard.window
+    wanted = [part for part in parts if part is not None]
+    if not wanted:
+        return _row(empty)[:0]
+    if window == 0:
+        states = {WHOLE: shard.state_of(0, s)}
+    elif s <= window:
+        states = {WHOLE: shard.state_of(0, s), BUT_LAST: empty, BUT_FIRST: empty}
+    else:
+        last = (s - 1) // window * window
+        first, middle, end = (shard.state_of(*bounds) for bounds in ((0, window), (window, last), (last, s)))
+        but_last = combine(first, middle)
+        states = {WHOLE: combine(but_last, end), BUT_LAST: but_last, BUT_FIRST: combine(middle, end)}
+    return torch.cat([_row(states[part]) for part in wanted])
+
+
+def taken_in(empty: State, rows: Array) -> State:
+    """The state of all the keys that rows of states are of."""
+    if rows.shape[0] == 0:
+        return empty
+    # what a query reads does not depend on the reference of the sums, so that no gradient belongs to it
+    top = rows[..., -1:].detach().amax(0)
+    sums = (rows[..., :-1] * torch.exp(rows[..., -1:] - finite(top))).sum(0)
+    return replace(empty, kv=sums[..., :-1], z=sums[..., -1:].mT, c=top.mT)
+
+
+def packed_keys(shard: Shard, start: int, stop: int) -> Array:
+    """Keys, values and mask between two positions, positions first: (r, *b, d + e + 1)."""
+    k, v = (cast(x[..., start:stop, :], shard.dtype) for x in (shard.k, shard.v))
+    mask = torch.ones_like(k[..., 0]) if shard.key_mask is None else cast(shard.key_mask[..., start:stop], k.dtype)
+    batch = shard.empty.kv.shape[:-2]
+    rows = [x.expand((*batch, stop - start, x.shape[-1])) for x in (k, v, mask[..., None])]
+    return torch.cat(rows, -1).movedim(-2, 0)
+
+
+def unpacked_keys(shard: Shard, rows: Array) -> tuple[Array, Array, Array]:
+    """Keys (*b, r, d), values (*b, r, e) and mask (*b, r) of packed rows."""
+    d, rows = shard.k.shape[-1], rows.movedim(0, -2)
+    return cast(rows[..., :d], shard.k.dtype), cast(rows[..., d:-1], shard.v.dtype), rows[..., -1] > 0.5
+
+
+def finite(reference: Array) -> Array:
+    """A reference to subtract: 0 in place of -inf, which means that nothing is there."""
+    return torch.where(reference == -torch.inf, 0.0, reference)
+
+
+def _row(state: State) -> Array:
+    return torch.cat([state.kv, state.z.mT, state.c.mT], -1)[None]
