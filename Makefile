@@ -27,6 +27,7 @@ $(VENV)/test: $(VENV)/made pyproject.toml
 	touch $@
 
 $(VENV)/docs: $(VENV)/made pyproject.toml
+	$(PIP) 'torch==2.13.0'
 	$(PIP) --editable '.[docs]'
 	touch $@
 
