@@ -1,0 +1,394 @@
+"""The attention function that transformers calls, and the registrations it is called for."""
+
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from transformers import AttentionInterface, AttentionMaskInterface
+
+from favorsharp._checks import check_choice, check_integer
+from favorsharp.exact import softmax_attention
+from favorsharp.features import FeatureMap, feature_map
+from favorsharp.linear_attention import decode_step, init_state, linear_attention, read, update
+from favorsharp.parameters import METHODS, Method, fit, is_fitted
+from favorsharp.transformers.cache import StateLayer, layer_of
+from favorsharp.transformers.masks import Visible, compact_mask, read_mask
+
+Tensor = Any
+
+EXACT = "exact"
+"""The method that is softmax attention itself: the yardstick."""
+
+_REFUSED = (
+    "softcap",
+    "position_bias",
+    "s_aux",
+    "sinks",
+    "head_mask",
+    "output_attentions",
+    "cu_seq_lens_q",
+    "cu_seq_lens_k",
+)
+"""What some models add to the call, and features do not serve."""
+
+
+@dataclass(frozen=True, eq=False)
+class Registration:
+    """One approximation under one name.
+
+    Attributes
+    ----------
+    name : str
+    method, num_features, window, draw, calibration
+        As in `register`.
+    seed : int
+        What every draw is made from.
+    """
+
+    name: str
+    method: Method
+    num_features: int
+    window: int
+    draw: Any
+    seed: int
+    calibration: str
+    _rows: dict[Any, Tensor] = field(default_factory=dict, repr=False)
+
+    def draw_for(self, size: int, like: Tensor) -> Any:
+        """The random rows for heads of this size, beside an array: one draw serves all layers."""
+        if not isinstance(self.draw, str):
+            return self.draw
+        return _rows_for(self, size, like.device)
+
+
+REGISTERED: dict[str, Registration] = {}
+"""Every registration by name."""
+
+
+def register(
+    name: str = "favorsharp",
+    *,
+    method: Method = "optimal",
+    num_features: int = 256,
+    window: int = 0,
+    draw: Any = "orthogonal",
+    rng: Any = None,
+    calibration: str = "input",
+) -> None:
+    """Make `attn_implementation=name` mean linear attention by random features.
+
+    Afterwards `from_pretrained(..., attn_implementation=name)` and `model.set_attn_implementation(name)` take it, for
+    models whose attention goes through transformers' attention interface. Names that were registered before by this
+    function are replaced.
+
+    Parameters
+    ----------
+    name : str
+    method : str or callable
+        A positive one, as in `favorsharp.fit`; or `"exact"`, softmax attention through the same door: the yardstick.
+    num_features : int
+        m, 1 or more.
+    window : int
+        Block length of exactly scored near keys, as in `favorsharp.linear_attention`; in self-attention only. 0: none.
+    draw
+        As in `favorsharp.feature_map`.
+    rng : None, int, SeedSequence or Generator
+        As in `favorsharp.feature_map`. The rows are drawn once for a registration: the same seed gives the same model.
+    calibration : {"input", "frozen"}
+        What serves a layer that `calibrate` has not fitted. "input": bidirectional self-attention is fitted to each
+        input, per head and row of the batch; causal and cross-attention raise, as a fit to the sequence would show it
+        its own future. "frozen": every layer raises. Methods that fit nothing (`posrf`) need no calibration.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If an argument is not as described, or the name is one of transformers' own.
+    """
+    from favorsharp.draws import generator
+
+    if not isinstance(name, str) or not name:
+        raise TypeError(f"name must be a string that is not empty, got {name!r}")
+    known = AttentionInterface._global_mapping
+    if (
+        name == "eager"
+        or "flash" in name
+        or any(c in name for c in "/|@:")
+        or (name in known and name not in REGISTERED)
+    ):
+        raise ValueError(f"name {name!r} means something to transformers already; accepted: any other, without / | @ :")
+    if method != EXACT and not callable(method):
+        positive = [m for m in METHODS if m not in ("trig", "poisson", "geometric")]
+        check_choice("method", method, (*positive, EXACT), also=", or a callable")
+    check_choice("calibration", calibration, ("input", "frozen"))
+    registration = Registration(
+        name=name,
+        method=method,
+        num_features=check_integer("num_features", num_features, 1),
+        window=check_integer("window", window, 0),
+        draw=draw,
+        seed=int(generator(rng).integers(2**63)),
+        calibration=calibration,
+    )
+    REGISTERED[name] = registration
+    AttentionInterface.register(name, partial(attend, registration))
+    AttentionMaskInterface.register(name, compact_mask)
+
+
+def attend(
+    registration: Registration,
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Any,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    is_causal: bool | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention of one layer, (B, H, n, d) with keys and values of (B, Hkv, s, d) -> (B, n, H, d).
+
+    What a layer cannot be given is refused: dropout of attention weights, which do not exist; patterns other than
+    bidirectional and causal; biases.
+    """
+    if dropout:
+        raise ValueError(
+            f"attention dropout is {dropout}: there are no attention weights to drop; accepted: 0 (in the config: "
+            "attention_probs_dropout_prob, attn_pdrop or attention_dropout), or model.eval()"
+        )
+    for name in _REFUSED:
+        if kwargs.get(name) is not None and kwargs[name] is not False:
+            raise ValueError(f"{name} is not served by attn_implementation={registration.name!r}")
+    layer = layer_of(key)
+    n, s = query.shape[-2], key.shape[-2]
+    if layer is not None and s == 0:  # cross-attention after its first step
+        seen = Visible(None, False)
+    else:
+        causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
+        seen = read_mask(attention_mask, n, s, causal)
+    grouped = query.shape[1] != key.shape[1]
+    if _collector is not None and _collector.wants(module):
+        _collector.collect(registration, module, query, key, seen, scaling, grouped)
+        out = exact(query, key, value, seen, scaling, grouped)
+    elif registration.method == EXACT:
+        if layer is not None:
+            raise ValueError("method 'exact' needs every key: a StateCache has none; accepted: a DynamicCache")
+        out = exact(query, key, value, seen, scaling, grouped)
+    else:
+        fm = map_for(registration, module, query, key, seen, scaling, grouped)
+        window = 0 if is_cross(module) or (n != s and not seen.is_causal) else registration.window
+        run = approximate if layer is None else partial(remember, layer)
+        out = run(query, key, value, fm, seen, window, grouped)
+    return out.transpose(1, 2).contiguous(), None
+
+
+def exact(query: Tensor, key: Tensor, value: Tensor, seen: Visible, scaling: float | None, grouped: bool) -> Tensor:
+    """Softmax attention; causal queries are the last of the keys' positions."""
+    n, s = query.shape[-2], key.shape[-2]
+    if seen.is_causal and 1 < n < s:
+        query = torch.cat([query.new_zeros((*query.shape[:-2], s - n, query.shape[-1])), query], dim=-2)
+    causal = seen.is_causal and n > 1
+    out = softmax_attention(
+        query, key, value, is_causal=causal, key_mask=seen.key_mask, scale=scaling, enable_gqa=grouped
+    )
+    return out[..., -n:, :] if n else out
+
+
+def approximate(
+    query: Tensor, key: Tensor, value: Tensor, fm: FeatureMap, seen: Visible, window: int, grouped: bool
+) -> Tensor:
+    """Linear attention; causal queries are the last of the keys' positions, and the keys before them a prefix."""
+    n, s = query.shape[-2], key.shape[-2]
+    key_mask, state = seen.key_mask, None
+    if seen.is_causal and n < s:
+        state = init_state(fm, value.shape[-1], like=key, window=window)
+        past = None if key_mask is None else key_mask[..., : s - n]
+        state = update(state, key[..., : s - n, :], value[..., : s - n, :], fm, key_mask=past)
+        key, value = key[..., s - n :, :], value[..., s - n :, :]
+        key_mask = None if key_mask is None else key_mask[..., s - n :]
+    return linear_attention(
+        query,
+        key,
+        value,
+        fm,
+        is_causal=seen.is_causal,
+        window=window,
+        key_mask=key_mask,
+        enable_gqa=grouped,
+        state=state,
+    )
+
+
+def remember(
+    layer: StateLayer,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    fm: FeatureMap,
+    seen: Visible,
+    window: int,
+    grouped: bool,
+) -> Tensor:
+    """Linear attention that goes on from the state of a `StateCache`, and leaves the new one there."""
+    state = layer.state
+    if not seen.is_causal:
+        if state is None:
+            state = update(init_state(fm, value.shape[-1], like=key), key, value, fm, key_mask=seen.key_mask)
+            layer.take(state, keep=(key[..., :0, :].clone(), value[..., :0, :].clone()))
+        elif key.shape[-2]:
+            raise ValueError("bidirectional attention cannot go on from a StateCache: pass use_cache=False")
+        return read(state, query, fm, enable_gqa=grouped)
+    if state is not None and query.shape[-2] == 1 and seen.key_mask is None:
+        out, state = decode_step(query, key, value, state, fm, enable_gqa=grouped)
+    else:
+        out, state = linear_attention(
+            query,
+            key,
+            value,
+            fm,
+            is_causal=True,
+            window=window,
+            key_mask=seen.key_mask,
+            enable_gqa=grouped,
+            state=state,
+            return_state=True,
+        )
+    layer.take(state)
+    return out
+
+
+def map_for(
+    registration: Registration,
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    seen: Visible,
+    scaling: float | None,
+    grouped: bool,
+) -> FeatureMap:
+    """The layer's frozen map; else, where nothing leaks, one fitted to this input."""
+    frozen = frozen_map(module, registration)
+    if frozen is not None:
+        expected = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
+        if abs(frozen.parameters.scale - expected) > 1e-6 * expected:
+            raise ValueError(
+                f"{label(module)} was calibrated with scaling {frozen.parameters.scale}, and called with {expected}"
+            )
+        return frozen
+    if is_fitted(registration.method):
+        why = None
+        if registration.name in (getattr(getattr(module, "config", None), CALIBRATED, None) or ()):
+            why = "the model was calibrated before it was saved, and its maps are not in the checkpoint: load_maps them"
+        elif registration.calibration == "frozen":
+            why = "it was registered with calibration='frozen'"
+        elif seen.is_causal:
+            why = "it is causal: a fit to the sequence itself would show it its own future"
+        elif is_cross(module) or query.shape[-2] != key.shape[-2]:
+            why = "its queries come from another sequence, which a fit would show its own future where that is causal"
+        if why is not None:
+            raise ValueError(
+                f"attn_implementation={registration.name!r}, method {registration.method!r}: {label(module)} has no "
+                f"feature map, and {why}; accepted: favorsharp.transformers.calibrate(model, batches) first, or a "
+                "method that fits nothing (posrf)"
+            )
+    visible = seen.key_mask
+    same = visible is not None and query.shape[-2] == key.shape[-2]
+    parameters = fit(
+        query.detach(),
+        key.detach(),
+        method=registration.method,
+        scale=scaling,
+        mask_x=visible if same else None,
+        mask_y=visible,
+        enable_gqa=grouped,
+    )
+    return feature_map(parameters, registration.num_features, draw=registration.draw_for(query.shape[-1], query))
+
+
+# What modules say of themselves ---------------------------------------------------------------------------------------
+
+CALIBRATED = "favorsharp_calibrated"
+"""Entry of a model's config: the names it was calibrated for. It is saved with the model, where the maps are not."""
+
+CHILD = "favorsharp"
+"""Name of the child module that holds a layer's frozen maps."""
+
+
+class FrozenMaps(torch.nn.Module):
+    """The maps that `calibrate` fitted to one attention layer, by the name of the registration.
+
+    They are no parameters and not in the state dict: a checkpoint stays what every loader expects. They are copied with
+    the model, move with it between devices, and keep their dtype when the model's changes.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.by_name: dict[str, FeatureMap] = {}
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        from favorsharp.parameters import map_arrays
+
+        def moved(x: Tensor) -> Tensor:
+            device = fn(torch.empty(0, device=x.device)).device
+            return x if device == x.device else x.to(device)
+
+        self.by_name = {name: map_arrays(fm, moved) for name, fm in self.by_name.items()}
+        return super()._apply(fn, recurse)
+
+    def extra_repr(self) -> str:
+        """One line a map."""
+        return "\n".join(f"({name}): {fm!r}" for name, fm in self.by_name.items())
+
+
+def frozen_map(module: Any, registration: Registration) -> FeatureMap | None:
+    """The map that `calibrate` or `load_maps` left on a layer, if it is of this registration."""
+    holder = getattr(module, CHILD, None)
+    fm: FeatureMap | None = None if holder is None else holder.by_name.get(registration.name)
+    if fm is None:
+        return None
+    if fm.num_features != registration.num_features or fm.parameters.method != registration.method:
+        raise ValueError(
+            f"{label(module)} was calibrated for {fm.parameters.method_name!r} with {fm.num_features} features, and "
+            f"{registration.name!r} now means {registration.method!r} with {registration.num_features}: calibrate again"
+        )
+    return fm
+
+
+def is_cross(module: Any) -> bool:
+    """Whether a layer's queries come from another sequence than its keys, as far as its class tells."""
+    if getattr(module, "is_cross_attention", False) or "Cross" in type(module).__name__:
+        return True
+    # the decoders of encoder-decoder models have one class for both, and mark the self-attention as causal
+    return bool(getattr(module, "is_decoder", False)) and not getattr(module, "is_causal", True)
+
+
+def label(module: Any) -> str:
+    """A layer as messages call it."""
+    index = getattr(module, "layer_idx", None)
+    return type(module).__name__ + ("" if index is None else f" (layer {index})")
+
+
+_collector: Any = None
+"""What `calibrate` puts in the way of the calls of its model; a plain global, as torch.compile reads it."""
+
+
+def set_collector(collector: Any) -> Any:
+    """Exchange the collector, and return the one before."""
+    global _collector
+    before, _collector = _collector, collector
+    return before
+
+
+def _rows_for(registration: Registration, size: int, device: Any) -> Tensor:
+    from favorsharp.draws import draw_rows
+
+    rows = registration._rows.get((size, device))
+    if rows is None:
+        host = draw_rows(registration.draw, registration.num_features, size, registration.seed)
+        rows = registration._rows[size, device] = torch.asarray(host, device=device)
+    return rows
+
+
+# torch.compile takes the rows as constants, and does not trace how they are drawn on the host
+_rows_for._dynamo_marked_constant = True  # type: ignore[attr-defined]
