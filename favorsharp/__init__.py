@@ -4,6 +4,7 @@ Data go one way: `moments` -> `fit` -> `feature_map` -> `linear_attention`, `ker
 `attention` does it in one call. Importing this package imports no array library and no backend.
 """
 
+from favorsharp.attention_moments import attention_moments
 from favorsharp.diagnostics import suggest
 from favorsharp.dispatch import explain, use
 from favorsharp.exact import kernel_matrix, softmax_attention
@@ -25,6 +26,7 @@ __all__ = [
     "Parameters",
     "State",
     "attention",
+    "attention_moments",
     "combine",
     "decode_step",
     "excess",

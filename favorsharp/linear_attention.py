@@ -105,7 +105,7 @@ def attention(
         )
     if calibration is None:
         names, data = ("q", "k"), (q, k)
-        masks = {"mask_x": key_mask if q.shape[-2] == k.shape[-2] else None, "mask_y": key_mask}
+        masks: dict[str, Any] = {"mask_x": key_mask if q.shape[-2] == k.shape[-2] else None, "mask_y": key_mask}
         if masks["mask_x"] is not None and enable_gqa:
             masks["mask_x"] = _repeat_heads(key_mask, q, k)
     else:

@@ -35,6 +35,9 @@ class Moments:
     dtype : str
         What a fit is given back in: the dtype of the data, float32 at least. The moments themselves are float64
         wherever the device has it.
+    cross : array, shape (*b, d, d), or None
+        Centred second moment of x with y over pairs, from `attention_moments`, whose counts are total weights. None:
+        all pairs weigh alike, and it is 0.
     """
 
     count_x: Array
@@ -44,6 +47,7 @@ class Moments:
     mean_y: Array
     covariance_y: Array
     dtype: str
+    cross: Array | None = None
 
     @property
     def size(self) -> int:
@@ -110,13 +114,13 @@ def moments(
     group = check_group(check_flag("enable_gqa", enable_gqa), x, y, ("x", "y"))
     if group > 1:
         if mask_x is not None:
-            mask_x = _pool(xp.broadcast_to(mask_x, broadcast_shapes(mask_x.shape, x.shape[:-1]))[..., None], group)[
-                ..., 0
-            ]
-        x = _pool(x, group)
+            mask_x = pool_heads(
+                xp.broadcast_to(mask_x, broadcast_shapes(mask_x.shape, x.shape[:-1]))[..., None], group
+            )[..., 0]
+        x = pool_heads(x, group)
     return Moments(
-        *_side(x, mask_x, _axes(axis, x.ndim)),
-        *_side(y, mask_y, _axes(axis, y.ndim)),
+        *_side(x, mask_x, averaged_axes(axis, x.ndim)),
+        *_side(y, mask_y, averaged_axes(axis, y.ndim)),
         dtype=dtype_name(compute_dtype(xp, x, y)),
     )
 
@@ -152,10 +156,13 @@ def _combine_moments(a: Moments, b: Any) -> Moments:
         raise ValueError(f"combine needs moments of one size: a has d={a.size}, b has d={b.size}")
     check_floats(a=a.mean_x, b=b.mean_x)
     check_broadcast("moments", a=a.mean_x.shape[:-2], b=b.mean_x.shape[:-2])
+    if (a.cross is None) != (b.cross is None):
+        raise ValueError("combine needs moments of one weighting: one of a and b weighs pairs by attention")
     return Moments(
         *_merge((a.count_x, a.mean_x, a.covariance_x), (b.count_x, b.mean_x, b.covariance_x)),
         *_merge((a.count_y, a.mean_y, a.covariance_y), (b.count_y, b.mean_y, b.covariance_y)),
         dtype=max(a.dtype, b.dtype),  # "float32" < "float64"
+        cross=None if a.cross is None else _merge_cross(a, b),
     )
 
 
@@ -186,7 +193,7 @@ def _merged(sides: list[Any]) -> Any:
     return reduce(_merge, sides)
 
 
-def _axes(axis: int | tuple[int, ...], ndim: int) -> tuple[int, ...]:
+def averaged_axes(axis: int | tuple[int, ...], ndim: int) -> tuple[int, ...]:
     """Normalise axis to negative leading axes; the point axis is implied and not listed."""
     axes = (axis,) if isinstance(axis, int) else tuple(axis)
     if not all(isinstance(a, int) and -ndim <= a < ndim for a in axes):
@@ -197,7 +204,7 @@ def _axes(axis: int | tuple[int, ...], ndim: int) -> tuple[int, ...]:
     return tuple(sorted(negative - {-2}))
 
 
-def _pool(x: Array, group: int) -> Array:
+def pool_heads(x: Array, group: int) -> Array:
     """(*b, heads, n, d) -> (*b, heads / group, group n, d)."""
     *batch, heads, n, d = x.shape
     return namespace_of(x).reshape(x, (*batch, heads // group, group * n, d))
@@ -247,6 +254,18 @@ def _merge(a: _Side, b: _Side) -> _Side:
     covariance = covariance_a + share * (covariance_b - covariance_a) + share * (1 - share) * _outer(step)
     empty = count_a == 0
     return count, xp.where(empty, mean_b, mean), xp.where(empty, covariance_b, covariance)
+
+
+def _merge_cross(a: Moments, b: Moments) -> Array:
+    """As the covariance in `_merge`; weights belong to pairs, so both sides have the same count."""
+    cross_a: Array = a.cross
+    cross_b: Array = b.cross
+    xp = namespace_of(cross_a, cross_b)
+    count = a.count_x + b.count_x
+    share = b.count_x / xp.where(count > 0, count, 1.0)
+    steps = xp.matrix_transpose(b.mean_x - a.mean_x) @ (b.mean_y - a.mean_y)
+    merged = cross_a + share * (cross_b - cross_a) + share * (1 - share) * steps
+    return xp.where(a.count_x == 0, cross_b, merged)
 
 
 def _outer(mean: Array) -> Array:

@@ -29,6 +29,7 @@ from favorsharp._checks import (
 )
 from favorsharp._chunks import is_chunked
 from favorsharp._typing import Array, Elementwise
+from favorsharp.attention_moments import attention_moments
 from favorsharp.exact import kernel_scale, log_kernel
 from favorsharp.moments import Moments, moments
 
@@ -98,6 +99,8 @@ def fit(
     mask_y: Array | None = None,
     ridge: float | None = None,
     enable_gqa: bool = False,
+    weighting: float | None = None,
+    is_causal: bool = False,
 ) -> Parameters:
     """Choose the parameters of a feature map, by the method's closed form.
 
@@ -124,6 +127,12 @@ def fit(
         A multiple of tr(S)/d added to the diagonal of a second moment S before it is inverted, so that constant
         columns, one-hot data or fewer points than coordinates can be fitted. None: 1e-6, more where only float32 is to
         be had; 0: none.
+    weighting : float, optional
+        A pair of query and key counts as much as its attention to this power, 0.5 to 1 being good choices, in place of
+        as much as any other: the fit is then best where attention goes. Takes O(n s d), so pass a calibration sample;
+        as `fit(attention_moments(x, y, weighting=...))`.
+    is_causal : bool
+        With a weighting: pairs in which the key comes after the query count nothing.
 
     Returns
     -------
@@ -147,6 +156,8 @@ def fit(
         mask_x=mask_x,
         mask_y=mask_y,
         enable_gqa=enable_gqa,
+        weighting=weighting,
+        is_causal=is_causal,
     )
 
 
@@ -159,6 +170,8 @@ def fit_named(
     kernel: str,
     scale: float | None,
     ridge: float | None = None,
+    weighting: float | None = None,
+    is_causal: bool = False,
     **gathering: Any,
 ) -> Parameters:
     """`fit`, with messages that call the data by the names the caller knows."""
@@ -166,13 +179,20 @@ def fit_named(
     check_choice("kernel", kernel, ("softmax", "gaussian"))
     if isinstance(x, Moments):
         defaults = {"y": None, "axis": -2, "mask_x": None, "mask_y": None, "enable_gqa": False}
-        values = {"y": y, **gathering}
+        defaults |= {"weighting": None, "is_causal": False}
+        values = {"y": y, **gathering, "weighting": weighting, "is_causal": is_causal}
         given = [name for name, value in values.items() if is_array(value) or value != defaults[name]]
         if given:
             raise TypeError(f"fit(moments) takes no {', '.join(given)}: the moments have them in")
         data = _known(x)
     elif y is None:
         raise TypeError("fit takes queries and keys, or one Moments: y is missing")
+    elif weighting is not None:
+        data = attention_moments(
+            x, y, weighting=weighting, kernel=kernel, scale=scale, is_causal=is_causal, **gathering
+        )
+    elif is_causal:
+        raise ValueError("is_causal=True says which pairs a weighting counts; accepted with weighting=...")
     else:
         data = _known(moments(x, y, **gathering))
     for name, mean, covariance in zip(
@@ -185,7 +205,8 @@ def fit_named(
                     f"{name} holds values that are not finite (or whose squares are not): cannot fit to them"
                 )
     scale = kernel_scale(kernel, scale, data.size)
-    statistics = _Statistics(*_scaled(data, scale), ridge=_ridge(ridge, data))
+    cross = None if data.cross is None else data.cross * scale
+    statistics = _Statistics(*_scaled(data, scale), ridge=_ridge(ridge, data), cross=cross)
     solve = _FITS[method] if isinstance(method, str) else _plain
     values = {name: _restore(value, data) for name, value in solve(statistics).items()}
     return Parameters(method=method, kernel=kernel, scale=scale, **values)
@@ -389,6 +410,7 @@ class _Statistics:
     covariance_x: Array
     covariance_y: Array
     ridge: float
+    cross: Array | None
 
     @property
     def second_x(self) -> Array:
@@ -433,17 +455,22 @@ def _sderf(data: _Statistics) -> _Values:
     """A rotation, one a for each axis (arXiv 2302.00787, theorem 4.3)."""
     xp = namespace_of(data.mean_x)
     cross = _outer(data.mean_x, data.mean_y)
-    sums, axes = xp.linalg.eigh(data.second_x + data.second_y + cross + xp.matrix_transpose(cross))
-    g = xp.flip(xp.matrix_transpose(axes), axis=-2)
-    g = g * _signs(g)
-    sums = xp.flip(sums, axis=-1)[..., None, :]
-    return _values(g, g, _best_a(xp.maximum(sums, xp.zeros_like(sums))))
+    cross = cross if data.cross is None else cross + data.cross
+    sums, g = _principal(data.second_x + data.second_y + cross + xp.matrix_transpose(cross))
+    return _values(g, g, _best_a(sums))
 
 
 def _optimal(data: _Statistics) -> _Values:
     """Centre, balance, one a for each axis: the least excess of the whole family (docs: theory, `optimal`)."""
     g1, g2 = _balance(data.covariance_x, data.covariance_y, data.ridge)
-    sums = _congruence(g1, data.covariance_x) + _congruence(g2, data.covariance_y)
+    if data.cross is None:
+        sums = _congruence(g1, data.covariance_x) + _congruence(g2, data.covariance_y)
+    else:  # weighted pairs correlate, so the sums u + v have axes of their own
+        xp = namespace_of(g1)
+        mixed = g1 @ data.cross @ xp.matrix_transpose(g2)
+        own = [g @ s @ xp.matrix_transpose(g) for g, s in ((g1, data.covariance_x), (g2, data.covariance_y))]
+        sums, axes = _principal(own[0] + own[1] + mixed + xp.matrix_transpose(mixed))
+        g1, g2 = axes @ g1, axes @ g2
     return {**_values(g1, g2, _best_a(sums)), "center_x": data.mean_x, "center_y": data.mean_y}
 
 
@@ -562,7 +589,20 @@ def _one_a(sums: Array) -> Array:
 def _pair_sums(data: _Statistics, g1: Array, g2: Array) -> Array:
     """Mean over pairs of (u_l + v_l)^2, uncentred, shape (*b, 1, d)."""
     shift = _apply(g1, data.mean_x) + _apply(g2, data.mean_y)
-    return _congruence(g1, data.covariance_x) + _congruence(g2, data.covariance_y) + shift * shift
+    sums = _congruence(g1, data.covariance_x) + _congruence(g2, data.covariance_y) + shift * shift
+    if data.cross is None:
+        return sums
+    xp = namespace_of(g1)
+    return sums + 2 * xp.matrix_transpose(xp.sum((g1 @ data.cross) * g2, axis=-1, keepdims=True))
+
+
+def _principal(matrix: Array) -> tuple[Array, Array]:
+    """The eigenvalues (*b, 1, d) of a second moment, largest first and none below zero, and its axes as rows."""
+    xp = namespace_of(matrix)
+    values, axes = xp.linalg.eigh(matrix)
+    axes = xp.flip(xp.matrix_transpose(axes), axis=-2)
+    values = xp.flip(values, axis=-1)[..., None, :]
+    return xp.maximum(values, xp.zeros_like(values)), axes * _signs(axes)
 
 
 def _balance(s1: Array, s2: Array, ridge: float) -> tuple[Array, Array]:

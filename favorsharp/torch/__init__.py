@@ -6,5 +6,6 @@
 from favorsharp.torch.attention import LinearAttention
 from favorsharp.torch.buffers import MapBuffers
 from favorsharp.torch.multihead import MultiheadAttention
+from favorsharp.torch.refinement import Refinement, refine
 
-__all__ = ["LinearAttention", "MapBuffers", "MultiheadAttention"]
+__all__ = ["LinearAttention", "MapBuffers", "MultiheadAttention", "Refinement", "refine"]

@@ -1,0 +1,152 @@
+"""Moments over pairs that weigh as much as attention gives them: what a fit should be good at."""
+
+import math
+from typing import Any
+
+from favorsharp._arrays import (
+    broadcast_shapes,
+    cast,
+    compute_dtype,
+    dtype_name,
+    namespace_of,
+    on_device_of,
+    statistics_dtype,
+)
+from favorsharp._checks import check_flag, check_floats, check_group
+from favorsharp._chunks import is_chunked
+from favorsharp._typing import Array
+from favorsharp.exact import kernel_scale, log_kernel
+from favorsharp.moments import Moments, averaged_axes, moments, pool_heads
+
+_TILE_ELEMENTS = 1 << 20
+"""Weights held at once: 8 MiB of float64."""
+
+
+def attention_moments(
+    x: Array,
+    y: Array,
+    *,
+    weighting: float = 1.0,
+    kernel: str = "softmax",
+    scale: float | None = None,
+    is_causal: bool = False,
+    axis: int | tuple[int, ...] = -2,
+    mask_x: Array | None = None,
+    mask_y: Array | None = None,
+    enable_gqa: bool = False,
+) -> Moments:
+    """Moments of queries and keys in which a pair weighs p_ij ** weighting, p being the attention of query i to key j.
+
+    Reads every pair, in time O(n s d) and in memory O(n + s): for a calibration sample of some thousand points, not for
+    the sequences themselves.
+
+    Parameters
+    ----------
+    x : array, shape (*b, n, d)
+        Queries, not scaled.
+    y : array, shape (*b, s, d)
+        Keys, not scaled.
+    weighting : float
+        0 or more. 1 weighs by attention itself; 0 weighs all visible pairs alike.
+    kernel, scale
+        Of the attention; as in `fit`.
+    is_causal : bool
+        Query i sees keys 0 .. i; needs n == s.
+    axis, mask_x, mask_y, enable_gqa
+        As in `moments`.
+
+    Returns
+    -------
+    Moments
+        With `cross`, and with total weights as counts. `fit` takes them like others; `combine` joins them.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If an argument is not as described.
+    """
+    power = check_weighting(weighting)
+    if is_chunked(x, y):
+        raise ValueError("attention_moments takes no dask arrays: pass a sample of points in memory")
+    data = moments(x, y, axis=axis, mask_x=mask_x, mask_y=mask_y, enable_gqa=enable_gqa)  # judges the arguments too
+    factor = kernel_scale(kernel, scale, data.size)
+    xp = check_floats(x=x, y=y)
+    n, s = x.shape[-2], y.shape[-2]
+    if check_flag("is_causal", is_causal) and n != s:
+        raise ValueError(f"is_causal needs as many queries as keys: x has n={n}, y has s={s}")
+    group = check_group(enable_gqa, x, y, ("x", "y"))
+    positions = xp.arange(n, **on_device_of(x))
+    visible_x = _visible(mask_x, x)
+    if group > 1:
+        x, visible_x = pool_heads(x, group), pool_heads(visible_x[..., None], group)[..., 0]
+        positions = xp.concat([positions] * group)
+    visible_y = _visible(mask_y, y)
+    dtype = statistics_dtype(x)
+    # around the plain means, so that the sums below are no differences of large numbers
+    x, y = cast(x, dtype) - data.mean_x, cast(y, dtype) - data.mean_y
+    x, y = xp.where(visible_x[..., None], x, 0.0), xp.where(visible_y[..., None], y, 0.0)
+    batch = broadcast_shapes(x.shape[:-2], y.shape[:-2])
+    shift = 0.0 if kernel == "gaussian" else xp.matrix_transpose(factor * (y @ xp.matrix_transpose(data.mean_x)))
+    gap = factor**0.5 * (data.mean_x - data.mean_y) if kernel == "gaussian" else 0.0
+    rows, columns, cross = [], xp.zeros((*batch, 1, s), dtype=dtype, **on_device_of(x)), 0.0
+    step = max(1, _TILE_ELEMENTS // max(1, s * math.prod(batch)))
+    for start in range(0, x.shape[-2], step):
+        part = slice(start, min(start + step, x.shape[-2]))
+        logits = log_kernel(factor**0.5 * x[..., part, :] + gap, factor**0.5 * y, kernel) + shift
+        visible = visible_x[..., part, None] & visible_y[..., None, :]
+        if is_causal:
+            visible = visible & (positions[part, None] >= positions[None, :s])
+        weights = _weights(logits, visible, power)
+        rows.append(xp.sum(weights, axis=-1, keepdims=True))
+        columns = columns + xp.sum(weights, axis=-2, keepdims=True)
+        cross = cross + xp.matrix_transpose(x[..., part, :]) @ (weights @ y)
+    row = xp.concat(rows, axis=-2) if rows else xp.zeros((*batch, 0, 1), dtype=dtype, **on_device_of(x))
+    axes = averaged_axes(axis, len(batch) + 2)
+    total = _summed(columns, (*axes, -1))
+    safe = xp.where(total > 0, total, 1.0)
+    step_x = _summed(xp.matrix_transpose(row) @ x, axes) / safe
+    step_y = _summed(columns @ y, axes) / safe
+    transposed = xp.matrix_transpose
+    return Moments(
+        total,
+        data.mean_x + step_x,
+        _summed(transposed(x * row) @ x, axes) / safe - transposed(step_x) @ step_x,
+        total,
+        data.mean_y + step_y,
+        _summed(transposed(y) @ (transposed(columns) * y), axes) / safe - transposed(step_y) @ step_y,
+        dtype=dtype_name(compute_dtype(xp, x, y) if data.dtype == "float64" else data.dtype),
+        cross=_summed(cross + xp.zeros((*batch, 1, 1), dtype=dtype, **on_device_of(x)), axes) / safe
+        - transposed(step_x) @ step_y,
+    )
+
+
+def check_weighting(weighting: Any) -> float:
+    """Turn weighting into a finite number of 0 or more."""
+    if isinstance(weighting, bool) or not isinstance(weighting, int | float):
+        raise TypeError(f"weighting must be a finite number of 0 or more, got {type(weighting).__name__}")
+    if not (math.isfinite(weighting) and weighting >= 0):
+        raise ValueError(f"weighting must be a finite number of 0 or more, got {weighting}")
+    return float(weighting)
+
+
+def _visible(mask: Array | None, x: Array) -> Array:
+    xp = namespace_of(x)
+    shape = x.shape[:-1]
+    if mask is None:
+        return xp.ones(shape, dtype=xp.bool, **on_device_of(x))
+    return xp.broadcast_to(mask, broadcast_shapes(mask.shape, shape))
+
+
+def _weights(logits: Array, visible: Array, power: float) -> Array:
+    """Every pair's p ** power, 0 where it is hidden."""
+    xp = namespace_of(logits)
+    logits = xp.where(visible, logits, -xp.inf)
+    top = xp.max(logits, axis=-1, keepdims=True)
+    logits = logits - xp.where(top == -xp.inf, 0.0, top)
+    total = xp.sum(xp.exp(logits), axis=-1, keepdims=True)
+    log_p = logits - xp.log(xp.where(total > 0, total, 1.0))
+    return xp.where(visible, xp.exp(power * xp.where(visible, log_p, 0.0)), 0.0)
+
+
+def _summed(x: Array, axes: tuple[int, ...]) -> Array:
+    return namespace_of(x).sum(x, axis=axes, keepdims=True) if axes else x
