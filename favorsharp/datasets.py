@@ -252,7 +252,13 @@ def _downloaded(name: str, table: _Table, folder: Path) -> list[list[str]]:
     download = _pooch(name, f"{folder} has no {table.file}.csv.gz, and a download").HTTPDownloader(timeout=60)
     with tempfile.TemporaryDirectory() as held:
         path = Path(held) / "archive.zip"
-        download(address, str(path), None)
+        try:
+            download(address, str(path), None)
+        except OSError as error:  # what requests raises is one
+            raise OSError(
+                f"{address} could not be downloaded: {error}. Put {table.member} or {table.file}.csv.gz into "
+                f"{folder}, or name the folder of a copy by data_home or FAVORSHARP_DATA"
+            ) from None
         try:
             with zipfile.ZipFile(path) as archive:
                 content = archive.read(table.member)
