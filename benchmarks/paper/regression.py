@@ -1,0 +1,182 @@
+"""Kernel regression against the number of features and against time: `python -m benchmarks.paper.regression`.
+
+The error is the root mean square error on a fifth of the rows, in units of the target's standard deviation: 1 is as
+good as the mean. Columns are standardised by the training rows. A row without an estimate, as a signed method may leave,
+counts as the mean.
+"""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+from rich.progress import Progress
+from sklearn.base import clone
+from sklearn.datasets import load_diabetes, make_friedman1
+from sklearn.kernel_approximation import RBFSampler
+from sklearn.kernel_ridge import KernelRidge
+from sklearn.linear_model import Ridge
+from sklearn.model_selection import GridSearchCV
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+
+from benchmarks.paper.page import COLOURS, DOCS, emphasised, picture, stamp, table, write
+from favorsharp.sklearn import NadarayaWatsonRegressor, RandomFeatures
+
+METHODS = ("trig", "posrf", "oprf", "saderf", "aderf", "sderf", "optimal")
+SAMPLE = 2000
+"""Training rows that exact kernel ridge regression is tuned and solved on: it is cubic in them."""
+
+
+def waves(rows: int) -> tuple[np.ndarray, np.ndarray]:
+    """A smooth function of three coordinates, with noise of standard deviation 0.3."""
+    rng = np.random.default_rng(0)
+    x = rng.uniform(-2, 2, (rows, 3))
+    return x, np.sin(3 * x[:, 0]) + x[:, 1] * x[:, 2] + 0.3 * rng.standard_normal(rows)
+
+
+SETS: dict[str, tuple[str, Callable[[int], Any]]] = {
+    "diabetes": ("442 patients, d = 10, scikit-learn's", lambda rows: load_diabetes(return_X_y=True)),
+    "friedman": ("`make_friedman1`, d = 10, noise 1", lambda rows: make_friedman1(rows, noise=1.0, random_state=0)),
+    "waves": ("sin 3x + yz, d = 3, noise 0.3", waves),
+}
+
+
+def split(name: str, rows: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    x, y = SETS[name][1](rows)
+    order = np.random.default_rng(0).permutation(len(x))
+    x, y = x[order], y[order]
+    test = len(x) // 5
+    scaler = StandardScaler().fit(x[test:])
+    x = scaler.transform(x).astype(np.float32)
+    return x[test:], y[test:].astype(np.float32), x[:test], y[:test].astype(np.float32)
+
+
+def error_and_time(model: Any, data: tuple[np.ndarray, ...], rounds: int = 3) -> tuple[float, float]:
+    """Relative error on the test rows, and the median time of fit and predict."""
+    x, y, asked, truth = data
+    seconds = []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        out = clone(model).fit(x, y).predict(asked)
+        seconds.append(time.perf_counter() - start)
+    out = np.where(np.isfinite(out), out, y.mean())
+    error = float(np.sqrt(np.mean((out - truth) ** 2)) / truth.std())
+    return error, float(np.median(seconds))
+
+
+def nadaraya_watson(method: str, m: int, seed: int, data: tuple[np.ndarray, ...]) -> Any:
+    """With the bandwidth of least leave-one-out error for this method and this many features."""
+    model = NadarayaWatsonRegressor(method=method, n_components=m, gamma="auto_cv", random_state=seed)
+    if method == "exact":
+        model.fit(data[0][:SAMPLE], data[1][:SAMPLE])
+    else:
+        model.fit(data[0], data[1])
+    return clone(model).set_params(gamma=model.gamma_)
+
+
+def tuned_ridge(data: tuple[np.ndarray, ...]) -> Any:
+    """Exact kernel ridge regression, by cross-validation on a sample: the bandwidth and the penalty for all."""
+    x, y = data[0][:SAMPLE].astype(np.float64), data[1][:SAMPLE].astype(np.float64)
+    grid = {"gamma": np.geomspace(0.001, 1.0, 7), "alpha": np.geomspace(1e-3, 10, 5)}
+    search = GridSearchCV(KernelRidge(kernel="rbf"), grid, cv=5, scoring="neg_mean_squared_error")
+    return search.fit(x, y - y.mean()).best_estimator_
+
+
+def ridge(method: str, m: int, seed: int, best: Any, rows: int) -> Any:
+    alpha = best.alpha * rows / min(rows, SAMPLE)  # the penalty a row stays what it was in the sample
+    if method == "RBFSampler":
+        features = RBFSampler(gamma=best.gamma, n_components=m, random_state=seed)
+    else:
+        features = RandomFeatures(method=method, n_components=m, gamma=best.gamma, random_state=seed)
+    return make_pipeline(features, Ridge(alpha=alpha))
+
+
+def main(
+    output: Annotated[Path, typer.Option(help="The folder of the documentation.")] = DOCS,
+    rows: Annotated[int, typer.Option(help="Rows of the made-up sets.")] = 20_000,
+    largest: Annotated[int, typer.Option(help="The largest number of features.")] = 1024,
+    seeds: Annotated[int, typer.Option(help="Draws averaged over.")] = 5,
+) -> None:
+    """Write the tables and the picture."""
+    start = time.perf_counter()
+    sizes = [m for m in (16, 64, 256, 1024) if m <= largest]
+    kinds = {"nw": METHODS, "ridge": ("RBFSampler", *METHODS)}
+    found: dict[tuple[str, str, str, int], tuple[float, float, float]] = {}
+    bounds: dict[tuple[str, str], tuple[float, float, int]] = {}
+    with Progress() as progress:
+        task = progress.add_task("regression", total=len(SETS) * len(sizes) * sum(map(len, kinds.values())))
+        for name in SETS:
+            data = split(name, rows)
+            bounds[name, "nw"] = (*error_and_time(nadaraya_watson("exact", 0, 0, data), data, 1), len(data[0]))
+            best = tuned_ridge(data)
+            centre = data[1][:SAMPLE].mean()
+            sample = (data[0][:SAMPLE], data[1][:SAMPLE] - centre, data[2], data[3] - centre)
+            bounds[name, "ridge"] = (*error_and_time(best, sample, 1), len(sample[0]))
+            for kind, methods in kinds.items():
+                for method in methods:
+                    for m in sizes:
+                        pairs = []
+                        for seed in range(seeds):
+                            if kind == "nw":
+                                model = nadaraya_watson(method, m, seed, data)
+                            else:
+                                model = ridge(method, m, seed, best, len(data[0]))
+                            pairs.append(error_and_time(model, data, 3 if seed == 0 else 1))
+                        errors, seconds = np.array(pairs).T
+                        found[name, kind, method, m] = (
+                            errors.mean(),
+                            errors.std(ddof=1) / seeds**0.5,
+                            np.median(seconds),
+                        )
+                        progress.advance(task)
+    lines: list[str] = []
+    titles = {"nw": "Nadaraya-Watson", "ridge": "Ridge regression on features"}
+    for kind, methods in kinds.items():
+        for name, (what, _) in SETS.items():
+            error, seconds, points = bounds[name, kind]
+            lines += [
+                f"**{titles[kind]}, {name}** ({what}). Exact on {points} rows: error {error:.3f} in "
+                f"{1e3 * seconds:.0f} ms.",
+                "",
+            ]
+            columns = [[found[name, kind, method, m] for method in methods] for m in sizes]
+            best_of = [emphasised([cell[0] for cell in column], ".3f") for column in columns]
+            body = []
+            for i, method in enumerate(methods):
+                cells = [
+                    f"{best_of[j][i]} ± {columns[j][i][1]:.3f}, {1e3 * columns[j][i][2]:.0f} ms"
+                    for j in range(len(sizes))
+                ]
+                body.append([f"`{method}`", *cells])
+            lines += table(["method", *(f"m = {m}" for m in sizes)], body)
+    _draw(found, bounds, kinds, sizes, output)
+    write("regression", [stamp(time.perf_counter() - start), "", *lines], output)
+
+
+def _draw(found, bounds, kinds, sizes, output) -> None:
+    with picture("regression", output, nrows=2, ncols=2 * len(SETS), figsize=(15, 5.6)) as axes:
+        for row, (kind, methods) in enumerate(kinds.items()):
+            for column, name in enumerate(SETS):
+                by_size, by_time = axes[row, 2 * column], axes[row, 2 * column + 1]
+                for method in methods:
+                    cells = [found[name, kind, method, m] for m in sizes]
+                    look = {"color": COLOURS.get(method, "black"), "lw": 2 if method == "optimal" else 1.2}
+                    if method == "RBFSampler":
+                        look["ls"] = ":"
+                    by_size.plot(sizes, [cell[0] for cell in cells], marker="o", ms=3, label=method, **look)
+                    by_time.plot(
+                        [1e3 * cell[2] for cell in cells], [cell[0] for cell in cells], marker="o", ms=3, **look
+                    )
+                for ax, label in ((by_size, "features"), (by_time, "fit and predict, ms")):
+                    ax.axhline(bounds[name, kind][0], color="black", lw=1)
+                    ax.set(xscale="log", xlabel=label)
+                    ax.set_ylim(0.9 * bounds[name, kind][0], min(1.15, ax.get_ylim()[1]))
+                by_size.set(title=f"{name}, {'Nadaraya-Watson' if kind == 'nw' else 'ridge'}", ylabel="relative error")
+        axes[1, 0].legend(frameon=False, fontsize=7)
+
+
+if __name__ == "__main__":
+    typer.run(main)
