@@ -1,8 +1,8 @@
 """Kernel regression against the number of features and against time: `python -m benchmarks.paper.regression`.
 
 The error is the root mean square error on a fifth of the rows, in units of the target's standard deviation: 1 is as
-good as the mean. Columns are standardised by the training rows. A row without an estimate, as a signed method may leave,
-counts as the mean.
+good as the mean. Columns are standardised by the training rows. A row without an estimate, as a signed method may
+leave, counts as the mean.
 """
 
 import time

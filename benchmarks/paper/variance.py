@@ -147,26 +147,37 @@ def main(
 
 
 def _draw(found, heads, gained, spreads, scales, output) -> None:
-    with picture("variance", output, nrows=2, ncols=4, figsize=(12, 6.2)) as axes:
+    with picture("variance", output, nrows=2, ncols=4, figsize=(12, 6)) as axes:
         for ax, (setting, curve) in zip(axes[0], found.items(), strict=True):
             for method, values in curve.items():
-                ax.plot(SCALES, values, color=COLOURS[method], label=method, lw=2 if method == "optimal" else 1.2)
-            ax.set(title=setting, xscale="log", yscale="symlog", xlabel="s")
+                above = np.subtract(values, curve["optimal"])
+                ax.plot(SCALES, above, color=COLOURS[method], label=method, lw=2 if method == "optimal" else 1.2)
+            ax.axhline(10, color="black", lw=0.8, ls=":")
+            ax.set_title(setting)
             ax.set_yscale("symlog", linthresh=1)
-            ax.set_ylim(0, 300)
-        axes[0, 0].set_ylabel("excess (nats)")
+            ax.set_ylim(-2, 300)
+            ax.set_yticks([-1, 0, 1, 10, 100], ["-1", "0", "1", "10", "100"])
+            _powers(ax, "s", SCALES[::2])
+        axes[0, 0].set_ylabel("excess above that of optimal (nats)")
         axes[0, 0].legend(frameon=False, fontsize=7)
-        width = 0.8 / len(heads)
+        wide = axes[1, 0]
+        width = 0.85 / len(heads)
         for i, (method, values) in enumerate(heads.items()):
-            places = np.arange(len(values)) + i * width
-            axes[1, 0].bar(places, np.minimum(values, 40), width, color=COLOURS[method])
-        axes[1, 0].set(title="six real heads (cut at 40)", xlabel="head", ylabel="excess (nats)")
+            wide.bar(np.arange(len(values)) + (i - 4) * width, values, width, color=COLOURS[method])
+        wide.set(title="six real heads", xlabel="head", ylabel="excess (nats)")
         for ax, (name, gain) in zip(axes[1, 1:3], gained.items(), strict=True):
             shades = ax.pcolormesh(scales, spreads, gain, cmap="Blues", vmin=0, vmax=40, shading="nearest")
             ax.contour(scales, spreads, gain, levels=[10], colors="#cc3311")
-            ax.set(title=f"{name}: gain over oprf, turned", xscale="log", xlabel="s", ylabel="t")
+            ax.set(title=f"turned: oprf less {name}", ylabel="t")
+            _powers(ax, "s", scales[::2])
         axes[1, 3].axis("off")
-        axes[1, 3].figure.colorbar(shades, ax=axes[1, 3], location="left", label="gain (nats); red line: 10")
+        axes[1, 3].figure.colorbar(shades, ax=axes[1, 3], location="left", label="nats; red line: 10")
+
+
+def _powers(ax, label, ticks) -> None:
+    ax.set_xscale("log", base=2)
+    ax.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    ax.set_xlabel(label)
 
 
 if __name__ == "__main__":
