@@ -26,7 +26,7 @@ myst_heading_anchors = 3
 autosummary_generate = True
 numpydoc_show_class_members = False
 numpydoc_class_members_toctree = False
-exclude_patterns = ["_build", "**/GALLERY_HEADER.rst", "gallery/*.py"]
+exclude_patterns = ["_build", "**/GALLERY_HEADER.rst", "gallery/*.py", "paper/_*.md"]
 suppress_warnings = ["config.cache"]  # the gallery's settings hold functions
 
 html_theme = "pydata_sphinx_theme"

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from favorsharp._arrays import cast, is_traced, library_of, namespace_of, to_host
+from favorsharp._checks import check_floats, check_points, check_same_size
 from favorsharp._typing import Array
 from favorsharp.exact import softmax_attention
 from favorsharp.features import feature_map
@@ -215,12 +216,17 @@ def _predicted_head(p: Parameters, x: Any, y: Any, values: Any, visible: Any, fa
     weights = weights * far
     even = far / np.maximum(far.sum(-1, keepdims=True), 1)
     lost = (weights - weights.sum(-1, keepdims=True) * even) @ values
-    first_order = []
-    for row in range(len(x)):
-        # any excess beyond 300 nats is as hopeless as 300
-        ratio = np.exp(np.minimum(own[row] + side[row][:, None] + side[row][None, :] + cross, 300))
-        pull = weights[row][:, None] * (values - out[row])
-        first_order.append(np.sum(pull * ((ratio - 1) @ pull)))
+    # R_jk = exp(own + side_j + side_k + cross_jk), and cross is a Gram matrix: with half its diagonal given to the
+    # sides, what the rows share is at most 1, and each row has one largest exponent; 300 nats are as hopeless as more
+    half = 0.5 * np.diagonal(cross)
+    shared = np.exp(cross - half[:, None] - half[None, :])
+    side = side + half
+    top = side.max(-1, keepdims=True)
+    pull = weights[:, :, None] * (values - out[:, None, :])
+    lifted = np.exp(side - top)[:, :, None] * pull
+    products = (shared @ lifted.transpose(1, 0, 2).reshape(len(y), -1)).reshape(len(y), *pull.shape[::2])
+    grown = np.exp(np.minimum(own + 2 * top[:, 0], 300)) * np.sum(lifted * products.transpose(1, 0, 2), axis=(1, 2))
+    first_order = grown - np.sum(pull.sum(axis=1) ** 2, axis=-1)
     return np.maximum(first_order, 0.0), np.sum(lost * lost, axis=-1), float(np.mean(np.sum(out * out, axis=-1)))
 
 
@@ -306,6 +312,12 @@ def suggest(
         raise TypeError(f"target_error must be a number between 0 and 1, got {type(target_error).__name__}")
     if not 0 < target_error < 1:
         raise ValueError(f"target_error must be between 0 and 1, got {target_error}")
+    check_floats(x=x, y=y, **({} if v is None else {"v": v}))
+    check_points("x", x, "(*b, n, d)")
+    check_points("y", y, "(*b, s, d)")
+    if v is not None:
+        check_points("v", v, "(*b, s, e)")
+        check_same_size("s", y=(-2, y.shape[-2]), v=(-2, v.shape[-2]))
     n, s = x.shape[-2], y.shape[-2]
     values = np.random.default_rng(0).standard_normal((s, 32)) if v is None else v
     found = []

@@ -3,6 +3,7 @@
 `gamma` is scikit-learn's: the kernel is exp(-gamma |x - y|^2), so the scale of `favorsharp.fit` is twice gamma.
 """
 
+import math
 from typing import Any, Self
 
 import numpy as np
@@ -24,7 +25,7 @@ from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted, validate_data
 
 from favorsharp._arrays import cast, from_host, named_dtype, namespace_of, on_device_of, to_host
-from favorsharp._checks import check_choice
+from favorsharp._checks import check_choice, check_integer
 from favorsharp.exact import kernel_matrix, softmax_attention
 from favorsharp.features import feature_map
 from favorsharp.moments import combine
@@ -52,9 +53,17 @@ class _KernelEstimator(BaseEstimator):
             check_choice("gamma", self.gamma, self._GAMMAS, also=", or a positive number")
             spread = float(to_host(x).astype(np.float64).var())
             return 1.0 / (x.shape[1] * spread) if spread > 0 else 1.0
+        if isinstance(self.gamma, bool) or not isinstance(self.gamma, int | float | np.number):
+            raise TypeError(f"gamma must be {self._accepted()}, got {type(self.gamma).__name__}")
+        if not (math.isfinite(self.gamma) and self.gamma > 0):
+            raise ValueError(f"gamma must be {self._accepted()}, got {self.gamma}")
         return float(self.gamma)
 
+    def _accepted(self) -> str:
+        return f"{' or '.join(map(repr, self._GAMMAS))} or a positive finite number"
+
     def _map(self, x: Any, gamma: float, seed: int) -> Any:
+        check_integer("n_components", self.n_components, 1)
         parameters = fit(x, x, method=self.method, kernel="gaussian", scale=2 * gamma)
         return feature_map(parameters, self.n_components, draw=self.draw, rng=seed)
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 pytest.importorskip("sklearn")
+from scipy.sparse import csr_array
 from sklearn.datasets import load_diabetes, load_iris
 from sklearn.linear_model import Ridge
 from sklearn.metrics.pairwise import rbf_kernel
@@ -39,7 +40,9 @@ def test_scikit_learn_accepts_it(estimator, monkeypatch):
         if r["status"] == "failed" and type(r["exception"]).__name__ != "CUDARuntimeError"  # CuPy without a GPU
     ]
     assert not failed
-    assert sum(r["status"] == "passed" for r in results) > 45
+    passed = [r["check_name"] for r in results if r["status"] == "passed"]
+    assert len(passed) > 45
+    assert passed.count("check_array_api_input") >= 5, "NumPy, torch in two dtypes, strict on two devices"
 
 
 def test_features_estimate_the_rbf_kernel():
@@ -104,6 +107,25 @@ def test_auto_cv_finds_a_better_bandwidth(method):
         for gamma in ("scale", "auto_cv")
     ]
     assert scores[1] > max(scores[0], 0.8)
+
+
+@pytest.mark.parametrize("estimator", [RandomFeatures, NadarayaWatsonRegressor, NadarayaWatsonClassifier])
+def test_bad_parameters_and_sparse_input_are_named(estimator):
+    x, y = np.random.default_rng(0).standard_normal((20, 3)), np.arange(20) % 2
+    for bad, error, message in (
+        ({"gamma": -1.0}, ValueError, "gamma must be 'scale'.* or a positive finite number, got -1.0"),
+        ({"gamma": float("nan")}, ValueError, "gamma must be"),
+        ({"gamma": None}, TypeError, "gamma must be .* got NoneType"),
+        ({"gamma": "auto"}, ValueError, "gamma 'auto' is unknown"),
+        ({"n_components": 0}, ValueError, "n_components must be an integer of 1 or more, got 0"),
+        ({"n_components": 2.5}, TypeError, "n_components must be an integer"),
+        ({"method": "rbf"}, ValueError, "method 'rbf' is unknown; accepted: .*optimal"),
+        ({"draw": "grid"}, ValueError, "draw 'grid' is unknown"),
+    ):
+        with pytest.raises(error, match=message):
+            estimator(**bad).fit(x, y)
+    with pytest.raises(TypeError, match="dense"):
+        estimator().fit(csr_array(x), y)
 
 
 def test_iris():

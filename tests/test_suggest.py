@@ -9,7 +9,7 @@ from favorsharp.diagnostics import load_sample, predicted_error, relative_error
 
 @pytest.mark.parametrize("target", [0.6, 0.4])
 def test_the_suggested_features_do_what_is_predicted_on_real_heads(target):
-    q, k, v = (x.astype(np.float64) for x in load_sample())
+    q, k, v = (x[::2].astype(np.float64) for x in load_sample())
     found = fs.suggest(q, k, v, target_error=target)
     assert found.reached
     assert found.predicted_error <= target

@@ -1,6 +1,9 @@
 """Draws that stay what they are, properties over shapes and dtypes, bad arguments, and many threads."""
 
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -57,6 +60,20 @@ def test_bad_arguments_raise_or_give_the_shapes_that_were_promised(indices, size
         except (TypeError, ValueError):
             continue
         assert out.shape == ((*x.shape[:-1], v.shape[-1]) if v.ndim > 1 else x.shape[:-1])
+
+
+@pytest.mark.own_backend
+@pytest.mark.parametrize(
+    ("seed", "calls"),
+    [(0, 300), pytest.param(1, 6000, marks=pytest.mark.slow), pytest.param(2, 6000, marks=pytest.mark.slow)],
+)
+def test_random_calls_never_crash_hang_or_lie_about_shapes(seed, calls):
+    """In a process of its own: what would end or hang it ends this test only."""
+    pytest.importorskip("numba")  # vjp
+    script = Path(__file__).with_name("fuzz.py")
+    command = [sys.executable, str(script), str(seed), str(calls), *(["--torch"] if calls > 1000 else [])]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=60 + calls / 10)
+    assert run.returncode == 0, run.stdout + run.stderr
 
 
 def test_eight_threads_give_what_one_gives():

@@ -65,3 +65,10 @@ def picture(name: str, folder: Path, **options: Any) -> Iterator[Any]:
         (folder / "_static").mkdir(parents=True, exist_ok=True)
         figure.savefig(folder / "_static" / f"paper-{name}.png", dpi=130)
         plt.close(figure)
+
+
+def powers(ax: Any, label: str, ticks: Sequence[float]) -> None:
+    """A logarithmic axis of x whose ticks are plain numbers."""
+    ax.set_xscale("log", base=2)
+    ax.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    ax.set_xlabel(label)

@@ -22,7 +22,7 @@ from sklearn.model_selection import GridSearchCV
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from benchmarks.paper.page import COLOURS, DOCS, emphasised, picture, stamp, table, write
+from benchmarks.paper.page import COLOURS, DOCS, emphasised, picture, powers, stamp, table, write
 from favorsharp.sklearn import NadarayaWatsonRegressor, RandomFeatures
 
 METHODS = ("trig", "posrf", "oprf", "saderf", "aderf", "sderf", "optimal")
@@ -170,9 +170,10 @@ def _draw(found, bounds, kinds, sizes, output) -> None:
                     by_time.plot(
                         [1e3 * cell[2] for cell in cells], [cell[0] for cell in cells], marker="o", ms=3, **look
                     )
-                for ax, label in ((by_size, "features"), (by_time, "fit and predict, ms")):
+                powers(by_size, "features", sizes)
+                by_time.set(xscale="log", xlabel="fit and predict, ms")
+                for ax in (by_size, by_time):
                     ax.axhline(bounds[name, kind][0], color="black", lw=1)
-                    ax.set(xscale="log", xlabel=label)
                     ax.set_ylim(0.9 * bounds[name, kind][0], min(1.15, ax.get_ylim()[1]))
                 by_size.set(title=f"{name}, {'Nadaraya-Watson' if kind == 'nw' else 'ridge'}", ylabel="relative error")
         axes[1, 0].legend(frameon=False, fontsize=7)

@@ -13,7 +13,7 @@ import typer
 from rich.progress import track
 
 import favorsharp as fs
-from benchmarks.paper.page import COLOURS, DOCS, FITTED, emphasised, picture, stamp, table, write
+from benchmarks.paper.page import COLOURS, DOCS, FITTED, emphasised, picture, powers, stamp, table, write
 from favorsharp.diagnostics import load_sample
 
 METHODS = ("trig", "poisson", "geometric", "posrf", "oprf", *FITTED, "optimal")
@@ -157,7 +157,7 @@ def _draw(found, heads, gained, spreads, scales, output) -> None:
             ax.set_yscale("symlog", linthresh=1)
             ax.set_ylim(-2, 300)
             ax.set_yticks([-1, 0, 1, 10, 100], ["-1", "0", "1", "10", "100"])
-            _powers(ax, "s", SCALES[::2])
+            powers(ax, "s", SCALES[::2])
         axes[0, 0].set_ylabel("excess above that of optimal (nats)")
         axes[0, 0].legend(frameon=False, fontsize=7)
         wide = axes[1, 0]
@@ -169,15 +169,9 @@ def _draw(found, heads, gained, spreads, scales, output) -> None:
             shades = ax.pcolormesh(scales, spreads, gain, cmap="Blues", vmin=0, vmax=40, shading="nearest")
             ax.contour(scales, spreads, gain, levels=[10], colors="#cc3311")
             ax.set(title=f"turned: oprf less {name}", ylabel="t")
-            _powers(ax, "s", scales[::2])
+            powers(ax, "s", scales[::2])
         axes[1, 3].axis("off")
         axes[1, 3].figure.colorbar(shades, ax=axes[1, 3], location="left", label="nats; red line: 10")
-
-
-def _powers(ax, label, ticks) -> None:
-    ax.set_xscale("log", base=2)
-    ax.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
-    ax.set_xlabel(label)
 
 
 if __name__ == "__main__":

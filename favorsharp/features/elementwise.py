@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from favorsharp._arrays import is_traced, namespace_of
+from favorsharp._arrays import is_array, is_traced, namespace_of
 from favorsharp._typing import Array
 from favorsharp.features.base import PositiveFeatureMap
 from favorsharp.parameters import Parameters
@@ -21,7 +21,14 @@ class ElementwiseMap(PositiveFeatureMap):
         method = parameters.method
         if callable(method):
             xp = namespace_of(w)
-            num_features = int(method(xp.zeros_like(xp.matrix_transpose(w)[:1, :])).shape[-1])
+            probe = method(xp.zeros_like(xp.matrix_transpose(w)[:1, :]))
+            if not is_array(probe) or probe.ndim != 2:
+                got = f"an array of {probe.ndim} axes" if is_array(probe) else type(probe).__name__
+                raise TypeError(
+                    f"method must turn projected inputs (n, m) into features, an array (n, any number); "
+                    f"{parameters.method_name} gave {got}"
+                )
+            num_features = int(probe.shape[-1])
         return cls(parameters, num_features, w)
 
     def _log_query(self, x: Array) -> Array:
