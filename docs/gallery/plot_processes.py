@@ -53,7 +53,7 @@ if sys.argv[1:2] == ["--rank"]:
 # Three processes of this very file:
 
 with tempfile.TemporaryDirectory() as folder:
-    ranks = [subprocess.Popen([sys.executable, __file__, "--rank", str(rank), folder]) for rank in range(WORLD)]
+    ranks = [subprocess.Popen([sys.executable, sys.argv[0], "--rank", str(rank), folder]) for rank in range(WORLD)]
     assert [process.wait(timeout=300) for process in ranks] == [0] * WORLD
     parts = [torch.load(Path(folder, f"{rank}.pt")) for rank in range(WORLD)]
 out, of_keys = (torch.cat(shards, dim=-2) for shards in zip(*parts, strict=True))
