@@ -487,13 +487,20 @@ def _decide(request: Request) -> str | None:
 def _decide_while_tracing(latest_wish: tuple[str, ...], *request: Any) -> tuple[str | None, str | None]:
     """As `_decide`, for torch.compile: run, not traced; given `_latest_wish` only to be asked again when it changes.
 
-    The error is returned to be raised by traced code, as Dynamo takes an exception here for its own failure.
+    The error is returned to be raised by traced code, as Dynamo takes an exception here for its own failure. The
+    function is left in `_loaded`, where traced code finds it without an import.
     """
     try:
-        return _decide(Request(*request)), None
+        target = _decide(Request(*request))
     except BackendUnavailable as error:
         return None, str(error)
+    if target is not None:
+        _loaded[target] = cast(Callable[..., Any], _function(target))
+    return target, None
 
+
+_loaded: dict[str, Callable[..., Any]] = {}
+"""The kernels that traced calls run, by target."""
 
 # What torch.compiler.assume_constant_result does, without importing torch.
 _decide_while_tracing._dynamo_marked_constant = True  # type: ignore[attr-defined]
@@ -560,7 +567,8 @@ class Op(Generic[P, R]):
             target = _decide(request)
         if target is None:
             return self.reference
-        return cast(Callable[P, R], _function(target))  # not a reason: the decision has seen to that
+        found = _loaded[target] if request.traced else _function(target)
+        return cast(Callable[P, R], found)  # not a reason: the decision has seen to that
 
     def __repr__(self) -> str:
         return f"<favorsharp op {self.name}>"

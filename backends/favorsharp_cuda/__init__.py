@@ -19,20 +19,28 @@ _OPS = {
     "exponential_features_vjp": "vjp",
 }
 """The module of each op."""
+_DIFFERENTIABLE = ("exponential_features", "attention", "causal_attention")
+"""What torch differentiates and compiles."""
 
 
-def _kernel(op: str, module: str, library: str, device: str = "cuda") -> Kernel:
+def _kernel(op: str, module: str, library: str, *, through_torch: bool = False) -> Kernel:
     return Kernel(
         op=op,
         target=f"favorsharp_cuda.{module}:{op}",
         libraries=frozenset({library}),
-        devices=frozenset({device}),
+        devices=frozenset({"cuda"}),
         dtypes=_DTYPES,
+        differentiable=through_torch,
+        traceable=through_torch,
     )
 
 
 BACKEND = Backend(
     "cuda",
     requires=("cupy",),
-    kernels=tuple(_kernel(op, module, library) for library in ("cupy", "torch") for op, module in _OPS.items()),
+    kernels=(
+        *(_kernel(op, module, "cupy") for op, module in _OPS.items()),
+        *(_kernel(op, "torch_ops", "torch", through_torch=True) for op in _DIFFERENTIABLE),
+        *(_kernel(op, module, "torch") for op, module in _OPS.items() if op not in _DIFFERENTIABLE),
+    ),
 )

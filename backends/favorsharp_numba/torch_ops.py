@@ -12,7 +12,7 @@ import torch
 
 from favorsharp.ops.causal_attention import causal_attention as causal_op
 from favorsharp.ops.state import State, empty_state
-from favorsharp.ops.state import update as update_op
+from favorsharp.ops.vjp import state_gradients
 from favorsharp_numba import attention as plain_attention
 from favorsharp_numba import causal_attention as plain_causal
 from favorsharp_numba import exponential_features as plain_features
@@ -99,29 +99,6 @@ class _Attention(torch.autograd.Function):
         of_arrays = of_arrays_of_map(ctx.feature_map, sums) if of_map else [None] * len(arrays)
         total = [*gradients, *of_arrays]
         if any(x is not None for x in of_state):
-            through = state_gradients(ctx.feature_map, ctx.key_mask, window, q, k, v, of_state)
+            through = [None, *state_gradients(ctx.feature_map, ctx.key_mask, window, k, v, of_state)]
             total = [b if a is None else a if b is None else a + b for a, b in zip(total, through, strict=True)]
         return (None, None, None, None, *total)
-
-
-def state_gradients(
-    feature_map: Any, key_mask: Any, window: int, q: Any, k: Any, v: Any, of_state: tuple[Any, ...]
-) -> list[Any]:
-    """The gradients that reach q (none), k, v and the arrays of a map through a returned state, by the reference."""
-    leaves = [x.detach().requires_grad_() for x in (k, v, *_arrays_of(feature_map))]
-    keys, values, rows, log_weight, g1, g2, center_x, center_y = leaves
-    parameters = replace(feature_map.parameters, g1=g1, g2=g2, center_x=center_x, center_y=center_y)
-    own = replace(feature_map, parameters=parameters, rows=rows, log_weight=log_weight)
-    with torch.enable_grad():
-        batch = tuple(next(x for x in of_state if x is not None).shape[:-2])
-        state = empty_state(own, batch, k.shape[-1], v.shape[-1], window, keys[..., :0, :])
-        state = update_op.reference(state, keys, values, own, key_mask=key_mask)
-        given = [
-            (x, g)
-            for x, g in zip((state.kv, state.z, state.c), of_state, strict=True)
-            if g is not None and x.requires_grad
-        ]
-        if not given:  # a window keeps every key beside the features
-            return [None] * (1 + len(leaves))
-        found = torch.autograd.grad([x for x, _ in given], leaves, [g for _, g in given], allow_unused=True)
-    return [None, *found]

@@ -7,12 +7,13 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from favorsharp._arrays import differentiate
+from favorsharp._arrays import differentiate, namespace_of
 from favorsharp._typing import Array, PositiveMap
 from favorsharp.dispatch import Op
 from favorsharp.ops.attention import attention
 from favorsharp.ops.causal_attention import causal_attention
 from favorsharp.ops.exponential_features import exponential_features
+from favorsharp.ops.state import empty_state, update
 
 Pullback = Callable[[Array], tuple[Array, ...]]
 """From the gradient of a result to the gradients of what it was made of."""
@@ -77,3 +78,30 @@ def exponential_features_vjp(u: Array, rows: Array, row: Array, column: Array) -
         (*b, n, m) -> (du, drows, drow, dcolumn), in the shapes and dtypes of what they belong to.
     """
     return differentiate(exponential_features.reference, (u, rows, row, column))
+
+
+def state_gradients(
+    feature_map: Any, key_mask: Array | None, window: int, k: Array, v: Array, gradients: tuple[Array | None, ...]
+) -> tuple[Array, ...]:
+    """The gradients that reach k, v and the arrays of a map (`MAP_ARRAYS`) through the kv, z and c of a state.
+
+    By the reference, for backends whose kernels differentiate results alone.
+    """
+
+    def result(*arrays: Array) -> Array:
+        keys, values, rows, log_weight, g1, g2, center_x, center_y = arrays
+        parameters = replace(feature_map.parameters, g1=g1, g2=g2, center_x=center_x, center_y=center_y)
+        own = replace(feature_map, parameters=parameters, rows=rows, log_weight=log_weight)
+        batch = tuple(next(x for x in gradients if x is not None).shape[:-2])
+        state = empty_state(own, batch, k.shape[-1], v.shape[-1], window, keys[..., :0, :])
+        state = update.reference(state, keys, values, own, key_mask=key_mask)
+        total: Any = 0.0
+        for x, gradient in zip((state.kv, state.z, state.c), gradients, strict=True):
+            if gradient is not None:
+                total = total + namespace_of(x).sum(x * gradient)
+        return total
+
+    p = feature_map.parameters
+    arrays = (k, v, feature_map.rows, feature_map.log_weight, p.g1, p.g2, p.center_x, p.center_y)
+    total, pullback = differentiate(result, arrays)
+    return pullback(namespace_of(k).ones_like(total))

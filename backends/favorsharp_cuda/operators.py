@@ -1,0 +1,224 @@
+"""The kernels as functional operators of torch: tensors and numbers in, new tensors out, with fake kernels for tracers.
+
+A feature map is six tensors and a few words here. What is packed of one is kept by those tensors' addresses and
+versions, for as long as they are among the last few used.
+"""
+
+from collections import OrderedDict
+from typing import Any
+
+import torch
+
+from favorsharp._arrays import broadcast_shapes
+from favorsharp.features.dense_exponential import DenseExponentialMap
+from favorsharp.features.map_gradients import map_gradients
+from favorsharp.ops.state import empty_state, num_leaving
+from favorsharp.parameters import Parameters
+from favorsharp_cuda import arrays as memory
+from favorsharp_cuda.attention import attention_with_stats
+from favorsharp_cuda.causal_attention import causal_attention_with_stats
+from favorsharp_cuda.exponential_features import exponential_features
+from favorsharp_cuda.exponential_features_gradients import exponential_features_backward
+from favorsharp_cuda.gradients import attention_backward
+from favorsharp_cuda.state import update
+
+MAPS_KEPT = 64
+
+_MAP = "Tensor rows, Tensor log_weight, Tensor g1, Tensor g2, Tensor center_x, Tensor center_y"
+_OPTIONS = "float scale, str kernel, int window, bool causal"
+_POINTS = f"Tensor q, Tensor k, Tensor v, Tensor? key_mask, {_MAP}, {_OPTIONS}"
+SCHEMAS = {
+    "attention": f"({_POINTS}) -> (Tensor, Tensor)",
+    "attention_backward": f"(Tensor gradient, {_POINTS}, Tensor out, Tensor stats, *, bool of_map) -> Tensor[]",
+    "key_state": f"(Tensor k, Tensor v, Tensor? key_mask, {_MAP}, {_OPTIONS}) -> (Tensor, Tensor, Tensor)",
+    "exponential_features": "(Tensor u, Tensor rows, Tensor row, Tensor column) -> Tensor",
+    "exponential_features_backward": (
+        "(Tensor gradient, Tensor u, Tensor rows, Tensor row, Tensor column) -> (Tensor, Tensor, Tensor, Tensor)"
+    ),
+}
+
+
+def arrays_of(feature_map: Any) -> list[Any]:
+    """The arrays of a map that its features depend on, in the order of `map_gradients`."""
+    p = feature_map.parameters
+    return [feature_map.rows, feature_map.log_weight, p.g1, p.g2, p.center_x, p.center_y]
+
+
+def options_of(feature_map: Any, window: int, causal: bool) -> tuple[float, str, int, bool]:
+    """What operators take besides tensors."""
+    return float(feature_map.parameters.scale), feature_map.parameters.kernel, window, causal
+
+
+def map_of(arrays: Any, scale: float, kernel: str) -> DenseExponentialMap:
+    """The map of six tensors; as far as its features go."""
+    rows, log_weight, g1, g2, center_x, center_y = arrays
+    parameters = Parameters("oprf", kernel, scale, center_x, g1, g2, center_x, center_y)
+    return DenseExponentialMap(parameters, int(rows.shape[-2]), rows, rows, log_weight)
+
+
+_maps: "OrderedDict[Any, DenseExponentialMap]" = OrderedDict()
+
+
+def kept_map_of(arrays: Any, scale: float, kernel: str) -> DenseExponentialMap:
+    """The same map object, and so the same packed constants, for tensors that are unchanged since a call before."""
+    if any(x.is_inference() or x.requires_grad for x in arrays):  # their changes are not counted, or are the rule
+        return map_of(arrays, scale, kernel)
+    stamps = tuple((x.data_ptr(), x._version, x.shape, x.stride(), x.dtype, x.device) for x in arrays)
+    key = (scale, kernel, stamps)
+    found = _maps.pop(key, None)
+    if found is None:
+        found = map_of([x.detach() for x in arrays], scale, kernel)  # keeps the memory, so that no address comes again
+    _maps[key] = found
+    while len(_maps) > MAPS_KEPT:
+        _maps.popitem(last=False)
+    return found
+
+
+# What runs -----------------------------------------------------------------------------------------------------------
+
+
+def attention(q: Any, k: Any, v: Any, key_mask: Any, *rest: Any) -> Any:
+    """The result and its stats."""
+    *arrays, scale, kernel, window, causal = rest
+    run = causal_attention_with_stats if causal else attention_with_stats
+    out, stats, *_ = run(q, k, v, kept_map_of(arrays, scale, kernel), key_mask=key_mask, window=window)
+    return out, stats
+
+
+def attention_backward_(gradient: Any, q: Any, k: Any, v: Any, key_mask: Any, *rest: Any, of_map: bool) -> Any:
+    """The gradients of q, k, v and, with `of_map`, the ten sums, by the order of their names."""
+    *arrays, scale, kernel, window, causal, out, stats = rest
+    *points, sums = attention_backward(
+        memory.cast(gradient, memory.name_of(q)), q, k, v, kept_map_of(arrays, scale, kernel), out, stats,
+        key_mask=key_mask, window=window, causal=causal, of_map=of_map,
+    )  # fmt: skip
+    finished = {} if sums is None else sums.finished()
+    return [*points, *(finished[name].clone(memory_format=torch.contiguous_format) for name in sorted(finished))]
+
+
+def key_state(k: Any, v: Any, key_mask: Any, *rest: Any) -> Any:
+    """kv, z and c of the keys that a causal call leaves in the features."""
+    *arrays, scale, kernel, window, _ = rest
+    feature_map = kept_map_of(arrays, scale, kernel)
+    left = num_leaving(k.shape[-2], window) if window else k.shape[-2]
+    mask = None if key_mask is None else key_mask[..., :left]
+    batch = _keys_batch(k, v, key_mask, arrays)
+    state = empty_state(feature_map, batch, k.shape[-1], v.shape[-1], 0, k[..., :0, :])
+    state = update(state, k[..., :left, :], v[..., :left, :], feature_map, key_mask=mask)
+    return state.kv, state.z, state.c
+
+
+def exponential_features_backward_(gradient: Any, u: Any, *rest: Any) -> Any:
+    """The gradients of u, rows, row and column."""
+    return exponential_features_backward(memory.cast(gradient, memory.name_of(u)), u, *rest)
+
+
+# What tracers run ----------------------------------------------------------------------------------------------------
+
+
+def _wide(x: Any) -> Any:
+    return x.dtype if x.dtype == torch.float64 else torch.float32
+
+
+def _keys_batch(k: Any, v: Any, key_mask: Any, arrays: Any) -> tuple[int, ...]:
+    shapes = [tuple(x.shape[:-2]) for x in (k, v, *arrays)]
+    return broadcast_shapes(*shapes, () if key_mask is None else tuple(key_mask.shape[:-1]))
+
+
+def _fake_attention(q: Any, k: Any, v: Any, key_mask: Any, *rest: Any) -> Any:
+    batch = broadcast_shapes(tuple(q.shape[:-2]), _keys_batch(k, v, key_mask, rest[:6]))
+    out = q.new_empty((*batch, q.shape[-2], v.shape[-1]))
+    return out, q.new_empty((*batch, q.shape[-2], 2), dtype=_wide(q))
+
+
+def _fake_backward(gradient: Any, q: Any, k: Any, v: Any, key_mask: Any, *rest: Any, of_map: bool) -> Any:
+    points = [x.new_empty(tuple(x.shape)) for x in (q, k, v)]
+    if not of_map:
+        return points
+    batch = broadcast_shapes(tuple(q.shape[:-2]), _keys_batch(k, v, key_mask, rest[:6]))
+    d, m = q.shape[-1], rest[0].shape[-2]
+    sizes = [shape for _, shape in sorted(_sum_shapes(m, d).items())]
+    return points + [q.new_empty((*batch, *size), dtype=_wide(q)) for size in sizes]
+
+
+def _sum_shapes(m: Any, d: Any) -> dict[str, tuple[Any, Any]]:
+    parts = {
+        "points": (m, d),
+        "column": (1, m),
+        "factor": (1, 1),
+        "factor_points": (1, d),
+        "factor_products": (d, d),
+    }
+    return {f"{side}_{name}": size for side in ("query", "key") for name, size in parts.items()}
+
+
+def _fake_state(k: Any, v: Any, key_mask: Any, *rest: Any) -> Any:
+    batch, m = _keys_batch(k, v, key_mask, rest[:6]), rest[0].shape[-2]
+    return tuple(k.new_empty((*batch, *size), dtype=_wide(k)) for size in ((m, v.shape[-1]), (1, m), (1, m)))
+
+
+def _fake_features(u: Any, rows: Any, row: Any, column: Any) -> Any:
+    batch = broadcast_shapes(*(tuple(x.shape[:-2]) for x in (u, rows, row, column)))
+    return u.new_empty((*batch, u.shape[-2], rows.shape[-2]))
+
+
+def _fake_features_backward(gradient: Any, *given: Any) -> Any:
+    return tuple(x.new_empty(tuple(x.shape)) for x in given)
+
+
+# Their registration --------------------------------------------------------------------------------------------------
+
+
+def gradients_of_map(sums: Any, arrays: Any, options: Any) -> Any:
+    """The gradients of a map's arrays from what `attention_backward` gives of its sums."""
+    m, d = arrays[0].shape[-2], arrays[0].shape[-1]
+    return map_gradients(
+        map_of(arrays, options[0], options[1]), dict(zip(sorted(_sum_shapes(m, d)), sums, strict=True))
+    )
+
+
+def _vmap_of(op: Any) -> Any:
+    """A mapped axis becomes the first leading axis of every tensor, so that gradients are those of each entry."""
+
+    def mapped(info: Any, dims: Any, *given: Any, **options: Any) -> Any:
+        axes = [_leading(x) - (dim is not None) for x, dim in zip(given, dims, strict=True) if _is_tensor(x)]
+        front = [
+            _fronted(x, dim, max(axes), info.batch_size) if _is_tensor(x) else x
+            for x, dim in zip(given, dims, strict=True)
+        ]
+        found = op(*front, **options)
+        return found, 0 if _is_tensor(found) else type(found)(0 for _ in found)
+
+    return mapped
+
+
+def _fronted(x: Any, dim: int | None, leading: int, size: int) -> Any:
+    """The tensor with the mapped axis first, then as many leading axes as the others have."""
+    x = x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0)
+    return x.reshape(size, *(1,) * (leading + 1 - _leading(x)), *x.shape[1:])
+
+
+def _leading(x: Any) -> int:
+    return int(x.ndim) - (1 if x.dtype == torch.bool else 2)  # a mask has rows alone
+
+
+def _is_tensor(x: Any) -> bool:
+    return isinstance(x, torch.Tensor)
+
+
+def _defined(name: str, run: Any, fake: Any) -> Any:
+    op = torch.library.custom_op(
+        f"favorsharp_cuda::{name}", run, mutates_args=(), device_types="cuda", schema=SCHEMAS[name]
+    )
+    op.register_fake(fake)
+    op.register_vmap(_vmap_of(op))
+    return op
+
+
+attention_op = _defined("attention", attention, _fake_attention)
+attention_backward_op = _defined("attention_backward", attention_backward_, _fake_backward)
+key_state_op = _defined("key_state", key_state, _fake_state)
+exponential_features_op = _defined("exponential_features", exponential_features, _fake_features)
+exponential_features_backward_op = _defined(
+    "exponential_features_backward", exponential_features_backward_, _fake_features_backward
+)

@@ -1,0 +1,211 @@
+"""torch's side of the CUDA backend: operators, compilers, transforms and derivatives, on the CPU through the shim."""
+
+from dataclasses import replace
+
+import pytest
+from host_module import HostModule
+from problems import attention_problem, key_mask
+
+import favorsharp as fs
+from favorsharp import dispatch
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("cupy")
+import favorsharp_cuda  # noqa: E402
+from favorsharp_cuda import launch, operators, torch_ops  # noqa: E402
+
+pytestmark = pytest.mark.own_backend
+RUN = {
+    "attention": operators.attention,
+    "attention_backward": operators.attention_backward_,
+    "key_state": operators.key_state,
+    "exponential_features": operators.exponential_features,
+    "exponential_features_backward": operators.exponential_features_backward_,
+}
+OPS = {name: getattr(operators, f"{name}_op") for name in RUN}
+for name, op in OPS.items():
+    op.register_kernel("cpu")(RUN[name])  # the same functions, on the tensors that the shim can read
+
+MODES = [(False, 0), (True, 0), (False, 4), (True, 4)]
+
+
+@pytest.fixture(autouse=True)
+def on_the_host(monkeypatch):
+    """The backend takes tensors of the CPU, and the shim runs its kernels."""
+    kernels = [replace(kernel, devices=kernel.devices | {"cpu"}) for kernel in favorsharp_cuda.BACKEND.kernels]
+    monkeypatch.setattr(favorsharp_cuda, "BACKEND", replace(favorsharp_cuda.BACKEND, kernels=tuple(kernels)))
+    monkeypatch.setattr(launch, "module_class", HostModule)
+    dispatch.rediscover()
+    launch.forget()
+    torch._dynamo.reset()
+    yield
+    monkeypatch.undo()
+    dispatch.rediscover()
+    launch.forget()
+    torch._dynamo.reset()
+
+
+@pytest.fixture
+def problem():
+    q, k, v = (torch.asarray(x) for x in attention_problem(0, (2,), n=12, d=3, e=2))
+    mask = torch.asarray(key_mask(1, (2, 12), "holes"))
+    return q, k, v, mask, fs.feature_map(fs.fit(q, k), 5, rng=0)
+
+
+def leaves(*tensors):
+    return [x.clone().requires_grad_() for x in tensors]
+
+
+@pytest.mark.parametrize(("is_causal", "window"), MODES)
+def test_operators_are_what_torch_expects_of_them(problem, is_causal, window):
+    q, k, v, mask, fm = problem
+    given = (mask if is_causal else None, *operators.arrays_of(fm), *operators.options_of(fm, window, is_causal))
+    torch.library.opcheck(OPS["attention"], (q, k, v, *given))
+    out, stats = OPS["attention"](q, k, v, *given)
+    for of_map in (False, True):
+        torch.library.opcheck(
+            OPS["attention_backward"], (torch.ones_like(out), q, k, v, *given, out, stats), {"of_map": of_map}
+        )
+    if is_causal:
+        torch.library.opcheck(OPS["key_state"], (k, v, *given))
+
+
+def test_operators_of_features_are_too():
+    u = [torch.randn(shape) / 2 for shape in ((2, 5, 3), (1, 4, 3), (2, 5, 1), (1, 1, 4))]
+    torch.library.opcheck(OPS["exponential_features"], tuple(u))
+    torch.library.opcheck(OPS["exponential_features_backward"], (torch.ones(2, 5, 4), *u))
+
+
+@pytest.mark.parametrize(("is_causal", "window"), MODES)
+def test_derivatives_are_those_of_differences(problem, is_causal, window):
+    """Eagerly, and through the operators that compilers see; for the points and for every array of the map."""
+    *points, mask, fm = problem
+    given = leaves(*(x[:, :6] for x in points), *operators.arrays_of(fm))
+    mask = mask[:, :6]
+
+    def eager(q, k, v, *arrays):
+        own = operators.map_of(arrays, fm.parameters.scale, fm.parameters.kernel)
+        if not is_causal:
+            return torch_ops.attention(q, k, v, own, key_mask=mask, window=window)
+        out, state = torch_ops.causal_attention(q, k, v, own, key_mask=mask, window=window)
+        return out, state.kv, state.z
+
+    def traced(*given):
+        q, k, v, *arrays = given
+        options = operators.options_of(fm, window, is_causal)
+        return torch_ops._TracedAttention.apply(options, q, k, v, mask, *arrays)[0]
+
+    assert torch.autograd.gradcheck(eager, given, fast_mode=True)
+    assert torch.autograd.gradcheck(traced, given, fast_mode=True)
+
+
+def test_derivatives_of_features_are_those_of_differences():
+    u = leaves(*(torch.randn(shape, dtype=torch.float64) / 2 for shape in ((2, 5, 3), (1, 4, 3), (2, 5, 1), (1, 1, 4))))
+    assert torch.autograd.gradcheck(torch_ops.exponential_features, u)
+    assert torch.autograd.gradcheck(torch_ops._TracedFeatures.apply, u)
+
+
+@pytest.mark.parametrize(("is_causal", "window"), MODES)
+def test_a_compiled_call_is_one_graph_and_trains(problem, is_causal, window):
+    q, k, v, mask, fm = problem
+    given = leaves(q, k, v, fm.rows)
+
+    def call(q, k, v, rows):
+        return fs.linear_attention(q, k, v, replace(fm, rows=rows), is_causal=is_causal, window=window, key_mask=mask)
+
+    with fs.use("cuda"), dispatch.watch() as calls:
+        compiled = torch.compile(call, fullgraph=True, backend="aot_eager")(*given)
+        eager = call(*given)
+    op = "causal_attention" if is_causal else "attention"
+    assert set(calls) == {(op, "cuda")}
+    weight = torch.randn_like(eager)
+    torch.testing.assert_close(compiled, eager)
+    torch.testing.assert_close(torch.autograd.grad(compiled, given, weight), torch.autograd.grad(eager, given, weight))
+
+
+def test_a_compiled_call_without_gradients(problem):
+    q, k, v, _, fm = problem
+    with fs.use("cuda"):
+        call = torch.compile(
+            lambda q, k, v: fs.linear_attention(q, k, v, fm, is_causal=True, return_state=True),
+            fullgraph=True,
+            backend="aot_eager",
+        )
+        out, state = call(q, k, v)
+        want, kept = fs.linear_attention(q, k, v, fm, is_causal=True, return_state=True)
+    torch.testing.assert_close((out, state.kv, state.z, state.c), (want, kept.kv, kept.z, kept.c))
+
+
+def test_transforms_of_torch(problem):
+    q, k, v, mask, fm = problem
+
+    def loss(q, k):
+        return fs.linear_attention(q, k, v[0], fm, key_mask=mask[1]).square().sum()
+
+    with fs.use("cuda"):
+        found = torch.func.vmap(torch.func.grad(loss, argnums=(0, 1)), in_dims=(0, None))(q, k[0])
+    with fs.use("reference"):
+        want = torch.func.vmap(torch.func.grad(loss, argnums=(0, 1)), in_dims=(0, None))(q, k[0])
+    torch.testing.assert_close(found, want)
+
+
+def test_forward_mode_and_second_derivatives_are_refused(problem):
+    q, k, v, _, fm = problem
+    with fs.use("cuda"):
+        with pytest.raises(NotImplementedError, match="jvp"):
+            torch.func.jvp(lambda q: fs.linear_attention(q, k, v, fm), (q,), (q,))
+        with torch.autograd.forward_ad.dual_level(), pytest.raises(NotImplementedError, match="jvp"):
+            fs.linear_attention(torch.autograd.forward_ad.make_dual(q, q), k, v, fm)
+        (x,) = leaves(q)
+        (first,) = torch.autograd.grad(fs.linear_attention(x, k, v, fm).square().sum(), x, create_graph=True)
+        with pytest.raises(RuntimeError, match="once_differentiable"):
+            torch.autograd.grad(first.sum(), x)
+        with pytest.raises(NotImplementedError, match="no second derivatives"):
+            torch.func.hessian(lambda q: fs.linear_attention(q, k[0], v[0], fm).sum(), argnums=0)(q[0])
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
+@pytest.mark.parametrize(("is_causal", "window"), MODES)
+def test_fake_tensors_of_a_gpu(problem, is_causal, window, dtype):
+    """Shapes, dtypes and devices of results, for tensors that this machine could not even hold."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    *points, _, fm = problem
+    wide = torch.float64 if dtype == "float64" else torch.float32
+    with FakeTensorMode(), fs.use("cuda"):
+        points = [torch.empty((2, *x.shape), dtype=getattr(torch, dtype), device="cuda") for x in points]
+        arrays = [torch.empty(x.shape, dtype=wide, device="cuda") for x in operators.arrays_of(fm)]
+        own = operators.map_of(arrays, 1.0, "softmax")
+        out = fs.linear_attention(*points, own, is_causal=is_causal, window=window)
+        assert (out.shape, out.dtype, out.device.type) == ((2, 2, 12, 2), points[0].dtype, "cuda")
+        options = operators.options_of(own, window, is_causal)
+        stats = torch.empty((2, 2, 12, 2), dtype=wide, device="cuda")
+        found = OPS["attention_backward"](out, *points, None, *arrays, *options, out, stats, of_map=True)
+        assert [x.shape for x in found[:3]] == [x.shape for x in points]
+        assert [x.dtype for x in found] == [points[0].dtype] * 3 + [wide] * 10
+
+
+def test_a_map_changed_in_place_is_packed_again(problem):
+    q, k, v, _, fm = problem
+    arrays = [x.clone() for x in operators.arrays_of(fm)]
+    options = operators.options_of(fm, 0, False)
+    before, _ = OPS["attention"](q, k, v, None, *arrays, *options)
+    again, _ = OPS["attention"](q, k, v, None, *arrays, *options)
+    arrays[0].mul_(1.5)
+    after, _ = OPS["attention"](q, k, v, None, *arrays, *options)
+    assert torch.equal(before, again)
+    assert not torch.allclose(before, after)
+    assert len(operators._maps) <= operators.MAPS_KEPT
+
+
+def test_gradients_reach_a_call_through_the_state_of_another(problem):
+    def run(backend):
+        q, k, v, _, fm = problem
+        given = leaves(q, k, v)
+        with fs.use(*backend):
+            first, second = ([x[:, s] for x in given] for s in (slice(0, 7), slice(7, None)))
+            _, state = fs.linear_attention(*first, fm, is_causal=True, return_state=True, window=2)
+            out = fs.linear_attention(*second, fm, is_causal=True, state=state, window=2)
+        return torch.autograd.grad(out.square().sum(), given)
+
+    torch.testing.assert_close(run(("cuda",)), run(("reference",)))
