@@ -598,8 +598,10 @@ def call_signature(
     `with_layout` adds how arrays lie in memory, and `known` what is known of further arguments.
     """
     mode = mode_of_library()
-    held = getattr(feature_map, "arrays", None)
-    if mode is None or held is None or known is None or _calls.get() is not None:
+    if mode is None or known is None or _calls.get() is not None:
+        return None
+    held = getattr(feature_map, "arrays", None)  # after the mode: a compiler cannot follow a cached property
+    if held is None:
         return None
     signature: list[Hashable] = [mode, _wish.get(), os.environ.get(VARIABLE), stamps_of(held), known]
     for x in arguments:

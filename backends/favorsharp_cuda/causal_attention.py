@@ -3,11 +3,11 @@
 from dataclasses import replace
 from typing import Any
 
-from favorsharp._arrays import broadcast_shapes
+from favorsharp._arrays import broadcast_shapes, namespace_of
 from favorsharp.ops.state import State, num_leaving, with_recent
 from favorsharp_cuda import arrays, plain
 from favorsharp_cuda.problem import key_batch_of
-from favorsharp_cuda.state import fitting
+from favorsharp_cuda.state import fitting, recent_of
 
 
 def causal_attention(
@@ -53,12 +53,12 @@ def _attend(
         state = State(kv=kv, z=z, c=c, window=window, **nothing, fingerprint=None)
     recent: dict[str, Any] = {}
     if window:
-        keys, values, mask = with_recent(state, k, v, key_mask)
-        recent = {
-            "recent_k": keys[..., limit:, :],
-            "recent_v": values[..., limit:, :],
-            "recent_mask": mask[..., limit:],
-        }
+        if before:
+            k, v, key_mask = with_recent(state, k, v, key_mask)
+        elif key_mask is None:
+            xp = namespace_of(k)
+            key_mask = xp.ones_like(k[..., 0], dtype=xp.bool)
+        recent = recent_of(k[..., limit:, :], v[..., limit:, :], key_mask[..., limit:])
     return arrays.cast(out, dtype), replace(state, kv=kv, z=z, c=c, **recent)
 
 

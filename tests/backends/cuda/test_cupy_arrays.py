@@ -1,0 +1,190 @@
+"""Every op on real cupy.ndarray objects over host memory: dispatch, allocation and launches are the library's own, and
+only the module of compiled kernels is the shim's.
+"""
+
+import ctypes
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from host_module import HostModule
+from problems import attention_problem, key_mask
+
+import favorsharp as fs
+from favorsharp import dispatch
+from favorsharp.ops.attention import attention
+from favorsharp.ops.causal_attention import causal_attention
+from favorsharp.ops.exponential_features import exponential_features
+from favorsharp.ops.kernel_matvec import kernel_matvec
+from favorsharp.ops.state import decode_step, empty_state, read, update
+from favorsharp.ops.vjp import attention_vjp, exponential_features_vjp
+
+cupy = pytest.importorskip("cupy")
+torch = pytest.importorskip("torch")
+from favorsharp.features.folding import fold  # noqa: E402
+from favorsharp_cuda import arrays, launch, maps  # noqa: E402
+
+pytestmark = pytest.mark.own_backend
+PARAMETERS = ("a", "g1", "g2", "center_x", "center_y")
+
+
+def host_memory(size):
+    """What CuPy takes for memory of device 0."""
+    host = np.full(size + 512, 0xFF, np.uint8)  # floats are NaN until they are written
+    start = (host.ctypes.data + 511) // 512 * 512
+    return cupy.cuda.MemoryPointer(cupy.cuda.UnownedMemory(start, size, host, 0), 0)
+
+
+def seen(x):
+    """The numbers of a cupy.ndarray over host memory, wherever they lie."""
+    base = np.frombuffer((ctypes.c_ubyte * max(1, x.base.nbytes if x.base is not None else x.nbytes)).from_address(
+        (x.base if x.base is not None else x).data.ptr), np.uint8)  # fmt: skip
+    offset = x.data.ptr - (x.base if x.base is not None else x).data.ptr
+    return np.ndarray(x.shape, x.dtype, base, offset, x.strides)
+
+
+def np_of(x):
+    return seen(x) if isinstance(x, cupy.ndarray) else x
+
+
+def put(x):
+    x = np.asarray(x)
+    made = cupy.empty(x.shape, x.dtype)
+    if x.size:
+        seen(made)[...] = x
+    return made
+
+
+@pytest.fixture(autouse=True)
+def over_host_memory(monkeypatch):
+    monkeypatch.setattr(launch, "module_class", HostModule)
+    # copies between host and device go through the driver, and so do sums of CuPy's own; the rest is as on a GPU
+    monkeypatch.setattr(maps, "fold", lambda feature_map: fold(placed(feature_map, np_of)))
+    monkeypatch.setattr(arrays, "upload", lambda like, host: put(host) if isinstance(like, cupy.ndarray) else host)
+    before = cupy.cuda.get_allocator()
+    cupy.cuda.set_allocator(host_memory)
+    launch.forget()
+    yield
+    cupy.cuda.set_allocator(before)
+    launch.forget()
+
+
+def placed(feature_map, make):
+    """A feature map with its arrays put elsewhere."""
+    p = replace(feature_map.parameters, **{name: make(getattr(feature_map.parameters, name)) for name in PARAMETERS})
+    own = {name: make(getattr(feature_map, name)) for name in ("rows", "log_weight", "projection")}
+    return replace(feature_map, parameters=p, **own)
+
+
+class Problem:
+    def __init__(self, batch=(2,), n=20):
+        self.host = attention_problem(0, batch, n=n, d=4, e=3)
+        self.mask = key_mask(1, (*batch, n), "holes")
+        self.map = fs.feature_map(fs.fit(*self.host[:2]), 6, rng=0)
+        self.points = [put(x) for x in self.host]
+        self.gpu_map = placed(self.map, put)
+
+    def reference(self, op, *given, **options):
+        return op.reference(*given, **options)
+
+
+def run(op, *given, **options):
+    with fs.use("cuda"), dispatch.watch() as calls:
+        result = op(*given, **options)
+    assert set(calls) == {(op.name, "cuda")}
+    return result
+
+
+def close(got, want):
+    assert isinstance(got, cupy.ndarray)
+    assert got.shape == tuple(want.shape)
+    np.testing.assert_allclose(seen(got), np.asarray(want), rtol=1e-10, atol=1e-12)
+
+
+MODES = [{}, {"window": 4}]
+
+
+@pytest.mark.parametrize("options", MODES, ids=str)
+def test_attention(options):
+    p = Problem()
+    got = run(attention, *p.points, p.gpu_map, key_mask=put(p.mask), **options)
+    close(got, attention.reference(*p.host, p.map, key_mask=p.mask, **options))
+
+
+def test_causal_attention_and_its_state():
+    p = Problem()
+    got, state = run(causal_attention, *p.points, p.gpu_map, key_mask=put(p.mask))
+    want, kept = causal_attention.reference(*p.host, p.map, key_mask=p.mask)
+    close(got, want)
+    for name in ("kv", "z", "c"):
+        close(getattr(state, name), getattr(kept, name))
+
+
+def test_streaming():
+    p = Problem()
+    q, k, v = p.host
+    empty = empty_state(p.map, (2,), 4, 3, 0, k[..., :0, :])
+    state = replace(
+        empty, **{f: put(getattr(empty, f)) for f in ("kv", "z", "c", "recent_k", "recent_v", "recent_mask")}
+    )
+    state = run(update, state, p.points[1], p.points[2], p.gpu_map)
+    kept = update.reference(empty, k, v, p.map)
+    close(state.kv, kept.kv)
+    close(run(read, state, p.points[0], p.gpu_map), read.reference(kept, q, p.map))
+    token = [put(x[:, :1]) for x in p.host]
+    out, after = run(decode_step, *token, state, p.gpu_map)
+    want, last = decode_step.reference(*(x[:, :1] for x in p.host), kept, p.map)
+    close(out, want)
+    close(after.z, last.z)
+
+
+def test_kernel_matvec_and_features():
+    p = Problem()
+    close(run(kernel_matvec, *p.points, p.gpu_map), kernel_matvec.reference(*p.host, p.map))
+    u, rows, row, column = _features()
+    got = run(exponential_features, *(put(x) for x in (u, rows, row, column)))
+    close(got, exponential_features.reference(u, rows, row, column))
+
+
+def _features():
+    rng = np.random.default_rng(0)
+    return [rng.standard_normal(shape) / 2 for shape in ((2, 9, 4), (6, 4), (2, 9, 1), (1, 6))]
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("options", MODES, ids=str)
+def test_gradients_of_attention(options, is_causal):
+    p = Problem()
+    options = {"is_causal": is_causal, "of_map": True, **options}
+    out, pullback = run(attention_vjp, *p.points, p.gpu_map, key_mask=put(p.mask), **options)
+    weight = np.random.default_rng(1).standard_normal(out.shape)
+    given = [torch.asarray(x) for x in p.host]
+    want, pull = attention_vjp.reference(
+        *given, placed(p.map, torch.asarray), key_mask=torch.asarray(p.mask), **options
+    )
+    close(out, want)
+    for got, expected in zip(pullback(put(weight)), pull(torch.asarray(weight)), strict=True):
+        close(got, expected)
+
+
+def test_gradients_of_features():
+    u = _features()
+    out, pullback = run(exponential_features_vjp, *(put(x) for x in u))
+    weight = np.random.default_rng(1).standard_normal(out.shape)
+    want, pull = exponential_features_vjp.reference(*(torch.asarray(x) for x in u))
+    close(out, want)
+    for got, expected in zip(pullback(put(weight)), pull(torch.asarray(weight)), strict=True):
+        close(got, expected)
+
+
+def test_the_public_vjp():
+    p = Problem()
+    with fs.use("cuda"):
+        out, pullback = fs.vjp(fs.linear_attention, *p.points, p.gpu_map, is_causal=True)
+        found = pullback(put(np.ones(out.shape)))
+    want, pull = fs.vjp(
+        fs.linear_attention, *(torch.asarray(x) for x in p.host), placed(p.map, torch.asarray), is_causal=True
+    )
+    close(out, want)
+    for got, expected in zip(found, pull(torch.ones_like(want)), strict=True):
+        close(got, expected)
