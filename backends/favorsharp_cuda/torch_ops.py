@@ -155,7 +155,7 @@ class _Attention(torch.autograd.Function):
 
 def _compiling() -> bool:
     """Whether a compiler traces: it cannot follow one Function into another, and refuses second derivatives itself."""
-    return torch.compiler.is_compiling()
+    return bool(torch.compiler.is_compiling())
 
 
 class _TracedFeatures(torch.autograd.Function):
