@@ -4,6 +4,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 
+# What a wheel is tried with: the least that pyproject.toml asks for, and the newest Python found here with what it gets.
+OLDEST := 'numpy==2.0.0' 'array-api-compat==1.12.0'
+NEWEST ?= $(shell for p in python3.14 python3.13 python3.12 \
+	$$(ls -d "$$(pyenv root 2>/dev/null)"/versions/3.1[2-9]*/bin/python3 2>/dev/null | sort -Vr) $(PYTHON); \
+	do $$p -c '' 2>/dev/null && echo $$p && break; done)
+
 .PHONY: help demo test test-slow bench lint types layers docs wheel-check gpu-check clean
 
 help:
@@ -62,9 +68,12 @@ docs: $(VENV)/docs
 wheel-check: $(VENV)/test
 	rm -rf dist
 	$(BIN)/python -m build --quiet --wheel
-	$(PYTHON) -m venv --clear dist/venv
-	dist/venv/bin/python -m pip --disable-pip-version-check install --quiet dist/*.whl
-	cd dist && venv/bin/python ../tests/wheel_smoke.py
+	$(PYTHON) -m venv --clear dist/oldest
+	dist/oldest/bin/python -m pip --disable-pip-version-check install --quiet dist/*.whl $(OLDEST)
+	cd dist && oldest/bin/python ../tests/wheel_smoke.py
+	$(NEWEST) -m venv --clear dist/newest
+	dist/newest/bin/python -m pip --disable-pip-version-check install --quiet dist/*.whl
+	cd dist && newest/bin/python ../tests/wheel_smoke.py
 
 gpu-check: $(VENV)/test
 	@$(BIN)/python tests/gpu_check.py

@@ -32,7 +32,12 @@ suppress_warnings = ["config.cache"]  # the gallery's settings hold functions
 html_theme = "pydata_sphinx_theme"
 html_title = "favorsharp"
 html_static_path = ["_static"]
-html_theme_options = {"show_prev_next": False, "secondary_sidebar_items": ["page-toc"], "navigation_with_keys": False}
+html_theme_options = {
+    "show_prev_next": False,
+    "secondary_sidebar_items": ["page-toc"],
+    "navigation_with_keys": False,
+    "header_links_before_dropdown": 8,
+}
 
 sphinx_gallery_conf = {
     "examples_dirs": "gallery",

@@ -38,4 +38,5 @@ run = subprocess.run([command, "info"], capture_output=True, text=True, check=Fa
 assert run.returncode == 2, run
 assert run.stderr.strip().count("\n") == 0, run.stderr
 assert "pip install 'favorsharp[cli]'" in run.stderr, run.stderr
-print(f"wheel: favorsharp {fs.__version__} on numpy {np.__version__}, attention error {error:.3f}")
+python = sys.version.split()[0]
+print(f"wheel: favorsharp {fs.__version__} on Python {python}, numpy {np.__version__}, attention error {error:.3f}")

@@ -149,23 +149,25 @@ def main(
 
 
 def _main_table(names, bounds, widths, found) -> list[str]:
+    means = {(name, method): summary(found[name, method, "orthogonal"]) for name in names for method in METHODS}
+    best = {name: max(means[name, method][0] for method in METHODS) for name in names}
     rows = []
-    for name in names:
-        _, top, bottom = bounds[name]
-        means = {method: summary(found[name, method, "orthogonal"]) for method in METHODS}
-        best = max(mean for mean, _ in means.values())
-        cells = [
-            f"**{mean:.1f}** ± {se:.1f}" if mean == best else f"{mean:.1f} ± {se:.1f}" for mean, se in means.values()
-        ]
-        rows.append([name, f"{top:.1f}", f"{bottom:.1f}", *cells])
-    averages = [np.mean([found[name, method, "orthogonal"] for name in names], axis=0) for method in METHODS]
-    cells = [f"{mean:.1f} ± {se:.1f}" for mean, se in map(summary, averages)]
-    rows.append(["**mean**", *(f"{np.mean([bounds[name][i] for name in names]):.1f}" for i in (1, 2)), *cells])
+    for title, place in (("exact", 1), ("majority", 2)):
+        values = [bounds[name][place] for name in names]
+        rows.append([title, *(f"{value:.1f}" for value in values), f"{np.mean(values):.1f}"])
+    for method in METHODS:
+        cells = []
+        for name in names:
+            mean, error = means[name, method]
+            cells.append(f"**{mean:.1f}** ± {error:.1f}" if mean == best[name] else f"{mean:.1f} ± {error:.1f}")
+        mean, error = summary(np.mean([found[name, method, "orthogonal"] for name in names], axis=0))
+        rows.append([f"`{method}`", *cells, f"{mean:.1f} ± {error:.1f}"])
     lines = ["**Per cent right on the test rows, orthogonal draws: mean ± standard error over the draws**", ""]
-    lines += table(["data", "exact", "majority", *(f"`{m}`" for m in METHODS)], rows)
-    rows = [[name, f"{bounds[name][0]:.3g}", *(f"{widths[name, m]:.3g}" for m in METHODS)] for name in names]
+    lines += table(["", *names, "mean"], rows)
+    rows = [["exact", *(f"{bounds[name][0]:.3g}" for name in names)]]
+    rows += [[f"`{method}`", *(f"{widths[name, method]:.3g}" for name in names)] for method in METHODS]
     lines += ["**The factor chosen for standardised points**", ""]
-    return lines + table(["data", "exact", *(f"`{m}`" for m in METHODS)], rows)
+    return lines + table(["", *names], rows)
 
 
 def _draws_table(names, found) -> list[str]:
@@ -178,16 +180,20 @@ def _draws_table(names, found) -> list[str]:
 
 
 def _comparison(names, anchored, whole) -> list[str]:
+    ours = {
+        "exact": [exact(whole[name], PUBLISHED_WIDTHS[name]) for name in names],
+        "majority": [100 * whole[name].majority for name in names],
+        **{f"`{method}`": [anchored[name, method].mean() for name in names] for method in COMPARED},
+    }
     rows = []
-    for name in names:
-        theirs = INDEPENDENT[name]
-        pairs = [(exact(whole[name], PUBLISHED_WIDTHS[name]), theirs[0]), (100 * whole[name].majority, theirs[1])]
-        pairs += [(anchored[name, method].mean(), there) for method, there in zip(COMPARED, theirs[2:], strict=True)]
-        rows.append([name, *(f"{ours:.1f} / {there:.1f}" for ours, there in pairs)])
+    for place, (title, values) in enumerate(ours.items()):
+        theirs = [INDEPENDENT[name][place] for name in names]
+        pairs = zip([*values, np.mean(values)], [*theirs, np.mean(theirs)], strict=True)
+        rows.append([title, *(f"{here:.1f} / {there:.1f}" for here, there in pairs)])
     return [
         "**The protocol without validation: this run / the independent one**",
         "",
-        *table(["data", "exact", "majority", *(f"`{m}`" for m in COMPARED)], rows),
+        *table(["", *names, "mean"], rows),
     ]
 
 
