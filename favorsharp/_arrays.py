@@ -70,7 +70,8 @@ def is_traced(x: Array) -> bool:
     """Whether x stands for values that are not known yet, so that no decision may depend on them.
 
     torch arrays under `torch.compile`, functorch transforms, `meta` tensors, and subclasses that carry their numbers
-    elsewhere (fake tensors, DTensors: a kernel would read through a pointer to nothing); JAX tracers; lazy arrays.
+    elsewhere (fake tensors, DTensors: a kernel would read through a pointer to nothing), or that carry a tangent, which a
+    kernel would lose; JAX tracers; lazy arrays.
     """
     if array_api_compat.is_torch_array(x):
         torch = sys.modules["torch"]
@@ -80,10 +81,16 @@ def is_traced(x: Array) -> bool:
             x.device.type == "meta"
             or type(x).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__
             or torch._C._functorch.peek_interpreter_stack() is not None
+            or (in_forward_mode(torch) and torch.autograd.forward_ad.unpack_dual(x).tangent is not None)
         )
     if array_api_compat.is_jax_array(x):
         return isinstance(x, sys.modules["jax"].core.Tracer)
     return bool(array_api_compat.is_lazy_array(x))
+
+
+def in_forward_mode(torch: Any) -> bool:
+    """Whether torch is inside `torch.autograd.forward_ad.dual_level()`."""
+    return bool(torch.autograd.forward_ad._current_level >= 0)
 
 
 def signature_of(x: Any, *, with_layout: bool = False) -> Any:
@@ -118,7 +125,11 @@ def mode_of_library() -> Any:
     torch = sys.modules.get("torch")
     if torch is None:
         return False
-    if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or in_forward_mode(torch)
+    ):
         return None
     return bool(torch.is_grad_enabled()), bool(torch.is_inference_mode_enabled())
 

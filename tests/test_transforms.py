@@ -87,6 +87,24 @@ def test_functional_gradients_agree(options):
     np.testing.assert_allclose(function(arrays[1]), x.grad, atol=1e-9)
 
 
+@pytest.mark.parametrize("options", MODES, ids=str)
+def test_forward_mode_derivatives_are_never_lost(options):
+    """Kernels read numbers alone, and would drop a tangent without a word."""
+    torch, (q, k, v) = torch_problem(n=9)
+    forward_ad = torch.autograd.forward_ad
+    fm = fs.feature_map(fs.fit(q, k), 8, rng=0)
+    fs.linear_attention(q, k, v, fm, **options)  # a call without a tangent comes first, and is remembered
+    for needs_gradient in (False, True):
+        with forward_ad.dual_level():
+            x = forward_ad.make_dual(k.clone().requires_grad_(needs_gradient), torch.ones_like(k))
+            tangent = forward_ad.unpack_dual(fs.linear_attention(q, x, v, fm, **options)).tangent
+        step = 1e-6
+        ahead, behind = (fs.linear_attention(q, k + s * step, v, fm, **options) for s in (1, -1))
+        torch.testing.assert_close(tangent, (ahead - behind) / (2 * step), rtol=1e-5, atol=1e-7)
+    functional = torch.func.jvp(lambda k: fs.linear_attention(q, k, v, fm, **options), (k,), (torch.ones_like(k),))[1]
+    torch.testing.assert_close(functional, tangent)
+
+
 def test_gradient_does_not_flow_through_the_fit_of_one_call():
     torch, (q, k, v) = torch_problem(n=9)
     fm = fs.feature_map(fs.fit(q, k), 8, rng=0)

@@ -42,7 +42,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 TRAINED_ON = ("sklearn", "numpy", "matplotlib")
 MEASURED_ON = ("dask", "jax", "pandas")
-LENGTH = 128
+LENGTH = 96
 """Tokens of a piece of text: whole pieces, so that nothing is padded."""
 TITLES = {"posrf": "FAVOR+", "oprf": "FAVOR++", "saderf": "FAVOR# (SADERF)", "sderf": "FAVOR# (SDERF)"}
 
@@ -168,7 +168,7 @@ def captured(ids: torch.Tensor) -> list[tuple[torch.Tensor, ...]]:
 def fits(text: dict[str, torch.Tensor], features: int, draws: int, report: Any) -> dict[str, Any]:
     """Error of the heads' outputs on held-out text with maps frozen on other text, a layer at a time."""
     errors: dict[str, list[float]] = {}
-    seen = zip(captured(text["calibration"]), captured(text["held out"][:16]), strict=True)
+    seen = zip(captured(text["calibration"]), captured(text["held out"]), strict=True)
     for layer, (sample, (q, k, v)) in enumerate(seen):
         exact = fs.softmax_attention(q, k, v)
 
@@ -181,7 +181,7 @@ def fits(text: dict[str, torch.Tensor], features: int, draws: int, report: Any) 
             fitted = fs.fit(*sample[:2], axis=(0, -2), weighting=weighting)
             found[f"optimal, weighting {weighting:g}"] = one(fitted)
         batches = list(zip(*(x.split(4) for x in sample), strict=True))
-        refined = refine(found["optimal"], batches, num_features=features, steps=200, rng=layer)
+        refined = refine(found["optimal"], batches, num_features=features, steps=150, rng=layer)
         found["optimal, refined"] = refined.parameters
         for name, parameters in found.items():
             errors.setdefault(name, []).append(error(parameters))
@@ -248,9 +248,9 @@ def main(
         tokenizer = AutoTokenizer.from_pretrained(folder())
         text = {
             "training": pieces(tokenizer, TRAINED_ON, 2 * steps),
-            "held out": pieces(tokenizer, MEASURED_ON, 48),
+            "held out": pieces(tokenizer, MEASURED_ON, 24),
         }
-        text["calibration"] = text["training"][:32]
+        text["calibration"] = text["training"][:16]
         teacher = encoder("sdpa")
         exact = {name: states(teacher, ids) for name, ids in text.items()}
     for name in asked:
