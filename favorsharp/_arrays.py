@@ -70,8 +70,8 @@ def is_traced(x: Array) -> bool:
     """Whether x stands for values that are not known yet, so that no decision may depend on them.
 
     torch arrays under `torch.compile`, functorch transforms, `meta` tensors, and subclasses that carry their numbers
-    elsewhere (fake tensors, DTensors: a kernel would read through a pointer to nothing), or that carry a tangent, which a
-    kernel would lose; JAX tracers; lazy arrays.
+    elsewhere (fake tensors, DTensors: a kernel would read through a pointer to nothing), and those with a tangent,
+    which a kernel would lose; JAX tracers; lazy arrays.
     """
     if array_api_compat.is_torch_array(x):
         torch = sys.modules["torch"]

@@ -2,8 +2,8 @@
 Fine-tune back
 ==============
 
-Features estimate attention, and a model that was trained with exact attention notices. Two ways to get the quality back,
-one after the other: refine the map, which leaves the model alone, and train the model on its own former outputs.
+Features estimate attention, and a model that was trained with exact attention notices. Two ways to get the quality
+back, one after the other: refine the map, which leaves the model alone, and train the model on its own former outputs.
 """
 
 import copy
@@ -27,7 +27,7 @@ torch.manual_seed(0)
 
 q, k, v = (torch.from_numpy(x[:3].astype("float32")) for x in load_sample())
 parameters = fs.fit(q[:, :256], k[:, :256])
-found = refine(parameters, (q, k, v), num_features=32, steps=60, rng=0)
+found = refine(parameters, (q, k, v), num_features=32, steps=100, rng=0)
 print("held-out error before", found.before.numpy().round(3))
 print("                after", found.after.numpy().round(3))
 
@@ -62,8 +62,8 @@ student.self_attn = MultiheadAttention.from_torch(teacher.self_attn, num_feature
 held_out = data(16)
 optimizer = torch.optim.Adam(student.parameters(), lr=3e-3)
 errors = []
-for step in range(81):
-    if step % 8 == 0:
+for step in range(161):
+    if step % 16 == 0:
         with torch.no_grad():
             want = teacher(held_out)
             errors.append((step, float((student(held_out) - want).norm() / want.norm())))
