@@ -268,5 +268,5 @@ def differentiate(
         return result
     raise TypeError(
         f"{library} arrays cannot be differentiated by their own library, and no backend that can is installed; "
-        "accepted: NumPy arrays with favorsharp[cpu], torch tensors, JAX arrays"
+        "accepted: NumPy arrays with favorsharp[cpu], CuPy arrays with favorsharp[cuda13], torch tensors, JAX arrays"
     )

@@ -19,7 +19,8 @@ _NAMES = ("exponential_features", "linear_attention")
 def vjp(function: Any, *arguments: Any, **options: Any) -> tuple[Array, Pullback]:
     """The result of a function, and the function that takes a gradient of it back to its arguments.
 
-    NumPy pipelines can train with it: the gradients are computed by backward kernels, which need `favorsharp[cpu]`.
+    NumPy and CuPy pipelines can train with it: the gradients are computed by backward kernels, which need
+    `favorsharp[cpu]` or `favorsharp[cuda13]`.
     torch and JAX arrays are taken too, though these libraries differentiate `linear_attention` by themselves.
 
     Parameters

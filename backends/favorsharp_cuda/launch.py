@@ -62,7 +62,11 @@ def on_stream_of(like: Any) -> AbstractContextManager[Any]:
     import torch
 
     stream = torch.cuda.current_stream(like.device)
-    return _Both(cupy.cuda.Device(like.device.index), cupy.cuda.ExternalStream(stream.cuda_stream, like.device.index))
+    if hasattr(cupy.cuda.Stream, "from_external") and hasattr(stream, "__cuda_stream__"):  # CuPy 14 on
+        current = cupy.cuda.Stream.from_external(stream)
+    else:
+        current = cupy.cuda.ExternalStream(stream.cuda_stream, like.device.index)
+    return _Both(cupy.cuda.Device(like.device.index), current)
 
 
 class _Both:

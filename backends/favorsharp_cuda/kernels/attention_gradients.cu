@@ -256,7 +256,7 @@ template <class T, int W> struct Sweep {
 
 // A block has a segment of readers, and slice after slice; or, for what segments hold, a segment of the other side (the
 // points that enter the sums between its first reader and its last) and one slice.
-template <class T, int W> GRADIENT_KERNEL gradient_sweep(ARGUMENT Gradients g) {
+template <class T, int W> KERNEL(GRADIENT_BOUNDS) gradient_sweep(ARGUMENT Gradients g) {
   typedef Sweep<T, W> S;
   SHARED_MEMORY(raw);
   const bool only_states = g.only_states != 0, backwards = g.backwards != 0;
@@ -310,7 +310,7 @@ template <class T, int W> GRADIENT_KERNEL gradient_sweep(ARGUMENT Gradients g) {
 }
 
 // The states of segments become those of all segments before (after, where backwards), or of all: a thread a number.
-template <class A> GRADIENT_KERNEL gradient_scan(ARGUMENT Gradients g) {
+template <class A> KERNEL(GRADIENT_BOUNDS) gradient_scan(ARGUMENT Gradients g) {
   const State at = {(int)g.slice, (int)g.width};
   const int numbers = at.size() - at.last();
   const i64 thread = (i64)blockIdx.x * GRADIENT_THREADS + threadIdx.x;

@@ -3,7 +3,7 @@ namespace favorsharp {
 
 // A block has a segment of the points of one head, and slice after slice of its features. q, k, v and out are u, W, row
 // and column; dq, query_slopes and map_sums take the gradients of u, row, and W beside column, of every segment.
-template <class T, int W> GRADIENT_KERNEL exponential_features_gradients(ARGUMENT Gradients g) {
+template <class T, int W> KERNEL(GRADIENT_BOUNDS) exponential_features_gradients(ARGUMENT Gradients g) {
   typedef typename Computing<T>::type A;
   constexpr int C = GRADIENT_ROWS, M = Slice<A, W>::SIZE, P = W + 4, Q = M + 4;
   constexpr int EXPONENT = Planes<T>::EXPONENT, VALUE = Planes<T>::VALUE;

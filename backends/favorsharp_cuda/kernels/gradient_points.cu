@@ -26,7 +26,7 @@ template <class T, int W> struct Factors {
 };
 
 // What a sweep needs of every point of one side (g.keys_read): a block a tile.
-template <class T, int W> GRADIENT_KERNEL gradient_factors(ARGUMENT Gradients g) {
+template <class T, int W> KERNEL(GRADIENT_BOUNDS) gradient_factors(ARGUMENT Gradients g) {
   typedef Factors<T, W> F;
   typedef typename F::A A;
   SHARED_MEMORY(raw);
@@ -99,7 +99,7 @@ struct Members {
 };
 
 // The gradient of points from that of z = alpha x - center and of the factor: a block a tile of target.
-template <class T, int W> GRADIENT_KERNEL gradient_points(ARGUMENT Gradients g) {
+template <class T, int W> KERNEL(GRADIENT_BOUNDS) gradient_points(ARGUMENT Gradients g) {
   typedef Factors<T, W> F;
   typedef typename F::A A;
   SHARED_MEMORY(raw);
@@ -157,7 +157,7 @@ template <class T, int W> GRADIENT_KERNEL gradient_points(ARGUMENT Gradients g) 
 }
 
 // Target, in its own dtype, as sums over the heads that it was broadcast to: a thread a number.
-template <class T> GRADIENT_KERNEL sum_members(ARGUMENT Gradients g) {
+template <class T> KERNEL(GRADIENT_BOUNDS) sum_members(ARGUMENT Gradients g) {
   typedef typename Computing<T>::type A;
   const i64 number = (i64)blockIdx.x * GRADIENT_THREADS + threadIdx.x, size = g.num_rows * g.num_columns;
   if (number >= g.targets * size) return;
@@ -171,7 +171,7 @@ template <class T> GRADIENT_KERNEL sum_members(ARGUMENT Gradients g) {
 
 // Sums over the points of a segment of the factors' gradients times the point's products, times the point, and alone:
 // a block has 32 rows of the products. Of the side that g.keys_read says.
-template <class T, int W> GRADIENT_KERNEL gradient_factor_sums(ARGUMENT Gradients g) {
+template <class T, int W> KERNEL(GRADIENT_BOUNDS) gradient_factor_sums(ARGUMENT Gradients g) {
   typedef typename Computing<T>::type A;
   constexpr int C = GRADIENT_ROWS, P = W + 4, PARTS = W / 32, SIZE = W * W + W + 1;
   SHARED_MEMORY(raw);
@@ -216,7 +216,7 @@ template <class T, int W> GRADIENT_KERNEL gradient_factor_sums(ARGUMENT Gradient
 }
 
 // Sums over segments, (outer, segments, inner) to (outer, inner): a thread a number.
-template <class A> GRADIENT_KERNEL sum_segments(ARGUMENT Gradients g) {
+template <class A> KERNEL(GRADIENT_BOUNDS) sum_segments(ARGUMENT Gradients g) {
   const i64 number = (i64)blockIdx.x * GRADIENT_THREADS + threadIdx.x, inner = g.inner;
   if (number >= g.outer * inner) return;
   const A *from = (const A *)g.from + number / inner * g.segments * inner + number % inner;
@@ -227,7 +227,7 @@ template <class A> GRADIENT_KERNEL sum_segments(ARGUMENT Gradients g) {
 
 // The gradients of a map's rows or, where g.keys_read, of its log weights, from the sums over points of the gradients of
 // log features (heads, inner, width + 1): times the point, and alone. q and k are the map's g1 and g2. A thread a number.
-template <class A> GRADIENT_KERNEL gradient_map(ARGUMENT Gradients g) {
+template <class A> KERNEL(GRADIENT_BOUNDS) gradient_map(ARGUMENT Gradients g) {
   const i64 thread = (i64)blockIdx.x * GRADIENT_THREADS + threadIdx.x, columns = g.keys_read ? 1 : g.d;
   if (thread >= g.targets * g.m * columns) return;
   const i64 feature = thread / columns % g.m, column = thread % columns;

@@ -8,7 +8,7 @@
 namespace favorsharp {
 
 constexpr int GRADIENT_THREADS = 128;
-#define GRADIENT_KERNEL __global__ void __launch_bounds__(GRADIENT_THREADS, 2)
+#define GRADIENT_BOUNDS GRADIENT_THREADS, 2  // two blocks a processor: all 255 registers of a thread may be used
 constexpr int GRADIENT_ROWS = 32;  // points worked on at once
 
 // Planes of the products in exponents, and of those of values.

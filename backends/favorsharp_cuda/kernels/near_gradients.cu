@@ -2,7 +2,7 @@
 // tile's readers lie in one block of the window, so that all read the same neighbours.
 namespace favorsharp {
 
-template <class T, int W> GRADIENT_KERNEL near_gradients(ARGUMENT Gradients g) {
+template <class T, int W> KERNEL(GRADIENT_BOUNDS) near_gradients(ARGUMENT Gradients g) {
   typedef typename Computing<T>::type A;
   constexpr int C = GRADIENT_ROWS, P = W + 4, PAIR = C + 4;
   constexpr int EXPONENT = Planes<T>::EXPONENT, VALUE = Planes<T>::VALUE;
