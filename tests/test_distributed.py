@@ -29,3 +29,25 @@ def test_a_group_is_needed():
         fsd.linear_attention(q, k, v, feature_map)
     with pytest.raises(ValueError, match=r"torch\.distributed\.init_process_group first"):
         fsd.all_combine(fs.moments(q, k))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # torch's own, where a graph breaks
+def test_a_compiled_caller_leaves_it_out_of_its_graph(tmp_path):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1)
+    try:
+        q, k, v = torch.randn(3, 2, 15, 8, dtype=torch.float64)
+        feature_map = fs.feature_map(fs.fit(q, k), 16, rng=0)
+        for causal in (False, True):
+
+            def double(q, causal=causal):
+                return 2 * fsd.linear_attention(1.5 * q, k, v, feature_map, is_causal=causal)
+
+            leaves = [q.clone().requires_grad_() for _ in range(2)]
+            outs = [double(leaves[0]), torch.compile(double, backend="aot_eager")(leaves[1])]
+            for out in outs:
+                out.square().sum().backward()
+            torch.testing.assert_close(outs[1], outs[0])
+            torch.testing.assert_close(leaves[1].grad, leaves[0].grad)
+    finally:
+        torch.distributed.destroy_process_group()

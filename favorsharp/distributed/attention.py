@@ -85,13 +85,15 @@ def linear_attention(
     a few words by which the ranks agree; whole shards of keys never.
     """
     options: dict[str, Any] = {"is_causal": is_causal, "window": window, "enable_gqa": enable_gqa}
+    if torch.compiler.is_compiling():  # collectives that autograd records are left out of graphs
+        return torch.compiler.disable(linear_attention)(q, k, v, feature_map, key_mask=key_mask, group=group, **options)
     if is_dtensor(q, k, v):
         return over_dtensors(linear_attention, q, k, v, feature_map, key_mask=key_mask, group=group, **options)
     shard, told = on_every_rank(
         group, lambda: _prepared(q, k, v, feature_map, key_mask=key_mask, **options), lambda made: made.told
     )
     lengths = _agreed(told)
-    if is_causal or shard.window:
+    if shard.is_causal or shard.window:
         out, exchanged = _in_order(shard, lengths, group)
     else:
         out, exchanged = _as_a_whole(shard, group)
