@@ -65,6 +65,13 @@ def test_calibration_on_moments_of_several_batches():
     torch.testing.assert_close(one(q, k, v), two(q, k, v), rtol=1e-4, atol=1e-5)
 
 
+def test_calibration_on_pairs_by_their_attention():
+    q, k, v = sample(2, 4, 50, 8)
+    module = LinearAttention(8, 4, num_features=16, rng=0).calibrate(q, k, weighting=1.0, is_causal=True)
+    fm = fs.feature_map(fs.fit(q, k, axis=(0, -2), weighting=1.0, is_causal=True), 16, rng=0)
+    torch.testing.assert_close(module(q, k, v), fs.linear_attention(q, k, v, fm))
+
+
 def test_uncalibrated_is_refused_and_posrf_is_ready():
     q, k, v = sample(2, 4, 50, 8)
     with pytest.raises(RuntimeError, match=r"LinearAttention .*'optimal' is not calibrated: call calibrate\(q, k\)"):
@@ -391,3 +398,36 @@ def test_multihead_refuses_what_it_cannot_do():
         extra(x, x, x, is_causal=True)
     with pytest.raises(TypeError, match=r"module must be a torch.nn.MultiheadAttention, got Linear"):
         MultiheadAttention.from_torch(torch.nn.Linear(2, 2))
+
+
+# Several processes ---------------------------------------------------------------------------------------------------
+
+
+def _train_in_parallel(rank, folder):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+    torch.set_num_threads(1)
+    x = torch.randn(4, 20, 16, generator=torch.Generator().manual_seed(0))
+    torch.manual_seed(0)
+    module = MultiheadAttention(16, 2, batch_first=True, num_features=8, rng=rank).calibrate(x)  # rows differ by rank
+    parallel = torch.nn.parallel.DistributedDataParallel(module)
+    with fs.use("reference"):
+        own = x[2 * rank : 2 * rank + 2]
+        parallel(own, own, own)[0].square().mean().backward()
+    torch.save(
+        {"projection": module.attention.projection, "gradient": module.in_proj_weight.grad}, f"{folder}/{rank}.pt"
+    )
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_data_parallel_training(tmp_path):
+    """Every process uses the rows of the first, and gradients are those of one process."""
+    torch.multiprocessing.spawn(_train_in_parallel, args=(str(tmp_path),), nprocs=2)
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    assert torch.equal(first["projection"], second["projection"])
+    x = torch.randn(4, 20, 16, generator=torch.Generator().manual_seed(0))
+    torch.manual_seed(0)
+    module = MultiheadAttention(16, 2, batch_first=True, num_features=8, rng=0).calibrate(x)
+    module(x, x, x)[0].square().mean().backward()
+    torch.testing.assert_close(first["gradient"], module.in_proj_weight.grad)
+    torch.testing.assert_close(second["gradient"], module.in_proj_weight.grad)

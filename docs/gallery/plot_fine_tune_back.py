@@ -61,6 +61,7 @@ student.self_attn = MultiheadAttention.from_torch(teacher.self_attn, num_feature
 
 held_out = data(16)
 optimizer = torch.optim.Adam(student.parameters(), lr=3e-3)
+schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 161)
 errors = []
 for step in range(161):
     if step % 16 == 0:
@@ -74,6 +75,7 @@ for step in range(161):
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
+    schedule.step()
 
 # %%
 # The queries and keys have moved meanwhile, so the map is fitted again, to what they are now:

@@ -6,6 +6,7 @@ import torch
 
 from favorsharp._arrays import is_array, is_traced, stamps_of
 from favorsharp._checks import check_choice, check_integer
+from favorsharp.attention_moments import attention_moments
 from favorsharp.draws import DRAWS, draw_rows
 from favorsharp.exact import kernel_scale
 from favorsharp.features import FeatureMap, feature_map
@@ -120,6 +121,8 @@ class MapBuffers(torch.nn.Module):
         key_mask: torch.Tensor | None = None,
         query_mask: torch.Tensor | None = None,
         ridge: float | None = None,
+        weighting: float | None = None,
+        is_causal: bool = False,
     ) -> Self:
         """Fit the parameters to sample queries and keys, and keep them; the random rows stay.
 
@@ -135,7 +138,7 @@ class MapBuffers(torch.nn.Module):
         key_mask, query_mask : boolean tensor, shape (*b, s) and (*b, n), optional
             True where a point counts. Where n == s, without grouped heads, key_mask holds for the queries too, unless
             query_mask is given.
-        ridge : float, optional
+        ridge, weighting, is_causal
             As in `favorsharp.fit`.
 
         Returns
@@ -148,13 +151,13 @@ class MapBuffers(torch.nn.Module):
             If an argument is not as described, or holds values that are not finite.
         """
         if isinstance(q, Moments):
-            if k is not None or key_mask is not None or query_mask is not None:
-                raise TypeError("calibrate(moments) takes no k, key_mask or query_mask: the moments have them in")
+            if any(x is not None for x in (k, key_mask, query_mask, weighting)) or is_causal:
+                raise TypeError("calibrate(moments) takes no k, masks or weighting: the moments have them in")
             data = q
         elif k is None:
             raise TypeError("calibrate takes queries and keys, or one Moments: k is missing")
         else:
-            data = self._gathered(q, k, key_mask, query_mask)
+            data = self._gathered(q, k, key_mask, query_mask, weighting, is_causal)
         parameters = fit(data, method=self.method, scale=self.scale, ridge=ridge)
         self.set_parameters(map_arrays(parameters, self._without_averaged_axes))
         return self
@@ -230,7 +233,9 @@ class MapBuffers(torch.nn.Module):
         assert self.draw is not None
         return draw_rows(self.draw, self.num_features, self.size, rng)
 
-    def _gathered(self, q: Any, k: Any, key_mask: Any, query_mask: Any) -> Moments:
+    def _gathered(
+        self, q: Any, k: Any, key_mask: Any, query_mask: Any, weighting: float | None, is_causal: bool
+    ) -> Moments:
         for name, x in (("q", q), ("k", k)):
             if not isinstance(x, torch.Tensor):
                 raise TypeError(f"{name} must be a torch tensor, got {type(x).__name__}")
@@ -242,7 +247,12 @@ class MapBuffers(torch.nn.Module):
             query_mask = key_mask
         kept = (-3,) if self.heads is not None else ()
         axes = tuple(axis for axis in range(-k.ndim, -1) if axis not in kept)
-        return moments(q, k, axis=axes, mask_x=query_mask, mask_y=key_mask, enable_gqa=self.enable_gqa)
+        options = {"axis": axes, "mask_x": query_mask, "mask_y": key_mask, "enable_gqa": self.enable_gqa}
+        if weighting is None:
+            if is_causal:
+                raise ValueError("is_causal=True says which pairs a weighting counts; accepted with weighting=...")
+            return moments(q, k, **options)
+        return attention_moments(q, k, weighting=weighting, scale=self.scale, is_causal=is_causal, **options)
 
     def _without_averaged_axes(self, x: torch.Tensor) -> torch.Tensor:
         """Drop the leading axes of length 1 that averaging has kept."""
