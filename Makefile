@@ -17,6 +17,7 @@ help:
 	@echo "make test   the whole test matrix"
 	@echo "make bench  the kernels against what else a CPU can run"
 	@echo "make test-slow lint types layers docs wheel-check clean"
+	@echo "make gpu-check  what only an NVIDIA GPU can show, and its benchmark"
 
 $(VENV)/made:
 	$(PYTHON) -m venv $(VENV)

@@ -1,0 +1,261 @@
+"""Calls of every op of favorsharp_cuda at every shape class that its kernels are instantiated for.
+
+The functions that CuPy arrays are dispatched to are called with NumPy arrays, whose kernels `on_host` runs on the CPU.
+As a script: run calls in a process of its own, under whatever sanitizer it has.
+"""
+
+import importlib
+import json
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import ml_dtypes  # noqa: F401  np.dtype("bfloat16")
+import numpy as np
+from host_module import HostModule, Schedule, sanitizer, scheduled
+from on_host import guarded, installed
+
+import favorsharp as fs
+from favorsharp.dispatch import OPS
+from favorsharp.parameters import map_arrays
+
+WIDER = {"float16": "float32", "bfloat16": "float32", "float32": "float32", "float64": "float64"}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of points, values and features, the dtype, and what kind of map."""
+
+    dtype: str
+    d: int
+    e: int
+    m: int
+    method: str = "optimal"
+    kernel: str = "softmax"
+
+    def __str__(self) -> str:
+        return f"{self.dtype}-d{self.d}-e{self.e}-m{self.m}-{self.method}-{self.kernel}"
+
+
+SHAPES = (
+    *(Shape(dtype, size, size, m) for dtype in ("float16", "bfloat16", "float32") for size, m in ((32, 16), (64, 80))),
+    *(
+        Shape(dtype, size, size, m)
+        for dtype in ("float16", "bfloat16", "float32")
+        for size, m in ((96, 64), (128, 130))
+    ),
+    Shape("float32", 5, 7, 13, "posrf"),
+    Shape("float32", 128, 5, 256, "sderf"),
+    Shape("float32", 64, 32, 512, "saderf"),
+    Shape("float32", 40, 100, 33, "optimal", "gaussian"),
+    Shape("bfloat16", 33, 64, 512, "posrf", "gaussian"),
+    Shape("float32", 130, 140, 40),  # beyond what tiles hold
+    Shape("float64", 12, 9, 24),
+    Shape("float64", 64, 64, 64, "optimal", "gaussian"),
+)
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Queries, and keys where they may differ; leading axes of the keys, and query heads for each key head."""
+
+    n: int
+    s: int
+    batch: tuple[int, ...] = (2,)
+    group: int = 1
+
+    def __str__(self) -> str:
+        return f"n{self.n}-s{self.s}-b{'x'.join(map(str, self.batch))}-g{self.group}"
+
+
+RAGGED = Lengths(150, 201)
+"""Three and four tiles, the last ones not full: every loop over tiles goes around."""
+
+LENGTHS = (RAGGED, Lengths(0, 3), Lengths(1, 1), Lengths(64, 128), Lengths(65, 0), Lengths(97, 63, (1, 2), group=3))
+
+CALLS: dict[str, Callable[[Any], tuple[str, tuple[Any, ...], dict[str, Any]]]] = {
+    "features": lambda p: ("exponential_features", p.plain, {}),
+    "attention": lambda p: ("attention", (p.q, p.k, p.v, p.map), {}),
+    "attention, masked": lambda p: ("attention", (p.q, p.k, p.v, p.map), {"key_mask": p.mask}),
+    "attention, window 16": lambda p: ("attention", (p.q, *p.same, p.map), {"window": 16}),
+    "attention, window 5, masked": lambda p: ("attention", (p.q, *p.same, p.map), {"window": 5, "key_mask": p.same_mask}),
+    "attention, window 64": lambda p: ("attention", (p.q, *p.same, p.map), {"window": 64}),
+    "causal": lambda p: ("causal_attention", (p.q, *p.same, p.map), {}),
+    "causal, masked": lambda p: ("causal_attention", (p.q, *p.same, p.map), {"key_mask": p.same_mask}),
+    "causal, window 16": lambda p: ("causal_attention", (p.q, *p.same, p.map), {"window": 16}),
+    "causal, window 64, masked": lambda p: (
+        "causal_attention", (p.q, *p.same, p.map), {"window": 64, "key_mask": p.same_mask},
+    ),
+    "causal, window 5": lambda p: ("causal_attention", (p.q, *p.same, p.map), {"window": 5}),
+    "causal, from a state": lambda p: ("causal_attention", (p.q, *p.same, p.map), {"state": p.state(0)}),
+    "causal, from a state, window 16": lambda p: (
+        "causal_attention", (p.q, *p.same, p.map), {"state": p.state(16), "window": 16},
+    ),
+    "update": lambda p: ("update", (p.state(0), p.k, p.v, p.map), {"key_mask": p.mask}),
+    "update, window 16": lambda p: ("update", (p.state(16), p.k, p.v, p.map), {}),
+    "read": lambda p: ("read", (p.state(0), p.q, p.map), {}),
+    "read, window 16": lambda p: ("read", (p.state(16), p.q, p.map), {}),
+    "decode": lambda p: ("decode_step", (*p.token, p.state(0), p.map), {}),
+    "decode, window 16": lambda p: ("decode_step", (*p.token, p.state(16), p.map), {}),
+    "matvec": lambda p: ("kernel_matvec", (p.q, p.k, p.v, p.map), {}),
+}  # fmt: skip
+"""Op, arguments and options of each call."""
+
+VJPS = {
+    "vjp": {},
+    "vjp, masked": {"key_mask": True},
+    "vjp, window 16": {"window": 16},
+    "vjp, causal": {"is_causal": True},
+    "vjp, causal, masked": {"is_causal": True, "key_mask": True},
+    "vjp, causal, window 16": {"is_causal": True, "window": 16},
+    "vjp of the map": {"of_map": True},
+    "vjp of the map, causal": {"of_map": True, "is_causal": True},
+}
+"""Options of `attention_vjp`."""
+
+
+class Problem:
+    """The arguments of calls, in the dtype of a shape or (`wide`) the same numbers in float64."""
+
+    def __init__(self, shape: Shape, lengths: Lengths, wide: bool = False) -> None:
+        self.shape, self.lengths = shape, lengths
+        rng = np.random.default_rng(7)
+        key_batch = lengths.batch if lengths.group == 1 else (*lengths.batch, 1)
+        batch = lengths.batch if lengths.group == 1 else (*lengths.batch, lengths.group)
+        dtype = np.dtype("float64" if wide else shape.dtype)
+        self.map_dtype = np.dtype("float64" if wide else WIDER[shape.dtype])
+
+        def draw(*size: int) -> Any:
+            return np.round(16 * rng.standard_normal(size)) / 16  # exact in every dtype
+
+        points = [draw(*batch, lengths.n, shape.d), draw(*key_batch, lengths.s, shape.d) + 0.25]
+        points += [draw(*key_batch, lengths.n, shape.d) + 0.25, draw(*batch, 1, shape.d)]
+        self.q, self.k, k_same, q_token = (guarded((x / shape.d**0.25).astype(dtype)) for x in points)
+        values = [draw(*key_batch, size, shape.e) for size in (lengths.s, lengths.n, 1)]
+        self.v, v_same, v_token = (guarded(x.astype(dtype)) for x in values)
+        self.same = (k_same, v_same)
+        self.token = (q_token, guarded((draw(*key_batch, 1, shape.d) / shape.d**0.25).astype(dtype)), v_token)
+        masks = [rng.random((*key_batch, size)) > 0.3 for size in (lengths.s, lengths.n)]
+        if len(key_batch) > 1 or key_batch[0] > 1:
+            for mask in masks:
+                mask[0] = False  # a head that sees nothing
+        self.mask, self.same_mask = map(guarded, masks)
+        self.gradient = guarded(draw(*batch, lengths.n, shape.e).astype(dtype))
+        self.map = map_arrays(_map(shape), lambda x: guarded(x.astype(self.map_dtype)))
+        u, rows, row, column = (
+            draw(*batch, lengths.n, shape.d) / 4,
+            draw(shape.m, shape.d) / 4,
+            draw(*batch, lengths.n, 1),
+            draw(1, shape.m),
+        )
+        self.plain = tuple(guarded(x.astype(dtype)) for x in (u, rows, row, column))
+
+    def state(self, window: int) -> Any:
+        """After 40 keys, which a window of 16 does not divide."""
+        rng = np.random.default_rng(9)
+        batch = self.k.shape[:-2]
+        k, v = (np.round(16 * rng.standard_normal((*batch, 40, size))) / 16 for size in (self.shape.d, self.shape.e))
+        dtype = self.q.dtype
+        k, v = (k / self.shape.d**0.25).astype(self.shape.dtype).astype(dtype), v.astype(dtype)
+        from favorsharp.ops.state import empty_state
+
+        empty = empty_state(_cast(_map(self.shape), np.dtype("float64")), batch, k.shape[-1], v.shape[-1], window, k)
+        wide = _cast(_cast(_map(self.shape), np.dtype(WIDER[self.shape.dtype])), np.dtype("float64"))
+        full = OPS["update"].reference(empty, k.astype("float64"), v.astype("float64"), wide)
+        narrow = map_arrays(full, lambda x: x if x.dtype == bool else x.astype(self.map_dtype))
+        from dataclasses import replace
+
+        return replace(narrow, recent_k=full.recent_k.astype(dtype), recent_v=full.recent_v.astype(dtype))
+
+
+@cache
+def _map(shape: Shape) -> Any:
+    rng = np.random.default_rng(5)
+    x, y = (rng.standard_normal((64, shape.d)) / shape.d**0.25 for _ in range(2))
+    fitted = fs.fit(x, y + 0.25, method=shape.method, kernel=shape.kernel, scale=1.0)
+    exact = fs.feature_map(fitted, shape.m, rng=0)
+    return _cast(exact, np.dtype(WIDER[shape.dtype]))
+
+
+def _cast(value: Any, dtype: Any) -> Any:
+    return map_arrays(value, lambda x: x.astype(dtype))
+
+
+def run(name: str, shape: Shape, lengths: Lengths = RAGGED) -> Any:
+    """The result of a call by the kernels; inside `installed()`."""
+    problem = Problem(shape, lengths)
+    if name in VJPS:
+        options = _vjp_options(name, problem)
+        out, pullback = function("attention_vjp")(problem.q, *problem.same, problem.map, **options)
+        return (out, *pullback(problem.gradient))
+    op, args, options = CALLS[name](problem)
+    return function(op)(*args, **options)
+
+
+def wanted(name: str, shape: Shape, lengths: Lengths = RAGGED) -> Any:
+    """The reference's result in float64; gradients by torch."""
+    problem = Problem(shape, lengths, wide=True)
+    if name in VJPS:
+        import torch
+
+        options = _vjp_options(name, problem)
+        if "key_mask" in options:
+            options["key_mask"] = torch.from_numpy(np.array(options["key_mask"]))
+        feature_map = map_arrays(problem.map, lambda x: torch.from_numpy(np.array(x)))
+        arrays = (torch.from_numpy(np.array(x)) for x in (problem.q, *problem.same))
+        out, pullback = OPS["attention_vjp"].reference(*arrays, feature_map, **options)
+        return (out, *pullback(torch.from_numpy(np.array(problem.gradient))))
+    op, args, options = CALLS[name](problem)
+    return OPS[op].reference(*args, **options)
+
+
+def _vjp_options(name: str, problem: Problem) -> dict[str, Any]:
+    options: dict[str, Any] = dict(VJPS[name])
+    if "key_mask" in options:
+        options["key_mask"] = problem.same_mask
+    return options
+
+
+@cache
+def function(op: str) -> Callable[..., Any]:
+    """What a CuPy array is dispatched to."""
+    import favorsharp_cuda
+
+    target = next(k.target for k in favorsharp_cuda.BACKEND.kernels if k.op == op and "cupy" in k.libraries)
+    module, _, name = target.partition(":")
+    return getattr(importlib.import_module(module), name)  # type: ignore[no-any-return]
+
+
+def names() -> list[str]:
+    """Every call of an op that the backend has."""
+    import favorsharp_cuda
+
+    ops = {kernel.op for kernel in favorsharp_cuda.BACKEND.kernels}
+    return [*CALLS, *(VJPS if "attention_vjp" in ops else ())]
+
+
+def every_call() -> Iterator[tuple[str, Shape]]:
+    """Calls and shapes."""
+    for shape in SHAPES:
+        for name in names():
+            yield name, shape
+
+
+def main(request: str) -> None:
+    """Run the calls of a request (JSON): which source, calls, shapes by number, lengths by number, schedules."""
+    asked = json.loads(request)
+    code = open(asked["source"]).read() if asked.get("source") else None
+    HostModule.launched = set()
+    with installed(code, only=asked.get("only")):
+        for schedule in asked.get("schedules", [["forward", "forward", 0]]):
+            with scheduled(Schedule(*schedule)):
+                for number in asked.get("shapes", range(len(SHAPES))):
+                    for name in asked.get("calls") or names():
+                        run(name, SHAPES[number], LENGTHS[asked.get("lengths", 0)])
+    print(json.dumps({"sanitizer": sanitizer(), "launched": sorted(HostModule.launched)}))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
