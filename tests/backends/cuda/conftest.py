@@ -8,6 +8,7 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE / "host"))  # host_module.py, sanitized.py
 sys.path.insert(0, str(HERE))
 
+import on_host  # noqa: E402, F401  builds are shared
 from host_module import compiler  # noqa: E402
 
 if compiler() is None:

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import ml_dtypes  # noqa: F401  np.dtype("bfloat16")
@@ -70,17 +71,28 @@ class Lengths:
         return f"n{self.n}-s{self.s}-b{'x'.join(map(str, self.batch))}-g{self.group}"
 
 
-RAGGED = Lengths(150, 201)
-"""Three and four tiles, the last ones not full: every loop over tiles goes around."""
+RAGGED = Lengths(130, 201)
+"""Three and four tiles of 64, the last ones not full: every loop over tiles goes around."""
 
-LENGTHS = (RAGGED, Lengths(0, 3), Lengths(1, 1), Lengths(64, 128), Lengths(65, 0), Lengths(97, 63, (1, 2), group=3))
+LENGTHS = (
+    RAGGED,
+    Lengths(0, 3),
+    Lengths(1, 1),
+    Lengths(64, 128),
+    Lengths(65, 0),
+    Lengths(97, 63, (1, 2), group=3),
+    Lengths(130, 201, (1,)),
+    Lengths(70, 97, (1,)),
+)
 
 CALLS: dict[str, Callable[[Any], tuple[str, tuple[Any, ...], dict[str, Any]]]] = {
     "features": lambda p: ("exponential_features", p.plain, {}),
     "attention": lambda p: ("attention", (p.q, p.k, p.v, p.map), {}),
     "attention, masked": lambda p: ("attention", (p.q, p.k, p.v, p.map), {"key_mask": p.mask}),
     "attention, window 16": lambda p: ("attention", (p.q, *p.same, p.map), {"window": 16}),
-    "attention, window 5, masked": lambda p: ("attention", (p.q, *p.same, p.map), {"window": 5, "key_mask": p.same_mask}),
+    "attention, window 5, masked": lambda p: (
+        "attention", (p.q, *p.same, p.map), {"window": 5, "key_mask": p.same_mask},
+    ),
     "attention, window 64": lambda p: ("attention", (p.q, *p.same, p.map), {"window": 64}),
     "causal": lambda p: ("causal_attention", (p.q, *p.same, p.map), {}),
     "causal, masked": lambda p: ("causal_attention", (p.q, *p.same, p.map), {"key_mask": p.same_mask}),
@@ -112,8 +124,9 @@ VJPS = {
     "vjp, causal, window 16": {"is_causal": True, "window": 16},
     "vjp of the map": {"of_map": True},
     "vjp of the map, causal": {"of_map": True, "is_causal": True},
+    "features vjp": {},
 }
-"""Options of `attention_vjp`."""
+"""Options of `attention_vjp`; the last is of `exponential_features_vjp`."""
 
 
 class Problem:
@@ -132,11 +145,11 @@ class Problem:
 
         points = [draw(*batch, lengths.n, shape.d), draw(*key_batch, lengths.s, shape.d) + 0.25]
         points += [draw(*key_batch, lengths.n, shape.d) + 0.25, draw(*batch, 1, shape.d)]
-        self.q, self.k, k_same, q_token = (guarded((x / shape.d**0.25).astype(dtype)) for x in points)
+        self.q, self.k, k_same, q_token = (guarded(self.point(x).astype(dtype)) for x in points)
         values = [draw(*key_batch, size, shape.e) for size in (lengths.s, lengths.n, 1)]
         self.v, v_same, v_token = (guarded(x.astype(dtype)) for x in values)
         self.same = (k_same, v_same)
-        self.token = (q_token, guarded((draw(*key_batch, 1, shape.d) / shape.d**0.25).astype(dtype)), v_token)
+        self.token = (q_token, guarded(self.point(draw(*key_batch, 1, shape.d)).astype(dtype)), v_token)
         masks = [rng.random((*key_batch, size)) > 0.3 for size in (lengths.s, lengths.n)]
         if len(key_batch) > 1 or key_batch[0] > 1:
             for mask in masks:
@@ -150,7 +163,12 @@ class Problem:
             draw(*batch, lengths.n, 1),
             draw(1, shape.m),
         )
+        self.feature_gradient = guarded(draw(*batch, lengths.n, shape.m).astype(dtype))
         self.plain = tuple(guarded(x.astype(dtype)) for x in (u, rows, row, column))
+
+    def point(self, x: Any) -> Any:
+        """Of a norm that keeps the logarithms of features below ten, rounded to the dtype."""
+        return (x / self.shape.d**0.5).astype(self.shape.dtype)
 
     def state(self, window: int) -> Any:
         """After 40 keys, which a window of 16 does not divide."""
@@ -158,7 +176,7 @@ class Problem:
         batch = self.k.shape[:-2]
         k, v = (np.round(16 * rng.standard_normal((*batch, 40, size))) / 16 for size in (self.shape.d, self.shape.e))
         dtype = self.q.dtype
-        k, v = (k / self.shape.d**0.25).astype(self.shape.dtype).astype(dtype), v.astype(dtype)
+        k, v = self.point(k).astype(dtype), v.astype(dtype)
         from favorsharp.ops.state import empty_state
 
         empty = empty_state(_cast(_map(self.shape), np.dtype("float64")), batch, k.shape[-1], v.shape[-1], window, k)
@@ -173,7 +191,7 @@ class Problem:
 @cache
 def _map(shape: Shape) -> Any:
     rng = np.random.default_rng(5)
-    x, y = (rng.standard_normal((64, shape.d)) / shape.d**0.25 for _ in range(2))
+    x, y = (rng.standard_normal((256, shape.d)) / shape.d**0.5 for _ in range(2))
     fitted = fs.fit(x, y + 0.25, method=shape.method, kernel=shape.kernel, scale=1.0)
     exact = fs.feature_map(fitted, shape.m, rng=0)
     return _cast(exact, np.dtype(WIDER[shape.dtype]))
@@ -186,6 +204,9 @@ def _cast(value: Any, dtype: Any) -> Any:
 def run(name: str, shape: Shape, lengths: Lengths = RAGGED) -> Any:
     """The result of a call by the kernels; inside `installed()`."""
     problem = Problem(shape, lengths)
+    if name == "features vjp":
+        out, pullback = function("exponential_features_vjp")(*problem.plain)
+        return (out, *pullback(problem.feature_gradient))
     if name in VJPS:
         options = _vjp_options(name, problem)
         out, pullback = function("attention_vjp")(problem.q, *problem.same, problem.map, **options)
@@ -200,6 +221,10 @@ def wanted(name: str, shape: Shape, lengths: Lengths = RAGGED) -> Any:
     if name in VJPS:
         import torch
 
+        if name == "features vjp":
+            plain = (torch.from_numpy(np.array(x)) for x in problem.plain)
+            out, pullback = OPS["exponential_features_vjp"].reference(*plain)
+            return (out, *pullback(torch.from_numpy(np.array(problem.feature_gradient))))
         options = _vjp_options(name, problem)
         if "key_mask" in options:
             options["key_mask"] = torch.from_numpy(np.array(options["key_mask"]))
@@ -244,11 +269,11 @@ def every_call() -> Iterator[tuple[str, Shape]]:
 
 
 def main(request: str) -> None:
-    """Run the calls of a request (JSON): which source, calls, shapes by number, lengths by number, schedules."""
+    """Run the calls of a request (JSON): source, calls, shapes, lengths, schedules."""
     asked = json.loads(request)
-    code = open(asked["source"]).read() if asked.get("source") else None
+    code = Path(asked["source"]).read_text() if asked.get("source") else None
     HostModule.launched = set()
-    with installed(code, only=asked.get("only")):
+    with installed(code):
         for schedule in asked.get("schedules", [["forward", "forward", 0]]):
             with scheduled(Schedule(*schedule)):
                 for number in asked.get("shapes", range(len(SHAPES))):

@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import tempfile
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ HERE = Path(__file__).parent
 HEADERS = ("shim.h", "tensor_cores.h", "numbers.h", "block.h", "fibers.h")
 ORDERS = ("forward", "reverse", "random")
 SANITIZERS = {
-    "": ("-O2",),
+    "": ("-O1",),  # compiling takes longer than running
     "thread": ("-O1", "-g", "-fsanitize=thread"),
     "address": ("-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"),
 }
@@ -94,6 +94,7 @@ class HostModule:
 
     shared_limit = SHARED_LIMITS["sm_90"]
     launched: set[str] | None = None  # where a test puts a set, names of launched kernels are added
+    family: Callable[[str], Sequence[str]] | None = None  # names that are built with one: fewer and shared builds
 
     def __init__(
         self, *, code: str, options: Sequence[str] = (), name_expressions: Sequence[str] = (), **_: Any
@@ -112,6 +113,8 @@ class HostModule:
         """The kernel of a name expression."""
         if name not in self.names:
             raise LaunchError(f"kernel {name!r} is not among the {len(self.names)} name_expressions of this module")
+        if HostModule.family is not None and self._library is None:
+            self.names = sorted({*self.names, *HostModule.family(name)})
         self.compile()
         return HostFunction(self._library, self.names.index(name), name)
 

@@ -1,14 +1,14 @@
-"""The backend `cuda` on a machine without a GPU: its own dispatch and launches, with `HostModule` for CuPy's modules."""
+"""The backend `cuda` without a GPU: its own dispatch and launches, with `HostModule` for CuPy's modules."""
 
 import sys
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from host_module import HostFunction, HostModule, sanitizer
+from host_module import HostModule, sanitizer
 
 from favorsharp import dispatch
 
@@ -19,22 +19,20 @@ GUARD = 256
 _guarded: "weakref.WeakSet[_Memory]" = weakref.WeakSet()
 
 
-class SharedModule(HostModule):
-    """A module whose library has every instance of the kernels that are asked for: one build for many modules."""
+def family_of(name: str) -> list[str]:
+    """The instances that are built together: of one kernel and one dtype; for a sanitizer, whose builds are long, one."""
+    from favorsharp_cuda.source import INSTANTIATIONS
 
-    only: Sequence[str] | None = None  # where set, of these instances alone
+    if sanitizer():
+        return [name]
 
-    def get_function(self, name: str) -> HostFunction:
-        from favorsharp_cuda.source import INSTANTIATIONS
+    def family(other: str) -> str:
+        return other.partition(",")[0].rstrip(">")
 
-        family = [other for other in self.only or INSTANTIATIONS if kernel_of(other) == kernel_of(name)]
-        self.names = sorted({*self.names, *family})
-        return super().get_function(name)
+    return [other for other in INSTANTIATIONS if family(other) == family(name)]
 
 
-def kernel_of(name: str) -> str:
-    """The template of an instance."""
-    return name.partition("<")[0]
+HostModule.family = staticmethod(family_of)
 
 
 class _Memory(np.ndarray):
@@ -55,8 +53,7 @@ def fresh(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
     _guarded.add(memory)
     start = GUARD + -(memory.ctypes.data + GUARD) % 64
     memory.start, memory.stop = start, start + size  # type: ignore[attr-defined]
-    inner = np.ndarray(shape, dtype, buffer=memory, offset=start)
-    return inner
+    return np.ndarray(shape, dtype, buffer=memory, offset=start)
 
 
 def guarded(x: np.ndarray) -> np.ndarray:
@@ -92,16 +89,16 @@ def _kept_empty(like: Any, shape: tuple[int, ...], dtype: str) -> Any:
 
 
 @contextmanager
-def installed(code: str | None = None, only: Sequence[str] | None = None) -> Iterator[str]:
+def installed(code: str | None = None) -> Iterator[str]:
     """Inside, a backend of the given name runs the kernels on the CPU, into memory full of NaN.
 
-    With `code`, those of another source; with `only`, no others than these instances are built.
+    With `code`, those of another source.
     """
     from favorsharp_cuda import arrays, launch
 
     folder = str(Path(__file__).with_name("backend"))
-    kept = launch.module_class, launch.source, arrays.empty, SharedModule.only
-    launch.module_class, arrays.empty, SharedModule.only = SharedModule, _empty, only
+    kept = launch.module_class, launch.source, arrays.empty
+    launch.module_class, arrays.empty = HostModule, _empty
     if code is not None:
         launch.source = lambda: code
     launch.forget()
@@ -110,7 +107,7 @@ def installed(code: str | None = None, only: Sequence[str] | None = None) -> Ite
     try:
         yield NAME
     finally:
-        launch.module_class, launch.source, arrays.empty, SharedModule.only = kept
+        launch.module_class, launch.source, arrays.empty = kept
         launch.forget()
         sys.path.remove(folder)
         dispatch.rediscover()

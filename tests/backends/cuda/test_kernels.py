@@ -1,0 +1,110 @@
+"""The kernels on a CPU against the references in float64, at every shape class, in three orders of threads."""
+
+import numpy as np
+import pytest
+from host_module import SCHEDULES, HostModule, scheduled
+from on_host import check_guards, installed
+from shape_classes import LENGTHS, RAGGED, SHAPES, VJPS, Lengths, names, run, wanted
+
+from favorsharp.testing import check_backend, relative_error
+
+pytestmark = pytest.mark.own_backend
+pytest.importorskip("favorsharp_cuda")
+pytest.importorskip("ml_dtypes")
+
+TOLERANCES = {"float16": 4e-3, "bfloat16": 3e-2, "float32": 2e-5, "float64": 1e-10}
+OPS = ["exponential_features", "attention", "causal_attention", "update", "read", "decode_step", "kernel_matvec"]
+TURNS = 8
+"""Of the calls that a shape can make, one in so many is made by default: another one at each shape."""
+
+
+@pytest.fixture(autouse=True)
+def on_the_host():
+    with installed() as name:
+        yield name
+
+
+def leaves(result):
+    """The arrays of a result."""
+    if isinstance(result, tuple):
+        return [leaf for part in result for leaf in leaves(part)]
+    return [result.kv, result.z, result.c] if hasattr(result, "kv") else [np.asarray(result)]
+
+
+def compare(call, shape, lengths):
+    """Right in every order of threads and blocks, the same bits in each, and nothing written beside the arrays."""
+    if call in VJPS:
+        pytest.importorskip("torch")
+    results = []
+    for schedule in SCHEDULES:
+        with scheduled(schedule):
+            results.append(run(call, shape, lengths))
+    check_guards()
+    for other in results[1:]:
+        for a, b in zip(leaves(results[0]), leaves(other), strict=True):
+            assert np.array_equal(a.view(np.uint8), b.view(np.uint8)), f"{call}: the result depends on the order"
+    want = wanted(call, shape, lengths)
+    if call in VJPS:  # what vanishes in exact arithmetic is compared with the size of the others
+        size = max((float(np.abs(x).max()) for x in map(np.asarray, want[1:]) if x.size), default=1.0)
+        want = tuple(np.append(x, size / 100) for x in want)
+        results[0] = tuple(np.append(x, np.asarray(size / 100, x.dtype)) for x in results[0])
+    error = relative_error(results[0], want)
+    assert error <= TOLERANCES[shape.dtype], f"{call}: relative error {error:.2g}"
+
+
+def turn_of(shape):
+    number = SHAPES.index(shape)
+    return [call for at, call in enumerate(names()) if (at + number) % TURNS == 0]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_shape_classes(shape):
+    for call in turn_of(shape):
+        compare(call, shape, Lengths(100, 131))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_every_call_at_every_shape_class(shape):
+    for call in names():
+        compare(call, shape, RAGGED)
+
+
+@pytest.mark.parametrize("lengths", LENGTHS[1:6], ids=str)
+def test_lengths(lengths):
+    number = LENGTHS.index(lengths)
+    shape = SHAPES[(0, 2, 4)[number % 3]]  # one a dtype
+    for call in names()[number % 2 :: 2]:
+        if not (lengths.n == 0 and call in VJPS):
+            compare(call, shape, lengths)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda schedule: schedule.threads)
+@pytest.mark.parametrize("library", ["numpy", "torch"])
+@pytest.mark.parametrize("op", OPS)
+def test_every_case_of_every_op_through_dispatch(op, library, schedule, on_the_host):
+    pytest.importorskip(library)
+    with scheduled(schedule):
+        dtypes = {row.dtype for row in check_backend(on_the_host, ops=[op], libraries=[library])}
+    assert {"float16", "float32", "float64"} <= dtypes
+
+
+@pytest.mark.parametrize("op", ["exponential_features", "update", "decode_step"])
+def test_the_cases_of_testing_through_dispatch(op, on_the_host):
+    check_backend(on_the_host, ops=[op], libraries=["numpy"])
+
+
+@pytest.mark.slow
+def test_every_instantiation_is_run():
+    """By the calls of the tests above; what nothing launches is not proven and should not be compiled."""
+    from favorsharp_cuda.source import INSTANTIATIONS
+
+    HostModule.launched = set()
+    try:
+        for shape in SHAPES:
+            for call in names():
+                run(call, shape, Lengths(66, 70, (1,)))
+        assert set(INSTANTIATIONS) - HostModule.launched == set()
+    finally:
+        HostModule.launched = None
