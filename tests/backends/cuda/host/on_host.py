@@ -20,7 +20,7 @@ _guarded: "weakref.WeakSet[_Memory]" = weakref.WeakSet()
 
 
 def family_of(name: str) -> list[str]:
-    """The instances that are built together: of one kernel and one dtype; under a sanitizer, as builds are long, one."""
+    """The instances that are built together: of one kernel and dtype; under a sanitizer, whose builds are long, one."""
     from favorsharp_cuda.source import INSTANTIATIONS
 
     if sanitizer():
