@@ -104,6 +104,22 @@ MAKERS = {
 }
 
 
+def _cupy() -> Library:
+    cupy = pytest.importorskip("cupy")
+    return Library("cupy", cupy, cupy.asarray, lambda x: x.get())
+
+
+def _torch_cuda() -> Library:
+    torch = pytest.importorskip("torch")
+    return Library(
+        "torch-cuda", torch, lambda x: torch.asarray(x.copy(), device="cuda"), lambda x: x.detach().cpu().numpy()
+    )
+
+
+if os.environ.get("FAVORSHARP_GPU"):  # set by `make gpu-check`
+    MAKERS |= {"cupy": _cupy, "torch-cuda": _torch_cuda}
+
+
 @pytest.fixture(params=list(MAKERS))
 def xp(request: pytest.FixtureRequest) -> Any:
     """Each array library in turn; "strict-static" refuses what depends on values: boolean indexing, unknown shapes."""
