@@ -42,6 +42,47 @@ def test_attention_and_estimates_are_means_of_the_values(n, s, d, e, dtype, kern
         assert np.all(out <= high + slack)
 
 
+@settings(max_examples=25, deadline=None)
+@given(
+    batch=st.sampled_from([(), (2,), (2, 1)]),
+    s=st.integers(1, 70),
+    d=st.integers(1, 6),
+    dtype=st.sampled_from(["float32", "float64"]),
+    method=st.sampled_from(["optimal", "sderf", "posrf", "hyperbolic", "relu"]),
+    kernel=st.sampled_from(["softmax", "gaussian"]),
+    spread=st.sampled_from([1e-3, 1.0, 8.0]),
+    share=st.floats(0, 1),
+    seed=st.integers(0, 1000),
+)
+def test_blocks_masks_and_orders_of_keys_change_nothing(batch, s, d, dtype, method, kernel, spread, share, seed):
+    """A state of blocks is the state of all, a hidden key is one that is not there, and keys have no order."""
+    rng = np.random.default_rng(seed)
+    q, k, v = (
+        (a * rng.standard_normal((*batch, n, e))).astype(dtype)
+        for a, n, e in ((spread, 5, d), (spread, s, d), (1, s, 3))
+    )
+    fm = fs.feature_map(fs.fit(k, k, method=method, kernel=kernel), 9, rng=seed)
+    seen = rng.random(s) < share
+    order = rng.permutation(s)
+    whole = fs.linear_attention(q, k, v, fm, key_mask=seen)
+    close = {"rtol": 1e-3, "atol": 1e-4} if dtype == "float32" else {"rtol": 1e-8, "atol": 1e-9}
+    there = fs.linear_attention(q, k[..., seen, :], v[..., seen, :], fm)
+    np.testing.assert_allclose(there, whole, **close)
+    turned = fs.linear_attention(q, k[..., order, :], v[..., order, :], fm, key_mask=seen[order])
+    np.testing.assert_allclose(turned, whole, **close)
+    cut = int(rng.integers(s + 1))
+    empty = fs.init_state(fm, 3, like=k)
+    first, second = (
+        fs.update(empty, k[..., part, :], v[..., part, :], fm, key_mask=seen[part])
+        for part in (np.s_[:cut], np.s_[cut:])
+    )
+    np.testing.assert_allclose(fs.read(fs.combine(first, second), q, fm), whole, **close)
+    a, b = (fs.moments(q, k[..., part, :], mask_y=seen[part]) for part in (np.s_[:cut], np.s_[cut:]))
+    for name in ("count_y", "mean_y", "covariance_y"):
+        joined, want = getattr(fs.combine(a, b), name), getattr(fs.moments(q, k, mask_y=seen), name)
+        np.testing.assert_allclose(joined, want, rtol=1e-9, atol=1e-12 * spread**2)
+
+
 _ODD = [None, 3, "q", [1.0], np.zeros(3), np.zeros((2, 3), int), np.zeros((2, 3)), np.zeros((0, 3)), np.zeros((2, 0)),
         np.zeros((2, 3), complex), np.array([[object()]]), np.full((2, 3), np.nan)]  # fmt: skip
 
