@@ -100,15 +100,25 @@ MODES = [
 ]
 
 
-@pytest.mark.parametrize("masked", [None, "holes"])
+@pytest.mark.parametrize("mode", MODES, ids=str)
+def test_gradients_are_those_of_the_reference(mode):
+    Problem("float64", masked="holes").compare(**mode)
+
+
+@pytest.mark.parametrize("mode", [MODES[0], MODES[3]], ids=str)
+def test_gradients_on_tensor_cores(mode):
+    Problem("float32", masked="holes").compare(**mode)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES, ids=str)
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
-def test_gradients_are_those_of_the_reference(dtype, mode, masked):
-    Problem(dtype, masked=masked).compare(**mode)
+def test_gradients_without_a_mask(dtype, mode):
+    Problem(dtype).compare(**mode)
 
 
 @pytest.mark.parametrize(("method", "kernel"), [("posrf", "softmax"), ("sderf", "gaussian"), ("optimal", "gaussian")])
-@pytest.mark.parametrize("mode", MODES[:4], ids=str)
+@pytest.mark.parametrize("mode", MODES[1:3], ids=str)
 def test_every_kernel_and_kind_of_map(mode, method, kernel):
     Problem("float64", n=70, method=method, kernel=kernel).compare(**mode)
 
@@ -120,7 +130,7 @@ def test_any_length(n, s):
         Problem("float64", n=n).compare(is_causal=True, window=4)
 
 
-@pytest.mark.parametrize("mode", MODES[:4], ids=str)
+@pytest.mark.parametrize("mode", MODES[1:3], ids=str)
 def test_heads_that_share_keys_give_them_their_sum(mode):
     Problem("float64", batch=(2, 3), grouped=True, n=40, masked="padding").compare(**mode)
 
@@ -147,7 +157,6 @@ def test_tops_that_rise_steeply(is_causal):
 
 def test_narrow_points_get_narrow_gradients():
     Problem("bfloat16", n=40, masked="holes").compare(is_causal=True)
-    Problem("bfloat16", n=40).compare(window=16)
 
 
 @pytest.mark.slow

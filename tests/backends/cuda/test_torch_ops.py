@@ -26,7 +26,9 @@ OPS = {name: getattr(operators, f"{name}_op") for name in RUN}
 for name, op in OPS.items():
     op.register_kernel("cpu")(RUN[name])  # the same functions, on the tensors that the shim can read
 
-MODES = [(False, 0), (True, 0), (False, 4), (True, 4)]
+MODES = [(False, 0), (True, 4)]
+"""is_causal and window."""
+ALL_MODES = [*MODES, *(pytest.param(*mode, marks=pytest.mark.slow) for mode in ((True, 0), (False, 4)))]
 
 
 @pytest.fixture(autouse=True)
@@ -56,7 +58,7 @@ def leaves(*tensors):
     return [x.clone().requires_grad_() for x in tensors]
 
 
-@pytest.mark.parametrize(("is_causal", "window"), MODES)
+@pytest.mark.parametrize(("is_causal", "window"), ALL_MODES)
 def test_operators_are_what_torch_expects_of_them(problem, is_causal, window):
     q, k, v, mask, fm = problem
     given = (mask if is_causal else None, *operators.arrays_of(fm), *operators.options_of(fm, window, is_causal))
@@ -76,7 +78,7 @@ def test_operators_of_features_are_too():
     torch.library.opcheck(OPS["exponential_features_backward"], (torch.ones(2, 5, 4), *u))
 
 
-@pytest.mark.parametrize(("is_causal", "window"), MODES)
+@pytest.mark.parametrize(("is_causal", "window"), ALL_MODES)
 def test_derivatives_are_those_of_differences(problem, is_causal, window):
     """Eagerly, and through the operators that compilers see; for the points and for every array of the map."""
     *points, mask, fm = problem
@@ -105,7 +107,7 @@ def test_derivatives_of_features_are_those_of_differences():
     assert torch.autograd.gradcheck(torch_ops._TracedFeatures.apply, u)
 
 
-@pytest.mark.parametrize(("is_causal", "window"), MODES)
+@pytest.mark.parametrize(("is_causal", "window"), ALL_MODES)
 def test_a_compiled_call_is_one_graph_and_trains(problem, is_causal, window):
     q, k, v, mask, fm = problem
     given = leaves(q, k, v, fm.rows)
