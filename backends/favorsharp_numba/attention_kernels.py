@@ -27,6 +27,7 @@ from favorsharp_numba.tiles import (
     get,
     integer_at,
     invert,
+    is_finite,
     is_hidden,
     lanes,
     load_keys,
@@ -42,11 +43,11 @@ from favorsharp_numba.tiles import (
     read_sums,
     rescale,
     scale_sums,
-    squared_norm,
     store_points,
     transpose,
     weigh,
 )
+from favorsharp_numba.vectors import add_rows
 
 SMALL_RISE = 40
 """How far the top of a feature may rise within a causal tile before the tile is cut: 2**-40 loses nothing."""
@@ -129,8 +130,7 @@ def merge_segments(one, s, p, low, high, scratch):
                 put(one, new_top + j, max(get(one, top + j), get(one, other_z + s.m_pad + j)))
             rescale(one, s, top, new_top, kv, z, p.transposed, scales, ones)
             rescale(one, s, other_z + s.m_pad, new_top, other, other_z, p.transposed, scales, ones)
-            for i in range(p.kv_size + s.m_pad):
-                put(one, kv + i, get(one, kv + i) + get(one, other + i))
+            add_rows(one, kv, p.kv_size + s.m_pad, other, 0, 1, one)
 
 
 @jit
@@ -333,16 +333,15 @@ def causal(one, s, p, q, k, v, mask, out, low, high, scratch):
             if rise > SMALL_RISE and count > 1:
                 size = max(1, count // 4)
                 continue
-            rescale(one, s, top, new_top, kv, z, 0, scales, ones)
+            if rise > 0:
+                rescale(one, s, top, new_top, kv, z, 0, scales, ones)
             fill(one, new_z, s.m_pad, one - one)
             exp_block(one, features, p_step, count, s.m_pad, keys + ZERO, 0, safe_top, ones, 0, new_z)
             first_seen = 0
             if not seen:
                 while first_seen < count and is_hidden(mask, head, start + first_seen):
                     first_seen += 1
-            finite = True
-            for t in range(count):
-                finite = finite and np.isfinite(squared_norm(one, values + t * s.e_pad, s.e))
+            finite = is_finite(one, keys, values, s.e_pad, count, numerator)
             n = (count + lanes(one) - 1) // lanes(one) * lanes(one)
             exact = True
             for member in range(integer_at(p.member_starts + 8 * head), integer_at(p.member_starts + 8 * head + 8)):
@@ -368,12 +367,12 @@ def causal(one, s, p, q, k, v, mask, out, low, high, scratch):
                 keep_stats(one, p, f, start, count, total, reference)
                 store_points(one, out, f, start, count, s.e, s.e_pad, total, numerator)
             if not exact:
-                undo_rise(one, s, kv, z, top, scales, ones)
+                if rise > 0:
+                    undo_rise(one, s, kv, z, top, scales, ones)
                 size = max(1, count // 4)
                 continue
             add_keys(one, s, features, p_step, values, count, kv, 0)
-            for j in range(s.m_pad):
-                put(one, z + j, get(one, z + j) + get(one, new_z + j))
+            add_rows(one, z, s.m_pad, new_z, s.m_pad, 1, one)
             seen = seen or some
             start += count
             size = TILE if size == TILE or start % TILE == 0 else size

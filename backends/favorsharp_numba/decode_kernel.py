@@ -47,6 +47,7 @@ def sizes_at(plan):
         integer_at(plan + 40), integer_at(plan + 48), integer_at(plan + 56), integer_at(plan + 64),
         integer_at(plan + 72), integer_at(plan + 80), integer_at(plan + 88), integer_at(plan + 96),
         integer_at(plan + 104), integer_at(plan + 112), integer_at(plan + 120), integer_at(plan + 128),
+        integer_at(plan + 136),
     )  # fmt: skip
 
 

@@ -20,10 +20,12 @@ from favorsharp_numba.primitives import (
     product,
     product_add,
     product_terms,
+    scale_block,
 )
 from favorsharp_numba.tiles import (
     ALPHA,
     BETA,
+    GROUP,
     NO_MASK,
     ONE,
     TILE,
@@ -48,6 +50,7 @@ from favorsharp_numba.tiles import (
     transpose,
     zero_or_nan,
 )
+from favorsharp_numba.vectors import add_rows
 
 LARGEST_WEIGHT = 60
 """Log 2 of the weight that a hidden pair may have before a causal tile is cut."""
@@ -82,15 +85,6 @@ def dot(one, x, y, n):
     for j in range(n):
         total += get(one, x + j) * get(one, y + j)
     return total
-
-
-@jit
-def add_rows(one, target, size, tile, pad, count, factor):
-    """Add rows times a factor to rows of `size` items without gaps."""
-    for t in range(count):
-        for j in range(size):
-            place = target + t * size + j
-            put(one, place, get(one, place) + factor * get(one, tile + t * pad + j))
 
 
 @jit
@@ -247,24 +241,32 @@ def sweep(
                 exp_block(one, weights, TILE, s.m, n, top, 1, zeros, theirs + ZERO, 0, trash)
                 product(one, s.m, n, s.e, sums, s.e_pad, 1, reader_columns, width, TILE, slopes, TILE)
                 if pairwise:
-                    product(one, count, n, s.e, values, s.e_pad, 1, reader_columns, width, TILE, products, TILE)
-                    hide_pairs(one, products, count, n, keys_read)
-                    product_add(one, s.m, n, count, features, 1, p_step, products, width, TILE, slopes, TILE)
-                if keys_read:
-                    product(one, count, s.e_pad, s.m, weights, 1, TILE, sums, width, s.e_pad, gradient, s.e_pad)
-                    if pairwise:
-                        product(one, count, n, s.m, features, p_step, 1, weights, width, TILE, pairs, TILE)
-                        hide_pairs(one, pairs, count, n, keys_read)
+                    product_pairs(one, count, n, s.e, values, s.e_pad, reader_columns, products, keys_read)
+                    for t in range(0, n, GROUP):
+                        part = min(GROUP, n - t)
+                        low_row, high_row = (t, count) if keys_read else (0, min(count, t + part))
                         product_add(
-                            one, count, s.e_pad, count, pairs, 1, TILE, values, width, s.e_pad, gradient, s.e_pad
-                        )
+                            one, s.m, part, max(0, high_row - low_row), features + low_row * p_step, 1, p_step,
+                            products + low_row * TILE + t, width, TILE, slopes + t, TILE,
+                        )  # fmt: skip
+                if keys_read:
+                    e_own = rest_of_tile(s.e - 1, lane)  # the value 1 has no gradient
+                    product(one, count, e_own, s.m, weights, 1, TILE, sums, width, s.e_pad, gradient, s.e_pad)
+                    if pairwise:
+                        product_pairs(one, count, n, s.m, features, p_step, weights, pairs, keys_read)
+                        for t in range(0, count, 6):
+                            part = min(6, count - t)
+                            product_add(
+                                one, part, e_own, count - t, pairs + t * TILE + t, 1, TILE, values + t * s.e_pad,
+                                width, s.e_pad, gradient + t * s.e_pad, s.e_pad,
+                            )  # fmt: skip
                     target = p.dv + (f * num_readers + start) * (s.e - 1)
                     add_rows(one, target, s.e - 1, gradient, s.e_pad, count, one)
                 fill(one, zeros, n, one - one)
                 multiply_block(one, slopes, TILE, s.m, n, weights, zeros)
                 product(one, count, s.d_pad, s.m, slopes, 1, TILE, mine + s.rows, width, s.d_pad, gradient, s.d_pad)
                 if keys_read or p.with_factors:
-                    add_factor_gradients(one, s, mine, reader_points, dense, zeros, count, gradient, other, extra)
+                    add_factor_gradients(one, s, mine, reader_points, dense, zeros, count, gradient, extra)
                 target = (p.dk if keys_read else p.dq) + (f * num_readers + start) * s.d
                 scale = one * np.log(2.0) * get(one, mine + ALPHA)
                 add_rows(one, target, s.d, gradient, s.d_pad, count, one * scale)
@@ -281,27 +283,30 @@ def sweep(
 
 
 @jit
-def hide_pairs(one, pairs, count, n, keys_read):
-    """Zero the pairs [taken, reader] whose key comes after their query."""
-    for t in range(count):
-        line = pairs + t * TILE
-        if keys_read:
-            fill(one, line + t + 1, n - t - 1, one - one)
-        else:
-            fill(one, line, t, one - one)
+def product_pairs(one, count, n, k, taken, step, columns, pairs, keys_read):
+    """pairs[taken, reader], products over k; 0 where the key comes after the query."""
+    for j in range(0, count, GROUP):
+        size = min(GROUP, count - j)
+        left, right = (0, min(n, j + GROUP)) if keys_read else (j, n)
+        product(
+            one, size, right - left, k, taken + j * step, step, 1, columns + left, panel(one), TILE,
+            pairs + j * TILE + left, TILE,
+        )  # fmt: skip
+        for i in range(j, j + size):
+            if keys_read:
+                fill(one, pairs + i * TILE + i + 1, n - i - 1, one - one)
+            else:
+                fill(one, pairs + i * TILE, i, one - one)
 
 
 @jit
-def add_factor_gradients(one, s, constants, z, dense, slopes, count, gradient, other, extra):
+def add_factor_gradients(one, s, constants, z, dense, slopes, count, gradient, extra):
     """Add slope * (linear - 2 beta z - 2 dense^T dense z), the gradient through the log factor, to rows."""
-    twice = 2 * get(one, constants + BETA)
     width = panel(one)
-    for t in range(count):
-        slope = get(one, slopes + t)
-        for j in range(s.d):
-            place = gradient + t * s.d_pad + j
-            value = get(one, constants + s.linear + j) - twice * get(one, z + t * s.d_pad + j)
-            put(one, place, get(one, place) + slope * value)
+    product_add(one, count, s.d_pad, 1, slopes, 1, 1, constants + s.linear, width, 1, gradient, s.d_pad)
+    fill(one, extra, s.d_pad, one)
+    scale_block(one, z, s.d_pad, count, s.d_pad, slopes, extra, dense, s.d_pad)
+    add_rows(one, gradient, s.d_pad, dense, s.d_pad, count, -2 * get(one, constants + BETA))
     if s.has_dense:
         product(one, count, s.d_pad, s.d, z, s.d_pad, 1, constants + s.dense, s.d * width, width, dense, s.d_pad)
         for t in range(count):

@@ -20,6 +20,7 @@ from favorsharp_numba.primitives import (
     sum_block,
 )
 from favorsharp_numba.vectors import (
+    add_rows,
     byte_at,
     compare_tops,
     get,
@@ -30,15 +31,17 @@ from favorsharp_numba.vectors import (
     put,
     quadratic_rows,
     store_rows,
+    transpose_block,
 )
 
 TILE = 64
 """Points worked on at once."""
 
 HEADER = 8
-ALPHA, OFFSET, BETA, ONE, ZERO, NEAR = range(6)
+ALPHA, OFFSET, BETA, ONE, ZERO, NEAR_ALPHA, NEAR_HALF, NEAR_HALF_SCALED = range(HEADER)
 """Scalars at the head of packed constants: the root of the scale, the log factor's constant and its coefficient of
-|z|^2, 1, 0, and the coefficient of exact scores."""
+|z|^2, 1, 0; of exact scores, the root of the scale times log2(e), and the coefficients of |y|^2 for points y and for
+points that log2(e) has multiplied."""
 
 
 class Points(NamedTuple):
@@ -83,6 +86,7 @@ class Sizes(NamedTuple):
     center: int
     linear: int
     near_center: int
+    near_scaled: int
     column: int
     rows: int
     panels: int
@@ -142,11 +146,10 @@ def store_points(one, points, b, start, count, size, pad, factors, tile):
 @jit
 def transpose(one, x, x_step, rows, columns, y, y_step, pad):
     """y[j, i] = x[i, j], with zeros in y's columns rows .. pad."""
-    for j in range(columns):
-        line = y + j * y_step
-        for i in range(rows):
-            put(one, line + i, get(one, x + i * x_step + j))
-        fill(one, line + rows, pad - rows, one - one)
+    transpose_block(one, x, x_step, rows, columns, y, y_step)
+    if pad > rows:
+        for j in range(columns):
+            fill(one, y + j * y_step + rows, pad - rows, one - one)
 
 
 @jit_sums
@@ -374,16 +377,40 @@ def invert(one, total, count):
 
 @jit
 def load_near(one, s, side, points, mask, b, start, count, scaled, rows, norms):
-    """Rows alpha x - near_center, times the coefficient of scores where `scaled`, and minus half their norms."""
-    load_points(one, points, mask, b, start, count, s.d, s.d_pad, side + ALPHA, side + s.near_center, rows)
-    near = get(one, side + NEAR)
-    for t in range(count):
-        row = rows + t * s.d_pad
-        half = -near * squared_norm(one, row, s.d) / 2 if s.gaussian else one - one
-        put(one, norms + t, half + zero_or_nan(one, row, s.d))
-        if scaled:
-            for j in range(s.d):
-                put(one, row + j, get(one, row + j) * near)
+    """Rows alpha x - near_center, times log2(e) where `scaled`, and what norms contribute to scores: 0, or NaN where a
+    row is not finite, and minus half of |row|^2 where `gaussian`. The tile of scratch behind the norms is used too.
+    """
+    factor, center = (NEAR_ALPHA, s.near_scaled) if scaled else (ALPHA, s.near_center)
+    load_points(one, points, mask, b, start, count, s.d, s.d_pad, side + factor, side + center, rows)
+    zeros, squares = side + s.total - s.d_pad, norms + TILE
+    quadratic_rows(one, rows, s.d_pad, count, s.d_pad, zeros, norms, squares)
+    if s.gaussian:
+        half = get(one, side + (NEAR_HALF_SCALED if scaled else NEAR_HALF))
+        add_rows(one, norms, count, squares, count, 1, half)
+
+
+@jit
+def copy(one, x, n, y):
+    """y = x, in whole vectors."""
+    max_block(one, x, 0, 0, n, x, 0, x, y)
+
+
+@jit
+def is_finite(one, side, rows, pad, count, totals):
+    """Whether all of some rows is; `totals` is scratch."""
+    fill(one, totals, pad, one - one)
+    sum_block(one, rows, pad, count, pad, side + ZERO, 0, totals)
+    return total_of(one, totals, pad) == 0
+
+
+GROUP = 16
+"""Keys that are scored at once where later ones have fewer queries."""
+
+
+@jit
+def num_before(first, position, count):
+    """How many of `count` queries from position `first` on come before a key."""
+    return min(max(0, position - first), count)
 
 
 @jit
@@ -395,7 +422,7 @@ def read_near(
 
     A query sees a key of them that the mask shows and, where causal, that is not after it.
     """
-    n = rest_of_tile(count, lanes(one))
+    n, width, lane = rest_of_tile(count, lanes(one)), panel(one), lanes(one)
     rows = scratch
     norms = rows + TILE * s.d_pad
     values = norms + TILE
@@ -404,40 +431,60 @@ def read_near(
     safe = new + TILE
     scale = safe + TILE
     ones = scale + TILE
+    trash = ones + max(TILE, s.e_pad)
     fill(one, ones, max(TILE, s.e_pad), one)
     zeros = side + s.total - s.e_pad
     for start in range(low, high, TILE):
         keys = min(TILE, high - start)
         load_near(one, s, side, k, mask, b, start, keys, False, rows, norms)
         load_points(one, v, mask, b, start, keys, s.e, s.e_pad, side + ONE, zeros, values)
-        product_terms(one, keys, n, s.d, rows, s.d_pad, 1, columns, panel(one), TILE, scores, TILE, norms, query_norms)
-        spoiled = False
-        for j in range(keys):
-            if is_hidden(mask, b, start + j):
-                fill(one, scores + j * TILE, n, -np.inf * one)
-            elif causal and start + j > first:
-                fill(one, scores + j * TILE, min(start + j - first, n), -np.inf * one)
-                spoiled = spoiled or not np.isfinite(squared_norm(one, values + j * s.e_pad, s.e))
-        max_block(one, scores, TILE, keys, n, side + ZERO, 0, reference, new)
-        for t in range(n):
-            old, value = get(one, reference + t), get(one, new + t)
-            put(one, safe + t, value if value > -np.inf else one - one)
-            factor = np.exp2(old - value) if value > old else one
-            put(one, scale + t, factor)
-            put(one, total + t, get(one, total + t) * factor)
-            put(one, reference + t, value)
-        scale_block(one, numerator, s.e_pad, count, s.e_pad, scale, ones, numerator, s.e_pad)
-        exp_block(one, scores, TILE, keys, n, side + ZERO, 0, safe, ones, 0, total)
-        if spoiled:  # a value that is not finite must not meet the weight 0 of a query before it
-            for t in range(count):
-                seen = min(keys, max(0, first + t + 1 - start))
+        partly = causal and start + keys > first + 1
+        group = GROUP if partly else keys
+        copy(one, reference, n, new)
+        for j in range(0, keys, group):
+            size = min(group, keys - j)
+            left = num_before(first, start + j, n) // lane * lane if partly else 0
+            line = scores + j * TILE
+            product_terms(
+                one, size, n - left, s.d, rows + j * s.d_pad, s.d_pad, 1, columns + left, width, TILE, line + left,
+                TILE, norms + j, query_norms + left,
+            )  # fmt: skip
+            for i in range(size):
+                if is_hidden(mask, b, start + j + i):
+                    fill(one, line + i * TILE, n, -np.inf * one)
+                elif partly:
+                    fill(one, line + i * TILE, num_before(first, start + j + i, n), -np.inf * one)
+            max_block(one, line + left, TILE, size, n - left, side + ZERO, 0, new + left, new + left)
+        if compare_tops(one, n, reference, new, safe) > 0:
+            copy(one, reference, n, scale)
+            exp_block(one, scale, 0, 1, n, side + ZERO, 0, safe, side + ZERO, 0, trash)
+            scale_block(one, total, n, 1, n, ones, scale, total, n)
+            scale_block(one, numerator, s.e_pad, count, s.e_pad, scale, ones, numerator, s.e_pad)
+            copy(one, new, n, reference)
+        for j in range(0, keys, group):
+            size = min(group, keys - j)
+            left = num_before(first, start + j, n) // lane * lane if partly else 0
+            line = scores + j * TILE
+            exp_block(
+                one, line + left, TILE, size, n - left, side + ZERO, 0, safe + left, ones, 0, total + left
+            )  # fmt: skip
+            for i in range(size if left > 0 else 0):
+                fill(one, line + i * TILE, left, one - one)
+        if partly:
+            # a value that is not finite must not meet the weight 0 of a query before it
+            step = 6 if is_finite(one, side, values, s.e_pad, keys, trash) else 1
+            for t in range(0, count, step):
+                seen = min(keys, max(0, first + min(t + step, count) - start))
                 line = numerator + t * s.e_pad
-                product_add(one, 1, s.e_pad, seen, scores + t, 1, TILE, values, panel(one), s.e_pad, line, s.e_pad)
+                product_add(
+                    one, min(step, count - t), s.e_pad, seen, scores + t, 1, TILE, values, width, s.e_pad, line,
+                    s.e_pad,
+                )  # fmt: skip
         else:
-            product_add(one, count, s.e_pad, keys, scores, 1, TILE, values, panel(one), s.e_pad, numerator, s.e_pad)
+            product_add(one, count, s.e_pad, keys, scores, 1, TILE, values, width, s.e_pad, numerator, s.e_pad)
 
 
 @jit
 def near_scratch(s):
     """Items of scratch that `read_near` needs."""
-    return TILE * (s.d_pad + 1 + s.e_pad + TILE + 3) + max(TILE, s.e_pad)
+    return TILE * (s.d_pad + 1 + s.e_pad + TILE + 3) + 2 * max(TILE, s.e_pad)

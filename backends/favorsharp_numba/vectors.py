@@ -64,6 +64,9 @@ class _Emitter:
     def broadcast(self, pointer):
         value = self.b.load(pointer, typ=self.scalar)
         value.align = self.item
+        return self.filled(value)
+
+    def filled(self, value):
         undefined = ir.Constant(self.vector, ir.Undefined)
         first = self.b.insert_element(undefined, value, ir.Constant(_I32, 0))
         order = ir.Constant(ir.VectorType(_I32, self.lanes), [0] * self.lanes)
@@ -85,17 +88,17 @@ class _Emitter:
         Rounding to the nearest integer by adding 1.5 * 2**23 leaves that integer in the low bits of the sum; with the
         exponent's bias added to it as well, a shift makes those bits the power of two itself, or 0.
 
-        `above` says that y may be above 0, where a result near the top of the range needs the power in two factors.
+        `above` says that y may be above 0, where a result near the top of the range needs half the power, doubled; the
+        range then ends a factor of 2 higher at the bottom.
         """
         bits, bias, big = (23, 127, 1.5 * 2**23) if self.single else (52, 1023, 1.5 * 2**52)
-        low = self.constant(-bias)
+        offset = bias - 1 if above else bias
+        low = self.constant(-offset)
         y = self.b.select(self.b.fcmp_ordered("<", y, low), low, y)
         if above:
-            positive = self.b.fcmp_ordered(">", y, self.constant(0))
-            y = self.b.select(positive, self.b.fsub(y, self.constant(1)), y)
             top = self.constant(bias + 1)
             y = self.b.select(self.b.fcmp_ordered(">", y, top), top, y)
-        magic = self.constant(big + bias)
+        magic = self.constant(big + offset)
         shifted = self.b.fadd(y, magic)
         rest = self.b.fsub(y, self.b.fsub(shifted, magic))
         coefficients = POWERS[4 if self.single else 8]
@@ -105,7 +108,7 @@ class _Emitter:
         shift = ir.Constant(self.integer, [bits] * self.lanes)
         power = self.b.bitcast(self.b.shl(self.b.bitcast(shifted, self.integer), shift), self.vector)
         value = self.b.fmul(value, power)
-        return self.b.select(positive, self.b.fadd(value, value), value) if above else value
+        return self.b.fadd(value, value) if above else value
 
     def accumulator(self, value):
         return cgutils.alloca_once_value(self.b, value)
@@ -114,16 +117,19 @@ class _Emitter:
         return self.b.load(accumulator, typ=self.vector)
 
 
-def _power_series(degree):
-    """Coefficients of a polynomial for 2**r, |r| <= 1/2, that is 1 at 0: by interpolation at Chebyshev nodes."""
+def _power_series(degree, *, weighted):
+    """Coefficients of a polynomial for 2**r, |r| <= 1/2, that is 1 at 0: by interpolation at Chebyshev nodes.
+
+    The slope from 0 is fitted; its error counts by r where `weighted`, which rounding forbids at high degrees.
+    """
     nodes = np.cos(np.pi * (np.arange(400) + 0.5) / 400) / 2
-    slope = np.expm1(nodes * np.log(2)) / nodes
-    fitted = np.polynomial.chebyshev.Chebyshev.fit(nodes, slope, degree - 1, domain=[-0.5, 0.5])
+    slope, weights = np.expm1(nodes * np.log(2)) / nodes, np.abs(nodes) if weighted else None
+    fitted = np.polynomial.chebyshev.Chebyshev.fit(nodes, slope, degree - 1, domain=[-0.5, 0.5], w=weights)
     return [1.0, *fitted.convert(kind=np.polynomial.Polynomial).coef]
 
 
-POWERS = {4: _power_series(6), 8: _power_series(11)}
-"""By item size; the polynomial's own error is below half a unit in the last place."""
+POWERS = {4: _power_series(5, weighted=True), 8: _power_series(11, weighted=False)}
+"""By item size; the polynomial's own error is one unit in the last place of float32, and two of float64."""
 
 
 # The matrix product --------------------------------------------------------------------------------------------------
@@ -583,6 +589,89 @@ def store_rows(one, kind, address, step, count, n, pad, factor, x):
 
 
 @intrinsic
+def _transpose(context, one, x, x_step, rows, columns, y, y_step):
+    def emit(context, builder, signature, args):
+        _, x, x_step, rows, columns, y, y_step = args
+        e = _Emitter(builder, signature.args[0])
+        source, target = e.pointer(x), e.pointer(y)
+        zero, one_item, width = (ir.Constant(_I64, value) for value in (0, 1, e.lanes))
+        whole_rows, whole_columns = (builder.mul(builder.udiv(z, width), width) for z in (rows, columns))
+
+        def shuffled(a, b, order):
+            return builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(_I32, e.lanes), order))
+
+        def block(i, j):
+            """lanes x lanes items: in each round, pairs of vectors exchange halves, quarters, ..."""
+            line = e.at(source, builder.add(builder.mul(i, x_step), j))
+            vectors = [e.load(e.at(line, builder.mul(ir.Constant(_I64, r), x_step))) for r in range(e.lanes)]
+            half = e.lanes // 2
+            while half:
+                low = [r if not r & half else r - half + e.lanes for r in range(e.lanes)]
+                high = [r + half if not r & half else r + e.lanes for r in range(e.lanes)]
+                for r in range(e.lanes):
+                    if not r & half:
+                        a, b = vectors[r], vectors[r + half]
+                        vectors[r], vectors[r + half] = shuffled(a, b, low), shuffled(a, b, high)
+                half //= 2
+            place = e.at(target, builder.add(builder.mul(j, y_step), i))
+            for r, vector in enumerate(vectors):
+                e.store(vector, e.at(place, builder.mul(ir.Constant(_I64, r), y_step)))
+
+        def single(i, j):
+            value = builder.load(e.at(source, builder.add(builder.mul(i, x_step), j)), typ=e.scalar)
+            value.align = e.item
+            builder.store(value, e.at(target, builder.add(builder.mul(j, y_step), i))).align = e.item
+
+        def loop(low, high, step):
+            return cgutils.for_range_slice(builder, low, high, step)
+
+        with loop(zero, whole_rows, width) as (i, _), loop(zero, whole_columns, width) as (j, _):
+            block(i, j)
+        with loop(zero, whole_columns, one_item) as (j, _), loop(whole_rows, rows, one_item) as (i, _):
+            single(i, j)
+        with loop(whole_columns, columns, one_item) as (j, _), loop(zero, rows, one_item) as (i, _):
+            single(i, j)
+        return context.get_dummy_value()
+
+    return types.void(one, *[types.int64] * 6), emit
+
+
+@jit
+def transpose_block(one, x, x_step, rows, columns, y, y_step):
+    """y[j, i] = x[i, j]."""
+    _transpose(one, x, x_step, rows, columns, y, y_step)
+
+
+@intrinsic
+def _add_rows(context, one, target, size, x, step, count, factor):
+    def emit(context, builder, signature, args):
+        _, target, size, x, step, count, single = args
+        e = _Emitter(builder, signature.args[0])
+        target, source, wide = e.pointer(target), e.pointer(x), e.filled(single)
+        with cgutils.for_range(builder, count) as loop:
+            result = e.at(target, builder.mul(loop.index, size))
+            line = e.at(source, builder.mul(loop.index, step))
+
+            def body(j, shape):
+                kind = shape(e.scalar)
+                old, value = builder.load(e.at(result, j), typ=kind), builder.load(e.at(line, j), typ=kind)
+                old.align = value.align = e.item
+                scaled = builder.fmul(value, wide if isinstance(kind, ir.VectorType) else single)
+                builder.store(builder.fadd(old, scaled), e.at(result, j)).align = e.item
+
+            _rows_loop(builder, e, size, body)
+        return context.get_dummy_value()
+
+    return types.void(one, *[types.int64] * 5, one), emit
+
+
+@jit
+def add_rows(one, target, size, x, step, count, factor):
+    """Add rows x[t] times a factor to rows of `size` items without gaps."""
+    _add_rows(one, target, size, x, step, count, factor)
+
+
+@intrinsic
 def _quadratic_rows(context, one, z, step, count, n, linear, first, second):
     def emit(context, builder, signature, args):
         _, z, step, count, n, linear, first, second = args
@@ -590,16 +679,30 @@ def _quadratic_rows(context, one, z, step, count, n, linear, first, second):
         lines, coefficients = e.pointer(z), e.pointer(linear)
         name = f"llvm.vector.reduce.fadd.v{e.lanes}f{8 * e.item}"
         reduce = cgutils.get_or_insert_function(builder.module, ir.FunctionType(e.scalar, [e.scalar, e.vector]), name)
-        with cgutils.for_range(builder, count) as loop:
-            line = e.at(lines, builder.mul(loop.index, step))
-            dots, squares = e.accumulator(e.constant(0.0)), e.accumulator(e.constant(0.0))
+
+        def body(t, rows):
+            """Several rows at once: the sums of one wait for each other."""
+            starts = [e.at(lines, builder.mul(builder.add(t, ir.Constant(_I64, r)), step)) for r in range(rows)]
+            sums = [[e.accumulator(e.constant(0.0)) for _ in range(2)] for _ in range(rows)]
             with cgutils.for_range_slice(builder, ir.Constant(_I64, 0), n, ir.Constant(_I64, e.lanes)) as (j, _):
-                value = e.load(e.at(line, j))
-                builder.store(e.multiply_add(value, e.load(e.at(coefficients, j)), e.get(dots)), dots)
-                builder.store(e.multiply_add(value, value, e.get(squares)), squares)
-            for sums, target in ((dots, first), (squares, second)):
-                total = builder.call(reduce, [ir.Constant(e.scalar, 0.0), e.get(sums)], fastmath=("reassoc",))
-                builder.store(total, e.at(e.pointer(target), loop.index)).align = e.item
+                coefficient = e.load(e.at(coefficients, j))
+                for line, (dots, squares) in zip(starts, sums, strict=True):
+                    value = e.load(e.at(line, j))
+                    builder.store(e.multiply_add(value, coefficient, e.get(dots)), dots)
+                    builder.store(e.multiply_add(value, value, e.get(squares)), squares)
+            for r, pair in enumerate(sums):
+                for total, target in zip(pair, (first, second), strict=True):
+                    total = builder.call(reduce, [ir.Constant(e.scalar, 0.0), e.get(total)], fastmath=("reassoc",))
+                    place = e.at(e.pointer(target), builder.add(t, ir.Constant(_I64, r)))
+                    builder.store(total, place).align = e.item
+
+        start = ir.Constant(_I64, 0)
+        for rows in (4, 1):
+            height = ir.Constant(_I64, rows)
+            stop = builder.add(start, builder.mul(builder.udiv(builder.sub(count, start), height), height))
+            with cgutils.for_range_slice(builder, start, stop, height) as (t, _):
+                body(t, rows)
+            start = stop
         return context.get_dummy_value()
 
     return types.void(one, *[types.int64] * 7), emit
