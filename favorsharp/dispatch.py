@@ -177,7 +177,9 @@ class Kernel:
     op : str
         The op's name.
     target : str
-        ``"module:function"``; the function has the op's own signature.
+        ``"module:function"``; the function has the op's own signature. It may have attributes: `plan`, of decode_step,
+        takes the arguments of a first call and returns a function for calls like it, layouts of arrays included, or
+        None; `packed`, of attention and causal attention, takes the bounds of packed sequences after the map.
     libraries, devices, dtypes, families : frozenset of str
         The values of a `Request` that it accepts.
     differentiable : bool
@@ -620,11 +622,7 @@ def recall(feature_map: Any, signature: tuple[Hashable, ...] | None) -> tuple[An
 
 
 def settle(feature_map: Any, signature: tuple[Hashable, ...] | None, implementation: Any, prepared: Any) -> None:
-    """Remember what a call with this map and signature came to.
-
-    An implementation may have an attribute `plan`: a function of the arguments of a first call that returns one for
-    calls like it, the layouts of arrays included, or None. Such a plan looks at nothing again.
-    """
+    """Remember what a call with this map and signature came to."""
     if signature is None:
         return
     known = _settled.setdefault(feature_map, {})

@@ -14,6 +14,7 @@ from favorsharp._arrays import (
     is_traced,
     library_of,
     namespace_of,
+    needs_gradient,
     records_gradients,
     result_dtype,
     signature_of,
@@ -211,6 +212,16 @@ def linear_attention(
         if state is not None or return_state:
             raise ValueError("cu_seqlens with state or return_state is not supported: run the sequences one by one")
         bounds = check_bounds(cu_seqlens, n, s)
+        if n > 0 and not any(needs_gradient(x) for x in (q, k, v, *feature_map.arrays)):
+            prepared = astype(feature_map, compute_dtype(xp, q, k, v))
+            op = causal_attention if is_causal else attention_op
+            packed = getattr(op.implementation(q, k, v, prepared, key_mask=key_mask, window=window), "packed", None)
+            if packed is not None:
+                if group > 1:
+                    q, k, v = split_heads(q, group), k[..., None, :, :], v[..., None, :, :]
+                    key_mask, prepared = add_group_axis(key_mask), prepared.expanded()
+                result = packed(q, k, v, prepared, bounds, key_mask=key_mask, window=window)
+                return _deliver(merge_heads(result) if group > 1 else result, out)
         pieces = [
             linear_attention(
                 q[..., a:b, :],

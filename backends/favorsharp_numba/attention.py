@@ -17,3 +17,15 @@ def attention(q: Any, k: Any, v: Any, feature_map: Any, *, key_mask: Any = None,
         problem.gather()
         problem.read(out)
     return out
+
+
+def _packed(
+    q: Any, k: Any, v: Any, feature_map: Any, bounds: list[int], *, key_mask: Any = None, window: int = 0
+) -> Any:
+    """Attention within sequences packed along the point axis."""
+    return AttentionProblem(feature_map, q, k, v, key_mask=key_mask, window=window).each_sequence(
+        q, bounds, causal=False
+    )
+
+
+attention.packed = _packed  # type: ignore[attr-defined]

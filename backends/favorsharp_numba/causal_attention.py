@@ -31,6 +31,18 @@ def causal_attention(
     return out, replace(state, **recent(state, k, v, key_mask)) if window else state
 
 
+def _packed(
+    q: Any, k: Any, v: Any, feature_map: Any, bounds: list[int], *, key_mask: Any = None, window: int = 0
+) -> Any:
+    """Causal attention within sequences packed along the point axis."""
+    return AttentionProblem(feature_map, q, k, v, key_mask=key_mask, window=window).each_sequence(
+        q, bounds, causal=True
+    )
+
+
+causal_attention.packed = _packed  # type: ignore[attr-defined]
+
+
 def recent(state: State, k: Any, v: Any, key_mask: Any) -> dict[str, Any]:
     """The keys, values and mask that a state keeps beside its features after further ones."""
     keys, values, mask = with_recent(state, k, v, key_mask)

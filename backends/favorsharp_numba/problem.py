@@ -6,7 +6,20 @@ from typing import Any
 import numpy as np
 
 from favorsharp_numba import attention_kernels as kernels
-from favorsharp_numba.arguments import LOG2E, Held, broadcast, host, indices, members, name_of, pack, promoted, widened
+from favorsharp_numba.arguments import (
+    LOG2E,
+    Held,
+    broadcast,
+    empty,
+    host,
+    indices,
+    members,
+    name_of,
+    pack,
+    promoted,
+    widened,
+)
+from favorsharp_numba.packed_kernel import packed, packed_scratch
 from favorsharp_numba.run import num_threads, share
 from favorsharp_numba.tiles import TILE
 
@@ -186,6 +199,25 @@ class AttentionProblem:
             kernels.causal, self.heads, cost, kernels.causal_scratch(self.one, s), self.one, s,
             self.arguments(causal=True), self.q, self.k, self.v, self.mask, self.held.points(out, self.batch),
         )  # fmt: skip
+
+    def each_sequence(self, like: Any, bounds: list[int], *, causal: bool) -> Any:
+        """Every sequence alone, from bounds[i] to bounds[i + 1]; the result is an array of like's library."""
+        s, size = self.s, 0
+        out = empty(like, (*self.batch, self.num_queries, s.e), self.result)
+        self.segments, self.transposed = 1, not causal and self.window == 0 and 2 * s.e <= self.packed.lanes
+        self.kv_size = s.e * s.m_pad if self.transposed else s.m * s.e_pad
+        self.sums = np.zeros((1, self.kv_size + 2 * s.m_pad), self.packed.dtype)  # of which each thread has its own
+        if self.window > 0 and not causal:
+            size = self.query_heads * self.num_queries * (s.e_pad + 2)
+        sequences = len(bounds) - 1
+        cost = float(self.query_heads * self.num_queries * 2 * s.m * (s.d + s.e))
+        share(
+            packed, self.heads * sequences, cost, packed_scratch(self.one, s, self.sums.shape[-1]), self.one, s,
+            self.arguments(causal=causal), self.q, self.k, self.v, self.mask, self.held.points(out, self.batch),
+            self.held.keep(np.array(bounds, np.int64)), sequences, self.query_heads,
+            self.held.place(np.empty(size, self.packed.dtype)),
+        )  # fmt: skip
+        return out
 
     def _pieces(self, heads: int, length: int, work: float) -> int:
         """Into how many pieces to cut each head, so that the threads have enough to share."""

@@ -50,6 +50,10 @@ def causal_attention(
     return out, replace(state, **recent(state, k, v, key_mask)) if window else state
 
 
+attention.packed = plain_attention.attention.packed  # type: ignore[attr-defined]
+causal_attention.packed = plain_causal.causal_attention.packed  # type: ignore[attr-defined]
+
+
 def _recorded(*arrays: Any) -> bool:
     return torch.is_grad_enabled() and any(x.requires_grad for x in arrays)
 

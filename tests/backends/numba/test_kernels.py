@@ -1,5 +1,7 @@
 """The kernels against the references, op by op, and what only kernels have to get right: layouts, tops, totals."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from problems import attention_problem, key_mask
@@ -148,3 +150,42 @@ def test_grouped_heads_read_the_keys_of_their_group():
         for options in ({}, {"is_causal": True}, {"window": 16}, {"is_causal": True, "window": 16}):
             got = fs.linear_attention(q, k, v, fm, enable_gqa=True, **options)
             np.testing.assert_allclose(got, fs.linear_attention(q, *repeated, fm, **options), atol=1e-12)
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_packed_sequences_are_one_call_and_do_not_see_each_other(is_causal, grouped):
+    q, k, v = attention_problem(6, (2, 6), n=230)
+    if grouped:
+        k, v = k[:, ::3], v[:, ::3]
+    fm = fs.feature_map(fs.fit(q.reshape(-1, 8), k.reshape(-1, 8)), 19, rng=0)
+    bounds = [0, 1, 1, 70, 75, 140, 141, 230]
+    mask = key_mask(7, k.shape[:-1], "holes")
+    for window in (0, 5, 64):
+        options = {"is_causal": is_causal, "window": window, "enable_gqa": grouped}
+        with fs.use("numba"):
+            with watch() as calls:
+                got = fs.linear_attention(q, k, v, fm, cu_seqlens=bounds, key_mask=mask, **options)
+            assert len(calls) == 1
+            pieces = [
+                fs.linear_attention(*(x[..., a:b, :] for x in (q, k, v)), fm, key_mask=mask[..., a:b], **options)
+                for a, b in pairwise(bounds)
+                if a < b
+            ]
+        np.testing.assert_allclose(got, np.concatenate(pieces, axis=-2), atol=1e-12)
+
+
+@pytest.mark.parametrize("e", [1, 5, 16, 80])
+def test_tokens_one_by_one_equal_the_sequence(e):
+    """The plan of a token is made at the first one; later ones may lie elsewhere in memory."""
+    q, k, v = attention_problem(8, (2, 3), n=12, e=e)
+    fm = fs.feature_map(fs.fit(q, k), 19, rng=0)
+    for dtype, error in ((np.float64, 1e-12), (np.float32, 1e-5)):
+        a = [np.asarray(x, dtype) for x in (q, k, v)]
+        want = fs.linear_attention(*a, astype(fm, dtype), is_causal=True)
+        state = fs.init_state(fm, e, like=a[1])
+        with fs.use("numba"):
+            for t in range(12):
+                token = [x[..., t : t + 1, :] if t % 2 else x[..., t : t + 1, :].copy() for x in a]
+                out, state = fs.decode_step(*token, state, fm)
+                np.testing.assert_allclose(out, want[..., t : t + 1, :], atol=error)

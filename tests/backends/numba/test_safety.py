@@ -1,6 +1,7 @@
 """Kernels among others: threads, forks, threading layers, limits, caches, processors. Each in a process of its own."""
 
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -141,18 +142,59 @@ def test_an_unknown_vector_width_is_refused():
         python("import favorsharp_numba.compiling as c; c.vector_bytes()", FAVORSHARP_NUMBA_VECTORS="48")
 
 
+PROCESSORS = {
+    "haswell": ("+sse4.2,+avx,+avx2,+fma,+f16c,+bmi,+bmi2,+lzcnt,+popcnt,+movbe", "32", ("zmm",)),
+    "x86-64": ("+sse2", "16", ("zmm", "ymm", "vfmadd")),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="processors of the x86 family")
+@pytest.mark.parametrize("name", PROCESSORS)
+def test_code_for_a_lesser_processor_has_none_of_the_instructions_it_lacks(name, tmp_path):
+    features, width, lacking = PROCESSORS[name]
+    code = """
+    from favorsharp_numba.attention_kernels import causal, gather_keys, read_queries
+    from favorsharp_numba.compiling import vector_bytes
+    with fs.use("reference"):
+        wide = [x.astype("float64") for x in (q, k, v)]
+        want = [fs.linear_attention(*wide, fm, is_causal=c) for c in (False, True)]
+    error = max(float(np.abs(run(is_causal=c) - x).max()) for c, x in zip((False, True), want))
+    text = "".join(x for kernel in (causal, gather_keys, read_queries) for x in kernel.inspect_asm().values())
+    print(vector_bytes(), error < 1e-5, "mulps" in text, any(word in text for word in LACKING))
+    """
+    code = f"LACKING = {lacking!r}\n" + textwrap.dedent(code)
+    cache = {"NUMBA_CACHE_DIR": str(tmp_path)}
+    assert python(code, NUMBA_CPU_NAME=name, NUMBA_CPU_FEATURES=features, **cache) == f"{width} True True False"
+
+
 @pytest.mark.slow
 def test_runs_where_nothing_can_be_cached(tmp_path):
-    """A read-only package and no home: every process compiles."""
+    """A package and a home that cannot be written to, whoever the user is: every process compiles."""
     package = tmp_path / "backends"
     shutil.copytree(ROOT / "backends", package, ignore=shutil.ignore_patterns("__pycache__"))
+    (package / "favorsharp_numba" / "__pycache__").touch()
     code = """
-    from favorsharp_numba import compiling
-    compiling._Implementation._locator_classes = []  # what Numba finds where no folder can be written to
     from favorsharp_numba.vectors import product
     print(type(product._cache).__name__, float(np.abs(run()).sum()) > 0)
     """
-    assert python(code, package=package) == "NullCache True"
+    nowhere = {"HOME": os.devnull, "XDG_CACHE_HOME": os.devnull, "NUMBA_CACHE_DIR": ""}
+    assert python(code, package=package, PYTHONDONTWRITEBYTECODE="1", **nowhere) == "NullCache True"
+
+
+@pytest.mark.slow
+def test_a_home_takes_the_cache_of_a_package_that_cannot_be_written_to(tmp_path):
+    package = tmp_path / "backends"
+    shutil.copytree(ROOT / "backends", package, ignore=shutil.ignore_patterns("__pycache__"))
+    (package / "favorsharp_numba" / "__pycache__").touch()
+    code = """
+    from favorsharp_numba.attention_kernels import read_queries
+    run()
+    print(sum(read_queries.stats.cache_hits.values()))
+    """
+    home = {"HOME": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path / "cache"), "NUMBA_CACHE_DIR": ""}
+    results = [python(code, package=package, PYTHONDONTWRITEBYTECODE="1", **home) for _ in range(2)]
+    assert results == ["0", "1"]
 
 
 def test_a_kernel_is_compiled_anew_when_a_file_it_uses_has_changed(tmp_path):
