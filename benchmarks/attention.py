@@ -47,7 +47,10 @@ def tables(*, quick: bool = False) -> Iterator[Table]:
         if fast is not None:
             others["performer-pytorch"] = lambda fast=fast, t=tensors: fast(*t)
         ours = {"favorsharp": lambda q=q, k=k, v=v, fm=fm: fs.linear_attention(q, k, v, fm)}
-        yield compare(f"bidirectional, L={n}, m={m}", ours | others, want=want, goal=GOALS.get((n, m)), rounds=7)
+        work = 2.0 * H * n * m * 4 * D
+        yield compare(
+            f"bidirectional, L={n}, m={m}", ours | others, want=want, goal=GOALS.get((n, m)), rounds=7, flops=work
+        )
     for n in (128,) if quick else (256, 512, 1024):
         for m in (64, 128):
             q, k, v, fm = problem(n, m)

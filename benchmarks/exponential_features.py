@@ -33,9 +33,12 @@ def tables(*, quick: bool = False) -> Iterator[Table]:
             "jax.jit": lambda given=given: peers.jitted("features")(*given),
         }
         fresh = {"favorsharp": lambda given=given: exponential_features(*given), **others}
-        yield compare(f"features {n} x {d}, m={m}, fresh", fresh, want=want, goal=GOALS["fresh"])
+        flops = 2.0 * n * d * m
+        yield compare(f"features {n} x {d}, m={m}, fresh", fresh, want=want, goal=GOALS["fresh"], flops=flops)
         into = {"favorsharp, out=": lambda given=given, out=out: exponential_features(*given, out=out), **others}
-        yield compare(f"features {n} x {d}, m={m}, out= against fresh", into, want=want, goal=GOALS["out"])
+        yield compare(
+            f"features {n} x {d}, m={m}, out= against fresh", into, want=want, goal=GOALS["out"], flops=2.0 * n * d * m
+        )
         floor = {
             "favorsharp, out=": into["favorsharp, out="],
             "sgemm alone, out=": lambda t=tensors, product=product: torch.mm(t[0], t[1].T, out=product),

@@ -31,4 +31,4 @@ def tables(*, quick: bool = False) -> Iterator[Table]:
         "torch": lambda: torch_matvec(*tensors),
         "torch.compile": lambda: compiled(torch_matvec)(*tensors),
     }
-    yield compare(f"Gaussian matvec, n={n}, d={d}, m={m}", sides, goal=10.0, rounds=5)
+    yield compare(f"Gaussian matvec, n={n}, d={d}, m={m}", sides, goal=10.0, rounds=5, flops=4.0 * n * m * (d + 1))

@@ -97,7 +97,7 @@ def compiled(function: Any) -> Any:
 
 @functools.cache
 def jitted(name: str) -> Any:
-    """The bidirectional formula or the features under jax.jit."""
+    """The bidirectional formula, causal chunks of 64 or the features under jax.jit."""
     import jax
     import jax.numpy as jnp
 
@@ -116,7 +116,25 @@ def jitted(name: str) -> Any:
         w = jnp.exp(w - w.max(-1, keepdims=True))
         return (w @ (p.swapaxes(-1, -2) @ v)) / (w @ p.sum(-2, keepdims=True).swapaxes(-1, -2))
 
-    function = jax.jit({"features": features, "attention": attention}[name])
+    def causal(q: Any, k: Any, v: Any, rows: Any, root: float) -> Any:
+        def features_of(x: Any) -> Any:
+            x = x * root
+            return jnp.exp(x @ rows.T - (x * x).sum(-1, keepdims=True) / 2)
+
+        def chunk(sums: Any, tiles: Any) -> Any:
+            pq, pk, v = features_of(tiles[0]), features_of(tiles[1]), tiles[2]
+            kv, z = sums
+            pairs = jnp.tril(pq @ pk.swapaxes(-1, -2))
+            total = pairs.sum(-1, keepdims=True) + pq @ z[..., None]
+            return (kv + pk.swapaxes(-1, -2) @ v, z + pk.sum(-2)), (pairs @ v + pq @ kv) / total
+
+        *batch, n, _ = q.shape
+        tiles = [jnp.moveaxis(x.reshape(*batch, n // TILE, TILE, x.shape[-1]), -3, 0) for x in (q, k, v)]
+        m, e = rows.shape[0], v.shape[-1]
+        _, out = jax.lax.scan(chunk, (jnp.zeros((*batch, m, e)), jnp.zeros((*batch, m))), tiles)
+        return jnp.moveaxis(out, 0, -3).reshape(*batch, n, e)
+
+    function = jax.jit({"features": features, "attention": attention, "causal": causal}[name])
     return lambda *arrays: function(*arrays).block_until_ready()
 
 
@@ -131,4 +149,4 @@ def performer(m: int, d: int, *, causal: bool = False) -> Any:
         from performer_pytorch import FastAttention
     except ImportError:
         return None
-    return FastAttention(dim_heads=d, nb_features=m, causal=causal)
+    return FastAttention(dim_heads=d, nb_features=m, causal=causal).eval()
