@@ -80,7 +80,7 @@ def page(found: list[measure.Table], memory: dict[str, float], flops: float, fma
         "",
         "Interleaved medians in one process, float32, eight heads of 64, after a check against float64 where the sizes",
         "allow it. Read ratios: times on a shared machine vary. Plain and causal peers take no maxima, and so overflow",
-        "on larger inputs; ours always take them. performer-pytorch draws projections of its own, so its results cannot",
+        "on larger inputs; ours always take them. performer-pytorch draws projections of its own: its results cannot",
         "be checked. `python -m benchmarks.report` writes this page.",
         "",
         "The last column is what the matrix products of the work come to, in per cent of that bound.",
