@@ -8,7 +8,7 @@ import importlib
 import json
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -55,6 +55,7 @@ SHAPES = (
     Shape("float32", 130, 140, 40),  # beyond what tiles hold
     Shape("float64", 12, 9, 24),
     Shape("float64", 64, 64, 64, "optimal", "gaussian"),
+    Shape("float64", 9, 5, 7, "optimal", "gaussian"),
 )
 
 
@@ -83,6 +84,7 @@ LENGTHS = (
     Lengths(97, 63, (1, 2), group=3),
     Lengths(130, 201, (1,)),
     Lengths(70, 97, (1,)),
+    Lengths(40, 40, (1,), group=2),
 )
 
 CALLS: dict[str, Callable[[Any], tuple[str, tuple[Any, ...], dict[str, Any]]]] = {
@@ -124,9 +126,10 @@ VJPS = {
     "vjp, causal, window 16": {"is_causal": True, "window": 16},
     "vjp of the map": {"of_map": True},
     "vjp of the map, causal": {"of_map": True, "is_causal": True},
+    "vjp of every array, window 16": {"window": 16},
     "features vjp": {},
 }
-"""Options of `attention_vjp`; the last is of `exponential_features_vjp`."""
+"""Options of `attention_vjp`; the last but one is what torch asks of it, the last `exponential_features_vjp`."""
 
 
 class Problem:
@@ -183,8 +186,6 @@ class Problem:
         wide = _cast(_cast(_map(self.shape), np.dtype(WIDER[self.shape.dtype])), np.dtype("float64"))
         full = OPS["update"].reference(empty, k.astype("float64"), v.astype("float64"), wide)
         narrow = map_arrays(full, lambda x: x if x.dtype == bool else x.astype(self.map_dtype))
-        from dataclasses import replace
-
         return replace(narrow, recent_k=full.recent_k.astype(dtype), recent_v=full.recent_v.astype(dtype))
 
 
@@ -207,6 +208,8 @@ def run(name: str, shape: Shape, lengths: Lengths = RAGGED) -> Any:
     if name == "features vjp":
         out, pullback = function("exponential_features_vjp")(*problem.plain)
         return (out, *pullback(problem.feature_gradient))
+    if name == "vjp of every array, window 16":
+        return _of_every_array(problem, **VJPS[name])
     if name in VJPS:
         options = _vjp_options(name, problem)
         out, pullback = function("attention_vjp")(problem.q, *problem.same, problem.map, **options)
@@ -229,11 +232,37 @@ def wanted(name: str, shape: Shape, lengths: Lengths = RAGGED) -> Any:
         if "key_mask" in options:
             options["key_mask"] = torch.from_numpy(np.array(options["key_mask"]))
         feature_map = map_arrays(problem.map, lambda x: torch.from_numpy(np.array(x)))
-        arrays = (torch.from_numpy(np.array(x)) for x in (problem.q, *problem.same))
+        arrays = [torch.from_numpy(np.array(x)) for x in (problem.q, *problem.same)]
+        if name == "vjp of every array, window 16":
+            return _wanted_of_every_array(arrays, feature_map, torch.from_numpy(np.array(problem.gradient)), **options)
         out, pullback = OPS["attention_vjp"].reference(*arrays, feature_map, **options)
         return (out, *pullback(torch.from_numpy(np.array(problem.gradient))))
     op, args, options = CALLS[name](problem)
     return OPS[op].reference(*args, **options)
+
+
+def _of_every_array(problem: Problem, **options: Any) -> tuple[Any, ...]:
+    """The result, and the gradients of points and of all arrays of a map, as torch's autograd has them computed."""
+    from favorsharp.features.map_gradients import map_gradients
+    from favorsharp_cuda.attention import attention_with_stats
+    from favorsharp_cuda.gradients import attention_backward
+
+    given = (problem.q, *problem.same, problem.map)
+    out, stats = attention_with_stats(*given, **options)
+    *points, sums = attention_backward(problem.gradient, *given, out, stats, of_map=True, **options)
+    return (out, *points, *map_gradients(problem.map, sums.finished()))
+
+
+def _wanted_of_every_array(arrays: Any, feature_map: Any, gradient: Any, **options: Any) -> tuple[Any, ...]:
+    import torch
+
+    p = feature_map.parameters
+    of_map = [feature_map.rows, feature_map.log_weight, p.g1, p.g2, p.center_x, p.center_y]
+    q, k, v, rows, log_weight, g1, g2, center_x, center_y = leaves = [x.requires_grad_() for x in (*arrays, *of_map)]
+    parameters = replace(p, g1=g1, g2=g2, center_x=center_x, center_y=center_y)
+    own = replace(feature_map, parameters=parameters, rows=rows, log_weight=log_weight)
+    out = OPS["attention"].reference(q, k, v, own, **options)
+    return (out.detach(), *torch.autograd.grad(out, leaves, gradient))
 
 
 def _vjp_options(name: str, problem: Problem) -> dict[str, Any]:
