@@ -3,13 +3,13 @@
 from typing import Any
 
 from favorsharp._arrays import broadcast_shapes
-from favorsharp_cuda import arrays, plain
+from favorsharp_cuda import arrays, plain, tiles
 from favorsharp_cuda.problem import key_batch_of
 
 
 def attention(q: Any, k: Any, v: Any, feature_map: Any, *, key_mask: Any = None, window: int = 0) -> Any:
     """As `favorsharp.ops.attention.attention`."""
-    return plain.attention(q, k, v, feature_map, key_mask, window)
+    return _attend(q, k, v, feature_map, key_mask, window, None)
 
 
 def attention_with_stats(
@@ -18,4 +18,12 @@ def attention_with_stats(
     """Attention, and for a backward pass 1 / total and the reference of every query, (*b, n, 2)."""
     batch = broadcast_shapes(tuple(q.shape[:-2]), key_batch_of(feature_map, k, v, key_mask))
     stats = arrays.empty(q, (*batch, q.shape[-2], 2), arrays.WIDER[arrays.name_of(q)])
-    return plain.attention(q, k, v, feature_map, key_mask, window, stats=stats), stats
+    return _attend(q, k, v, feature_map, key_mask, window, stats), stats
+
+
+def _attend(q: Any, k: Any, v: Any, feature_map: Any, key_mask: Any, window: int, stats: Any) -> Any:
+    if not tiles.fit(arrays.name_of(q), q.shape[-1], v.shape[-1]):
+        return plain.attention(q, k, v, feature_map, key_mask, window, stats=stats)
+    if window and k.shape[-2]:
+        return tiles.windowed(q, k, v, feature_map, key_mask, window, stats=stats)
+    return tiles.attention(q, k, v, feature_map, key_mask, stats=stats)

@@ -5,7 +5,7 @@ from typing import Any
 
 from favorsharp._arrays import broadcast_shapes, namespace_of
 from favorsharp.ops.state import State, num_leaving, with_recent
-from favorsharp_cuda import arrays, plain
+from favorsharp_cuda import arrays, plain, tiles
 from favorsharp_cuda.problem import key_batch_of
 from favorsharp_cuda.state import fitting, recent_of
 
@@ -42,10 +42,14 @@ def _attend(
     batch = broadcast_shapes(tuple(q.shape[:-2]), key_batch)
     queries, keys, values = (fitting(x, wide) for x in (q, keys, values))
     out = arrays.empty(q, (*batch, q.shape[-2], v.shape[-1]), arrays.name_of(queries))
-    sums = plain.causal(
-        out, queries, keys, values, feature_map, mask, None if state is None else (state.kv, state.z, state.c),
-        window=window, first_query=before, limit=limit, stats=stats,
-    )  # fmt: skip
+    given = None if state is None else (state.kv, state.z, state.c)
+    numbers = {"window": window, "first_query": before, "limit": limit}
+    if tiles.fit(arrays.name_of(queries), q.shape[-1], v.shape[-1]):
+        sums = tiles.causal(
+            out, queries, keys, values, feature_map, mask, given, key_batch=key_batch, stats=stats, **numbers
+        )  # fmt: skip
+    else:
+        sums = plain.causal(out, queries, keys, values, feature_map, mask, given, stats=stats, **numbers)
     one_a_key_head = _one_along(batch, key_batch)
     kv, z, c = (x[one_a_key_head] for x in sums)
     if state is None:

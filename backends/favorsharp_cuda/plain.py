@@ -7,24 +7,12 @@ from favorsharp._arrays import broadcast_shapes
 from favorsharp_cuda import arrays
 from favorsharp_cuda.launch import run
 from favorsharp_cuda.maps import plain_map
-from favorsharp_cuda.problem import Problem, key_batch_of
+from favorsharp_cuda.problem import Problem, Sums, key_batch_of, new_sums
 from favorsharp_cuda.source import expression
 
 THREADS = 128
 ENTER, NEAR, LOAD_PARTIAL, STORE_PARTIAL = 1, 2, 4, 8
 QUERIES_A_BLOCK = 16
-
-Sums = tuple[Any, Any, Any]
-"""kv (*b, m, e), z and c (*b, 1, m), as in a State."""
-
-
-def new_sums(like: Any, batch: tuple[int, ...], m: int, e: int, dtype: str) -> Sums:
-    """Sums that a kernel is to write."""
-    return (
-        arrays.empty(like, (*batch, m, e), dtype),
-        arrays.empty(like, (*batch, 1, m), dtype),
-        arrays.empty(like, (*batch, 1, m), dtype),
-    )
 
 
 def attend(
@@ -58,7 +46,7 @@ def attend(
     m = feature_map.num_features
     problem.set(
         m=m, d=d, e=e, has_dense=packed.has_dense, map_rows=packed.size,
-        gaussian=feature_map.parameters.kernel == "gaussian", normalised=1, segments=pieces, steps=(flags, 0, 0, 0),
+        gaussian=feature_map.parameters.kernel == "gaussian", normalised=1, segments=pieces, flags=flags,
         num_queries=0 if q is None else q.shape[-2], num_keys=0 if k is None else k.shape[-2],
     )  # fmt: skip
     problem.set(**numbers)

@@ -16,6 +16,7 @@ _ARRAY = np.dtype([("start", "i8"), ("row", "i8"), ("column", "i8"), ("axis", "i
 _SIDE = np.dtype([("header", "i8"), ("rows", "i8"), ("planes", "i8")])
 _ARRAYS = (
     *("q", "k", "v", "mask", "out", "stats", "partial_sums"),
+    *("query_factors", "key_factors"),
     *("kv_in", "z_in", "c_in", "kv_out", "z_out", "c_out"),
 )
 PROBLEM = np.dtype(
@@ -27,8 +28,8 @@ PROBLEM = np.dtype(
         *((name, "i8") for name in ("m", "m_pad", "d", "e", "gaussian", "has_dense", "map_rows")),
         *((name, "i8") for name in ("num_queries", "num_keys", "first_query", "window")),
         *((name, "i8") for name in ("causal", "reverse", "normalised", "limit", "recent", "segments", "span")),
-        *((name, "i8") for name in ("sums", "scratch", "planes")),
-        ("steps", "i8", (4,)),
+        *((name, "i8") for name in ("sums", "scratch", "totals")),
+        *((name, "i8") for name in ("padded_d", "padded_e", "plane_rows", "header_size", "stages", "flags", "shift")),
     ]
 )
 """The layout of `Problem` in kernels/arguments.cuh: the same fields in the same order, all of eight bytes."""
@@ -56,7 +57,7 @@ class Problem:
         self.values["shape"] = _padded([self.batch[axis] for axis in axes], 1)
         self.held: list[Any] = []
 
-    def set(self, **numbers: int | tuple[int, ...]) -> None:
+    def set(self, **numbers: int) -> None:
         """Set fields that are numbers."""
         for name, value in numbers.items():
             self.values[name] = value
@@ -108,3 +109,16 @@ def key_batch_of(feature_map: Any, k: Any, v: Any, key_mask: Any = None, state: 
     shapes += [tuple(key_mask.shape[:-1])] if key_mask is not None else []
     shapes += [tuple(state.kv.shape[:-2])] if state is not None else []
     return broadcast_shapes(*shapes)
+
+
+Sums = tuple[Any, Any, Any]
+"""kv (*b, m, e), z and c (*b, 1, m), as in a State."""
+
+
+def new_sums(like: Any, batch: tuple[int, ...], m: int, e: int, dtype: str) -> Sums:
+    """Sums that a kernel is to write."""
+    return (
+        arrays.empty(like, (*batch, m, e), dtype),
+        arrays.empty(like, (*batch, 1, m), dtype),
+        arrays.empty(like, (*batch, 1, m), dtype),
+    )

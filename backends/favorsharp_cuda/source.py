@@ -3,7 +3,7 @@
 from functools import cache
 from importlib.resources import files
 
-FILES = ("primitives.cuh", "arguments.cuh", "plain.cu")
+FILES = ("primitives.cuh", "arguments.cuh", "tiles.cuh", "plain.cu", "state.cu", "attention.cu", "causal_attention.cu")
 """In the order in which they are joined."""
 
 GRADIENT_FILES = (
@@ -32,8 +32,20 @@ def source() -> str:
 
 def expression(kernel: str, *arguments: str | int) -> str:
     """The name of an instance of a kernel: its template arguments are dtypes' names and numbers."""
-    names = (TYPES.get(x, x) if isinstance(x, str) else str(x) for x in arguments)
-    return f"favorsharp::{kernel}<{', '.join(names)}>"
+    names = ", ".join(TYPES.get(x, x) if isinstance(x, str) else str(x) for x in arguments)
+    return f"favorsharp::{kernel}<{names}>" if names else f"favorsharp::{kernel}"
+
+
+TILE_TYPES = ("float16", "bfloat16", "float32")
+"""What tensor-core kernels read and write; they compute in float32."""
+
+VALUE_SIZES = (32, 64, 96, 128)
+"""Sizes of a value that they are compiled for; others are padded to the next."""
+
+
+def walked_sizes(dtype: str) -> tuple[int, ...]:
+    """Those that `walk` is compiled for: two planes of larger values do not fit into a block's shared memory."""
+    return VALUE_SIZES if dtype == "bfloat16" else (32, 64)
 
 
 def _gradients() -> tuple[str, ...]:
@@ -54,6 +66,10 @@ def _gradients() -> tuple[str, ...]:
 INSTANTIATIONS = (
     *(expression("plain_attention", dtype) for dtype in TYPES),
     *(expression("plain_features", dtype) for dtype in TYPES),
+    *(expression("factors", dtype) for dtype in TILE_TYPES),
+    *(expression(kernel, dtype, e) for kernel in ("absorb", "read") for dtype in TILE_TYPES for e in VALUE_SIZES),
+    *(expression("walk", dtype, e) for dtype in TILE_TYPES for e in walked_sizes(dtype)),
+    expression("scan"),
     *_gradients(),
 )
 """Every name that `launch.run` may be asked for: what the tests run, NVRTC compiles and the resource table lists."""

@@ -5,8 +5,11 @@ from typing import Any
 
 from favorsharp._arrays import broadcast_shapes, namespace_of
 from favorsharp.ops.state import State, num_leaving, with_recent
-from favorsharp_cuda import arrays, plain
+from favorsharp_cuda import arrays, plain, tiles
 from favorsharp_cuda.problem import key_batch_of
+
+FEW = 16
+"""Points below which the plain kernels are used: a token would fill a row of a tile's 64."""
 
 
 def update(state: State, k: Any, v: Any, feature_map: Any, *, key_mask: Any = None) -> State:
@@ -31,7 +34,11 @@ def read(state: State, q: Any, feature_map: Any) -> Any:
     keys = key_batch_of(feature_map, state.recent_k, state.recent_v, state.recent_mask, state)
     batch = broadcast_shapes(tuple(q.shape[:-2]), keys)
     out = arrays.empty(q, (*batch, q.shape[-2], state.kv.shape[-1]), arrays.name_of(q))
-    plain.read(out, q, feature_map, (state.kv, state.z, state.c), recent)
+    sums = (state.kv, state.z, state.c)
+    if recent is None and q.shape[-2] >= FEW and tiles.fit(arrays.name_of(q), q.shape[-1], out.shape[-1]):
+        tiles.read(out, q, feature_map, sums, keys)
+    else:
+        plain.read(out, q, feature_map, sums, recent)
     return arrays.cast(out, dtype)
 
 
@@ -59,5 +66,7 @@ def recent_of(k: Any, v: Any, mask: Any) -> dict[str, Any]:
 
 def _absorbed(state: State, k: Any, v: Any, key_mask: Any, feature_map: Any) -> State:
     wide = arrays.name_of(state.kv)
-    kv, z, c = plain.absorb(fitting(k, wide), fitting(v, wide), feature_map, key_mask, (state.kv, state.z, state.c))
+    k, v, sums = fitting(k, wide), fitting(v, wide), (state.kv, state.z, state.c)
+    served = k.shape[-2] >= FEW and tiles.fit(arrays.name_of(k), k.shape[-1], v.shape[-1])
+    kv, z, c = (tiles if served else plain).absorb(k, v, feature_map, key_mask, sums)
     return replace(state, kv=kv, z=z, c=c)

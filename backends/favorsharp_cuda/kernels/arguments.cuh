@@ -16,6 +16,7 @@ struct Side {
 
 struct Problem {
   Array q, k, v, mask, out, stats, partial_sums;
+  Array query_factors, key_factors;  // the part of log features that is of the point alone
   Array kv_in, z_in, c_in;     // a state to begin with
   Array kv_out, z_out, c_out;  // the state of all keys
   i64 shape[AXES];             // of the batch; unused axes have length 1
@@ -29,8 +30,9 @@ struct Problem {
   i64 limit;                   // keys that enter the features in the end
   i64 recent;                  // keys that are scored exactly by every query
   i64 segments, span;          // of positions
-  i64 sums, scratch, planes;
-  i64 steps[4];                // free for the op
+  i64 sums, scratch, totals;   // layouts: tiles.cuh
+  i64 padded_d, padded_e, plane_rows, header_size, stages;
+  i64 flags, shift;            // of the kernel; how far entering keys lie behind positions
 };
 
 DEVICE void split_head(const Problem &p, i64 head, i64 (&index)[AXES]) {

@@ -163,7 +163,7 @@ template <class T> KERNEL(PLAIN_THREADS) plain_attention(ARGUMENT Problem p) {
   A *shared = (A *)raw;
   Plain<T> s = {p, shared, shared + p.d, shared + p.d + p.m, shared + p.d + 2 * p.m, shared + p.d + 3 * p.m,
                 shared + p.d + 3 * p.m + p.e, 0, 0};
-  const i64 head = blockIdx.x / p.segments, piece = blockIdx.x % p.segments, flags = p.steps[0], w = p.window;
+  const i64 head = blockIdx.x / p.segments, piece = blockIdx.x % p.segments, flags = p.flags, w = p.window;
   i64 index[AXES];
   split_head(p, head, index);
   const View<const T> q = view<const T>(p.q, index), k = view<const T>(p.k, index), v = view<const T>(p.v, index);

@@ -1,0 +1,88 @@
+// Queries read the sums of all keys: rows are queries, columns features.
+namespace favorsharp {
+
+// The rows and sums of 64 features into a stage of shared memory.
+template <int P, int E>
+DEVICE void copy_stage(const Problem &p, u16 *stage, const SideView &side, const float *totals, i64 tile) {
+  const int D = side.D;
+  copy_side(stage, side, tile * TILE, p.plane_rows);
+  u16 *sums = stage + 2 * TILE * (D + 8);
+  const u16 *planes = (const u16 *)(totals + 2 * p.m_pad) + tile * TILE * E;
+#pragma unroll
+  for (int i = 0; i < P; i++) copy_rows(sums + i * TILE * (E + 8), planes + i * p.m_pad * E, E);
+  commit_copies();
+}
+
+template <class T, int E> KERNEL(THREADS) read(ARGUMENT Problem p) {
+  constexpr int P = PLANES<T>;
+  SHARED_MEMORY(raw);
+  const int D = (int)p.padded_d, stage_size = 2 * TILE * (D + 8) + P * TILE * (E + 8);
+  u16 *points = (u16 *)raw, *stages = points + 2 * TILE * (D + 8);
+  float *unscale = (float *)(stages + p.stages * stage_size);
+  const i64 head = blockIdx.x / p.segments, first = blockIdx.x % p.segments * TILE, tiles = p.m_pad / TILE;
+  const int count = (int)min(p.num_queries - first, (i64)TILE);
+  i64 index[AXES];
+  split_head(p, head, index);
+  const SideView side = side_of(p, p.query, index);
+  const float *totals = totals_of(p, along(index, p.key_axis)), *c = totals, *z = totals + p.m_pad;
+  copy_stage<P, E>(p, stages, side, totals, 0);
+  load_points(view<const T>(p.q, index), first, 0, count, (int)p.d, side.root(), side.center(), points, D, unscale);
+  __syncwarp();
+  const float back[2] = {unscale[row_of(0)] * side.unscale(), unscale[row_of(1)] * side.unscale()};
+  Reading<E> reading;
+  reading.start();
+  for (i64 tile = 0; tile < tiles; tile++) {
+    u16 *stage = stages + (p.stages == 2 ? tile % 2 * stage_size : 0);
+    if (p.stages == 2 && tile + 1 < tiles) {
+      copy_stage<P, E>(p, stages + (tile + 1) % 2 * stage_size, side, totals, tile + 1);
+      wait_copies<1>();
+    } else {
+      wait_copies<0>();
+    }
+    __syncthreads();
+    float log[LANE_COLUMNS][4], old[2];
+    multiply_points(log, points, stage, D);
+#pragma unroll
+    for (int n = 0; n < LANE_COLUMNS; n++)
+#pragma unroll
+      for (int i = 0; i < 2; i++) {
+        const i64 j = tile * TILE + column_of(n, i);
+        const float bias = side.column()[j] + c[j];
+        log[n][i] = log[n][i] * back[0] + bias;
+        log[n][i + 2] = log[n][i + 2] * back[1] + bias;
+      }
+    weigh(log, reading.ref, old);
+    reading.scale(old);
+#pragma unroll
+    for (int n = 0; n < LANE_COLUMNS; n++)
+#pragma unroll
+      for (int i = 0; i < 2; i++) {
+        const float share = z[tile * TILE + column_of(n, i)];
+        reading.den[0] += log[n][i] * share;
+        reading.den[1] += log[n][i + 2] * share;
+      }
+    multiply_values<P, E>(reading.num, log, stage + 2 * TILE * (D + 8));
+    __syncthreads();
+    if (p.stages == 1 && tile + 1 < tiles) copy_stage<P, E>(p, stages, side, totals, tile + 1);
+  }
+  const View<T> out = view<T>(p.out, index);
+  const float *factors = view<const float>(p.query_factors, index).start;
+  const View<float> stats = view<float>(p.stats, index);
+#pragma unroll
+  for (int h = 0; h < 2; h++) {
+    const int r = row_of(h);
+    const float den = quad_sum(reading.den[h]);
+    const float ref = reading.ref[h] + (factors && r < count ? factors[first + r] : 0.0f);
+    const float by = p.normalised ? (den == 0 ? 0.0f : 1.0f / den) : exp2_of(ref);
+    if (r < count) {
+#pragma unroll
+      for (int n = 0; n < E / 8; n++)
+#pragma unroll
+        for (int i = 0; i < 2; i++)
+          if (column_of(n, i) < p.e) put(&out.at(first + r, column_of(n, i)), reading.num[n][2 * h + i] * by);
+      if (stats.start && lane_of() % 4 == 0) stats.at(first + r, 0) = by, stats.at(first + r, 1) = safe(ref) * LN_2;
+    }
+  }
+}
+
+}  // namespace favorsharp

@@ -1,0 +1,161 @@
+// From keys to sums: what of a log feature is of the point alone, the sums of segments, and their combination.
+namespace favorsharp {
+
+enum ScanFlags { TOTALS = 1, BEFORE = 2, STATE = 4, EMPTY = 8 };
+
+// The part of log features that is of each point of q alone, to `out` (*b, n, 1); -inf where the mask hides the point.
+template <class T> KERNEL(THREADS) factors(ARGUMENT Problem p) {
+  SHARED_MEMORY(raw);
+  const int D = (int)p.padded_d;
+  u16 *points = (u16 *)raw, *rows = points + 2 * TILE * (D + 8);
+  float *unscale = (float *)(rows + 2 * TILE * (D + 8));
+  const i64 head = blockIdx.x / p.segments, first = blockIdx.x % p.segments * TILE;
+  i64 index[AXES];
+  split_head(p, head, index);
+  const View<const T> x = view<const T>(p.q, index);
+  const View<const bool> mask = view<const bool>(p.mask, index);
+  const View<float> out = view<float>(p.out, index);
+  const SideView side = side_of(p, p.query, index);
+  const int count = (int)min(p.num_queries - first, (i64)TILE);
+  load_points(x, first, 0, count, (int)p.d, side.root(), side.center(), points, D, unscale);
+  __syncthreads();
+  float squares[2] = {0, 0};
+  if (p.has_dense)
+    for (i64 r = p.m_pad; r < p.plane_rows; r += TILE) {
+      copy_side(rows, side, r, p.plane_rows);
+      commit_copies();
+      wait_copies<0>();
+      __syncthreads();
+      float u[LANE_COLUMNS][4];
+      multiply_points(u, points, rows, D);
+      for (int h = 0; h < 2; h++) {
+        const float back = unscale[row_of(h)] * side.dense_unscale();
+        for (int n = 0; n < LANE_COLUMNS; n++)
+          for (int i = 2 * h; i < 2 * h + 2; i++) squares[h] += (u[n][i] * back) * (u[n][i] * back);
+      }
+      __syncthreads();
+    }
+  for (int h = 0; h < 2; h++) {
+    const int r = row_of(h);
+    float sum = -squares[h];
+    if (r < count)
+      for (int j = lane_of() % 4; j < p.d; j += 4) {
+        const float z = side.root() * widened(x.at(first + r, j)) - side.center()[j];
+        sum += side.linear()[j] * z - side.beta() * z * z;
+      }
+    sum = quad_sum(sum) + side.offset();
+    if (r < count && lane_of() % 4 == 0)
+      out.at(first + r, 0) = mask.start && !mask.at(first + r, 0) ? -INFINITY_F : number_or_nan(sum);
+  }
+}
+
+// The sums of 64 features over the keys of a segment: rows are features, columns keys.
+template <class T, int E> KERNEL(THREADS) absorb(ARGUMENT Problem p) {
+  SHARED_MEMORY(raw);
+  const int D = (int)p.padded_d;
+  u16 *rows = (u16 *)raw, *points = rows + 2 * TILE * (D + 8), *values = points + 2 * TILE * (D + 8);
+  float *unscale = (float *)(values + PLANES<T> * TILE * (E + 8)), *bias = unscale + TILE;
+  const i64 tiles = p.m_pad / TILE, tile = blockIdx.x % tiles, number = blockIdx.x / tiles;
+  const i64 segment = number % p.segments;
+  i64 index[AXES];
+  split_head(p, number / p.segments, index);
+  const View<const T> k = view<const T>(p.k, index), v = view<const T>(p.v, index);
+  const float *factors = view<const float>(p.key_factors, index).start;
+  const SideView side = side_of(p, p.key, index);
+  copy_side(rows, side, tile * TILE, p.plane_rows);
+  commit_copies();
+  const i64 low = max(segment * p.span - p.shift, (i64)0), high = min((segment + 1) * p.span - p.shift, p.limit);
+  Reading<E> sums;
+  sums.start();
+  wait_copies<0>();
+  for (i64 first = low; first < high; first += TILE) {
+    const int count = (int)min(high - first, (i64)TILE);
+    __syncthreads();
+    load_points(k, first, 0, count, (int)p.d, side.root(), side.center(), points, D, unscale);
+    load_values<T, E>(v, first, 0, count, 0, p.e, factors, values);
+    if (threadIdx.x < TILE) bias[threadIdx.x] = (int)threadIdx.x < count ? factors[first + threadIdx.x] : -INFINITY_F;
+    __syncthreads();
+    float log[LANE_COLUMNS][4], old[2];
+    multiply_points(log, rows, points, D);
+#pragma unroll
+    for (int n = 0; n < LANE_COLUMNS; n++)
+#pragma unroll
+      for (int i = 0; i < 4; i++) {
+        const int c = column_of(n, i % 2);
+        log[n][i] = bias[c] == -INFINITY_F ? bias[c] : log[n][i] * (side.unscale() * unscale[c]) + bias[c];
+      }
+    weigh(log, sums.ref, old);
+    sums.scale(old);
+#pragma unroll
+    for (int n = 0; n < LANE_COLUMNS; n++)
+#pragma unroll
+      for (int i = 0; i < 4; i++) sums.den[i / 2] += log[n][i];
+    multiply_values<PLANES<T>, E>(sums.num, log, values);
+  }
+  wait_copies<0>();
+  float *to = sums_of(p, number);
+#pragma unroll
+  for (int h = 0; h < 2; h++) {
+    const i64 r = tile * TILE + row_of(h);
+#pragma unroll
+    for (int n = 0; n < E / 8; n++)
+      *(float2 *)(to + r * E + column_of(n, 0)) = make_float2(sums.num[n][2 * h], sums.num[n][2 * h + 1]);
+    const float z = quad_sum(sums.den[h]);
+    if (lane_of() % 4 == 0) {
+      to[p.m_pad * E + r] = z;
+      to[p.m_pad * (E + 1) + r] = sums.ref[h] + side.column()[r];
+    }
+  }
+}
+
+// Combines the sums of a head's segments, beginning with a state if there is one: a warp takes one feature.
+KERNEL(THREADS) scan(ARGUMENT Problem p) {
+  const i64 groups = p.m_pad / (THREADS / 32), head = blockIdx.x / groups;
+  const i64 r = blockIdx.x % groups * (THREADS / 32) + warp_of();
+  const int E = (int)p.padded_e, lane = lane_of();
+  i64 index[AXES];
+  split_head(p, head, index);
+  float sum[4] = {0, 0, 0, 0}, z = 0, c = -INFINITY_F;
+  if (p.kv_in.start && r < p.m) {
+    const View<const float> kv = view<const float>(p.kv_in, index);
+    for (int i = 0; i < 4; i++)
+      if (lane + 32 * i < p.e) sum[i] = kv.at(r, lane + 32 * i);
+    z = view<const float>(p.z_in, index).at(0, r);
+    c = view<const float>(p.c_in, index).at(0, r) * 1.4426950408889634f;
+  }
+  for (i64 s = 0; s < p.segments; s++) {
+    float *at = sums_of(p, head * p.segments + (p.reverse ? p.segments - 1 - s : s));
+    float *row = at + r * E, *z_at = at + p.m_pad * E + r, *c_at = at + p.m_pad * (E + 1) + r;
+    const bool empty = p.flags & EMPTY;  // nothing has been written there
+    const float other_z = empty ? 0.0f : *z_at, other_c = empty ? -INFINITY_F : *c_at, top = larger(c, other_c);
+    const float mine = exp2_of(c - safe(top)), theirs = exp2_of(other_c - safe(top));
+    for (int i = 0; i < 4; i++)
+      if (lane + 32 * i < E) {
+        const float other = empty ? 0.0f : row[lane + 32 * i];
+        if (p.flags & BEFORE) row[lane + 32 * i] = sum[i];
+        sum[i] = mine * sum[i] + theirs * other;
+      }
+    __syncwarp();
+    if (p.flags & BEFORE && lane == 0) *z_at = z, *c_at = c;
+    z = mine * z + theirs * other_z;
+    c = top;
+  }
+  if (p.flags & TOTALS) {
+    float *to = totals_of(p, head);
+    u16 *planes = (u16 *)(to + 2 * p.m_pad) + r * E;
+    if (lane == 0) to[r] = c, to[p.m_pad + r] = z;
+    for (int i = 0; i < 4; i++)
+      if (lane + 32 * i < E) put_planes<2>(planes + lane + 32 * i, (int)p.m_pad * E, sum[i]);
+  }
+  if (p.flags & STATE && r < p.m) {
+    const View<float> kv = view<float>(p.kv_out, index);
+    for (int i = 0; i < 4; i++)
+      if (lane + 32 * i < p.e) kv.at(r, lane + 32 * i) = sum[i];
+    if (lane == 0) {
+      view<float>(p.z_out, index).at(0, r) = z;
+      view<float>(p.c_out, index).at(0, r) = c * LN_2;
+    }
+  }
+}
+
+}  // namespace favorsharp

@@ -1,0 +1,321 @@
+"""Launches the tensor-core kernels: points and values of up to 128 entries, in float16, bfloat16 and float32."""
+
+import math
+from typing import Any
+
+from favorsharp._arrays import broadcast_shapes
+from favorsharp_cuda import arrays
+from favorsharp_cuda.launch import run
+from favorsharp_cuda.maps import tile_map
+from favorsharp_cuda.problem import Problem, Sums, key_batch_of, new_sums
+from favorsharp_cuda.source import TILE_TYPES, VALUE_SIZES, expression, walked_sizes
+
+TILE, THREADS = 64, 128
+LARGEST = 128
+"""Entries of a point or value that the tiles have room for."""
+
+SHARED_LIMIT = 163 * 1024
+"""Bytes of shared memory that a block may have on a card of compute capability 8.0."""
+
+BLOCKS = 528
+"""How many blocks a launch is cut into where there are few heads: four for each processor of an H100."""
+
+SHORTEST = 1024
+"""Positions of a segment at least."""
+
+TOTALS, BEFORE, STATE, EMPTY = 1, 2, 4, 8
+LOAD, STORE, NEAR = 1, 2, 4
+
+
+def fit(dtype: str, d: int, e: int) -> bool:
+    """Whether these kernels serve points of size d and values of size e."""
+    return dtype in TILE_TYPES and 0 < d <= LARGEST and 0 < e <= LARGEST
+
+
+def value_size(e: int) -> int:
+    """The size that values are padded to."""
+    return next(size for size in VALUE_SIZES if e <= size)
+
+
+def planes(dtype: str) -> int:
+    """How many planes of bfloat16 weights and values take."""
+    return 1 if dtype == "bfloat16" else 2
+
+
+CAREFUL_BYTES = 4 * TILE * (TILE + 1 + 17)
+"""What `walk` needs to sum a tile's pairs one by one, where its planes of sums and features lie otherwise."""
+
+
+class Tiles:
+    """A feature map and what else the launches of one call share."""
+
+    def __init__(self, feature_map: Any, like: Any, dtype: str, e: int, *, walks: bool = False) -> None:
+        self.feature_map, self.like, self.dtype, self.e = feature_map, like, dtype, e
+        self.map = tile_map(feature_map, like)
+        self.padded_e = value_size(e)
+        if walks and self.padded_e not in (sizes := walked_sizes(dtype)):
+            self.padded_e = -(-e // sizes[-1]) * sizes[-1]
+        self.d = feature_map.parameters.g1.shape[-1]
+
+    def problem(self, batch: tuple[int, ...], key_batch: tuple[int, ...]) -> Problem:
+        """A problem with the map's constants set."""
+        p, m = Problem(batch), self.map
+        p.number("map_axis", tuple(self.feature_map.batch_shape))
+        p.number("key_axis", key_batch)
+        for side, header, matrix in (("query", m.query_header, m.query_planes), ("key", m.key_header, m.key_planes)):
+            p.values[side]["header"] = p.hold(header)
+            p.values[side]["planes"] = p.hold(matrix)
+        p.set(
+            m=self.feature_map.num_features, m_pad=m.padded_m, d=self.d, e=self.e, padded_d=m.padded_d,
+            padded_e=self.padded_e, plane_rows=m.plane_rows, header_size=m.header_size, segments=1, normalised=1,
+            gaussian=self.feature_map.parameters.kernel == "gaussian",
+        )  # fmt: skip
+        return p
+
+    def factors(self, x: Any, mask: Any, batch: tuple[int, ...], *, query: bool) -> Any:
+        """What of the points' log features is of the point alone, (*b, n, 1); -inf for hidden ones."""
+        n = x.shape[-2]
+        out = arrays.empty(self.like, (*batch, n, 1), "float32")
+        p = self.problem(batch, ())
+        if not query:
+            p.values["query"] = p.values["key"]
+        p.array("q", x)
+        p.array("out", out)
+        if mask is not None:
+            p.array("mask", mask, trailing=1)
+        blocks = -(-n // TILE)
+        p.set(num_queries=n, segments=blocks, has_dense=self.map.query_has_dense if query else self.map.key_has_dense)
+        shared = 8 * TILE * (self.map.padded_d + 8) + 4 * TILE
+        run(expression("factors", self.dtype), self.like, p.heads * blocks, THREADS, p.values, shared)
+        return out
+
+    def absorb(self, k: Any, v: Any, factors: Any, batch: tuple[int, ...], cut: tuple[int, int, int, int]) -> Any:
+        """The sums of segments: (heads, segments, size); `cut` has their number, span, shift and the keys' limit."""
+        segments, span, shift, limit = cut
+        heads = math.prod(batch)
+        size = self.map.padded_m * (self.padded_e + 2)
+        sums = arrays.empty(self.like, (heads, segments, size), "float32")
+        p = self.problem(batch, batch)
+        p.array("k", k)
+        p.array("v", v)
+        p.array("key_factors", factors)
+        p.set(segments=segments, span=span, shift=shift, limit=limit, sums=p.hold(sums))
+        shared = 8 * TILE * (self.map.padded_d + 8) + 2 * planes(self.dtype) * TILE * (self.padded_e + 8) + 8 * TILE
+        blocks = heads * segments * (self.map.padded_m // TILE)
+        run(expression("absorb", self.dtype, self.padded_e), self.like, blocks, THREADS, p.values, shared)
+        return sums
+
+    def scan(
+        self,
+        sums: Any,
+        batch: tuple[int, ...],
+        *,
+        state: Sums | None = None,
+        before: bool = False,
+        totals: bool = False,
+        new: Sums | None = None,
+        reverse: bool = False,
+        empty: bool = False,
+    ) -> Any:
+        """Combine segments: what comes before each is written in its place, the totals are given back."""
+        p = self.problem(batch, batch)
+        out = None
+        if totals:
+            out = arrays.empty(self.like, (math.prod(batch), self.map.padded_m * (2 + self.padded_e)), "float32")
+            p.set(totals=p.hold(out))
+        for names, group in ((("kv_in", "z_in", "c_in"), state), (("kv_out", "z_out", "c_out"), new)):
+            for name, x in zip(names, group or (), strict=bool(group)):
+                p.array(name, x)
+        if sums is not None:
+            p.set(sums=p.hold(sums))
+        p.set(
+            segments=0 if sums is None else sums.shape[1], reverse=reverse,
+            flags=TOTALS * totals + BEFORE * before + STATE * (new is not None) + EMPTY * empty,
+        )  # fmt: skip
+        blocks = p.heads * self.map.padded_m // (THREADS // 32)
+        run(expression("scan"), self.like, blocks, THREADS, p.values)
+        return out
+
+    def read(
+        self,
+        q: Any,
+        totals: Any,
+        out: Any,
+        key_batch: tuple[int, ...],
+        *,
+        normalised: bool = True,
+        stats: Any = None,
+    ) -> None:
+        """Queries read totals."""
+        p = self.problem(tuple(out.shape[:-2]), key_batch)
+        p.array("q", q)
+        p.array("out", out)
+        if stats is not None:
+            p.array("stats", stats)
+        if not normalised or stats is not None:
+            p.array("query_factors", self.factors(q, None, p.batch, query=True))
+        blocks = -(-q.shape[-2] // TILE)
+        points = 4 * TILE * (self.map.padded_d + 8)
+        stage = points + 2 * planes(self.dtype) * TILE * (self.padded_e + 8)
+        stages = 2 if self.map.padded_m > TILE and points + 2 * stage + 4 * TILE <= SHARED_LIMIT else 1
+        p.set(
+            num_queries=q.shape[-2], segments=blocks, totals=p.hold(totals), normalised=normalised, stages=stages
+        )  # fmt: skip
+        shared = points + stages * stage + 4 * TILE
+        run(expression("read", self.dtype, self.padded_e), self.like, p.heads * blocks, THREADS, p.values, shared)
+
+    def walk(
+        self,
+        q: Any,
+        k: Any,
+        v: Any,
+        factors: Any,
+        key_batch: tuple[int, ...],
+        *,
+        out: Any,
+        window: int,
+        state: Sums | None = None,
+        new: Sums | None = None,
+        first_query: int = 0,
+        limit: int,
+        causal: bool = True,
+        reverse: bool = False,
+        partial: Any = None,
+        stats: Any = None,
+    ) -> None:
+        """Queries read the sums before (after) them and near keys: causal attention, or one way of a window."""
+        n, batch, heads = k.shape[-2], tuple(out.shape[:-2]), math.prod(out.shape[:-2])
+        size = min(self.padded_e, walked_sizes(self.dtype)[-1])
+        parts = self.padded_e // size
+        unit = window if window >= TILE else TILE // window * window if window else TILE
+        segments, span = self.cut(heads * parts, n, unit)
+        shift = 2 * window * (-1 if reverse else 1)
+        sums = None
+        if segments > 1:
+            sums = self.absorb(k, v, factors, key_batch, (segments, span, shift, limit))
+            self.scan(sums, key_batch, state=state, before=True, reverse=reverse)
+        elif state is not None:
+            sums = arrays.empty(
+                self.like, (math.prod(key_batch), 1, self.map.padded_m * (self.padded_e + 2)), "float32"
+            )
+            self.scan(sums, key_batch, state=state, before=True, empty=True)
+        p = self.problem(batch, key_batch)
+        p.array("k", k)
+        p.array("v", v)
+        p.array("q", q)
+        p.array("out", out)
+        p.array("key_factors", factors)
+        flags = 0
+        if window and not reverse:
+            flags |= NEAR
+        if stats is not None:
+            p.array("stats", stats)
+        if window or stats is not None:
+            p.array("query_factors", self.factors(q, None, batch, query=True))
+        if partial is not None:
+            flags |= LOAD if reverse else STORE
+            p.array("partial_sums", partial)
+        if new is not None:
+            for name, x in zip(("kv_out", "z_out", "c_out"), new, strict=True):
+                p.array(name, x)
+        scratch = arrays.empty(self.like, (heads * segments * parts, self.map.padded_m * (size + 2)), "float32")
+        points, value = 4 * TILE * (self.map.padded_d + 8), 2 * planes(self.dtype) * TILE * (size + 8)
+        room = value + 2 * planes(self.dtype) * TILE * (TILE + 8)
+        shared = 3 * points + value + max(room, CAREFUL_BYTES) + 4 * (7 * TILE + 4)
+        stages = 2 if shared + points <= SHARED_LIMIT else 1
+        p.set(
+            num_queries=q.shape[-2], num_keys=n, first_query=first_query, window=window, causal=causal,
+            reverse=reverse, limit=limit, segments=segments, span=span, shift=shift, flags=flags, stages=stages,
+            scratch=p.hold(scratch), sums=0 if sums is None else p.hold(sums),
+        )  # fmt: skip
+        blocks = heads * segments * parts
+        name = expression("walk", self.dtype, size)
+        run(name, self.like, blocks, THREADS, p.values, shared + (stages - 1) * points)
+
+    def cut(self, heads: int, length: int, unit: int) -> tuple[int, int]:
+        """How many segments of which span, a multiple of `unit`, make enough blocks of a length."""
+        wanted = max(1, min(-(-BLOCKS // max(1, heads)), length // max(SHORTEST, unit)))
+        if 2 * heads >= BLOCKS:
+            wanted = 1  # the heads alone fill the card: nothing to scan
+        span = -(-max(1, length) // (wanted * unit)) * unit
+        return max(1, -(-length // span)), span
+
+
+def attention(
+    q: Any, k: Any, v: Any, feature_map: Any, key_mask: Any, *, normalised: bool = True, stats: Any = None
+) -> Any:
+    """Bidirectional attention without a window, or the kernel operator where it is not normalised."""
+    dtype, e = arrays.name_of(q), v.shape[-1]
+    keys = key_batch_of(feature_map, k, v, key_mask)
+    batch = broadcast_shapes(tuple(q.shape[:-2]), keys)
+    out = arrays.empty(q, (*batch, q.shape[-2], e), dtype)
+    t = Tiles(feature_map, q, dtype, e)
+    totals = t.scan(gather(t, k, v, key_mask, keys), keys, totals=True)
+    t.read(q, totals, out, keys, normalised=normalised, stats=stats)
+    return out
+
+
+def windowed(q: Any, k: Any, v: Any, feature_map: Any, key_mask: Any, window: int, *, stats: Any = None) -> Any:
+    """Bidirectional attention with near blocks scored exactly: once forwards, once backwards."""
+    dtype, e, n = arrays.name_of(q), v.shape[-1], q.shape[-2]
+    keys = key_batch_of(feature_map, k, v, key_mask)
+    batch = broadcast_shapes(tuple(q.shape[:-2]), keys)
+    out = arrays.empty(q, (*batch, n, e), dtype)
+    partial = arrays.empty(q, (*batch, n, e + 2), "float32")
+    t = Tiles(feature_map, q, dtype, e, walks=True)
+    factors = t.factors(k, key_mask, keys, query=False)
+    for reverse in (False, True):
+        t.walk(
+            q, k, v, factors, keys, out=out, window=window, limit=n, causal=False, reverse=reverse, partial=partial,
+            stats=stats if reverse else None,
+        )  # fmt: skip
+    return out
+
+
+def causal(
+    out: Any,
+    q: Any,
+    k: Any,
+    v: Any,
+    feature_map: Any,
+    key_mask: Any,
+    state: Sums | None,
+    *,
+    key_batch: tuple[int, ...],
+    window: int,
+    first_query: int,
+    limit: int,
+    stats: Any = None,
+) -> Sums:
+    """Every query reads the keys up to its own; the sums after `limit` keys, of every head of the queries."""
+    t = Tiles(feature_map, q, arrays.name_of(q), v.shape[-1], walks=True)
+    new = new_sums(q, tuple(out.shape[:-2]), feature_map.num_features, v.shape[-1], "float32")
+    factors = t.factors(k, key_mask, key_batch, query=False)
+    t.walk(
+        q, k, v, factors, key_batch, out=out, window=window, state=state, new=new, first_query=first_query, limit=limit,
+        stats=stats,
+    )  # fmt: skip
+    return new
+
+
+def absorb(k: Any, v: Any, feature_map: Any, key_mask: Any, sums: Sums) -> Sums:
+    """The sums after further keys."""
+    keys = broadcast_shapes(key_batch_of(feature_map, k, v, key_mask), tuple(sums[0].shape[:-2]))
+    t = Tiles(feature_map, k, arrays.name_of(k), v.shape[-1])
+    new = new_sums(k, keys, feature_map.num_features, v.shape[-1], "float32")
+    t.scan(gather(t, k, v, key_mask, keys), keys, state=sums, new=new)
+    return new
+
+
+def read(out: Any, q: Any, feature_map: Any, sums: Sums, key_batch: tuple[int, ...]) -> None:
+    """Queries read sums."""
+    t = Tiles(feature_map, q, arrays.name_of(q), out.shape[-1])
+    t.read(q, t.scan(None, key_batch, state=sums, totals=True), out, key_batch)
+
+
+def gather(t: Tiles, k: Any, v: Any, key_mask: Any, keys: tuple[int, ...]) -> Any:
+    """The sums of all keys, in segments."""
+    s = k.shape[-2]
+    segments, span = t.cut(math.prod(keys) * (t.map.padded_m // TILE), s, TILE)
+    factors = t.factors(k, key_mask, keys, query=False)
+    return t.absorb(k, v, factors, keys, (segments, span, 0, s))
