@@ -42,10 +42,6 @@ def planes(dtype: str) -> int:
     return 1 if dtype == "bfloat16" else 2
 
 
-CAREFUL_BYTES = 4 * TILE * (TILE + 1 + 17)
-"""What `walk` needs to sum a tile's pairs one by one, where its planes of sums and features lie otherwise."""
-
-
 class Tiles:
     """A feature map and what else the launches of one call share."""
 
@@ -218,10 +214,10 @@ class Tiles:
         if new is not None:
             for name, x in zip(("kv_out", "z_out", "c_out"), new, strict=True):
                 p.array(name, x)
-        scratch = arrays.empty(self.like, (heads * segments * parts, self.map.padded_m * (size + 2)), "float32")
+        scratch = arrays.empty(self.like, (heads * segments * parts, 2 * self.map.padded_m * (size + 2)), "float32")
         points, value = 4 * TILE * (self.map.padded_d + 8), 2 * planes(self.dtype) * TILE * (size + 8)
-        room = value + 2 * planes(self.dtype) * TILE * (TILE + 8)
-        shared = 3 * points + value + max(room, CAREFUL_BYTES) + 4 * (7 * TILE + 4)
+        features = 2 * planes(self.dtype) * TILE * (TILE + 8)
+        shared = 3 * points + 2 * value + features + 4 * (9 * TILE + 4) + 8 * 15
         stages = 2 if shared + points <= SHARED_LIMIT else 1
         p.set(
             num_queries=q.shape[-2], num_keys=n, first_query=first_query, window=window, causal=causal,

@@ -35,14 +35,17 @@ struct Problem {
   i64 flags, shift;            // of the kernel; how far entering keys lie behind positions
 };
 
-DEVICE void split_head(const Problem &p, i64 head, i64 (&index)[AXES]) {
+// Where a head stands along each axis. There are fewer than 2^31 heads.
+template <class Index> DEVICE void split_head(const Problem &p, i64 head, Index (&index)[AXES]) {
+  u32 rest = (u32)head;
 #pragma unroll
   for (int a = AXES - 1; a >= 0; a--) {
-    index[a] = head % p.shape[a];
-    head /= p.shape[a];
+    const u32 size = (u32)p.shape[a];
+    index[a] = rest % size;
+    rest /= size;
   }
 }
-DEVICE i64 along(const i64 (&index)[AXES], const i64 (&axis)[AXES]) {
+template <class Index> DEVICE i64 along(const Index (&index)[AXES], const i64 (&axis)[AXES]) {
   i64 sum = 0;
 #pragma unroll
   for (int a = 0; a < AXES; a++) sum += index[a] * axis[a];
@@ -55,7 +58,7 @@ template <class T> struct View {
   i64 row, column;
   DEVICE T &at(i64 i, i64 j) const { return start[i * row + j * column]; }
 };
-template <class T> DEVICE View<T> view(const Array &x, const i64 (&index)[AXES]) {
+template <class T, class Index> DEVICE View<T> view(const Array &x, const Index (&index)[AXES]) {
   return {(T *)x.start + (x.start ? along(index, x.axis) : 0), x.row, x.column};
 }
 

@@ -21,7 +21,7 @@ template <class T, int E> KERNEL(THREADS) read(ARGUMENT Problem p) {
   float *unscale = (float *)(stages + p.stages * stage_size);
   const i64 head = blockIdx.x / p.segments, first = blockIdx.x % p.segments * TILE, tiles = p.m_pad / TILE;
   const int count = (int)min(p.num_queries - first, (i64)TILE);
-  i64 index[AXES];
+  int index[AXES];
   split_head(p, head, index);
   const SideView side = side_of(p, p.query, index);
   const float *totals = totals_of(p, along(index, p.key_axis)), *c = totals, *z = totals + p.m_pad;
@@ -52,6 +52,7 @@ template <class T, int E> KERNEL(THREADS) read(ARGUMENT Problem p) {
         log[n][i + 2] = log[n][i + 2] * back[1] + bias;
       }
     weigh(log, reading.ref, old);
+    round_to_planes<P>(log);
     reading.scale(old);
 #pragma unroll
     for (int n = 0; n < LANE_COLUMNS; n++)

@@ -5,22 +5,52 @@
 namespace favorsharp {
 
 enum WalkFlags { WALK_LOAD = 1, WALK_STORE = 2, WALK_NEAR = 4 };
-constexpr int TABLE = TILE + 1, GROUP = 16, GROUP_ROW = GROUP + 1;
-constexpr int CAREFUL_BYTES = 4 * TILE * (TABLE + GROUP_ROW);
 constexpr float SMALLEST_TOTAL = 8.673617379884035e-19f;  // 2^-60
 
 template <class T, int E> struct Walk {
   static constexpr int P = PLANES<T>;
   const Problem &p;
-  SideView query, key;
-  View<const T> q, k, v;
-  const float *factors;
-  int D;
-  i64 e_first;
-  // shared memory
-  u16 *queries, *keys, *key_rows, *query_rows, *values, *sums, *features;
-  float *table, *query_unscale, *key_unscale, *key_bias, *far_bias, *far_z, *pair_bias, *squares, *votes;
-  float *state;  // of this walk, in global memory: S (m_pad, E), z, c
+  u16 *shared;
+  int e_first;
+  float *state, *next;  // in global memory: S (m_pad, E), z, c as they are, and with the entering keys
+
+  // shared memory; few addresses are kept, as registers are scarce
+  static constexpr int VALUE = P * TILE * (E + 8);
+  DEVICE int size() const { return (int)p.padded_d; }                      // of a point
+  DEVICE int points() const { return 2 * TILE * ((int)p.padded_d + 8); }  // halves of a tile of points
+  DEVICE u16 *queries() const { return shared; }
+  DEVICE u16 *keys() const { return shared + points(); }
+  DEVICE u16 *key_rows() const { return shared + 2 * points(); }
+  DEVICE u16 *query_rows() const { return shared + (single() ? 2 : 3) * points(); }
+  DEVICE u16 *values() const { return shared + (single() ? 3 : 4) * points(); }
+  DEVICE u16 *sums() const { return values() + VALUE; }
+  DEVICE u16 *features() const { return values() + 2 * VALUE; }
+  DEVICE float *numbers(int i) const { return (float *)(values() + 2 * VALUE + P * TILE * (TILE + 8)) + i * TILE; }
+  DEVICE float *query_unscale() const { return numbers(0); }
+  DEVICE float *key_unscale() const { return numbers(1); }
+  DEVICE float *key_bias() const { return numbers(2); }
+  DEVICE float *far_bias() const { return numbers(3); }
+  DEVICE float *far_z() const { return numbers(4); }
+  DEVICE float *pair_bias() const { return numbers(5); }
+  DEVICE float *squares() const { return numbers(6); }
+  DEVICE float *odd_keys() const { return numbers(7); }
+  DEVICE int *key_block() const { return (int *)numbers(8); }
+  DEVICE float *votes() const { return numbers(9); }
+  DEVICE i64 *starts() const { return (i64 *)(numbers(9) + 4); }  // of this head's arrays, in the order of `Start`
+
+  enum Start { Q, K, V, KEY_FACTORS, QUERY_FACTORS, OUT, PARTIAL, STATS, KV_OUT, Z_OUT, C_OUT, QUERY, KEY = QUERY + 2 };
+  template <class X> DEVICE View<X> array(Start which, const Array &x) const {
+    return {(X *)starts()[which], x.row, x.column};
+  }
+  DEVICE View<const T> q() const { return array<const T>(Q, p.q); }
+  DEVICE View<const T> k() const { return array<const T>(K, p.k); }
+  DEVICE View<const T> v() const { return array<const T>(V, p.v); }
+  DEVICE SideView side(Start which) const {
+    return {(const float *)starts()[which], (const u16 *)starts()[which + 1], size()};
+  }
+  DEVICE SideView query() const { return side(QUERY); }
+  DEVICE SideView key() const { return side(KEY); }
+  DEVICE const float *factors() const { return (const float *)starts()[KEY_FACTORS]; }
 
   DEVICE bool single() const { return p.stages == 1; }
   DEVICE int block_length() const { return p.window ? (int)p.window : 1; }
@@ -29,49 +59,51 @@ template <class T, int E> struct Walk {
   DEVICE bool any(bool mine) {
     mine = __any_sync(WHOLE_WARP, mine);
     __syncthreads();
-    if (lane_of() == 0) votes[warp_of()] = mine;
+    if (lane_of() == 0) votes()[warp_of()] = mine;
     __syncthreads();
-    return votes[0] + votes[1] + votes[2] + votes[3] > 0;
+    return votes()[0] + votes()[1] + votes()[2] + votes()[3] > 0;
   }
 
   // Load keys first + low .. first + high as the entering tile; whether one of them is not finite.
-  DEVICE bool load_keys(i64 first, int low, int high) {
+  DEVICE bool load_keys(int first, int low, int high) {
     __syncthreads();
-    load_points(k, first, low, high, (int)p.d, key.root(), key.center(), keys, D, key_unscale);
-    bool odd = load_values<T, E>(v, first, low, high, e_first, p.e, factors, values);
+    load_points(k(), first, low, high, (int)p.d, key().root(), key().center(), keys(), size(), key_unscale());
+    bool odd = load_values<T, E>(v(), first, low, high, e_first, p.e, factors(), values(), nullptr);
     const int r = threadIdx.x;
     if (r < TILE) {
-      key_bias[r] = r >= low && r < high ? factors[first + r] : -INFINITY_F;
-      odd |= key_bias[r] != key_bias[r];
+      key_bias()[r] = r >= low && r < high ? factors()[first + r] : -INFINITY_F;
+      odd |= key_bias()[r] != key_bias()[r];
+      key_block()[r] = r / block_length();
     }
     return any(odd);
   }
 
   // Every tile of features once: the keys in shared memory enter the sums, the queries read them as they were before.
   DEVICE void sweep(bool enters, bool reads, Reading<E> &far, float (&pairs)[LANE_COLUMNS][4], float (&pair_ref)[2]) {
-    const i64 tiles = p.m_pad / TILE;
+    const int tiles = (int)p.m_pad / TILE;
     float back[2] = {0, 0};
-    if (reads) back[0] = query_unscale[row_of(0)] * query.unscale(), back[1] = query_unscale[row_of(1)] * query.unscale();
-    for (i64 tile = 0; tile < tiles; tile++) {
-      if (reads && !single()) copy_rows_of(query, tile, query_rows);
-      float weights[LANE_COLUMNS][4], top[2], z_own[2] = {0, 0};
+    if (reads) back[0] = query_unscale()[row_of(0)] * query().unscale(), back[1] = query_unscale()[row_of(1)] * query().unscale();
+#pragma unroll 1
+    for (int tile = 0; tile < tiles; tile++) {
+      if (reads && !single()) copy_rows_of(query(), tile, query_rows());
+      float weights[LANE_COLUMNS][4], top[2];
       if (enters) {
         if (single() || tile == 0 || !reads) {
-          copy_rows_of(key, tile, key_rows);
+          copy_rows_of(key(), tile, key_rows());
           wait_copies<0>();
         } else {
           wait_copies<1>();
         }
         __syncthreads();
-        weigh_keys(weights, top, z_own);
+        weigh_keys(weights, top);
       }
       float own[E / 8][4], z[2], c[2], column[2];
 #pragma unroll
       for (int h = 0; h < 2; h++) {
-        const i64 r = tile * TILE + row_of(h);
-        z[h] = state[p.m_pad * E + r];
-        c[h] = state[p.m_pad * (E + 1) + r];
-        column[h] = query.column()[r];
+        const int r = tile * TILE + row_of(h);
+        z[h] = state[(int)p.m_pad * E + r];
+        c[h] = state[(int)p.m_pad * (E + 1) + r];
+        column[h] = query().column()[r];
 #pragma unroll
         for (int n = 0; n < E / 8; n++) {
           const float2 x = *(const float2 *)(state + r * E + column_of(n, 0));
@@ -87,25 +119,25 @@ template <class T, int E> struct Walk {
           for (int n = 0; n < E / 8; n++)
 #pragma unroll
             for (int i = 0; i < 2; i++)
-              put_planes<P>(sums + r * (E + 8) + column_of(n, i), TILE * (E + 8), own[n][2 * h + i]);
+              put_planes<P>(sums() + r * (E + 8) + column_of(n, i), TILE * (E + 8), own[n][2 * h + i]);
           if (lane_of() % 4 == 0) {
-            far_bias[r] = c[h] + column[h];
-            far_z[r] = z[h];
-            pair_bias[r] = enters ? top[h] + 2 * column[h] : -INFINITY_F;
+            far_bias()[r] = c[h] + column[h];
+            far_z()[r] = z[h];
+            pair_bias()[r] = enters ? top[h] + 2 * column[h] : -INFINITY_F;
           }
         }
       }
-      if (enters) enter(tile, weights, top, z_own, own, z, c, column);
+      if (enters) enter(tile, weights, top, own, z, c, column);
       if (reads) {
         if (single()) {
           if (enters) __syncthreads();
-          copy_rows_of(query, tile, query_rows);
+          copy_rows_of(query(), tile, query_rows());
         }
         wait_copies<0>();
         __syncthreads();
-        if (enters && !single() && tile + 1 < tiles) copy_rows_of(key, tile + 1, key_rows);
+        if (enters && !single() && tile + 1 < tiles) copy_rows_of(key(), tile + 1, key_rows());
         float dots[LANE_COLUMNS][4];
-        multiply_points(dots, queries, query_rows, D);
+        multiply_points(dots, queries(), query_rows(), size());
         if (enters) read_pairs(dots, back, pairs, pair_ref);
         read_sums(dots, back, far);
       }
@@ -113,25 +145,25 @@ template <class T, int E> struct Walk {
     }
   }
 
-  DEVICE void copy_rows_of(const SideView &side, i64 tile, u16 *to) {
+  DEVICE void copy_rows_of(const SideView &side, int tile, u16 *to) {
     copy_side(to, side, tile * TILE, p.plane_rows);
     commit_copies();
   }
 
   // log features of keys without their column: rows are features
   DEVICE void log_keys(float (&log)[LANE_COLUMNS][4]) {
-    multiply_points(log, key_rows, keys, D);
+    multiply_points(log, key_rows(), keys(), size());
 #pragma unroll
     for (int n = 0; n < LANE_COLUMNS; n++)
 #pragma unroll
       for (int i = 0; i < 4; i++) {
         const int j = column_of(n, i % 2);
-        log[n][i] = key_bias[j] == -INFINITY_F ? key_bias[j] : log[n][i] * (key.unscale() * key_unscale[j]) + key_bias[j];
+        log[n][i] = key_bias()[j] == -INFINITY_F ? key_bias()[j] : log[n][i] * (key().unscale() * key_unscale()[j]) + key_bias()[j];
       }
   }
 
   // Key features relative to their largest in the tile, also to shared memory.
-  DEVICE void weigh_keys(float (&weights)[LANE_COLUMNS][4], float (&top)[2], float (&z)[2]) {
+  DEVICE void weigh_keys(float (&weights)[LANE_COLUMNS][4], float (&top)[2]) {
     float old[2];
     log_keys(weights);
     top[0] = top[1] = -INFINITY_F;
@@ -139,29 +171,19 @@ template <class T, int E> struct Walk {
 #pragma unroll
     for (int n = 0; n < LANE_COLUMNS; n++)
 #pragma unroll
-      for (int i = 0; i < 4; i++) {
-        z[i / 2] += weights[n][i];
-        put_planes<P>(features + row_of(i / 2) * (TILE + 8) + column_of(n, i % 2), TILE * (TILE + 8), weights[n][i]);
-      }
-    z[0] = quad_sum(z[0]);
-    z[1] = quad_sum(z[1]);
+      for (int i = 0; i < 4; i++)
+        put_planes<P>(features() + row_of(i / 2) * (TILE + 8) + column_of(n, i % 2), TILE * (TILE + 8), weights[n][i]);
   }
 
   // The state's sums of 64 features with the keys taken in.
-  DEVICE void enter(i64 tile, float (&weights)[LANE_COLUMNS][4], const float (&top)[2], const float (&z_own)[2],
-                    float (&own)[E / 8][4], const float (&z)[2], const float (&c)[2], const float (&column)[2]) {
-    __syncwarp();  // z and c have been read by all four lanes of a row
-    float old[2], now[2];
+  DEVICE void enter(int tile, float (&weights)[LANE_COLUMNS][4], const float (&top)[2], float (&own)[E / 8][4],
+                    const float (&z)[2], const float (&c)[2], const float (&column)[2]) {
+    float old[2], now[2], all[2], sum[2] = {0, 0};
 #pragma unroll
     for (int h = 0; h < 2; h++) {
-      const i64 r = tile * TILE + row_of(h);
-      const float all = larger(c[h], top[h] + column[h]);
-      old[h] = exp2_of(c[h] - safe(all));
-      now[h] = exp2_of(top[h] + column[h] - safe(all));
-      if (lane_of() % 4 == 0) {
-        state[p.m_pad * E + r] = z[h] * old[h] + z_own[h] * now[h];
-        state[p.m_pad * (E + 1) + r] = all;
-      }
+      all[h] = larger(c[h], top[h] + column[h]);
+      old[h] = exp2_of(c[h] - safe(all[h]));
+      now[h] = exp2_of(top[h] + column[h] - safe(all[h]));
     }
 #pragma unroll
     for (int n = 0; n < E / 8; n++)
@@ -171,12 +193,26 @@ template <class T, int E> struct Walk {
     for (int n = 0; n < LANE_COLUMNS; n++)
 #pragma unroll
       for (int i = 0; i < 4; i++) weights[n][i] *= now[i / 2];
-    multiply_values<P, E>(own, weights, values);
+    round_to_planes<P>(weights);
+#pragma unroll
+    for (int n = 0; n < LANE_COLUMNS; n++)
+#pragma unroll
+      for (int i = 0; i < 4; i++) sum[i / 2] += weights[n][i];
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+      const int r = tile * TILE + row_of(h);
+      sum[h] = quad_sum(sum[h]);
+      if (lane_of() % 4 == 0) {
+        next[(int)p.m_pad * E + r] = z[h] * old[h] + sum[h];
+        next[(int)p.m_pad * (E + 1) + r] = all[h];
+      }
+    }
+    multiply_values<P, E>(own, weights, values());
 #pragma unroll
     for (int h = 0; h < 2; h++)
 #pragma unroll
       for (int n = 0; n < E / 8; n++)
-        *(float2 *)(state + (tile * TILE + row_of(h)) * E + column_of(n, 0)) =
+        *(float2 *)(next + (tile * TILE + row_of(h)) * E + column_of(n, 0)) =
             make_float2(own[n][2 * h], own[n][2 * h + 1]);
   }
 
@@ -186,13 +222,13 @@ template <class T, int E> struct Walk {
 #pragma unroll
     for (int n = 0; n < LANE_COLUMNS; n++)
 #pragma unroll
-      for (int i = 0; i < 4; i++) log[n][i] = dots[n][i] * back[i / 2] + pair_bias[column_of(n, i % 2)];
+      for (int i = 0; i < 4; i++) log[n][i] = dots[n][i] * back[i / 2] + pair_bias()[column_of(n, i % 2)];
     weigh(log, pair_ref, old);
 #pragma unroll
     for (int n = 0; n < LANE_COLUMNS; n++)
 #pragma unroll
       for (int i = 0; i < 4; i++) pairs[n][i] *= old[i / 2];
-    multiply_values<P, TILE>(pairs, log, features);
+    multiply_values<P, TILE>(pairs, log, features());
   }
 
   DEVICE void read_sums(float (&log)[LANE_COLUMNS][4], const float (&back)[2], Reading<E> &far) {
@@ -200,24 +236,26 @@ template <class T, int E> struct Walk {
 #pragma unroll
     for (int n = 0; n < LANE_COLUMNS; n++)
 #pragma unroll
-      for (int i = 0; i < 4; i++) log[n][i] = log[n][i] * back[i / 2] + far_bias[column_of(n, i % 2)];
+      for (int i = 0; i < 4; i++) log[n][i] = log[n][i] * back[i / 2] + far_bias()[column_of(n, i % 2)];
     weigh(log, far.ref, old);
+    round_to_planes<P>(log);
     far.scale(old);
 #pragma unroll
     for (int n = 0; n < LANE_COLUMNS; n++)
 #pragma unroll
-      for (int i = 0; i < 4; i++) far.den[i / 2] += log[n][i] * far_z[column_of(n, i % 2)];
-    multiply_values<P, E>(far.num, log, sums);
+      for (int i = 0; i < 4; i++) far.den[i / 2] += log[n][i] * far_z()[column_of(n, i % 2)];
+    multiply_values<P, E>(far.num, log, sums());
   }
 
   // Whether a row of the tile may read an entering key through features.
   DEVICE bool sees(int row, int j) const {
-    const int a = row / block_length(), b = j / block_length();
-    return key_bias[j] != -INFINITY_F && (p.reverse ? b >= a : b <= a);
+    const int own = row / block_length(), block = key_block()[j];
+    return key_bias()[j] != -INFINITY_F && (p.reverse ? block >= own : block <= own);
   }
 
-  // Take the pairs that each row may see into its reading.
-  DEVICE void merge_pairs(Reading<E> &far, float (&pairs)[LANE_COLUMNS][4], float (&pair_ref)[2], bool odd, int rows_low,
+  // Take the pairs that each row may see into its reading. False where that would not be accurate: where a row's weights
+  // all but vanish beside a key that it does not see, or something is not finite.
+  DEVICE bool merge_pairs(Reading<E> &far, float (&pairs)[LANE_COLUMNS][4], float (&pair_ref)[2], bool odd, int rows_low,
                           int rows_high) {
     bool doubtful = odd;
     float share[2] = {0, 0}, old[2], now[2];
@@ -239,178 +277,103 @@ template <class T, int E> struct Walk {
       now[h] = exp2_of(ref - safe(top));
       const float total = quad_sum(far.den[h] * old[h] + share[h] * now[h]);
       doubtful |= any_seen && total < SMALLEST_TOTAL && row_of(h) >= rows_low && row_of(h) < rows_high;
-      pair_ref[h] = top;
-    }
-    if (any(doubtful)) {
-      read_carefully(far);
-      return;
+      far.ref[h] = top;
     }
     far.scale(old);
-#pragma unroll
-    for (int h = 0; h < 2; h++) {
-      far.ref[h] = pair_ref[h];
-      far.den[h] += share[h] * now[h];
-    }
 #pragma unroll
     for (int n = 0; n < LANE_COLUMNS; n++)
 #pragma unroll
       for (int i = 0; i < 4; i++) pairs[n][i] *= now[i / 2];
-    multiply_values<P, E>(far.num, pairs, values);
+    round_to_planes<P>(pairs);
+#pragma unroll
+    for (int n = 0; n < LANE_COLUMNS; n++)
+#pragma unroll
+      for (int i = 0; i < 4; i++) far.den[i / 2] += pairs[n][i];
+    multiply_values<P, E>(far.num, pairs, values());
+    return !any(doubtful);
   }
 
-  DEVICE float value(int j, int column) const {
-    const bfloat16 high = {values[j * (E + 8) + column]};
-    if (P == 1) return to_float(high);
-    const bfloat16 low = {values[(TILE + j) * (E + 8) + column]};
-    return to_float(high) + to_float(low);
-  }
-
-  // num += weights (64, `count`) values, where a negative weight stands for a key that the row may not see: a value that
-  // is not finite must not reach it.
-  DEVICE void add_carefully(Reading<E> &reading, const float *weights, int pitch, int first, int count) {
-#pragma unroll
-    for (int n = 0; n < E / 8; n++)
-#pragma unroll
-      for (int i = 0; i < 4; i++)
-        for (int j = 0; j < count; j++) {
-          const float weight = weights[row_of(i / 2) * pitch + j];
-          if (!(weight < 0)) reading.num[n][i] += weight * value(first + j, column_of(n, i % 2));
-        }
-  }
-
-  // As merge_pairs, but each pair under a maximum of its own, and pair by pair.
-  DEVICE void read_carefully(Reading<E> &far) {
-    float *logs = table, *group_logs = table + TILE * TABLE;
-    const int row = threadIdx.x / 2, mine = threadIdx.x % 2 * (GROUP / 2);
-    for (int group = 0; group < TILE / GROUP; group++) {
-      float top[GROUP / 2], total[GROUP / 2];
-#pragma unroll
-      for (int j = 0; j < GROUP / 2; j++) top[j] = -INFINITY_F, total[j] = 0;
-      for (i64 tile = 0; tile < p.m_pad / TILE; tile++) {
-        float log[LANE_COLUMNS][4];
-        __syncthreads();
-        copy_rows_of(key, tile, key_rows);
-        wait_copies<0>();
-        __syncthreads();
-        log_keys(log);
-#pragma unroll
-        for (int n = 0; n < LANE_COLUMNS; n++)
-#pragma unroll
-          for (int i = 0; i < 4; i++) {
-            const int j = column_of(n, i % 2) - group * GROUP, r = row_of(i / 2);
-            if (j >= 0 && j < GROUP) group_logs[r * GROUP_ROW + j] = log[n][i] + key.column()[tile * TILE + r];
-          }
-        __syncthreads();
-        copy_rows_of(query, tile, key_rows);
-        wait_copies<0>();
-        __syncthreads();
-        multiply_points(log, queries, key_rows, D);
-#pragma unroll
-        for (int n = 0; n < LANE_COLUMNS; n++)
-#pragma unroll
-          for (int i = 0; i < 4; i++) {
-            const int r = row_of(i / 2), f = column_of(n, i % 2);
-            logs[r * TABLE + f] = log[n][i] * (query_unscale[r] * query.unscale()) + query.column()[tile * TILE + f];
-          }
-        __syncthreads();
-#pragma unroll
-        for (int j = 0; j < GROUP / 2; j++) {
-          float best = top[j], sum = 0;
-          for (int f = 0; f < TILE; f++)
-            best = larger(best, logs[row * TABLE + f] + group_logs[f * GROUP_ROW + mine + j]);
-          for (int f = 0; f < TILE; f++)
-            sum += exp2_of(logs[row * TABLE + f] + group_logs[f * GROUP_ROW + mine + j] - safe(best));
-          total[j] = total[j] * exp2_of(top[j] - safe(best)) + sum;
-          top[j] = best;
-        }
-      }
-      __syncthreads();
-#pragma unroll
-      for (int j = 0; j < GROUP / 2; j++) {  // log weights of the group's pairs; +inf where a row may not see the key
-        const bool visible = sees(row, group * GROUP + mine + j);
-        group_logs[row * GROUP_ROW + mine + j] = visible ? top[j] + log2f(total[j]) : INFINITY_F;
-      }
-      __syncthreads();
-      float old[2], share[2] = {0, 0};
-#pragma unroll
-      for (int h = 0; h < 2; h++) {
-        const float *log = group_logs + row_of(h) * GROUP_ROW;
-        float ref = far.ref[h];
-        for (int j = 0; j < GROUP; j++)
-          if (log[j] != INFINITY_F) ref = larger(ref, log[j]);
-        old[h] = exp2_of(far.ref[h] - safe(ref));
-        far.ref[h] = ref;
-        for (int j = lane_of() % 4; j < GROUP; j += 4) {
-          const float weight = log[j] == INFINITY_F ? -1.0f : exp2_of(log[j] - safe(ref));
-          logs[row_of(h) * TABLE + j] = weight;
-          if (!(weight < 0)) share[h] += weight;
-        }
-      }
-      __syncwarp();
-      far.scale(old);
-      far.den[0] += share[0];
-      far.den[1] += share[1];
-      add_carefully(far, logs, TABLE, group * GROUP, GROUP);
-    }
+  // Whether a row of a block sees key j of a tile, `ahead` of the rows' tile.
+  DEVICE bool sees_near(int row, int block, int j, int ahead) const {
+    const int apart = key_block()[j] - block;
+    return key_bias()[j] != -INFINITY_F && apart >= -1 && apart <= 1 && !(p.causal && ahead + j > row);
   }
 
   // Score the keys of the rows' own and neighbouring blocks exactly; the tile's first position is `start`.
-  DEVICE void read_near(Reading<E> &reading, i64 start, int low, int high) {
-    const i64 w = p.window, first_block = start / w, last_block = (start + high - 1) / w;
-    const i64 from = max((first_block - 1) * w, (i64)0);
-    const i64 to = min((last_block + (p.causal ? 1 : 2)) * w, p.num_keys);
+  DEVICE void read_near(Reading<E> &reading, int start, int low, int high) {
+    const int w = (int)p.window, first_block = start / w, last_block = (start + high - 1) / w;
+    const int from = max((first_block - 1) * w, 0);
+    const int to = (int)min((i64)(last_block + (p.causal ? 1 : 2)) * w, p.num_keys);
     __syncthreads();
-    load_points(q, start - p.first_query, low, high, (int)p.d, query.root(), query.near_center(), queries, D,
-                query_unscale, squares);
+    load_points(q(), start - (int)p.first_query, low, high, (int)p.d, query().root(), query().near_center(), queries(), size(),
+                query_unscale(), squares());
     __syncwarp();
     float back[2], norm[2];
+    int block[2];  // counted from the first row's
 #pragma unroll
     for (int h = 0; h < 2; h++) {
-      back[h] = query_unscale[row_of(h)] * query.near_unscale();
-      norm[h] = p.gaussian ? 0.5f * query.near_unscale() * squares[row_of(h)] : 0.0f;
+      block[h] = (start - first_block * w + row_of(h)) / w;
+      back[h] = query_unscale()[row_of(h)] * query().near_unscale();
+      norm[h] = p.gaussian ? 0.5f * query().near_unscale() * squares()[row_of(h)] : 0.0f;
     }
-    for (i64 first = from; first < to; first += TILE) {
-      const int count = (int)min(to - first, (i64)TILE), r = threadIdx.x;
+#pragma unroll 1
+    for (int first = from; first < to; first += TILE) {
+      const int count = min(to - first, TILE), r = threadIdx.x;
       __syncthreads();
-      load_points(k, first, 0, count, (int)p.d, key.root(), key.near_center(), keys, D, key_unscale, squares);
-      const bool odd = load_values<T, E>(v, first, 0, count, e_first, p.e, factors, values);
+      load_points(k(), first, 0, count, (int)p.d, key().root(), key().near_center(), keys(), size(), key_unscale(), squares());
+      const bool odd = load_values<T, E>(v(), first, 0, count, e_first, p.e, factors(), values(), odd_keys());
       __syncthreads();
       if (r < TILE) {
-        key_bias[r] = p.gaussian ? -0.5f * query.near_unscale() * squares[r] : 0.0f;
-        if (r >= count || factors[first + r] == -INFINITY_F) key_bias[r] = -INFINITY_F;
-        else key_bias[r] = number_or_nan(key_bias[r]);
+        key_bias()[r] = p.gaussian ? -0.5f * query().near_unscale() * squares()[r] : 0.0f;
+        if (r >= count || factors()[first + r] == -INFINITY_F) key_bias()[r] = -INFINITY_F;
+        else key_bias()[r] = number_or_nan(key_bias()[r]);
+        key_block()[r] = (first + r) / w - first_block;
       }
-      const bool careful = any(odd);
+      const bool some_odd = any(odd);
       float log[LANE_COLUMNS][4], old[2];
-      u32 visible = 0;
-      multiply_points(log, queries, keys, D);
+      multiply_points(log, queries(), keys(), size());
 #pragma unroll
       for (int n = 0; n < LANE_COLUMNS; n++)
 #pragma unroll
         for (int i = 0; i < 4; i++) {
           const int j = column_of(n, i % 2);
-          const i64 row = start + row_of(i / 2), column = first + j, apart = column / w - row / w;
-          const bool sees = key_bias[j] != -INFINITY_F && apart >= -1 && apart <= 1 && !(p.causal && column > row);
-          if (sees) visible |= 1u << (4 * n + i);
-          const float dot = log[n][i] * (back[i / 2] * key_unscale[j]) + key_bias[j] - norm[i / 2];
-          log[n][i] = sees ? number_or_nan(dot) : -INFINITY_F;
+          const bool seen = sees_near(row_of(i / 2), block[i / 2], j, first - start);
+          const float dot = log[n][i] * (back[i / 2] * key_unscale()[j]) + key_bias()[j] - norm[i / 2];
+          log[n][i] = seen ? number_or_nan(dot) : -INFINITY_F;
         }
       weigh(log, reading.ref, old);
+      round_to_planes<P>(log);
       reading.scale(old);
 #pragma unroll
       for (int n = 0; n < LANE_COLUMNS; n++)
 #pragma unroll
         for (int i = 0; i < 4; i++) reading.den[i / 2] += log[n][i];
-      if (careful) {
+      multiply_values<P, E>(reading.num, log, values());
+      if (some_odd) spoil(reading, block, first, first - start, count);
+    }
+  }
+
+  // A value that is not finite makes NaN of the rows that see it, and of no others; the planes had 0 in its place.
+  DEVICE void spoil(Reading<E> &reading, const int (&block)[2], int first, int ahead, int count) {
+    __syncthreads();
+#pragma unroll 1
+    for (int t = threadIdx.x; t < count * E; t += THREADS) {
+      const int column = e_first + t % E;
+      const float x = column < p.e ? widened(v().at(first + t / E, column)) : 0.0f;
+      values()[t / E * (E + 8) + t % E] = to_bfloat16(x - x).bits;
+    }
+    __syncthreads();
+#pragma unroll 1
+    for (int j = 0; j < count; j++) {
+      if (odd_keys()[j] == 0) continue;
 #pragma unroll
-        for (int n = 0; n < LANE_COLUMNS; n++)
+      for (int h = 0; h < 2; h++) {
+        if (!sees_near(row_of(h), block[h], j, ahead)) continue;
 #pragma unroll
-          for (int i = 0; i < 4; i++)
-            table[row_of(i / 2) * TABLE + column_of(n, i % 2)] = visible >> (4 * n + i) & 1 ? log[n][i] : -1.0f;
-        __syncwarp();
-        add_carefully(reading, table, TABLE, 0, TILE);
-      } else {
-        multiply_values<P, E>(reading.num, log, values);
+        for (int n = 0; n < E / 8; n++)
+#pragma unroll
+          for (int i = 0; i < 2; i++)
+            reading.num[n][2 * h + i] += to_float(bfloat16{values()[j * (E + 8) + column_of(n, i)]});
       }
     }
   }
@@ -419,71 +382,69 @@ template <class T, int E> struct Walk {
 template <class T, int E> KERNEL(THREADS) walk(ARGUMENT Problem p) {
   typedef Walk<T, E> W;
   SHARED_MEMORY(raw);
-  const int D = (int)p.padded_d, points = 2 * TILE * (D + 8), value = W::P * TILE * (E + 8);
-  const i64 parts = p.padded_e / E, part = blockIdx.x % parts, number = blockIdx.x / parts;
-  const i64 segment = number % p.segments, size = p.m_pad * (E + 2);
-  i64 index[AXES];
+  const int parts = (int)p.padded_e / E, part = blockIdx.x % parts;
+  const i64 number = blockIdx.x / parts, segment = number % p.segments, size = p.m_pad * (E + 2);
+  int index[AXES];
   split_head(p, number / p.segments, index);
-  u16 *at = (u16 *)raw;
-  W s = {p, side_of(p, p.query, index), side_of(p, p.key, index), view<const T>(p.q, index), view<const T>(p.k, index),
-         view<const T>(p.v, index), view<const float>(p.key_factors, index).start, D,
-         part * E};
-  s.queries = at, at += points;
-  s.keys = at, at += points;
-  s.key_rows = at, at += points;
-  s.query_rows = s.single() ? s.key_rows : at, at += s.single() ? 0 : points;
-  s.values = at, at += value;
-  s.sums = at, s.features = at + value, s.table = (float *)at;
-  constexpr int room = W::P * TILE * (E + 8 + TILE + 8);
-  at += room > CAREFUL_BYTES / 2 ? room : CAREFUL_BYTES / 2;
-  float *numbers = (float *)at;
-  s.query_unscale = numbers, s.key_unscale = numbers + TILE, s.key_bias = numbers + 2 * TILE;
-  s.far_bias = numbers + 3 * TILE, s.far_z = numbers + 4 * TILE, s.pair_bias = numbers + 5 * TILE;
-  s.squares = numbers + 6 * TILE, s.votes = numbers + 7 * TILE;
-  s.state = (float *)p.scratch + (i64)blockIdx.x * size;
+  float *const state = (float *)p.scratch + (i64)blockIdx.x * 2 * size;
+  W s = {p, (u16 *)raw, part * E, state, state + size};
+  if (threadIdx.x == 0) {
+    const Array *const arrays[] = {&p.q, &p.k, &p.v, &p.key_factors, &p.query_factors, &p.out, &p.partial_sums, &p.stats,
+                                   &p.kv_out, &p.z_out, &p.c_out};
+    const int items[] = {sizeof(T), sizeof(T), sizeof(T), 4, 4, sizeof(T), 4, 4, 4, 4, 4};
+#pragma unroll
+    for (int i = 0; i < 11; i++)
+      s.starts()[i] = arrays[i]->start ? arrays[i]->start + along(index, arrays[i]->axis) * items[i] : 0;
+    const SideView query = side_of(p, p.query, index), key = side_of(p, p.key, index);
+    s.starts()[W::QUERY] = (i64)query.start, s.starts()[W::QUERY + 1] = (i64)query.planes;
+    s.starts()[W::KEY] = (i64)key.start, s.starts()[W::KEY + 1] = (i64)key.planes;
+  }
 
   // the sums to go on from
   const float *before = p.sums ? sums_of(p, along(index, p.key_axis) * p.segments + segment) : nullptr;
   for (i64 t = threadIdx.x; t < p.m_pad * E; t += THREADS)
     s.state[t] = before ? before[t / E * p.padded_e + part * E + t % E] : 0.0f;
   for (i64 r = threadIdx.x; r < p.m_pad; r += THREADS) {
-    s.state[p.m_pad * E + r] = before ? before[p.m_pad * p.padded_e + r] : 0.0f;
-    s.state[p.m_pad * (E + 1) + r] = before ? before[p.m_pad * (p.padded_e + 1) + r] : -INFINITY_F;
+    s.state[(int)p.m_pad * E + r] = before ? before[p.m_pad * p.padded_e + r] : 0.0f;
+    s.state[(int)p.m_pad * (E + 1) + r] = before ? before[p.m_pad * (p.padded_e + 1) + r] : -INFINITY_F;
   }
   __syncthreads();
 
-  const i64 w = p.window, n = p.num_keys;
+  // positions fit into 32 bits (tiles.py sees to that), what is computed of them does not
+  const int w = (int)p.window, shift = (int)p.shift, limit = (int)p.limit, first_query = (int)p.first_query;
   const bool whole_blocks = w >= TILE;  // then a tile lies in one block, whose rows all read the same sums
-  const int length = w == 0 ? TILE : whole_blocks ? TILE : (int)(TILE / w * w);
-  const i64 unit = whole_blocks ? w : length, begin = segment * p.span, end = min(begin + p.span, n);
-  const i64 units = end > begin ? (end - begin + unit - 1) / unit : 0;
-  const View<T> out = view<T>(p.out, index);
-  const View<float> partial = view<float>(p.partial_sums, index), stats = view<float>(p.stats, index);
-  const float *query_factors = view<const float>(p.query_factors, index).start;
-  for (i64 u = 0; u < units; u++) {
-    const i64 unit_start = begin + (p.reverse ? units - 1 - u : u) * unit, unit_end = min(unit_start + unit, end);
-    float pairs[LANE_COLUMNS][4], pair_ref[2];
-    Reading<E> reading;
-    if (whole_blocks) {
-      const i64 low = max(unit_start - p.shift, (i64)0), high = min(unit_start - p.shift + w, p.limit);
-      for (i64 first = low; first < high; first += TILE) {
-        s.load_keys(first, 0, (int)min(high - first, (i64)TILE));
-        s.sweep(true, false, reading, pairs, pair_ref);
-      }
-    }
-    for (i64 start = unit_start; start < unit_end; start += length) {
-      const int low = (int)min(max(p.first_query - start, (i64)0), (i64)TILE);
-      const int high = (int)min(unit_end - start, (i64)length);
-      bool enters = false, odd = false;
-      if (!whole_blocks) {
-        const i64 first = start - p.shift;
-        const i64 keys_low = max(-first, (i64)0), keys_high = min(p.limit - first, (i64)length);
+  const int length = w == 0 ? TILE : whole_blocks ? TILE : TILE / w * w;
+  const int unit = whole_blocks ? w : length, begin = (int)(segment * p.span);
+  const int end = (int)min(begin + p.span, p.num_keys), units = end > begin ? (end - begin + unit - 1) / unit : 0;
+  for (int u = 0; u < units; u++) {
+    const int unit_start = begin + (p.reverse ? units - 1 - u : u) * unit, unit_end = min(unit_start + unit, end);
+    int entering = max(unit_start - shift, 0);
+    const int last_entering = min(unit_start - shift + w, limit), block = whole_blocks ? 1 : s.block_length();
+    const int all = (unit_end - unit_start + block - 1) / block * block;  // positions, the last block a whole one
+    int done = 0;                                                         // of them, from the end in reverse
+    int step = length;
+    while (done < all) {
+      // what this tile is: keys of a whole block that enter, rows that read, or both
+      const int rows = min(all - done, step);
+      const int start = unit_start + (p.reverse ? all - done - rows : done);
+      const int low = min(max(first_query - start, 0), TILE), high = min(unit_end - start, rows);
+      bool enters, reads = true, odd = false;
+      if (whole_blocks) {
+        enters = entering < last_entering;
+        reads = !enters;
+        if (enters) s.load_keys(entering, 0, min(last_entering - entering, TILE));
+        entering += TILE;
+      } else {
+        const int first = start - shift, keys_low = max(-first, 0), keys_high = min(limit - first, rows);
         enters = keys_low < keys_high;
-        if (enters) odd = s.load_keys(first, (int)keys_low, (int)keys_high);
+        if (enters) odd = s.load_keys(first, keys_low, keys_high);
       }
+      float pairs[LANE_COLUMNS][4], pair_ref[2];
+      Reading<E> reading;
       __syncthreads();
-      load_points(s.q, start - p.first_query, low, high, (int)p.d, s.query.root(), s.query.center(), s.queries, D,
-                  s.query_unscale);
+      if (reads)
+        load_points(s.q(), start - first_query, low, high, (int)p.d, s.query().root(), s.query().center(), s.queries(), s.size(),
+                    s.query_unscale());
       __syncwarp();
       reading.start();
 #pragma unroll
@@ -491,55 +452,86 @@ template <class T, int E> KERNEL(THREADS) walk(ARGUMENT Problem p) {
 #pragma unroll
         for (int i = 0; i < 4; i++) pairs[c][i] = 0;
       pair_ref[0] = pair_ref[1] = -INFINITY_F;
-      s.sweep(enters, true, reading, pairs, pair_ref);
-      if (enters) s.merge_pairs(reading, pairs, pair_ref, odd, low, high);
+      s.sweep(enters, reads, reading, pairs, pair_ref);
+      if (enters && reads && !s.merge_pairs(reading, pairs, pair_ref, odd, low, high) && rows > block) {
+        step = max(rows / 4 / block, 1) * block;  // again, with fewer rows, on the same sums
+        continue;
+      }
+      if (enters) {
+        float *const state = s.state;
+        s.state = s.next;
+        s.next = state;
+      }
+      if (!reads) continue;
+      done += rows;
+      const float *const query_factors = (const float *)s.starts()[W::QUERY_FACTORS];
 #pragma unroll
       for (int h = 0; h < 2; h++)
         if (query_factors && row_of(h) >= low && row_of(h) < high)
-          reading.ref[h] += query_factors[start - p.first_query + row_of(h)];
+          reading.ref[h] += query_factors[start - first_query + row_of(h)];
       if (p.flags & WALK_NEAR) s.read_near(reading, start, low, high);
+      // by way of shared memory, from where rows are written whole
+      float *const staged = (float *)s.values(), *const totals = s.far_bias(), *const refs = s.far_z();
+      float *const others = s.pair_bias();
+      __syncthreads();
 #pragma unroll
       for (int h = 0; h < 2; h++) {
-        const i64 i = start - p.first_query + row_of(h);
-        const bool stored = row_of(h) >= low && row_of(h) < high;
-        float den = quad_sum(reading.den[h]), ref = reading.ref[h], mine = 1, other = 0;
-        if (p.flags & WALK_LOAD && stored) {
-          const float top = larger(ref, partial.at(i, p.e + 1));
+        const float den = quad_sum(reading.den[h]);
+        if (lane_of() % 4 == 0) totals[row_of(h)] = den, refs[row_of(h)] = reading.ref[h];
+#pragma unroll
+        for (int c = 0; c < E / 8; c++)
+#pragma unroll
+          for (int i = 0; i < 2; i++) staged[row_of(h) * (E + 8) + column_of(c, i)] = reading.num[c][2 * h + i];
+      }
+      __syncthreads();
+      const int r = threadIdx.x;
+      const View<float> partial = s.template array<float>(W::PARTIAL, p.partial_sums);
+      if (r >= low && r < high) {  // what a row's sums are to be multiplied by, and those of an earlier launch
+        const i64 i = start - first_query + r;
+        float den = totals[r], ref = refs[r], mine = 1, other = 0;
+        if (p.flags & WALK_LOAD) {
+          const float before = partial.at(i, p.e + 1), top = larger(ref, before);
           mine = exp2_of(ref - safe(top));
-          other = exp2_of(partial.at(i, p.e + 1) - safe(top));
+          other = exp2_of(before - safe(top));
           den = den * mine + partial.at(i, p.e) * other;
           ref = top;
         }
-        const float by = den == 0 ? 0.0f : 1.0f / den;
-        if (stored) {
-#pragma unroll
-          for (int c = 0; c < E / 8; c++)
-#pragma unroll
-            for (int j = 0; j < 2; j++) {
-              const i64 column = part * E + column_of(c, j);
-              float sum = reading.num[c][2 * h + j] * mine;
-              if (column < p.e) {
-                if (p.flags & WALK_LOAD) sum += partial.at(i, column) * other;
-                if (p.flags & WALK_STORE) partial.at(i, column) = sum;
-                else put(&out.at(i, column), sum * by);
-              }
-            }
-          if (lane_of() % 4 == 0 && part == 0) {
-            if (p.flags & WALK_STORE) partial.at(i, p.e) = den, partial.at(i, p.e + 1) = ref;
-            else if (stats.start) stats.at(i, 0) = by, stats.at(i, 1) = safe(ref) * LN_2;
+        const float by = p.flags & WALK_STORE ? 1.0f : den == 0 ? 0.0f : 1.0f / den;
+        totals[r] = mine * by;
+        others[r] = other * by;
+        if (s.e_first == 0) {
+          if (p.flags & WALK_STORE) partial.at(i, p.e) = den, partial.at(i, p.e + 1) = ref;
+          else if (p.stats.start) {
+            const View<float> stats = s.template array<float>(W::STATS, p.stats);
+            stats.at(i, 0) = by;
+            stats.at(i, 1) = safe(ref) * LN_2;
           }
         }
+      }
+      __syncthreads();
+      const View<T> out = s.template array<T>(W::OUT, p.out);
+#pragma unroll 1
+      for (int t = threadIdx.x; t < high * E; t += THREADS) {
+        const int row = t / E;
+        const i64 i = start - first_query + row;
+        const int column = s.e_first + t % E;
+        if (row < low || column >= p.e) continue;
+        float x = staged[row * (E + 8) + t % E] * totals[row];
+        if (p.flags & WALK_LOAD) x += partial.at(i, column) * others[row];
+        if (p.flags & WALK_STORE) partial.at(i, column) = x;
+        else put(&out.at(i, column), x);
       }
     }
   }
   __syncthreads();
-  if (p.kv_out.start && segment == p.segments - 1) {
-    const View<float> kv = view<float>(p.kv_out, index), z = view<float>(p.z_out, index), c = view<float>(p.c_out, index);
+  if (p.kv_out.start && blockIdx.x / parts % p.segments == p.segments - 1) {
+    const View<float> kv = s.template array<float>(W::KV_OUT, p.kv_out);
+    const View<float> z = s.template array<float>(W::Z_OUT, p.z_out), c = s.template array<float>(W::C_OUT, p.c_out);
     for (i64 t = threadIdx.x; t < p.m * E; t += THREADS)
-      if (part * E + t % E < p.e) kv.at(t / E, part * E + t % E) = s.state[t];
-    for (i64 r = threadIdx.x; r < p.m && part == 0; r += THREADS) {
-      z.at(0, r) = s.state[p.m_pad * E + r];
-      c.at(0, r) = s.state[p.m_pad * (E + 1) + r] * LN_2;
+      if (s.e_first + t % E < p.e) kv.at(t / E, s.e_first + t % E) = s.state[t];
+    for (i64 r = threadIdx.x; r < p.m && s.e_first == 0; r += THREADS) {
+      z.at(0, r) = s.state[(int)p.m_pad * E + r];
+      c.at(0, r) = s.state[(int)p.m_pad * (E + 1) + r] * LN_2;
     }
   }
 }

@@ -164,7 +164,7 @@ template <class T> KERNEL(PLAIN_THREADS) plain_attention(ARGUMENT Problem p) {
   Plain<T> s = {p, shared, shared + p.d, shared + p.d + p.m, shared + p.d + 2 * p.m, shared + p.d + 3 * p.m,
                 shared + p.d + 3 * p.m + p.e, 0, 0};
   const i64 head = blockIdx.x / p.segments, piece = blockIdx.x % p.segments, flags = p.flags, w = p.window;
-  i64 index[AXES];
+  int index[AXES];
   split_head(p, head, index);
   const View<const T> q = view<const T>(p.q, index), k = view<const T>(p.k, index), v = view<const T>(p.v, index);
   const View<const bool> mask = view<const bool>(p.mask, index);
@@ -234,7 +234,7 @@ template <class T> KERNEL(PLAIN_THREADS) plain_attention(ARGUMENT Problem p) {
 template <class T> KERNEL(PLAIN_THREADS) plain_features(ARGUMENT Problem p) {
   typedef typename Computing<T>::type A;
   const i64 head = blockIdx.x / p.segments, piece = blockIdx.x % p.segments;
-  i64 index[AXES];
+  int index[AXES];
   split_head(p, head, index);
   const View<const T> u = view<const T>(p.q, index), rows = view<const T>(p.k, index);
   const View<const T> row = view<const T>(p.v, index), column = view<const T>(p.mask, index);

@@ -10,7 +10,7 @@ template <class T> KERNEL(THREADS) factors(ARGUMENT Problem p) {
   u16 *points = (u16 *)raw, *rows = points + 2 * TILE * (D + 8);
   float *unscale = (float *)(rows + 2 * TILE * (D + 8));
   const i64 head = blockIdx.x / p.segments, first = blockIdx.x % p.segments * TILE;
-  i64 index[AXES];
+  int index[AXES];
   split_head(p, head, index);
   const View<const T> x = view<const T>(p.q, index);
   const View<const bool> mask = view<const bool>(p.mask, index);
@@ -57,7 +57,7 @@ template <class T, int E> KERNEL(THREADS) absorb(ARGUMENT Problem p) {
   float *unscale = (float *)(values + PLANES<T> * TILE * (E + 8)), *bias = unscale + TILE;
   const i64 tiles = p.m_pad / TILE, tile = blockIdx.x % tiles, number = blockIdx.x / tiles;
   const i64 segment = number % p.segments;
-  i64 index[AXES];
+  int index[AXES];
   split_head(p, number / p.segments, index);
   const View<const T> k = view<const T>(p.k, index), v = view<const T>(p.v, index);
   const float *factors = view<const float>(p.key_factors, index).start;
@@ -72,7 +72,7 @@ template <class T, int E> KERNEL(THREADS) absorb(ARGUMENT Problem p) {
     const int count = (int)min(high - first, (i64)TILE);
     __syncthreads();
     load_points(k, first, 0, count, (int)p.d, side.root(), side.center(), points, D, unscale);
-    load_values<T, E>(v, first, 0, count, 0, p.e, factors, values);
+    load_values<T, E>(v, first, 0, count, 0, p.e, factors, values, nullptr);
     if (threadIdx.x < TILE) bias[threadIdx.x] = (int)threadIdx.x < count ? factors[first + threadIdx.x] : -INFINITY_F;
     __syncthreads();
     float log[LANE_COLUMNS][4], old[2];
@@ -85,6 +85,7 @@ template <class T, int E> KERNEL(THREADS) absorb(ARGUMENT Problem p) {
         log[n][i] = bias[c] == -INFINITY_F ? bias[c] : log[n][i] * (side.unscale() * unscale[c]) + bias[c];
       }
     weigh(log, sums.ref, old);
+    round_to_planes<PLANES<T>>(log);
     sums.scale(old);
 #pragma unroll
     for (int n = 0; n < LANE_COLUMNS; n++)
@@ -113,7 +114,7 @@ KERNEL(THREADS) scan(ARGUMENT Problem p) {
   const i64 groups = p.m_pad / (THREADS / 32), head = blockIdx.x / groups;
   const i64 r = blockIdx.x % groups * (THREADS / 32) + warp_of();
   const int E = (int)p.padded_e, lane = lane_of();
-  i64 index[AXES];
+  int index[AXES];
   split_head(p, head, index);
   float sum[4] = {0, 0, 0, 0}, z = 0, c = -INFINITY_F;
   if (p.kv_in.start && r < p.m) {

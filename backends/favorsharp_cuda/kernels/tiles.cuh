@@ -44,7 +44,7 @@ struct SideView {
   DEVICE const float *near_center() const { return linear() + D; }
   DEVICE const float *column() const { return near_center() + D; }
 };
-DEVICE SideView side_of(const Problem &p, const Side &side, const i64 (&index)[AXES]) {
+DEVICE SideView side_of(const Problem &p, const Side &side, const int (&index)[AXES]) {
   const i64 map = along(index, p.map_axis);
   return {(const float *)side.header + map * p.header_size,
           (const u16 *)side.planes + map * 2 * p.plane_rows * p.padded_d, (int)p.padded_d};
@@ -59,6 +59,7 @@ template <class T>
 DEVICE void load_points(const View<const T> &x, i64 first, int low, int high, int d, float root, const float *center,
                         u16 *planes, int D, float *unscale, float *squares = nullptr) {
   const int lane = lane_of(), pitch = D + 8;
+#pragma unroll 1
   for (int r = warp_of() * 16; r < warp_of() * 16 + 16; r++) {
     float z[4], top = 0;
 #pragma unroll
@@ -92,17 +93,29 @@ template <int P> DEVICE void put_planes(u16 *planes, int distance, float x) {
   if (P == 2) planes[distance] = to_bfloat16(x - to_float(high)).bits;
 }
 
+// Several threads may say the same of one key.
+DEVICE void mark(float *x) { atomicAdd(x, 1.0f); }
+
 // Columns e_first .. e of the values of 64 keys as planes of bfloat16, (64, E + 8); zeros but in rows low .. high, and for
-// hidden keys, whose factor is -inf. Whether one of this thread's is not finite.
+// hidden keys, whose factor is -inf. Whether one of this thread's is not finite; with `odd_keys` (64), those have 0 in its
+// place and their keys are marked.
 template <class T, int E>
 DEVICE bool load_values(const View<const T> &v, i64 first, int low, int high, i64 e_first, i64 e, const float *factors,
-                        u16 *planes) {
+                        u16 *planes, float *odd_keys) {
   bool odd = false;
+  if (odd_keys) {
+    if (threadIdx.x < TILE) odd_keys[threadIdx.x] = 0;
+    __syncthreads();
+  }
+#pragma unroll 1
   for (int t = threadIdx.x; t < TILE * E; t += THREADS) {
     const int r = t / E, j = t % E;
     float x = 0;
     if (r >= low && r < high && e_first + j < e && factors[first + r] != -INFINITY_F) x = widened(v.at(first + r, e_first + j));
-    odd |= x - x != 0;
+    if (x - x != 0) {
+      odd = true;
+      if (odd_keys) mark(odd_keys + r), x = 0;
+    }
     put_planes<PLANES<T>>(planes + r * (E + 8) + j, TILE * (E + 8), x);
   }
   return odd;
@@ -131,6 +144,7 @@ DEVICE void multiply_points(float (&sum)[LANE_COLUMNS][4], const u16 *rows, cons
   for (int n = 0; n < LANE_COLUMNS; n++)
 #pragma unroll
     for (int i = 0; i < 4; i++) sum[n][i] = 0;
+#pragma unroll 1
   for (int k = 0; k < D; k += 16) {
     u32 high[4], low[4];
     load_matrices(high, row + k);
@@ -163,6 +177,17 @@ template <int P> DEVICE void fragments(u32 (&a)[P][4], const float (&x)[4], cons
   }
 }
 
+// Weights as their planes have them: sums of weights made of these have no error that sums of weights times values lack.
+template <int P> DEVICE void round_to_planes(float (&x)[LANE_COLUMNS][4]) {
+#pragma unroll
+  for (int n = 0; n < LANE_COLUMNS; n++)
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      const float high = to_float(to_bfloat16(x[n][i]));
+      x[n][i] = P == 1 ? high : high + to_float(to_bfloat16(x[n][i] - high));
+    }
+}
+
 // sum (16, WIDTH) += weights (16, 64) values (64, WIDTH), values as planes of bfloat16 with rows of WIDTH + 8
 template <int P, int WIDTH>
 DEVICE void multiply_values(float (&sum)[WIDTH / 8][4], const float (&weights)[LANE_COLUMNS][4], const u16 *values) {
@@ -182,6 +207,7 @@ DEVICE void multiply_values(float (&sum)[WIDTH / 8][4], const float (&weights)[L
         const u32 b_high[2] = {b[2 * i], b[2 * i + 1]};
         if (P == 2) {
           const u32 b_low[2] = {c[2 * i], c[2 * i + 1]};
+          mma(sum[n + i], a[P - 1], b_low, bfloat16());
           mma(sum[n + i], a[P - 1], b_high, bfloat16());
           mma(sum[n + i], a[0], b_low, bfloat16());
         }

@@ -1,0 +1,195 @@
+"""The forward kernels, run by the shim on the CPU, against the references in float64."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+from host_module import SCHEDULES, HostModule, scheduled
+from problems import attention_problem, key_mask
+
+import favorsharp as fs
+from favorsharp import dispatch, testing
+from favorsharp.ops.attention import attention
+from favorsharp.ops.causal_attention import causal_attention
+from favorsharp.parameters import astype
+from favorsharp_cuda import BACKEND, arrays, launch, tiles
+
+pytestmark = pytest.mark.own_backend
+TOLERANCES = {"float16": 1e-3, "bfloat16": 1e-2, "float32": 3e-5, "float64": 1e-12}
+
+
+def on_host(kernel):
+    """The same kernel, declared for what lies in host memory."""
+    library = {"cupy": "numpy"}.get(*kernel.libraries, *kernel.libraries)
+    return dataclasses.replace(kernel, libraries={library}, devices={"cpu"}, differentiable=False)
+
+
+@pytest.fixture(autouse=True)
+def on_the_host(monkeypatch):
+    """The backend for NumPy arrays, run by the shim; what it allocates is full of NaN; segments are short."""
+    backend = dispatch.Backend("cuda", (), tuple(map(on_host, BACKEND.kernels)))
+    find, empty = dispatch._backend, arrays.empty
+
+    def full_of_nan(like, shape, dtype):
+        x = empty(like, shape, dtype)
+        if arrays.is_numpy(x) and x.size:
+            x.view(np.uint8).fill(255)
+        return x
+
+    monkeypatch.setattr(launch, "module_class", HostModule)
+    monkeypatch.setattr(HostModule, "shared_limit", 163 * 1024)  # of the oldest card
+    monkeypatch.setattr(tiles, "SHORTEST", 64)
+    monkeypatch.setattr(arrays, "empty", full_of_nan)
+    monkeypatch.setattr(dispatch, "_backend", lambda name: backend if name == "cuda" else find(name))
+    dispatch._choose.cache_clear()
+    launch.forget()
+    yield
+    dispatch._choose.cache_clear()
+    launch.forget()
+
+
+class Problem:
+    """Points in a dtype, a map in the dtype that it is computed in, and both in float64."""
+
+    def __init__(self, dtype="float32", *, n=100, d=32, e=32, m=48, batch=(2,), s=None, mask="holes", seed=0,
+                 kernel="softmax", method="optimal"):  # fmt: skip
+        self.points = [x.astype(dtype) for x in attention_problem(seed, batch, n=n, s=s, d=d, e=e)]
+        self.mask = key_mask(seed, self.points[1].shape[:-1], mask)
+        exact = [x.astype(np.float64) for x in self.points]
+        drawn = fs.feature_map(fs.fit(*exact[:2], method=method, kernel=kernel), m, rng=0)
+        self.map = astype(drawn, np.dtype(arrays.WIDER[dtype]))
+        self.exact, self.exact_map = exact, astype(self.map, np.dtype(np.float64))
+        self.tolerance = TOLERANCES[dtype]
+
+    def compare(self, op, **options):
+        """The largest error, the same in every order of threads and blocks."""
+        options.setdefault("key_mask", self.mask)
+        runs = []
+        for schedule in SCHEDULES:
+            with scheduled(schedule), fs.use("cuda"):
+                runs.append(testing._arrays_of(op(*self.points, self.map, **options)))
+        for run in runs[1:]:
+            assert all(np.array_equal(a, b, equal_nan=True) for a, b in zip(runs[0], run, strict=True))
+        want = testing._arrays_of(op.reference(*self.exact, self.exact_map, **options))
+        for got, exact in zip(runs[0], want, strict=True):
+            assert got.shape == exact.shape
+            both = np.isfinite(exact)
+            np.testing.assert_array_equal(np.isfinite(got), both)
+            error = np.max(np.abs(got[both] - exact[both]), initial=0) / np.max(np.abs(exact[both]), initial=1e-30)
+            assert error <= self.tolerance, error
+        assert runs[0][0].dtype == self.points[0].dtype
+
+
+SIZES = ((130, 64, 64, 64), (70, 128, 128, 130), (129, 33, 96, 20), (65, 96, 33, 512), (64, 16, 128, 16), (3, 7, 1, 1))
+"""n, d, e, m: whole tiles, a little more, a little less."""
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_attention_of_every_size(size, dtype):
+    n, d, e, m = size
+    Problem(dtype, n=n, d=d, e=e, m=m).compare(attention)
+    Problem(dtype, n=n, d=d, e=e, m=m, s=n // 2 + 40, kernel="gaussian").compare(attention)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_causal_attention_of_every_size(size, dtype):
+    n, d, e, m = size
+    Problem(dtype, n=n, d=d, e=e, m=m).compare(causal_attention)
+
+
+@pytest.mark.parametrize("kernel", ["softmax", "gaussian"])
+@pytest.mark.parametrize("window", [1, 7, 16, 63, 64, 65, 200])
+def test_windows(window, kernel):
+    problem = Problem(n=210, d=16, e=8, m=40, kernel=kernel, mask="padding")
+    problem.compare(causal_attention, window=window)
+    problem.compare(attention, window=window)
+
+
+@pytest.mark.parametrize("op", [attention, causal_attention])
+def test_sizes_and_dtypes_that_tiles_do_not_have(op):
+    Problem(n=20, d=130, e=3, m=9).compare(op, window=8)
+    Problem(n=20, d=3, e=140, m=9).compare(op)
+    Problem("float64", n=20, d=5, e=3, m=9).compare(op, window=3)
+
+
+def test_a_state_is_gone_on_from():
+    problem = Problem(n=150, d=16, e=8, m=40, mask="none")
+    q, k, v = problem.points
+    for window in (0, 20, 64):
+        whole, _ = causal_attention.reference(*problem.exact, problem.exact_map, window=window)
+        outs, state = [], None
+        with fs.use("cuda"):
+            for a, b in ((0, 70), (70, 71), (71, 150)):
+                part = (x[..., a:b, :] for x in (q, k, v))
+                out, state = causal_attention(*part, problem.map, window=window, state=state)
+                outs.append(out)
+        np.testing.assert_allclose(np.concatenate(outs, axis=-2), whole, rtol=0, atol=2e-5 * np.abs(whole).max())
+
+
+def test_grouped_heads_read_the_sums_of_their_key_head():
+    problem = Problem(n=90, d=16, e=8, m=24, mask="none")
+    q, k, v = problem.points
+    queries = np.stack([q, 2 * q, q - 1], axis=-3)
+    fm, exact_map = problem.map.expanded(), problem.exact_map.expanded()
+    for op, options in ((attention, {}), (attention, {"window": 16}), (causal_attention, {})):
+        with fs.use("cuda"):
+            got = testing._arrays_of(op(queries, k[:, None], v[:, None], fm, **options))
+        exact = (x.astype(np.float64) for x in (queries, k[:, None], v[:, None]))
+        for a, b in zip(got, testing._arrays_of(op.reference(*exact, exact_map, **options)), strict=True):
+            assert testing.relative_error(a, b) < 1e-5
+
+
+@pytest.mark.parametrize("which", ["q", "k", "v"])
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_what_is_not_finite_stays_in_its_rows(which, bad):
+    problem = Problem(n=100, d=16, e=8, m=24, mask="none", batch=())
+    points = dict(zip("qkv", problem.points, strict=True))
+    clean = {}
+    for window in (0, 8, 64):
+        with fs.use("cuda"):
+            clean[window] = causal_attention(*points.values(), problem.map, window=window)[0]
+    points[which] = points[which].copy()
+    points[which][70, 3] = bad
+    for window in (0, 8, 64):
+        with fs.use("cuda"):
+            out = causal_attention(*points.values(), problem.map, window=window)[0]
+        before = np.allclose(out[:70], clean[window][:70], rtol=0, atol=1e-5 * np.abs(clean[window]).max())
+        assert before, window
+        assert not np.isfinite(out[70]).all()
+        if which == "q":
+            np.testing.assert_allclose(out[71:], clean[window][71:], rtol=0, atol=1e-5)
+        else:
+            assert not np.isfinite(out[71:]).all(axis=-1).any()
+
+
+def test_a_hidden_key_may_be_anything():
+    problem = Problem(n=100, d=16, e=8, m=24)
+    hidden = ~problem.mask
+    spoiled = [problem.points[0], problem.points[1].copy(), problem.points[2].copy()]
+    spoiled[1][hidden], spoiled[2][hidden] = np.nan, np.inf
+    for op, window in ((attention, 0), (attention, 8), (causal_attention, 0), (causal_attention, 64)):
+        with fs.use("cuda"):
+            got, want = (
+                testing._arrays_of(op(*points, problem.map, key_mask=problem.mask, window=window))[0]
+                for points in (spoiled, problem.points)
+            )
+        np.testing.assert_array_equal(got, want)
+
+
+def test_later_keys_that_tower_over_earlier_ones_cost_no_accuracy():
+    q, k, v = attention_problem(3, (2,), n=70, d=16, e=8)
+    k[:, 40:] *= 12  # their features are larger by many hundred binary orders
+    k[:, 41] = 0
+    problem = Problem(n=70, d=16, e=8, m=24, mask="none", method="posrf")
+    problem.points = [x.astype(np.float32) for x in (4 * q, k, v)]
+    problem.exact = [x.astype(np.float64) for x in problem.points]
+    problem.tolerance = 1e-4
+    problem.compare(causal_attention)
+
+
+@pytest.mark.parametrize("op", [k.op for k in BACKEND.kernels if "cupy" in k.libraries and "vjp" not in k.op])
+@pytest.mark.slow
+def test_every_case_of_check_backend(op):
+    testing.check_backend("cuda", ops=[op])
