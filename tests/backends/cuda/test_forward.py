@@ -80,10 +80,19 @@ class Problem:
         assert runs[0][0].dtype == self.points[0].dtype
 
 
-SIZES = ((130, 64, 64, 64), (70, 128, 128, 130), (129, 33, 96, 20), (65, 96, 33, 512), (64, 16, 128, 16), (3, 7, 1, 1))
+SIZES = (
+    *((130, 64, 64, 64), (70, 128, 128, 130), (129, 33, 96, 20), (65, 96, 33, 512), (64, 16, 128, 16), (3, 7, 1, 1)),
+)
 """n, d, e, m: whole tiles, a little more, a little less."""
 
 
+@pytest.mark.parametrize("op", [attention, causal_attention], ids=lambda op: op.name)
+def test_more_than_one_tile_of_everything(op):
+    Problem(n=130, d=33, e=20, m=70).compare(op)
+    Problem(n=130, d=33, e=20, m=70, kernel="gaussian").compare(op, window=24)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_attention_of_every_size(size, dtype):
@@ -92,6 +101,7 @@ def test_attention_of_every_size(size, dtype):
     Problem(dtype, n=n, d=d, e=e, m=m, s=n // 2 + 40, kernel="gaussian").compare(attention)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_causal_attention_of_every_size(size, dtype):
@@ -99,6 +109,7 @@ def test_causal_attention_of_every_size(size, dtype):
     Problem(dtype, n=n, d=d, e=e, m=m).compare(causal_attention)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kernel", ["softmax", "gaussian"])
 @pytest.mark.parametrize("window", [1, 7, 16, 63, 64, 65, 200])
 def test_windows(window, kernel):
