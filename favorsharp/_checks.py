@@ -81,7 +81,8 @@ def check_points(name: str, x: Array, letters: str) -> None:
 
 def check_same_size(letter: str, **named: tuple[int, int]) -> None:
     """Check that axes which share a letter have one length; each entry is (axis, length)."""
-    if len({size for _, size in named.values()}) > 1:
+    sizes_found = [size for _, size in named.values()]  # symbolic ones, of torch.export, have no hash
+    if any(size != sizes_found[0] for size in sizes_found):
         sizes = ", ".join(f"{name} has {letter}={size}" for name, (_, size) in named.items())
         raise ValueError(f"{' and '.join(named)} must agree in {letter}: {sizes}")
 

@@ -197,6 +197,15 @@ def test_export_and_compile(attention):
     torch.testing.assert_close(compiled(q, k, v), attention(q, k, v))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("axis", "shape"), [(0, (3, 4, 50, 8)), (2, (2, 4, 77, 8))], ids=["batch", "length"])
+def test_export_with_a_symbolic_size(attention, axis, shape):
+    sizes = {axis: torch.export.Dim("size", min=2, max=1024)}
+    exported = torch.export.export(attention, sample(2, 4, 50, 8), dynamic_shapes=dict.fromkeys("qkv", sizes))
+    with fs.use("reference"):
+        torch.testing.assert_close(exported.module()(*sample(*shape)), attention(*sample(*shape)))
+
+
 def test_bad_arguments():
     q, k, _ = sample(2, 4, 50, 8)
     for options, error, message in (

@@ -317,13 +317,16 @@ def num_leaving(length: int, window: int) -> int:
 
 def tiles_of(length: int, width: int, batch: tuple[int, ...]) -> Iterator[tuple[int, int]]:
     """Bounds of the tiles that points are worked on in; one empty tile where there are none."""
+    if not isinstance(length, int):  # symbolic, of torch.export: as many tiles as there are would have to be known
+        return iter(((0, length),))
     step = tile_length(width, batch, 1 << 20)
     return ((start, min(start + step, length)) for start in range(0, length, step) or (0,))
 
 
 def tile_length(width: int, batch: tuple[int, ...], most: int) -> int:
     """Points in a tile: a power of two from 16 to `most` that keeps a tile of this width near TILE_ELEMENTS."""
-    points = TILE_ELEMENTS // max(1, width * math.prod(batch))
+    entries = math.prod(size for size in batch if isinstance(size, int))  # symbolic ones are not known yet
+    points = TILE_ELEMENTS // max(1, width * entries)
     return min(most, max(16, 1 << (points.bit_length() - 1 if points else 0)))
 
 
