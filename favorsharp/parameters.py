@@ -4,9 +4,8 @@ Everything here is in scaled coordinates: x = sqrt(scale) times the caller's que
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from types import MappingProxyType
 from typing import Any
 
 from favorsharp._arrays import (
@@ -504,22 +503,21 @@ def _geometric(data: _Statistics) -> _Values:
     return {**_plain(data), "rate": _sigmoid(0.5 * (low + high))}
 
 
-_FITS: MappingProxyType[str, Callable[[_Statistics], _Values]] = MappingProxyType(
-    {
-        "posrf": _plain,
-        "oprf": _oprf,
-        "saderf": _saderf,
-        "aderf": _aderf,
-        "sderf": _sderf,
-        "optimal": _optimal,
-        "trig": _plain,
-        "hyperbolic": _plain,
-        "poisson": _poisson,
-        "geometric": _geometric,
-        "relu": _plain,
-        "elu": _plain,
-    }
-)
+# a plain dict: torch.compile does not read a mapping proxy in a function that has written to any dict
+_FITS: Mapping[str, Callable[[_Statistics], _Values]] = {
+    "posrf": _plain,
+    "oprf": _oprf,
+    "saderf": _saderf,
+    "aderf": _aderf,
+    "sderf": _sderf,
+    "optimal": _optimal,
+    "trig": _plain,
+    "hyperbolic": _plain,
+    "poisson": _poisson,
+    "geometric": _geometric,
+    "relu": _plain,
+    "elu": _plain,
+}
 
 METHODS: Sequence[str] = tuple(_FITS)
 """The names that `fit` knows."""

@@ -1,7 +1,7 @@
 """The attention function that transformers calls, and the registrations it is called for."""
 
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -53,13 +53,12 @@ class Registration:
     draw: Any
     seed: int
     calibration: str
-    _rows: dict[Any, Tensor] = field(default_factory=dict, repr=False)
 
     def draw_for(self, size: int, like: Tensor) -> Any:
         """The random rows for heads of this size, beside an array: one draw serves all layers."""
         if not isinstance(self.draw, str):
             return self.draw
-        return _rows_for(self, size, like.device)
+        return _rows(self.draw, self.num_features, size, self.seed, like.device)
 
 
 REGISTERED: dict[str, Registration] = {}
@@ -105,7 +104,7 @@ def register(
     TypeError, ValueError
         If an argument is not as described, or the name is one of transformers' own.
     """
-    from favorsharp.draws import generator
+    from favorsharp.draws import DRAWS, generator
 
     if not isinstance(name, str) or not name:
         raise TypeError(f"name must be a string that is not empty, got {name!r}")
@@ -120,6 +119,8 @@ def register(
     if method != EXACT and not callable(method):
         positive = [m for m in METHODS if m not in ("trig", "poisson", "geometric")]
         check_choice("method", method, (*positive, EXACT), also=", or a callable")
+    if isinstance(draw, str):
+        check_choice("draw", draw, DRAWS, also=", an (m, d) array of rows, or a pair (rows, log_weight)")
     check_choice("calibration", calibration, ("input", "frozen"))
     registration = Registration(
         name=name,
@@ -127,7 +128,7 @@ def register(
         num_features=check_integer("num_features", num_features, 1),
         window=check_integer("window", window, 0),
         draw=draw,
-        seed=int(generator(rng).integers(2**63)),
+        seed=int(generator(rng).integers(2**62)),
         calibration=calibration,
     )
     REGISTERED[name] = registration
@@ -380,15 +381,19 @@ def set_collector(collector: Any) -> Any:
     return before
 
 
-def _rows_for(registration: Registration, size: int, device: Any) -> Tensor:
+@lru_cache(maxsize=64)
+def _drawn(draw: str, num_rows: int, size: int, seed: int, device: torch.device) -> Tensor:
     from favorsharp.draws import draw_rows
 
-    rows = registration._rows.get((size, device))
-    if rows is None:
-        host = draw_rows(registration.draw, registration.num_features, size, registration.seed)
-        rows = registration._rows[size, device] = torch.asarray(host, device=device)
-    return rows
+    return torch.asarray(draw_rows(draw, num_rows, size, seed), device=device)
 
 
-# torch.compile takes the rows as constants, and does not trace how they are drawn on the host
-_rows_for._dynamo_marked_constant = True  # type: ignore[attr-defined]
+@torch.library.custom_op("favorsharp::transformers_rows", mutates_args=())
+def _rows(draw: str, num_rows: int, size: int, seed: int, device: torch.device) -> torch.Tensor:
+    """Random rows as an op of torch's, so that torch.compile does not trace how they are drawn on the host."""
+    return _drawn(draw, num_rows, size, seed, device).clone()
+
+
+@_rows.register_fake
+def _(draw: str, num_rows: int, size: int, seed: int, device: torch.device) -> torch.Tensor:
+    return torch.empty((num_rows, size), dtype=torch.float64, device=device)

@@ -1,0 +1,186 @@
+"""Masks are decoded or refused: nothing that a model hides is seen, and no other pattern passes for one of the two."""
+
+import pytest
+import torch
+from tiny import MODELS, bert, gpt2, inputs, llama, output
+from transformers import MistralConfig, MistralForCausalLM
+
+from favorsharp.transformers import StateCache, calibrate, register
+from favorsharp.transformers.masks import read_mask
+
+
+@pytest.fixture(autouse=True)
+def _registered():
+    register("exact", method="exact")
+    register("favorsharp", num_features=16, rng=0)
+    register("posrf", method="posrf", num_features=16, rng=0)
+
+
+PADDING = torch.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0]], dtype=torch.bool)
+CAUSAL = torch.ones(6, 6, dtype=torch.bool).tril()
+
+
+def dense(pattern, dtype):
+    """A pattern as callers pass it: boolean, or added to the scores."""
+    return pattern if dtype is torch.bool else torch.where(pattern, 0.0, torch.finfo(dtype).min).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32, torch.float16], ids=str)
+def test_dense_masks_are_decoded(dtype):
+    keys = PADDING[:, None, None, :]
+    for pattern, is_causal in ((keys.expand(2, 1, 6, 6), False), (keys & CAUSAL, True)):
+        seen = read_mask(dense(pattern, dtype), 6, 6, is_causal=is_causal)
+        assert seen.is_causal is is_causal
+        assert torch.equal(seen.key_mask, PADDING[:, None])
+    nothing_hidden = read_mask(dense(CAUSAL[None, None], dtype), 6, 6, is_causal=True)
+    assert nothing_hidden.key_mask is None
+    assert nothing_hidden.is_causal
+    after_a_prefix = read_mask(dense((keys & CAUSAL)[:, :, 2:], dtype), 4, 6, is_causal=True)
+    assert after_a_prefix.is_causal
+    assert torch.equal(after_a_prefix.key_mask, PADDING[:, None])
+
+
+def prefix():
+    pattern = CAUSAL.clone()
+    pattern[:3, :3] = True
+    return pattern
+
+
+OTHERS = {
+    "sliding window": CAUSAL & CAUSAL.T.roll(2, 0).triu(-2),
+    "blocks": torch.block_diag(torch.ones(3, 3), torch.ones(3, 3)).bool(),
+    "prefix": prefix(),
+    "one hole": CAUSAL & (torch.arange(36).view(6, 6) != 31),
+    "the future": CAUSAL.T,
+}
+
+
+@pytest.mark.parametrize("pattern", OTHERS)
+@pytest.mark.parametrize("implementation", ["exact", "posrf"])
+def test_other_patterns_are_refused(pattern, implementation):
+    mask = OTHERS[pattern][None, None].expand(2, 1, 6, 6)
+    for model in (bert(), gpt2()):
+        model.set_attn_implementation(implementation)
+        with pytest.raises(ValueError, match="another pattern.*accepted: key padding, causal, or both"):
+            model(input_ids=inputs("bert", batch=2, n=6)["input_ids"], attention_mask=mask)
+
+
+@pytest.mark.parametrize(
+    ("mask", "error", "message"),
+    [
+        (torch.full((1, 1, 6, 6), 0.5), ValueError, "adds a bias"),
+        (torch.stack([CAUSAL, CAUSAL.T])[None], ValueError, "differs between heads"),
+        (torch.ones(1, 1, 6, 6, dtype=torch.int64), TypeError, "int64"),
+        (torch.ones(2, 6, dtype=torch.bool), ValueError, r"shape \(2, 6\)"),
+        (torch.ones(1, 1, 5, 6, dtype=torch.bool), ValueError, "n=6, s=6"),
+        ("causal", TypeError, "str"),
+        (torch.ones(1, 1, 1, 6, dtype=torch.int8), ValueError, "says it is not"),
+    ],
+)
+def test_what_is_no_mask_is_refused(mask, error, message):
+    with pytest.raises(error, match=message):
+        read_mask(mask, 6, 6, is_causal=False)
+
+
+def test_no_mask_before_a_prefix_is_refused():
+    with pytest.raises(ValueError, match="which keys precede"):
+        read_mask(None, 2, 6, is_causal=True)
+
+
+def mistral(window):
+    torch.manual_seed(0)
+    config = MistralConfig(
+        vocab_size=50,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        sliding_window=window,
+    )
+    return MistralForCausalLM(config).double().eval()
+
+
+@pytest.mark.parametrize("implementation", ["exact", "posrf"])
+def test_a_sliding_window_counts_where_it_hides_a_key(implementation):
+    batch = inputs("llama")
+    model = mistral(20)  # longer than the sequence: plain causal
+    model.set_attn_implementation("eager")
+    eager = output(model, **batch)
+    model.set_attn_implementation(implementation)
+    found = output(model, **batch)
+    if implementation == "exact":
+        assert (found - eager).abs().max() < 1e-6
+    model = mistral(8)
+    model.set_attn_implementation(implementation)
+    with pytest.raises(ValueError, match="sliding window"):
+        output(model, **batch)
+    if implementation == "posrf":  # one new token at a time, and still the window would hide what a state holds
+        cache = StateCache()
+        model(input_ids=batch["input_ids"][:, :8], cache=cache)
+        with pytest.raises(ValueError, match="sliding window"):
+            model(input_ids=batch["input_ids"][:, 8:9], cache=cache)
+
+
+def test_packed_sequences_are_refused():
+    model = llama()
+    model.set_attn_implementation("posrf")
+    positions = torch.tensor([[0, 1, 2, 3, 4, 5, 0, 1, 2, 3, 4, 5]])
+    with pytest.raises(ValueError, match="packed sequences"):
+        model(input_ids=inputs("llama", batch=1)["input_ids"], position_ids=positions, use_cache=False)
+
+
+def test_a_mask_must_cover_what_the_cache_has_seen():
+    model = llama()
+    model.set_attn_implementation("posrf")
+    ids, cache = inputs("llama")["input_ids"], StateCache()
+    model(input_ids=ids[:, :8], cache=cache)
+    with pytest.raises(ValueError, match="attention_mask has 4 positions; accepted: all 12"):
+        model(input_ids=ids[:, 8:], attention_mask=torch.ones(3, 4), cache=cache)
+
+
+@pytest.mark.parametrize("name", ["bert", "llama"])
+def test_dense_masks_serve_as_the_short_ones_do(name):
+    model = MODELS[name]()
+    model.set_attn_implementation("posrf")
+    batch = inputs(name, batch=2, n=6)
+    short = output(model, **batch, attention_mask=PADDING.long(), use_cache=False)
+    pattern = PADDING[:, None, None, :] & CAUSAL if name == "llama" else PADDING[:, None, None, :].expand(2, 1, 6, 6)
+    for mask in (pattern, torch.where(pattern, 0.0, -torch.inf)):
+        torch.testing.assert_close(output(model, **batch, attention_mask=mask, use_cache=False), short)
+
+
+def test_a_row_of_padding_alone_gives_numbers():
+    model = bert()
+    model.set_attn_implementation("favorsharp")
+    mask = torch.tensor([[1] * 12, [0] * 12, [1] + [0] * 11])
+    assert torch.isfinite(output(model, **inputs("bert"), attention_mask=mask)).all()
+
+
+def test_bert_as_a_decoder_with_cross_attention():
+    model = bert(is_decoder=True, add_cross_attention=True)
+    generator = torch.Generator().manual_seed(0)
+    encoded = torch.randn(3, 12, 32, generator=generator, dtype=torch.float64)  # as long as the decoder's sequence
+    batch = inputs("bert") | {
+        "encoder_hidden_states": encoded,
+        "encoder_attention_mask": torch.arange(12)[None] < torch.tensor([12, 10, 4])[:, None],
+        "use_cache": False,
+    }
+    model.set_attn_implementation("eager")
+    eager = output(model, **batch)
+    model.set_attn_implementation("exact")
+    assert (output(model, **batch) - eager).abs().max() < 1e-6
+    register("favorsharp", num_features=16, window=4, rng=0)
+    model.set_attn_implementation("favorsharp")
+    maps = calibrate(model, [batch])
+    assert len(maps) == 4
+    before = output(model, **batch)
+    hidden = encoded.clone()
+    hidden[2, 4:] = 7.0
+    torch.testing.assert_close(output(model, **(batch | {"encoder_hidden_states": hidden})), before)
+    order = torch.tensor([1, 0, *range(2, 10), 11, 10])  # cross-attention has no neighbours, and no window
+    turned = batch | {
+        "encoder_hidden_states": encoded[:, order],
+        "encoder_attention_mask": batch["encoder_attention_mask"][:, order],
+    }
+    torch.testing.assert_close(output(model, **turned), before)
