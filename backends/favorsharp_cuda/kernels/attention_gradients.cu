@@ -36,11 +36,10 @@ template <class T, int W> struct Sweep {
   int *cut;
   i64 slice;
   int turn;
-  Tile<A, M, W> of_rows;  // gradients of the map
-  A of_column;
+  A *map_sums;  // gradients of the map, (M, W + 1), in global memory: registers are few
 
   DEVICE Sweep(const Gradients &g, i64 head, unsigned char *raw)
-      : g(g), head(head), keys_read(g.keys_read != 0), slice(0), turn(0) {
+      : g(g), head(head), keys_read(g.keys_read != 0), slice(0), turn(0), map_sums(nullptr) {
     i64 index[AXES];
     split_head(g, head, index);
     const View<const T> q = view<const T>(g.q, index), k = view<const T>(g.k, index);
@@ -207,10 +206,16 @@ template <class T, int W> struct Sweep {
       A *place = (A *)(keys_read ? g.key_slopes : g.query_slopes) + line + (tid >> 2);
       *place = added ? *place + total : total;
     }
-    if (g.map_sums) {
+    if (map_sums) {
+      Tile<A, M, W> of_rows;
+      of_rows.load(map_sums, W + 1);
       of_rows.template add_product<VALUE>(slope, 1, Q, point, P, 1, C);
-      if (tid < M)
-        for (int r = 0; r < C; r++) of_column += slope[r * Q + tid];
+      of_rows.store(map_sums, W + 1);
+      if (tid < M) {
+        A sum = 0;
+        for (int r = 0; r < C; r++) sum += slope[r * Q + tid];
+        map_sums[tid * (W + 1) + W] += sum;
+      }
     }
   }
 
@@ -241,16 +246,14 @@ template <class T, int W> struct Sweep {
     for (int i = threadIdx.x; i < M * W; i += GRADIENT_THREADS) to[State{M, W}.sums() + i] = sums[i / W * P + i % W];
     for (int j = threadIdx.x; j < M; j += GRADIENT_THREADS) to[State{M, W}.last() + j] = last[j], to[j] = top[j];
   }
-  DEVICE void store_map(i64 segment) {
-    A *const to = (A *)g.map_sums + ((head * g.slices + slice) * g.segments + segment) * M * (W + 1);
-    of_rows.each([&](int r, int c, A &value) {
-      A *const place = to + r * (W + 1) + c;
-      *place = g.added ? *place + value : value;
-    });
-    if (threadIdx.x < M) {
-      A *const place = to + threadIdx.x * (W + 1) + W;
-      *place = g.added ? *place + of_column : of_column;
-    }
+  DEVICE void begin_map(i64 segment) {
+    if (!g.map_sums || g.only_states) return;
+    map_sums = (A *)g.map_sums + ((head * g.slices + slice) * g.segments + segment) * M * (W + 1);
+    if (g.added) return;
+    Tile<A, M, W> none;
+    none.clear();
+    none.store(map_sums, W + 1);
+    if (threadIdx.x < M) map_sums[threadIdx.x * (W + 1) + W] = 0;
   }
 };
 
@@ -273,7 +276,7 @@ template <class T, int W> KERNEL(GRADIENT_BOUNDS) gradient_sweep(ARGUMENT Gradie
     s.load_map(s.theirs, s.their_column, s.their_side);
     if (!only_states) s.load_map(s.mine, s.my_column, s.my_side);
     s.load_state(whole && !only_states ? 0 : segment);
-    s.of_rows.clear(), s.of_column = 0;
+    s.begin_map(segment);
     i64 number = 0, take = 0, take_stop = 0, start = 0, stop = 0;
     int size = S::C;
     while (true) {
@@ -305,7 +308,6 @@ template <class T, int W> KERNEL(GRADIENT_BOUNDS) gradient_sweep(ARGUMENT Gradie
       }
     }
     if (only_states) s.store_state(segment);
-    else if (g.map_sums) s.store_map(segment);
   }
 }
 
