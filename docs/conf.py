@@ -33,6 +33,7 @@ suppress_warnings = ["config.cache"]  # the gallery's settings hold functions
 html_theme = "pydata_sphinx_theme"
 html_title = "favorsharp"
 html_static_path = ["_static"]
+html_sidebars = {"*": []}  # pages that stand alone have no section to show
 html_theme_options = {
     "show_prev_next": False,
     "secondary_sidebar_items": ["page-toc"],
