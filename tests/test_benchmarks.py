@@ -21,3 +21,33 @@ def test_every_script_runs_and_every_peer_is_right(tmp_path, monkeypatch):
     text = report.page(found, {"x": 1.0}, 1.0)
     assert all(table.work in text for table in found)
     assert "benchmarks" in sys.modules
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("variance", {"quick": True}),
+        ("classification", {"draws": 2, "tuning_draws": 1, "m": 8, "names": ["banknote"]}),
+        ("regression", {"rows": 150, "largest": 16, "seeds": 2}),
+        ("draws", {"seeds": 2, "largest": 16}),
+    ],
+)
+def test_every_experiment_of_the_papers_leaves_a_table_and_a_picture(name, options, tmp_path, monkeypatch):
+    for needed in ("sklearn", "scipy", "matplotlib"):
+        pytest.importorskip(needed)
+    import importlib
+    from pathlib import Path
+
+    import numpy as np
+
+    from favorsharp import datasets
+
+    points = np.random.default_rng(0).standard_normal((200, 4))
+    made_up = datasets.Dataset("banknote", points, (points[:, 0] > 0).astype(int), (), (0, 1), "nobody")
+    monkeypatch.setattr(datasets, "fetch_banknote", lambda: made_up)
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1]))
+    importlib.import_module(f"benchmarks.paper.{name}").main(output=tmp_path, **options)
+    text = (tmp_path / "paper" / f"_{name}.md").read_text()
+    assert "nan" not in text
+    assert text.count("`optimal`") >= 2
+    assert (tmp_path / "_static" / f"paper-{name}.png").stat().st_size > 10_000

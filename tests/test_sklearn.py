@@ -1,6 +1,7 @@
 """The estimators: scikit-learn's own checks, and what they promise beyond them."""
 
 import pickle
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
@@ -42,7 +43,8 @@ def test_scikit_learn_accepts_it(estimator, monkeypatch):
     assert not failed
     passed = [r["check_name"] for r in results if r["status"] == "passed"]
     assert len(passed) > 45
-    assert passed.count("check_array_api_input") >= 5, "NumPy, torch in two dtypes, strict on two devices"
+    found = 3 * bool(find_spec("array_api_strict")) + 2 * bool(find_spec("torch"))  # strict on devices, torch in dtypes
+    assert passed.count("check_array_api_input") >= found
 
 
 def test_features_estimate_the_rbf_kernel():

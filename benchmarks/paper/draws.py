@@ -45,11 +45,12 @@ def attention_errors(heads: tuple[np.ndarray, ...], method: str, draw: str, m: i
 
 def main(
     output: Annotated[Path, typer.Option(help="The folder of the documentation.")] = DOCS,
-    seeds: Annotated[int, typer.Option(help="Draws averaged over.")] = 50,
+    seeds: Annotated[int, typer.Option(help="Draws averaged over.")] = 40,
+    largest: Annotated[int, typer.Option(help="The largest number of features.")] = 512,
 ) -> None:
     """Write the tables and the picture."""
     start = time.perf_counter()
-    sizes = (16, 32, 64, 128, 256, 512)
+    sizes = [m for m in (16, 32, 64, 128, 256, 512) if m <= largest]
     q, k = np.random.default_rng(0).standard_normal((2, 64, 16))
     heads = tuple(x.astype(np.float32) for x in load_sample())
     single: dict[tuple[str, str, int], float] = {}
