@@ -3,7 +3,7 @@
 from typing import Any
 
 from favorsharp._arrays import broadcast_shapes
-from favorsharp_cuda import arrays, plain
+from favorsharp_cuda import arrays, plain, tiles
 
 
 def exponential_features(u: Any, rows: Any, row: Any, column: Any, *, out: Any = None) -> Any:
@@ -12,7 +12,8 @@ def exponential_features(u: Any, rows: Any, row: Any, column: Any, *, out: Any =
     dtype = arrays.name_of(u)
     shape = (*batch, u.shape[-2], rows.shape[-2])
     result = out if out is not None and arrays.name_of(out) == dtype else arrays.empty(u, shape, dtype)
-    plain.features(u, rows, row, column, result)
+    served = tiles.fit(dtype, u.shape[-1], 1)
+    (tiles if served else plain).features(u, rows, row, column, result)
     if out is None or out is result:
         return result
     out[...] = arrays.cast(result, arrays.name_of(out))

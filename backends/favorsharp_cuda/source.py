@@ -3,7 +3,10 @@
 from functools import cache
 from importlib.resources import files
 
-FILES = ("primitives.cuh", "arguments.cuh", "tiles.cuh", "plain.cu", "state.cu", "attention.cu", "causal_attention.cu")
+FILES = (
+    *("primitives.cuh", "arguments.cuh", "tiles.cuh", "plain.cu", "exponential_features.cu"),
+    *("state.cu", "attention.cu", "causal_attention.cu"),
+)
 """In the order in which they are joined."""
 
 GRADIENT_FILES = (
@@ -66,7 +69,7 @@ def _gradients() -> tuple[str, ...]:
 INSTANTIATIONS = (
     *(expression("plain_attention", dtype) for dtype in TYPES),
     *(expression("plain_features", dtype) for dtype in TYPES),
-    *(expression("factors", dtype) for dtype in TILE_TYPES),
+    *(expression(kernel, dtype) for kernel in ("features", "factors") for dtype in TILE_TYPES),
     *(expression(kernel, dtype, e) for kernel in ("absorb", "read") for dtype in TILE_TYPES for e in VALUE_SIZES),
     *(expression("walk", dtype, e) for dtype in TILE_TYPES for e in walked_sizes(dtype)),
     expression("scan"),

@@ -237,6 +237,17 @@ class Tiles:
         return max(1, -(-length // span)), span
 
 
+def features(u: Any, rows: Any, row: Any, column: Any, out: Any) -> None:
+    """exp(u W^T + row + column) into out."""
+    p, n, d = Problem(tuple(out.shape[:-2])), out.shape[-2], u.shape[-1]
+    padded_d, blocks = -(-d // 16) * 16, -(-n // TILE)
+    p.set(m=out.shape[-1], d=d, padded_d=padded_d, num_queries=n, segments=blocks)
+    for name, x in (("q", u), ("k", rows), ("v", row), ("mask", column), ("out", out)):
+        p.array(name, x)
+    shared = 8 * TILE * (padded_d + 8) + 8 * TILE + 4 * padded_d
+    run(expression("features", arrays.name_of(u)), u, p.heads * blocks, THREADS, p.values, shared)
+
+
 def attention(
     q: Any, k: Any, v: Any, feature_map: Any, key_mask: Any, *, normalised: bool = True, stats: Any = None
 ) -> Any:

@@ -157,7 +157,7 @@ template <class T> struct Plain {
 };
 
 // Queries of a piece of a head read; with ENTER the keys that a query may read enter the state before it does.
-template <class T> KERNEL(PLAIN_THREADS) plain_attention(ARGUMENT Problem p) {
+template <class T> __global__ void __launch_bounds__(PLAIN_THREADS, 2) plain_attention(ARGUMENT Problem p) {
   typedef typename Computing<T>::type A;
   SHARED_MEMORY(raw);
   A *shared = (A *)raw;
