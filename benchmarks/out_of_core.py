@@ -63,7 +63,8 @@ def main(shards: int = 20, size: int = 32, features: int = 256, slice_rows: int 
             outs.append(estimator.predict(queries))
             timings.append(time.perf_counter() - start)
         console.print(
-            f"100 queries: exact over the slice {timings[0]:.2f} s, features over everything {timings[1]:.4f} s"
+            f"100 queries: exact tiled sums over the slice {timings[0]:.2f} s ({slice_rows / timings[0]:,.0f} rows/s), "
+            f"features over everything {timings[1]:.4f} s"
         )
         truth = values_at(queries)
         names = ("exact on the slice", "features on everything")
