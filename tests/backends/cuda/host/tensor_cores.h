@@ -20,7 +20,9 @@ HOST_UNSEEN inline void check_shared(const void *address, unsigned bytes, const 
 
 // ---- cp.async -----------------------------------------------------------------------------------------------------
 
-HOST_UNSEEN inline void enlist(const Copy &copy, Place place) {
+// What the shim remembers of a thread's copies; only the copies themselves are the kernel's doing.
+HOST_UNSEEN inline void enlist(void *shared, const void *global, unsigned bytes, unsigned source_bytes, Place place) {
+  const Copy copy = {shared, global, bytes, source_bytes, current->group};
   if (copy.bytes != 4 && copy.bytes != 8 && copy.bytes != 16) fail(place, "cp.async of %u bytes", copy.bytes);
   if (copy.source_bytes > copy.bytes) fail(place, "cp.async of %u bytes from %u", copy.bytes, copy.source_bytes);
   check_shared(copy.shared, copy.bytes, "cp.async", place);
@@ -33,11 +35,23 @@ HOST_UNSEEN inline void enlist(const Copy &copy, Place place) {
 // Between its issue and the wait the destination holds nothing: written here, and again where the copy lands. Both
 // writes are the kernel's own to the sanitizers.
 inline void cp_async(void *shared, const void *global, unsigned bytes, unsigned source_bytes, HOST_HERE) {
-  enlist({shared, global, bytes, source_bytes, current->group}, place);
+  enlist(shared, global, bytes, source_bytes, place);
   for (unsigned i = 0; i < bytes / 4; i++) ((uint32_t *)shared)[i] = 0xffffffffu;
 }
 
-inline void cp_async_commit() { current->group++; }
+HOST_UNSEEN inline void cp_async_commit() { current->group++; }
+
+// Take the copies that land when all but the last `pending` groups do.
+HOST_UNSEEN inline unsigned take_landing(unsigned pending, Copy *landing) {
+  unsigned kept = 0, taken = 0;
+  for (unsigned i = 0; i < current->copies; i++) {
+    const Copy copy = current->copy[i];
+    if (copy.group + pending < current->group) landing[taken++] = copy;
+    else current->copy[kept++] = copy;
+  }
+  current->copies = kept;
+  return taken;
+}
 
 inline void land(const Copy &copy) {
   for (unsigned i = 0; i < copy.bytes; i++)
@@ -46,13 +60,9 @@ inline void land(const Copy &copy) {
 
 // Every copy lands but those of the last `pending` groups.
 inline void cp_async_wait(unsigned pending) {
-  unsigned kept = 0;
-  for (unsigned i = 0; i < current->copies; i++) {
-    const Copy copy = current->copy[i];
-    if (copy.group + pending < current->group) land(copy);
-    else current->copy[kept++] = copy;
-  }
-  current->copies = kept;
+  Copy landing[MAX_COPIES];
+  const unsigned count = take_landing(pending, landing);
+  for (unsigned i = 0; i < count; i++) land(landing[i]);
 }
 
 inline void cp_async_wait_all() {
