@@ -216,11 +216,14 @@ def test_bad_arguments():
         ({"num_features": 0}, ValueError, "num_features must be an integer of 1 or more, got 0"),
         ({"scale": -1.0}, ValueError, "scale must be a positive finite number"),
         ({"is_causal": q}, TypeError, "is_causal must be True or False"),
+        ({"enable_gqa": 1}, TypeError, "enable_gqa must be True or False"),
         ({"window": -1}, ValueError, "window must be an integer of 0 or more"),
         ({"rng": "seed"}, TypeError, "rng must be None, an int"),
     ):
         with pytest.raises(error, match=message):
             LinearAttention(8, **options)
+    with pytest.raises(TypeError, match="q must be a torch tensor, got ndarray"):
+        LinearAttention(8, method="posrf")(q.numpy(), q, q)
     module = LinearAttention(8, 3)
     with pytest.raises(ValueError, match=r"k has shape \(2, 4, 50, 8\); accepted: .*3, s, d"):
         module.calibrate(q, k)

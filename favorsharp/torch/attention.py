@@ -147,5 +147,7 @@ class LinearAttention(MapBuffers):
 
 def without_autocast(x: torch.Tensor) -> Any:
     """A context without autocast on the device of x: the exponents of features do not survive half precision."""
+    if not isinstance(x, torch.Tensor):
+        raise TypeError(f"q must be a torch tensor, got {type(x).__name__}")
     kind = x.device.type
     return torch.autocast(kind if torch.amp.is_autocast_available(kind) else "cpu", enabled=False)

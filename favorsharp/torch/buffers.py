@@ -5,7 +5,7 @@ from typing import Any, Self
 import torch
 
 from favorsharp._arrays import is_array, is_traced, stamps_of
-from favorsharp._checks import check_choice, check_integer
+from favorsharp._checks import check_choice, check_flag, check_integer
 from favorsharp.attention_moments import attention_moments
 from favorsharp.draws import DRAWS, draw_rows
 from favorsharp.exact import kernel_scale
@@ -71,7 +71,7 @@ class MapBuffers(torch.nn.Module):
         self.num_features = check_integer("num_features", num_features, 1)
         self.method = method
         self.scale = kernel_scale("softmax", scale, self.size)
-        self.enable_gqa = enable_gqa
+        self.enable_gqa = check_flag("enable_gqa", enable_gqa)
         if isinstance(draw, str):
             check_choice("draw", draw, DRAWS, also=", or an (m, d) array of rows")
         elif not is_array(draw):
@@ -84,7 +84,7 @@ class MapBuffers(torch.nn.Module):
         self.register_buffer("projection", torch.as_tensor(rows).to(device=device, dtype=dtype))
         for name in _PARAMETERS:
             self.register_buffer(name, None)
-        self._held: tuple[Any, FeatureMap] | None = None
+        self._held: tuple[tuple[torch.Tensor, ...], Any, FeatureMap] | None = None
         if not is_fitted(method):
             none = torch.zeros((*self._batch, 0, self.size), device=self.projection.device, dtype=dtype)
             self.set_parameters(fit(none, none, method=method, scale=self.scale))
@@ -107,10 +107,11 @@ class MapBuffers(torch.nn.Module):
         held = tuple(x for x in self._buffers.values() if x is not None)
         if any(is_traced(x) for x in held):
             return self._built()
-        key = (tuple(id(x) for x in held), stamps_of(held))
-        if self._held is None or self._held[0] != key:
-            self._held = (key, self._built())
-        return self._held[1]
+        stamps = stamps_of(held)
+        known = self._held
+        if known is None or known[1] != stamps or any(a is not b for a, b in zip(known[0], held, strict=True)):
+            self._held = known = (held, stamps, self._built())
+        return known[2]
 
     @torch.no_grad()
     def calibrate(
