@@ -60,8 +60,7 @@ slows our kernels more than peers that wait for memory. The share of the bound s
   that of reading and writing the states, half of it page faults, as no call writes to a state that it was given.
 - *Matrix-vector product*: with d = 8, 8 multiply-adds make a log feature and 6 its exponential; at one a cycle nothing
   can take less than 70 milliseconds.
-- *First call*: 0.3 s of it are Numba's own import, its registries and SciPy, which it looks for; 0.05 s the loading of
-  our kernels.
+- *First call*: half of it is Numba's own import; the rest is its runtime, the loading of our kernels and their modules.
 
 Not measured: AMX tiles (this processor has none), bfloat16 peers, ARM.
 """

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from favorsharp_numba.compiling import TAGS
+from favorsharp_numba.emitter import BYTES, VECTORS
 from favorsharp_numba.tiles import (
     ALPHA,
     BETA,
@@ -24,7 +25,6 @@ from favorsharp_numba.tiles import (
     Points,
     Sizes,
 )
-from favorsharp_numba.vectors import BYTES, VECTORS
 
 LOG2E = 1 / math.log(2)
 KINDS = {"float16": 0, "bfloat16": 1, "float32": 2, "float64": 3}

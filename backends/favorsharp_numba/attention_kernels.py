@@ -15,6 +15,7 @@ from favorsharp_numba.primitives import (
     product_add,
     sum_block,
 )
+from favorsharp_numba.rows import add_rows
 from favorsharp_numba.tiles import (
     NO_MASK,
     ONE,
@@ -47,7 +48,6 @@ from favorsharp_numba.tiles import (
     transpose,
     weigh,
 )
-from favorsharp_numba.vectors import add_rows
 
 SMALL_RISE = 40
 """How far the top of a feature may rise within a causal tile before the tile is cut: 2**-40 loses nothing."""

@@ -15,6 +15,7 @@ import llvmlite.binding
 import numba
 import numpy as np
 from numba.core import caching
+from numba.core.runtime import rtsys
 
 FAST = {"reassoc", "contract", "arcp", "nsz"}
 """What arithmetic may be rearranged. Not "nnan" and "ninf": -inf is a mask, and a NaN has to reach its row."""
@@ -103,6 +104,15 @@ class _Implementation(caching.CompileResultCacheImpl):  # type: ignore[misc]
 
 class _Cache(caching.FunctionCache):  # type: ignore[misc]
     _impl_class = _Implementation
+
+    def load_overload(self, sig: Any, target_context: Any) -> Any:
+        """As Numba's own, but for registering all that a compiler could need: compiled code needs the runtime alone.
+
+        That would take longer than all else in a first call. A compilation registers it still.
+        """
+        rtsys.initialize(target_context)
+        with self._guard_against_spurious_io_errors():
+            return self._load_overload(sig, target_context)
 
 
 # float32 and float64 values by which compiled functions know the dtype to work in

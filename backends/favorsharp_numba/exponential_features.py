@@ -19,6 +19,7 @@ from favorsharp_numba.arguments import (
     widened,
 )
 from favorsharp_numba.compiling import TAGS, jit
+from favorsharp_numba.emitter import BYTES, VECTORS
 from favorsharp_numba.primitives import (
     multiply_block,
     product,
@@ -40,7 +41,6 @@ from favorsharp_numba.tiles import (
     store_points,
     total_of,
 )
-from favorsharp_numba.vectors import BYTES, VECTORS
 
 STREAM_BYTES = 1 << 22
 """Results larger than this are stored past the caches, which they would only sweep empty."""

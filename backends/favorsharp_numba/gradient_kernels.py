@@ -22,6 +22,7 @@ from favorsharp_numba.primitives import (
     product_terms,
     scale_block,
 )
+from favorsharp_numba.rows import add_rows
 from favorsharp_numba.tiles import (
     ALPHA,
     BETA,
@@ -50,7 +51,6 @@ from favorsharp_numba.tiles import (
     transpose,
     zero_or_nan,
 )
-from favorsharp_numba.vectors import add_rows
 
 LARGEST_WEIGHT = 60
 """Log 2 of the weight that a hidden pair may have before a causal tile is cut."""

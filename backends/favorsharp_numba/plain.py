@@ -5,8 +5,8 @@ The environment variable FAVORSHARP_NUMBA_VECTORS=0 selects them.
 
 import numpy as np
 
-from favorsharp_numba.compiling import jit
-from favorsharp_numba.vectors import get, lanes, num_vectors, put
+from favorsharp_numba.compiling import jit, num_vectors
+from favorsharp_numba.vectors import get, lanes, put
 
 _VECTORS = num_vectors()
 

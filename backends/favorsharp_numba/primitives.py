@@ -1,6 +1,6 @@
 """The products and blocks in use: vector code, or plain Numba where FAVORSHARP_NUMBA_VECTORS is 0."""
 
-from favorsharp_numba import plain, vectors
+from favorsharp_numba import plain, rows, vectors
 from favorsharp_numba.compiling import vector_bytes
 
 _source = vectors if vector_bytes() else plain
@@ -15,4 +15,4 @@ exp_block = _source.exp_block
 sum_block = _source.sum_block
 scale_block = _source.scale_block
 multiply_block = _source.multiply_block
-turn_rows = _source.turn_rows
+turn_rows = (rows if vector_bytes() else plain).turn_rows

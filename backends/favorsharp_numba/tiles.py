@@ -19,20 +19,8 @@ from favorsharp_numba.primitives import (
     scale_block,
     sum_block,
 )
-from favorsharp_numba.vectors import (
-    add_rows,
-    byte_at,
-    compare_tops,
-    get,
-    integer_at,
-    lanes,
-    load_rows,
-    panel,
-    put,
-    quadratic_rows,
-    store_rows,
-    transpose_block,
-)
+from favorsharp_numba.rows import add_rows, compare_tops, load_rows, quadratic_rows, store_rows, transpose_block
+from favorsharp_numba.vectors import byte_at, get, integer_at, lanes, panel, put
 
 TILE = 64
 """Points worked on at once."""

@@ -210,11 +210,11 @@ def test_a_kernel_is_compiled_anew_when_a_file_it_uses_has_changed(tmp_path):
     code = f"ROOT = {str(tmp_path)!r}\n" + textwrap.dedent(code)
     environment = {"NUMBA_CACHE_DIR": str(tmp_path / "cache")}
     assert python(code, package=package, **environment) == "True 1.0"
-    vectors = package / "favorsharp_numba" / "vectors.py"
+    emitter = package / "favorsharp_numba" / "emitter.py"
     stamp = os.stat(package / "favorsharp_numba" / "exponential_features.py").st_mtime
-    text = vectors.read_text()
+    text = emitter.read_text()
     assert text.count("return [1.0, *fitted") == 1
-    vectors.write_text(text.replace("return [1.0, *fitted", "return [0.5, *fitted"))
+    emitter.write_text(text.replace("return [1.0, *fitted", "return [0.5, *fitted"))
     assert os.stat(package / "favorsharp_numba" / "exponential_features.py").st_mtime == stamp
     assert python(code, package=package, **environment) == "True 0.5"
 

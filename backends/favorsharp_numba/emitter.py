@@ -1,0 +1,133 @@
+"""LLVM code for vectors of one dtype: what the kernels' inner loops are spelled out with."""
+
+import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+
+from favorsharp_numba.compiling import num_vectors, processor_features, vector_bytes
+
+BYTES = vector_bytes() or 16
+VECTORS = num_vectors()
+
+LOG2E = 1 / np.log(2)
+
+HALVES = bool({"f16c", "neon", "fullfp16"} & processor_features())
+"""Whether the processor converts float16; otherwise the backend declines it."""
+
+I32, I64 = ir.IntType(32), ir.IntType(64)
+
+
+class Emitter:
+    """LLVM code for vectors of one dtype."""
+
+    def __init__(self, builder, one):
+        self.b = builder
+        self.single = one == types.float32
+        self.scalar = ir.FloatType() if self.single else ir.DoubleType()
+        self.item = 4 if self.single else 8
+        self.lanes = BYTES // self.item
+        self.vector = ir.VectorType(self.scalar, self.lanes)
+        self.integer = ir.VectorType(I32 if self.single else I64, self.lanes)
+
+    def constant(self, value):
+        """A value in every lane, known now."""
+        value = float(np.float32(value)) if self.single else float(value)
+        return ir.Constant(self.vector, [value] * self.lanes)
+
+    def pointer(self, place):
+        """The pointer to a place."""
+        return self.b.inttoptr(self.b.mul(place, ir.Constant(I64, self.item)), ir.PointerType())
+
+    def at(self, pointer, offset):
+        """The pointer some items on."""
+        if isinstance(offset, int):
+            offset = ir.Constant(I64, offset)
+        return self.b.gep(pointer, [offset], source_etype=self.scalar)
+
+    def load(self, pointer):
+        """A vector of items side by side."""
+        value = self.b.load(pointer, typ=self.vector)
+        value.align = self.item
+        return value
+
+    def store(self, value, pointer, *, stream=False):
+        """Store a vector; past the caches where `stream`, which needs a pointer on a vector's boundary."""
+        instruction = self.b.store(value, pointer)
+        instruction.align = BYTES if stream else self.item
+        if stream:
+            instruction.set_metadata("nontemporal", self.b.module.add_metadata([ir.Constant(I32, 1)]))
+
+    def broadcast(self, pointer):
+        """One item in every lane."""
+        value = self.b.load(pointer, typ=self.scalar)
+        value.align = self.item
+        return self.filled(value)
+
+    def filled(self, value):
+        """A scalar in every lane."""
+        undefined = ir.Constant(self.vector, ir.Undefined)
+        first = self.b.insert_element(undefined, value, ir.Constant(I32, 0))
+        order = ir.Constant(ir.VectorType(I32, self.lanes), [0] * self.lanes)
+        return self.b.shuffle_vector(first, undefined, order)
+
+    def multiply_add(self, x, y, z):
+        """x y + z, in one instruction where there is one."""
+        name = f"llvm.fmuladd.v{self.lanes}f{8 * self.item}"
+        function = cgutils.get_or_insert_function(self.b.module, ir.FunctionType(self.vector, [self.vector] * 3), name)
+        return self.b.call(function, [x, y, z])
+
+    def larger(self, x, y):
+        """The larger one; y where x is NaN, x where y is."""
+        return self.b.select(self.b.fcmp_ordered(">", y, x), y, x)
+
+    def exp2(self, y, *, above=False):
+        """2**y; NaN where y is. Exactly 0 below the range of normal numbers.
+
+        Rounding to the nearest integer by adding 1.5 * 2**23 leaves that integer in the low bits of the sum; with the
+        exponent's bias added to it as well, a shift makes those bits the power of two itself, or 0.
+
+        `above` says that y may be above 0, where a result near the top of the range needs half the power, doubled; the
+        range then ends a factor of 2 higher at the bottom.
+        """
+        bits, bias, big = (23, 127, 1.5 * 2**23) if self.single else (52, 1023, 1.5 * 2**52)
+        offset = bias - 1 if above else bias
+        low = self.constant(-offset)
+        y = self.b.select(self.b.fcmp_ordered("<", y, low), low, y)
+        if above:
+            top = self.constant(bias + 1)
+            y = self.b.select(self.b.fcmp_ordered(">", y, top), top, y)
+        magic = self.constant(big + offset)
+        shifted = self.b.fadd(y, magic)
+        rest = self.b.fsub(y, self.b.fsub(shifted, magic))
+        coefficients = POWERS[4 if self.single else 8]
+        value = self.constant(coefficients[-1])
+        for coefficient in coefficients[-2::-1]:
+            value = self.multiply_add(value, rest, self.constant(coefficient))
+        shift = ir.Constant(self.integer, [bits] * self.lanes)
+        power = self.b.bitcast(self.b.shl(self.b.bitcast(shifted, self.integer), shift), self.vector)
+        value = self.b.fmul(value, power)
+        return self.b.fadd(value, value) if above else value
+
+    def accumulator(self, value):
+        """A variable that holds a vector."""
+        return cgutils.alloca_once_value(self.b, value)
+
+    def get(self, accumulator):
+        """What such a variable holds."""
+        return self.b.load(accumulator, typ=self.vector)
+
+
+def _power_series(degree, *, weighted):
+    """Coefficients of a polynomial for 2**r, |r| <= 1/2, that is 1 at 0: by interpolation at Chebyshev nodes.
+
+    The slope from 0 is fitted; its error counts by r where `weighted`, which rounding forbids at high degrees.
+    """
+    nodes = np.cos(np.pi * (np.arange(400) + 0.5) / 400) / 2
+    slope, weights = np.expm1(nodes * np.log(2)) / nodes, np.abs(nodes) if weighted else None
+    fitted = np.polynomial.chebyshev.Chebyshev.fit(nodes, slope, degree - 1, domain=[-0.5, 0.5], w=weights)
+    return [1.0, *fitted.convert(kind=np.polynomial.Polynomial).coef]
+
+
+POWERS = {4: _power_series(5, weighted=True), 8: _power_series(11, weighted=False)}
+"""By item size; the polynomial's own error is one unit in the last place of float32, and two of float64."""

@@ -1,0 +1,363 @@
+"""Rows of points, of any floating dtype in and out, and what is done row by row, in vector instructions.
+
+Places, strides and block lengths are as in `vectors.py`.
+"""
+
+import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from favorsharp_numba.compiling import jit
+from favorsharp_numba.emitter import HALVES, I32, I64, VECTORS, Emitter
+
+FLOAT16, BFLOAT16, FLOAT32, FLOAT64 = 0, 1, 2, 3
+"""What a row may hold."""
+
+_ITEMS = {FLOAT16: ir.HalfType(), BFLOAT16: ir.IntType(16), FLOAT32: ir.FloatType(), FLOAT64: ir.DoubleType()}
+_SIZES = {FLOAT16: 2, BFLOAT16: 2, FLOAT32: 4, FLOAT64: 8}
+
+
+def _widened(builder, e, value, kind, shape):
+    """A loaded value in the dtype to work in; `shape` makes a scalar type the type wanted, a vector or itself."""
+    target = shape(e.scalar)
+    if kind == FLOAT16:  # by way of float32: processors have no other conversion
+        value, kind = builder.fpext(value, shape(ir.FloatType())), FLOAT32
+    if kind == BFLOAT16:
+        integers = builder.zext(value, shape(I32))
+        value = builder.bitcast(builder.shl(integers, _filled(shape(I32), 16)), shape(ir.FloatType()))
+        kind = FLOAT32
+    if _ITEMS[kind] == e.scalar:
+        return value
+    return builder.fptrunc(value, target) if _SIZES[kind] > e.item else builder.fpext(value, target)
+
+
+def _narrowed(builder, e, value, kind, shape):
+    """A value in the dtype of a row, rounded to the nearest."""
+    if _ITEMS[kind] == e.scalar:
+        return value
+    if kind == FLOAT16:
+        single = value if e.single else builder.fptrunc(value, shape(ir.FloatType()))
+        return builder.fptrunc(single, shape(ir.HalfType()))
+    if kind != BFLOAT16:
+        convert = builder.fpext if _SIZES[kind] > e.item else builder.fptrunc
+        return convert(value, shape(_ITEMS[kind]))
+    if not e.single:
+        value = builder.fptrunc(value, shape(ir.FloatType()))
+    bits = builder.bitcast(value, shape(I32))
+    odd = builder.and_(builder.lshr(bits, _filled(shape(I32), 16)), _filled(shape(I32), 1))
+    rounded = builder.add(bits, builder.add(odd, _filled(shape(I32), 0x7FFF)))
+    nan = builder.or_(bits, _filled(shape(I32), 0x400000))
+    kept = builder.select(builder.fcmp_unordered("uno", value, value), nan, rounded)
+    return builder.trunc(builder.lshr(kept, _filled(shape(I32), 16)), shape(ir.IntType(16)))
+
+
+def _filled(type_, value):
+    return ir.Constant(type_, [value] * type_.count if isinstance(type_, ir.VectorType) else value)
+
+
+def _rows_loop(builder, e, n, body):
+    """Emit body(column, shape) for whole vectors and then for single items."""
+    width = ir.Constant(I64, e.lanes)
+    middle = builder.mul(builder.udiv(n, width), width)
+    with cgutils.for_range_slice(builder, ir.Constant(I64, 0), middle, width) as (j, _):
+        body(j, lambda scalar: ir.VectorType(scalar, e.lanes))
+    with cgutils.for_range_slice(builder, middle, n, ir.Constant(I64, 1)) as (j, _):
+        body(j, lambda scalar: scalar)
+
+
+@intrinsic(prefer_literal=True)
+def _load_rows(context, one, kind, address, step, count, n, pad, factor, offset, y):
+    item = kind.literal_value
+
+    def emit(context, builder, signature, args):
+        _, _, address, step, count, n, pad, factor, offset, y = args
+        e = Emitter(builder, signature.args[0])
+        offsets, factors = e.pointer(offset), e.pointer(factor)
+        wide = e.broadcast(factors)
+        single = builder.load(factors, typ=e.scalar)
+        with cgutils.for_range(builder, count) as loop:
+            source = builder.inttoptr(builder.add(address, builder.mul(loop.index, step)), ir.PointerType())
+            target = e.pointer(builder.add(y, builder.mul(loop.index, pad)))
+
+            def body(j, shape):
+                value = builder.load(builder.gep(source, [j], source_etype=_ITEMS[item]), typ=shape(_ITEMS[item]))
+                value.align = _SIZES[item]
+                centre = builder.load(e.at(offsets, j), typ=shape(e.scalar))
+                centre.align = e.item
+                scale = wide if isinstance(shape(e.scalar), ir.VectorType) else single
+                value = builder.fmul(_widened(builder, e, value, item, shape), scale)
+                builder.store(builder.fsub(value, centre), e.at(target, j)).align = e.item
+
+            _rows_loop(builder, e, n, body)
+            with cgutils.for_range_slice(builder, n, pad, ir.Constant(I64, 1)) as (j, _):
+                builder.store(ir.Constant(e.scalar, 0.0), e.at(target, j)).align = e.item
+        return context.get_dummy_value()
+
+    return types.void(one, kind, *[types.int64] * 8), emit
+
+
+@intrinsic(prefer_literal=True)
+def _store_rows(context, one, kind, address, step, count, n, pad, factor, x):
+    item = kind.literal_value
+
+    def emit(context, builder, signature, args):
+        _, _, address, step, count, n, pad, factor, x = args
+        e = Emitter(builder, signature.args[0])
+        factors = e.pointer(factor)
+        with cgutils.for_range(builder, count) as loop:
+            target = builder.inttoptr(builder.add(address, builder.mul(loop.index, step)), ir.PointerType())
+            source = e.pointer(builder.add(x, builder.mul(loop.index, pad)))
+            wide = e.broadcast(e.at(factors, loop.index))
+            single = builder.load(e.at(factors, loop.index), typ=e.scalar)
+
+            def body(j, shape):
+                value = builder.load(e.at(source, j), typ=shape(e.scalar))
+                value.align = e.item
+                scale = wide if isinstance(shape(e.scalar), ir.VectorType) else single
+                value = _narrowed(builder, e, builder.fmul(value, scale), item, shape)
+                place = builder.gep(target, [j], source_etype=_ITEMS[item])
+                builder.store(value, place).align = _SIZES[item]
+
+            _rows_loop(builder, e, n, body)
+        return context.get_dummy_value()
+
+    return types.void(one, kind, *[types.int64] * 7), emit
+
+
+@jit
+def load_rows(one, kind, address, step, count, n, pad, factor, offset, y):
+    """y[t, j] = x[t, j] factor[0] - offset[j], and 0 from n to pad.
+
+    x has rows of the given kind, without gaps in them, `step` bytes apart.
+    """
+    if kind == 2:
+        _load_rows(one, 2, address, step, count, n, pad, factor, offset, y)
+    elif kind == 3:
+        _load_rows(one, 3, address, step, count, n, pad, factor, offset, y)
+    elif kind == 1:
+        _load_rows(one, 1, address, step, count, n, pad, factor, offset, y)
+    elif HALVES:
+        _load_rows(one, 0, address, step, count, n, pad, factor, offset, y)
+
+
+@jit
+def store_rows(one, kind, address, step, count, n, pad, factor, x):
+    """Store x[t, j] factor[t] to rows of the given kind, without gaps in them, `step` bytes apart."""
+    if kind == 2:
+        _store_rows(one, 2, address, step, count, n, pad, factor, x)
+    elif kind == 3:
+        _store_rows(one, 3, address, step, count, n, pad, factor, x)
+    elif kind == 1:
+        _store_rows(one, 1, address, step, count, n, pad, factor, x)
+    elif HALVES:
+        _store_rows(one, 0, address, step, count, n, pad, factor, x)
+
+
+@intrinsic
+def _transpose(context, one, x, x_step, rows, columns, y, y_step):
+    def emit(context, builder, signature, args):
+        _, x, x_step, rows, columns, y, y_step = args
+        e = Emitter(builder, signature.args[0])
+        source, target = e.pointer(x), e.pointer(y)
+        zero, one_item, width = (ir.Constant(I64, value) for value in (0, 1, e.lanes))
+        whole_rows, whole_columns = (builder.mul(builder.udiv(z, width), width) for z in (rows, columns))
+
+        def shuffled(a, b, order):
+            return builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(I32, e.lanes), order))
+
+        def block(i, j):
+            """lanes x lanes items: in each round, pairs of vectors exchange halves, quarters, ..."""
+            line = e.at(source, builder.add(builder.mul(i, x_step), j))
+            vectors = [e.load(e.at(line, builder.mul(ir.Constant(I64, r), x_step))) for r in range(e.lanes)]
+            half = e.lanes // 2
+            while half:
+                low = [r if not r & half else r - half + e.lanes for r in range(e.lanes)]
+                high = [r + half if not r & half else r + e.lanes for r in range(e.lanes)]
+                for r in range(e.lanes):
+                    if not r & half:
+                        a, b = vectors[r], vectors[r + half]
+                        vectors[r], vectors[r + half] = shuffled(a, b, low), shuffled(a, b, high)
+                half //= 2
+            place = e.at(target, builder.add(builder.mul(j, y_step), i))
+            for r, vector in enumerate(vectors):
+                e.store(vector, e.at(place, builder.mul(ir.Constant(I64, r), y_step)))
+
+        def single(i, j):
+            value = builder.load(e.at(source, builder.add(builder.mul(i, x_step), j)), typ=e.scalar)
+            value.align = e.item
+            builder.store(value, e.at(target, builder.add(builder.mul(j, y_step), i))).align = e.item
+
+        def loop(low, high, step):
+            return cgutils.for_range_slice(builder, low, high, step)
+
+        with loop(zero, whole_rows, width) as (i, _), loop(zero, whole_columns, width) as (j, _):
+            block(i, j)
+        with loop(zero, whole_columns, one_item) as (j, _), loop(whole_rows, rows, one_item) as (i, _):
+            single(i, j)
+        with loop(whole_columns, columns, one_item) as (j, _), loop(zero, rows, one_item) as (i, _):
+            single(i, j)
+        return context.get_dummy_value()
+
+    return types.void(one, *[types.int64] * 6), emit
+
+
+@jit
+def transpose_block(one, x, x_step, rows, columns, y, y_step):
+    """y[j, i] = x[i, j]."""
+    _transpose(one, x, x_step, rows, columns, y, y_step)
+
+
+@intrinsic
+def _add_rows(context, one, target, size, x, step, count, factor):
+    def emit(context, builder, signature, args):
+        _, target, size, x, step, count, single = args
+        e = Emitter(builder, signature.args[0])
+        target, source, wide = e.pointer(target), e.pointer(x), e.filled(single)
+        with cgutils.for_range(builder, count) as loop:
+            result = e.at(target, builder.mul(loop.index, size))
+            line = e.at(source, builder.mul(loop.index, step))
+
+            def body(j, shape):
+                kind = shape(e.scalar)
+                old, value = builder.load(e.at(result, j), typ=kind), builder.load(e.at(line, j), typ=kind)
+                old.align = value.align = e.item
+                scaled = builder.fmul(value, wide if isinstance(kind, ir.VectorType) else single)
+                builder.store(builder.fadd(old, scaled), e.at(result, j)).align = e.item
+
+            _rows_loop(builder, e, size, body)
+        return context.get_dummy_value()
+
+    return types.void(one, *[types.int64] * 5, one), emit
+
+
+@jit
+def add_rows(one, target, size, x, step, count, factor):
+    """Add rows x[t] times a factor to rows of `size` items without gaps."""
+    _add_rows(one, target, size, x, step, count, factor)
+
+
+@intrinsic
+def _quadratic_rows(context, one, z, step, count, n, linear, first, second):
+    def emit(context, builder, signature, args):
+        _, z, step, count, n, linear, first, second = args
+        e = Emitter(builder, signature.args[0])
+        lines, coefficients = e.pointer(z), e.pointer(linear)
+        name = f"llvm.vector.reduce.fadd.v{e.lanes}f{8 * e.item}"
+        reduce = cgutils.get_or_insert_function(builder.module, ir.FunctionType(e.scalar, [e.scalar, e.vector]), name)
+
+        def body(t, rows):
+            """Several rows at once: the sums of one wait for each other."""
+            starts = [e.at(lines, builder.mul(builder.add(t, ir.Constant(I64, r)), step)) for r in range(rows)]
+            sums = [[e.accumulator(e.constant(0.0)) for _ in range(2)] for _ in range(rows)]
+            with cgutils.for_range_slice(builder, ir.Constant(I64, 0), n, ir.Constant(I64, e.lanes)) as (j, _):
+                coefficient = e.load(e.at(coefficients, j))
+                for line, (dots, squares) in zip(starts, sums, strict=True):
+                    value = e.load(e.at(line, j))
+                    builder.store(e.multiply_add(value, coefficient, e.get(dots)), dots)
+                    builder.store(e.multiply_add(value, value, e.get(squares)), squares)
+            for r, pair in enumerate(sums):
+                for total, target in zip(pair, (first, second), strict=True):
+                    total = builder.call(reduce, [ir.Constant(e.scalar, 0.0), e.get(total)], fastmath=("reassoc",))
+                    place = e.at(e.pointer(target), builder.add(t, ir.Constant(I64, r)))
+                    builder.store(total, place).align = e.item
+
+        start = ir.Constant(I64, 0)
+        for rows in (4, 1):
+            height = ir.Constant(I64, rows)
+            stop = builder.add(start, builder.mul(builder.udiv(builder.sub(count, start), height), height))
+            with cgutils.for_range_slice(builder, start, stop, height) as (t, _):
+                body(t, rows)
+            start = stop
+        return context.get_dummy_value()
+
+    return types.void(one, *[types.int64] * 7), emit
+
+
+@jit
+def quadratic_rows(one, z, step, count, n, linear, first, second):
+    """first[t] = linear.z[t], second[t] = z[t].z[t] over n columns, in whole vectors."""
+    _quadratic_rows(one, z, step, count, n, linear, first, second)
+
+
+@intrinsic
+def _compare_tops(context, one, n, top, new_top, safe):
+    def emit(context, builder, signature, args):
+        _, n, top, new_top, safe = args
+        e = Emitter(builder, signature.args[0])
+        tops, new_tops, safes = e.pointer(top), e.pointer(new_top), e.pointer(safe)
+        best = e.accumulator(e.constant(0.0))
+        lowest, nothing, little = e.constant(-np.inf), e.constant(0.0), e.constant(1e-30)
+        with cgutils.for_range_slice(builder, ir.Constant(I64, 0), n, ir.Constant(I64, e.lanes)) as (j, _):
+            old, new = e.load(e.at(tops, j)), e.load(e.at(new_tops, j))
+            e.store(builder.select(builder.fcmp_ordered(">", new, lowest), new, nothing), e.at(safes, j))
+            rise = builder.select(builder.fcmp_ordered(">", old, lowest), builder.fsub(new, old), little)
+            rise = builder.select(builder.fcmp_ordered(">", new, old), rise, nothing)
+            builder.store(e.larger(e.get(best), rise), best)
+        name = f"llvm.vector.reduce.fmax.v{e.lanes}f{8 * e.item}"
+        reduce = cgutils.get_or_insert_function(builder.module, ir.FunctionType(e.scalar, [e.vector]), name)
+        return builder.call(reduce, [e.get(best)])
+
+    return one(one, *[types.int64] * 4), emit
+
+
+@jit
+def compare_tops(one, n, top, new_top, safe):
+    """Return the largest rise from top to new_top, positive where any rose; safe = new_top with 0 for -inf."""
+    return _compare_tops(one, n, top, new_top, safe)
+
+
+@intrinsic
+def _turn_rows(context, one, kv, new_kv, m, n, old, new, weight, v, numerator):
+    def emit(context, builder, signature, args):
+        _, kv, new_kv, m, n, old, new, weight, v, numerator = args
+        e = Emitter(builder, signature.args[0])
+        source, target, values, result = (e.pointer(x) for x in (kv, new_kv, v, numerator))
+        scales, features, weights = (e.pointer(x) for x in (old, new, weight))
+
+        def body(j, vectors):
+            """Columns of whole vectors; of single items where `vectors` is 0."""
+            kind = e.vector if vectors else e.scalar
+            parts = [builder.add(j, ir.Constant(I64, v * e.lanes)) for v in range(max(vectors, 1))]
+
+            def load(pointer):
+                value = builder.load(pointer, typ=kind)
+                value.align = e.item
+                return value
+
+            def item(pointer):
+                return e.broadcast(pointer) if vectors else load(pointer)
+
+            held = [load(e.at(values, part)) for part in parts]
+            nothing = ir.Constant(kind, [0.0] * e.lanes if vectors else 0.0)
+            totals = [cgutils.alloca_once_value(builder, nothing) for _ in parts]
+            with cgutils.for_range(builder, m) as loop:
+                line = builder.mul(loop.index, n)
+                scale, feature, factor = (item(e.at(x, loop.index)) for x in (scales, features, weights))
+                for part, value, total in zip(parts, held, totals, strict=True):
+                    offset = builder.add(line, part)
+                    kept = builder.fmul(load(e.at(source, offset)), scale)
+                    turned = builder.fadd(kept, builder.fmul(value, feature), flags=("contract",))
+                    builder.store(turned, e.at(target, offset)).align = e.item
+                    read = builder.fmul(turned, factor)
+                    builder.store(builder.fadd(builder.load(total, typ=kind), read, flags=("contract",)), total)
+            for part, total in zip(parts, totals, strict=True):
+                builder.store(builder.load(total, typ=kind), e.at(result, part)).align = e.item
+
+        start = ir.Constant(I64, 0)
+        for vectors in dict.fromkeys((VECTORS, 1, 0)):
+            width = ir.Constant(I64, max(1, vectors * e.lanes))
+            stop = builder.add(start, builder.mul(builder.udiv(builder.sub(n, start), width), width))
+            with cgutils.for_range_slice(builder, start, stop, width) as (j, _):
+                body(j, vectors)
+            start = stop
+        return context.get_dummy_value()
+
+    return types.void(one, *[types.int64] * 9), emit
+
+
+@jit
+def turn_rows(one, kv, new_kv, m, n, old, new, weight, v, numerator):
+    """new_kv[i] = old[i] kv[i] + new[i] v for rows of n items, and numerator = sum of weight[i] new_kv[i]."""
+    _turn_rows(one, kv, new_kv, m, n, old, new, weight, v, numerator)
