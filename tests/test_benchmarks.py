@@ -18,7 +18,7 @@ def test_every_script_runs_and_every_peer_is_right(tmp_path, monkeypatch):
     assert len(found) >= 10
     assert not [table.left_out for table in found if table.left_out]
     assert all(seconds > 0 for table in found for seconds in table.seconds.values())
-    text = report.page(found, {"x": 1.0}, 1.0)
+    text = report.page(found, {"x": 1.0}, 1.0, 1.0)
     assert all(table.work in text for table in found)
     assert "benchmarks" in sys.modules
 
