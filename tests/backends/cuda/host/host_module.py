@@ -22,7 +22,7 @@ ORDERS = ("forward", "reverse", "random")
 SANITIZERS = {
     "": ("-O1",),  # compiling takes longer than running
     "thread": ("-O1", "-g", "-fsanitize=thread"),
-    "address": ("-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"),
+    "address": ("-O0", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"),
 }
 FLAGS = (
     "-std=c++17",
