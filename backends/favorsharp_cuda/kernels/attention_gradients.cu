@@ -24,6 +24,7 @@ template <class T, int W> struct Sweep {
   typedef typename Computing<T>::type A;
   static constexpr int C = GRADIENT_ROWS, M = Slice<A, W>::SIZE, P = W + 4, Q = M + 4, PAIR = C + 4;
   static constexpr int EXPONENT = Planes<T>::EXPONENT, VALUE = Planes<T>::VALUE;
+  static constexpr int PART = W == 128 ? 64 : W;  // columns that registers have room for at once
 
   const Gradients &g;
   const i64 head;
@@ -151,10 +152,13 @@ template <class T, int W> struct Sweep {
     }
     if (reading) give(taking, start, count, added);
     if (taking) {
-      Tile<A, M, W> own;
-      own.load(sums, P);
-      own.template add_product<VALUE>(feature, 1, Q, taken, P, 1, C);
-      own.store(sums, P);
+#pragma unroll 1
+      for (int part = 0; part < W; part += PART) {
+        Tile<A, M, PART> own;
+        own.load(sums + part, P);
+        own.template add_product<VALUE>(feature, 1, Q, taken + part, P, 1, C);
+        own.store(sums + part, P);
+      }
       for (int j = tid; j < M; j += GRADIENT_THREADS)
         for (int r = 0; r < C; r++) last[j] += feature[r * Q + j] * last_taken[r];
     }
@@ -187,18 +191,24 @@ template <class T, int W> struct Sweep {
     slopes.each([&](int r, int c, A &value) { value *= weight[r * Q + c]; });
     slopes.store(slope, Q);
     if (keys_read) {
-      Tile<A, C, W> values;
-      values.clear();
-      values.template add_product<VALUE>(weight, Q, 1, sums, P, 1, M);
-      if (pairwise) values.template add_product<VALUE>(product, PAIR, 1, taken, P, 1, C);
-      add_rows(values, (A *)g.dv + (head * g.num_keys + start) * g.e, g.e, count, added);
+#pragma unroll 1
+      for (int part = 0; part < W; part += PART) {
+        Tile<A, C, PART> values;
+        values.clear();
+        values.template add_product<VALUE>(weight, Q, 1, sums + part, P, 1, M);
+        if (pairwise) values.template add_product<VALUE>(product, PAIR, 1, taken + part, P, 1, C);
+        add_rows(values, (A *)g.dv + (head * g.num_keys + start) * g.e, g.e, part, count, added);
+      }
     }
     __syncthreads();  // the gradients of log features
-    Tile<A, C, W> rows;
-    rows.clear();
-    rows.template add_product<VALUE>(slope, Q, 1, mine, 1, Q, M);
     const i64 line = head * readers() + start;
-    add_rows(rows, (A *)(keys_read ? g.dk : g.dq) + line * g.d, g.d, count, added);
+#pragma unroll 1
+    for (int part = 0; part < W; part += PART) {
+      Tile<A, C, PART> rows;
+      rows.clear();
+      rows.template add_product<VALUE>(slope, Q, 1, mine + part * Q, 1, Q, M);
+      add_rows(rows, (A *)(keys_read ? g.dk : g.dq) + line * g.d, g.d, part, count, added);
+    }
     A total = 0;
     for (int j = tid & 3; j < M; j += 4) total += slope[(tid >> 2) * Q + j];
     total = quarter_sum(total);
@@ -207,10 +217,13 @@ template <class T, int W> struct Sweep {
       *place = added ? *place + total : total;
     }
     if (map_sums) {
-      Tile<A, M, W> of_rows;
-      of_rows.load(map_sums, W + 1);
-      of_rows.template add_product<VALUE>(slope, 1, Q, point, P, 1, C);
-      of_rows.store(map_sums, W + 1);
+#pragma unroll 1
+      for (int part = 0; part < W; part += PART) {
+        Tile<A, M, PART> of_rows;
+        of_rows.load(map_sums + part, W + 1);
+        of_rows.template add_product<VALUE>(slope, 1, Q, point + part, P, 1, C);
+        of_rows.store(map_sums + part, W + 1);
+      }
       if (tid < M) {
         A sum = 0;
         for (int r = 0; r < C; r++) sum += slope[r * Q + tid];
@@ -222,9 +235,11 @@ template <class T, int W> struct Sweep {
   // Whether the reader in row r of a causal tile sees, or is seen by, what was taken from row c.
   DEVICE bool seen(int r, int c) const { return keys_read ? c >= r : c <= r; }
 
-  DEVICE void add_rows(Tile<A, C, W> &tile, A *to, i64 size, int count, bool added) {
+  DEVICE void add_rows(Tile<A, C, PART> &tile, A *to, i64 size, int part, int count, bool added) {
     tile.each([&](int r, int c, A &value) {
-      if (r < count && c < size) to[r * size + c] = added ? to[r * size + c] + value : value;
+      if (r >= count || part + c >= size) return;
+      A *const place = to + r * size + part + c;
+      *place = added ? *place + value : value;
     });
   }
 
@@ -250,9 +265,9 @@ template <class T, int W> struct Sweep {
     if (!g.map_sums || g.only_states) return;
     map_sums = (A *)g.map_sums + ((head * g.slices + slice) * g.segments + segment) * M * (W + 1);
     if (g.added) return;
-    Tile<A, M, W> none;
+    Tile<A, M, PART> none;
     none.clear();
-    none.store(map_sums, W + 1);
+    for (int part = 0; part < W; part += PART) none.store(map_sums + part, W + 1);
     if (threadIdx.x < M) map_sums[threadIdx.x * (W + 1) + W] = 0;
   }
 };
