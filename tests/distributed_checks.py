@@ -33,7 +33,7 @@ def run(rank: int, world: int, folder: str) -> None:
         init_method=f"file://{folder}/meet",
         rank=rank,
         world_size=world,
-        timeout=datetime.timedelta(seconds=60),
+        timeout=datetime.timedelta(seconds=300),
     )
     torch.set_num_threads(1)
     found = {}
