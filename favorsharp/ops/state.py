@@ -325,7 +325,7 @@ def tiles_of(length: int, width: int, batch: tuple[int, ...]) -> Iterator[tuple[
 
 def tile_length(width: int, batch: tuple[int, ...], most: int) -> int:
     """Points in a tile: a power of two from 16 to `most` that keeps a tile of this width near TILE_ELEMENTS."""
-    entries = math.prod(size for size in batch if isinstance(size, int))  # symbolic ones are not known yet
+    entries = math.prod([size for size in batch if isinstance(size, int)])  # symbolic ones are not known yet
     points = TILE_ELEMENTS // max(1, width * entries)
     return min(most, max(16, 1 << (points.bit_length() - 1 if points else 0)))
 
