@@ -3,6 +3,7 @@
 import dataclasses
 
 import numpy as np
+import on_host  # noqa: F401  builds are then shared with the other tests
 import pytest
 from host_module import SCHEDULES, HostModule, scheduled
 from problems import attention_problem, key_mask
@@ -18,7 +19,7 @@ pytestmark = pytest.mark.own_backend
 TOLERANCES = {"float16": 1e-3, "bfloat16": 1e-2, "float32": 3e-5, "float64": 1e-12}
 
 
-def on_host(kernel):
+def for_host(kernel):
     """The same kernel, declared for what lies in host memory."""
     library = {"cupy": "numpy"}.get(*kernel.libraries, *kernel.libraries)
     return dataclasses.replace(kernel, libraries={library}, devices={"cpu"}, differentiable=False)
@@ -27,7 +28,7 @@ def on_host(kernel):
 @pytest.fixture(autouse=True)
 def on_the_host(monkeypatch):
     """The backend for NumPy arrays, run by the shim; what it allocates is full of NaN; segments are short."""
-    backend = dispatch.Backend("cuda", (), tuple(map(on_host, BACKEND.kernels)))
+    backend = dispatch.Backend("cuda", (), tuple(map(for_host, BACKEND.kernels)))
     find, empty = dispatch._backend, arrays.empty
 
     def full_of_nan(like, shape, dtype):
