@@ -262,7 +262,7 @@ def _wanted_of_every_array(arrays: Any, feature_map: Any, gradient: Any, **optio
     parameters = replace(p, g1=g1, g2=g2, center_x=center_x, center_y=center_y)
     own = replace(feature_map, parameters=parameters, rows=rows, log_weight=log_weight)
     out = OPS["attention"].reference(q, k, v, own, **options)
-    return (out.detach(), *torch.autograd.grad(out, leaves, gradient))
+    return (out.detach(), *torch.autograd.grad(out, leaves, gradient, materialize_grads=True))
 
 
 def _vjp_options(name: str, problem: Problem) -> dict[str, Any]:
