@@ -103,6 +103,7 @@ def test_whisper_s_own_generate_takes_them():
     assert torch.equal(with_states, model.generate(features, **options))
 
 
+@pytest.mark.slow
 def test_sampling_draws_from_the_same_distribution():
     model = made("llama", "favorsharp")
     prompt = inputs("llama")["input_ids"]
