@@ -142,7 +142,7 @@ def refine(
             error = held_problem.error(found, choosing)
             history.append((step + 1, sum(recent) / len(recent), float(error.mean())))
             recent = []
-            best, best_error = _chosen(error < best_error, found, best), torch.minimum(error, best_error)
+            best, best_error = _chosen(error < best_error, found, best), torch.fmin(error, best_error)
     reporting = [rows() for _ in range(_REPORTING)]
     before, after = held_problem.error(start, reporting), held_problem.error(best, reporting)
     best, after = _chosen(after < before, best, start), torch.minimum(before, after)
