@@ -224,3 +224,21 @@ def test_llama_used_in_both_directions():
     eager = output(model, **inputs("llama"), use_cache=False)
     model.set_attn_implementation("exact")
     torch.testing.assert_close(output(model, **inputs("llama"), use_cache=False), eager, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "frozen"), [("bert", False), ("bert", True), ("vit", False), ("llama", True)])
+def test_compiles_whole(name, frozen):
+    """One graph, forward and backward, with padding; also where maps are fitted to the input inside it."""
+    model, batch = made(name), inputs(name)
+    if frozen:
+        calibrate(model, [inputs(name, seed=1)])
+    if name != "vit":
+        batch = padded(name)[0]
+    options = {"use_cache": False} if name == "llama" else {}
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    found = output(compiled, **batch, **options)
+    torch.testing.assert_close(found, output(model, **batch, **options))
+    found.square().mean().backward()
+    assert all(torch.isfinite(w.grad).all() for w in model.parameters() if w.grad is not None)
