@@ -23,6 +23,9 @@ BLOCKS = 528
 SHORTEST = 1024
 """Positions of a segment at least."""
 
+LONGEST = 1 << 30
+"""Positions that `walk` can count: its own are of 32 bits, and a window moves them by twice its length."""
+
 TOTALS, BEFORE, STATE, EMPTY = 1, 2, 4, 8
 LOAD, STORE, NEAR = 1, 2, 4
 
@@ -181,6 +184,9 @@ class Tiles:
     ) -> None:
         """Queries read the sums before (after) them and near keys: causal attention, or one way of a window."""
         n, batch, heads = k.shape[-2], tuple(out.shape[:-2]), math.prod(out.shape[:-2])
+        if n >= LONGEST:
+            raise ValueError(f"k has s={n}; accepted by the CUDA kernels: fewer than {LONGEST} positions in one call")
+        window = min(window, LONGEST // 2)  # no block of a shorter sequence ends there
         size = min(self.padded_e, walked_sizes(self.dtype)[-1])
         parts = self.padded_e // size
         unit = window if window >= TILE else TILE // window * window if window else TILE
