@@ -10,13 +10,13 @@ NEWEST ?= $(shell for p in python3.14 python3.13 python3.12 \
 	$$(ls -d "$$(pyenv root 2>/dev/null)"/versions/3.1[2-9]*/bin/python3 2>/dev/null | sort -Vr) $(PYTHON); \
 	do $$p -c '' 2>/dev/null && echo $$p && break; done)
 
-.PHONY: help demo test test-slow test-parallel test-models bench lint types layers docs wheel-check gpu-check clean
+.PHONY: help demo test test-slow test-sweep test-parallel test-models bench lint types layers docs wheel-check gpu-check clean
 
 help:
 	@echo "make demo   compare the methods on the attention sample, leave the picture"
 	@echo "make test   the whole test matrix"
 	@echo "make bench  the kernels against what else a CPU can run"
-	@echo "make test-slow test-parallel test-models lint types layers docs wheel-check clean"
+	@echo "make test-slow test-sweep test-parallel test-models lint types layers docs wheel-check clean"
 	@echo "make gpu-check  what only an NVIDIA GPU can show, and its benchmark"
 
 $(VENV)/made:
@@ -43,7 +43,7 @@ demo: $(VENV)/cli
 	@echo "The picture is favorsharp-compare.png"
 
 test: $(VENV)/test
-	$(BIN)/python -m pytest -n auto -m "not slow and not models"
+	$(BIN)/python -m pytest -n auto -m "not slow and not models and not sweep"
 	$(BIN)/python -m pytest -q --backend loopback tests/ops tests/test_linear_attention.py tests/test_streaming.py tests/test_regression.py
 
 test-slow: $(VENV)/test
@@ -55,6 +55,9 @@ $(VENV)/models: $(VENV)/test
 
 test-models: $(VENV)/models
 	$(BIN)/python -m pytest -m models
+
+test-sweep: $(VENV)/test
+	$(BIN)/python -m pytest -n auto -m sweep
 
 test-parallel: $(VENV)/test
 	$(BIN)/python -m pytest -q --parallel-threads=4 tests/backends/numba/test_kernels.py

@@ -46,9 +46,8 @@ VALUE_SIZES = (32, 64, 96, 128)
 """Sizes of a value that they are compiled for; others are padded to the next."""
 
 
-def walked_sizes(dtype: str) -> tuple[int, ...]:
-    """Those that `walk` is compiled for: two planes of larger values do not fit into a block's shared memory."""
-    return VALUE_SIZES if dtype == "bfloat16" else (32, 64)
+WALKED_SIZES = (32, 64)
+"""Those that `walk` is compiled for: for larger ones a block has neither the shared memory nor the registers."""
 
 
 def _gradients() -> tuple[str, ...]:
@@ -71,7 +70,7 @@ INSTANTIATIONS = (
     *(expression("plain_features", dtype) for dtype in TYPES),
     *(expression(kernel, dtype) for kernel in ("features", "factors") for dtype in TILE_TYPES),
     *(expression(kernel, dtype, e) for kernel in ("absorb", "read") for dtype in TILE_TYPES for e in VALUE_SIZES),
-    *(expression("walk", dtype, e) for dtype in TILE_TYPES for e in walked_sizes(dtype)),
+    *(expression("walk", dtype, e) for dtype in TILE_TYPES for e in WALKED_SIZES),
     expression("scan"),
     *_gradients(),
 )

@@ -8,7 +8,7 @@ from favorsharp_cuda import arrays
 from favorsharp_cuda.launch import run
 from favorsharp_cuda.maps import tile_map
 from favorsharp_cuda.problem import Problem, Sums, key_batch_of, new_sums
-from favorsharp_cuda.source import TILE_TYPES, VALUE_SIZES, expression, walked_sizes
+from favorsharp_cuda.source import TILE_TYPES, VALUE_SIZES, WALKED_SIZES, expression
 
 TILE, THREADS = 64, 128
 LARGEST = 128
@@ -52,8 +52,8 @@ class Tiles:
         self.feature_map, self.like, self.dtype, self.e = feature_map, like, dtype, e
         self.map = tile_map(feature_map, like)
         self.padded_e = value_size(e)
-        if walks and self.padded_e not in (sizes := walked_sizes(dtype)):
-            self.padded_e = -(-e // sizes[-1]) * sizes[-1]
+        if walks and self.padded_e not in WALKED_SIZES:
+            self.padded_e = -(-e // WALKED_SIZES[-1]) * WALKED_SIZES[-1]
         self.d = feature_map.parameters.g1.shape[-1]
 
     def problem(self, batch: tuple[int, ...], key_batch: tuple[int, ...]) -> Problem:
@@ -187,7 +187,7 @@ class Tiles:
         if n >= LONGEST:
             raise ValueError(f"k has s={n}; accepted by the CUDA kernels: fewer than {LONGEST} positions in one call")
         window = min(window, LONGEST // 2)  # no block of a shorter sequence ends there
-        size = min(self.padded_e, walked_sizes(self.dtype)[-1])
+        size = min(self.padded_e, WALKED_SIZES[-1])
         parts = self.padded_e // size
         unit = window if window >= TILE else TILE // window * window if window else TILE
         segments, span = self.cut(heads * parts, n, unit)

@@ -76,13 +76,13 @@ def test_no_kernel_leaves_its_memory(shape):
     assert_clean("address", shapes=[SHAPES.index(shape)], lengths=lengths, calls=CALLS)
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_no_shape_class_races(shape):
     assert_clean("thread", shapes=[SHAPES.index(shape)], lengths=LENGTHS.index(Lengths(70, 97, (1,))), calls=CALLS)
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 @pytest.mark.parametrize("shape", SHAPES[3::4], ids=str)
 def test_no_wider_kernel_leaves_its_memory(shape):
     assert_clean("address", shapes=[SHAPES.index(shape)], lengths=LENGTHS.index(Lengths(70, 97, (1,))), calls=CALLS)
@@ -149,7 +149,7 @@ def calls_of(quick, kernels):
     return sorted(fitting, key=lambda call: len(found[call]))
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 def test_removing_any_barrier_is_noticed(tmp_path):
     """By the quick classes under ThreadSanitizer, which every run of the tests makes."""
     for quick in QUICK:
