@@ -17,7 +17,7 @@ from favorsharp_cuda import gradients, launch, vjp  # noqa: E402
 
 pytestmark = pytest.mark.own_backend
 PARAMETERS = ("a", "g1", "g2", "center_x", "center_y")
-# the rounded result enters the derivative of the normaliser: on one of these problems the kernels for CPUs are 4e-2 off too
+# narrow results enter the derivative of the normaliser: on one of these problems kernels for CPUs are 4e-2 off too
 ERROR = {"float64": 1e-12, "float32": 5e-5, "float16": 3e-3, "bfloat16": 8e-2}
 WIDE = {"float64": "float64", "float32": "float32", "float16": "float32", "bfloat16": "float32"}
 
