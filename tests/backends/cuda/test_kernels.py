@@ -63,7 +63,7 @@ def test_shape_classes(shape):
         compare(call, shape, Lengths(100, 131))
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_more_calls_at_every_shape_class(shape):
     for call in names(shape)[SHAPES.index(shape) % 2 :: 2]:
@@ -79,7 +79,7 @@ def test_lengths(lengths):
             compare(call, shape, lengths)
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 @pytest.mark.parametrize("library", ["numpy", "torch"])
 @pytest.mark.parametrize("op", OPS)
 def test_every_case_of_every_op_through_dispatch(op, library, on_the_host):
@@ -94,7 +94,7 @@ def test_the_cases_of_testing_through_dispatch(op, on_the_host):
     check_backend(on_the_host, ops=[op], libraries=["numpy"])
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 def test_every_instantiation_is_run():
     """By the calls of the tests above; what nothing launches is not proven and should not be compiled."""
     from favorsharp_cuda.source import INSTANTIATIONS

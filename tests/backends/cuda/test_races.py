@@ -64,7 +64,7 @@ def test_no_kernel_races(quick):
     assert_clean("thread", **{"calls": CALLS, **QUICK[quick]})
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 def test_the_quick_classes_run_every_kernel():
     launched = [name for request in QUICK.values() for name in assert_clean("thread", **{"calls": CALLS, **request})]
     assert {*map(kernel_of, launched)} == {*map(kernel_of, INSTANTIATIONS)}
