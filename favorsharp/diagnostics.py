@@ -319,6 +319,8 @@ def suggest(
         check_points("v", v, "(*b, s, e)")
         check_same_size("s", y=(-2, y.shape[-2]), v=(-2, v.shape[-2]))
     n, s = x.shape[-2], y.shape[-2]
+    if not (n and s):
+        raise ValueError(f"suggest needs points to look at: x has n={n}, y has s={s}; accepted: 1 or more of each")
     values = np.random.default_rng(0).standard_normal((s, 32)) if v is None else v
     found = []
     for method in methods:

@@ -45,3 +45,10 @@ def test_bad_targets():
     for bad, error in ((0.0, ValueError), (1.5, ValueError), (float("nan"), ValueError), ("small", TypeError)):
         with pytest.raises(error, match="target_error"):
             fs.suggest(x, x, target_error=bad)
+
+
+def test_no_points_are_refused():
+    none, some = np.zeros((0, 3)), np.zeros((4, 3))
+    for x, y in ((none, some), (some, none), (none, none)):
+        with pytest.raises(ValueError, match="suggest needs points"):
+            fs.suggest(x, y, target_error=0.5)
