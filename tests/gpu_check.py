@@ -29,7 +29,7 @@ def steps() -> list[tuple[str, list[str]]]:
     pytest = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
     found = [
         ("lane layouts and conversions", [*pytest, f"{CUDA_TESTS}/test_primitives.py"]),
-        ("kernels against float64, at every shape class", [*pytest, CUDA_TESTS, "-m", "gpu"]),
+        ("kernels and gradients against float64, at every shape class", [*pytest, CUDA_TESTS, "-m", "gpu"]),
         ("the test matrix on CuPy arrays and CUDA tensors", [*pytest, *MATRIX, "-k", "cupy or torch-cuda"]),
     ]
     sanitizer = shutil.which("compute-sanitizer")

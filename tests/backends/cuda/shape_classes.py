@@ -211,7 +211,7 @@ def run(name: str, shape: Shape, lengths: Lengths = RAGGED) -> Any:
     if name == "vjp of every array, window 16":
         return _of_every_array(problem, **VJPS[name])
     if name in VJPS:
-        options = _vjp_options(name, problem)
+        options = vjp_options(name, problem)
         out, pullback = function("attention_vjp")(problem.q, *problem.same, problem.map, **options)
         return (out, *pullback(problem.gradient))
     op, args, options = CALLS[name](problem)
@@ -228,7 +228,7 @@ def wanted(name: str, shape: Shape, lengths: Lengths = RAGGED) -> Any:
             plain = (torch.from_numpy(np.array(x)) for x in problem.plain)
             out, pullback = OPS["exponential_features_vjp"].reference(*plain)
             return (out, *pullback(torch.from_numpy(np.array(problem.feature_gradient))))
-        options = _vjp_options(name, problem)
+        options = vjp_options(name, problem)
         if "key_mask" in options:
             options["key_mask"] = torch.from_numpy(np.array(options["key_mask"]))
         feature_map = map_arrays(problem.map, lambda x: torch.from_numpy(np.array(x)))
@@ -265,7 +265,8 @@ def _wanted_of_every_array(arrays: Any, feature_map: Any, gradient: Any, **optio
     return (out.detach(), *torch.autograd.grad(out, leaves, gradient, materialize_grads=True))
 
 
-def _vjp_options(name: str, problem: Problem) -> dict[str, Any]:
+def vjp_options(name: str, problem: Problem) -> dict[str, Any]:
+    """Options of a call of `VJPS`."""
     options: dict[str, Any] = dict(VJPS[name])
     if "key_mask" in options:
         options["key_mask"] = problem.same_mask
@@ -282,13 +283,17 @@ def function(op: str) -> Callable[..., Any]:
     return getattr(importlib.import_module(module), name)  # type: ignore[no-any-return]
 
 
+def has_gradients(shape: Shape) -> bool:
+    """Whether the backward kernels serve points and values of these sizes."""
+    return max(shape.d, shape.e) <= 128
+
+
 def names(shape: Shape | None = None) -> list[str]:
     """Every call that the backend has, and serves at that shape: it has gradients of up to 128 columns."""
     import favorsharp_cuda
 
     ops = {kernel.op for kernel in favorsharp_cuda.BACKEND.kernels}
-    narrow = shape is None or max(shape.d, shape.e) <= 128
-    return [*CALLS, *(VJPS if "attention_vjp" in ops and narrow else ())]
+    return [*CALLS, *(VJPS if "attention_vjp" in ops and (shape is None or has_gradients(shape)) else ())]
 
 
 def main(request: str) -> None:

@@ -1,19 +1,30 @@
-"""The same laws on a GPU, through the library's own dispatch: run by `make gpu-check`."""
+"""The same laws on a GPU, through the library's own dispatch: run by `make gpu-check`.
+
+What these tests do with gradients, machines without a GPU do too, through the shim.
+"""
+
+from dataclasses import replace
 
 import numpy as np
 import pytest
-from shape_classes import CALLS, LENGTHS, SHAPES, Problem, wanted
+from on_host import installed
+from shape_classes import CALLS, LENGTHS, SHAPES, VJPS, Lengths, Problem, has_gradients, vjp_options, wanted
 
 import favorsharp as fs
 from favorsharp.dispatch import OPS, watch
 from favorsharp.parameters import map_arrays
 from favorsharp.testing import check_backend, relative_error
 
-pytestmark = [pytest.mark.gpu, pytest.mark.own_backend]
+pytestmark = pytest.mark.own_backend
+on_gpu = pytest.mark.gpu
 TOLERANCES = {"float16": 4e-3, "bfloat16": 3e-2, "float32": 2e-5, "float64": 1e-10}
 LIBRARIES = ("cupy", "torch")
+DEVICES = {"torch": "cuda", "torch on the host": "cpu"}
+AUTOGRAD = "vjp of every array, window 16"
+"""Of `VJPS` the one that torch's autograd is asked for; the others are asked for results with their pullbacks."""
 
 
+@on_gpu
 @pytest.mark.parametrize("library", LIBRARIES)
 @pytest.mark.parametrize("op", sorted({CALLS[name](Problem(SHAPES[0], LENGTHS[0]))[0] for name in CALLS}))
 def test_every_case_of_every_op(op, library):
@@ -25,6 +36,8 @@ def test_every_case_of_every_op(op, library):
 def on_device(value, library):
     """Arrays on the GPU, at any depth of a call's arguments."""
     if isinstance(value, np.ndarray):
+        if library == "numpy":
+            return value
         if library == "cupy":
             import cupy
 
@@ -33,8 +46,8 @@ def on_device(value, library):
 
         host = np.ascontiguousarray(value)
         if str(host.dtype) == "bfloat16":
-            return torch.from_numpy(host.view(np.int16)).cuda().view(torch.bfloat16)
-        return torch.from_numpy(host.copy()).cuda()
+            return torch.from_numpy(host.view(np.int16)).to(DEVICES[library]).view(torch.bfloat16)
+        return torch.from_numpy(host.copy()).to(DEVICES[library])
     if hasattr(type(value), "__dataclass_fields__"):
         return map_arrays(value, lambda x: on_device(x, library))
     return value
@@ -48,9 +61,99 @@ def on_host(value):
     if hasattr(value, "cpu"):
         value = value.detach().cpu()
         return (value.float() if value.element_size() < 4 and value.is_floating_point() else value).numpy()
-    return value.get()
+    return value.get() if hasattr(value, "get") else np.asarray(value)
 
 
+def gradients_of(name, shape, lengths, library):
+    """The result and its gradients, through dispatch: by `vjp`, and for tensors by autograd."""
+    problem = Problem(shape, lengths)
+    if name == "features vjp":
+        given = [on_device(x, library) for x in problem.plain]
+        out, pullback = OPS["exponential_features_vjp"](*given)
+        return out, *pullback(on_device(problem.feature_gradient, library))
+    points = [on_device(x, library) for x in (problem.q, *problem.same)]
+    feature_map, gradient = on_device(problem.map, library), on_device(problem.gradient, library)
+    options = {key: on_device(x, library) for key, x in vjp_options(name, problem).items()}
+    if name != AUTOGRAD:
+        out, pullback = OPS["attention_vjp"](*points, feature_map, **options)
+        return out, *pullback(gradient)
+    import torch
+
+    p = feature_map.parameters
+    held = [feature_map.rows, feature_map.log_weight, p.g1, p.g2, p.center_x, p.center_y]
+    leaves = [x.requires_grad_() for x in (*points, *held)]
+    q, k, v, rows, log_weight, g1, g2, center_x, center_y = leaves
+    own = replace(p, g1=g1, g2=g2, center_x=center_x, center_y=center_y)
+    out = OPS["attention"](q, k, v, replace(feature_map, parameters=own, rows=rows, log_weight=log_weight), **options)
+    return out, *torch.autograd.grad(out, leaves, gradient)
+
+
+def compare_gradients(name, shape, lengths, library, backend):
+    op = "attention" if name == AUTOGRAD else "exponential_features_vjp" if name == "features vjp" else "attention_vjp"
+    with fs.use(backend), watch() as calls:
+        got = on_host(tuple(gradients_of(name, shape, lengths, library)))
+    assert calls[0] == (op, backend)
+    want = tuple(np.asarray(x) for x in wanted(name, shape, lengths))
+    for a, b in zip(got, want, strict=True):
+        assert a.shape == b.shape
+    # what vanishes in exact arithmetic is compared with the size of the others
+    size = max(float(np.abs(x).max()) for x in want[1:] if x.size)
+    got, want = (tuple(np.append(x, size / 30) for x in each) for each in (got, want))
+    error = relative_error(got, want)
+    assert error <= TOLERANCES[shape.dtype], f"{name}, {lengths}: relative error {error:.2g}"
+
+
+def calls_for(library):
+    return [name for name in VJPS if name != AUTOGRAD or library.startswith("torch")]
+
+
+@on_gpu
+@pytest.mark.parametrize("library", LIBRARIES)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_gradients_at_shape_classes(shape, library):
+    pytest.importorskip(library)
+    if library == "cupy" and shape.dtype == "bfloat16":
+        pytest.skip("CuPy has no bfloat16")
+    if not has_gradients(shape):
+        pytest.skip("there are no gradients of more than 128 columns")
+    for lengths in LENGTHS:
+        for name in calls_for(library) if lengths.n else ():
+            compare_gradients(name, shape, lengths, library, "cuda")
+
+
+@pytest.mark.parametrize("library", ["numpy", "torch on the host"])
+def test_gradients_through_the_shim(library):
+    """What the test before does on a GPU."""
+    pytest.importorskip("torch")
+    shape = next(x for x in SHAPES if x.dtype == "float64" and x.d < 32)
+    with installed() as backend:
+        for name in calls_for(library):
+            compare_gradients(name, shape, Lengths(20, 20), library, backend)
+
+
+@on_gpu
+@pytest.mark.parametrize("window", [0, 64])
+def test_gradients_of_a_long_causal_sequence(window):
+    """The first of several segments: a call on the beginning alone has the same gradients there."""
+    torch = pytest.importorskip("torch")
+    n, first, d = 2**17, 2**11, 64
+    q, k, v = (torch.randn(4, n, d, device="cuda") for _ in range(3))
+    sample = np.random.default_rng(0).standard_normal((2, 256, d))
+    feature_map = fs.feature_map(fs.fit(*sample), 64, rng=0)
+    feature_map = map_arrays(feature_map, lambda x: torch.from_numpy(np.array(x, np.float32)).cuda())
+
+    def gradients(length):
+        leaves = [x[:, :length].clone().requires_grad_() for x in (q, k, v)]
+        out = fs.linear_attention(*leaves, feature_map, is_causal=True, window=window)
+        return torch.autograd.grad(out[:, :first].square().sum(), leaves)
+
+    for whole, alone in zip(gradients(n), gradients(first), strict=True):
+        size = float(alone.abs().max())
+        torch.testing.assert_close(whole[:, :first], alone, atol=1e-4 * size, rtol=0)
+        assert float(whole[:, first:].abs().max()) <= 1e-6 * size
+
+
+@on_gpu
 @pytest.mark.parametrize("library", LIBRARIES)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_shape_classes(shape, library):
@@ -69,6 +172,7 @@ def test_shape_classes(shape, library):
             assert error <= TOLERANCES[shape.dtype], f"{name}, {lengths}: relative error {error:.2g}"
 
 
+@on_gpu
 @pytest.mark.parametrize("is_causal", [False, True])
 def test_long_sequences_need_64_bits(is_causal):
     """More than 2**31 items of queries: the last head equals a call of its own."""
