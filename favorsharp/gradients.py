@@ -1,5 +1,6 @@
 """Gradients for callers without automatic differentiation."""
 
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -82,29 +83,34 @@ def _linear_attention(
             f"of_map needs a dense-exponential map ({' '.join(DENSE_EXPONENTIAL)}), "
             f"got method {feature_map.parameters.method_name!r}"
         )
+    prepared: Any = astype(feature_map, compute_dtype(xp, q, k, v))
+    run: Any = attention_vjp
     if cu_seqlens is not None:
         bounds = check_bounds(cu_seqlens, q.shape[-2], k.shape[-2])
-        spans = [(a, b) for a, b in pairwise(bounds) if a < b] or [(0, 0)]
-        pieces = [
-            _linear_attention(
-                q[..., a:b, :],
-                k[..., a:b, :],
-                v[..., a:b, :],
-                feature_map,
-                is_causal=is_causal,
-                window=window,
-                key_mask=None if key_mask is None else key_mask[..., a:b],
-                enable_gqa=enable_gqa,
-                of_map=of_map,
-            )
-            for a, b in spans
-        ]
-        return xp.concat([out for out, _ in pieces], axis=-2), _packed_pullback(pieces, spans, of_map)
-    prepared: Any = astype(feature_map, compute_dtype(xp, q, k, v))
+        packed = getattr(attention_vjp.implementation(q, k, v, prepared, key_mask=key_mask), "packed", None)
+        if packed is None or q.shape[-2] == 0:
+            spans = [(a, b) for a, b in pairwise(bounds) if a < b] or [(0, 0)]
+            pieces = [
+                _linear_attention(
+                    q[..., a:b, :],
+                    k[..., a:b, :],
+                    v[..., a:b, :],
+                    feature_map,
+                    is_causal=is_causal,
+                    window=window,
+                    key_mask=None if key_mask is None else key_mask[..., a:b],
+                    enable_gqa=enable_gqa,
+                    of_map=of_map,
+                )
+                for a, b in spans
+            ]
+            return xp.concat([out for out, _ in pieces], axis=-2), _packed_pullback(pieces, spans, of_map)
+        run = partial(_of_packed, packed, bounds)
     options: dict[str, Any] = {"window": window, "is_causal": is_causal, "of_map": of_map}
     if group == 1:
-        return attention_vjp(q, k, v, prepared, key_mask=key_mask, **options)
-    out, inner = attention_vjp(
+        found: tuple[Array, Pullback] = run(q, k, v, prepared, key_mask=key_mask, **options)
+        return found
+    out, inner = run(
         split_heads(q, group),
         k[..., None, :, :],
         v[..., None, :, :],
@@ -125,6 +131,10 @@ def _linear_attention(
 
     merged = merge_heads(out)
     return merged, pullback
+
+
+def _of_packed(packed: Any, bounds: list[int], q: Array, k: Array, v: Array, feature_map: Any, **options: Any) -> Any:
+    return packed(q, k, v, feature_map, bounds, **options)
 
 
 def _checked(gradient: Array, out: Array) -> Array:

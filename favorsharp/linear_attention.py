@@ -14,7 +14,6 @@ from favorsharp._arrays import (
     is_traced,
     library_of,
     namespace_of,
-    needs_gradient,
     records_gradients,
     result_dtype,
     signature_of,
@@ -212,7 +211,7 @@ def linear_attention(
         if state is not None or return_state:
             raise ValueError("cu_seqlens with state or return_state is not supported: run the sequences one by one")
         bounds = check_bounds(cu_seqlens, n, s)
-        if n > 0 and not any(needs_gradient(x) for x in (q, k, v, *feature_map.arrays)):
+        if n > 0:
             prepared = astype(feature_map, compute_dtype(xp, q, k, v))
             op = causal_attention if is_causal else attention_op
             packed = getattr(op.implementation(q, k, v, prepared, key_mask=key_mask, window=window), "packed", None)

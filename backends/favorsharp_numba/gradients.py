@@ -7,15 +7,23 @@ import numpy as np
 from favorsharp.features.map_gradients import map_gradients
 from favorsharp_numba import gradient_kernels as kernels
 from favorsharp_numba.arguments import empty, like_array, summed_to
+from favorsharp_numba.packed_kernel import packed_gradients, packed_gradients_scratch
 from favorsharp_numba.problem import AttentionProblem
 from favorsharp_numba.run import share
 
 
 def attention_with_stats(
-    q: Any, k: Any, v: Any, feature_map: Any, *, key_mask: Any = None, window: int = 0, causal: bool = False
-) -> tuple[Any, Any, dict[str, Any] | None]:
-    """Attention; 1 / total and the reference of every query, for a backward pass; where causal, the state's arrays."""
+    q: Any, k: Any, v: Any, feature_map: Any, *, key_mask: Any = None, window: int = 0, causal: bool = False,
+    bounds: list[int] | None = None,
+) -> tuple[Any, Any, dict[str, Any] | None]:  # fmt: skip
+    """Attention; 1 / total and the reference of every query, for a backward pass; where causal, the state's arrays.
+
+    With `bounds` those of packed sequences, and no state.
+    """
     problem = AttentionProblem(feature_map, q, k, v, key_mask=key_mask, window=window)
+    if bounds is not None:
+        stats = problem.keep_stats()
+        return problem.each_sequence(q, bounds, causal=causal), stats, None
     out = empty(q, (*problem.batch, q.shape[-2], v.shape[-1]), problem.result)
     stats = problem.keep_stats()
     if window > 0 and k.shape[-2] > 0:
@@ -43,6 +51,7 @@ def attention_backward(
     window: int = 0,
     causal: bool = False,
     of_map: bool = False,
+    bounds: list[int] | None = None,
 ) -> tuple[Any, Any, Any, Any]:
     """The gradients of q, k and v, in their shapes and dtypes, and the sums that the gradients of a map are made of.
 
@@ -54,6 +63,8 @@ def attention_backward(
         From `attention_with_stats`, as `out` is.
     of_map : bool
         Whether the gradients of the map are wanted.
+    bounds : list of int, optional
+        Of packed sequences, as `attention_with_stats` was given them.
 
     Returns
     -------
@@ -87,9 +98,31 @@ def attention_backward(
         maps=held.place(maps) if of_map else 0,
         maps_size=maps_size,
     )
-    scratch = kernels.sweep_scratch(one, s)
     cost = float(heads * max(n, length) * s.m * 6 * (s.d + s.e))
-    both = window > 0 and not causal
+    if bounds is None:
+        _whole(problem, p, given, result, cost)
+    else:
+        sequences = len(bounds) - 1
+        together = sequences if of_map else 1
+        share(
+            packed_gradients, heads * sequences // together, cost, packed_gradients_scratch(one, s), one, s, p,
+            problem.q, given, problem.k, problem.v, result, problem.mask, held.keep(np.array(bounds, np.int64)),
+            sequences, together, heads,
+        )  # fmt: skip
+    sums = _map_sums(maps, s, problem.batch) if of_map else None
+    return (
+        _for(dq.reshape(*problem.batch, n, s.d), q),
+        _for(dk.reshape(*problem.batch, length, s.d), k),
+        _for(dv.reshape(*problem.batch, length, s.e - 1), v),
+        sums,
+    )
+
+
+def _whole(problem: AttentionProblem, p: Any, given: Any, result: Any, cost: float) -> None:
+    """The sweeps over whole heads."""
+    s, one, heads = problem.s, problem.one, problem.query_heads
+    scratch = kernels.sweep_scratch(one, s)
+    both = p.window > 0 and not p.causal
     for backwards in (0, 1):
         if not backwards or both:
             share(
@@ -101,18 +134,11 @@ def attention_backward(
                 kernels.sweep, heads, cost, scratch, one, s, p, 1, backwards, problem.k, problem.v, problem.q, given,
                 result, problem.mask,
             )  # fmt: skip
-    if window > 0:
+    if p.window > 0:
         share(
             kernels.near_gradients, heads, cost, kernels.near_gradients_scratch(s), one, s, p, problem.q, problem.k,
             problem.v, given, result, problem.mask,
         )  # fmt: skip
-    sums = _map_sums(maps, s, problem.batch) if of_map else None
-    return (
-        _for(dq.reshape(*problem.batch, n, s.d), q),
-        _for(dk.reshape(*problem.batch, length, s.d), k),
-        _for(dv.reshape(*problem.batch, length, s.e - 1), v),
-        sums,
-    )
 
 
 def of_arrays_of_map(feature_map: Any, sums: dict[str, Any]) -> tuple[Any, ...]:

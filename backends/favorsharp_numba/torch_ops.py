@@ -31,7 +31,7 @@ def attention(q: Any, k: Any, v: Any, feature_map: Any, *, key_mask: Any = None,
     """As `favorsharp.ops.attention.attention`."""
     if not _recorded(q, k, v, *_arrays_of(feature_map)):
         return plain_attention.attention(q, k, v, feature_map, key_mask=key_mask, window=window)
-    return _Attention.apply(feature_map, key_mask, window, False, q, k, v, *_arrays_of(feature_map))
+    return _Attention.apply(feature_map, key_mask, window, False, None, q, k, v, *_arrays_of(feature_map))
 
 
 def causal_attention(
@@ -44,14 +44,26 @@ def causal_attention(
         return plain_causal.causal_attention(q, k, v, feature_map, key_mask=key_mask, window=window, state=state)
     if state is not None:
         return causal_op.reference(q, k, v, feature_map, key_mask=key_mask, window=window, state=state)
-    out, kv, z, c = _Attention.apply(feature_map, key_mask, window, True, q, k, v, *arrays)
+    out, kv, z, c = _Attention.apply(feature_map, key_mask, window, True, None, q, k, v, *arrays)
     state = empty_state(feature_map, tuple(kv.shape[:-2]), k.shape[-1], v.shape[-1], window, k[..., :0, :])
     state = replace(state, kv=kv, z=z, c=c)
     return out, replace(state, **recent(state, k, v, key_mask)) if window else state
 
 
-attention.packed = plain_attention.attention.packed  # type: ignore[attr-defined]
-causal_attention.packed = plain_causal.causal_attention.packed  # type: ignore[attr-defined]
+def _packed(plain: Any, causal: bool) -> Any:
+    def run(
+        q: Any, k: Any, v: Any, feature_map: Any, bounds: list[int], *, key_mask: Any = None, window: int = 0
+    ) -> Any:
+        arrays = _arrays_of(feature_map)
+        if not _recorded(q, k, v, *arrays):
+            return plain.packed(q, k, v, feature_map, bounds, key_mask=key_mask, window=window)
+        return _Attention.apply(feature_map, key_mask, window, causal, bounds, q, k, v, *arrays)
+
+    return run
+
+
+attention.packed = _packed(plain_attention.attention, False)  # type: ignore[attr-defined]
+causal_attention.packed = _packed(plain_causal.causal_attention, True)  # type: ignore[attr-defined]
 
 
 def _recorded(*arrays: Any) -> bool:
@@ -79,12 +91,14 @@ class _Features(torch.autograd.Function):
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, feature_map: Any, key_mask: Any, window: int, causal: bool, q: Any, k: Any, v: Any, *arrays: Any
-    ) -> Any:
-        out, stats, state = attention_with_stats(q, k, v, feature_map, key_mask=key_mask, window=window, causal=causal)
+        ctx: Any, feature_map: Any, key_mask: Any, window: int, causal: bool, bounds: list[int] | None,
+        q: Any, k: Any, v: Any, *arrays: Any,
+    ) -> Any:  # fmt: skip
+        options = {"window": window, "causal": causal, "bounds": bounds}
+        out, stats, state = attention_with_stats(q, k, v, feature_map, key_mask=key_mask, **options)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(q, k, v, out, *arrays)
-        ctx.feature_map, ctx.key_mask, ctx.options, ctx.stats = feature_map, key_mask, (window, causal), stats
+        ctx.feature_map, ctx.key_mask, ctx.options, ctx.stats = feature_map, key_mask, options, stats
         if state is None:
             return out
         return (out, *(torch.from_numpy(state[name]) for name in ("kv", "z", "c")))
@@ -93,16 +107,16 @@ class _Attention(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: Any, *of_state: Any) -> Any:
         q, k, v, out, *arrays = ctx.saved_tensors
-        window, causal = ctx.options
-        of_map = any(ctx.needs_input_grad[7:])
+        of_map = any(ctx.needs_input_grad[8:])
         gradient = torch.zeros_like(out) if gradient is None else gradient
         *gradients, sums = attention_backward(
             gradient, q, k, v, ctx.feature_map, out, ctx.stats,
-            key_mask=ctx.key_mask, window=window, causal=causal, of_map=of_map,
+            key_mask=ctx.key_mask, of_map=of_map, **ctx.options,
         )  # fmt: skip
         of_arrays = of_arrays_of_map(ctx.feature_map, sums) if of_map else [None] * len(arrays)
         total = [*gradients, *of_arrays]
         if any(x is not None for x in of_state):
+            window = ctx.options["window"]
             through = [None, *state_gradients(ctx.feature_map, ctx.key_mask, window, k, v, of_state)]
             total = [b if a is None else a if b is None else a + b for a, b in zip(total, through, strict=True)]
-        return (None, None, None, None, *total)
+        return (None, None, None, None, None, *total)

@@ -1,7 +1,7 @@
 """The backward kernels against torch's derivative of the references."""
 
 from dataclasses import replace
-from itertools import product
+from itertools import pairwise, product
 
 import numpy as np
 import pytest
@@ -82,6 +82,62 @@ def test_gradients_reach_keys_and_values_through_a_returned_state(window):
     options = {"is_causal": True, "window": window, "state": True, "train": True}
     got, want = (gradients(name, torch.float64, **options) for name in ("numba", "reference"))
     assert_same(got, want, 1e-9)
+
+
+BOUNDS = [0, 0, 1, 70, 75, 75, 140, 150]
+
+
+@pytest.mark.parametrize("train", [False, True])
+@pytest.mark.parametrize(("is_causal", "window"), MODES)
+def test_packed_sequences_are_one_call_forward_and_backward(is_causal, window, train):
+    q, k, v = (torch.asarray(x).requires_grad_() for x in attention_problem(5, (2, 6), n=150))
+    mask = torch.asarray(key_mask(1, (2, 2, 150), "holes"))
+    fm = fs.feature_map(fs.fit(q.detach().flatten(0, -2) / 2, k.detach().flatten(0, -2) / 2), 12, rng=0)
+    leaves = [q, k, v]
+    if train:
+        fm, of_map = trainable(fm)
+        leaves += of_map
+    weights = torch.linspace(-1, 1, 12 * 150 * 5, dtype=torch.float64).reshape(2, 6, 150, 5)
+    given = (q / 2, k[:, ::3] / 2, v[:, ::3])
+    options = {"is_causal": is_causal, "window": window, "enable_gqa": True}
+    with fs.use("numba"):
+        with watch() as calls:
+            out = fs.linear_attention(*given, fm, cu_seqlens=BOUNDS, key_mask=mask, **options)
+        assert len(calls) == 1
+        pieces = [
+            fs.linear_attention(*(x[..., a:b, :] for x in given), fm, key_mask=mask[..., a:b], **options)
+            for a, b in pairwise(BOUNDS)
+            if a < b
+        ]
+    alone = torch.cat(pieces, dim=-2)
+    torch.testing.assert_close(out, alone, atol=1e-12, rtol=0)
+    got, want = (
+        torch.autograd.grad((x * weights).sum(), leaves, retain_graph=True, allow_unused=True) for x in (out, alone)
+    )
+    assert_same(got, want, 1e-10)
+
+
+@pytest.mark.parametrize("of_map", [False, True])
+def test_pullbacks_of_packed_sequences_are_one_call(of_map):
+    q, k, v = attention_problem(5, (2, 3), n=150)
+    fm = fs.feature_map(fs.fit(q, k), 12, rng=0)
+    gradient = np.random.default_rng(0).standard_normal(v.shape)
+    options = {"is_causal": True, "window": 5, "of_map": of_map}
+    with fs.use("numba"), watch() as calls:
+        out, pullback = fs.vjp("linear_attention", q, k, v, fm, cu_seqlens=BOUNDS, **options)
+        found = pullback(gradient)
+    assert len(calls) == 1
+    total = [0.0, 0.0]
+    for a, b in pairwise(BOUNDS):
+        with fs.use("numba"):
+            own, back = fs.vjp("linear_attention", *(x[..., a:b, :] for x in (q, k, v)), fm, **options)
+            (*of_points,) = back(gradient[..., a:b, :])
+        np.testing.assert_allclose(out[..., a:b, :], own, atol=1e-12)
+        for x, y in zip(found, of_points[:3], strict=False):
+            np.testing.assert_allclose(x[..., a:b, :], y, atol=1e-12)
+        total = [x + y for x, y in zip(total, of_points[3:], strict=False)]
+    for x, y in zip(found[3:], total, strict=True) if of_map else ():
+        np.testing.assert_allclose(x, y, atol=1e-11)
 
 
 def test_gradients_cross_from_one_call_to_the_next():
