@@ -211,7 +211,7 @@ def linear_attention(
         if state is not None or return_state:
             raise ValueError("cu_seqlens with state or return_state is not supported: run the sequences one by one")
         bounds = check_bounds(cu_seqlens, n, s)
-        if n > 0:
+        if n > 0 and not is_traced(q):
             prepared = astype(feature_map, compute_dtype(xp, q, k, v))
             op = causal_attention if is_causal else attention_op
             packed = getattr(op.implementation(q, k, v, prepared, key_mask=key_mask, window=window), "packed", None)

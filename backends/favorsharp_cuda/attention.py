@@ -4,6 +4,7 @@ from typing import Any
 
 from favorsharp._arrays import broadcast_shapes
 from favorsharp_cuda import arrays, plain, tiles
+from favorsharp_cuda.packed import packed
 from favorsharp_cuda.problem import key_batch_of
 
 
@@ -19,6 +20,9 @@ def attention_with_stats(
     batch = broadcast_shapes(tuple(q.shape[:-2]), key_batch_of(feature_map, k, v, key_mask))
     stats = arrays.empty(q, (*batch, q.shape[-2], 2), arrays.WIDER[arrays.name_of(q)])
     return _attend(q, k, v, feature_map, key_mask, window, stats), stats
+
+
+attention.packed = packed(attention)  # type: ignore[attr-defined]
 
 
 def _attend(q: Any, k: Any, v: Any, feature_map: Any, key_mask: Any, window: int, stats: Any) -> Any:

@@ -6,6 +6,7 @@ from typing import Any
 from favorsharp._arrays import broadcast_shapes, namespace_of
 from favorsharp.ops.state import State, num_leaving, with_recent
 from favorsharp_cuda import arrays, plain, tiles
+from favorsharp_cuda.packed import packed
 from favorsharp_cuda.problem import key_batch_of
 from favorsharp_cuda.state import fitting, recent_of
 
@@ -25,6 +26,9 @@ def causal_attention_with_stats(
     stats = arrays.empty(q, (*batch, q.shape[-2], 2), arrays.WIDER[arrays.name_of(q)])
     out, state = _attend(q, k, v, feature_map, key_mask, window, None, stats)
     return out, stats, state
+
+
+causal_attention.packed = packed(causal_attention)  # type: ignore[attr-defined]
 
 
 def _attend(

@@ -52,6 +52,15 @@ def _plain_side(side: FoldedSide, has_dense: bool) -> Any:
     return np.concatenate([x.reshape(count, -1) for x in parts], axis=1)
 
 
+def expanded_map(feature_map: Any) -> Any:
+    """The map for points with a further leading axis; the same object, and what is packed of it, at every call."""
+    if not feature_map.batch_shape:
+        return feature_map
+    if any(arrays.is_torch(x) and x.requires_grad for x in feature_map.arrays):  # of one backward pass alone
+        return feature_map.expanded()
+    return _kept(feature_map, ("expanded",), feature_map.expanded)
+
+
 LOG2E = 1 / math.log(2)
 TILE = 64
 

@@ -32,6 +32,7 @@ from favorsharp_cuda.operators import (
     key_state_op,
     options_of,
 )
+from favorsharp_cuda.packed import packed
 from favorsharp_cuda.state import recent_of
 
 
@@ -90,6 +91,10 @@ def causal_attention(
         left = num_leaving(n, window)
         recent = recent_of(k.narrow(-2, left, n - left), v.narrow(-2, left, n - left), mask.narrow(-1, left, n - left))
     return out, replace(state, kv=kv, z=z, c=c, **recent)
+
+
+attention.packed = packed(attention)  # type: ignore[attr-defined]
+causal_attention.packed = packed(causal_attention)  # type: ignore[attr-defined]
 
 
 def _recorded(*arrays: Any) -> bool:

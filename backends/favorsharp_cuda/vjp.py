@@ -9,6 +9,7 @@ from favorsharp_cuda.causal_attention import causal_attention_with_stats
 from favorsharp_cuda.exponential_features import exponential_features
 from favorsharp_cuda.exponential_features_gradients import exponential_features_backward
 from favorsharp_cuda.gradients import attention_backward, width_of
+from favorsharp_cuda.packed import packed_vjp
 
 
 def attention_vjp(
@@ -38,6 +39,9 @@ def attention_vjp(
         return (*points, *sums.rows_and_weights(feature_map)) if sums is not None else tuple(points)
 
     return out, pullback
+
+
+attention_vjp.packed = packed_vjp(attention_vjp)  # type: ignore[attr-defined]
 
 
 def exponential_features_vjp(u: Any, rows: Any, row: Any, column: Any) -> tuple[Any, Callable[[Any], tuple[Any, ...]]]:

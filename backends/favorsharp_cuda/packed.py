@@ -1,0 +1,159 @@
+"""Packed sequences: those of like length, padded to the longest of them, are the heads of one call.
+
+Lengths of a group differ by less than a factor of two, so that a call is at most twice the work, and there are about as
+many calls as the lengths have binary digits. Sequences that are equally long and follow each other are not copied.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import lru_cache, partial
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+
+from favorsharp._arrays import namespace_of
+from favorsharp_cuda import arrays
+from favorsharp_cuda.maps import expanded_map
+
+
+class Placed:
+    """A NumPy array, and copies of it beside others: made when they are first needed, and kept."""
+
+    def __init__(self, host: Any) -> None:
+        self.host = host
+        self.copies: dict[tuple[str, str], Any] = {}
+
+    def beside(self, like: Any) -> Any:
+        """The array in like's library, on its device."""
+        place = type(like).__module__.partition(".")[0], str(getattr(like, "device", ""))
+        if place not in self.copies:
+            self.copies[place] = arrays.upload(like, self.host)
+        return self.copies[place]
+
+
+class Group:
+    """Sequences of a call as one: (*b, n, .) to (*b, sequences, length, .) and back.
+
+    Parameters
+    ----------
+    spans : sequence of (start, stop)
+        Of the sequences, none of them empty.
+    """
+
+    def __init__(self, spans: Sequence[tuple[int, int]]) -> None:
+        self.spans = tuple(spans)
+        self.lengths = [stop - start for start, stop in spans]
+        self.length = max(self.lengths)
+        self.ragged = min(self.lengths) < self.length
+        self.adjacent = not self.ragged and all(a[1] == b[0] for a, b in pairwise(spans))
+        # rows of padding are the last row of their own sequence: what is not finite stays within it
+        own = np.arange(self.length)
+        self.rows = Placed(np.concatenate([start + np.minimum(own, stop - start - 1) for start, stop in spans]))
+        self.there = Placed(own < np.array(self.lengths)[:, None])
+        """Where there is no padding, (sequences, length)."""
+
+    def taken(self, x: Any, axis: int = -2) -> Any:
+        """Of an array of points (or, with axis -1, a mask) the sequences, padded by rows of their own."""
+        shape = (*x.shape[:axis], len(self.spans), self.length, *(x.shape[axis + 1 :] if axis != -1 else ()))
+        if self.adjacent:
+            start, stop = self.spans[0][0], self.spans[-1][1]
+            rows = x[..., start:stop, :] if axis == -2 else x[..., start:stop]
+        else:
+            rows = namespace_of(x).take(x, self.rows.beside(x), axis=axis % x.ndim)
+        return rows.reshape(shape)
+
+    def mask(self, key_mask: Any, like: Any) -> Any:
+        """Which keys are visible: those that are, and no padding."""
+        given = None if key_mask is None else self.taken(key_mask, -1)
+        if not self.ragged:
+            return given
+        there = self.there.beside(like)
+        return there if given is None else there & given
+
+
+class Packing:
+    """The groups that sequences are taken in, and the way back."""
+
+    def __init__(self, bounds: Sequence[int]) -> None:
+        spans = sorted(((a, b) for a, b in pairwise(bounds) if a < b), key=lambda span: span[0] - span[1])
+        groups: list[list[tuple[int, int]]] = []
+        for span in spans:
+            if not groups or 2 * (span[1] - span[0]) <= groups[-1][0][1] - groups[-1][0][0]:
+                groups.append([])
+            groups[-1].append(span)
+        self.groups = [Group(sorted(group)) for group in groups]
+        back, before = np.empty(bounds[-1], np.int64), 0
+        for group in self.groups:
+            for number, (start, stop) in enumerate(group.spans):
+                back[start:stop] = before + number * group.length + np.arange(stop - start)
+            before += len(group.spans) * group.length
+        self.back = Placed(back)
+        self.in_order = len(self.groups) == 1 and self.groups[0].adjacent
+
+    def together(self, parts: Sequence[Any]) -> Any:
+        """Arrays (*b, sequences, length, .) of all groups as one (*b, n, .)."""
+        flat = [x.reshape((*x.shape[:-3], x.shape[-3] * x.shape[-2], x.shape[-1])) for x in parts]
+        if self.in_order:
+            return flat[0]
+        whole = flat[0] if len(flat) == 1 else namespace_of(*flat).concat(flat, axis=-2)
+        return namespace_of(whole).take(whole, self.back.beside(whole), axis=whole.ndim - 2)
+
+
+@lru_cache(maxsize=8)
+def packing_of(bounds: tuple[int, ...]) -> Packing:
+    """The same for the same bounds: layers of a model ask one after the other."""
+    return Packing(bounds)
+
+
+def packed(op: Callable[..., Any]) -> Callable[..., Any]:
+    """`op` for packed sequences, whose bounds it takes after the map: what dispatch knows as its attribute `packed`."""
+    return partial(_run, op)
+
+
+def _run(
+    op: Callable[..., Any], q: Any, k: Any, v: Any, feature_map: Any, bounds: Sequence[int], *, key_mask: Any = None,
+    **options: Any,
+) -> Any:  # fmt: skip
+    packing, own = packing_of(tuple(bounds)), expanded_map(feature_map)
+    parts = []
+    for group in packing.groups:
+        points = (group.taken(x) for x in (q, k, v))
+        result = op(*points, own, key_mask=group.mask(key_mask, q), **options)
+        parts.append(result[0] if isinstance(result, tuple) else result)
+    return packing.together(parts)
+
+
+def packed_vjp(op: Callable[..., Any]) -> Callable[..., Any]:
+    """`op`, which gives a result and its pullback, for packed sequences."""
+    return partial(_run_vjp, op)
+
+
+def _run_vjp(
+    op: Callable[..., Any], q: Any, k: Any, v: Any, feature_map: Any, bounds: Sequence[int], *, key_mask: Any = None,
+    of_map: bool = False, **options: Any,
+) -> tuple[Any, Callable[[Any], tuple[Any, ...]]]:  # fmt: skip
+    packing, own = packing_of(tuple(bounds)), expanded_map(feature_map)
+    parts, pullbacks = [], []
+    for group in packing.groups:
+        points = (group.taken(x) for x in (q, k, v))
+        out, back = op(*points, own, key_mask=group.mask(key_mask, q), of_map=of_map, **options)
+        parts.append(out)
+        pullbacks.append(back)
+
+    def pullback(gradient: Any) -> tuple[Any, ...]:
+        found = []
+        for group, back in zip(packing.groups, pullbacks, strict=True):
+            own_gradient = group.taken(gradient)
+            if group.ragged:  # nobody asked for the rows of padding
+                xp = namespace_of(own_gradient)
+                there = group.there.beside(gradient)[..., None]
+                own_gradient = xp.where(there, own_gradient, xp.zeros_like(own_gradient))
+            found.append(back(own_gradient))
+        points = [packing.together([each[i] for each in found]) for i in range(3)]
+        like = (feature_map.rows, feature_map.log_weight) if of_map else ()
+        of_arrays = (
+            sum(each[i] for each in found).reshape(tuple(x.shape)) for i, x in enumerate(like, start=3)
+        )  # fmt: skip
+        return (*points, *of_arrays)
+
+    return packing.together(parts), pullback
