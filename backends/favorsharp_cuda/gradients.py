@@ -30,7 +30,7 @@ GRADIENTS = np.dtype(
         *((name, "i8") for name in ("gaussian", "has_dense")),
         *((name, "i8") for name in ("num_queries", "num_keys", "window", "causal", "segments", "span")),
         *((name, "i8") for name in ("state_segments", "state_span")),
-        *((name, "i8") for name in ("keys_read", "backwards", "added", "only_states", "heads", "targets")),
+        *((name, "i8") for name in ("keys_read", "backwards", "added", "only_states", "measuring", "heads", "targets")),
         *((name, "i8") for name in ("query_factor", "query_near", "query_last", "key_factor", "key_near")),
         *((name, "i8") for name in ("dq", "dk", "dv", "query_slopes", "key_slopes")),
         *((name, "i8") for name in ("states", "map_sums", "factor_sums", "from", "to", "outer", "inner")),
@@ -60,10 +60,13 @@ def attention_backward(
     )  # fmt: skip
     sums = MapSums(backward) if of_map else None
     backward.factors()
+    if backward.dtype != backward.wide:
+        backward.measure()
     for keys_read in (0, 1):
         backward.sweep(keys_read, sums)
     if window:
-        backward.near()
+        for keys_read in (0, 1):
+            backward.near(keys_read)
     return backward.of_points(0), backward.of_points(1), backward.of_values(), sums
 
 
@@ -180,20 +183,27 @@ class Backward:
             p.set(only_states=0)
             self.run("gradient_sweep", self.heads * segments, shared, over=over)
 
+    def measure(self) -> None:
+        """dout.out of every query from what it reads: the result that came out was rounded to 16 bits."""
+        self.problem.set(measuring=1)
+        self.sweep(0, None)
+        if self.window:
+            self.near(0)
+        self.problem.set(measuring=0)
+
     def _shared(self) -> int:
         """Bytes of shared memory of a sweep."""
         points, features, pairs = self.width + 4, self.slice + 4, ROWS + 4
         items = 3 * ROWS * points + 2 * self.width * features + 3 * ROWS * features + 2 * ROWS * pairs
         return self.item * (items + self.slice * points + 5 * self.slice + 4 * ROWS + 2)
 
-    def near(self) -> None:
+    def near(self, keys_read: int) -> None:
         """Add what goes through the exactly scored keys."""
         w = self.window
         tiles = -(-self.s // w) * -(-w // ROWS)
         shared = self.item * (4 * ROWS * (self.wider + 4) + 2 * ROWS * (ROWS + 4) + 6 * ROWS)
-        for keys_read in (0, 1):
-            self.problem.set(keys_read=keys_read)
-            self.run("near_gradients", self.heads * tiles, shared, over=(self.dtype, self.wider))
+        self.problem.set(keys_read=keys_read)
+        self.run("near_gradients", self.heads * tiles, shared, over=(self.dtype, self.wider))
 
     def of_points(self, keys_read: int) -> Any:
         """The gradient of q, or of k."""

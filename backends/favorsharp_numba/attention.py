@@ -23,9 +23,10 @@ def _packed(
     q: Any, k: Any, v: Any, feature_map: Any, bounds: list[int], *, key_mask: Any = None, window: int = 0
 ) -> Any:
     """Attention within sequences packed along the point axis."""
-    return AttentionProblem(feature_map, q, k, v, key_mask=key_mask, window=window).each_sequence(
-        q, bounds, causal=False
-    )
+    problem = AttentionProblem(feature_map, q, k, v, key_mask=key_mask, window=window)
+    out = empty(q, (*problem.batch, q.shape[-2], v.shape[-1]), problem.result)
+    problem.each_sequence(out, bounds, causal=False)
+    return out
 
 
 attention.packed = _packed  # type: ignore[attr-defined]

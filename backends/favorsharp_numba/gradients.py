@@ -15,27 +15,38 @@ from favorsharp_numba.run import share
 def attention_with_stats(
     q: Any, k: Any, v: Any, feature_map: Any, *, key_mask: Any = None, window: int = 0, causal: bool = False,
     bounds: list[int] | None = None,
-) -> tuple[Any, Any, dict[str, Any] | None]:  # fmt: skip
-    """Attention; 1 / total and the reference of every query, for a backward pass; where causal, the state's arrays.
+) -> tuple[Any, Any, Any, dict[str, Any] | None]:  # fmt: skip
+    """Attention, and what a backward pass needs; with `bounds`, within packed sequences.
 
-    With `bounds` those of packed sequences, and no state.
+    Returns
+    -------
+    out : array, shape (*b, n, e)
+    exact : array, shape (*b, n, e)
+        `out` in the dtype computed in: a derivative made of a rounded result is off by that rounding in every feature.
+    stats : array, shape (heads, n, 2)
+        1 / total and the reference of every query.
+    state : dict of arrays or None
+        Where causal and not packed, those of the state.
     """
     problem = AttentionProblem(feature_map, q, k, v, key_mask=key_mask, window=window)
-    if bounds is not None:
-        stats = problem.keep_stats()
-        return problem.each_sequence(q, bounds, causal=causal), stats, None
-    out = empty(q, (*problem.batch, q.shape[-2], v.shape[-1]), problem.result)
+    exact = empty(q, (*problem.batch, q.shape[-2], v.shape[-1]), problem.dtype)
     stats = problem.keep_stats()
-    if window > 0 and k.shape[-2] > 0:
+    if bounds is not None:
+        problem.each_sequence(exact, bounds, causal=causal)
+    elif window > 0 and k.shape[-2] > 0:
         problem.new_sums()
-        problem.windowed(out, causal=causal)
+        problem.windowed(exact, causal=causal)
     elif causal:
         problem.new_sums()
-        problem.causal(out)
+        problem.causal(exact)
     else:
         problem.gather()
-        problem.read(out)
-    return out, stats, problem.state_arrays() if causal else None
+        problem.read(exact)
+    out = exact
+    if problem.result != problem.dtype:
+        out = empty(q, tuple(exact.shape), problem.result)
+        out[...] = exact
+    return out, exact, stats, problem.state_arrays() if causal and bounds is None else None
 
 
 def attention_backward(
@@ -44,7 +55,7 @@ def attention_backward(
     k: Any,
     v: Any,
     feature_map: Any,
-    out: Any,
+    exact: Any,
     stats: Any,
     *,
     key_mask: Any = None,
@@ -58,9 +69,9 @@ def attention_backward(
     Parameters
     ----------
     gradient : array, shape (*b, n, e)
-        Of the result `out`.
-    stats : array
-        From `attention_with_stats`, as `out` is.
+        Of the result.
+    exact, stats : arrays
+        From `attention_with_stats`.
     of_map : bool
         Whether the gradients of the map are wanted.
     bounds : list of int, optional
@@ -80,7 +91,7 @@ def attention_backward(
     dq, dk, dv = (np.zeros((heads, size, width), dtype) for size, width in ((n, s.d), (length, s.d), (length, s.e - 1)))
     maps_size = s.m * s.d_pad + s.m_pad + s.d_pad + s.d * s.d_pad + 8 if of_map else 0
     maps = np.zeros((heads, 2, maps_size), dtype)
-    given, result = held.points(gradient, problem.batch), held.points(out, problem.batch)
+    given, result = held.points(gradient, problem.batch), held.points(exact, problem.batch)
     fixed = problem.arguments_fixed()
     p = kernels.Backward(
         num_keys=length,

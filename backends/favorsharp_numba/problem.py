@@ -10,7 +10,6 @@ from favorsharp_numba.arguments import (
     LOG2E,
     Held,
     broadcast,
-    empty,
     host,
     indices,
     members,
@@ -200,10 +199,9 @@ class AttentionProblem:
             self.arguments(causal=True), self.q, self.k, self.v, self.mask, self.held.points(out, self.batch),
         )  # fmt: skip
 
-    def each_sequence(self, like: Any, bounds: list[int], *, causal: bool) -> Any:
-        """Every sequence alone, from bounds[i] to bounds[i + 1]; the result is an array of like's library."""
+    def each_sequence(self, out: Any, bounds: list[int], *, causal: bool) -> None:
+        """Every sequence alone, from bounds[i] to bounds[i + 1]."""
         s, size = self.s, 0
-        out = empty(like, (*self.batch, self.num_queries, s.e), self.result)
         self.segments, self.transposed = 1, not causal and self.window == 0 and 2 * s.e <= self.packed.lanes
         self.kv_size = s.e * s.m_pad if self.transposed else s.m * s.e_pad
         self.sums = np.zeros((1, self.kv_size + 2 * s.m_pad), self.packed.dtype)  # of which each thread has its own
@@ -217,7 +215,6 @@ class AttentionProblem:
             self.held.keep(np.array(bounds, np.int64)), sequences, self.query_heads,
             self.held.place(np.empty(size, self.packed.dtype)),
         )  # fmt: skip
-        return out
 
     def _pieces(self, heads: int, length: int, work: float) -> int:
         """Into how many pieces to cut each head, so that the threads have enough to share."""

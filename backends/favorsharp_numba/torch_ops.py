@@ -95,9 +95,9 @@ class _Attention(torch.autograd.Function):
         q: Any, k: Any, v: Any, *arrays: Any,
     ) -> Any:  # fmt: skip
         options = {"window": window, "causal": causal, "bounds": bounds}
-        out, stats, state = attention_with_stats(q, k, v, feature_map, key_mask=key_mask, **options)
+        out, exact, stats, state = attention_with_stats(q, k, v, feature_map, key_mask=key_mask, **options)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(q, k, v, out, *arrays)
+        ctx.save_for_backward(q, k, v, exact, *arrays)
         ctx.feature_map, ctx.key_mask, ctx.options, ctx.stats = feature_map, key_mask, options, stats
         if state is None:
             return out
@@ -106,11 +106,11 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: Any, *of_state: Any) -> Any:
-        q, k, v, out, *arrays = ctx.saved_tensors
+        q, k, v, exact, *arrays = ctx.saved_tensors
         of_map = any(ctx.needs_input_grad[8:])
-        gradient = torch.zeros_like(out) if gradient is None else gradient
+        gradient = torch.zeros_like(exact) if gradient is None else gradient
         *gradients, sums = attention_backward(
-            gradient, q, k, v, ctx.feature_map, out, ctx.stats,
+            gradient, q, k, v, ctx.feature_map, exact, ctx.stats,
             key_mask=ctx.key_mask, of_map=of_map, **ctx.options,
         )  # fmt: skip
         of_arrays = of_arrays_of_map(ctx.feature_map, sums) if of_map else [None] * len(arrays)

@@ -35,10 +35,10 @@ attention_vjp.packed = _packed  # type: ignore[attr-defined]
 def _with_pullback(
     q: Any, k: Any, v: Any, feature_map: Any, *, of_map: bool = False, **options: Any
 ) -> tuple[Any, Callable[[Any], tuple[Any, ...]]]:
-    out, stats, _ = attention_with_stats(q, k, v, feature_map, **options)
+    out, exact, stats, _ = attention_with_stats(q, k, v, feature_map, **options)
 
     def pullback(gradient: Any) -> tuple[Any, ...]:
-        *points, sums = attention_backward(gradient, q, k, v, feature_map, out, stats, of_map=of_map, **options)
+        *points, sums = attention_backward(gradient, q, k, v, feature_map, exact, stats, of_map=of_map, **options)
         return (*points, *of_arrays_of_map(feature_map, sums)[:2]) if of_map else tuple(points)
 
     return out, pullback

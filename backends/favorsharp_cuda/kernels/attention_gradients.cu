@@ -6,6 +6,9 @@
 // relative to the largest log feature taken; the other side reads them. A reader's log features have the gradient
 // weight * (sums.value), and where keys read, what they read is the gradient of v. Features are computed again, a slice
 // of them at a time; the references never change, so that slices are independent.
+//
+// The gradients of a query's weights add up to 0. Where out is rounded to 16 bits, dout.out misses that by a rounding
+// error that all features share; there a sweep with G = (dout, 0) comes first, whose sums are dout.out in float.
 namespace favorsharp {
 
 constexpr float LARGEST_EXPONENT = 40;  // of the weight of a hidden pair, before a causal tile is cut
@@ -23,7 +26,7 @@ struct State {
 template <class T, int W> struct Sweep {
   typedef typename Computing<T>::type A;
   static constexpr int C = GRADIENT_ROWS, M = Slice<A, W>::SIZE, P = W + 4, Q = M + 4, PAIR = C + 4;
-  static constexpr int EXPONENT = Planes<T>::EXPONENT, VALUE = Planes<T>::VALUE;
+  static constexpr int EXPONENT = Planes<T>::EXPONENT, SUM = Planes<T>::SUM, VALUE = Planes<T>::VALUE;
   static constexpr int PART = W == 128 ? 64 : W;  // columns that registers have room for at once
 
   const Gradients &g;
@@ -85,7 +88,7 @@ template <class T, int W> struct Sweep {
     const int r = threadIdx.x;
     if (r >= C) return;
     factor[r] = r < count ? factors[start + r] : -infinity<A>();
-    last[r] = r >= count ? A(0) : keys ? A(factor[r] != -infinity<A>()) : lasts[start + r];
+    last[r] = r >= count ? A(0) : keys ? A(factor[r] != -infinity<A>()) : g.measuring ? A(0) : lasts[start + r];
   }
 
   // Logarithms of the features of the points in shared memory.
@@ -156,7 +159,7 @@ template <class T, int W> struct Sweep {
       for (int part = 0; part < W; part += PART) {
         Tile<A, M, PART> own;
         own.load(sums + part, P);
-        own.template add_product<VALUE>(feature, 1, Q, taken + part, P, 1, C);
+        own.template add_product<SUM>(feature, 1, Q, taken + part, P, 1, C);
         own.store(sums + part, P);
       }
       for (int j = tid; j < M; j += GRADIENT_THREADS)
@@ -171,7 +174,7 @@ template <class T, int W> struct Sweep {
     const int tid = threadIdx.x;
     Tile<A, C, M> slopes;
     slopes.clear();
-    slopes.template add_product<VALUE>(read, P, 1, sums, 1, P, W);
+    slopes.template add_product<SUM>(read, P, 1, sums, 1, P, W);
     slopes.each([&](int r, int c, A &value) { value += last_read[r] * last[c]; });
     if (pairwise) {
       Tile<A, C, C> pairs;
@@ -186,7 +189,7 @@ template <class T, int W> struct Sweep {
         pairs.store(product, PAIR);
       }
       __syncthreads();  // pairs of a tile
-      slopes.template add_product<VALUE>(pair, PAIR, 1, feature, Q, 1, C);
+      slopes.template add_product<SUM>(pair, PAIR, 1, feature, Q, 1, C);
     }
     slopes.each([&](int r, int c, A &value) { value *= weight[r * Q + c]; });
     slopes.store(slope, Q);
@@ -202,19 +205,21 @@ template <class T, int W> struct Sweep {
     }
     __syncthreads();  // the gradients of log features
     const i64 line = head * readers() + start;
+    A total = 0;
+    for (int j = tid & 3; j < M; j += 4) total += slope[(tid >> 2) * Q + j];
+    total = quarter_sum(total);
+    if ((tid & 3) == 0 && (tid >> 2) < count) {
+      A *place = (A *)(g.measuring ? g.query_last : keys_read ? g.key_slopes : g.query_slopes) + line + (tid >> 2);
+      if (g.measuring) total = -total;
+      *place = added ? *place + total : total;
+    }
+    if (g.measuring) return;
 #pragma unroll 1
     for (int part = 0; part < W; part += PART) {
       Tile<A, C, PART> rows;
       rows.clear();
       rows.template add_product<VALUE>(slope, Q, 1, mine + part * Q, 1, Q, M);
       add_rows(rows, (A *)(keys_read ? g.dk : g.dq) + line * g.d, g.d, part, count, added);
-    }
-    A total = 0;
-    for (int j = tid & 3; j < M; j += 4) total += slope[(tid >> 2) * Q + j];
-    total = quarter_sum(total);
-    if ((tid & 3) == 0 && (tid >> 2) < count) {
-      A *place = (A *)(keys_read ? g.key_slopes : g.query_slopes) + line + (tid >> 2);
-      *place = added ? *place + total : total;
     }
     if (map_sums) {
 #pragma unroll 1

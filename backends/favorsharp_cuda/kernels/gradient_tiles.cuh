@@ -11,15 +11,16 @@ constexpr int GRADIENT_THREADS = 128;
 #define GRADIENT_BOUNDS GRADIENT_THREADS, 2  // two blocks a processor: all 255 registers of a thread may be used
 constexpr int GRADIENT_ROWS = 32;  // points worked on at once
 
-// Planes of the products in exponents, and of those of values.
+// Planes of the products in exponents, of those whose differences are small (sums, and what is read of them), and of
+// others.
 template <class T> struct Planes {
-  static constexpr int EXPONENT = 2, VALUE = 2;
+  static constexpr int EXPONENT = 2, SUM = 2, VALUE = 2;
 };
 template <> struct Planes<float> {
-  static constexpr int EXPONENT = 3, VALUE = 3;
+  static constexpr int EXPONENT = 3, SUM = 3, VALUE = 3;
 };
 template <> struct Planes<bfloat16> {
-  static constexpr int EXPONENT = 2, VALUE = 1;
+  static constexpr int EXPONENT = 2, SUM = 2, VALUE = 1;
 };
 
 // Features worked on at once: what shared memory has room for beside points and values of width W.
@@ -129,6 +130,7 @@ struct Gradients {
   i64 state_segments, state_span;             // of what is taken; as the readers' where these have an order
   i64 keys_read, backwards, added;            // which side reads, from which end, and whether to what is there already
   i64 only_states;                            // whether a sweep leaves what segments hold, for the scan, and nobody reads
+  i64 measuring;                              // whether queries read for dout.out alone, which query_last takes
   i64 heads, targets;                         // of the batch, of target
   i64 query_factor, query_near, query_last;   // (heads, n): the query's part of log features and near scores, -dout.out
   i64 key_factor, key_near;                   // (heads, s): the key's part, -inf where it is hidden

@@ -34,7 +34,7 @@ template <class T, int W> KERNEL(GRADIENT_BOUNDS) near_gradients(ARGUMENT Gradie
     const A *lasts = (const A *)g.query_last + head * all + first;
     if (tid < C) {
       factor[tid] = tid < size ? factors[tid] : -infinity<A>();
-      last[tid] = tid >= size ? A(0) : keys ? A(factor[tid] != -infinity<A>()) : lasts[tid];
+      last[tid] = tid >= size ? A(0) : keys ? A(factor[tid] != -infinity<A>()) : g.measuring ? A(0) : lasts[tid];
     }
   };
   auto halve = [&](const A *point, A *half) {  // half of the squared norms
@@ -81,11 +81,16 @@ template <class T, int W> KERNEL(GRADIENT_BOUNDS) near_gradients(ARGUMENT Gradie
         for (int i = 0; i < 4; i++) products.x[r][c][i] *= scores.x[r][c][i];
     products.store(slope, PAIR);
     __syncthreads();  // weights and the gradients of scores
-    of_points.template add_product<VALUE>(slope, PAIR, 1, theirs, P, 1, C);
+    if (!g.measuring) of_points.template add_product<VALUE>(slope, PAIR, 1, theirs, P, 1, C);
     if (keys_read) of_values.template add_product<VALUE>(weight, PAIR, 1, taken, P, 1, C);
-    if (g.gaussian)
+    if (g.gaussian || g.measuring)
       for (int c = quarter; c < C; c += 4) total += slope[row * PAIR + c];
     __syncthreads();  // the next tile takes their place
+  }
+  if (g.measuring) {
+    total = quarter_sum(total);
+    if (quarter == 0 && row < count) ((A *)g.query_last)[head * all + start + row] -= total;
+    return;
   }
   if (g.gaussian) {  // scores fall with the distance: take the reader's own point off
     total = quarter_sum(total);

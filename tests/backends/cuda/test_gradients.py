@@ -17,8 +17,8 @@ from favorsharp_cuda import gradients, launch, vjp  # noqa: E402
 
 pytestmark = pytest.mark.own_backend
 PARAMETERS = ("a", "g1", "g2", "center_x", "center_y")
-# narrow results enter the derivative of the normaliser: on one of these problems kernels for CPUs are 4e-2 off too
-ERROR = {"float64": 1e-12, "float32": 5e-5, "float16": 3e-3, "bfloat16": 8e-2}
+# narrow gradients are rounded to 2^-11 and 2^-8; bfloat16 products that need no more are of one plane, 2^-9 each
+ERROR = {"float64": 1e-12, "float32": 5e-5, "float16": 1e-3, "bfloat16": 2e-2}
 WIDE = {"float64": "float64", "float32": "float32", "float16": "float32", "bfloat16": "float32"}
 
 
@@ -156,8 +156,10 @@ def test_tops_that_rise_steeply(is_causal):
     problem.compare(is_causal=is_causal)
 
 
-def test_narrow_points_get_narrow_gradients():
-    Problem("bfloat16", n=40, masked="holes").compare(is_causal=True)
+@pytest.mark.parametrize("mode", MODES[:4], ids=str)
+def test_narrow_points_get_narrow_gradients(mode):
+    """What a query takes off for the normaliser must not be made of the result, which was rounded."""
+    Problem("bfloat16", n=45, d=64, e=57, m=70, masked="padding").compare(**mode)
 
 
 @pytest.mark.slow
