@@ -4,7 +4,7 @@ from typing import Any
 
 from favorsharp._arrays import broadcast_shapes
 from favorsharp_cuda import arrays
-from favorsharp_cuda.gradients import GRADIENTS, ROWS, THREADS, segments_of, slice_of, sum_members, width_of
+from favorsharp_cuda.gradients import GRADIENTS, ROWS, THREADS, segments_of, slice_of, sum_members, wider_of, width_of
 from favorsharp_cuda.launch import run
 from favorsharp_cuda.problem import Problem
 from favorsharp_cuda.source import expression
@@ -16,7 +16,7 @@ def exponential_features_backward(gradient: Any, u: Any, rows: Any, row: Any, co
     wide = arrays.WIDER[dtype]
     item = 8 if wide == "float64" else 4
     n, d, m = u.shape[-2], u.shape[-1], rows.shape[-2]
-    width = max(64, -(-width_of(d, 0) // 64) * 64)
+    width = wider_of(width_of(d, 0))
     size = slice_of(width, item)
     slices = -(-m // size)
     p = Problem(broadcast_shapes(*(tuple(x.shape[:-2]) for x in (u, rows, row, column))), GRADIENTS)

@@ -7,7 +7,7 @@ import numpy as np
 
 from favorsharp._arrays import broadcast_shapes
 from favorsharp_cuda import arrays
-from favorsharp_cuda.launch import run
+from favorsharp_cuda.launch import run, shared_room
 from favorsharp_cuda.maps import plain_map
 from favorsharp_cuda.problem import AXES, PROBLEM, Problem, key_batch_of
 from favorsharp_cuda.source import expression
@@ -78,6 +78,47 @@ def width_of(d: int, e: int) -> int:
     raise ValueError(f"gradients on a GPU need d and e of at most {WIDTHS[-1]}, got d={d} and e={e}")
 
 
+def served_width(like: Any, d: int, e: int) -> int:
+    """The width of sweeps over points of size d and values of size e; an error where the device has no room for it.
+
+    Callers ask before any work.
+    """
+    width, dtype, device = width_of(d, e), arrays.name_of(like), arrays.device_number(like)
+    item = 8 if dtype == "float64" else 4
+    needed, room = shared_of(width, item), shared_room(device)
+    if needed > room:
+        fitting = [size for size in WIDTHS if shared_of(size, item) <= room]
+        accepted = f"d and e of at most {fitting[-1]}, or float32" if fitting else "float32"
+        raise ValueError(
+            f"gradients in {dtype} of d={d} and e={e} need {needed} bytes of shared memory for a block, and device "
+            f"{device} has {room}; accepted there: {accepted}"
+        )
+    return width
+
+
+def shared_of(width: int, item: int) -> int:
+    """Bytes of shared memory that the largest block of a backward pass takes."""
+    return max(shared_of_sweep(width, item), shared_of_factors(wider_of(width), item))
+
+
+def shared_of_sweep(width: int, item: int) -> int:
+    """Those of `gradient_sweep`."""
+    size = slice_of(width, item)
+    points, features, pairs = width + 4, size + 4, ROWS + 4
+    items = 3 * ROWS * points + 2 * width * features + 3 * ROWS * features + 2 * ROWS * pairs
+    return item * (items + size * points + 5 * size + 4 * ROWS + 2)
+
+
+def shared_of_factors(wider: int, item: int) -> int:
+    """Those of `gradient_factors` and `gradient_points`."""
+    return item * (wider + 2 * ROWS) * (wider + 4)
+
+
+def wider_of(width: int) -> int:
+    """The width of the kernels that know 64 and 128 alone."""
+    return max(64, -(-width // 64) * 64)
+
+
 def slice_of(width: int, item: int) -> int:
     """Features that a sweep works on at once: `Slice` of kernels/gradient_tiles.cuh."""
     return (64 if width <= 64 else 32) * 4 // item
@@ -112,8 +153,8 @@ class Backward:
         self.item = 8 if self.wide == "float64" else 4
         self.n, self.s, self.d, self.e = q.shape[-2], k.shape[-2], q.shape[-1], v.shape[-1]
         self.m = feature_map.num_features
-        self.width = width_of(self.d, self.e)
-        self.wider = max(64, -(-self.width // 64) * 64)
+        self.width = served_width(q, self.d, self.e)
+        self.wider = wider_of(self.width)
         self.slice = slice_of(self.width, self.item)
         self.slices = -(-self.m // self.slice)
         self.window, self.causal = window, causal
@@ -151,7 +192,7 @@ class Backward:
 
     def factors(self) -> None:
         """What log features hold of each point alone."""
-        shared = self.item * (self.wider + 2 * ROWS) * (self.wider + 4)
+        shared = shared_of_factors(self.wider, self.item)
         for keys, points in ((0, self.n), (1, self.s)):
             self.problem.set(keys_read=keys)
             self.run("gradient_factors", self.heads * -(-points // ROWS), shared, over=(self.dtype, self.wider))
@@ -172,7 +213,7 @@ class Backward:
             states=self._place(self.slices * state_segments, state),
             map_sums=0 if sums is None else sums.of_features(keys_read, segments),
         )  # fmt: skip
-        shared = self._shared()
+        shared = shared_of_sweep(self.width, self.item)
         for turn, backwards in enumerate((0, 1) if both else (keys_read,)):
             p.set(backwards=backwards, added=turn)
             over = (self.dtype, self.width)
@@ -191,12 +232,6 @@ class Backward:
             self.near(0)
         self.problem.set(measuring=0)
 
-    def _shared(self) -> int:
-        """Bytes of shared memory of a sweep."""
-        points, features, pairs = self.width + 4, self.slice + 4, ROWS + 4
-        items = 3 * ROWS * points + 2 * self.width * features + 3 * ROWS * features + 2 * ROWS * pairs
-        return self.item * (items + self.slice * points + 5 * self.slice + 4 * ROWS + 2)
-
     def near(self, keys_read: int) -> None:
         """Add what goes through the exactly scored keys."""
         w = self.window
@@ -210,7 +245,7 @@ class Backward:
         x, points = (self.k, self.s) if keys_read else (self.q, self.n)
         target, targets = self.target(x, self.dtype)
         self.problem.set(keys_read=keys_read)
-        shared = self.item * (self.wider + 2 * ROWS) * (self.wider + 4)
+        shared = shared_of_factors(self.wider, self.item)
         self.run("gradient_points", targets * -(-points // ROWS), shared, over=(self.dtype, self.wider))
         return target
 

@@ -1,6 +1,7 @@
 """Compiles kernels when they are first needed and launches them, on the caller's device and stream."""
 
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 from typing import Any
 
 from favorsharp_cuda import arrays
@@ -10,6 +11,9 @@ OPTIONS = ("-std=c++17",)
 
 OLDEST = 80
 """Compute capability below which there is no cp.async and no bfloat16."""
+
+ALWAYS_SHARED = 48 * 1024
+"""Bytes of shared memory that a block gets without asking."""
 
 module_class: Any = None
 """What makes a module of (code=, options=, name_expressions=): None for `cupy.RawModule`. Tests put another here."""
@@ -44,9 +48,27 @@ def run(expression: str, like: Any, grid: int, threads: int, problem: Any, share
         kernel = _kernels.get((device, expression))
         if kernel is None:
             kernel = _kernels[device, expression] = _compile(expression, device)
-        if shared > 48 * 1024:
+        if shared > ALWAYS_SHARED:
+            if shared > (room := shared_room(device)):
+                raise ValueError(
+                    f"{expression} needs {shared} bytes of shared memory for a block, and device {device} has {room}; "
+                    "accepted there: smaller d and e, fewer features, or float32 for float64"
+                )
             kernel.max_dynamic_shared_size_bytes = shared
         kernel((grid,), (threads,), (problem,), shared_mem=shared)
+
+
+def shared_room(device: int) -> int:
+    """Bytes of shared memory that a block may have on a device."""
+    limit = getattr(module_class, "shared_limit", None)
+    return _shared_room(device) if limit is None else int(limit)
+
+
+@cache
+def _shared_room(device: int) -> int:
+    import cupy
+
+    return int(cupy.cuda.Device(device).attributes["MaxSharedMemoryPerBlockOptin"])
 
 
 def forget() -> None:

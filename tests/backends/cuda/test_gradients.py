@@ -226,3 +226,28 @@ def test_what_is_too_wide_is_refused_before_any_work():
     q = torch.zeros(4, 129)
     with pytest.raises(ValueError, match="d and e of at most 128, got d=129 and e=3"):
         vjp.attention_vjp(q, q, q[:, :3], None)
+
+
+def test_an_old_card_refuses_wide_float64_before_any_work(monkeypatch):
+    """It has 163 KB of shared memory for a block."""
+    monkeypatch.setattr(HostModule, "shared_limit", 163 * 1024)
+    for d, e in ((70, 5), (5, 128)):
+        given = (*(torch.zeros(4, size, dtype=torch.float64) for size in (d, d, e)), None)
+        with pytest.raises(
+            ValueError, match=f"d={d} and e={e} need .* device 0 has 166912; accepted there: .* 64, or f"
+        ):
+            vjp.attention_vjp(*given)
+    for dtype in ("float32", "bfloat16"):
+        assert gradients.served_width(to(np.zeros((1, 1)), dtype), 128, 128) == 128
+    Problem("float64", n=20, d=64, e=64, masked="holes").compare(is_causal=True, window=16)
+    monkeypatch.setattr(HostModule, "shared_limit", 227 * 1024)
+    assert gradients.served_width(torch.zeros(1, dtype=torch.float64), 128, 128) == 128
+
+
+def test_a_launch_that_does_not_fit_says_what_it_needs(monkeypatch):
+    monkeypatch.setattr(HostModule, "shared_limit", 64 * 1024)
+    problem = Problem("float64", n=3, m=4000)
+    with pytest.raises(
+        ValueError, match="plain_attention<double> needs .* device 0 has 65536; accepted there: smaller"
+    ):
+        vjp.attention_with_stats(*problem.points, problem.feature_map)
