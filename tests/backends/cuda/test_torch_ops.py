@@ -125,6 +125,22 @@ def test_a_compiled_call_is_one_graph_and_trains(problem, is_causal, window):
     torch.testing.assert_close(torch.autograd.grad(compiled, given, weight), torch.autograd.grad(eager, given, weight))
 
 
+def test_a_compiled_call_on_packed_sequences_is_one_graph(problem):
+    """It goes sequence by sequence; an eager call groups them."""
+    q, k, v, mask, fm = problem
+    given = leaves(q, k, v)
+
+    def call(q, k, v):
+        return fs.linear_attention(q, k, v, fm, is_causal=True, key_mask=mask, cu_seqlens=[0, 1, 1, 7, 12])
+
+    with fs.use("cuda"):
+        compiled = torch.compile(call, fullgraph=True, backend="aot_eager")(*given)
+        eager = call(*given)
+    torch.testing.assert_close(compiled, eager)
+    weight = torch.randn_like(eager)
+    torch.testing.assert_close(torch.autograd.grad(compiled, given, weight), torch.autograd.grad(eager, given, weight))
+
+
 def test_a_compiled_call_without_gradients(problem):
     q, k, v, _, fm = problem
     with fs.use("cuda"):
