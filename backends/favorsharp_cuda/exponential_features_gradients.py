@@ -39,9 +39,9 @@ def exponential_features_backward(gradient: Any, u: Any, rows: Any, row: Any, co
     run(expression("sum_segments", wide), u, -(-numbers // THREADS), THREADS, p.values)
     head = features * (width + 1)
     first = p.hold(of_map)
-    return (
-        sum_members(p, u, p.hold(du), (d, 1, n * d)),
-        sum_members(p, rows, first, (width + 1, 1, head)),
-        sum_members(p, row, p.hold(drow), (1, 1, n)),
-        sum_members(p, column, first + width * item, (0, width + 1, head)),
-    )
+    targets = [arrays.empty(x, tuple(x.shape), arrays.name_of(x)) for x in (u, rows, row, column)]
+    sources = (p.hold(du), first, p.hold(drow), first + width * item)
+    steps = ((d, 1, n * d), (width + 1, 1, head), (1, 1, n), (0, width + 1, head))
+    for target, source, step in zip(targets, sources, steps, strict=True):
+        sum_members(p, target, source, step)
+    return tuple(targets)

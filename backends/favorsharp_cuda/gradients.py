@@ -59,15 +59,39 @@ def attention_backward(
         gradient, q, k, v, feature_map, out, stats, key_mask=key_mask, window=window, causal=causal
     )  # fmt: skip
     sums = MapSums(backward) if of_map else None
-    backward.factors()
-    if backward.dtype != backward.wide:
-        backward.measure()
-    for keys_read in (0, 1):
-        backward.sweep(keys_read, sums)
-    if window:
+    for columns in backward.columns:
+        backward.take(columns)
+        backward.factors()
+        if backward.dtype != backward.wide:
+            backward.measure()
         for keys_read in (0, 1):
-            backward.near(keys_read)
+            backward.sweep(keys_read, sums)
+        if window:
+            for keys_read in (0, 1):
+                backward.near(keys_read)
     return backward.of_points(0), backward.of_points(1), backward.of_values(), sums
+
+
+def check_size(like: Any, d: int) -> int:
+    """Refuse points that are too wide, before any work; the widest that sweeps have room for on the device.
+
+    Callers ask before the forward pass.
+    """
+    dtype, device = arrays.name_of(like), arrays.device_number(like)
+    item, room = 8 if dtype == "float64" else 4, shared_room(device)
+    fitting = [width for width in WIDTHS if shared_of(width, item) <= room]
+    if fitting and d <= fitting[-1]:
+        return fitting[-1]
+    if d > WIDTHS[-1]:
+        raise ValueError(
+            f"gradients on a GPU need d of at most {WIDTHS[-1]}, got d={d}; use('reference') takes any, and keeps "
+            "features"
+        )
+    accepted = f"d of at most {fitting[-1]}, or float32" if fitting else "float32"
+    raise ValueError(
+        f"gradients in {dtype} of d={d} need {shared_of(width_of(d, 0), item)} bytes of shared memory for a block, and "
+        f"device {device} has {room}; accepted there: {accepted}"
+    )
 
 
 def width_of(d: int, e: int) -> int:
@@ -75,25 +99,14 @@ def width_of(d: int, e: int) -> int:
     for width in WIDTHS:
         if max(d, e) <= width:
             return width
-    raise ValueError(f"gradients on a GPU need d and e of at most {WIDTHS[-1]}, got d={d} and e={e}")
+    raise ValueError(f"gradients on a GPU need d of at most {WIDTHS[-1]}, got d={d}")
 
 
-def served_width(like: Any, d: int, e: int) -> int:
-    """The width of sweeps over points of size d and values of size e; an error where the device has no room for it.
-
-    Callers ask before any work.
-    """
-    width, dtype, device = width_of(d, e), arrays.name_of(like), arrays.device_number(like)
-    item = 8 if dtype == "float64" else 4
-    needed, room = shared_of(width, item), shared_room(device)
-    if needed > room:
-        fitting = [size for size in WIDTHS if shared_of(size, item) <= room]
-        accepted = f"d and e of at most {fitting[-1]}, or float32" if fitting else "float32"
-        raise ValueError(
-            f"gradients in {dtype} of d={d} and e={e} need {needed} bytes of shared memory for a block, and device "
-            f"{device} has {room}; accepted there: {accepted}"
-        )
-    return width
+def columns_of(e: int, widest: int) -> list[slice]:
+    """Values in parts that a sweep takes: gradients of points are linear in dout.v and dout.out, and so add up."""
+    parts = max(1, -(-e // widest))
+    size = -(-e // parts)
+    return [slice(i * size, min(e, (i + 1) * size)) for i in range(parts)]
 
 
 def shared_of(width: int, item: int) -> int:
@@ -153,34 +166,48 @@ class Backward:
         self.item = 8 if self.wide == "float64" else 4
         self.n, self.s, self.d, self.e = q.shape[-2], k.shape[-2], q.shape[-1], v.shape[-1]
         self.m = feature_map.num_features
-        self.width = served_width(q, self.d, self.e)
+        self.columns = columns_of(self.e, check_size(q, self.d))
+        self.width = width_of(self.d, self.columns[0].stop)
         self.wider = wider_of(self.width)
         self.slice = slice_of(self.width, self.item)
         self.slices = -(-self.m // self.slice)
         self.window, self.causal = window, causal
         self.spans = [0, 0]
+        self.gradient, self.out, self.measuring = gradient, out, False
+        self.of_columns: list[tuple[slice, int]] = []
         keys = key_batch_of(feature_map, k, v, key_mask)
         self.batch = broadcast_shapes(tuple(q.shape[:-2]), keys)
         packed = plain_map(feature_map, q, self.wide)
         p = self.problem = Problem(self.batch, GRADIENTS)
         self.heads = p.heads
         p.number("map_axis", tuple(feature_map.batch_shape))
-        for name, x in (("q", q), ("k", k), ("v", v), ("out", out), ("stats", stats), ("gradient", gradient)):
+        for name, x in (("q", q), ("k", k), ("stats", stats)):
             p.array(name, x)
         if key_mask is not None:
             p.array("mask", key_mask, trailing=1)
         p.set(
             query=p.hold(packed.query), key=p.hold(packed.key), constants=packed.size, has_dense=packed.has_dense,
-            gaussian=feature_map.parameters.kernel == "gaussian", m=self.m, d=self.d, e=self.e, slices=self.slices,
+            gaussian=feature_map.parameters.kernel == "gaussian", m=self.m, d=self.d, slices=self.slices,
             slice=self.slice, width=self.width,
             num_queries=self.n, num_keys=self.s, window=window, causal=causal, heads=self.heads,
         )  # fmt: skip
         for name, shape in (
             *((name, (self.n,)) for name in ("query_factor", "query_near", "query_last", "query_slopes")),
             *((name, (self.s,)) for name in ("key_factor", "key_near", "key_slopes")),
-            *(("dq", (self.n, self.d)), ("dk", (self.s, self.d)), ("dv", (self.s, self.e))),
+            *(("dq", (self.n, self.d)), ("dk", (self.s, self.d))),
         ):
             p.set(**{name: self._place(*shape)})
+
+    def take(self, columns: slice) -> None:
+        """Work on these columns of the values from here on."""
+        for name, x in (("v", self.v), ("out", self.out), ("gradient", self.gradient)):
+            self.problem.array(name, x[..., columns])
+        size = columns.stop - columns.start
+        dv = arrays.empty(self.q, (self.heads, self.s, size), self.wide)
+        if self.of_columns:  # from the second part on, sweeps add to what is there
+            dv[...] = 0
+        self.of_columns.append((columns, self.problem.hold(dv)))
+        self.problem.set(e=size, dv=self.of_columns[-1][1])
 
     def _place(self, *shape: int) -> int:
         """The address of a new array with an entry for each head."""
@@ -199,7 +226,7 @@ class Backward:
 
     def sweep(self, keys_read: int, sums: "MapSums | None") -> None:
         """One side reads the other: the gradients of z = sqrt(scale) x - center, of factors, and of values."""
-        p, window = self.problem, self.window
+        p, window, again = self.problem, self.window, len(self.of_columns) > 1 and not self.measuring
         both = window > 0 and not self.causal
         readers, taken = (self.s, self.n) if keys_read else (self.n, self.s)
         block = window or ROWS
@@ -215,7 +242,7 @@ class Backward:
         )  # fmt: skip
         shared = shared_of_sweep(self.width, self.item)
         for turn, backwards in enumerate((0, 1) if both else (keys_read,)):
-            p.set(backwards=backwards, added=turn)
+            p.set(backwards=backwards, added=turn > 0 or again)
             over = (self.dtype, self.width)
             p.set(only_states=1)
             self.run("gradient_sweep", self.heads * self.slices * state_segments, shared, over=over)
@@ -226,10 +253,12 @@ class Backward:
 
     def measure(self) -> None:
         """dout.out of every query from what it reads: the result that came out was rounded to 16 bits."""
+        self.measuring = True
         self.problem.set(measuring=1)
         self.sweep(0, None)
         if self.window:
             self.near(0)
+        self.measuring = False
         self.problem.set(measuring=0)
 
     def near(self, keys_read: int) -> None:
@@ -243,7 +272,8 @@ class Backward:
     def of_points(self, keys_read: int) -> Any:
         """The gradient of q, or of k."""
         x, points = (self.k, self.s) if keys_read else (self.q, self.n)
-        target, targets = self.target(x, self.dtype)
+        target = arrays.empty(x, tuple(x.shape), self.dtype)
+        targets = set_target(self.problem, target)
         self.problem.set(keys_read=keys_read)
         shared = shared_of_factors(self.wider, self.item)
         self.run("gradient_points", targets * -(-points // ROWS), shared, over=(self.dtype, self.wider))
@@ -251,42 +281,42 @@ class Backward:
 
     def of_values(self) -> Any:
         """The gradient of v."""
-        dv = int(self.problem.values["dv"][0])
-        return sum_members(self.problem, self.v, dv, (self.e, 1, self.s * self.e))
+        target = arrays.empty(self.v, tuple(self.v.shape), self.dtype)
+        for columns, dv in self.of_columns:
+            size = columns.stop - columns.start
+            sum_members(self.problem, target[..., columns], dv, (size, 1, self.s * size))
+        return target
 
-    def target(self, x: Any, dtype: str) -> tuple[Any, int]:
-        """An array for the gradient of another, and the number of its heads."""
-        return target_of(self.problem, x, dtype)
 
+def set_target(problem: Problem, target: Any) -> int:
+    """Have kernels write here the gradient of an array of this shape; the number of its heads.
 
-def target_of(problem: Problem, x: Any, dtype: str) -> tuple[Any, int]:
-    """An array for the gradient of another; one of its heads takes the sum of those that it was broadcast to."""
-    target = arrays.empty(x, tuple(x.shape), dtype)
+    One of its heads takes the sum of those that the array was broadcast to.
+    """
     problem.array("target", target)
-    shape = (1,) * (len(problem.batch) - x.ndim + 2) + tuple(x.shape[:-2])
-    targets = math.prod(shape)
+    shape = (1,) * (len(problem.batch) - target.ndim + 2) + tuple(target.shape[:-2])
+    targets: int = math.prod(shape)
     problem.axes("member", [size if own == 1 else 1 for size, own in zip(problem.batch, shape, strict=True)])
     problem.set(targets=targets)
-    return target, targets
+    return targets
 
 
-def sum_members(problem: Problem, x: Any, source: int, steps: tuple[int, int, int]) -> Any:
-    """The gradient of x, summed over the heads it was broadcast to, in its dtype.
+def sum_members(problem: Problem, target: Any, source: int, steps: tuple[int, int, int]) -> None:
+    """Write a gradient, summed over the heads that its array was broadcast to.
 
     Parameters
     ----------
     source : int
         Address of the numbers, which lie `steps` apart along rows, columns and heads.
     """
-    target, targets = target_of(problem, x, arrays.name_of(x))
-    rows, columns = x.shape[-2:]
+    targets = set_target(problem, target)
+    rows, columns = target.shape[-2:]
     problem.set(
         **{"from": source}, num_rows=rows, num_columns=columns, row_step=steps[0], column_step=steps[1],
         head_step=steps[2],
     )  # fmt: skip
     blocks = -(-targets * rows * columns // THREADS)
-    run(expression("sum_members", arrays.name_of(x)), x, blocks, THREADS, problem.values)
-    return target
+    run(expression("sum_members", arrays.name_of(target)), target, blocks, THREADS, problem.values)
 
 
 class MapSums:
@@ -300,8 +330,9 @@ class MapSums:
     def of_features(self, keys: int, segments: int) -> int:
         """The address of what a sweep leaves of each segment."""
         b = self.b
-        self.segments[keys] = segments
-        self.partial[keys] = arrays.empty(b.q, (b.heads, b.slices, segments, b.slice, b.width + 1), b.wide)
+        if self.partial[keys] is None:  # later columns of the values add to it
+            self.segments[keys] = segments
+            self.partial[keys] = arrays.empty(b.q, (b.heads, b.slices, segments, b.slice, b.width + 1), b.wide)
         return b.problem.hold(self.partial[keys])
 
     def finished(self) -> dict[str, Any]:
@@ -350,7 +381,8 @@ class MapSums:
         problem.set(**{"from": problem.hold(whole[0]), "to": problem.hold(whole[1])}, inner=b.slices * b.slice)
         found = []
         for of_weights, like in enumerate((feature_map.rows, feature_map.log_weight)):
-            target, targets = b.target(like, b.wide)
+            target = arrays.empty(like, tuple(like.shape), b.wide)
+            targets = set_target(problem, target)
             problem.set(keys_read=of_weights)
             numbers = targets * like.shape[-1] * like.shape[-2]
             b.run("gradient_map", -(-numbers // THREADS), over=(b.wide,))

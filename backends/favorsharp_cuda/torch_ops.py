@@ -21,7 +21,7 @@ from favorsharp_cuda import attention as plain_attention
 from favorsharp_cuda import causal_attention as plain_causal
 from favorsharp_cuda import exponential_features as plain_features
 from favorsharp_cuda.exponential_features_gradients import exponential_features_backward
-from favorsharp_cuda.gradients import attention_backward, served_width, width_of
+from favorsharp_cuda.gradients import attention_backward, check_size, width_of
 from favorsharp_cuda.operators import (
     arrays_of,
     attention_backward_op,
@@ -126,7 +126,7 @@ class _Attention(torch.autograd.Function):
     def forward(
         ctx: Any, feature_map: Any, key_mask: Any, window: int, causal: bool, q: Any, k: Any, v: Any, *arrays: Any
     ) -> Any:
-        served_width(q, q.shape[-1], v.shape[-1])
+        check_size(q, q.shape[-1])
         given = (q, k, v, feature_map)
         if causal:
             out, stats, state = plain_causal.causal_attention_with_stats(*given, key_mask=key_mask, window=window)

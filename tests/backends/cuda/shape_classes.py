@@ -284,12 +284,12 @@ def function(op: str) -> Callable[..., Any]:
 
 
 def has_gradients(shape: Shape) -> bool:
-    """Whether the backward kernels serve points and values of these sizes."""
-    return max(shape.d, shape.e) <= 128
+    """Whether the backward kernels serve points of this size."""
+    return shape.d <= 128
 
 
 def names(shape: Shape | None = None) -> list[str]:
-    """Every call that the backend has, and serves at that shape: it has gradients of up to 128 columns."""
+    """Every call that the backend has, and serves at that shape."""
     import favorsharp_cuda
 
     ops = {kernel.op for kernel in favorsharp_cuda.BACKEND.kernels}

@@ -115,7 +115,7 @@ def test_gradients_at_shape_classes(shape, library):
     if library == "cupy" and shape.dtype == "bfloat16":
         pytest.skip("CuPy has no bfloat16")
     if not has_gradients(shape):
-        pytest.skip("there are no gradients of more than 128 columns")
+        pytest.skip("there are no gradients of points of more than 128 entries")
     for lengths in LENGTHS:
         for name in calls_for(library) if lengths.n else ():
             compare_gradients(name, shape, lengths, library, "cuda")

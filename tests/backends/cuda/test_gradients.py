@@ -13,7 +13,7 @@ from favorsharp.ops.vjp import attention_vjp, exponential_features_vjp
 from favorsharp.parameters import astype
 
 torch = pytest.importorskip("torch")
-from favorsharp_cuda import gradients, launch, vjp  # noqa: E402
+from favorsharp_cuda import arrays, gradients, launch, vjp  # noqa: E402
 
 pytestmark = pytest.mark.own_backend
 PARAMETERS = ("a", "g1", "g2", "center_x", "center_y")
@@ -26,9 +26,16 @@ WIDE = {"float64": "float64", "float32": "float32", "float16": "float32", "bfloa
 def on_the_host(monkeypatch):
     monkeypatch.setattr(launch, "module_class", HostModule)
     monkeypatch.setattr(gradients, "SHORTEST_SEGMENT", 40)  # several segments at test lengths
+    empty = arrays.empty
+    monkeypatch.setattr(arrays, "empty", lambda like, shape, dtype: filled(empty(like, shape, dtype)))
     launch.forget()
     yield
     launch.forget()
+
+
+def filled(x):
+    """NaN wherever kernels are to write."""
+    return x.fill_(float("nan")) if x.dtype.is_floating_point else x
 
 
 def to(x, dtype):
@@ -222,26 +229,34 @@ def test_gradients_of_features(n, m, dtype):
             compare([out, *pullback(weights)], [want_out, *want(wide(weights))], ERROR[dtype])
 
 
-def test_what_is_too_wide_is_refused_before_any_work():
+@pytest.mark.parametrize("mode", MODES[:4], ids=str)
+def test_values_of_any_size(mode):
+    """Beyond 128 they are taken in parts, whose gradients of points add up."""
+    Problem("float64", n=40, e=261, masked="holes").compare(**mode)
+
+
+def test_wide_values_in_narrow_types_and_shared_heads():
+    Problem("bfloat16", n=40, d=32, e=140, masked="padding").compare(window=16, is_causal=True)
+    Problem("float32", batch=(2, 3), grouped=True, n=40, e=130).compare()
+
+
+def test_points_that_are_too_wide_are_refused_before_any_work():
     q = torch.zeros(4, 129)
-    with pytest.raises(ValueError, match="d and e of at most 128, got d=129 and e=3"):
+    with pytest.raises(ValueError, match="d of at most 128, got d=129"):
         vjp.attention_vjp(q, q, q[:, :3], None)
 
 
-def test_an_old_card_refuses_wide_float64_before_any_work(monkeypatch):
-    """It has 163 KB of shared memory for a block."""
+def test_an_old_card_refuses_wide_float64_points_before_any_work(monkeypatch):
+    """It has 163 KB of shared memory for a block; values are taken in narrower parts."""
     monkeypatch.setattr(HostModule, "shared_limit", 163 * 1024)
-    for d, e in ((70, 5), (5, 128)):
-        given = (*(torch.zeros(4, size, dtype=torch.float64) for size in (d, d, e)), None)
-        with pytest.raises(
-            ValueError, match=f"d={d} and e={e} need .* device 0 has 166912; accepted there: .* 64, or f"
-        ):
-            vjp.attention_vjp(*given)
+    given = (*(torch.zeros(4, size, dtype=torch.float64) for size in (70, 70, 5)), None)
+    with pytest.raises(ValueError, match="float64 of d=70 need .* device 0 has 166912; accepted there: .* 64, or f"):
+        vjp.attention_vjp(*given)
     for dtype in ("float32", "bfloat16"):
-        assert gradients.served_width(to(np.zeros((1, 1)), dtype), 128, 128) == 128
-    Problem("float64", n=20, d=64, e=64, masked="holes").compare(is_causal=True, window=16)
+        assert gradients.check_size(to(np.zeros((1, 1)), dtype), 128) == 128
+    Problem("float64", n=20, d=64, e=100, masked="holes").compare(is_causal=True, window=16)
     monkeypatch.setattr(HostModule, "shared_limit", 227 * 1024)
-    assert gradients.served_width(torch.zeros(1, dtype=torch.float64), 128, 128) == 128
+    assert gradients.check_size(torch.zeros(1, dtype=torch.float64), 128) == 128
 
 
 def test_a_launch_that_does_not_fit_says_what_it_needs(monkeypatch):
