@@ -5,7 +5,7 @@ from importlib.resources import files
 
 FILES = (
     *("primitives.cuh", "arguments.cuh", "tiles.cuh", "plain.cu", "exponential_features.cu"),
-    *("state.cu", "attention.cu", "causal_attention.cu"),
+    *("state.cu", "attention.cu", "walk.cuh", "causal_attention.cu"),
 )
 """In the order in which they are joined."""
 

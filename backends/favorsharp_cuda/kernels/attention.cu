@@ -3,11 +3,11 @@ namespace favorsharp {
 
 // The rows and sums of 64 features into a stage of shared memory.
 template <int P, int E>
-DEVICE void copy_stage(const Problem &p, u16 *stage, const SideView &side, const float *totals, i64 tile) {
+DEVICE void copy_stage(const Problem &p, u16 *stage, const SideView &side, const float *totals, int tile) {
   const int D = side.D;
   copy_side(stage, side, tile * TILE, p.plane_rows);
   u16 *sums = stage + 2 * TILE * (D + 8);
-  const u16 *planes = (const u16 *)(totals + 2 * p.m_pad) + tile * TILE * E;
+  const u16 *planes = (const u16 *)(totals + 2 * p.m_pad) + (i64)tile * TILE * E;
 #pragma unroll
   for (int i = 0; i < P; i++) copy_rows(sums + i * TILE * (E + 8), planes + i * p.m_pad * E, E);
   commit_copies();
@@ -19,7 +19,8 @@ template <class T, int E> KERNEL(THREADS) read(ARGUMENT Problem p) {
   const int D = (int)p.padded_d, stage_size = 2 * TILE * (D + 8) + P * TILE * (E + 8);
   u16 *points = (u16 *)raw, *stages = points + 2 * TILE * (D + 8);
   float *unscale = (float *)(stages + p.stages * stage_size);
-  const i64 head = blockIdx.x / p.segments, first = blockIdx.x % p.segments * TILE, tiles = p.m_pad / TILE;
+  const int head = blockIdx.x / (u32)p.segments, tiles = (int)p.m_pad / TILE;
+  const i64 first = blockIdx.x % (u32)p.segments * TILE;
   const int count = (int)min(p.num_queries - first, (i64)TILE);
   int index[AXES];
   split_head(p, head, index);
@@ -31,7 +32,7 @@ template <class T, int E> KERNEL(THREADS) read(ARGUMENT Problem p) {
   const float back[2] = {unscale[row_of(0)] * side.unscale(), unscale[row_of(1)] * side.unscale()};
   Reading<E> reading;
   reading.start();
-  for (i64 tile = 0; tile < tiles; tile++) {
+  for (int tile = 0; tile < tiles; tile++) {
     u16 *stage = stages + (p.stages == 2 ? tile % 2 * stage_size : 0);
     if (p.stages == 2 && tile + 1 < tiles) {
       copy_stage<P, E>(p, stages + (tile + 1) % 2 * stage_size, side, totals, tile + 1);
@@ -46,7 +47,7 @@ template <class T, int E> KERNEL(THREADS) read(ARGUMENT Problem p) {
     for (int n = 0; n < LANE_COLUMNS; n++)
 #pragma unroll
       for (int i = 0; i < 2; i++) {
-        const i64 j = tile * TILE + column_of(n, i);
+        const int j = tile * TILE + column_of(n, i);
         const float bias = side.column()[j] + c[j];
         log[n][i] = log[n][i] * back[0] + bias;
         log[n][i + 2] = log[n][i + 2] * back[1] + bias;
@@ -66,6 +67,7 @@ template <class T, int E> KERNEL(THREADS) read(ARGUMENT Problem p) {
     __syncthreads();
     if (p.stages == 1 && tile + 1 < tiles) copy_stage<P, E>(p, stages, side, totals, tile + 1);
   }
+  split_head(p, again(head), index);  // not kept: registers are scarce in the loop
   const View<T> out = view<T>(p.out, index);
   const float *factors = view<const float>(p.query_factors, index).start;
   const View<float> stats = view<float>(p.stats, index);

@@ -17,11 +17,12 @@ template <class T, int W> struct Factors {
       dense[r * P + c] = r < g.d && c < g.d ? side.dense()[r * g.d + c] : 0;
     }
   }
-  DEVICE void multiply() {  // square = point dense
+  // square = point dense, each row times scale(row)
+  template <class Scale> DEVICE void multiply(Scale scale) {
     Tile<A, C, W> tile;
     tile.clear();
     tile.template add_product<Planes<T>::EXPONENT>(point, P, 1, dense, P, 1, W);
-    tile.store(square, P);
+    tile.each([&](int r, int c, A &value) { square[r * P + c] = scale(r) * value; });
   }
 };
 
@@ -45,7 +46,7 @@ template <class T, int W> KERNEL(GRADIENT_BOUNDS) gradient_factors(ARGUMENT Grad
   if (g.has_dense) f.load_dense(side);
   __syncthreads();  // the points, and the matrix
   if (g.has_dense) {
-    f.multiply();
+    f.multiply([](int) { return A(1); });
     __syncthreads();  // its products with all points
   }
   A factor = 0, last = 0;
@@ -117,38 +118,25 @@ template <class T, int W> KERNEL(GRADIENT_BOUNDS) gradient_points(ARGUMENT Gradi
     const PlainSide<A> side = {(const A *)(keys ? g.key : g.query) + map, g.d, g.m};
     const A *slopes = (const A *)(keys ? g.key_slopes : g.query_slopes) + line;
     const A *rows = (const A *)(keys ? g.dk : g.dq) + line * g.d;
-    Tile<A, F::C, W> back;
-    back.clear();
     if (with_factor) {
       const View<const T> q = view<const T>(g.q, members.index), k = view<const T>(g.k, members.index);
       const View<const bool> mask = view<const bool>(g.mask, members.index), none = {0, 0, 0};
       load_points<T, W>(f.point, keys ? k : q, g.d, start, count, side.alpha(), side.center(), keys ? mask : none);
       if (g.has_dense) f.load_dense(side);
       __syncthreads();  // the points, and the matrix
-      if (g.has_dense) {
-        f.multiply();
+      if (g.has_dense) {  // -2 alpha slope dense dense^T z, scaled where it lies in between: one tile of sums is enough
+        f.multiply([&](int r) { return r < count ? -2 * side.alpha() * slopes[r] : A(0); });
         __syncthreads();  // its products with all points
-        back.template add_product<Planes<T>::EXPONENT>(f.square, F::P, 1, f.dense, 1, F::P, W);
+        sum.template add_product<Planes<T>::EXPONENT>(f.square, F::P, 1, f.dense, 1, F::P, W);
       }
     }
     sum.each([&](int r, int c, A &value) {
-      if (r < count && c < g.d) value += side.alpha() * rows[r * g.d + c];
+      if (r >= count || c >= g.d) return;
+      A of_z = rows[r * g.d + c];
+      if (with_factor) of_z += slopes[r] * (side.linear()[c] - 2 * side.beta() * f.point[r * F::P + c]);
+      value += side.alpha() * of_z;
     });
-    if (with_factor) {
-      back.each([&](int r, int c, A &value) {
-        if (r < count && c < g.d)
-          value = side.alpha() * slopes[r] *
-                  (side.linear()[c] - 2 * side.beta() * f.point[r * F::P + c] - 2 * value);
-        else value = 0;
-      });
-#pragma unroll
-      for (int r = 0; r < sum.ROWS; r++)
-#pragma unroll
-        for (int c = 0; c < sum.COLUMNS; c++)
-#pragma unroll
-          for (int i = 0; i < 4; i++) sum.x[r][c][i] += back.x[r][c][i];
-      if (t + 1 < members.count) __syncthreads();  // the next head's points take their place
-    }
+    if (with_factor && t + 1 < members.count) __syncthreads();  // the next head's points take their place
   }
   const View<T> to = view<T>(g.target, members.base);
   sum.each([&](int r, int c, A &value) {

@@ -146,6 +146,12 @@ DEVICE void put(half *p, float x) { *p = to_half(x); }
 DEVICE void put(bfloat16 *p, float x) { *p = to_bfloat16(x); }
 DEVICE void put(double *p, double x) { *p = x; }
 
+// The same number, of which the compiler does not know that: what is computed of it is not kept from an earlier place.
+DEVICE int again(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
 DEVICE u32 pack(u16 low, u16 high) { return (u32)low | (u32)high << 16; }
 
 template <class A> DEVICE A infinity();

@@ -9,15 +9,13 @@ template <class T> KERNEL(THREADS) factors(ARGUMENT Problem p) {
   const int D = (int)p.padded_d;
   u16 *points = (u16 *)raw, *rows = points + 2 * TILE * (D + 8);
   float *unscale = (float *)(rows + 2 * TILE * (D + 8));
-  const i64 head = blockIdx.x / p.segments, first = blockIdx.x % p.segments * TILE;
+  const int head = blockIdx.x / (u32)p.segments;
+  const i64 first = blockIdx.x % (u32)p.segments * TILE;
   int index[AXES];
   split_head(p, head, index);
-  const View<const T> x = view<const T>(p.q, index);
-  const View<const bool> mask = view<const bool>(p.mask, index);
-  const View<float> out = view<float>(p.out, index);
   const SideView side = side_of(p, p.query, index);
   const int count = (int)min(p.num_queries - first, (i64)TILE);
-  load_points(x, first, 0, count, (int)p.d, side.root(), side.center(), points, D, unscale);
+  load_points(view<const T>(p.q, index), first, 0, count, (int)p.d, side.root(), side.center(), points, D, unscale);
   __syncthreads();
   float squares[2] = {0, 0};
   if (p.has_dense)
@@ -35,6 +33,10 @@ template <class T> KERNEL(THREADS) factors(ARGUMENT Problem p) {
       }
       __syncthreads();
     }
+  split_head(p, again(head), index);  // not kept: registers are scarce in the loop
+  const View<const T> x = view<const T>(p.q, index);
+  const View<const bool> mask = view<const bool>(p.mask, index);
+  const View<float> out = view<float>(p.out, index);
   for (int h = 0; h < 2; h++) {
     const int r = row_of(h);
     float sum = -squares[h];

@@ -124,6 +124,7 @@ DEVICE bool load_values(const View<const T> &v, i64 first, int low, int high, i6
 // 64 rows of a matrix of `width` halves, by asynchronous copies, to rows of width + 8
 DEVICE void copy_rows(u16 *to, const u16 *from, int width) {
   const int pieces = width / 8;
+#pragma unroll 1  // an address in flight, not four: nobody waits for a copy here, and registers are scarce
   for (int t = threadIdx.x; t < TILE * pieces; t += THREADS)
     copy_async(to + t / pieces * (width + 8) + t % pieces * 8, from + (i64)t * 8, true);
 }

@@ -1,0 +1,388 @@
+// A walk along the positions of a segment. Queries of a tile read the sums of the keys before it; keys enter the sums when
+// no later query has them near. Without a window a tile's own keys enter with it; with one, keys that lie two blocks back
+// (ahead, in reverse). Where a tile has several blocks, or none, each row reads its part of the entering keys pair by pair,
+// through features. Near blocks are scored exactly.
+namespace favorsharp {
+
+enum WalkFlags { WALK_LOAD = 1, WALK_STORE = 2, WALK_NEAR = 4 };
+constexpr float SMALLEST_TOTAL = 8.673617379884035e-19f;  // 2^-60
+
+template <class T, int E> struct Walk {
+  static constexpr int P = PLANES<T>;
+  const Problem &p;
+  u16 *shared;
+  int e_first;
+  float *state, *next;  // in global memory: S (m_pad, E), z, c as they are, and with the entering keys
+
+  // shared memory; few addresses are kept, as registers are scarce
+  static constexpr int VALUE = P * TILE * (E + 8);
+  DEVICE int size() const { return (int)p.padded_d; }                      // of a point
+  DEVICE int points() const { return 2 * TILE * ((int)p.padded_d + 8); }  // halves of a tile of points
+  DEVICE u16 *queries() const { return shared; }
+  DEVICE u16 *keys() const { return shared + points(); }
+  DEVICE u16 *key_rows() const { return shared + 2 * points(); }
+  DEVICE u16 *query_rows() const { return shared + (single() ? 2 : 3) * points(); }
+  DEVICE u16 *values() const { return shared + (single() ? 3 : 4) * points(); }
+  DEVICE u16 *sums() const { return values() + VALUE; }
+  DEVICE u16 *features() const { return values() + 2 * VALUE; }
+  DEVICE float *numbers(int i) const { return (float *)(values() + 2 * VALUE + P * TILE * (TILE + 8)) + i * TILE; }
+  DEVICE float *query_unscale() const { return numbers(0); }
+  DEVICE float *key_unscale() const { return numbers(1); }
+  DEVICE float *key_bias() const { return numbers(2); }
+  DEVICE float *far_bias() const { return numbers(3); }
+  DEVICE float *far_z() const { return numbers(4); }
+  DEVICE float *pair_bias() const { return numbers(5); }
+  DEVICE float *squares() const { return numbers(6); }
+  DEVICE float *odd_keys() const { return numbers(7); }
+  DEVICE int *key_block() const { return (int *)numbers(8); }
+  DEVICE float *votes() const { return numbers(9); }
+  DEVICE i64 *starts() const { return (i64 *)(numbers(9) + 4); }  // of this head's arrays, in the order of `Start`
+
+  enum Start { Q, K, V, KEY_FACTORS, QUERY_FACTORS, OUT, PARTIAL, STATS, KV_OUT, Z_OUT, C_OUT, QUERY, KEY = QUERY + 2 };
+  template <class X> DEVICE View<X> array(Start which, const Array &x) const {
+    return {(X *)starts()[which], x.row, x.column};
+  }
+  DEVICE View<const T> q() const { return array<const T>(Q, p.q); }
+  DEVICE View<const T> k() const { return array<const T>(K, p.k); }
+  DEVICE View<const T> v() const { return array<const T>(V, p.v); }
+  DEVICE SideView side(Start which) const {
+    return {(const float *)starts()[which], (const u16 *)starts()[which + 1], size()};
+  }
+  DEVICE SideView query() const { return side(QUERY); }
+  DEVICE SideView key() const { return side(KEY); }
+  DEVICE const float *factors() const { return (const float *)starts()[KEY_FACTORS]; }
+
+  DEVICE bool single() const { return p.stages == 1; }
+  DEVICE int block_length() const { return p.window ? (int)p.window : 1; }
+
+  // Whether any thread of the block says so; also a barrier.
+  DEVICE bool any(bool mine) {
+    mine = __any_sync(WHOLE_WARP, mine);
+    __syncthreads();
+    if (lane_of() == 0) votes()[warp_of()] = mine;
+    __syncthreads();
+    return votes()[0] + votes()[1] + votes()[2] + votes()[3] > 0;
+  }
+
+  // Load keys first + low .. first + high as the entering tile; whether one of them is not finite.
+  DEVICE bool load_keys(int first, int low, int high) {
+    __syncthreads();
+    load_points(k(), first, low, high, (int)p.d, key().root(), key().center(), keys(), size(), key_unscale());
+    bool odd = load_values<T, E>(v(), first, low, high, e_first, p.e, factors(), values(), nullptr);
+    const int r = threadIdx.x;
+    if (r < TILE) {
+      key_bias()[r] = r >= low && r < high ? factors()[first + r] : -INFINITY_F;
+      odd |= key_bias()[r] != key_bias()[r];
+      key_block()[r] = r / block_length();
+    }
+    return any(odd);
+  }
+
+  // Every tile of features once: the keys in shared memory enter the sums, the queries read them as they were before.
+  DEVICE void sweep(bool enters, bool reads, Reading<E> &far, float (&pairs)[LANE_COLUMNS][4], float (&pair_ref)[2]) {
+    const int tiles = (int)p.m_pad / TILE;
+    float back[2] = {0, 0};
+    if (reads) back[0] = query_unscale()[row_of(0)] * query().unscale(), back[1] = query_unscale()[row_of(1)] * query().unscale();
+#pragma unroll 1
+    for (int tile = 0; tile < tiles; tile++) {
+      if (reads && !single()) copy_rows_of(query(), tile, query_rows());
+      float weights[LANE_COLUMNS][4], top[2];
+      if (enters) {
+        if (single() || tile == 0 || !reads) {
+          copy_rows_of(key(), tile, key_rows());
+          wait_copies<0>();
+        } else {
+          wait_copies<1>();
+        }
+        __syncthreads();
+        weigh_keys(weights, top);
+      } else {  // or the compiler keeps registers for what they held a tile before
+        top[0] = top[1] = -INFINITY_F;
+#pragma unroll
+        for (int n = 0; n < LANE_COLUMNS; n++)
+#pragma unroll
+          for (int i = 0; i < 4; i++) weights[n][i] = 0;
+      }
+      float own[E / 8][4], z[2], c[2], column[2];
+#pragma unroll
+      for (int h = 0; h < 2; h++) {
+        const int r = tile * TILE + row_of(h);
+        z[h] = state[(int)p.m_pad * E + r];
+        c[h] = state[(int)p.m_pad * (E + 1) + r];
+        column[h] = query().column()[r];
+#pragma unroll
+        for (int n = 0; n < E / 8; n++) {
+          const float2 x = *(const float2 *)(state + r * E + column_of(n, 0));
+          own[n][2 * h] = x.x;
+          own[n][2 * h + 1] = x.y;
+        }
+      }
+      if (reads) {
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+          const int r = row_of(h);
+#pragma unroll
+          for (int n = 0; n < E / 8; n++)
+#pragma unroll
+            for (int i = 0; i < 2; i++)
+              put_planes<P>(sums() + r * (E + 8) + column_of(n, i), TILE * (E + 8), own[n][2 * h + i]);
+          if (lane_of() % 4 == 0) {
+            far_bias()[r] = c[h] + column[h];
+            far_z()[r] = z[h];
+            pair_bias()[r] = enters ? top[h] + 2 * column[h] : -INFINITY_F;
+          }
+        }
+      }
+      if (enters) enter(tile, weights, top, own, z, c, column);
+      if (reads) {
+        if (single()) {
+          if (enters) __syncthreads();
+          copy_rows_of(query(), tile, query_rows());
+        }
+        wait_copies<0>();
+        __syncthreads();
+        if (enters && !single() && tile + 1 < tiles) copy_rows_of(key(), tile + 1, key_rows());
+        float dots[LANE_COLUMNS][4];
+        multiply_points(dots, queries(), query_rows(), size());
+        if (enters) read_pairs(dots, back, pairs, pair_ref);
+        read_sums(dots, back, far);
+      }
+      __syncthreads();
+    }
+  }
+
+  DEVICE void copy_rows_of(const SideView &side, int tile, u16 *to) {
+    copy_side(to, side, tile * TILE, p.plane_rows);
+    commit_copies();
+  }
+
+  // log features of keys without their column: rows are features
+  DEVICE void log_keys(float (&log)[LANE_COLUMNS][4]) {
+    multiply_points(log, key_rows(), keys(), size());
+#pragma unroll
+    for (int n = 0; n < LANE_COLUMNS; n++)
+#pragma unroll
+      for (int i = 0; i < 4; i++) {
+        const int j = column_of(n, i % 2);
+        log[n][i] = key_bias()[j] == -INFINITY_F ? key_bias()[j] : log[n][i] * (key().unscale() * key_unscale()[j]) + key_bias()[j];
+      }
+  }
+
+  // Key features relative to their largest in the tile, also to shared memory.
+  DEVICE void weigh_keys(float (&weights)[LANE_COLUMNS][4], float (&top)[2]) {
+    float old[2];
+    log_keys(weights);
+    top[0] = top[1] = -INFINITY_F;
+    weigh(weights, top, old);
+#pragma unroll
+    for (int n = 0; n < LANE_COLUMNS; n++)
+#pragma unroll
+      for (int i = 0; i < 4; i++)
+        put_planes<P>(features() + row_of(i / 2) * (TILE + 8) + column_of(n, i % 2), TILE * (TILE + 8), weights[n][i]);
+  }
+
+  // The state's sums of 64 features with the keys taken in.
+  DEVICE void enter(int tile, float (&weights)[LANE_COLUMNS][4], const float (&top)[2], float (&own)[E / 8][4],
+                    const float (&z)[2], const float (&c)[2], const float (&column)[2]) {
+    float old[2], now[2], all[2], sum[2] = {0, 0};
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+      all[h] = larger(c[h], top[h] + column[h]);
+      old[h] = exp2_of(c[h] - safe(all[h]));
+      now[h] = exp2_of(top[h] + column[h] - safe(all[h]));
+    }
+#pragma unroll
+    for (int n = 0; n < E / 8; n++)
+#pragma unroll
+      for (int i = 0; i < 4; i++) own[n][i] *= old[i / 2];
+#pragma unroll
+    for (int n = 0; n < LANE_COLUMNS; n++)
+#pragma unroll
+      for (int i = 0; i < 4; i++) weights[n][i] *= now[i / 2];
+    round_to_planes<P>(weights);
+#pragma unroll
+    for (int n = 0; n < LANE_COLUMNS; n++)
+#pragma unroll
+      for (int i = 0; i < 4; i++) sum[i / 2] += weights[n][i];
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+      const int r = tile * TILE + row_of(h);
+      sum[h] = quad_sum(sum[h]);
+      if (lane_of() % 4 == 0) {
+        next[(int)p.m_pad * E + r] = z[h] * old[h] + sum[h];
+        next[(int)p.m_pad * (E + 1) + r] = all[h];
+      }
+    }
+    multiply_values<P, E>(own, weights, values());
+#pragma unroll
+    for (int h = 0; h < 2; h++)
+#pragma unroll
+      for (int n = 0; n < E / 8; n++)
+        *(float2 *)(next + (tile * TILE + row_of(h)) * E + column_of(n, 0)) =
+            make_float2(own[n][2 * h], own[n][2 * h + 1]);
+  }
+
+  DEVICE void read_pairs(const float (&dots)[LANE_COLUMNS][4], const float (&back)[2], float (&pairs)[LANE_COLUMNS][4],
+                         float (&pair_ref)[2]) {
+    float log[LANE_COLUMNS][4], old[2];
+#pragma unroll
+    for (int n = 0; n < LANE_COLUMNS; n++)
+#pragma unroll
+      for (int i = 0; i < 4; i++) log[n][i] = dots[n][i] * back[i / 2] + pair_bias()[column_of(n, i % 2)];
+    weigh(log, pair_ref, old);
+#pragma unroll
+    for (int n = 0; n < LANE_COLUMNS; n++)
+#pragma unroll
+      for (int i = 0; i < 4; i++) pairs[n][i] *= old[i / 2];
+    multiply_values<P, TILE>(pairs, log, features());
+  }
+
+  DEVICE void read_sums(float (&log)[LANE_COLUMNS][4], const float (&back)[2], Reading<E> &far) {
+    float old[2];
+#pragma unroll
+    for (int n = 0; n < LANE_COLUMNS; n++)
+#pragma unroll
+      for (int i = 0; i < 4; i++) log[n][i] = log[n][i] * back[i / 2] + far_bias()[column_of(n, i % 2)];
+    weigh(log, far.ref, old);
+    round_to_planes<P>(log);
+    far.scale(old);
+#pragma unroll
+    for (int n = 0; n < LANE_COLUMNS; n++)
+#pragma unroll
+      for (int i = 0; i < 4; i++) far.den[i / 2] += log[n][i] * far_z()[column_of(n, i % 2)];
+    multiply_values<P, E>(far.num, log, sums());
+  }
+
+  // Whether a row of the tile may read an entering key through features.
+  DEVICE bool sees(int row, int j) const {
+    const int own = row / block_length(), block = key_block()[j];
+    return key_bias()[j] != -INFINITY_F && (p.reverse ? block >= own : block <= own);
+  }
+
+  // Take the pairs that each row may see into its reading. False where that would not be accurate: where a row's weights
+  // all but vanish beside a key that it does not see, or something is not finite.
+  DEVICE bool merge_pairs(Reading<E> &far, float (&pairs)[LANE_COLUMNS][4], float (&pair_ref)[2], bool odd, int rows_low,
+                          int rows_high) {
+    bool doubtful = odd;
+    float share[2] = {0, 0}, old[2], now[2];
+    bool seen[2] = {false, false};
+#pragma unroll
+    for (int n = 0; n < LANE_COLUMNS; n++)
+#pragma unroll
+      for (int i = 0; i < 4; i++) {
+        const bool visible = sees(row_of(i / 2), column_of(n, i % 2));
+        seen[i / 2] |= visible;
+        if (!visible) pairs[n][i] = 0;
+        share[i / 2] += pairs[n][i];
+      }
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+      const bool any_seen = quad_max(seen[h] ? 1.0f : 0.0f) > 0;
+      const float ref = any_seen ? pair_ref[h] : -INFINITY_F, top = larger(far.ref[h], ref);
+      old[h] = exp2_of(far.ref[h] - safe(top));
+      now[h] = exp2_of(ref - safe(top));
+      const float total = quad_sum(far.den[h] * old[h] + share[h] * now[h]);
+      doubtful |= any_seen && total < SMALLEST_TOTAL && row_of(h) >= rows_low && row_of(h) < rows_high;
+      far.ref[h] = top;
+    }
+    far.scale(old);
+#pragma unroll
+    for (int n = 0; n < LANE_COLUMNS; n++)
+#pragma unroll
+      for (int i = 0; i < 4; i++) pairs[n][i] *= now[i / 2];
+    round_to_planes<P>(pairs);
+#pragma unroll
+    for (int n = 0; n < LANE_COLUMNS; n++)
+#pragma unroll
+      for (int i = 0; i < 4; i++) far.den[i / 2] += pairs[n][i];
+    multiply_values<P, E>(far.num, pairs, values());
+    return !any(doubtful);
+  }
+
+  // Whether a row of a block sees key j of a tile, `ahead` of the rows' tile.
+  DEVICE bool sees_near(int row, int block, int j, int ahead) const {
+    const int apart = key_block()[j] - block;
+    return key_bias()[j] != -INFINITY_F && apart >= -1 && apart <= 1 && !(p.causal && ahead + j > row);
+  }
+
+  // Score the keys of the rows' own and neighbouring blocks exactly; the tile's first position is `start`.
+  DEVICE void read_near(Reading<E> &reading, int start, int low, int high) {
+    const int w = (int)p.window, first_block = start / w, last_block = (start + high - 1) / w;
+    const int from = max((first_block - 1) * w, 0);
+    const int to = (int)min((i64)(last_block + (p.causal ? 1 : 2)) * w, p.num_keys);
+    __syncthreads();
+    load_points(q(), start - (int)p.first_query, low, high, (int)p.d, query().root(), query().near_center(), queries(), size(),
+                query_unscale(), squares());
+    __syncwarp();
+    float back[2], norm[2];
+    int block[2];  // counted from the first row's
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+      block[h] = (start - first_block * w + row_of(h)) / w;
+      back[h] = query_unscale()[row_of(h)] * query().near_unscale();
+      norm[h] = p.gaussian ? 0.5f * query().near_unscale() * squares()[row_of(h)] : 0.0f;
+    }
+#pragma unroll 1
+    for (int first = from; first < to; first += TILE) {
+      const int count = min(to - first, TILE), r = threadIdx.x;
+      __syncthreads();
+      load_points(k(), first, 0, count, (int)p.d, key().root(), key().near_center(), keys(), size(), key_unscale(), squares());
+      const bool odd = load_values<T, E>(v(), first, 0, count, e_first, p.e, factors(), values(), odd_keys());
+      __syncthreads();
+      if (r < TILE) {
+        key_bias()[r] = p.gaussian ? -0.5f * query().near_unscale() * squares()[r] : 0.0f;
+        if (r >= count || factors()[first + r] == -INFINITY_F) key_bias()[r] = -INFINITY_F;
+        else key_bias()[r] = number_or_nan(key_bias()[r]);
+        key_block()[r] = (first + r) / w - first_block;
+      }
+      const bool some_odd = any(odd);
+      float log[LANE_COLUMNS][4], old[2];
+      multiply_points(log, queries(), keys(), size());
+#pragma unroll
+      for (int n = 0; n < LANE_COLUMNS; n++)
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+          const int j = column_of(n, i % 2);
+          const bool seen = sees_near(row_of(i / 2), block[i / 2], j, first - start);
+          const float dot = log[n][i] * (back[i / 2] * key_unscale()[j]) + key_bias()[j] - norm[i / 2];
+          log[n][i] = seen ? number_or_nan(dot) : -INFINITY_F;
+        }
+      weigh(log, reading.ref, old);
+      round_to_planes<P>(log);
+      reading.scale(old);
+#pragma unroll
+      for (int n = 0; n < LANE_COLUMNS; n++)
+#pragma unroll
+        for (int i = 0; i < 4; i++) reading.den[i / 2] += log[n][i];
+      multiply_values<P, E>(reading.num, log, values());
+      if (some_odd) spoil(reading, block, first, first - start, count);
+    }
+  }
+
+  // A value that is not finite makes NaN of the rows that see it, and of no others; the planes had 0 in its place.
+  DEVICE void spoil(Reading<E> &reading, const int (&block)[2], int first, int ahead, int count) {
+    __syncthreads();
+#pragma unroll 1
+    for (int t = threadIdx.x; t < count * E; t += THREADS) {
+      const int column = e_first + t % E;
+      const float x = column < p.e ? widened(v().at(first + t / E, column)) : 0.0f;
+      values()[t / E * (E + 8) + t % E] = to_bfloat16(x - x).bits;
+    }
+    __syncthreads();
+#pragma unroll 1
+    for (int j = 0; j < count; j++) {
+      if (odd_keys()[j] == 0) continue;
+#pragma unroll
+      for (int h = 0; h < 2; h++) {
+        if (!sees_near(row_of(h), block[h], j, ahead)) continue;
+#pragma unroll
+        for (int n = 0; n < E / 8; n++)
+#pragma unroll
+          for (int i = 0; i < 2; i++)
+            reading.num[n][2 * h + i] += to_float(bfloat16{values()[j * (E + 8) + column_of(n, i)]});
+      }
+    }
+  }
+};
+
+}  // namespace favorsharp
