@@ -19,6 +19,7 @@ from favorsharp_numba.tiles import (
     NEAR_ALPHA,
     NEAR_HALF,
     NEAR_HALF_SCALED,
+    NEAR_SCALE,
     OFFSET,
     ONE,
     Mask,
@@ -199,7 +200,8 @@ class Packed:
         center = -(-HEADER // self.lanes) * self.lanes
         linear, near_center = center + d_pad, center + 2 * d_pad
         near_scaled = near_center + d_pad
-        column = near_scaled + d_pad
+        near_shift = near_scaled + d_pad
+        column = near_shift + d_pad
         rows = column + m_pad
         panels = rows + m * d_pad
         dense = panels + -(-m_pad // self.panel) * d * self.panel
@@ -207,7 +209,7 @@ class Packed:
         dense_back = dense + matrix
         zeros = dense_back + matrix
         total = self.padded(zeros + max(d_pad, e_pad))
-        places = center, linear, near_center, near_scaled, column, rows, panels, dense, dense_back
+        places = center, linear, near_center, near_scaled, near_shift, column, rows, panels, dense, dense_back
         return Sizes(d, d_pad, m, m_pad, e, e_pad, *places, int(has_dense), int(self.gaussian), total)
 
     def padded(self, x: int) -> int:
@@ -221,12 +223,13 @@ class Packed:
     def _packed(self, side: Any, s: Sizes) -> Any:
         out = np.zeros((self.count, s.total), self.dtype)
         out[:, ALPHA], out[:, OFFSET], out[:, BETA] = self.root, side["offset"], side["beta"]
-        out[:, ONE] = 1
+        out[:, ONE], out[:, NEAR_SCALE] = 1, LOG2E
         out[:, NEAR_ALPHA], out[:, NEAR_HALF], out[:, NEAR_HALF_SCALED] = LOG2E * self.root, -LOG2E / 2, -0.5 / LOG2E
         out[:, s.center : s.center + s.d] = side["center"]
         out[:, s.linear : s.linear + s.d] = side["linear"]
         out[:, s.near_center : s.near_center + s.d] = side["near_center"]
         out[:, s.near_scaled : s.near_scaled + s.d] = LOG2E * side["near_center"]
+        out[:, s.near_shift : s.near_shift + s.d] = LOG2E * (side["center"] - side["near_center"])
         out[:, s.column : s.column + s.m_pad] = -np.inf
         out[:, s.column : s.column + s.m] = side["column"]
         rows = np.zeros((self.count, s.m, s.d_pad), self.dtype)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from favorsharp_numba.compiling import jit
+from favorsharp_numba.compiling import inlined, jit
 from favorsharp_numba.primitives import (
     exp_block,
     product,
@@ -17,13 +17,13 @@ from favorsharp_numba.primitives import (
 )
 from favorsharp_numba.rows import add_rows
 from favorsharp_numba.tiles import (
-    NO_MASK,
     ONE,
     TILE,
     ZERO,
     absorb,
     absorb_scratch,
     add_keys,
+    copy,
     fill,
     get,
     integer_at,
@@ -31,11 +31,12 @@ from favorsharp_numba.tiles import (
     is_finite,
     is_hidden,
     lanes,
+    lanes_of,
     load_keys,
-    load_near,
     load_queries,
     log_keys,
     log_queries,
+    near_queries,
     near_scratch,
     panel,
     put,
@@ -43,9 +44,9 @@ from favorsharp_numba.tiles import (
     read_near,
     read_sums,
     rescale,
+    rest_of_tile,
     scale_sums,
     store_points,
-    transpose,
     weigh,
 )
 
@@ -82,17 +83,17 @@ class Problem(NamedTuple):
     stats: int
 
 
-@jit
+@inlined
 def query_side(s, p, head):
     return p.query_side + integer_at(p.map_of + 8 * head) * s.total
 
 
-@jit
+@inlined
 def key_side(s, p, head):
     return p.key_side + integer_at(p.map_of + 8 * head) * s.total
 
 
-@jit
+@inlined
 def keep_stats(one, p, head, start, count, inverse, reference):
     """Put aside what a backward pass needs of a tile of queries."""
     if p.stats:
@@ -165,10 +166,7 @@ def read_queries(one, s, p, q, k, v, mask, recent, out, normalised, per_head, lo
             weigh(one, s, side, weights, count, z + s.m_pad, z, reference, safe, total)
             read_sums(one, s, weights, count, kv, p.transposed, numerator, extra)
             if recent > 0:
-                load_near(one, s, side, q, NO_MASK, head, start, count, True, points, norms)
-                n = (count + lanes(one) - 1) // lanes(one) * lanes(one)
-                transpose(one, points, s.d_pad, count, s.d, columns, TILE, n)
-                fill(one, norms + count, n - count, one - one)
+                near_queries(one, s, side, columns, count, factors, norms)
                 read_near(
                     one, s, key_side(s, p, key_head), columns, norms, 0, count, k, v, mask, key_head, 0, recent, 0, 0,
                     numerator, total, reference, extra,
@@ -182,10 +180,18 @@ def read_queries(one, s, p, q, k, v, mask, recent, out, normalised, per_head, lo
             store_points(one, out, head, start, count, s.e, s.e_pad, total, numerator)
 
 
-@jit
 def read_scratch(one, s):
     """Items of scratch that `read_queries` needs."""
     return TILE * (2 * s.d_pad + s.d + s.m + 6 + s.e_pad) + max(s.e * TILE, near_scratch(s))
+
+
+@inlined
+def has_seen(one, s, top):
+    """Whether any key is in sums of this top."""
+    largest = -np.inf
+    for j in range(s.m):
+        largest = max(largest, get(one, top + j))
+    return largest > -np.inf
 
 
 @jit
@@ -224,26 +230,30 @@ def windowed(one, s, p, q, k, v, mask, out, work, low, high, scratch):
                 absorb(
                     one, s, keys, k, v, mask, head, entering * w, min(length, (entering + 1) * w), kv, z, top, 0, extra
                 )
+            some = has_seen(one, s, top)
             for member in range(integer_at(p.member_starts + 8 * head), integer_at(p.member_starts + 8 * head + 8)):
                 f = integer_at(p.members + 8 * member)
                 stop = min(length, (block + 1) * w)
                 for first in range(max(block * w, p.first_query), stop, TILE):
                     count = min(TILE, stop - first)
                     start = first - p.first_query
-                    load_queries(one, s, queries, q, f, start, count, True, points, dense, factors, columns)
-                    log_queries(one, s, queries, columns, count, factors, weights)
-                    weigh(one, s, queries, weights, count, top, z, reference, safe, total)
-                    read_sums(one, s, weights, count, kv, 0, numerator, extra)
+                    load_queries(one, s, queries, q, f, start, count, some, points, dense, factors, columns)
+                    if some:
+                        log_queries(one, s, queries, columns, count, factors, weights)
+                        weigh(one, s, queries, weights, count, top, z, reference, safe, total)
+                        read_sums(one, s, weights, count, kv, 0, numerator, extra)
+                    else:  # factors are 0, or NaN for a query that is not finite
+                        n = rest_of_tile(count, lanes(one))
+                        fill(one, reference, n, -np.inf * one)
+                        copy(one, factors, n, total)
+                        fill(one, numerator, count * s.e_pad, one - one)
                     line = work + (f * p.num_queries + start) * (s.e_pad + 2)
                     if not p.causal and not after:
                         keep(one, s, count, numerator, total, reference, line)
                         continue
                     if after:
                         merge_kept(one, s, count, numerator, total, reference, line)
-                    load_near(one, s, queries, q, NO_MASK, f, start, count, True, points, norms)
-                    n = (count + lanes(one) - 1) // lanes(one) * lanes(one)
-                    transpose(one, points, s.d_pad, count, s.d, columns, TILE, n)
-                    fill(one, norms + count, n - count, one - one)
+                    near_queries(one, s, queries, columns, count, factors, norms)
                     last = first + count if p.causal else min(length, (block + 2) * w)
                     read_near(
                         one, s, keys, columns, norms, first, count, k, v, mask, head, max(0, (block - 1) * w), last, w,
@@ -254,7 +264,7 @@ def windowed(one, s, p, q, k, v, mask, out, work, low, high, scratch):
                     store_points(one, out, f, start, count, s.e, s.e_pad, total, numerator)
 
 
-@jit
+@inlined
 def keep(one, s, count, numerator, total, reference, line):
     """Put aside what a tile of queries has read."""
     for t in range(count):
@@ -265,7 +275,7 @@ def keep(one, s, count, numerator, total, reference, line):
         put(one, row + s.e_pad + 1, get(one, reference + t))
 
 
-@jit
+@inlined
 def merge_kept(one, s, count, numerator, total, reference, line):
     """Merge what was put aside into what the queries have read since."""
     for t in range(count):
@@ -281,7 +291,6 @@ def merge_kept(one, s, count, numerator, total, reference, line):
         put(one, reference + t, top)
 
 
-@jit
 def windowed_scratch(one, s):
     """Items of scratch that `windowed` needs."""
     return TILE * (2 * s.d_pad + s.d + s.m + 6 + s.e_pad) + max(absorb_scratch(one, s), near_scratch(s))
@@ -321,9 +330,7 @@ def causal(one, s, p, q, k, v, mask, out, low, high, scratch):
         z = kv + p.kv_size
         top = z + s.m_pad
         keys, queries = key_side(s, p, head), query_side(s, p, head)
-        seen = False
-        for j in range(s.m):
-            seen = seen or get(one, top + j) > -np.inf
+        seen = has_seen(one, s, top)
         start, size = 0, TILE
         while start < p.num_keys:
             count = min(size, p.num_keys - start)
@@ -378,7 +385,7 @@ def causal(one, s, p, q, k, v, mask, out, low, high, scratch):
             size = TILE if size == TILE or start % TILE == 0 else size
 
 
-@jit
+@inlined
 def score_pairs(one, s, features, p_step, weights, count, scores):
     """scores[j, i] of key j and query i >= j by their features; 0 before."""
     width, lane = panel(one), lanes(one)
@@ -394,7 +401,7 @@ def score_pairs(one, s, features, p_step, weights, count, scores):
             fill(one, scores + row * TILE, row, one - one)
 
 
-@jit
+@inlined
 def undo_rise(one, s, kv, z, top, scales, ones):
     """Take back what `rescale` did."""
     for j in range(s.m_pad):
@@ -408,8 +415,7 @@ def undo_rise(one, s, kv, z, top, scales, ones):
     scale_sums(one, s, kv, z, 0, scales, ones)
 
 
-@jit
 def causal_scratch(one, s):
     """Items of scratch that `causal` needs."""
-    keys = TILE * (2 * s.d_pad + 2 + s.e_pad + s.m_pad + lanes(one)) + 4 * s.m_pad + max(s.m_pad, s.e_pad)
+    keys = TILE * (2 * s.d_pad + 2 + s.e_pad + s.m_pad + lanes_of(one)) + 4 * s.m_pad + max(s.m_pad, s.e_pad)
     return keys + TILE * (s.d + s.m + TILE + 3 + s.e_pad)

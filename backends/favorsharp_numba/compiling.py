@@ -70,6 +70,14 @@ def jit_sums(function: Callable[..., Any]) -> Any:
     return _compiled(function, fastmath=FAST)
 
 
+def inlined(function: Callable[..., Any]) -> Any:
+    """A part of kernels, compiled with each of them and never by itself.
+
+    A function with code of its own is optimised once for itself and again inside of all that call it, at every level.
+    """
+    return numba.njit(nogil=True, error_model="numpy", inline="always")(function)
+
+
 def _compiled(function: Callable[..., Any], fastmath: Any) -> Any:
     dispatcher = numba.njit(nogil=True, fastmath=fastmath, error_model="numpy")(function)
     try:

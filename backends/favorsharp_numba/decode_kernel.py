@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from favorsharp_numba.compiling import jit, jit_sums
+from favorsharp_numba.compiling import inlined, jit, jit_sums
 from favorsharp_numba.primitives import exp_block, turn_rows
 from favorsharp_numba.tiles import (
     ALPHA,
@@ -40,18 +40,18 @@ def dot(one, x, y, n):
     return total
 
 
-@jit
+@inlined
 def sizes_at(plan):
     return Sizes(
         integer_at(plan), integer_at(plan + 8), integer_at(plan + 16), integer_at(plan + 24), integer_at(plan + 32),
         integer_at(plan + 40), integer_at(plan + 48), integer_at(plan + 56), integer_at(plan + 64),
         integer_at(plan + 72), integer_at(plan + 80), integer_at(plan + 88), integer_at(plan + 96),
         integer_at(plan + 104), integer_at(plan + 112), integer_at(plan + 120), integer_at(plan + 128),
-        integer_at(plan + 136),
+        integer_at(plan + 136), integer_at(plan + 144),
     )  # fmt: skip
 
 
-@jit
+@inlined
 def points_at(plan, number, base):
     line = plan + 8 * (POINTS + 5 * number)
     return Points(
@@ -129,7 +129,7 @@ def turn(one, plan, q, k, v, out, kv, z, c, new_kv, new_z, new_c, low, high, scr
         store_points(one, out_to, head, 0, 1, s.e, s.e_pad, total, numerator)
 
 
-@jit
+@inlined
 def place_of(one, address):
     """The place at an address."""
     return address // item_size(one)

@@ -18,7 +18,7 @@ from favorsharp_numba.arguments import (
     summed_to,
     widened,
 )
-from favorsharp_numba.compiling import TAGS, jit
+from favorsharp_numba.compiling import TAGS, inlined, jit
 from favorsharp_numba.emitter import BYTES, VECTORS
 from favorsharp_numba.primitives import (
     multiply_block,
@@ -137,7 +137,7 @@ def _wide(x: Any, dtype: Any) -> Any:
     return host(x.float() if name_of(x) == "bfloat16" else x).astype(dtype)
 
 
-@jit
+@inlined
 def _load(one, u, row, head, start, count, d, d_pad, constants, z, factors):
     everything = NO_MASK
     zeros = constants + 8

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from favorsharp_numba.attention_kernels import SMALL_RISE
-from favorsharp_numba.compiling import jit, jit_sums
+from favorsharp_numba.compiling import inlined, jit, jit_sums
 from favorsharp_numba.primitives import (
     exp_block,
     max_block,
@@ -37,6 +37,7 @@ from favorsharp_numba.tiles import (
     integer_at,
     is_hidden,
     lanes,
+    lanes_of,
     load_near,
     load_points,
     log_factors,
@@ -87,7 +88,7 @@ def dot(one, x, y, n):
     return total
 
 
-@jit
+@inlined
 def load_gradients(one, s, constants, gradient, out, stats, f, start, count, values, other):
     """Rows G of queries: (dout, -dout.out) / total."""
     e = s.e - 1
@@ -103,7 +104,7 @@ def load_gradients(one, s, constants, gradient, out, stats, f, start, count, val
             put(one, row + j, get(one, row + j) * inverse if inverse != 0 else one - one)
 
 
-@jit
+@inlined
 def load_values(one, s, constants, v, mask, f, start, count, values):
     """Rows V of keys: (v, 1); zeros for hidden ones."""
     e = s.e - 1
@@ -113,7 +114,7 @@ def load_values(one, s, constants, v, mask, f, start, count, values):
         put(one, values + t * s.e_pad + e, one - one if is_hidden(mask, f, start + t) else one)
 
 
-@jit
+@inlined
 def load_side(
     one, s, p, keys, constants, x, second, out, mask, stats, f, start, count, z, dense, factors, values, other
 ):  # fmt: skip
@@ -282,7 +283,7 @@ def sweep(
                 size = TILE if size == TILE or done % TILE == 0 else size
 
 
-@jit
+@inlined
 def product_pairs(one, count, n, k, taken, step, columns, pairs, keys_read):
     """pairs[taken, reader], products over k; 0 where the key comes after the query."""
     for j in range(0, count, GROUP):
@@ -299,7 +300,7 @@ def product_pairs(one, count, n, k, taken, step, columns, pairs, keys_read):
                 fill(one, pairs + i * TILE, i, one - one)
 
 
-@jit
+@inlined
 def add_factor_gradients(one, s, constants, z, dense, slopes, count, gradient, extra):
     """Add slope * (linear - 2 beta z - 2 dense^T dense z), the gradient through the log factor, to rows."""
     width = panel(one)
@@ -319,7 +320,7 @@ def add_factor_gradients(one, s, constants, z, dense, slopes, count, gradient, e
         )  # fmt: skip
 
 
-@jit
+@inlined
 def add_map_gradients(one, s, slopes, z, factor_slopes, count, maps, weighted, with_factors):
     """Add sums of slopes: times z (m, d_pad), alone (m_pad); of factor slopes: alone, times z, times z z^T."""
     width = panel(one)
@@ -341,10 +342,9 @@ def add_map_gradients(one, s, slopes, z, factor_slopes, count, maps, weighted, w
         put(one, alone, get(one, alone) + total_of(one, factor_slopes, count))
 
 
-@jit
 def sweep_scratch(one, s):
     """Items of scratch that `sweep` needs."""
-    p_step = s.m_pad + lanes(one)
+    p_step = s.m_pad + lanes_of(one)
     wide = max(s.m_pad, max(s.e_pad, TILE))
     taken = TILE * (2 * s.d_pad + 2 + 2 * s.e_pad + p_step) + 3 * s.m_pad + 2 * wide + s.m_pad + s.m * s.e_pad
     reader = TILE * (s.d_pad + 2 + s.e_pad + s.e + s.d + 2 * s.m + 2 * TILE + 1 + max(s.d_pad, s.e_pad) + s.d_pad)
@@ -431,7 +431,6 @@ def near_gradients(one, s, p, q, k, v, gradient, out, mask, low, high, scratch):
             add_rows(one, p.dq + (f * length + first) * s.d, s.d, query_rows, s.d_pad, count, root)
 
 
-@jit
 def near_gradients_scratch(s):
     """Items of scratch that `near_gradients` needs."""
     return TILE * (4 * s.d_pad + s.d + s.e + 5 + 4 * s.e_pad + 2 * TILE)

@@ -12,7 +12,7 @@ from favorsharp_numba.attention_kernels import (
     windowed,
     windowed_scratch,
 )
-from favorsharp_numba.compiling import jit
+from favorsharp_numba.compiling import inlined, jit
 from favorsharp_numba.gradient_kernels import (
     Backward,
     near_gradients,
@@ -23,7 +23,7 @@ from favorsharp_numba.gradient_kernels import (
 from favorsharp_numba.tiles import Mask, Points, absorb_scratch, fill, integer_at
 
 
-@jit
+@inlined
 def moved(points, start):
     """The points from a position on."""
     return Points(
@@ -31,7 +31,7 @@ def moved(points, start):
     )  # fmt: skip
 
 
-@jit
+@inlined
 def moved_mask(mask, start):
     """The mask from a position on."""
     return Mask(mask.base + start * mask.step, mask.offsets, mask.step)
@@ -72,7 +72,6 @@ def packed(one, s, p, q, k, v, mask, out, bounds, sequences, query_heads, work, 
                 read_queries(one, s, own, queries, keys, values, visible, 0, result, 1, 1, f, f + 1, rest)
 
 
-@jit
 def packed_scratch(one, s, sums_size):
     """Items of scratch that `packed` needs."""
     whole = max(
@@ -117,7 +116,6 @@ def packed_gradients(
             near_gradients(one, s, own, queries, keys, values, gradients, result, visible, f, f + 1, scratch)
 
 
-@jit
 def packed_gradients_scratch(one, s):
     """Items of scratch that `packed_gradients` needs."""
     return max(sweep_scratch(one, s), near_gradients_scratch(s))

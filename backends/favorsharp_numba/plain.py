@@ -93,6 +93,17 @@ def scale_block(one, x, step, rows, n, factor, column_factor, y, y_step):
 
 
 @jit
+def shift_block(one, x, step, rows, n, factor, shift, squares):
+    for j in range(n):
+        put(one, squares + j, one - one)
+    for i in range(rows):
+        for j in range(n):
+            value = get(one, x + i * step + j) * get(one, factor) + get(one, shift + i)
+            put(one, x + i * step + j, value)
+            put(one, squares + j, get(one, squares + j) + value * value)
+
+
+@jit
 def multiply_block(one, x, step, rows, n, y, total):
     for i in range(rows):
         for j in range(n):

@@ -14,5 +14,6 @@ max_block = _source.max_block
 exp_block = _source.exp_block
 sum_block = _source.sum_block
 scale_block = _source.scale_block
+shift_block = _source.shift_block
 multiply_block = _source.multiply_block
 turn_rows = (rows if vector_bytes() else plain).turn_rows

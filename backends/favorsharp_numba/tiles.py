@@ -5,11 +5,12 @@ maximum over features of every query, and the sums, are taken down columns, in v
 places (`vectors.py`); `Sizes` says where in the packed constants of a map what lies.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from favorsharp_numba.compiling import jit, jit_sums
+from favorsharp_numba.compiling import inlined, jit, jit_sums
+from favorsharp_numba.emitter import BYTES
 from favorsharp_numba.primitives import (
     exp_block,
     max_block,
@@ -17,6 +18,7 @@ from favorsharp_numba.primitives import (
     product_add,
     product_terms,
     scale_block,
+    shift_block,
     sum_block,
 )
 from favorsharp_numba.rows import add_rows, compare_tops, load_rows, quadratic_rows, store_rows, transpose_block
@@ -25,11 +27,11 @@ from favorsharp_numba.vectors import byte_at, get, integer_at, lanes, panel, put
 TILE = 64
 """Points worked on at once."""
 
-HEADER = 8
-ALPHA, OFFSET, BETA, ONE, ZERO, NEAR_ALPHA, NEAR_HALF, NEAR_HALF_SCALED = range(HEADER)
+HEADER = 9
+ALPHA, OFFSET, BETA, ONE, ZERO, NEAR_ALPHA, NEAR_HALF, NEAR_HALF_SCALED, NEAR_SCALE = range(HEADER)
 """Scalars at the head of packed constants: the root of the scale, the log factor's constant and its coefficient of
 |z|^2, 1, 0; of exact scores, the root of the scale times log2(e), and the coefficients of |y|^2 for points y and for
-points that log2(e) has multiplied."""
+points that log2(e) has multiplied; log2(e)."""
 
 
 class Points(NamedTuple):
@@ -62,7 +64,8 @@ class Sizes(NamedTuple):
 
     A side's log features of a point x are z A^T + column + f with z = alpha x - center and
     f = offset + linear.z - beta |z|^2 - |dense z|^2; `rows` holds A as rows, `panels` its transpose in panels. Exact
-    scores are near (alpha x - near_center).(alpha y - near_center), with both norms' halves taken off where `gaussian`.
+    scores are near (alpha x - near_center).(alpha y - near_center), with both norms' halves taken off where `gaussian`;
+    near_scaled and near_shift are log2(e) times near_center and center - near_center.
     """
 
     d: int
@@ -75,6 +78,7 @@ class Sizes(NamedTuple):
     linear: int
     near_center: int
     near_scaled: int
+    near_shift: int
     column: int
     rows: int
     panels: int
@@ -85,13 +89,18 @@ class Sizes(NamedTuple):
     total: int
 
 
+def lanes_of(one: Any) -> int:
+    """What `lanes` is to compiled functions."""
+    return int(BYTES // one.itemsize)
+
+
 @jit
 def fill(one, place, count, value):
     for i in range(count):
         put(one, place + i, value)
 
 
-@jit
+@inlined
 def is_hidden(mask, b, position):
     """Whether a mask hides a position."""
     if mask.offsets == 0:
@@ -131,7 +140,7 @@ def store_points(one, points, b, start, count, size, pad, factors, tile):
                 store_rows(one, points.kind, address, 0, 1, 1, 1, factors + t, tile + t * pad + j)
 
 
-@jit
+@inlined
 def transpose(one, x, x_step, rows, columns, y, y_step, pad):
     """y[j, i] = x[i, j], with zeros in y's columns rows .. pad."""
     transpose_block(one, x, x_step, rows, columns, y, y_step)
@@ -166,7 +175,7 @@ def squared_norm(one, z, d):
     return total
 
 
-@jit
+@inlined
 def log_factors(one, s, side, z, count, dense, factors):
     """factors[t] of rows z: what a log feature holds of its point alone; NaN where that is not finite.
 
@@ -184,7 +193,7 @@ def log_factors(one, s, side, z, count, dense, factors):
         put(one, factors + t, value if np.isfinite(value) else value * np.nan)
 
 
-@jit
+@inlined
 def rest_of_tile(count, width):
     """The count, in whole vectors."""
     return (count + width - 1) // width * width
@@ -193,7 +202,7 @@ def rest_of_tile(count, width):
 # Keys ----------------------------------------------------------------------------------------------------------------
 
 
-@jit
+@inlined
 def load_keys(one, s, side, k, v, mask, b, start, count, z, dense, factors, values):
     """Load a tile of keys and values, and the keys' log factors, -inf for hidden ones; False where all are hidden."""
     load_points(one, k, mask, b, start, count, s.d, s.d_pad, side + ALPHA, side + s.center, z)
@@ -211,7 +220,7 @@ def load_keys(one, s, side, k, v, mask, b, start, count, z, dense, factors, valu
     return some
 
 
-@jit
+@inlined
 def log_keys(one, s, side, z, count, factors, p, p_step):
     """Log features of keys, a row each."""
     width = panel(one)
@@ -221,7 +230,7 @@ def log_keys(one, s, side, z, count, factors, p, p_step):
     )  # fmt: skip
 
 
-@jit
+@inlined
 def raise_top(one, s, side, p, p_step, count, top, new_top, safe):
     """new_top = the largest log feature so far, safe = the same with 0 for -inf; return the largest rise.
 
@@ -231,7 +240,7 @@ def raise_top(one, s, side, p, p_step, count, top, new_top, safe):
     return compare_tops(one, s.m_pad, top, new_top, safe)
 
 
-@jit
+@inlined
 def rescale(one, s, top, new_top, kv, z, transposed, factors, ones):
     """Divide the sums by the rise of the top, feature by feature, and take the new top; factors keep what it was."""
     changed = False
@@ -248,7 +257,7 @@ def rescale(one, s, top, new_top, kv, z, transposed, factors, ones):
     return changed
 
 
-@jit
+@inlined
 def scale_sums(one, s, kv, z, transposed, factors, ones):
     """Multiply the sums by a factor for each feature."""
     scale_block(one, z, s.m_pad, 1, s.m_pad, ones, factors, z, s.m_pad)
@@ -260,7 +269,7 @@ def scale_sums(one, s, kv, z, transposed, factors, ones):
                 scale_block(one, kv + j * s.e_pad, s.e_pad, 1, s.e_pad, factors + j, ones, kv + j * s.e_pad, s.e_pad)
 
 
-@jit
+@inlined
 def add_keys(one, s, p, p_step, values, count, kv, transposed):
     """Add features times values to kv, (m, e_pad), or transposed (e, m_pad)."""
     width = panel(one)
@@ -270,7 +279,7 @@ def add_keys(one, s, p, p_step, values, count, kv, transposed):
         product_add(one, s.m, s.e_pad, count, p, 1, p_step, values, width, s.e_pad, kv, s.e_pad)
 
 
-@jit
+@inlined
 def absorb(one, s, side, k, v, mask, b, start, stop, kv, z, top, transposed, scratch):
     """Take the keys start .. stop into the sums (kv, z) relative to 2**top."""
     p_step = s.m_pad + lanes(one)
@@ -294,16 +303,15 @@ def absorb(one, s, side, k, v, mask, b, start, stop, kv, z, top, transposed, scr
             add_keys(one, s, p, p_step, values, count, kv, transposed)
 
 
-@jit
 def absorb_scratch(one, s):
     """Items of scratch that `absorb` needs."""
-    return TILE * (2 * s.d_pad + 2 + s.e_pad + s.m_pad + lanes(one)) + 3 * s.m_pad + max(s.m_pad, s.e_pad)
+    return TILE * (2 * s.d_pad + 2 + s.e_pad + s.m_pad + lanes_of(one)) + 3 * s.m_pad + max(s.m_pad, s.e_pad)
 
 
 # Queries -------------------------------------------------------------------------------------------------------------
 
 
-@jit
+@inlined
 def load_queries(one, s, side, q, b, start, count, with_factors, z, dense, factors, columns):
     """Load a tile of queries, rows and columns, and their log factors: 0 (or NaN) where those cancel."""
     load_points(one, q, NO_MASK, b, start, count, s.d, s.d_pad, side + ALPHA, side + s.center, z)
@@ -318,7 +326,7 @@ def load_queries(one, s, side, q, b, start, count, with_factors, z, dense, facto
         sum_block(one, columns, TILE, s.d, n, side + ZERO, 0, factors)
 
 
-@jit
+@inlined
 def log_queries(one, s, side, columns, count, factors, p):
     """Log features of queries, a column each."""
     n = rest_of_tile(count, lanes(one))
@@ -327,7 +335,7 @@ def log_queries(one, s, side, columns, count, factors, p):
     )
 
 
-@jit
+@inlined
 def weigh(one, s, side, p, count, top, z, reference, safe, total):
     """Turn log query features into weights relative to 2**reference; total is their sum over the keys of z."""
     n = rest_of_tile(count, lanes(one))
@@ -340,7 +348,7 @@ def weigh(one, s, side, p, count, top, z, reference, safe, total):
     exp_block(one, p, TILE, s.m, n, top, 1, safe, z, 1, total)
 
 
-@jit
+@inlined
 def read_sums(one, s, p, count, kv, transposed, numerator, scratch):
     """numerator (tile, e_pad) = weights times kv; `scratch` has e tiles where kv is transposed."""
     width = panel(one)
@@ -352,7 +360,7 @@ def read_sums(one, s, p, count, kv, transposed, numerator, scratch):
         product(one, count, s.e_pad, s.m, p, 1, TILE, kv, width, s.e_pad, numerator, s.e_pad)
 
 
-@jit
+@inlined
 def invert(one, total, count):
     """1 / total, 0 where nothing was seen."""
     for t in range(count):
@@ -363,7 +371,7 @@ def invert(one, total, count):
 # Exact scores --------------------------------------------------------------------------------------------------------
 
 
-@jit
+@inlined
 def load_near(one, s, side, points, mask, b, start, count, scaled, rows, norms):
     """Rows alpha x - near_center, times log2(e) where `scaled`, and what norms contribute to scores: 0, or NaN where a
     row is not finite, and minus half of |row|^2 where `gaussian`. The tile of scratch behind the norms is used too.
@@ -377,13 +385,24 @@ def load_near(one, s, side, points, mask, b, start, count, scaled, rows, norms):
         add_rows(one, norms, count, squares, count, 1, half)
 
 
-@jit
+@inlined
+def near_queries(one, s, side, columns, count, factors, norms):
+    """Turn the columns of `load_queries` into log2(e) (alpha x - near_center), and their norms as in `load_near`."""
+    n = rest_of_tile(count, lanes(one))
+    shift_block(one, columns, TILE, s.d, n, side + NEAR_SCALE, side + s.near_shift, norms)
+    half = get(one, side + NEAR_HALF_SCALED)
+    for t in range(n):
+        own = half * get(one, norms + t) if s.gaussian else one - one
+        put(one, norms + t, own + get(one, factors + t) * (one - one))
+
+
+@inlined
 def copy(one, x, n, y):
     """y = x, in whole vectors."""
     max_block(one, x, 0, 0, n, x, 0, x, y)
 
 
-@jit
+@inlined
 def is_finite(one, side, rows, pad, count, totals):
     """Whether all of some rows is; `totals` is scratch."""
     fill(one, totals, pad, one - one)
@@ -395,13 +414,13 @@ GROUP = 16
 """Keys that are scored at once where later ones have fewer queries."""
 
 
-@jit
+@inlined
 def num_before(first, position, count):
     """How many of `count` queries from position `first` on come before a key."""
     return min(max(0, position - first), count)
 
 
-@jit
+@inlined
 def read_near(
     one, s, side, columns, query_norms, first, count, k, v, mask, b, low, high, window, causal, numerator, total,
     reference, scratch,
@@ -472,7 +491,6 @@ def read_near(
             product_add(one, count, s.e_pad, keys, scores, 1, TILE, values, width, s.e_pad, numerator, s.e_pad)
 
 
-@jit
 def near_scratch(s):
     """Items of scratch that `read_near` needs."""
     return TILE * (s.d_pad + 1 + s.e_pad + TILE + 3) + 2 * max(TILE, s.e_pad)

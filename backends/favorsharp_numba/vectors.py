@@ -294,6 +294,40 @@ def scale_block(one, x, step, rows, n, factor, column_factor, y, y_step):
 
 
 @intrinsic
+def _shift_block(context, one, x, step, rows, n, factor, shift, squares):
+    def emit(context, builder, signature, args):
+        _, x, step, rows, n, factor, shift, squares = args
+        e = Emitter(builder, signature.args[0])
+        block, shifts, totals = e.pointer(x), e.pointer(shift), e.pointer(squares)
+        scale = e.broadcast(e.pointer(factor))
+
+        def body(j, vectors):
+            places = [e.at(totals, builder.add(j, ir.Constant(I64, v * e.lanes))) for v in range(vectors)]
+            sums = [e.accumulator(e.constant(0.0)) for _ in places]
+            with cgutils.for_range(builder, rows) as loop:
+                line = e.at(block, builder.add(builder.mul(loop.index, step), j))
+                term = e.broadcast(e.at(shifts, loop.index))
+                for v in range(vectors):
+                    place = e.at(line, v * e.lanes)
+                    value = e.multiply_add(e.load(place), scale, term)
+                    e.store(value, place)
+                    builder.store(e.multiply_add(value, value, e.get(sums[v])), sums[v])
+            for v in range(vectors):
+                e.store(e.get(sums[v]), places[v])
+
+        _blocks(builder, e, n, body)
+        return context.get_dummy_value()
+
+    return types.void(one, *[types.int64] * 7), emit
+
+
+@jit
+def shift_block(one, x, step, rows, n, factor, shift, squares):
+    """x[i, j] = x[i, j] factor[0] + shift[i], and squares[j] = the sum of x[i, j]^2."""
+    _shift_block(one, x, step, rows, n, factor, shift, squares)
+
+
+@intrinsic
 def _multiply_block(context, one, x, step, rows, n, y, total):
     def emit(context, builder, signature, args):
         _, x, step, rows, n, y, total = args
