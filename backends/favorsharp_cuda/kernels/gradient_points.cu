@@ -74,26 +74,28 @@ template <class T, int W> KERNEL(GRADIENT_BOUNDS) gradient_factors(ARGUMENT Grad
   }
 }
 
-// The heads of the batch whose sum is head `number` of target: each in turn.
+// The heads of the batch whose sum is head `number` of target: each in turn. There are fewer than 2^31 heads, and loops over
+// 64-bit divisions would not be unrolled, which would put the arrays into local memory.
 struct Members {
-  i64 index[AXES], base[AXES], count;
-  DEVICE Members(const Gradients &g, i64 number) : count(1) {
+  int index[AXES], base[AXES];
+  u32 count;
+  DEVICE Members(const Gradients &g, u32 number) : count(1) {
 #pragma unroll
     for (int a = AXES - 1; a >= 0; a--) {
-      const i64 size = g.shape[a] / g.member[a];
+      const u32 size = (u32)g.shape[a] / (u32)g.member[a];
       base[a] = number % size;
       number /= size;
-      count *= g.member[a];
+      count *= (u32)g.member[a];
     }
   }
-  DEVICE i64 head(const Gradients &g, i64 member) {
-    i64 head = 0, step = 1;
+  DEVICE i64 head(const Gradients &g, u32 member) {
+    u32 head = 0, step = 1;
 #pragma unroll
     for (int a = AXES - 1; a >= 0; a--) {
-      index[a] = base[a] + member % g.member[a];
-      member /= g.member[a];
+      index[a] = base[a] + member % (u32)g.member[a];
+      member /= (u32)g.member[a];
       head += index[a] * step;
-      step *= g.shape[a];
+      step *= (u32)g.shape[a];
     }
     return head;
   }
@@ -112,16 +114,17 @@ template <class T, int W> KERNEL(GRADIENT_BOUNDS) gradient_points(ARGUMENT Gradi
   Members members(g, blockIdx.x / tiles);
   Tile<A, F::C, W> sum;
   sum.clear();
-  for (i64 t = 0; t < members.count; t++) {
+  for (u32 t = 0; t < members.count; t++) {
     const i64 head = members.head(g, t), line = head * all + start;
     const i64 map = along(members.index, g.map_axis) * g.constants;
     const PlainSide<A> side = {(const A *)(keys ? g.key : g.query) + map, g.d, g.m};
     const A *slopes = (const A *)(keys ? g.key_slopes : g.query_slopes) + line;
     const A *rows = (const A *)(keys ? g.dk : g.dq) + line * g.d;
     if (with_factor) {
-      const View<const T> q = view<const T>(g.q, members.index), k = view<const T>(g.k, members.index);
-      const View<const bool> mask = view<const bool>(g.mask, members.index), none = {0, 0, 0};
-      load_points<T, W>(f.point, keys ? k : q, g.d, start, count, side.alpha(), side.center(), keys ? mask : none);
+      const View<const T> x = keys ? view<const T>(g.k, members.index) : view<const T>(g.q, members.index);
+      View<const bool> visible = view<const bool>(g.mask, members.index);
+      if (!keys) visible.start = nullptr;
+      load_points<T, W>(f.point, x, g.d, start, count, side.alpha(), side.center(), visible);
       if (g.has_dense) f.load_dense(side);
       __syncthreads();  // the points, and the matrix
       if (g.has_dense) {  // -2 alpha slope dense dense^T z, scaled where it lies in between: one tile of sums is enough
@@ -153,7 +156,7 @@ template <class T> KERNEL(GRADIENT_BOUNDS) sum_members(ARGUMENT Gradients g) {
   const i64 row = number % size / g.num_columns, column = number % g.num_columns;
   const A *from = (const A *)g.from + row * g.row_step + column * g.column_step;
   A sum = 0;
-  for (i64 t = 0; t < members.count; t++) sum += from[members.head(g, t) * g.head_step];
+  for (u32 t = 0; t < members.count; t++) sum += from[members.head(g, t) * g.head_step];
   put(&view<T>(g.target, members.base).at(row, column), sum);
 }
 
@@ -221,7 +224,7 @@ template <class A> KERNEL(GRADIENT_BOUNDS) gradient_map(ARGUMENT Gradients g) {
   const i64 feature = thread / columns % g.m, column = thread % columns;
   Members members(g, thread / columns / g.m);
   A sum = 0;
-  for (i64 t = 0; t < members.count; t++) {
+  for (u32 t = 0; t < members.count; t++) {
     const i64 line = (members.head(g, t) * g.inner + feature) * (g.width + 1);
     const A *query = (const A *)g.from + line, *key = (const A *)g.to + line;
     if (g.keys_read) {
