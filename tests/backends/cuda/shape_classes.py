@@ -56,6 +56,10 @@ SHAPES = (
     Shape("float64", 12, 9, 24),
     Shape("float64", 64, 64, 64, "optimal", "gaussian"),
     Shape("float64", 9, 5, 7, "optimal", "gaussian"),
+    Shape("float16", 130, 3, 9),
+    Shape("bfloat16", 140, 3, 9),
+    Shape("float64", 80, 96, 20),
+    Shape("float64", 128, 100, 33, "optimal", "gaussian"),
 )
 
 
