@@ -1,7 +1,6 @@
 """Races, bounds and unwritten memory: every kernel under the sanitizers, and with each of its barriers removed."""
 
 import json
-import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -9,7 +8,7 @@ import mutations
 import pytest
 import sanitized
 import shape_classes
-from shape_classes import LENGTHS, SHAPES, Lengths, Shape
+from shape_classes import LENGTHS, SHAPES, SPOILED, Lengths, Shape
 
 pytestmark = pytest.mark.own_backend
 pytest.importorskip("favorsharp_cuda")
@@ -19,38 +18,6 @@ from favorsharp_cuda.source import INSTANTIATIONS, source  # noqa: E402
 SCRIPT = Path(shape_classes.__file__)
 RANDOM = ["random", "random", 3]
 
-
-def kernel_of(name):
-    return name.partition("<")[0].rpartition("::")[2]
-
-
-def check(sanitizer, **request):
-    """Run calls under a sanitizer: what it said, and which instances were launched."""
-    done = sanitized.run(sanitizer, SCRIPT, json.dumps({"schedules": [RANDOM], **request}))
-    launched = json.loads(done.stdout.splitlines()[-1])["launched"] if done.returncode == 0 else []
-    return done, launched
-
-
-def assert_clean(sanitizer, **request):
-    done, launched = check(sanitizer, **request)
-    assert done.returncode == 0, done.stderr[:6000]
-    return launched
-
-
-QUICK = {
-    "tiles": {
-        "shapes": [SHAPES.index(Shape("float32", 64, 64, 80))],
-        "lengths": LENGTHS.index(Lengths(130, 201, (1,))),
-    },
-    "plain": {"shapes": [SHAPES.index(Shape("float64", 12, 9, 24))], "lengths": LENGTHS.index(Lengths(70, 97, (1,)))},
-    "heads that share keys": {
-        "shapes": [SHAPES.index(Shape("float64", 9, 5, 7, "optimal", "gaussian"))],
-        "lengths": LENGTHS.index(Lengths(40, 40, (1,), group=2)),
-        "calls": ("vjp, window 16", "vjp of every array, window 16"),
-    },
-}
-"""Shape classes that together run every kernel, with loops that go around."""
-
 CALLS = (
     *("features", "features vjp", "attention, masked", "attention, window 16", "causal, masked"),
     *("causal, window 64, masked", "causal, from a state, window 16", "update, window 16", "read, window 16"),
@@ -59,36 +26,42 @@ CALLS = (
 )
 
 
-@pytest.mark.parametrize("quick", QUICK)
-def test_no_kernel_races(quick):
-    assert_clean("thread", **{"calls": CALLS, **QUICK[quick]})
+def quick(shape, lengths, calls=CALLS):
+    return {"shapes": [SHAPES.index(shape)], "lengths": LENGTHS.index(lengths), "calls": calls}
 
 
-@pytest.mark.sweep
-def test_the_quick_classes_run_every_kernel():
-    launched = [name for request in QUICK.values() for name in assert_clean("thread", **{"calls": CALLS, **request})]
-    assert {*map(kernel_of, launched)} == {*map(kernel_of, INSTANTIATIONS)}
+QUICK = {
+    "tiles": quick(Shape("float32", 64, 64, 80), Lengths(130, 201, (1,)), (*CALLS, *SPOILED)),
+    "tiles that are staged one by one": quick(
+        Shape("float32", 128, 5, 256, "sderf"), Lengths(70, 97, (1,)), ("causal, masked",)
+    ),
+    "plain": quick(Shape("float64", 12, 9, 24), Lengths(70, 97, (1,))),
+    "heads that share keys": quick(
+        Shape("float64", 9, 5, 7, "optimal", "gaussian"),
+        Lengths(40, 40, (1,), group=2),
+        ("vjp, window 16", "vjp of every array, window 16"),
+    ),
+}
+"""Calls at shape classes that together run every kernel, with loops that go around, and come to every barrier."""
 
 
-@pytest.mark.parametrize("shape", [Shape("bfloat16", 32, 32, 16)], ids=str)
-def test_no_kernel_leaves_its_memory(shape):
-    lengths = LENGTHS.index(Lengths(70, 97, (1,)))
-    assert_clean("address", shapes=[SHAPES.index(shape)], lengths=lengths, calls=CALLS)
+def run(sanitizer, script, **request):
+    """What a script printed under a sanitizer that had nothing to say."""
+    done = sanitized.run(sanitizer, script, json.dumps(request))
+    assert done.returncode == 0, done.stderr[:6000]
+    return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.sweep
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_no_shape_class_races(shape):
-    assert_clean("thread", shapes=[SHAPES.index(shape)], lengths=LENGTHS.index(Lengths(70, 97, (1,))), calls=CALLS)
-
-
-@pytest.mark.sweep
-@pytest.mark.parametrize("shape", SHAPES[3::4], ids=str)
-def test_no_wider_kernel_leaves_its_memory(shape):
-    assert_clean("address", shapes=[SHAPES.index(shape)], lengths=LENGTHS.index(Lengths(70, 97, (1,))), calls=CALLS)
-
-
-# Barriers ------------------------------------------------------------------------------------------------------------
+def test_no_kernel_races_and_removing_any_barrier_is_noticed():
+    """Each quick class runs once as it is, then without each barrier that it came to."""
+    with ThreadPoolExecutor(2) as pool:
+        said = list(pool.map(lambda request: run("thread", Path(mutations.__file__), **request), QUICK.values()))
+    launched = {name.partition("<")[0] for part in said for name in part["launched"]}
+    assert launched == {name.partition("<")[0] for name in INSTANTIATIONS}
+    missed = set(range(len(mutations.sites(source())))).difference(*(part["noticed"] for part in said))
+    reached = {number for part in said for number in part["reached"]}
+    found = mutations.sites(source())
+    assert not missed, "\n".join(f"{found[i]}{'' if i in reached else ' (never come to)'}" for i in sorted(missed))
 
 
 def test_every_barrier_is_found():
@@ -96,10 +69,8 @@ def test_every_barrier_is_found():
     code = source()
     found = mutations.sites(code)
     assert len(found) > 30
-    for site in found:
-        removed = mutations.without(code, site)
-        assert removed.count("\n") == code.count("\n")
-        assert len(mutations.sites(removed)) == len(found) - 1
+    assert mutations.numbered(code).count("host::stands(") == len(found)
+    assert mutations.numbered(code).count("\n") == code.count("\n")
     waits = ("__syncthreads", "__syncwarp", "wait_copies", "barrier")
     rest = "".join(text for text in mutations.BARRIER.split(code.partition('"arguments.cuh"')[2]))
     for line in rest.splitlines():
@@ -107,55 +78,23 @@ def test_every_barrier_is_found():
         assert not any(f"{wait}(" in code_of_line or f"{wait}<" in code_of_line for wait in waits), line
 
 
-def notice(site, folder):
-    """How the quick classes notice that a barrier is gone; None if they do not."""
-    code = source()
-    file = Path(folder) / f"{site.file}-{site.line}-{site.start}.cu"
-    file.write_text(mutations.without(code, site))
-    kernels = [site.kernel] if site.kernel else mutations.kernels_of(code, site.file) or [None]
-    for name, request in QUICK.items():
-        for call in calls_of(name, kernels):
-            done, _ = check("thread", source=str(file), **{**request, "calls": [call]})
-            if done.returncode:
-                return done.stderr
-    return None
+def under(sanitizer, shape):
+    request = quick(shape, Lengths(70, 97, (1,)))
+    run(sanitizer, SCRIPT, schedules=[RANDOM], **request)
 
 
-_launches: dict[str, dict[str, list[str]]] = {}
-
-
-def launches_of(quick):
-    """Which instances each call of a quick class launches, found by running it without a sanitizer."""
-    if quick not in _launches:
-        from host_module import HostModule
-        from on_host import installed
-
-        found = {}
-        request = QUICK[quick]
-        with installed():
-            for call in request.get("calls", CALLS):
-                HostModule.launched = set()
-                shape_classes.run(call, SHAPES[request["shapes"][0]], LENGTHS[request["lengths"]])
-                found[call] = sorted(HostModule.launched)
-        HostModule.launched = None
-        _launches[quick] = found
-    return _launches[quick]
-
-
-def calls_of(quick, kernels):
-    """Calls that launch one of these kernels, those that launch least first; all calls for [None]."""
-    found = launches_of(quick)
-    fitting = [c for c, used in found.items() if kernels == [None] or {*map(kernel_of, used)} & {*kernels}]
-    return sorted(fitting, key=lambda call: len(found[call]))
+@pytest.mark.parametrize("shape", [Shape("bfloat16", 32, 32, 16)], ids=str)
+def test_no_kernel_leaves_its_memory(shape):
+    under("address", shape)
 
 
 @pytest.mark.sweep
-def test_removing_any_barrier_is_noticed(tmp_path):
-    """By the quick classes under ThreadSanitizer, which every run of the tests makes."""
-    for quick in QUICK:
-        launches_of(quick)
-    found = mutations.sites(source())
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        said = list(pool.map(lambda site: notice(site, tmp_path), found))
-    unnoticed = [str(site) for site, report in zip(found, said, strict=True) if report is None]
-    assert not unnoticed, "\n".join(unnoticed)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_no_shape_class_races(shape):
+    under("thread", shape)
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize("shape", SHAPES[3::4], ids=str)
+def test_no_wider_kernel_leaves_its_memory(shape):
+    under("address", shape)

@@ -19,6 +19,8 @@ enum Order { FORWARD = 0, REVERSE = 1, RANDOM = 2 };
 struct Schedule {
   int threads, blocks;  // each an Order
   unsigned seed;
+  int without;             // the number of a barrier that is passed as if it were not there
+  unsigned char *reached;  // by number, barriers that a thread came to; may be null
 };
 
 struct Place {
@@ -119,6 +121,12 @@ HOST_UNSEEN inline void pass(Gate &gate, unsigned expected, const char *what, Pl
     suspend(me->fiber);
   }
   if (orders_memory) acquire(&gate.clocks[ticket % 2]);
+}
+
+// Whether a barrier is there: asked in sources that mutations.py has numbered.
+HOST_UNSEEN inline bool stands(int barrier) {
+  if (block.schedule.reached) block.schedule.reached[barrier] = 1;
+  return barrier != block.schedule.without;
 }
 
 HOST_UNSEEN inline void block_barrier(Place place) {

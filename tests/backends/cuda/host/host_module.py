@@ -49,11 +49,12 @@ class LaunchError(RuntimeError):
 
 @dataclass(frozen=True)
 class Schedule:
-    """In which order threads and blocks run: each one of `ORDERS`."""
+    """In which order threads and blocks run: each one of `ORDERS`; and a numbered barrier that they pass, if any."""
 
     threads: str = "forward"
     blocks: str = "forward"
     seed: int = 0
+    without: int = -1
 
 
 SCHEDULES = (
@@ -76,7 +77,10 @@ def scheduled(schedule: Schedule) -> Iterator[None]:
 
 
 class _CSchedule(ctypes.Structure):
-    _fields_ = (("threads", ctypes.c_int), ("blocks", ctypes.c_int), ("seed", ctypes.c_uint))
+    _fields_ = (
+        *(("threads", ctypes.c_int), ("blocks", ctypes.c_int), ("seed", ctypes.c_uint)),
+        *(("without", ctypes.c_int), ("reached", ctypes.c_void_p)),
+    )
 
 
 class HostModule:
@@ -94,6 +98,7 @@ class HostModule:
 
     shared_limit = SHARED_LIMITS["sm_90"]
     launched: set[str] | None = None  # where a test puts a set, names of launched kernels are added
+    reached: bytearray | None = None  # where a test puts bytes, those of barriers that are come to become 1
     family: Callable[[str], Sequence[str]] | None = None  # names that are built with one: fewer and shared builds
 
     def __init__(
@@ -162,7 +167,12 @@ class HostFunction:
                 f"{self._max_shared}"
             )
         values, pointers = self._arguments(args)
-        schedule = _CSchedule(ORDERS.index(_schedule.threads), ORDERS.index(_schedule.blocks), _schedule.seed)
+        reached = HostModule.reached
+        bytes_reached = None if reached is None else (ctypes.c_ubyte * len(reached)).from_buffer(reached)
+        schedule = _CSchedule(
+            *(ORDERS.index(_schedule.threads), ORDERS.index(_schedule.blocks), _schedule.seed, _schedule.without),
+            None if bytes_reached is None else ctypes.addressof(bytes_reached),
+        )
         message = ctypes.create_string_buffer(MESSAGE_BYTES)
         with _one_launch:
             failed = self._launch(
