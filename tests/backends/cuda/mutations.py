@@ -9,8 +9,12 @@ import os
 import re
 import signal
 import sys
+import traceback
 from bisect import bisect
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import shape_classes
 from host_module import HostModule, Schedule, scheduled
@@ -20,9 +24,6 @@ BARRIER = re.compile(
     r"\b(?:__syncthreads|__syncwarp|wait_copies<\w+>|commit_copies|named_barrier\w*)\s*\([^(){};]*\)\s*;"
 )
 LINE = re.compile(r'^#line (\d+) "([^"]+)"$', re.MULTILINE)
-NONE = -1
-"""The number of no barrier."""
-
 PATIENCE = 120
 """Seconds after which a call without a barrier is taken to run for ever."""
 
@@ -63,52 +64,59 @@ def numbered(code: str) -> str:
     return "".join([*parts, code[end:]])
 
 
-def noticed(number: int, schedule: Schedule, call: str, request: dict) -> bool:
-    """Whether a call without a barrier fails, in whatever way; in a child, as the first report of a race ends it."""
+def in_a_child(action: Callable[[], Any], quiet: bool) -> Any:
+    """What an action returns in a child, or None if it ends in any other way.
+
+    Forked before any kernel has run: once there are fibers, ThreadSanitizer takes them for threads, and a child of a
+    process with several for one that it need not watch.
+    """
+    reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
         signal.alarm(PATIENCE)
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+        if quiet:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
         try:
-            with scheduled(replace(schedule, without=number)):
-                run(call, request)
+            os.write(writing, json.dumps(action()).encode())
         except BaseException:
+            traceback.print_exc()
             os._exit(1)
         os._exit(0)
-    return os.waitpid(child, 0)[1] != 0
+    os.close(writing)
+    with open(reading) as answer:
+        said = answer.read()
+    return None if os.waitpid(child, 0)[1] else json.loads(said)
 
 
-def run(call: str, request: dict) -> None:
-    """Make a call at the shape and lengths of a request."""
-    shape, lengths = (
-        shape_classes.SHAPES[request["shapes"][0]],
-        shape_classes.LENGTHS[request["lengths"]],
-    )
-    shape_classes.run(call, shape, lengths)
+def run(call: str, request: dict[str, Any], count: int, without: int = -1) -> dict[str, list[Any]]:
+    """Make a call at the shape and lengths of a request: what it launched, and which barriers it came to."""
+    shape, lengths = shape_classes.SHAPES[request["shapes"][0]], shape_classes.LENGTHS[request["lengths"]]
+    HostModule.launched, HostModule.reached = set(), bytearray(count)
+    with scheduled(Schedule("random", "random", 3, without)):
+        shape_classes.run(call, shape, lengths)
+    reached = [number for number, come in enumerate(HostModule.reached) if come]
+    return {"launched": sorted(HostModule.launched), "reached": reached}
 
 
 def main(request: str) -> None:
-    """Print the barriers that the calls of a request came to, and those whose absence they noticed."""
+    """Print the barriers that the calls of a request came to, those whose absence they noticed, and the kernels."""
     from favorsharp_cuda.source import source
 
     asked = json.loads(request)
     code = source()
     count = len(sites(code))
-    schedule = Schedule("random", "random", 3)
-    reached, seen = set(), set()
-    HostModule.launched = set()
+    launched, reached, noticed = set(), set(), set()
     with installed(numbered(code)):
         for call in asked["calls"]:
-            HostModule.reached = bytearray(count)
-            with scheduled(schedule):
-                run(call, asked)
-            here = {number for number, come in enumerate(HostModule.reached) if come}
-            HostModule.reached = None
-            if call == asked["calls"][0] and noticed(NONE, schedule, call, asked):
-                raise SystemExit(f"{call}: fails in a child that leaves out no barrier")
-            reached |= here
-            seen |= {number for number in sorted(here - seen) if noticed(number, schedule, call, asked)}
-    print(json.dumps({"reached": sorted(reached), "noticed": sorted(seen), "launched": sorted(HostModule.launched)}))
+            whole = in_a_child(partial(run, call, asked, count), quiet=False)
+            if whole is None:
+                raise SystemExit(f"{call}: fails with every barrier in its place")
+            launched.update(whole["launched"])
+            reached.update(whole["reached"])
+            for number in set(whole["reached"]) - noticed:
+                if in_a_child(partial(run, call, asked, count, number), quiet=True) is None:
+                    noticed.add(number)
+    print(json.dumps({"launched": sorted(launched), "reached": sorted(reached), "noticed": sorted(noticed)}))
 
 
 if __name__ == "__main__":
