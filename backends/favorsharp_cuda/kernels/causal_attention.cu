@@ -33,7 +33,7 @@ template <class T, int E> KERNEL(WALK_BOUNDS) walk(ARGUMENT Problem p) {
     s.state[(int)p.m_pad * E + r] = before ? before[p.m_pad * p.padded_e + r] : 0.0f;
     s.state[(int)p.m_pad * (E + 1) + r] = before ? before[p.m_pad * (p.padded_e + 1) + r] : -INFINITY_F;
   }
-  __syncthreads();
+  __syncthreads();  // and the places of arrays
 
   // positions fit into 32 bits (tiles.py sees to that), what is computed of them does not
   const int w = (int)p.window, shift = (int)p.shift, limit = (int)p.limit, first_query = (int)p.first_query;
@@ -148,7 +148,6 @@ template <class T, int E> KERNEL(WALK_BOUNDS) walk(ARGUMENT Problem p) {
       }
     }
   }
-  __syncthreads();
   if (p.kv_out.start && blockIdx.x / parts % p.segments == p.segments - 1) {
     const View<float> kv = s.template array<float>(W::KV_OUT, p.kv_out);
     const View<float> z = s.template array<float>(W::Z_OUT, p.z_out), c = s.template array<float>(W::C_OUT, p.c_out);

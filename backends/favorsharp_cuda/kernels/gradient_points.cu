@@ -184,12 +184,11 @@ template <class T, int W> KERNEL(GRADIENT_BOUNDS) gradient_factor_sums(ARGUMENT 
   for (i64 start = segment * g.span; start < stop; start += C) {
     const int count = (int)min(stop - start, (i64)C);
     load_points<T, W>(point, x, g.d, start, count, side.alpha(), side.center(), visible);
-    __syncthreads();  // the points
-    for (int i = threadIdx.x; i < C * W; i += GRADIENT_THREADS) {
+    for (int i = threadIdx.x; i < C * W; i += GRADIENT_THREADS) {  // those that this thread has loaded
       const int r = i / W, c = i % W;
       weighted[r * P + c] = r < count ? slopes[start + r] * point[r * P + c] : 0;
     }
-    __syncthreads();  // and the points times their gradients
+    __syncthreads();  // the points, and the points times their gradients
     products.template add_product<Planes<T>::VALUE>(weighted + part * 32, 1, P, point, P, 1, C);
     if (part == 0) {
       if (threadIdx.x < W)

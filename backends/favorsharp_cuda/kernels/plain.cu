@@ -51,9 +51,9 @@ template <class T> struct Plain {
   A *point, *features, *weights, *scale, *num, *lanes;
   A den, ref;
 
-  // point = alpha x - center, and the part of its log features that is of the point alone
+  // point = alpha x - center, and the part of its log features that is of the point alone. Whoever read the point before
+  // has met the others since; so have readers of a state that is written next.
   DEVICE A load(const View<const T> &x, i64 i, const PlainSide<A> &side) {
-    __syncthreads();
     A sum = 0;
     for (int j = threadIdx.x; j < p.d; j += PLAIN_THREADS) {
       const A z = side.alpha() * widened(x.at(i, j)) - side.center()[j];
@@ -92,7 +92,6 @@ template <class T> struct Plain {
       const i64 j = t / p.e, x = t % p.e;
       kv.at(j, x) = scale[j] * kv.at(j, x) + weights[j] * widened(v.at(i, x));
     }
-    __syncthreads();
   }
 
   // num, den and ref of a query that reads a state
@@ -149,7 +148,6 @@ template <class T> struct Plain {
         }
         num[x] = total;
       }
-      __syncthreads();
     }
   }
 
@@ -183,7 +181,6 @@ template <class T> __global__ void __launch_bounds__(PLAIN_THREADS, 2) plain_att
       c_own.at(0, j) = kv.start ? c.at(0, j) : -infinity<A>();
     }
     kv = kv_own, z = z_own, c = c_own;
-    __syncthreads();
   }
   const i64 begin = p.num_queries * piece / p.segments, end = p.num_queries * (piece + 1) / p.segments;
   i64 entered = p.reverse ? p.num_keys : 0;
@@ -223,7 +220,6 @@ template <class T> __global__ void __launch_bounds__(PLAIN_THREADS, 2) plain_att
       if (flags & STORE_PARTIAL) partial.at(i, p.e) = s.den, partial.at(i, p.e + 1) = s.ref;
       else if (stats.start) stats.at(i, 0) = factor, stats.at(i, 1) = finite_or_zero(s.ref);
     }
-    __syncthreads();
   }
   if (flags & ENTER && !p.reverse)
     for (; entered < p.limit; entered++)

@@ -15,10 +15,9 @@ template <class T> KERNEL(THREADS) factors(ARGUMENT Problem p) {
   split_head(p, head, index);
   const SideView side = side_of(p, p.query, index);
   const int count = (int)min(p.num_queries - first, (i64)TILE);
-  load_points(view<const T>(p.q, index), first, 0, count, (int)p.d, side.root(), side.center(), points, D, unscale);
-  __syncthreads();
   float squares[2] = {0, 0};
-  if (p.has_dense)
+  if (p.has_dense) {
+    load_points(view<const T>(p.q, index), first, 0, count, (int)p.d, side.root(), side.center(), points, D, unscale);
     for (i64 r = p.m_pad; r < p.plane_rows; r += TILE) {
       copy_side(rows, side, r, p.plane_rows);
       commit_copies();
@@ -33,6 +32,7 @@ template <class T> KERNEL(THREADS) factors(ARGUMENT Problem p) {
       }
       __syncthreads();
     }
+  }
   split_head(p, again(head), index);  // not kept: registers are scarce in the loop
   const View<const T> x = view<const T>(p.q, index);
   const View<const bool> mask = view<const bool>(p.mask, index);
@@ -95,7 +95,6 @@ template <class T, int E> KERNEL(THREADS) absorb(ARGUMENT Problem p) {
       for (int i = 0; i < 4; i++) sums.den[i / 2] += log[n][i];
     multiply_values<PLANES<T>, E>(sums.num, log, values);
   }
-  wait_copies<0>();
   float *to = sums_of(p, number);
 #pragma unroll
   for (int h = 0; h < 2; h++) {

@@ -55,10 +55,9 @@ template <class T, int E> struct Walk {
   DEVICE bool single() const { return p.stages == 1; }
   DEVICE int block_length() const { return p.window ? (int)p.window : 1; }
 
-  // Whether any thread of the block says so; also a barrier.
+  // Whether any thread of the block says so; also a barrier. Between two votes the callers have one of their own.
   DEVICE bool any(bool mine) {
     mine = __any_sync(WHOLE_WARP, mine);
-    __syncthreads();
     if (lane_of() == 0) votes()[warp_of()] = mine;
     __syncthreads();
     return votes()[0] + votes()[1] + votes()[2] + votes()[3] > 0;
@@ -310,7 +309,6 @@ template <class T, int E> struct Walk {
     const int w = (int)p.window, first_block = start / w, last_block = (start + high - 1) / w;
     const int from = max((first_block - 1) * w, 0);
     const int to = (int)min((i64)(last_block + (p.causal ? 1 : 2)) * w, p.num_keys);
-    __syncthreads();
     load_points(q(), start - (int)p.first_query, low, high, (int)p.d, query().root(), query().near_center(), queries(), size(),
                 query_unscale(), squares());
     __syncwarp();
@@ -328,8 +326,7 @@ template <class T, int E> struct Walk {
       __syncthreads();
       load_points(k(), first, 0, count, (int)p.d, key().root(), key().near_center(), keys(), size(), key_unscale(), squares());
       const bool odd = load_values<T, E>(v(), first, 0, count, e_first, p.e, factors(), values(), odd_keys());
-      __syncthreads();
-      if (r < TILE) {
+      if (r < TILE) {  // load_values had a barrier after the points' squares
         key_bias()[r] = p.gaussian ? -0.5f * query().near_unscale() * squares()[r] : 0.0f;
         if (r >= count || factors()[first + r] == -INFINITY_F) key_bias()[r] = -INFINITY_F;
         else key_bias()[r] = number_or_nan(key_bias()[r]);

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from host_module import SCHEDULES, HostModule, scheduled
 from on_host import check_guards, installed
-from shape_classes import LENGTHS, RAGGED, SHAPES, VJPS, Lengths, names, run, wanted
+from shape_classes import LENGTHS, RAGGED, SHAPES, VJPS, Lengths, leaves, names, run, wanted
 
 from favorsharp.testing import check_backend, relative_error
 
@@ -22,13 +22,6 @@ TURNS = 12
 def on_the_host():
     with installed() as name:
         yield name
-
-
-def leaves(result):
-    """The arrays of a result."""
-    if isinstance(result, tuple):
-        return [leaf for part in result for leaf in leaves(part)]
-    return [result.kv, result.z, result.c] if hasattr(result, "kv") else [np.asarray(result)]
 
 
 def compare(call, shape, lengths):

@@ -2,6 +2,7 @@
 
 import json
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import mutations
@@ -26,12 +27,17 @@ CALLS = (
 )
 
 
-def quick(shape, lengths, calls=CALLS):
-    return {"shapes": [SHAPES.index(shape)], "lengths": LENGTHS.index(lengths), "calls": calls}
+def quick(shape, lengths, calls=CALLS, **more):
+    return {"shapes": [SHAPES.index(shape)], "lengths": LENGTHS.index(lengths), "calls": calls, **more}
 
 
+TILES = Shape("float32", 64, 64, 144)
 QUICK = {
-    "tiles": quick(Shape("float32", 64, 64, 80), Lengths(130, 201, (1,)), (*CALLS, *SPOILED)),
+    "tiles": quick(TILES, Lengths(130, 201, (1,)), (*CALLS, *SPOILED), short_segments=True),
+    "tiles of the Gaussian kernel": quick(
+        replace(TILES, kernel="gaussian"), Lengths(70, 97, (1,)), ("causal, window 16",)
+    ),
+    "tiles of nothing": quick(TILES, Lengths(0, 3), ("causal, masked",)),
     "tiles that are staged one by one": quick(
         Shape("float32", 128, 5, 256, "sderf"), Lengths(70, 97, (1,)), ("causal, masked",)
     ),
