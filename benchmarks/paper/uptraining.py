@@ -145,7 +145,7 @@ def uptrain(
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         schedule.step()
-        report(step, float(loss))
+        report(step, float(loss.detach()))
         if step % (steps // 4) == 0:
             fitted_again()  # queries and keys have moved
             curve.append((step, *fidelity(model, text["held out"], exact["held out"])))
