@@ -79,16 +79,6 @@ def compare(
     return Table(work, {name: statistics.median(found) for name, found in times.items()}, goal, left_out, flops)
 
 
-def per_call(peer: Callable[[], Any], calls: int) -> Callable[[], None]:
-    """Many calls as one, for what is too short to time alone."""
-
-    def run() -> None:
-        for _ in range(calls):
-            peer()
-
-    return run
-
-
 def peak_fma(seconds: float = 1.0) -> float:
     """GFLOP/s of float32 multiply-adds from the fastest cache on all threads: what no product can exceed."""
     from favorsharp_numba.compiling import TAGS, jit

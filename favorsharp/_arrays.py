@@ -115,9 +115,11 @@ def signature_of(x: Any, *, with_layout: bool = False) -> Any:
 
 def stamps_of(arrays: Iterable[Array]) -> tuple[Any, ...]:
     """What changes of arrays that stay the same objects: torch tensors are written to, and begin to need gradients."""
-    return tuple(
-        (x.requires_grad, None if x.is_inference() else x._version) for x in arrays if type(x).__module__ == "torch"
-    )
+    torch = sys.modules.get("torch")
+    if torch is None:
+        return ()
+    kind = torch.Tensor  # parameters too, which an optimiser writes to
+    return tuple([None if x.is_inference() else (x.requires_grad, x._version) for x in arrays if isinstance(x, kind)])
 
 
 def mode_of_library() -> Any:

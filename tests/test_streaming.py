@@ -1,6 +1,7 @@
 """States: prefill and decode equal the causal call, and states merge."""
 
 import pickle
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -182,3 +183,50 @@ def test_decode_under_jit():
         out, state = step(*(x[..., i : i + 1, :] for x in (q, k, v)), state)
         outs.append(out)
     np.testing.assert_allclose(np.concatenate(outs, axis=-2), want, atol=1e-11)
+
+
+@pytest.mark.parametrize("kind", ["Tensor", "Parameter"])
+def test_a_map_whose_rows_were_written_to_is_looked_at_again(kind):
+    torch = pytest.importorskip("torch")
+    q, k, v = (torch.from_numpy(x).float() for x in attention_problem(0, (2,), n=12))
+    fm = fs.feature_map(fs.fit(q, k, method="posrf"), 16, rng=0)
+    fm = replace(fm, rows=torch.nn.Parameter(fm.rows.clone()) if kind == "Parameter" else fm.rows.clone())
+
+    def results(fm):
+        state = fs.update(fs.init_state(fm, v.shape[-1], like=k), k, v, fm)
+        token = fs.decode_step(*(x[..., :1, :] for x in (q, k, v)), state, fm)[0]
+        return token, fs.linear_attention(q, k, v, fm), fs.linear_attention(q, k, v, fm, is_causal=True)
+
+    with torch.no_grad():
+        for _ in range(2):  # the second call goes the short way of calls like one before
+            results(fm)
+        fm.rows.mul_(0.5)
+        for got, want in zip(results(fm), results(replace(fm, rows=fm.rows.detach().clone())), strict=True):
+            torch.testing.assert_close(got, want, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("layout", ["read-only", "reversed", "every other", "transposed"])
+def test_a_token_of_arrays_of_any_layout(layout):
+    q, k, v = attention_problem(0, (2,), n=12)
+    fm = fs.feature_map(fs.fit(q, k), 16, rng=0)
+    state = fs.update(fs.init_state(fm, v.shape[-1], like=k), k, v, fm)
+    token = tuple(np.ascontiguousarray(x[..., :1, :]) for x in (q, k, v))
+
+    def laid_out(x):
+        if layout == "read-only":
+            x = x.copy()
+            x.flags.writeable = False
+        elif layout == "reversed":
+            x = x[..., ::-1].copy()[..., ::-1]
+        elif layout == "every other":
+            x = np.repeat(x, 2, axis=-1)[..., ::2]
+        else:
+            x = np.asfortranarray(x)
+        return x
+
+    arrays = {name: laid_out(getattr(state, name)) for name in ("kv", "z", "c")}
+    want, after = fs.decode_step(*token, state, fm)
+    for _ in range(2):
+        got, further = fs.decode_step(*(laid_out(x) for x in token), replace(state, **arrays), fm)
+        np.testing.assert_allclose(got, want, rtol=1e-12)
+        np.testing.assert_allclose(further.kv, after.kv, rtol=1e-12)

@@ -3,6 +3,7 @@
 The arithmetic of a token takes microseconds, less than it takes to describe its arrays to a kernel.
 """
 
+import ctypes
 import math
 import threading
 from typing import Any
@@ -28,12 +29,13 @@ class Turn:
         self.heads = math.prod(batch)
         self.work = float(self.heads * sizes.m * (4 * size + 2 * sizes.d))
         self.scratch = turn_scratch(sizes)
-        self.empty, self.start_of, out = np.empty, start_of, empty(q, (*batch, 1, size), name_of(q))
+        out = empty(q, (*batch, 1, size), name_of(q))
+        self.empty, self.empty_like, self.start_of = np.empty, np.empty_like, _start_of_whole
         if is_torch(q):
             import torch
 
-            self.empty, self.start_of = torch.empty, torch.Tensor.data_ptr
-        self.new = [(x.shape, x.dtype) for x in (out, state.kv, state.z, state.c)]
+            self.empty, self.empty_like, self.start_of = torch.empty, torch.empty_like, torch.Tensor.data_ptr
+        self.shape, self.dtype = out.shape, out.dtype
         self.held = Held()
         plan = [*sizes, self.held.place(query), self.held.place(key)]
         plan.append(self.held.constant(indices(packed.batch, batch)))
@@ -46,9 +48,9 @@ class Turn:
 
     def __call__(self, q: Any, k: Any, v: Any, state: State, feature_map: Any) -> tuple[Any, State]:
         """The result and the state after it."""
-        out, kv, z, c = [self.empty(shape, dtype=dtype) for shape, dtype in self.new]
-        start = self.start_of
-        places = [start(x) for x in (q, k, v, out, state.kv, state.z, state.c, kv, z, c)]
+        old = state.kv, state.z, state.c
+        out, (kv, z, c) = self.empty(self.shape, dtype=self.dtype), map(self.empty_like, old)
+        places = map(self.start_of, (q, k, v, out, *old, kv, z, c))
         if self.work < SMALL:
             turn(self.one, self.plan, *places, 0, self.heads, self._scratch())
         else:
@@ -78,6 +80,14 @@ def turn_of(q: Any, k: Any, v: Any, state: State, feature_map: Any) -> Turn | No
     if any(x.dtype != dtype or not _is_whole(x) for x in held) or not all(_can_be_read(x) for x in (q, k, v)):
         return None
     return Turn(q, k, v, state, feature_map)
+
+
+def _start_of_whole(x: Any) -> int:
+    """As `start_of` of NumPy arrays, in a third of the time for those without gaps that can be written to."""
+    try:
+        return ctypes.addressof(ctypes.c_char.from_buffer(x))
+    except (TypeError, ValueError, BufferError):
+        return start_of(x)
 
 
 def _is_whole(x: Any) -> bool:
