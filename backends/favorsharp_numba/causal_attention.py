@@ -46,6 +46,10 @@ causal_attention.packed = _packed  # type: ignore[attr-defined]
 
 def recent(state: State, k: Any, v: Any, key_mask: Any) -> dict[str, Any]:
     """The keys, values and mask that a state keeps beside its features after further ones."""
-    keys, values, mask = with_recent(state, k, v, key_mask)
-    left = num_leaving(keys.shape[-2], state.window)
+    before = state.recent_k.shape[-2]
+    left = num_leaving(before + k.shape[-2], state.window)
+    passed = max(0, left - before)  # further ones that leave at once: no copies of them
+    mask = None if key_mask is None else key_mask[..., passed:]
+    keys, values, mask = with_recent(state, k[..., passed:, :], v[..., passed:, :], mask)
+    left -= passed
     return {"recent_k": keys[..., left:, :], "recent_v": values[..., left:, :], "recent_mask": mask[..., left:]}

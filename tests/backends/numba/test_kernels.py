@@ -175,6 +175,22 @@ def test_packed_sequences_are_one_call_and_do_not_see_each_other(is_causal, grou
         np.testing.assert_allclose(got, np.concatenate(pieces, axis=-2), atol=1e-12)
 
 
+@pytest.mark.parametrize("before", [0, 5, 16, 40])
+def test_a_state_with_a_window_holds_no_memory_of_the_whole_sequence(before):
+    """Its recent keys are not a view of a copy of all of them, and neither of the caller's array."""
+    w, n = 16, 300
+    q, k, v = attention_problem(1, (2,), n=n)
+    fm = fs.feature_map(fs.fit(q, k), 8, rng=0)
+    state = fs.update(fs.init_state(fm, 5, like=k, window=w), k[:, :before], v[:, :before], fm)
+    arrays = (x[:, before:] for x in (q, k, v))
+    _, state = fs.linear_attention(*arrays, fm, is_causal=True, window=w, state=state, return_state=True)
+    for name, whole in (("recent_k", k), ("recent_v", v)):
+        kept = getattr(state, name)
+        np.testing.assert_array_equal(kept, whole[:, n - kept.shape[-2] :])
+        owner = kept if kept.base is None else kept.base
+        assert owner.size <= 2 * 4 * w * whole.shape[-1]
+
+
 @pytest.mark.parametrize("e", [1, 5, 16, 80])
 def test_tokens_one_by_one_equal_the_sequence(e):
     """The plan of a token is made at the first one; later ones may lie elsewhere in memory."""
