@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from favorsharp.features.folding import FoldedSide, fold
 from favorsharp_numba.compiling import TAGS
 from favorsharp_numba.emitter import BYTES, VECTORS
 from favorsharp_numba.tiles import (
@@ -152,51 +153,18 @@ class Packed:
     def __init__(self, feature_map: Any, dtype: str) -> None:
         self.dtype = np.dtype(dtype)
         self.one = TAGS[dtype]
-        p = feature_map.parameters
         self.batch: tuple[int, ...] = tuple(feature_map.batch_shape)
-        self.count = math.prod(self.batch)
-        wide = {name: _batched(getattr(p, name), self.batch) for name in ("g1", "g2", "center_x", "center_y")}
-        rows = _batched(feature_map.rows, self.batch)
-        column = LOG2E * _batched(feature_map.column, self.batch)[:, 0]
-        self.d, self.m = rows.shape[-1], rows.shape[-2]
+        self.query, self.key = fold(feature_map)
+        self.count, self.m, self.d = self.query.rows.shape
         self.lanes = BYTES // self.dtype.itemsize
         self.panel = VECTORS * self.lanes
-        self.gaussian = p.kernel == "gaussian"
-        self.root = math.sqrt(p.scale)
-        self.query = self._side(wide["g1"], wide["center_x"], wide["center_y"], wide["center_y"], rows, column)
-        self.key = self._side(wide["g2"], wide["center_y"], wide["center_x"], wide["center_y"], rows, column)
-
-    def _side(self, g: Any, own: Any, other: Any, near_center: Any, rows: Any, column: Any) -> Any:
-        """Center, coefficients and projection of one side, by name."""
-        own, other, near_center = own[:, 0], other[:, 0], near_center[:, 0]
-        if self.gaussian:
-            gap = other - own
-            linear, offset, beta = gap, -0.25 * np.sum(gap * gap, axis=-1), np.full(len(g), 0.5)
-        else:
-            linear, offset, beta = other, 0.5 * np.sum(own * other, axis=-1), np.zeros(len(g))
-            near_center = np.zeros_like(near_center)
-        isotropic = np.all(g == g[:, :1, :1] * np.eye(g.shape[-1]))
-        dense = None
-        if isotropic:
-            beta = beta + 0.5 * g[:, 0, 0] ** 2
-        else:
-            dense = math.sqrt(0.5 * LOG2E) * np.swapaxes(g, -1, -2)
-        return {
-            "center": own,
-            "linear": LOG2E * linear,
-            "offset": LOG2E * offset,
-            "beta": LOG2E * beta,
-            "near_center": near_center,
-            "column": column,
-            "rows": LOG2E * (rows @ g),
-            "dense": dense,
-        }
+        self.gaussian = feature_map.parameters.kernel == "gaussian"
 
     def layout(self, e: int) -> Sizes:
         """Where what lies, for values of size e."""
         d, m = self.d, self.m
         d_pad, m_pad, e_pad = (self.padded(x) for x in (d, m, e))
-        has_dense = any(side["dense"] is not None for side in (self.query, self.key))
+        has_dense = any(side.dense is not None for side in (self.query, self.key))
         center = -(-HEADER // self.lanes) * self.lanes
         linear, near_center = center + d_pad, center + 2 * d_pad
         near_scaled = near_center + d_pad
@@ -220,26 +188,29 @@ class Packed:
         """The packed constants of queries and of keys, (count, s.total)."""
         return self._packed(self.query, s), self._packed(self.key, s)
 
-    def _packed(self, side: Any, s: Sizes) -> Any:
+    def _packed(self, side: FoldedSide, s: Sizes) -> Any:
         out = np.zeros((self.count, s.total), self.dtype)
-        out[:, ALPHA], out[:, OFFSET], out[:, BETA] = self.root, side["offset"], side["beta"]
+        out[:, ALPHA], out[:, OFFSET], out[:, BETA] = side.root, LOG2E * side.offset, LOG2E * side.beta
         out[:, ONE], out[:, NEAR_SCALE] = 1, LOG2E
-        out[:, NEAR_ALPHA], out[:, NEAR_HALF], out[:, NEAR_HALF_SCALED] = LOG2E * self.root, -LOG2E / 2, -0.5 / LOG2E
-        out[:, s.center : s.center + s.d] = side["center"]
-        out[:, s.linear : s.linear + s.d] = side["linear"]
-        out[:, s.near_center : s.near_center + s.d] = side["near_center"]
-        out[:, s.near_scaled : s.near_scaled + s.d] = LOG2E * side["near_center"]
-        out[:, s.near_shift : s.near_shift + s.d] = LOG2E * (side["center"] - side["near_center"])
+        out[:, NEAR_ALPHA], out[:, NEAR_HALF], out[:, NEAR_HALF_SCALED] = LOG2E * side.root, -LOG2E / 2, -0.5 / LOG2E
+        for place, x in (
+            (s.center, side.center),
+            (s.linear, LOG2E * side.linear),
+            (s.near_center, side.near_center),
+            (s.near_scaled, LOG2E * side.near_center),
+            (s.near_shift, LOG2E * (side.center - side.near_center)),
+        ):
+            out[:, place : place + s.d] = x
         out[:, s.column : s.column + s.m_pad] = -np.inf
-        out[:, s.column : s.column + s.m] = side["column"]
+        out[:, s.column : s.column + s.m] = LOG2E * side.column
+        matrix = LOG2E * side.rows
         rows = np.zeros((self.count, s.m, s.d_pad), self.dtype)
-        rows[:, :, : s.d] = side["rows"]
+        rows[:, :, : s.d] = matrix
         out[:, s.rows : s.rows + s.m * s.d_pad] = rows.reshape(self.count, -1)
-        self._put_panels(out, s.panels, np.swapaxes(side["rows"], -1, -2), s.m_pad)
+        self._put_panels(out, s.panels, np.swapaxes(matrix, -1, -2), s.m_pad)
         if s.has_dense:
-            dense = side["dense"]
-            if dense is None:  # the other side needs a matrix, this one would do without
-                dense = np.zeros((self.count, s.d, s.d))
+            # where the other side needs a matrix and this one would do without, it has zeros
+            dense = np.zeros((self.count, s.d, s.d)) if side.dense is None else math.sqrt(LOG2E) * side.dense
             self._put_panels(out, s.dense, dense, s.d_pad)
             self._put_panels(out, s.dense_back, np.swapaxes(dense, -1, -2), s.d_pad)
         return out
@@ -252,12 +223,6 @@ class Packed:
         spread[:, :, :n] = matrix
         spread = spread.reshape(count, d, panels, self.panel).swapaxes(1, 2)
         out[:, place : place + panels * d * self.panel] = spread.reshape(count, -1)
-
-
-def _batched(x: Any, batch: tuple[int, ...]) -> Any:
-    """An array of a map in float64, (count, ., .)."""
-    wide = host(x).astype(np.float64)
-    return np.broadcast_to(wide, (*batch, *wide.shape[-2:])).reshape(math.prod(batch), *wide.shape[-2:])
 
 
 _packed: "weakref.WeakKeyDictionary[Any, dict[Any, Any]]" = weakref.WeakKeyDictionary()
