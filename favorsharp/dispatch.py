@@ -265,6 +265,48 @@ def _can_find(module: str) -> bool:
         return False
 
 
+MODULES = {
+    "exponential_features": "exponential_features",
+    "attention": "attention",
+    "causal_attention": "causal_attention",
+    "update": "state",
+    "read": "state",
+    "decode_step": "state",
+    "kernel_matvec": "kernel_matvec",
+    "attention_vjp": "vjp",
+    "exponential_features_vjp": "vjp",
+}
+"""The module of each op in this package and, under the same name, in the bundled backends."""
+DIFFERENTIABLE = ("exponential_features", "attention", "causal_attention")
+"""What the bundled backends offer to torch's autograd, in their modules `torch_ops`."""
+
+
+def bundled_kernels(
+    package: str, library: str, device: str, dtypes: Iterable[str], *, traceable: bool = False
+) -> tuple[Kernel, ...]:
+    """The kernels of a bundled backend: for the arrays of one library, and for torch tensors on the same device.
+
+    `traceable` says that those for torch's autograd also run on tensors without values.
+    """
+
+    def kernel(op: str, module: str, library: str, *, through_torch: bool = False) -> Kernel:
+        return Kernel(
+            op=op,
+            target=f"{package}.{module}:{op}",
+            libraries=frozenset({library}),
+            devices=frozenset({device}),
+            dtypes=frozenset(dtypes),
+            differentiable=through_torch,
+            traceable=through_torch and traceable,
+        )
+
+    return (
+        *(kernel(op, module, library) for op, module in MODULES.items()),
+        *(kernel(op, "torch_ops", "torch", through_torch=True) for op in DIFFERENTIABLE),
+        *(kernel(op, module, "torch") for op, module in MODULES.items() if op not in DIFFERENTIABLE),
+    )
+
+
 # Where backends come from --------------------------------------------------------------------------------------------
 
 
