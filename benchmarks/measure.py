@@ -17,13 +17,20 @@ PAUSE = 0.006
 
 @dataclass
 class Table:
-    """Seconds of each peer at one piece of work; `ours` is the first."""
+    """Seconds of each peer at one piece of work; the first is ours, and those `beside` it are no rivals."""
 
     work: str
     seconds: dict[str, float]
     goal: float | None = None
     left_out: dict[str, str] = field(default_factory=dict)
     flops: float | None = None
+    beside: tuple[str, ...] = ()
+
+    @property
+    def best(self) -> tuple[str, float] | None:
+        """The fastest of the others."""
+        _, *others = self.seconds.items()
+        return min((x for x in others if x[0] not in self.beside), key=lambda x: x[1], default=None)
 
     @property
     def gflops(self) -> float | None:
@@ -33,8 +40,7 @@ class Table:
     @property
     def ratio(self) -> float | None:
         """The best other peer's time over ours."""
-        ours, *others = self.seconds.values()
-        return min(others) / ours if others else None
+        return None if self.best is None else self.best[1] / next(iter(self.seconds.values()))
 
 
 def compare(
@@ -48,6 +54,7 @@ def compare(
     budget: float = 20.0,
     flops: float | None = None,
     unchecked: str = "performer-pytorch",
+    beside: tuple[str, ...] = (),
 ) -> Table:
     """Time the peers in turn, round by round; a peer whose result is wrong or that fails is left out and named."""
     left_out = {}
@@ -76,7 +83,7 @@ def compare(
             del result
         if number >= 2 and time.perf_counter() - begin > budget:
             break
-    return Table(work, {name: statistics.median(found) for name, found in times.items()}, goal, left_out, flops)
+    return Table(work, {name: statistics.median(found) for name, found in times.items()}, goal, left_out, flops, beside)
 
 
 def peak_fma(seconds: float = 1.0) -> float:

@@ -31,7 +31,7 @@ from favorsharp._checks import (
     check_same_size,
 )
 from favorsharp._typing import Array
-from favorsharp.dispatch import call_signature, recall, settle
+from favorsharp.dispatch import Op, call_signature, recall, settle
 from favorsharp.exact import add_group_axis, check_attention, merge_heads, split_heads
 from favorsharp.features import FeatureMap, PositiveFeatureMap
 from favorsharp.features import feature_map as draw_feature_map
@@ -207,20 +207,21 @@ def linear_attention(
             raise ValueError("a window with a state needs is_causal=True: later blocks would be near and far at once")
     if out is not None:
         _check_out(out, q, k, v, feature_map, key_mask, group, state)
+    op: Op[..., Any] = causal_attention if is_causal else attention_op
     if cu_seqlens is not None:
         if state is not None or return_state:
             raise ValueError("cu_seqlens with state or return_state is not supported: run the sequences one by one")
         bounds = check_bounds(cu_seqlens, n, s)
         if n > 0 and not is_traced(q):
             prepared = astype(feature_map, compute_dtype(xp, q, k, v))
-            op = causal_attention if is_causal else attention_op
             packed = getattr(op.implementation(q, k, v, prepared, key_mask=key_mask, window=window), "packed", None)
             if packed is not None:
                 if group > 1:
                     q, k, v = split_heads(q, group), k[..., None, :, :], v[..., None, :, :]
                     key_mask, prepared = add_group_axis(key_mask), prepared.expanded()
-                result = packed(q, k, v, prepared, bounds, key_mask=key_mask, window=window)
-                return _deliver(merge_heads(result) if group > 1 else result, out)
+                place = _into(packed, out, group)
+                result = packed(q, k, v, prepared, bounds, key_mask=key_mask, window=window, **place)
+                return _deliver(result, out, group, place)
         pieces = [
             linear_attention(
                 q[..., a:b, :],
@@ -239,19 +240,19 @@ def linear_attention(
     fingerprint = feature_map.fingerprint if state is not None or return_state else None
     dtype = compute_dtype(xp, q, k, v)
     prepared = astype(feature_map, dtype)
-    if signature is not None:
-        run = (causal_attention if is_causal else attention_op).implementation(
-            q, k, v, prepared, key_mask=key_mask, window=window
-        )
-        settle(feature_map, signature, run, prepared)
+    into: dict[str, Array] = {}
     if group > 1:
         q, k, v, key_mask = split_heads(q, group), k[..., None, :, :], v[..., None, :, :], add_group_axis(key_mask)
         prepared = prepared.expanded()
         state = None if state is None else _with_group_axis(state)
-    if is_causal:
-        result, state = causal_attention(q, k, v, prepared, key_mask=key_mask, window=window, state=state)
-    elif state is None and not return_state:
-        result = attention_op(q, k, v, prepared, key_mask=key_mask, window=window)
+    if is_causal or (state is None and not return_state):
+        options: dict[str, Any] = {"key_mask": key_mask, "window": window, **({"state": state} if is_causal else {})}
+        run = op.implementation(q, k, v, prepared, **options)
+        settle(feature_map, signature, run, prepared)
+        into = _into(run, out, group)
+        result = run(q, k, v, prepared, **options, **into)
+        if is_causal:
+            result, state = result
     else:
         if state is None:
             batch = broadcast_shapes(
@@ -264,7 +265,7 @@ def linear_attention(
             if window
             else cast(read_op(state, q, prepared), result_dtype(xp, q, k, v))
         )
-    result = _deliver(merge_heads(result) if group > 1 else result, out)
+    result = _deliver(result, out, group, into)
     if state is None or not return_state:
         return result
     signed = replace(state, fingerprint=fingerprint)
@@ -536,10 +537,21 @@ def _check_out(
         raise ValueError("out must be an array that can be written to, got a read-only one")
 
 
-def _deliver(result: Array, out: Array | None) -> Array:
+def _into(run: Any, out: Array | None, group: int) -> dict[str, Array]:
+    """`out`, as an implementation that can write its result there takes it."""
+    if out is None or not getattr(run, "takes_out", False):
+        return {}
+    return {"out": split_heads(out, group) if group > 1 else out}
+
+
+def _deliver(result: Array, out: Array | None, group: int = 1, into: dict[str, Array] | None = None) -> Array:
+    """The result with its heads in one axis; in `out` where there is one, and there already where `into` took it."""
+    if out is not None and into and result is into["out"]:
+        return out
+    result = merge_heads(result) if group > 1 else result
     if out is None:
         return result
-    out[...] = result  # the one write in the package, to the array the caller gave for it
+    out[...] = result  # the one write of the package itself, to the array the caller gave for it
     return out
 
 

@@ -60,13 +60,13 @@ class Address:
         self.kind = name_of(x)
         if is_torch(x):
             x = x.detach()
-            if x.is_neg() or x.is_conj():
+            if not usable_where_it_lies(x):
                 x = x.resolve_neg().resolve_conj()
             self.item = x.element_size()
             self.start, self.shape = x.data_ptr(), tuple(x.shape)
             self.strides = tuple(step * self.item for step in x.stride())
         else:
-            if not x.flags.aligned or not x.dtype.isnative:
+            if not usable_where_it_lies(x):
                 x = np.array(x, dtype=x.dtype.newbyteorder("="))
             self.item = x.itemsize
             self.start, self.shape, self.strides = start_of(x), x.shape, x.strides
@@ -76,6 +76,20 @@ class Address:
         """The offset of each entry of a batch that the leading axes broadcast to."""
         leading = len(self.shape) - trailing
         return _offsets(self.shape[:leading], self.strides[:leading], batch)
+
+    def extent(self) -> tuple[int, int]:
+        """The addresses between which all items lie."""
+        reach = [step * (size - 1) for size, step in zip(self.shape, self.strides, strict=True)]
+        if math.prod(self.shape) == 0:
+            return self.start, self.start
+        return self.start + sum(min(0, x) for x in reach), self.start + sum(max(0, x) for x in reach) + self.item
+
+
+def usable_where_it_lies(x: Any) -> bool:
+    """Whether a kernel can read and write the items of x at their addresses."""
+    if is_torch(x):
+        return not (x.is_neg() or x.is_conj())
+    return bool(x.flags.aligned and x.dtype.isnative)
 
 
 class Constant(NamedTuple):
@@ -282,6 +296,22 @@ def empty(like: Any, shape: tuple[int, ...], dtype: str) -> Any:
 
         return torch.empty(shape, dtype=getattr(torch, dtype))
     return np.empty(shape, dtype)
+
+
+def target(out: Any, inputs: Sequence[Any], shape: tuple[int, ...], dtype: str) -> Any:
+    """What a kernel writes its result to: `out`, or a new array where there is none or an input shares its memory."""
+    if out is None or not usable_where_it_lies(out):
+        return empty(inputs[0], shape, dtype)
+    low, high = Address(out).extent()
+    for x in inputs:
+        start, stop = (0, 0) if x is None else Address(x).extent()
+        if start < high and low < stop:
+            return empty(inputs[0], shape, dtype)
+    if is_torch(out) and not out.is_inference():
+        import torch
+
+        torch.autograd.graph.increment_version(out)  # as any write to it does
+    return out
 
 
 def numpy_or_torch(like: Any, x: Any) -> Any:

@@ -2,14 +2,16 @@
 
 from typing import Any
 
-from favorsharp_numba.arguments import empty
+from favorsharp_numba.arguments import target
 from favorsharp_numba.problem import AttentionProblem
 
 
-def attention(q: Any, k: Any, v: Any, feature_map: Any, *, key_mask: Any = None, window: int = 0) -> Any:
-    """As `favorsharp.ops.attention.attention`."""
+def attention(
+    q: Any, k: Any, v: Any, feature_map: Any, *, key_mask: Any = None, window: int = 0, out: Any = None
+) -> Any:
+    """As `favorsharp.ops.attention.attention`, in `out` where that shares no memory with the inputs."""
     problem = AttentionProblem(feature_map, q, k, v, key_mask=key_mask, window=window)
-    out = empty(q, (*problem.batch, q.shape[-2], v.shape[-1]), problem.result)
+    out = target(out, (q, k, v, key_mask), (*problem.batch, q.shape[-2], v.shape[-1]), problem.result)
     if window > 0 and k.shape[-2] > 0:
         problem.new_sums()
         problem.windowed(out, causal=False)
@@ -20,13 +22,22 @@ def attention(q: Any, k: Any, v: Any, feature_map: Any, *, key_mask: Any = None,
 
 
 def _packed(
-    q: Any, k: Any, v: Any, feature_map: Any, bounds: list[int], *, key_mask: Any = None, window: int = 0
+    q: Any,
+    k: Any,
+    v: Any,
+    feature_map: Any,
+    bounds: list[int],
+    *,
+    key_mask: Any = None,
+    window: int = 0,
+    out: Any = None,
 ) -> Any:
     """Attention within sequences packed along the point axis."""
     problem = AttentionProblem(feature_map, q, k, v, key_mask=key_mask, window=window)
-    out = empty(q, (*problem.batch, q.shape[-2], v.shape[-1]), problem.result)
+    out = target(out, (q, k, v, key_mask), (*problem.batch, q.shape[-2], v.shape[-1]), problem.result)
     problem.each_sequence(out, bounds, causal=False)
     return out
 
 
 attention.packed = _packed  # type: ignore[attr-defined]
+attention.takes_out = _packed.takes_out = True  # type: ignore[attr-defined]

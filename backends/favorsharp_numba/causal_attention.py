@@ -4,14 +4,22 @@ from dataclasses import replace
 from typing import Any
 
 from favorsharp.ops.state import State, empty_state, num_leaving, with_recent
-from favorsharp_numba.arguments import empty, numpy_or_torch
+from favorsharp_numba.arguments import numpy_or_torch, target
 from favorsharp_numba.problem import AttentionProblem
 
 
 def causal_attention(
-    q: Any, k: Any, v: Any, feature_map: Any, *, key_mask: Any = None, window: int = 0, state: State | None = None
+    q: Any,
+    k: Any,
+    v: Any,
+    feature_map: Any,
+    *,
+    key_mask: Any = None,
+    window: int = 0,
+    state: State | None = None,
+    out: Any = None,
 ) -> tuple[Any, State]:
-    """As `favorsharp.ops.causal_attention.causal_attention`."""
+    """As `favorsharp.ops.causal_attention.causal_attention`, in `out` where that shares no memory with the inputs."""
     n, before, keys, values, mask = q.shape[-2], 0, k, v, key_mask
     if state is not None and state.recent_k.shape[-2] > 0:
         before = state.recent_k.shape[-2]
@@ -22,7 +30,7 @@ def causal_attention(
         state = empty_state(feature_map, problem.key_batch, k.shape[-1], v.shape[-1], window, k[..., :0, :])
     else:
         problem.load_state(state)
-    out = empty(q, (*problem.batch, n, v.shape[-1]), problem.result)
+    out = target(out, (q, k, v, key_mask), (*problem.batch, n, v.shape[-1]), problem.result)
     if window:
         problem.windowed(out, causal=True, first_query=before)
     else:
@@ -32,16 +40,25 @@ def causal_attention(
 
 
 def _packed(
-    q: Any, k: Any, v: Any, feature_map: Any, bounds: list[int], *, key_mask: Any = None, window: int = 0
+    q: Any,
+    k: Any,
+    v: Any,
+    feature_map: Any,
+    bounds: list[int],
+    *,
+    key_mask: Any = None,
+    window: int = 0,
+    out: Any = None,
 ) -> Any:
     """Causal attention within sequences packed along the point axis."""
     problem = AttentionProblem(feature_map, q, k, v, key_mask=key_mask, window=window)
-    out = empty(q, (*problem.batch, q.shape[-2], v.shape[-1]), problem.result)
+    out = target(out, (q, k, v, key_mask), (*problem.batch, q.shape[-2], v.shape[-1]), problem.result)
     problem.each_sequence(out, bounds, causal=True)
     return out
 
 
 causal_attention.packed = _packed  # type: ignore[attr-defined]
+causal_attention.takes_out = _packed.takes_out = True  # type: ignore[attr-defined]
 
 
 def recent(state: State, k: Any, v: Any, key_mask: Any) -> dict[str, Any]:

@@ -9,13 +9,13 @@ from favorsharp_numba.arguments import (
     KINDS,
     Held,
     broadcast,
-    empty,
     expanded,
     host,
     like_array,
     name_of,
     promoted,
     summed_to,
+    target,
     widened,
 )
 from favorsharp_numba.compiling import TAGS, inlined, jit
@@ -89,23 +89,25 @@ def exponential_features(u: Any, rows: Any, row: Any, column: Any, *, out: Any =
     """As `favorsharp.ops.exponential_features.exponential_features`; `out` takes the result."""
     p = _Problem(u, rows, row, column)
     shape = (*p.batch, p.n, p.m)
-    if out is None:
-        out = empty(u, shape, p.result)
-    target = p.held.points(out, p.batch)
-    starts = target.base + p.held.arrays[-1].values
-    direct = target.kind == KINDS[p.dtype.name] and target.column == p.dtype.itemsize and p.m % p.lanes == 0
+    result = target(out, (u, rows, row, column), shape, p.result)
+    points = p.held.points(result, p.batch)
+    starts = points.base + p.held.arrays[-1].values
+    direct = points.kind == KINDS[p.dtype.name] and points.column == p.dtype.itemsize and p.m % p.lanes == 0
     stream = (
         direct
         and math.prod(shape) * p.dtype.itemsize > STREAM_BYTES
-        and target.row % BYTES == 0
+        and points.row % BYTES == 0
         and bool(np.all(starts % BYTES == 0))
     )
     scratch = TILE * (p.d_pad + 2) + (0 if direct else TILE * p.m_pad)
     share(
         _forward, p.heads * p.per_head, float(math.prod(shape) * (p.d + 12)), scratch, p.one,
-        p.u, p.row, target, p.packed, p.terms, p.n, p.m, p.d, p.d_pad, p.m_pad, int(direct), int(stream),
+        p.u, p.row, points, p.packed, p.terms, p.n, p.m, p.d, p.d_pad, p.m_pad, int(direct), int(stream),
         p.per_head, p.constants,
     )  # fmt: skip
+    if out is None or result is out:
+        return result
+    out[...] = result
     return out
 
 

@@ -27,21 +27,33 @@ def exponential_features(u: Any, rows: Any, row: Any, column: Any, *, out: Any =
     return _Features.apply(u, rows, row, column)
 
 
-def attention(q: Any, k: Any, v: Any, feature_map: Any, *, key_mask: Any = None, window: int = 0) -> Any:
-    """As `favorsharp.ops.attention.attention`."""
-    if not _recorded(q, k, v, *_arrays_of(feature_map)):
-        return plain_attention.attention(q, k, v, feature_map, key_mask=key_mask, window=window)
+def attention(
+    q: Any, k: Any, v: Any, feature_map: Any, *, key_mask: Any = None, window: int = 0, out: Any = None
+) -> Any:
+    """As `favorsharp.ops.attention.attention`, in `out` where nothing is recorded."""
+    if not _recorded(q, k, v, out, *_arrays_of(feature_map)):
+        return plain_attention.attention(q, k, v, feature_map, key_mask=key_mask, window=window, out=out)
     return _Attention.apply(feature_map, key_mask, window, False, None, q, k, v, *_arrays_of(feature_map))
 
 
 def causal_attention(
-    q: Any, k: Any, v: Any, feature_map: Any, *, key_mask: Any = None, window: int = 0, state: State | None = None
+    q: Any,
+    k: Any,
+    v: Any,
+    feature_map: Any,
+    *,
+    key_mask: Any = None,
+    window: int = 0,
+    state: State | None = None,
+    out: Any = None,
 ) -> tuple[Any, State]:
-    """As `favorsharp.ops.causal_attention.causal_attention`."""
+    """As `favorsharp.ops.causal_attention.causal_attention`, in `out` where nothing is recorded."""
     arrays = _arrays_of(feature_map)
     carried = [] if state is None else [state.kv, state.z, state.c, state.recent_k, state.recent_v]
-    if not _recorded(q, k, v, *arrays, *carried):
-        return plain_causal.causal_attention(q, k, v, feature_map, key_mask=key_mask, window=window, state=state)
+    if not _recorded(q, k, v, out, *arrays, *carried):
+        return plain_causal.causal_attention(
+            q, k, v, feature_map, key_mask=key_mask, window=window, state=state, out=out
+        )
     if state is not None:
         return causal_op.reference(q, k, v, feature_map, key_mask=key_mask, window=window, state=state)
     out, kv, z, c = _Attention.apply(feature_map, key_mask, window, True, None, q, k, v, *arrays)
@@ -52,13 +64,22 @@ def causal_attention(
 
 def _packed(plain: Any, causal: bool) -> Any:
     def run(
-        q: Any, k: Any, v: Any, feature_map: Any, bounds: list[int], *, key_mask: Any = None, window: int = 0
+        q: Any,
+        k: Any,
+        v: Any,
+        feature_map: Any,
+        bounds: list[int],
+        *,
+        key_mask: Any = None,
+        window: int = 0,
+        out: Any = None,
     ) -> Any:
         arrays = _arrays_of(feature_map)
-        if not _recorded(q, k, v, *arrays):
-            return plain.packed(q, k, v, feature_map, bounds, key_mask=key_mask, window=window)
+        if not _recorded(q, k, v, out, *arrays):
+            return plain.packed(q, k, v, feature_map, bounds, key_mask=key_mask, window=window, out=out)
         return _Attention.apply(feature_map, key_mask, window, causal, bounds, q, k, v, *arrays)
 
+    run.takes_out = True  # type: ignore[attr-defined]
     return run
 
 
@@ -66,8 +87,11 @@ attention.packed = _packed(plain_attention.attention, False)  # type: ignore[att
 causal_attention.packed = _packed(plain_causal.causal_attention, True)  # type: ignore[attr-defined]
 
 
+attention.takes_out = causal_attention.takes_out = True  # type: ignore[attr-defined]
+
+
 def _recorded(*arrays: Any) -> bool:
-    return torch.is_grad_enabled() and any(x.requires_grad for x in arrays)
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in arrays)
 
 
 def _arrays_of(feature_map: Any) -> list[Any]:

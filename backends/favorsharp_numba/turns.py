@@ -11,7 +11,17 @@ from typing import Any
 import numpy as np
 
 from favorsharp.ops.state import State
-from favorsharp_numba.arguments import Held, broadcast, empty, indices, is_torch, name_of, pack, start_of
+from favorsharp_numba.arguments import (
+    Held,
+    broadcast,
+    empty,
+    indices,
+    is_torch,
+    name_of,
+    pack,
+    start_of,
+    usable_where_it_lies,
+)
 from favorsharp_numba.decode_kernel import PLAN_SIZE, turn, turn_scratch
 from favorsharp_numba.run import SMALL, aligned, share
 
@@ -77,7 +87,7 @@ def turn_of(q: Any, k: Any, v: Any, state: State, feature_map: Any) -> Turn | No
         feature_map.batch_shape, batch
     ):
         return None
-    if any(x.dtype != dtype or not _is_whole(x) for x in held) or not all(_can_be_read(x) for x in (q, k, v)):
+    if any(x.dtype != dtype or not _is_whole(x) for x in held) or not all(usable_where_it_lies(x) for x in (q, k, v)):
         return None
     return Turn(q, k, v, state, feature_map)
 
@@ -91,11 +101,4 @@ def _start_of_whole(x: Any) -> int:
 
 
 def _is_whole(x: Any) -> bool:
-    return _can_be_read(x) and bool(x.is_contiguous() if is_torch(x) else x.flags.c_contiguous)
-
-
-def _can_be_read(x: Any) -> bool:
-    """Whether the items of x can be read where they lie."""
-    if is_torch(x):
-        return not (x.is_neg() or x.is_conj())
-    return bool(x.flags.aligned and x.dtype.isnative)
+    return usable_where_it_lies(x) and bool(x.is_contiguous() if is_torch(x) else x.flags.c_contiguous)

@@ -208,3 +208,25 @@ def test_narrow_gradients_are_off_by_their_own_rounding(dtype, rounding, is_caus
     assert all(x.dtype == dtype for x in got[:3])
     assert_same([x.double() for x in got[:3]], want[:3], rounding)
     assert_same([None if x is None else x.double() for x in got[3:]], want[3:], 1e-4)
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_a_write_to_out_is_seen_by_autograd(is_causal):
+    q, k, v = (torch.asarray(x) for x in attention_problem(5, (2,), n=40))
+    fm = fs.feature_map(fs.fit(q, k), 16, rng=0)
+    want = fs.linear_attention(q, k, v, fm, is_causal=is_causal)
+    factor = torch.ones_like(v).requires_grad_()
+    held = torch.zeros_like(v)
+    product = (factor * held).sum()  # its derivative needs what was in `held`
+    fs.linear_attention(q, k, v, fm, is_causal=is_causal, out=held)
+    torch.testing.assert_close(held, want, rtol=0, atol=0)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        product.backward()
+    with pytest.raises(RuntimeError, match="in-place operation"):
+        fs.linear_attention(q, k, v, fm, is_causal=is_causal, out=factor)
+    q.requires_grad_()
+    out = fs.linear_attention(q, k, v, fm, is_causal=is_causal, out=torch.zeros_like(v))
+    (got,) = torch.autograd.grad(out.sum(), q)
+    torch.testing.assert_close(
+        got, torch.autograd.grad(fs.linear_attention(q, k, v, fm, is_causal=is_causal).sum(), q)[0], rtol=0, atol=0
+    )

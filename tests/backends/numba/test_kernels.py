@@ -1,5 +1,6 @@
 """The kernels against the references, op by op, and what only kernels have to get right: layouts, tops, totals."""
 
+import tracemalloc
 from itertools import pairwise
 
 import numpy as np
@@ -108,6 +109,88 @@ def test_layouts_do_not_change_results(layout, is_causal):
         given = [LAYOUTS[layout](x.copy()) for x in (q, k, v)]
         got = fs.linear_attention(*given, fm, is_causal=is_causal)
     np.testing.assert_array_equal(got, want)
+
+
+OUTS = {
+    "whole": np.empty_like,
+    "every other item": lambda x: np.empty((*x.shape[:-1], 2 * x.shape[-1]), x.dtype)[..., ::2],
+    "backwards": lambda x: np.empty_like(x)[..., ::-1, :],
+    "not aligned": lambda x: np.frombuffer(bytearray(x.nbytes + 1), x.dtype, offset=1).reshape(x.shape),
+}
+CALLS = {
+    "bidirectional": {},
+    "window": {"window": 16},
+    "causal": {"is_causal": True},
+    "causal window": {"is_causal": True, "window": 16},
+    "packed": {"is_causal": True, "cu_seqlens": [0, 30, 100]},
+    "of a state": {"is_causal": True, "state": True},
+    "grouped": {"enable_gqa": True},
+}
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+@pytest.mark.parametrize("call", CALLS)
+def test_results_written_to_out_equal_fresh_ones(call, dtype):
+    q, k, v = (x.astype(dtype) for x in attention_problem(4, (4,), n=100))
+    options = dict(CALLS[call])
+    if call == "grouped":
+        k, v = k[:2], v[:2]
+    fm = fs.feature_map(fs.fit(q, k, enable_gqa=call == "grouped"), 16, rng=0)
+    if "state" in options:
+        options["state"] = fs.update(fs.init_state(fm, v.shape[-1], like=k), k, v, fm)
+    with fs.use("numba"):
+        want = fs.linear_attention(q, k, v, fm, **options)
+        for kind, made in OUTS.items():
+            out = made(want)
+            assert fs.linear_attention(q, k, v, fm, out=out, **options) is out
+            np.testing.assert_array_equal(out, want, err_msg=kind)
+
+
+@pytest.mark.parametrize("call", ["bidirectional", "causal", "causal window"])
+def test_out_may_share_memory_with_the_inputs(call):
+    q, k, v = attention_problem(4, (2,), n=200)
+    memory = np.concatenate([v, v], axis=-2)
+    fm = fs.feature_map(fs.fit(q, k), 16, rng=0)
+    with fs.use("numba"):
+        want = fs.linear_attention(q, k, v, fm, **CALLS[call])
+        for shift in (0, 1, 64, 200):
+            memory[:, :200] = v
+            out = memory[:, shift : shift + 200]
+            np.testing.assert_array_equal(
+                fs.linear_attention(q, k, memory[:, :200], fm, out=out, **CALLS[call]), want, err_msg=str(shift)
+            )
+
+
+def test_features_may_be_written_over_their_points():
+    rng = np.random.default_rng(0)
+    memory, rows = rng.standard_normal((300, 16)) / 2, rng.standard_normal((16, 16))
+    row, column, u = np.zeros((200, 1)), np.zeros((1, 16)), memory[:200].copy()
+    with fs.use("numba"):
+        want = exponential_features(u, rows, row, column)
+        for shift in (0, 1, 64):
+            memory[:200] = u
+            out = memory[shift : shift + 200]
+            np.testing.assert_array_equal(exponential_features(memory[:200], rows, row, column, out=out), want)
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_out_is_written_without_an_array_of_its_size(call):
+    q, k, v = np.random.default_rng(0).standard_normal((3, 4, 16384, 32)).astype(np.float32)
+    options = {name: x for name, x in CALLS[call].items() if name != "state"}
+    if "cu_seqlens" in options:
+        options["cu_seqlens"] = [0, 1000, 16384]
+    if call == "grouped":
+        k, v = k[:2], v[:2]
+    fm = fs.feature_map(fs.fit(q, k, method="posrf", enable_gqa=call == "grouped"), 32, rng=0)
+    out = np.empty_like(q)
+    with fs.use("numba"):
+        fs.linear_attention(q, k, v, fm, out=out, **options)
+        tracemalloc.start()
+        fs.linear_attention(q, k, v, fm, out=out, **options)
+        _, most = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+    # a bidirectional window keeps what queries have read of one side while it reads the other
+    assert most < (2 * out.nbytes if call == "window" else out.nbytes / 2)
 
 
 @pytest.mark.parametrize("m", [1, 15, 16, 64, 100])
