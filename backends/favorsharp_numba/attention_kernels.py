@@ -7,6 +7,7 @@ the keys of a head amount to is a block of *sums*: kv, z (m_pad) and top (m_pad)
 from typing import NamedTuple
 
 import numpy as np
+from numba.extending import register_jitable
 
 from favorsharp_numba.compiling import inlined, jit
 from favorsharp_numba.primitives import (
@@ -17,14 +18,17 @@ from favorsharp_numba.primitives import (
 )
 from favorsharp_numba.rows import add_rows
 from favorsharp_numba.tiles import (
+    ALPHA,
+    NEAR_KEYS,
+    NO_MASK,
     ONE,
     TILE,
     ZERO,
     absorb,
-    absorb_scratch,
     add_keys,
     copy,
     fill,
+    fill_near_scratch,
     get,
     integer_at,
     invert,
@@ -33,6 +37,8 @@ from favorsharp_numba.tiles import (
     lanes,
     lanes_of,
     load_keys,
+    load_near_keys,
+    load_points,
     load_queries,
     log_keys,
     log_queries,
@@ -47,6 +53,9 @@ from favorsharp_numba.tiles import (
     rest_of_tile,
     scale_sums,
     store_points,
+    take_keys,
+    take_keys_scratch,
+    turn_queries,
     weigh,
 )
 
@@ -150,7 +159,10 @@ def read_queries(one, s, p, q, k, v, mask, recent, out, normalised, per_head, lo
     total = safe + TILE
     numerator = total + TILE
     norms = numerator + TILE * s.e_pad
-    extra = norms + TILE
+    near_rows = norms + TILE
+    near_norms = near_rows + NEAR_KEYS * s.d_pad
+    near_values = near_norms + NEAR_KEYS + TILE
+    extra = near_values + NEAR_KEYS * s.e_pad
     for task in range(low, high):
         head, share = task // per_head, task % per_head
         key_head = integer_at(p.key_head_of + 8 * head)
@@ -166,11 +178,18 @@ def read_queries(one, s, p, q, k, v, mask, recent, out, normalised, per_head, lo
             weigh(one, s, side, weights, count, z + s.m_pad, z, reference, safe, total)
             read_sums(one, s, weights, count, kv, p.transposed, numerator, extra)
             if recent > 0:
+                keys = key_side(s, p, key_head)
                 near_queries(one, s, side, columns, count, factors, norms)
-                read_near(
-                    one, s, key_side(s, p, key_head), columns, norms, 0, count, k, v, mask, key_head, 0, recent, 0, 0,
-                    numerator, total, reference, extra,
-                )  # fmt: skip
+                fill_near_scratch(one, s, extra)
+                for near in range(0, recent, TILE):
+                    size = min(TILE, recent - near)
+                    load_near_keys(
+                        one, s, keys, k, v, mask, key_head, near, size, near_rows, near_norms, near_values
+                    )  # fmt: skip
+                    read_near(
+                        one, s, keys, columns, norms, 0, count, near_rows, near_norms, near_values, near, size, mask,
+                        key_head, 0, numerator, total, reference, extra,
+                    )  # fmt: skip
             if normalised:
                 invert(one, total, count)
                 keep_stats(one, p, head, start, count, total, reference)
@@ -182,7 +201,8 @@ def read_queries(one, s, p, q, k, v, mask, recent, out, normalised, per_head, lo
 
 def read_scratch(one, s):
     """Items of scratch that `read_queries` needs."""
-    return TILE * (2 * s.d_pad + s.d + s.m + 6 + s.e_pad) + max(s.e * TILE, near_scratch(s))
+    near = NEAR_KEYS * (s.d_pad + 1 + s.e_pad) + TILE
+    return TILE * (2 * s.d_pad + s.d + s.m + 6 + s.e_pad) + near + max(s.e * TILE, near_scratch(s))
 
 
 @inlined
@@ -194,74 +214,188 @@ def has_seen(one, s, top):
     return largest > -np.inf
 
 
+SLOTS = 4
+"""Heads of queries that `windowed` works on together."""
+
+
+@inlined
+def slot_of(s, slots, i):
+    """Where what is kept of a tile of queries lies: columns, factors, norms, weights, numerator, total, reference."""
+    columns = slots + i * slot_size(s)
+    factors = columns + TILE * s.d
+    norms = factors + 2 * TILE
+    weights = norms + TILE
+    numerator = weights + TILE * s.m
+    total = numerator + TILE * s.e_pad
+    return columns, factors, norms, weights, numerator, total, total + TILE
+
+
+@register_jitable
+def slot_size(s):
+    return TILE * (s.d + s.m + s.e_pad + 5)
+
+
 @jit
 def windowed(one, s, p, q, k, v, mask, out, work, low, high, scratch):
     """Attention with near blocks scored exactly, for key heads low .. high.
 
-    Positions count from the first key; the queries are those of positions first_query and on. What a query has read of
-    the blocks before is kept in `work` (e_pad + 2 items a query) until the pass over the blocks after it.
+    Positions count from the first key; the queries are those of positions first_query and on. A tile holds as many
+    whole blocks as there is room for, or a part of one; each of its blocks reads the sums as they are at that block.
+    What a query has read of the blocks before is kept in `work` (e_pad + 2 items a query) until the pass over the
+    blocks after it.
     """
+    p_step = s.m_pad + lanes(one)
     points = scratch
     dense = points + TILE * s.d_pad
-    factors = dense + TILE * s.d_pad
-    columns = factors + 2 * TILE
-    weights = columns + s.d * TILE
-    reference = weights + s.m * TILE
-    safe = reference + TILE
-    total = safe + TILE
-    numerator = total + TILE
-    norms = numerator + TILE * s.e_pad
-    extra = norms + TILE
+    key_factors = dense + TILE * s.d_pad
+    values = key_factors + 2 * TILE
+    features = values + TILE * s.e_pad
+    near_rows = features + TILE * p_step
+    near_norms = near_rows + NEAR_KEYS * s.d_pad
+    near_values = near_norms + NEAR_KEYS + TILE
+    safe = near_values + NEAR_KEYS * s.e_pad
+    slots = safe + TILE
+    of_keys = slots + SLOTS * slot_size(s)
+    of_near = of_keys + take_keys_scratch(s)
+    fill(one, of_keys + 3 * s.m_pad, max(s.m_pad, s.e_pad), one)
+    fill_near_scratch(one, s, of_near)
     w, length = p.window, p.num_keys
-    blocks = (length + w - 1) // w
+    blocks, pad = (length + w - 1) // w, rest_of_tile(w, lanes(one))
     for head in range(low, high):
         kv = p.sums + head * p.sums_size
         z = kv + p.kv_size
         top = z + s.m_pad
         keys, queries = key_side(s, p, head), query_side(s, p, head)
-        for step in range(blocks if p.causal else 2 * blocks):
-            after = step >= blocks
-            block = 2 * blocks - 1 - step if after else step
-            if step == blocks:
+        members, members_end = integer_at(p.member_starts + 8 * head), integer_at(p.member_starts + 8 * head + 8)
+        held = max(1, TILE // pad) if members_end - members <= SLOTS else 1
+        size = min(TILE, held * w)
+        tiles = (blocks + held - 1) // held
+        seen = has_seen(one, s, top)
+        loaded, some = -1, False
+        for step in range(tiles if p.causal else 2 * tiles):
+            after = step >= tiles
+            block = (2 * tiles - 1 - step if after else step) * held
+            parts = min(held, blocks - block)
+            if step == tiles:
                 fill(one, kv, p.kv_size + s.m_pad, one - one)
                 fill(one, top, s.m_pad, -np.inf * one)
-            entering = block + 2 if after else block - 2
-            if 0 <= entering < blocks:
-                absorb(
-                    one, s, keys, k, v, mask, head, entering * w, min(length, (entering + 1) * w), kv, z, top, 0, extra
-                )
-            some = has_seen(one, s, top)
-            for member in range(integer_at(p.member_starts + 8 * head), integer_at(p.member_starts + 8 * head + 8)):
-                f = integer_at(p.members + 8 * member)
-                stop = min(length, (block + 1) * w)
-                for first in range(max(block * w, p.first_query), stop, TILE):
-                    count = min(TILE, stop - first)
-                    start = first - p.first_query
-                    load_queries(one, s, queries, q, f, start, count, some, points, dense, factors, columns)
-                    if some:
-                        log_queries(one, s, queries, columns, count, factors, weights)
-                        weigh(one, s, queries, weights, count, top, z, reference, safe, total)
-                        read_sums(one, s, weights, count, kv, 0, numerator, extra)
-                    else:  # factors are 0, or NaN for a query that is not finite
-                        n = rest_of_tile(count, lanes(one))
-                        fill(one, reference, n, -np.inf * one)
-                        copy(one, factors, n, total)
-                        fill(one, numerator, count * s.e_pad, one - one)
-                    line = work + (f * p.num_queries + start) * (s.e_pad + 2)
+                loaded = -1
+            far = block + 2 < blocks if after else seen or block + parts > 2
+            stop = min(length, (block + parts) * w)
+            for first in range(block * w, stop, size):
+                last = min(first + size, stop)
+                for chunk in range(members, members_end, SLOTS):
+                    heads = min(SLOTS, members_end - chunk)
+                    for i in range(heads):
+                        f = integer_at(p.members + 8 * (chunk + i))
+                        load_slot(
+                            one, s, p, queries, q, f, first, last, parts, pad, far, points, dense, slot_of(s, slots, i)
+                        )  # fmt: skip
+                    for i in range(parts):
+                        part = parts - 1 - i if after else i
+                        entering = block + part + 2 if after else block + part - 2
+                        if chunk == members and first == block * w and 0 <= entering < blocks:
+                            end = min(length, (entering + 1) * w)
+                            for key in range(entering * w, end, TILE):
+                                start = entering // held * held * w if held > 1 else key
+                                if start != loaded:
+                                    loaded = start
+                                    count = min(size, length - start) if held > 1 else min(TILE, end - start)
+                                    some = load_keys(
+                                        one, s, keys, k, v, mask, head, start, count, points, dense, key_factors, values
+                                    )  # fmt: skip
+                                    log_keys(one, s, keys, points, count, key_factors, features, p_step)
+                                if some:
+                                    take_keys(
+                                        one, s, keys, features + (key - start) * p_step, p_step,
+                                        values + (key - start) * s.e_pad, min(TILE, end - key), kv, z, top, 0, of_keys,
+                                    )  # fmt: skip
+                        begin, end = bounds(p, first, last, part)
+                        for j in range(heads if begin < end else 0):
+                            f = integer_at(p.members + 8 * (chunk + j))
+                            _, _, _, weights, numerator, total, reference = slot_of(s, slots, j)
+                            column, count = part * pad, end - begin
+                            row = numerator + column * s.e_pad
+                            if far:
+                                weigh(
+                                    one, s, queries, weights + column, count, top, z, reference + column, safe,
+                                    total + column,
+                                )  # fmt: skip
+                                read_sums(one, s, weights + column, count, kv, 0, row, of_near)
+                            line = work + (f * p.num_queries + begin - p.first_query) * (s.e_pad + 2)
+                            if after:
+                                merge_kept(one, s, count, row, total + column, reference + column, line)
+                            elif not p.causal:
+                                keep(one, s, count, row, total + column, reference + column, line)
                     if not p.causal and not after:
-                        keep(one, s, count, numerator, total, reference, line)
                         continue
-                    if after:
-                        merge_kept(one, s, count, numerator, total, reference, line)
-                    near_queries(one, s, queries, columns, count, factors, norms)
-                    last = first + count if p.causal else min(length, (block + 2) * w)
-                    read_near(
-                        one, s, keys, columns, norms, first, count, k, v, mask, head, max(0, (block - 1) * w), last, w,
-                        p.causal, numerator, total, reference, extra,
-                    )  # fmt: skip
-                    invert(one, total, count)
-                    keep_stats(one, p, f, start, count, total, reference)
-                    store_points(one, out, f, start, count, s.e, s.e_pad, total, numerator)
+                    nearest = last if p.causal else min(length, (block + parts + 1) * w)
+                    for start in range(max(0, (block - 1) * w), nearest, NEAR_KEYS):
+                        loaded_near = min(NEAR_KEYS, nearest - start)
+                        load_near_keys(
+                            one, s, keys, k, v, mask, head, start, loaded_near, near_rows, near_norms, near_values
+                        )  # fmt: skip
+                        for i in range(heads):
+                            columns, _, norms, _, numerator, total, reference = slot_of(s, slots, i)
+                            for part in range(parts):
+                                begin, end = bounds(p, first, last, part)
+                                column = part * pad
+                                until = min(start + loaded_near, end if p.causal else (block + part + 2) * w)
+                                for key in range(
+                                    max(start, (block + part - 1) * w), until if begin < end else 0, TILE
+                                ):  # fmt: skip
+                                    place = key - start
+                                    read_near(
+                                        one, s, keys, columns + column, norms + column, begin, end - begin,
+                                        near_rows + place * s.d_pad, near_norms + place,
+                                        near_values + place * s.e_pad, key, min(TILE, until - key), mask, head,
+                                        p.causal, numerator + column * s.e_pad, total + column, reference + column,
+                                        of_near,
+                                    )  # fmt: skip
+                    for i in range(heads):
+                        f = integer_at(p.members + 8 * (chunk + i))
+                        _, _, _, _, numerator, total, reference = slot_of(s, slots, i)
+                        for part in range(parts):
+                            begin, end = bounds(p, first, last, part)
+                            column, count = part * pad, end - begin
+                            if count > 0:
+                                place = begin - p.first_query
+                                invert(one, total + column, count)
+                                keep_stats(one, p, f, place, count, total + column, reference + column)
+                                store_points(
+                                    one, out, f, place, count, s.e, s.e_pad, total + column,
+                                    numerator + column * s.e_pad,
+                                )  # fmt: skip
+
+
+@inlined
+def bounds(p, first, last, part):
+    """Where the queries of a block of a tile begin and end."""
+    start = first + part * p.window
+    return max(start, p.first_query), min(last, start + p.window)
+
+
+@inlined
+def load_slot(one, s, p, side, q, head, first, last, parts, pad, far, points, dense, slot):
+    """Load a tile of queries, a block every `pad` columns: log features where `far`, else nothing read, and near."""
+    columns, factors, norms, weights, numerator, total, reference = slot
+    for part in range(parts):
+        begin, end = bounds(p, first, last, part)
+        if begin < end:
+            load_points(
+                one, q, NO_MASK, head, begin - p.first_query, end - begin, s.d, s.d_pad, side + ALPHA, side + s.center,
+                points + part * pad * s.d_pad,
+            )  # fmt: skip
+    count = (parts - 1) * (pad - p.window) + last - first
+    turn_queries(one, s, side, count, far, points, dense, factors, columns)
+    if far:
+        log_queries(one, s, side, columns, count, factors, weights)
+    else:  # factors are 0, or NaN for a query that is not finite
+        n = rest_of_tile(count, lanes(one))
+        fill(one, reference, n, -np.inf * one)
+        copy(one, factors, n, total)
+        fill(one, numerator, count * s.e_pad, one - one)
+    near_queries(one, s, side, columns, count, factors, norms)
 
 
 @inlined
@@ -293,7 +427,8 @@ def merge_kept(one, s, count, numerator, total, reference, line):
 
 def windowed_scratch(one, s):
     """Items of scratch that `windowed` needs."""
-    return TILE * (2 * s.d_pad + s.d + s.m + 6 + s.e_pad) + max(absorb_scratch(one, s), near_scratch(s))
+    keys = TILE * (2 * s.d_pad + 3 + s.e_pad + s.m_pad + lanes_of(one)) + take_keys_scratch(s)
+    return keys + NEAR_KEYS * (s.d_pad + 1 + s.e_pad) + TILE + SLOTS * slot_size(s) + near_scratch(s)
 
 
 @jit

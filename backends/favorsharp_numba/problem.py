@@ -20,7 +20,7 @@ from favorsharp_numba.arguments import (
 )
 from favorsharp_numba.packed_kernel import packed, packed_scratch
 from favorsharp_numba.run import num_threads, share
-from favorsharp_numba.tiles import TILE
+from favorsharp_numba.tiles import TILE, absorb_scratch
 
 
 class AttentionProblem:
@@ -152,7 +152,7 @@ class AttentionProblem:
         segments = self._pieces(self.heads, self.num_keys, work)
         self.new_sums(segments=segments, transposed=2 * s.e <= self.packed.lanes)
         p = self.arguments()
-        scratch = kernels.absorb_scratch(self.one, s)
+        scratch = absorb_scratch(self.one, s)
         share(kernels.gather_keys, self.heads * segments, work, scratch, self.one, s, p, self.k, self.v, self.mask)
         if segments > 1:
             small = 2 * s.m_pad + max(s.m_pad, s.e_pad)
@@ -162,7 +162,7 @@ class AttentionProblem:
         """Take all keys into sums that are there already."""
         s = self.s
         work = float(self.heads * self.num_keys * s.m * (s.d + s.e))
-        scratch = kernels.absorb_scratch(self.one, s)
+        scratch = absorb_scratch(self.one, s)
         p = self.arguments()
         share(kernels.gather_keys, self.heads, work, scratch, self.one, s, p, self.k, self.v, self.mask)
 

@@ -309,6 +309,29 @@ def compare_tops(one, n, top, new_top, safe):
 
 
 @intrinsic
+def _take_tops(context, one, n, top, new_top, factors):
+    def emit(context, builder, signature, args):
+        _, n, top, new_top, factors = args
+        e = Emitter(builder, signature.args[0])
+        tops, new_tops, results = e.pointer(top), e.pointer(new_top), e.pointer(factors)
+        with cgutils.for_range_slice(builder, ir.Constant(I64, 0), n, ir.Constant(I64, e.lanes)) as (j, _):
+            old, new = e.load(e.at(tops, j)), e.load(e.at(new_tops, j))
+            rose = builder.fcmp_ordered(">", new, old)
+            factor = builder.select(rose, e.exp2(builder.fsub(old, new)), e.constant(1.0))
+            e.store(factor, e.at(results, j))
+            e.store(builder.select(rose, new, old), e.at(tops, j))
+        return context.get_dummy_value()
+
+    return types.void(one, *[types.int64] * 4), emit
+
+
+@jit
+def take_tops(one, n, top, new_top, factors):
+    """factors = 2**(top - new_top) where it rose, else 1; top = the larger one."""
+    _take_tops(one, n, top, new_top, factors)
+
+
+@intrinsic
 def _turn_rows(context, one, kv, new_kv, m, n, old, new, weight, v, numerator):
     def emit(context, builder, signature, args):
         _, kv, new_kv, m, n, old, new, weight, v, numerator = args

@@ -8,6 +8,7 @@ places (`vectors.py`); `Sizes` says where in the packed constants of a map what 
 from typing import Any, NamedTuple
 
 import numpy as np
+from numba.extending import register_jitable
 
 from favorsharp_numba.compiling import inlined, jit, jit_sums
 from favorsharp_numba.emitter import BYTES
@@ -21,7 +22,15 @@ from favorsharp_numba.primitives import (
     shift_block,
     sum_block,
 )
-from favorsharp_numba.rows import add_rows, compare_tops, load_rows, quadratic_rows, store_rows, transpose_block
+from favorsharp_numba.rows import (
+    add_rows,
+    compare_tops,
+    load_rows,
+    quadratic_rows,
+    store_rows,
+    take_tops,
+    transpose_block,
+)
 from favorsharp_numba.vectors import byte_at, get, integer_at, lanes, panel, put
 
 TILE = 64
@@ -243,18 +252,8 @@ def raise_top(one, s, side, p, p_step, count, top, new_top, safe):
 @inlined
 def rescale(one, s, top, new_top, kv, z, transposed, factors, ones):
     """Divide the sums by the rise of the top, feature by feature, and take the new top; factors keep what it was."""
-    changed = False
-    for j in range(s.m_pad):
-        old, new = get(one, top + j), get(one, new_top + j)
-        factor = one
-        if new > old:
-            changed = True
-            factor = np.exp2(old - new)
-            put(one, top + j, new)
-        put(one, factors + j, factor)
-    if changed:
-        scale_sums(one, s, kv, z, transposed, factors, ones)
-    return changed
+    take_tops(one, s.m_pad, top, new_top, factors)
+    scale_sums(one, s, kv, z, transposed, factors, ones)
 
 
 @inlined
@@ -280,6 +279,25 @@ def add_keys(one, s, p, p_step, values, count, kv, transposed):
 
 
 @inlined
+def take_keys(one, s, side, p, p_step, values, count, kv, z, top, transposed, scratch):
+    """Take keys into the sums (kv, z) relative to 2**top: their log features become features."""
+    new_top = scratch
+    safe = new_top + s.m_pad
+    scales = safe + s.m_pad
+    ones = scales + s.m_pad
+    if raise_top(one, s, side, p, p_step, count, top, new_top, safe) > 0:
+        rescale(one, s, top, new_top, kv, z, transposed, scales, ones)
+    exp_block(one, p, p_step, count, s.m_pad, side + ZERO, 0, safe, ones, 0, z)
+    add_keys(one, s, p, p_step, values, count, kv, transposed)
+
+
+@register_jitable
+def take_keys_scratch(s):
+    """Items of scratch that `take_keys` needs; those from 3 m_pad on are ones."""
+    return 3 * s.m_pad + max(s.m_pad, s.e_pad)
+
+
+@inlined
 def absorb(one, s, side, k, v, mask, b, start, stop, kv, z, top, transposed, scratch):
     """Take the keys start .. stop into the sums (kv, z) relative to 2**top."""
     p_step = s.m_pad + lanes(one)
@@ -288,24 +306,18 @@ def absorb(one, s, side, k, v, mask, b, start, stop, kv, z, top, transposed, scr
     factors = dense + TILE * s.d_pad
     values = factors + 2 * TILE
     p = values + TILE * s.e_pad
-    new_top = p + TILE * p_step
-    safe = new_top + s.m_pad
-    scales = safe + s.m_pad
-    ones = scales + s.m_pad
-    fill(one, ones, max(s.m_pad, s.e_pad), one)
+    rest = p + TILE * p_step
+    fill(one, rest + 3 * s.m_pad, max(s.m_pad, s.e_pad), one)
     for first in range(start, stop, TILE):
         count = min(TILE, stop - first)
         if load_keys(one, s, side, k, v, mask, b, first, count, points, dense, factors, values):
             log_keys(one, s, side, points, count, factors, p, p_step)
-            if raise_top(one, s, side, p, p_step, count, top, new_top, safe) > 0:
-                rescale(one, s, top, new_top, kv, z, transposed, scales, ones)
-            exp_block(one, p, p_step, count, s.m_pad, side + ZERO, 0, safe, ones, 0, z)
-            add_keys(one, s, p, p_step, values, count, kv, transposed)
+            take_keys(one, s, side, p, p_step, values, count, kv, z, top, transposed, rest)
 
 
 def absorb_scratch(one, s):
     """Items of scratch that `absorb` needs."""
-    return TILE * (2 * s.d_pad + 2 + s.e_pad + s.m_pad + lanes_of(one)) + 3 * s.m_pad + max(s.m_pad, s.e_pad)
+    return TILE * (2 * s.d_pad + 2 + s.e_pad + s.m_pad + lanes_of(one)) + take_keys_scratch(s)
 
 
 # Queries -------------------------------------------------------------------------------------------------------------
@@ -315,6 +327,12 @@ def absorb_scratch(one, s):
 def load_queries(one, s, side, q, b, start, count, with_factors, z, dense, factors, columns):
     """Load a tile of queries, rows and columns, and their log factors: 0 (or NaN) where those cancel."""
     load_points(one, q, NO_MASK, b, start, count, s.d, s.d_pad, side + ALPHA, side + s.center, z)
+    turn_queries(one, s, side, count, with_factors, z, dense, factors, columns)
+
+
+@inlined
+def turn_queries(one, s, side, count, with_factors, z, dense, factors, columns):
+    """Columns and log factors of queries that are loaded as rows."""
     if with_factors:
         log_factors(one, s, side, z, count, dense, factors)
     n = rest_of_tile(count, lanes(one))
@@ -342,9 +360,7 @@ def weigh(one, s, side, p, count, top, z, reference, safe, total):
     fill(one, reference, n, -np.inf * one)
     fill(one, total, n, one - one)
     max_block(one, p, TILE, s.m, n, top, 1, reference, reference)
-    for t in range(n):
-        value = get(one, reference + t)
-        put(one, safe + t, value if value > -np.inf else one - one)
+    compare_tops(one, n, reference, reference, safe)
     exp_block(one, p, TILE, s.m, n, top, 1, safe, z, 1, total)
 
 
@@ -410,8 +426,12 @@ def is_finite(one, side, rows, pad, count, totals):
     return total_of(one, totals, pad) == 0
 
 
+NEAR_KEYS = 2 * TILE
+"""Exactly scored keys that are loaded at once."""
 GROUP = 16
 """Keys that are scored at once where later ones have fewer queries."""
+ROWS = 6
+"""Queries that read together where each sees one key more: the rows of a register tile."""
 
 
 @inlined
@@ -421,76 +441,74 @@ def num_before(first, position, count):
 
 
 @inlined
+def load_near_keys(one, s, side, k, v, mask, b, start, count, rows, norms, values):
+    """Keys to be scored exactly, and their values: NEAR_KEYS at most."""
+    for t in range(0, count, TILE):
+        load_near(one, s, side, k, mask, b, start + t, min(TILE, count - t), False, rows + t * s.d_pad, norms + t)
+    load_points(one, v, mask, b, start, count, s.e, s.e_pad, side + ONE, side + s.total - s.e_pad, values)
+
+
+@inlined
 def read_near(
-    one, s, side, columns, query_norms, first, count, k, v, mask, b, low, high, window, causal, numerator, total,
-    reference, scratch,
+    one, s, side, columns, query_norms, first, count, rows, norms, values, start, keys, mask, b, causal, numerator,
+    total, reference, scratch,
 ):  # fmt: skip
-    """Add the exactly scored keys low .. high to what queries first .. first + count have read.
+    """Add a tile of exactly scored keys, start .. start + keys, to what queries first .. first + count have read.
 
     A query sees a key of them that the mask shows and, where causal, that is not after it.
     """
     n, width, lane = rest_of_tile(count, lanes(one)), panel(one), lanes(one)
-    rows = scratch
-    norms = rows + TILE * s.d_pad
-    values = norms + TILE
-    scores = values + TILE * s.e_pad
+    scores = scratch
     new = scores + TILE * TILE
     safe = new + TILE
     scale = safe + TILE
     ones = scale + TILE
     trash = ones + max(TILE, s.e_pad)
-    fill(one, ones, max(TILE, s.e_pad), one)
-    zeros = side + s.total - s.e_pad
-    for start in range(low, high, TILE):
-        keys = min(TILE, high - start)
-        load_near(one, s, side, k, mask, b, start, keys, False, rows, norms)
-        load_points(one, v, mask, b, start, keys, s.e, s.e_pad, side + ONE, zeros, values)
-        partly = causal and start + keys > first + 1
-        group = GROUP if partly else keys
-        copy(one, reference, n, new)
-        for j in range(0, keys, group):
-            size = min(group, keys - j)
-            left = num_before(first, start + j, n) // lane * lane if partly else 0
-            line = scores + j * TILE
-            product_terms(
-                one, size, n - left, s.d, rows + j * s.d_pad, s.d_pad, 1, columns + left, width, TILE, line + left,
-                TILE, norms + j, query_norms + left,
+    partly = causal and start + keys > first + 1
+    group = GROUP if partly else keys
+    copy(one, reference, n, new)
+    for j in range(0, keys, group):
+        size = min(group, keys - j)
+        left = num_before(first, start + j, n) // lane * lane if partly else 0
+        line = scores + j * TILE
+        product_terms(
+            one, size, n - left, s.d, rows + j * s.d_pad, s.d_pad, 1, columns + left, width, TILE, line + left,
+            TILE, norms + j, query_norms + left,
+        )  # fmt: skip
+        for i in range(size if partly or mask.offsets != 0 else 0):
+            before = n if is_hidden(mask, b, start + j + i) else num_before(first, start + j + i, n) if partly else 0
+            fill(one, line + i * TILE + left, before - left, -np.inf * one)
+        max_block(one, line + left, TILE, size, n - left, side + ZERO, 0, new + left, new + left)
+    if compare_tops(one, n, reference, new, safe) > 0:
+        take_tops(one, n, reference, new, scale)
+        scale_block(one, total, n, 1, n, ones, scale, total, n)
+        scale_block(one, numerator, s.e_pad, count, s.e_pad, scale, ones, numerator, s.e_pad)
+    for j in range(0, keys, group):
+        size = min(group, keys - j)
+        left = num_before(first, start + j, n) // lane * lane if partly else 0
+        line = scores + j * TILE
+        exp_block(one, line + left, TILE, size, n - left, side + ZERO, 0, safe + left, ones, 0, total + left)
+        for i in range(size if left > 0 else 0):
+            fill(one, line + i * TILE + left - min(left, ROWS), min(left, ROWS), one - one)
+    if partly:
+        # a value that is not finite must not meet the weight 0 of a query before it
+        step = ROWS if is_finite(one, side, values, s.e_pad, keys, trash) else 1
+        for t in range(0, count, step):
+            seen = min(keys, max(0, first + min(t + step, count) - start))
+            line = numerator + t * s.e_pad
+            product_add(
+                one, min(step, count - t), s.e_pad, seen, scores + t, 1, TILE, values, width, s.e_pad, line, s.e_pad,
             )  # fmt: skip
-            for i in range(size):
-                if is_hidden(mask, b, start + j + i):
-                    fill(one, line + i * TILE, n, -np.inf * one)
-                elif partly:
-                    fill(one, line + i * TILE, num_before(first, start + j + i, n), -np.inf * one)
-            max_block(one, line + left, TILE, size, n - left, side + ZERO, 0, new + left, new + left)
-        if compare_tops(one, n, reference, new, safe) > 0:
-            copy(one, reference, n, scale)
-            exp_block(one, scale, 0, 1, n, side + ZERO, 0, safe, side + ZERO, 0, trash)
-            scale_block(one, total, n, 1, n, ones, scale, total, n)
-            scale_block(one, numerator, s.e_pad, count, s.e_pad, scale, ones, numerator, s.e_pad)
-            copy(one, new, n, reference)
-        for j in range(0, keys, group):
-            size = min(group, keys - j)
-            left = num_before(first, start + j, n) // lane * lane if partly else 0
-            line = scores + j * TILE
-            exp_block(
-                one, line + left, TILE, size, n - left, side + ZERO, 0, safe + left, ones, 0, total + left
-            )  # fmt: skip
-            for i in range(size if left > 0 else 0):
-                fill(one, line + i * TILE, left, one - one)
-        if partly:
-            # a value that is not finite must not meet the weight 0 of a query before it
-            step = 6 if is_finite(one, side, values, s.e_pad, keys, trash) else 1
-            for t in range(0, count, step):
-                seen = min(keys, max(0, first + min(t + step, count) - start))
-                line = numerator + t * s.e_pad
-                product_add(
-                    one, min(step, count - t), s.e_pad, seen, scores + t, 1, TILE, values, width, s.e_pad, line,
-                    s.e_pad,
-                )  # fmt: skip
-        else:
-            product_add(one, count, s.e_pad, keys, scores, 1, TILE, values, width, s.e_pad, numerator, s.e_pad)
+    else:
+        product_add(one, count, s.e_pad, keys, scores, 1, TILE, values, width, s.e_pad, numerator, s.e_pad)
+
+
+@inlined
+def fill_near_scratch(one, s, scratch):
+    """The ones that `read_near` expects in its scratch."""
+    fill(one, scratch + TILE * (TILE + 3), max(TILE, s.e_pad), one)
 
 
 def near_scratch(s):
-    """Items of scratch that `read_near` needs."""
-    return TILE * (s.d_pad + 1 + s.e_pad + TILE + 3) + 2 * max(TILE, s.e_pad)
+    """Items of scratch that `read_near` needs, made ready by `fill_near_scratch`."""
+    return TILE * (TILE + 3) + 2 * max(TILE, s.e_pad)

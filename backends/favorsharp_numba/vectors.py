@@ -25,7 +25,7 @@ STORE, EXP, STREAM = 0, 1, 2
 
 @intrinsic(prefer_literal=True)
 def _product(context, one, start, finish, m, n, k, a, a_row, a_step, b, b_panel, b_step, c, c_row, row, column):
-    """C (m, n) from A (m, k) and B (k, n), a register tile of 6, 2 or 1 rows by some vectors at a time.
+    """C (m, n) from A (m, k) and B (k, n), a register tile at a time: 6, 4, 2 or 1 rows by some vectors, or 8 by one.
 
     B lies in panels of VECTORS vectors, `b_panel` items apart; its rows are `b_step` apart inside a panel.
     """
@@ -80,7 +80,7 @@ def _product(context, one, start, finish, m, n, k, a, a_row, a_step, b, b_panel,
             )
             with cgutils.for_range_slice(builder, left_column, right_column, width) as (j, _):
                 top = number(0)
-                for rows in (6, 2, 1):
+                for rows in (6 if vectors > 1 else 8, 4, 2, 1):
                     height = number(rows)
                     bottom = builder.add(top, builder.mul(builder.udiv(builder.sub(m, top), height), height))
                     with cgutils.for_range_slice(builder, top, bottom, height) as (i, _):

@@ -59,7 +59,8 @@ def test_no_scale_of_the_inputs_overflows_or_vanishes(scale, is_causal, window):
     np.testing.assert_allclose(got, want, atol=1e-9 if scale < 100 else 1e-6)
 
 
-def test_a_causal_row_is_not_washed_out_by_a_key_it_cannot_see():
+@pytest.mark.parametrize("window", [0, 1, 8, 10])
+def test_a_causal_row_is_not_washed_out_by_a_key_it_cannot_see(window):
     """Keys whose features grow by 2**200 within a tile: the tile's common top would leave its early rows nothing."""
     rng = np.random.default_rng(0)
     n, d = 64, 4
@@ -69,15 +70,28 @@ def test_a_causal_row_is_not_washed_out_by_a_key_it_cannot_see():
         fm = fs.feature_map(fs.fit(q, k, method="posrf"), 8, rng=0)
         fm = astype(fm, dtype)
         for keys in (k, k[::-1], rng.permutation(k)):
-            got, want = both(
-                *(np.ascontiguousarray(x, dtype) for x in (q, keys, v)), astype(fm, np.float64), is_causal=True
-            )
+            arrays = (np.ascontiguousarray(x, dtype) for x in (q, keys, v))
+            got, want = both(*arrays, astype(fm, np.float64), is_causal=True, window=window)
             np.testing.assert_allclose(got, want, atol=error)
+
+
+@pytest.mark.parametrize("group", [1, 3, 6])
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("window", [1, 10, 16, 32, 33, 48, 64, 100, 128])
+def test_blocks_of_any_length_lie_in_tiles_as_they_may(window, is_causal, group):
+    """Several blocks in a tile, or several tiles in a block; some query heads of a key head fit, or too many."""
+    for n in (1, 2 * window, 2 * window + 1, 64, 65, 3 * max(64, window) - 1):
+        q, k, v = attention_problem(n, (2, 6), n=n)
+        k, v = k[:, : 6 // group], v[:, : 6 // group]
+        fm = fs.feature_map(fs.fit(*attention_problem(0, ())[:2]), 19, rng=0)
+        mask = key_mask(n, k.shape[:-1], "holes") if n % 2 else None
+        got, want = both(q, k, v, fm, is_causal=is_causal, window=window, key_mask=mask, enable_gqa=True)
+        np.testing.assert_allclose(got, want, atol=1e-11)
 
 
 @pytest.mark.parametrize("poison", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("where", ["q", "k", "v"])
-@pytest.mark.parametrize(("is_causal", "window"), [(False, 0), (True, 0), (False, 7), (True, 7)])
+@pytest.mark.parametrize(("is_causal", "window"), [(c, w) for c in (False, True) for w in (0, 7, 16)])
 def test_what_is_not_finite_reaches_the_rows_that_the_reference_says(where, poison, is_causal, window):
     q, k, v = attention_problem(3, (2,), n=90)
     fm = fs.feature_map(fs.fit(q, k), 16, rng=0)
@@ -244,7 +258,7 @@ def test_packed_sequences_are_one_call_and_do_not_see_each_other(is_causal, grou
     fm = fs.feature_map(fs.fit(q.reshape(-1, 8), k.reshape(-1, 8)), 19, rng=0)
     bounds = [0, 1, 1, 70, 75, 140, 141, 230]
     mask = key_mask(7, k.shape[:-1], "holes")
-    for window in (0, 5, 64):
+    for window in (0, 5, 16, 64):
         options = {"is_causal": is_causal, "window": window, "enable_gqa": grouped}
         with fs.use("numba"):
             with watch() as calls:
