@@ -4,6 +4,7 @@ CuPy arrays, torch tensors, and NumPy arrays where tests run the kernels on the 
 """
 
 import sys
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -53,14 +54,41 @@ def place_of(x: Any) -> tuple[int, tuple[int, ...]]:
     return int(start), tuple(step // item for step in x.strides)
 
 
+def extent_of(x: Any) -> tuple[int, int]:
+    """The addresses between which all items lie."""
+    start, strides = place_of(x)
+    item = int(x.element_size() if is_torch(x) else x.dtype.itemsize)
+    reach = [item * step * (size - 1) for size, step in zip(x.shape, strides, strict=True)]
+    if 0 in x.shape:
+        return start, start
+    return start + sum(min(0, step) for step in reach), start + sum(max(0, step) for step in reach) + item
+
+
+def usable_where_it_lies(x: Any) -> bool:
+    """Whether a kernel can read and write the items of x at their addresses."""
+    if is_torch(x):
+        return not (x.is_neg() or x.is_conj())
+    return not is_numpy(x) or bool(x.flags.aligned and x.dtype.isnative)
+
+
 def readable(x: Any) -> Any:
     """The array without a gradient and without lazy conjugation, in native byte order."""
     if is_torch(x):
         x = x.detach()
-        return x.resolve_neg().resolve_conj() if x.is_neg() or x.is_conj() else x
-    if is_numpy(x) and not (x.flags.aligned and x.dtype.isnative):
-        return np.array(x, dtype=x.dtype.newbyteorder("="))
-    return x
+        return x if usable_where_it_lies(x) else x.resolve_neg().resolve_conj()
+    return x if usable_where_it_lies(x) else np.array(x, dtype=x.dtype.newbyteorder("="))
+
+
+def target(out: Any, inputs: Sequence[Any], shape: tuple[int, ...], dtype: str) -> Any:
+    """What a kernel writes its result to: `out`, unless it is missing, of another dtype or shares an input's memory."""
+    if out is None or name_of(out) != dtype or not usable_where_it_lies(out):
+        return empty(inputs[0], shape, dtype)
+    low, high = extent_of(out)
+    if any(start < high and low < stop for start, stop in map(extent_of, inputs)):
+        return empty(inputs[0], shape, dtype)
+    if is_torch(out) and not out.is_inference():
+        sys.modules["torch"].autograd.graph.increment_version(out)  # as any write to it does
+    return out
 
 
 def empty(like: Any, shape: tuple[int, ...], dtype: str) -> Any:

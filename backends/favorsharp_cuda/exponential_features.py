@@ -11,7 +11,7 @@ def exponential_features(u: Any, rows: Any, row: Any, column: Any, *, out: Any =
     batch = broadcast_shapes(*(tuple(x.shape[:-2]) for x in (u, rows, row, column)))
     dtype = arrays.name_of(u)
     shape = (*batch, u.shape[-2], rows.shape[-2])
-    result = out if out is not None and arrays.name_of(out) == dtype else arrays.empty(u, shape, dtype)
+    result = arrays.target(out, (u, rows, row, column), shape, dtype)
     served = tiles.fit(dtype, u.shape[-1], 1)
     (tiles if served else plain).features(u, rows, row, column, result)
     if out is None or out is result:

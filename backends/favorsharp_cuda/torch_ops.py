@@ -39,15 +39,13 @@ from favorsharp_cuda.state import recent_of
 def exponential_features(u: Any, rows: Any, row: Any, column: Any, *, out: Any = None) -> Any:
     """As `favorsharp.ops.exponential_features.exponential_features`."""
     given = (u, rows, row, column)
-    if is_traced(u):
-        result = _TracedFeatures.apply(*given)
-        if out is None:
-            return result
-        out[...] = result
-        return out
-    if out is not None or not _recorded(*given):
+    if not (is_traced(u) or _recorded(*given) or (out is not None and _recorded(out))):
         return plain_features.exponential_features(*given, out=out)
-    return _Features.apply(*given)
+    result = (_TracedFeatures if is_traced(u) else _Features).apply(*given)
+    if out is None:
+        return result
+    out[...] = result
+    return out
 
 
 def attention(q: Any, k: Any, v: Any, feature_map: Any, *, key_mask: Any = None, window: int = 0) -> Any:

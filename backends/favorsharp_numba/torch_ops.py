@@ -22,9 +22,13 @@ from favorsharp_numba.gradients import attention_backward, attention_with_stats,
 
 def exponential_features(u: Any, rows: Any, row: Any, column: Any, *, out: Any = None) -> Any:
     """As `favorsharp.ops.exponential_features.exponential_features`."""
-    if out is not None or not _recorded(u, rows, row, column):
+    if not _recorded(u, rows, row, column, out):
         return plain_features.exponential_features(u, rows, row, column, out=out)
-    return _Features.apply(u, rows, row, column)
+    result = _Features.apply(u, rows, row, column)
+    if out is None:
+        return result
+    out[...] = result
+    return out
 
 
 def attention(

@@ -142,8 +142,23 @@ def test_kernel_matvec_and_features():
     p = Problem()
     close(run(kernel_matvec, *p.points, p.gpu_map), kernel_matvec.reference(*p.host, p.map))
     u, rows, row, column = _features()
-    got = run(exponential_features, *(put(x) for x in (u, rows, row, column)))
-    close(got, exponential_features.reference(u, rows, row, column))
+    want = exponential_features.reference(u, rows, row, column)
+    close(run(exponential_features, *(put(x) for x in (u, rows, row, column))), want)
+    out = put(np.zeros(want.shape))
+    assert run(exponential_features, *(put(x) for x in (u, rows, row, column)), out=out) is out
+    close(out, want)
+
+
+def test_features_may_be_written_over_their_points(monkeypatch):
+    """What shares memory is computed beside it and then copied by CuPy, which takes a GPU: seen is what it copies."""
+    rng = np.random.default_rng(0)
+    memory, rows, row, column = (put(rng.standard_normal(shape) / 2) for shape in ((30, 4), (4, 4), (20, 1), (1, 4)))
+    given, copies = (memory[:20], rows, row, column), []
+    monkeypatch.setattr(arrays, "cast", lambda x, dtype: copies.append(seen(x).copy()) or x)
+    want = exponential_features.reference(*(seen(x).copy() for x in given))
+    with pytest.raises(Exception, match="(?i)cuda|driver"):
+        run(exponential_features, *given, out=memory[1:21])
+    np.testing.assert_allclose(copies[0], want, rtol=1e-12)
 
 
 def _features():

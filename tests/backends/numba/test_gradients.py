@@ -230,3 +230,13 @@ def test_a_write_to_out_is_seen_by_autograd(is_causal):
     torch.testing.assert_close(
         got, torch.autograd.grad(fs.linear_attention(q, k, v, fm, is_causal=is_causal).sum(), q)[0], rtol=0, atol=0
     )
+
+
+def test_features_written_to_out_keep_their_gradients():
+    u, rows, row, column = (torch.randn(shape, dtype=torch.float64) for shape in ((20, 4), (6, 4), (20, 1), (1, 6)))
+    u.requires_grad_()
+    results = []
+    for out in (None, torch.zeros(20, 6, dtype=torch.float64)):
+        got = exponential_features(u, rows, row, column, out=out)
+        results.append(torch.autograd.grad(got.square().sum(), u)[0])
+    torch.testing.assert_close(*results, rtol=0, atol=0)
