@@ -43,11 +43,11 @@ demo: $(VENV)/cli
 	@echo "The picture is favorsharp-compare.png"
 
 test: $(VENV)/test
-	$(BIN)/python -m pytest -n auto -m "not slow and not models and not sweep"
+	$(BIN)/python -m pytest -n auto --dist worksteal -m "not slow and not models and not sweep"
 	$(BIN)/python -m pytest -q --backend loopback tests/ops tests/test_linear_attention.py tests/test_streaming.py tests/test_regression.py
 
 test-slow: $(VENV)/test
-	$(BIN)/python -m pytest -n auto -m "slow and not models"
+	$(BIN)/python -m pytest -n auto --dist worksteal -m "slow and not models"
 
 $(VENV)/models: $(VENV)/test
 	$(PIP) --editable '.[models]'
@@ -57,7 +57,7 @@ test-models: $(VENV)/models
 	$(BIN)/python -m pytest -m models
 
 test-sweep: $(VENV)/test
-	$(BIN)/python -m pytest -n auto -m sweep
+	$(BIN)/python -m pytest -n auto --dist worksteal -m sweep
 
 test-parallel: $(VENV)/test
 	$(BIN)/python -m pytest -q --parallel-threads=4 tests/backends/numba/test_kernels.py

@@ -4,6 +4,7 @@ import importlib
 import itertools
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -108,7 +109,8 @@ def check_backend(
     fault = known[name].why_not()
     if fault is not None:
         raise ValueError(f"backend {name!r} cannot be used here: {fault}")
-    rows = []
+    rows: list[Row] = []
+    cases_of, want = cache(cases), cache(wanted)  # the same for every library and dtype
     for kernel in known[name].kernels:
         if kernel.op not in _MAKERS or (ops is not None and kernel.op not in tuple(ops)):
             continue
@@ -117,7 +119,8 @@ def check_backend(
                 continue
             make = make_array(library, dtype)
             if make is not None:
-                rows += [row for case in cases(kernel.op) for row in _compare(name, kernel, case, library, dtype, make)]
+                for case in cases_of(kernel.op):
+                    rows += _compare(name, kernel, case, library, dtype, make, want)
     if not rows:
         raise ValueError(f"backend {name!r}: nothing to compare for ops={ops!r}, libraries={libraries!r}")
     return rows
@@ -164,7 +167,13 @@ def wanted(op: str, case: Case) -> Any:
 
 
 def _compare(
-    name: str, kernel: Kernel, case: Case, library: str, dtype: str, make: Callable[[Any], Array]
+    name: str,
+    kernel: Kernel,
+    case: Case,
+    library: str,
+    dtype: str,
+    make: Callable[[Any], Array],
+    want: Callable[[str, Case], Any],
 ) -> Iterator[Row]:
     args, kwargs = case.make(make)
     if kernel.why_not(request_of(kernel.op, *args, *kwargs.values())) is not None:
@@ -175,7 +184,7 @@ def _compare(
     if not calls or calls[0] != (kernel.op, name):
         raise AssertionError(f"{place}: {calls[:1]} ran instead of {name!r}")
     try:
-        error = relative_error(got, wanted(kernel.op, case))
+        error = relative_error(got, want(kernel.op, case))
     except AssertionError as wrong:
         raise AssertionError(f"{place}: {wrong}") from None
     if not error <= TOLERANCES[dtype]:
@@ -191,20 +200,25 @@ def _arrays_of(result: Any) -> list[Array]:
     return [result]
 
 
-def _problem(name: str) -> tuple[Any, Any, Any, int]:
-    batch, n, d, e, m = SHAPES[name]
-    rng = np.random.default_rng(list(SHAPES).index(name))
+def _problem(shape: str) -> tuple[Any, Any, Any]:
+    batch, n, d, e, _ = SHAPES[shape]
+    rng = np.random.default_rng(list(SHAPES).index(shape))
     # exact in float16 and bfloat16, so that every dtype is given the same problem
     q, k = (np.round(16 * rng.standard_normal((*batch, n, d)) + 5) / 16 for _ in range(2))
-    return q, k, np.round(16 * rng.standard_normal((*batch, n, e))) / 16, m
+    return q, k, np.round(16 * rng.standard_normal((*batch, n, e))) / 16
 
 
-def _map(q: Any, k: Any, m: int, to: Callable[[Any], Array]) -> Any:
+def _map(shape: str, to: Callable[[Any], Array]) -> Any:
     """A map of the problem in the dtype to compute in: fitted on the host, so that every library is given the same."""
-    fitted = feature_map(fit(q, k), m, rng=0)
     like = to(np.zeros(1))
     wide = named_dtype(namespace_of(like), "float64" if dtype_name(like) == "float64" else "float32")
-    return map_arrays(fitted, lambda x: from_host(np.array(x), like, wide))
+    return map_arrays(_fitted(shape), lambda x: from_host(np.array(x), like, wide))
+
+
+@cache
+def _fitted(shape: str) -> Any:
+    q, k, _ = _problem(shape)
+    return feature_map(fit(q, k), SHAPES[shape][-1], rng=0)
 
 
 def _mask(shape: tuple[int, ...]) -> Any:
@@ -239,26 +253,26 @@ def _attention(masked: bool, windows: tuple[int, ...]) -> Iterator[Case]:
     for shape, window, hidden in itertools.product(SHAPES, windows, (False, True) if masked else (False,)):
 
         def make(to: Callable[[Any], Array], shape: str = shape, window: int = window, hidden: bool = hidden) -> Any:
-            q, k, v, m = _problem(shape)
+            q, k, v = _problem(shape)
             options: dict[str, Any] = {"window": window} if window else {}
             if hidden:
                 options["key_mask"] = to(_mask(k.shape[:-1]))
-            return (to(_strided(q)), to(k), to(_strided(v)), _map(q, k, m, to)), options
+            return (to(_strided(q)), to(k), to(_strided(v)), _map(shape, to)), options
 
         yield Case(f"{shape}, window {window}{', masked' if hidden else ''}", make)
 
     def grouped(to: Callable[[Any], Array]) -> Any:
-        q, k, v, m = _problem("tiles")
+        q, k, v = _problem("tiles")
         queries = np.stack([q, q + 0.25], axis=-3)
-        return (to(queries), to(k[..., None, :, :]), to(v[..., None, :, :]), _map(q, k, m, to).expanded()), {}
+        return (to(queries), to(k[..., None, :, :]), to(v[..., None, :, :]), _map("tiles", to).expanded()), {}
 
     yield Case("grouped heads", grouped)
 
 
 def _unequal() -> Iterator[Case]:
     def make(to: Callable[[Any], Array]) -> Any:
-        q, k, v, m = _problem("primes")
-        return (to(q[..., :40, :]), to(k), to(v), _map(q, k, m, to)), {}
+        q, k, v = _problem("primes")
+        return (to(q[..., :40, :]), to(k), to(v), _map("primes", to)), {}
 
     yield Case("unequal lengths", make)
 
@@ -272,8 +286,8 @@ def _update() -> Iterator[Case]:
     for shape, window in itertools.product(SHAPES, (0, 5)):
 
         def make(to: Callable[[Any], Array], shape: str = shape, window: int = window) -> Any:
-            q, k, v, m = _problem(shape)
-            fm, keys, values = _map(q, k, m, to), to(k), to(v)
+            _, k, v = _problem(shape)
+            fm, keys, values = _map(shape, to), to(k), to(v)
             return (_state(fm, keys, values, window), keys, values, fm), {"key_mask": to(_mask(k.shape[:-1]))}
 
         yield Case(f"{shape}, window {window}", make)
@@ -283,8 +297,8 @@ def _read() -> Iterator[Case]:
     for shape, window in itertools.product(SHAPES, (0, 5)):
 
         def make(to: Callable[[Any], Array], shape: str = shape, window: int = window) -> Any:
-            q, k, v, m = _problem(shape)
-            fm = _map(q, k, m, to)
+            q, k, v = _problem(shape)
+            fm = _map(shape, to)
             return (_state(fm, to(k), to(v), window), to(q), fm), {}
 
         yield Case(f"{shape}, window {window}", make)
@@ -294,8 +308,8 @@ def _decode_step() -> Iterator[Case]:
     for shape, window in itertools.product(("plain", "tiles", "one"), (0, 5)):
 
         def make(to: Callable[[Any], Array], shape: str = shape, window: int = window) -> Any:
-            q, k, v, m = _problem(shape)
-            fm = _map(q, k, m, to)
+            q, k, v = _problem(shape)
+            fm = _map(shape, to)
             token = tuple(to(x[..., :1, :]) for x in (q, k, v))
             return (*token, _state(fm, to(k), to(v), window), fm), {}
 
@@ -306,8 +320,8 @@ def _kernel_matvec() -> Iterator[Case]:
     for shape in SHAPES:
 
         def make(to: Callable[[Any], Array], shape: str = shape) -> Any:
-            q, k, v, m = _problem(shape)
-            return (to(q / 2), to(k / 2), to(v), _map(q, k, m, to)), {}
+            q, k, v = _problem(shape)
+            return (to(q / 2), to(k / 2), to(v), _map(shape, to)), {}
 
         yield Case(shape, make)
 

@@ -171,7 +171,7 @@ class Problem:
                 mask[0] = False  # a head that sees nothing
         self.mask, self.same_mask = map(guarded, masks)
         self.gradient = guarded(draw(*batch, lengths.n, shape.e).astype(dtype))
-        self.map = map_arrays(_map(shape), lambda x: guarded(x.astype(self.map_dtype)))
+        self.map = map_arrays(feature_map(shape), lambda x: guarded(x.astype(self.map_dtype)))
         u, rows, row, column = (
             draw(*batch, lengths.n, shape.d) / 4,
             draw(shape.m, shape.d) / 4,
@@ -194,8 +194,10 @@ class Problem:
         k, v = self.point(k).astype(dtype), v.astype(dtype)
         from favorsharp.ops.state import empty_state
 
-        empty = empty_state(_cast(_map(self.shape), np.dtype("float64")), batch, k.shape[-1], v.shape[-1], window, k)
-        wide = _cast(_cast(_map(self.shape), np.dtype(WIDER[self.shape.dtype])), np.dtype("float64"))
+        empty = empty_state(
+            _cast(feature_map(self.shape), np.dtype("float64")), batch, k.shape[-1], v.shape[-1], window, k
+        )
+        wide = _cast(_cast(feature_map(self.shape), np.dtype(WIDER[self.shape.dtype])), np.dtype("float64"))
         full = OPS["update"].reference(empty, k.astype("float64"), v.astype("float64"), wide)
         narrow = map_arrays(full, lambda x: x if x.dtype == bool else x.astype(self.map_dtype))
         return replace(narrow, recent_k=full.recent_k.astype(dtype), recent_v=full.recent_v.astype(dtype))
@@ -209,7 +211,8 @@ def spoiled(v: np.ndarray) -> np.ndarray:
 
 
 @cache
-def _map(shape: Shape) -> Any:
+def feature_map(shape: Shape) -> Any:
+    """The map of a shape, whose arrays are in the dtype to compute in."""
     rng = np.random.default_rng(5)
     x, y = (rng.standard_normal((256, shape.d)) / shape.d**0.5 for _ in range(2))
     fitted = fs.fit(x, y + 0.25, method=shape.method, kernel=shape.kernel, scale=1.0)

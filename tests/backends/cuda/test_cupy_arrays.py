@@ -197,9 +197,10 @@ def test_the_public_vjp():
     with fs.use("cuda"):
         out, pullback = fs.vjp(fs.linear_attention, *p.points, p.gpu_map, is_causal=True)
         found = pullback(put(np.ones(out.shape)))
-    want, pull = fs.vjp(
-        fs.linear_attention, *(torch.asarray(x) for x in p.host), placed(p.map, torch.asarray), is_causal=True
-    )
+    with fs.use("reference"):
+        want, pull = fs.vjp(
+            fs.linear_attention, *(torch.asarray(x) for x in p.host), placed(p.map, torch.asarray), is_causal=True
+        )
     close(out, want)
     for got, expected in zip(found, pull(torch.ones_like(want)), strict=True):
         close(got, expected)

@@ -21,8 +21,8 @@ HEADERS = ("shim.h", "tensor_cores.h", "numbers.h", "block.h", "fibers.h")
 ORDERS = ("forward", "reverse", "random")
 SANITIZERS = {
     "": ("-O1",),  # compiling takes longer than running
-    "thread": ("-O1", "-g", "-fsanitize=thread"),
-    "address": ("-O0", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"),
+    "thread": ("-O1", "-g1", "-fsanitize=thread"),
+    "address": ("-O0", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"),
 }
 FLAGS = (
     "-std=c++17",

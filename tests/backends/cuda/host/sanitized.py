@@ -17,7 +17,7 @@ OPTIONS = {
 REPORTED = 66
 
 
-def run(sanitizer: str, script: Path, *arguments: str, timeout: float = 600) -> "subprocess.CompletedProcess[str]":
+def run(sanitizer: str, script: Path, *arguments: str, timeout: float = 1800) -> "subprocess.CompletedProcess[str]":
     """Run `python script arguments` under "thread" or "address"; a report ends it with the code `REPORTED`.
 
     The interpreter itself is not built for it, so that the sanitizer's library has to be loaded first.
