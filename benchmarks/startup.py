@@ -25,9 +25,10 @@ def memory(kind):  # of this process alone: what getrusage tells is inherited fr
 q, k, v = np.random.default_rng(0).standard_normal((3, 8, n, 64), dtype="float32")
 fm = fs.feature_map(fs.fit(q[:, :64], k[:, :64], method="posrf"), 64, rng=0)
 fs.linear_attention(q[:, :640], k[:, :640], v[:, :640], fm, is_causal={causal})
+out = np.ones_like(v) if {into} else None
 before = memory("VmRSS")
-result = fs.linear_attention(q, k, v, fm, is_causal={causal})
-print(memory("VmHWM") - before - result.nbytes / 2**20)
+result = fs.linear_attention(q, k, v, fm, is_causal={causal}, out=out)
+print(memory("VmHWM") - before - (0 if {into} else result.nbytes / 2**20))
 """
 
 
@@ -52,6 +53,7 @@ def scratch(*, quick: bool = False) -> dict[str, float]:
     """MiB beyond inputs and output at L = 65,536."""
     n = 2048 if quick else 65_536
     return {
-        f"{name}, L={n}": run(MEMORY.format(n=n, causal=causal))
+        f"{name}, L={n}{', out=' if into else ''}": run(MEMORY.format(n=n, causal=causal, into=into))
         for name, causal in (("bidirectional", False), ("causal", True))
+        for into in (False, True)
     }
