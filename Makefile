@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
+PARALLEL := $(BIN)/python -m pytest -n auto --dist worksteal
 
 # What a wheel is tried with: the least that pyproject.toml asks for, and the newest Python found here with what it gets.
 OLDEST := 'numpy==2.0.0' 'array-api-compat==1.12.0'
@@ -43,11 +44,11 @@ demo: $(VENV)/cli
 	@echo "The picture is favorsharp-compare.png"
 
 test: $(VENV)/test
-	$(BIN)/python -m pytest -n auto --dist worksteal -m "not slow and not models and not sweep"
-	$(BIN)/python -m pytest -q --backend loopback tests/ops tests/test_linear_attention.py tests/test_streaming.py tests/test_regression.py
+	$(PARALLEL) -m "not slow and not models and not sweep"
+	$(PARALLEL) -q --backend loopback tests/ops tests/test_linear_attention.py tests/test_streaming.py tests/test_regression.py
 
 test-slow: $(VENV)/test
-	$(BIN)/python -m pytest -n auto --dist worksteal -m "slow and not models"
+	$(PARALLEL) -m "slow and not models"
 
 $(VENV)/models: $(VENV)/test
 	$(PIP) --editable '.[models]'
@@ -57,7 +58,7 @@ test-models: $(VENV)/models
 	$(BIN)/python -m pytest -m models
 
 test-sweep: $(VENV)/test
-	$(BIN)/python -m pytest -n auto --dist worksteal -m sweep
+	$(PARALLEL) -m sweep
 
 test-parallel: $(VENV)/test
 	$(BIN)/python -m pytest -q --parallel-threads=4 tests/backends/numba/test_kernels.py

@@ -161,11 +161,24 @@ def _under_backend(request: pytest.FixtureRequest) -> Any:
         yield
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """Add up what the workers of pytest-xdist counted."""
+    import favorsharp_loopback
+
+    favorsharp_loopback.calls.update(getattr(node, "workeroutput", {}).get("loopback", {}))
+
+
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """Fail a rerun through the loopback backend in which it never ran."""
-    if session.config.getoption("--backend") == "loopback" and not hasattr(session.config, "workerinput"):
-        import favorsharp_loopback
+    if session.config.getoption("--backend") != "loopback":
+        return
+    import favorsharp_loopback
 
-        print(f"\nloopback ran: {dict(favorsharp_loopback.calls)}")
-        if not favorsharp_loopback.calls and session.testscollected:
-            session.exitstatus = pytest.ExitCode.TESTS_FAILED
+    calls = dict(favorsharp_loopback.calls)
+    if hasattr(session.config, "workerinput"):
+        session.config.workeroutput["loopback"] = calls
+        return
+    print(f"\nloopback ran: {calls}")
+    if not calls and session.testscollected:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED

@@ -117,10 +117,8 @@ def test_results_do_not_depend_on_the_number_of_threads(tmp_path):
         np.testing.assert_allclose(other, results[0], atol=2e-6)
 
 
-SLOW = pytest.mark.slow
-
-
-@pytest.mark.parametrize("width", ["0", *(pytest.param(x, marks=SLOW) for x in ("16", "32", "64"))])
+@pytest.mark.slow
+@pytest.mark.parametrize("width", ["0", "16", "32", "64"])
 def test_every_vector_width_and_plain_code_agree(width, tmp_path):
     code = """
     with fs.use("reference"):
