@@ -84,7 +84,8 @@ def target(out: Any, inputs: Sequence[Any], shape: tuple[int, ...], dtype: str) 
     if out is None or name_of(out) != dtype or not usable_where_it_lies(out):
         return empty(inputs[0], shape, dtype)
     low, high = extent_of(out)
-    if any(start < high and low < stop for start, stop in map(extent_of, inputs)):
+    repeated = any(step == 0 and size > 1 for step, size in zip(place_of(out)[1], out.shape, strict=True))
+    if repeated or any(start < high and low < stop for start, stop in map(extent_of, inputs)):
         return empty(inputs[0], shape, dtype)
     if is_torch(out) and not out.is_inference():
         sys.modules["torch"].autograd.graph.increment_version(out)  # as any write to it does

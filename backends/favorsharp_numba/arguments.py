@@ -302,11 +302,11 @@ def target(out: Any, inputs: Sequence[Any], shape: tuple[int, ...], dtype: str) 
     """What a kernel writes its result to: `out`, or a new array where there is none or an input shares its memory."""
     if out is None or not usable_where_it_lies(out):
         return empty(inputs[0], shape, dtype)
-    low, high = Address(out).extent()
-    for x in inputs:
-        start, stop = (0, 0) if x is None else Address(x).extent()
-        if start < high and low < stop:
-            return empty(inputs[0], shape, dtype)
+    given, places = Address(out), [Address(x).extent() for x in inputs if x is not None]
+    low, high = given.extent()
+    repeated = any(step == 0 and size > 1 for step, size in zip(given.strides, given.shape, strict=True))
+    if repeated or any(start < high and low < stop for start, stop in places):
+        return empty(inputs[0], shape, dtype)
     if is_torch(out) and not out.is_inference():
         import torch
 

@@ -224,6 +224,8 @@ def test_a_write_to_out_is_seen_by_autograd(is_causal):
         product.backward()
     with pytest.raises(RuntimeError, match="in-place operation"):
         fs.linear_attention(q, k, v, fm, is_causal=is_causal, out=factor)
+    with pytest.raises(RuntimeError, match="single memory location"):
+        fs.linear_attention(q, k, v, fm, is_causal=is_causal, out=torch.zeros(1, dtype=v.dtype).expand(v.shape))
     q.requires_grad_()
     out = fs.linear_attention(q, k, v, fm, is_causal=is_causal, out=torch.zeros_like(v))
     (got,) = torch.autograd.grad(out.sum(), q)
