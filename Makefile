@@ -5,6 +5,10 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 PARALLEL := $(BIN)/python -m pytest -n auto --dist worksteal
 
+# Tests that four threads run at once: not those of files of one name, torch's own generator or modules that change.
+THREADED := tests/ops tests/features tests/backends/numba/test_kernels.py tests/backends/numba/test_gradients.py \
+	$(addprefix tests/test_,linear_attention.py streaming.py regression.py vjp.py errors.py nonfinite.py exact.py)
+
 # What a wheel is tried with: the least that pyproject.toml asks for, and the newest Python found here with what it gets.
 OLDEST := 'numpy==2.0.0' 'array-api-compat==1.12.0'
 NEWEST ?= $(shell for p in python3.14 python3.13 python3.12 \
@@ -61,7 +65,7 @@ test-sweep: $(VENV)/test
 	$(PARALLEL) -m sweep
 
 test-parallel: $(VENV)/test
-	$(BIN)/python -m pytest -q --parallel-threads=4 tests/backends/numba/test_kernels.py
+	$(BIN)/python -m pytest -q --parallel-threads=4 $(THREADED)
 
 bench: $(VENV)/test
 	$(BIN)/python -m benchmarks.report
