@@ -12,14 +12,15 @@ from numba.extending import register_jitable
 from favorsharp_numba.compiling import inlined, jit
 from favorsharp_numba.primitives import (
     exp_block,
+    max_block,
     product,
     product_add,
+    scale_block,
     sum_block,
 )
-from favorsharp_numba.rows import add_rows
+from favorsharp_numba.rows import add_rows, take_tops
 from favorsharp_numba.tiles import (
     ALPHA,
-    NEAR_KEYS,
     NO_MASK,
     ONE,
     TILE,
@@ -37,7 +38,7 @@ from favorsharp_numba.tiles import (
     lanes,
     lanes_of,
     load_keys,
-    load_near_keys,
+    load_near,
     load_points,
     load_queries,
     log_keys,
@@ -160,9 +161,9 @@ def read_queries(one, s, p, q, k, v, mask, recent, out, normalised, per_head, lo
     numerator = total + TILE
     norms = numerator + TILE * s.e_pad
     near_rows = norms + TILE
-    near_norms = near_rows + NEAR_KEYS * s.d_pad
-    near_values = near_norms + NEAR_KEYS + TILE
-    extra = near_values + NEAR_KEYS * s.e_pad
+    near_norms = near_rows + TILE * s.d_pad
+    near_values = near_norms + 2 * TILE
+    extra = near_values + TILE * s.e_pad
     for task in range(low, high):
         head, share = task // per_head, task % per_head
         key_head = integer_at(p.key_head_of + 8 * head)
@@ -181,11 +182,11 @@ def read_queries(one, s, p, q, k, v, mask, recent, out, normalised, per_head, lo
                 keys = key_side(s, p, key_head)
                 near_queries(one, s, side, columns, count, factors, norms)
                 fill_near_scratch(one, s, extra)
+                zeros = keys + s.total - s.e_pad
                 for near in range(0, recent, TILE):
                     size = min(TILE, recent - near)
-                    load_near_keys(
-                        one, s, keys, k, v, mask, key_head, near, size, near_rows, near_norms, near_values
-                    )  # fmt: skip
+                    load_near(one, s, keys, k, mask, key_head, near, size, False, near_rows, near_norms)
+                    load_points(one, v, mask, key_head, near, size, s.e, s.e_pad, keys + ONE, zeros, near_values)
                     read_near(
                         one, s, keys, columns, norms, 0, count, near_rows, near_norms, near_values, near, size, mask,
                         key_head, 0, numerator, total, reference, extra,
@@ -201,8 +202,7 @@ def read_queries(one, s, p, q, k, v, mask, recent, out, normalised, per_head, lo
 
 def read_scratch(one, s):
     """Items of scratch that `read_queries` needs."""
-    near = NEAR_KEYS * (s.d_pad + 1 + s.e_pad) + TILE
-    return TILE * (2 * s.d_pad + s.d + s.m + 6 + s.e_pad) + near + max(s.e * TILE, near_scratch(s))
+    return TILE * (3 * s.d_pad + s.d + s.m + 8 + 2 * s.e_pad) + max(s.e * TILE, near_scratch(s))
 
 
 @inlined
@@ -215,49 +215,53 @@ def has_seen(one, s, top):
 
 
 SLOTS = 4
-"""Heads of queries that `windowed` works on together."""
-
-
-@inlined
-def slot_of(s, slots, i):
-    """Where what is kept of a tile of queries lies: columns, factors, norms, weights, numerator, total, reference."""
-    columns = slots + i * slot_size(s)
-    factors = columns + TILE * s.d
-    norms = factors + 2 * TILE
-    weights = norms + TILE
-    numerator = weights + TILE * s.m
-    total = numerator + TILE * s.e_pad
-    return columns, factors, norms, weights, numerator, total, total + TILE
+"""Heads of queries that `windowed` works on together, and tiles of keys that it keeps."""
 
 
 @register_jitable
 def slot_size(s):
+    """Items kept of a tile of queries."""
     return TILE * (s.d + s.m + s.e_pad + 5)
+
+
+@register_jitable
+def store_size(s):
+    """Items kept of a tile of keys."""
+    return TILE * (2 * s.d_pad + s.e_pad + 4)
 
 
 @jit
 def windowed(one, s, p, q, k, v, mask, out, work, low, high, scratch):
     """Attention with near blocks scored exactly, for key heads low .. high.
 
-    Positions count from the first key; the queries are those of positions first_query and on. A tile holds as many
-    whole blocks as there is room for, or a part of one; each of its blocks reads the sums as they are at that block.
-    What a query has read of the blocks before is kept in `work` (e_pad + 2 items a query) until the pass over the
-    blocks after it.
+    Positions count from the first key; the queries are those of positions first_query and on. A tile holds several
+    whole blocks, each of which reads the sums as they are at that block; or a long block is several tiles. What a query
+    has read of the blocks before is kept in `work` (e_pad + 2 items a query) until the pass over the blocks after it.
     """
     p_step = s.m_pad + lanes(one)
     points = scratch
     dense = points + TILE * s.d_pad
-    key_factors = dense + TILE * s.d_pad
-    values = key_factors + 2 * TILE
-    features = values + TILE * s.e_pad
-    near_rows = features + TILE * p_step
-    near_norms = near_rows + NEAR_KEYS * s.d_pad
-    near_values = near_norms + NEAR_KEYS + TILE
-    safe = near_values + NEAR_KEYS * s.e_pad
-    slots = safe + TILE
+    features = dense + TILE * s.d_pad
+    safe = features + TILE * p_step
+    kept = safe + TILE
+    # of a tile of keys: points, factors, values, and points and norms to score exactly
+    stores = kept + SLOTS
+    factors_at = TILE * s.d_pad
+    values_at = factors_at + 2 * TILE
+    near_at = values_at + TILE * s.e_pad
+    near_norms_at = near_at + TILE * s.d_pad
+    # of a tile of queries, a column each: points, log features, factors, norms, total, reference; and the numerator
+    slots = stores + SLOTS * store_size(s)
+    weights_at = TILE * s.d
+    slot_factors_at = weights_at + TILE * s.m
+    norms_at = slot_factors_at + 2 * TILE
+    total_at = norms_at + TILE
+    reference_at = total_at + TILE
+    numerator_at = reference_at + TILE
     of_keys = slots + SLOTS * slot_size(s)
     of_near = of_keys + take_keys_scratch(s)
-    fill(one, of_keys + 3 * s.m_pad, max(s.m_pad, s.e_pad), one)
+    ones = of_keys + 3 * s.m_pad
+    fill(one, ones, max(s.m_pad, s.e_pad), one)
     fill_near_scratch(one, s, of_near)
     w, length = p.window, p.num_keys
     blocks, pad = (length + w - 1) // w, rest_of_tile(w, lanes(one))
@@ -268,104 +272,136 @@ def windowed(one, s, p, q, k, v, mask, out, work, low, high, scratch):
         keys, queries = key_side(s, p, head), query_side(s, p, head)
         members, members_end = integer_at(p.member_starts + 8 * head), integer_at(p.member_starts + 8 * head + 8)
         held = max(1, TILE // pad) if members_end - members <= SLOTS else 1
-        size = min(TILE, held * w)
-        tiles = (blocks + held - 1) // held
+        pieces = 1 if held > 1 else (w + TILE - 1) // TILE
+        whole = length // (held * w)
+        tiles = whole * pieces + (length - whole * held * w + TILE - 1) // TILE
         seen = has_seen(one, s, top)
-        loaded, some = -1, False
+        entered, logged = -1, -1
+        fill(one, kept, SLOTS, -one)
         for step in range(tiles if p.causal else 2 * tiles):
             after = step >= tiles
-            block = (2 * tiles - 1 - step if after else step) * held
-            parts = min(held, blocks - block)
             if step == tiles:
                 fill(one, kv, p.kv_size + s.m_pad, one - one)
                 fill(one, top, s.m_pad, -np.inf * one)
-                loaded = -1
+                entered, logged = -1, -1
+            tile = 2 * tiles - 1 - step if after else step
+            first, last = tile_bounds(p, held, pieces, tile)
+            block = tile // pieces * held
+            parts = min(held, blocks - block)
             far = block + 2 < blocks if after else seen or block + parts > 2
-            stop = min(length, (block + parts) * w)
-            for first in range(block * w, stop, size):
-                last = min(first + size, stop)
-                for chunk in range(members, members_end, SLOTS):
-                    heads = min(SLOTS, members_end - chunk)
-                    for i in range(heads):
-                        f = integer_at(p.members + 8 * (chunk + i))
-                        load_slot(
-                            one, s, p, queries, q, f, first, last, parts, pad, far, points, dense, slot_of(s, slots, i)
-                        )  # fmt: skip
-                    for i in range(parts):
-                        part = parts - 1 - i if after else i
-                        entering = block + part + 2 if after else block + part - 2
-                        if chunk == members and first == block * w and 0 <= entering < blocks:
-                            end = min(length, (entering + 1) * w)
-                            for key in range(entering * w, end, TILE):
-                                start = entering // held * held * w if held > 1 else key
-                                if start != loaded:
-                                    loaded = start
-                                    count = min(size, length - start) if held > 1 else min(TILE, end - start)
-                                    some = load_keys(
-                                        one, s, keys, k, v, mask, head, start, count, points, dense, key_factors, values
-                                    )  # fmt: skip
-                                    log_keys(one, s, keys, points, count, key_factors, features, p_step)
-                                if some:
-                                    take_keys(
-                                        one, s, keys, features + (key - start) * p_step, p_step,
-                                        values + (key - start) * s.e_pad, min(TILE, end - key), kv, z, top, 0, of_keys,
-                                    )  # fmt: skip
-                        begin, end = bounds(p, first, last, part)
-                        for j in range(heads if begin < end else 0):
-                            f = integer_at(p.members + 8 * (chunk + j))
-                            _, _, _, weights, numerator, total, reference = slot_of(s, slots, j)
-                            column, count = part * pad, end - begin
-                            row = numerator + column * s.e_pad
-                            if far:
-                                weigh(
-                                    one, s, queries, weights + column, count, top, z, reference + column, safe,
-                                    total + column,
-                                )  # fmt: skip
-                                read_sums(one, s, weights + column, count, kv, 0, row, of_near)
-                            line = work + (f * p.num_queries + begin - p.first_query) * (s.e_pad + 2)
-                            if after:
-                                merge_kept(one, s, count, row, total + column, reference + column, line)
-                            elif not p.causal:
-                                keep(one, s, count, row, total + column, reference + column, line)
-                    if not p.causal and not after:
-                        continue
-                    nearest = last if p.causal else min(length, (block + parts + 1) * w)
-                    for start in range(max(0, (block - 1) * w), nearest, NEAR_KEYS):
-                        loaded_near = min(NEAR_KEYS, nearest - start)
-                        load_near_keys(
-                            one, s, keys, k, v, mask, head, start, loaded_near, near_rows, near_norms, near_values
-                        )  # fmt: skip
-                        for i in range(heads):
-                            columns, _, norms, _, numerator, total, reference = slot_of(s, slots, i)
-                            for part in range(parts):
-                                begin, end = bounds(p, first, last, part)
-                                column = part * pad
-                                until = min(start + loaded_near, end if p.causal else (block + part + 2) * w)
-                                for key in range(
-                                    max(start, (block + part - 1) * w), until if begin < end else 0, TILE
-                                ):  # fmt: skip
-                                    place = key - start
-                                    read_near(
-                                        one, s, keys, columns + column, norms + column, begin, end - begin,
-                                        near_rows + place * s.d_pad, near_norms + place,
-                                        near_values + place * s.e_pad, key, min(TILE, until - key), mask, head,
-                                        p.causal, numerator + column * s.e_pad, total + column, reference + column,
-                                        of_near,
-                                    )  # fmt: skip
-                    for i in range(heads):
-                        f = integer_at(p.members + 8 * (chunk + i))
-                        _, _, _, _, numerator, total, reference = slot_of(s, slots, i)
-                        for part in range(parts):
+            final = p.causal or after
+            for chunk in range(members, members_end, SLOTS):
+                heads = min(SLOTS, members_end - chunk)
+                for i in range(heads):
+                    slot = slots + i * slot_size(s)
+                    load_blocks(
+                        one, s, p, queries, q, integer_at(p.members + 8 * (chunk + i)), first, last, parts, pad, far,
+                        points, dense, slot + slot_factors_at, slot,
+                    )  # fmt: skip
+                    count = (parts - 1) * (pad - w) + last - first
+                    if far:
+                        log_queries(one, s, queries, slot, count, slot + slot_factors_at, slot + weights_at)
+                    else:  # factors are 0, or NaN for a query that is not finite
+                        n = rest_of_tile(count, lanes(one))
+                        fill(one, slot + reference_at, n, -np.inf * one)
+                        copy(one, slot + slot_factors_at, n, slot + total_at)
+                        fill(one, slot + numerator_at, count * s.e_pad, one - one)
+                    near_queries(one, s, queries, slot, count, slot + slot_factors_at, slot + norms_at)
+                # each block of the tile reads the sums; then all of them the keys that are near
+                for i in range(parts + 1 if final else parts):
+                    near = i == parts
+                    part = parts - 1 - i if after else i
+                    entering = block + part + 2 if after else block + part - 2
+                    if near:
+                        source_end = min(blocks - 1, block + parts) // held * pieces + pieces
+                        source_end = tile + 1 if p.causal else min(tiles, source_end)
+                        source = max(0, block - 1) // held * pieces
+                    elif 0 <= entering < blocks and entering != entered:
+                        entered = entering
+                        source = entering // held * pieces
+                        source_end = min(tiles, source + pieces)
+                    else:
+                        source = source_end = 0
+                    while source < source_end:
+                        start, stop = tile_bounds(p, held, pieces, source)
+                        store = stores + source % SLOTS * store_size(s)
+                        if get(one, kept + source % SLOTS) != source:
+                            put(one, kept + source % SLOTS, source * one)
+                            load_keys(
+                                one, s, keys, k, v, mask, head, start, stop - start, store, dense, store + factors_at,
+                                store + values_at,
+                            )  # fmt: skip
+                            load_near(
+                                one, s, keys, k, mask, head, start, stop - start, False, store + near_at,
+                                store + near_norms_at,
+                            )  # fmt: skip
+                        if not near:
+                            if source != logged:
+                                logged = source
+                                log_keys(one, s, keys, store, stop - start, store + factors_at, features, p_step)
+                            begin, end = max(start, entering * w), min(stop, (entering + 1) * w)
+                            take_keys(
+                                one, s, keys, features + (begin - start) * p_step, p_step,
+                                store + values_at + (begin - start) * s.e_pad, end - begin, kv, z, top, 0, of_keys,
+                            )  # fmt: skip
+                        for part in range(parts if near else 0):
                             begin, end = bounds(p, first, last, part)
-                            column, count = part * pad, end - begin
-                            if count > 0:
-                                place = begin - p.first_query
-                                invert(one, total + column, count)
-                                keep_stats(one, p, f, place, count, total + column, reference + column)
-                                store_points(
-                                    one, out, f, place, count, s.e, s.e_pad, total + column,
-                                    numerator + column * s.e_pad,
+                            near_begin = max(start, (block + part - 1) * w)
+                            near_end = min(stop, end if p.causal else (block + part + 2) * w)
+                            offset = near_begin - start
+                            for j in range(heads if begin < end and near_begin < near_end else 0):
+                                slot = slots + j * slot_size(s)
+                                column = slot + part * pad
+                                read_near(
+                                    one, s, keys, column, column + norms_at, begin, end - begin,
+                                    store + near_at + offset * s.d_pad, store + near_norms_at + offset,
+                                    store + values_at + offset * s.e_pad, near_begin, near_end - near_begin, mask,
+                                    head, p.causal, slot + numerator_at + part * pad * s.e_pad, column + total_at,
+                                    column + reference_at, of_near,
                                 )  # fmt: skip
+                        source += 1
+                    if near:
+                        continue
+                    begin, end = bounds(p, first, last, part)
+                    count = end - begin
+                    for j in range(heads if count > 0 else 0):
+                        slot = slots + j * slot_size(s)
+                        column, numerator = slot + part * pad, slot + numerator_at + part * pad * s.e_pad
+                        total, reference = column + total_at, column + reference_at
+                        if far:
+                            weigh(one, s, queries, column + weights_at, count, top, z, reference, safe, total)
+                            read_sums(one, s, column + weights_at, count, kv, 0, numerator, of_near)
+                        f = integer_at(p.members + 8 * (chunk + j))
+                        line = work + (f * p.num_queries + begin - p.first_query) * (s.e_pad + 2)
+                        if after:
+                            merge_kept(
+                                one, s, queries, count, numerator, total, reference, line, ones, of_near
+                            )  # fmt: skip
+                        elif not final:
+                            keep(one, s, count, numerator, total, reference, line)
+                for i in range(heads if final else 0):
+                    f = integer_at(p.members + 8 * (chunk + i))
+                    slot = slots + i * slot_size(s)
+                    for part in range(parts):
+                        begin, end = bounds(p, first, last, part)
+                        column, count = slot + part * pad, end - begin
+                        if count > 0:
+                            begin -= p.first_query
+                            invert(one, column + total_at, count)
+                            keep_stats(one, p, f, begin, count, column + total_at, column + reference_at)
+                            store_points(
+                                one, out, f, begin, count, s.e, s.e_pad, column + total_at,
+                                slot + numerator_at + part * pad * s.e_pad,
+                            )  # fmt: skip
+
+
+@inlined
+def tile_bounds(p, held, pieces, tile):
+    """Where the positions of a tile begin and end: `held` blocks of them, or the block's that it is a piece of."""
+    start = tile // pieces * held * p.window
+    stop = min(p.num_keys, start + held * p.window)
+    start += tile % pieces * TILE
+    return start, min(stop, start + TILE)
 
 
 @inlined
@@ -376,9 +412,8 @@ def bounds(p, first, last, part):
 
 
 @inlined
-def load_slot(one, s, p, side, q, head, first, last, parts, pad, far, points, dense, slot):
-    """Load a tile of queries, a block every `pad` columns: log features where `far`, else nothing read, and near."""
-    columns, factors, norms, weights, numerator, total, reference = slot
+def load_blocks(one, s, p, side, q, head, first, last, parts, pad, with_factors, points, dense, factors, columns):
+    """As `load_queries`, a block of the tile every `pad` columns."""
     for part in range(parts):
         begin, end = bounds(p, first, last, part)
         if begin < end:
@@ -387,48 +422,39 @@ def load_slot(one, s, p, side, q, head, first, last, parts, pad, far, points, de
                 points + part * pad * s.d_pad,
             )  # fmt: skip
     count = (parts - 1) * (pad - p.window) + last - first
-    turn_queries(one, s, side, count, far, points, dense, factors, columns)
-    if far:
-        log_queries(one, s, side, columns, count, factors, weights)
-    else:  # factors are 0, or NaN for a query that is not finite
-        n = rest_of_tile(count, lanes(one))
-        fill(one, reference, n, -np.inf * one)
-        copy(one, factors, n, total)
-        fill(one, numerator, count * s.e_pad, one - one)
-    near_queries(one, s, side, columns, count, factors, norms)
+    turn_queries(one, s, side, count, with_factors, points, dense, factors, columns)
 
 
 @inlined
 def keep(one, s, count, numerator, total, reference, line):
-    """Put aside what a tile of queries has read."""
-    for t in range(count):
-        row = line + t * (s.e_pad + 2)
-        for j in range(s.e_pad):
-            put(one, row + j, get(one, numerator + t * s.e_pad + j))
-        put(one, row + s.e_pad, get(one, total + t))
-        put(one, row + s.e_pad + 1, get(one, reference + t))
+    """Put aside what a block of queries has read."""
+    copy(one, numerator, count * s.e_pad, line)
+    copy(one, total, count, line + count * s.e_pad)
+    copy(one, reference, count, line + count * (s.e_pad + 1))
 
 
 @inlined
-def merge_kept(one, s, count, numerator, total, reference, line):
+def merge_kept(one, s, side, count, numerator, total, reference, line, ones, scratch):
     """Merge what was put aside into what the queries have read since."""
-    for t in range(count):
-        row = line + t * (s.e_pad + 2)
-        old, new = get(one, row + s.e_pad + 1), get(one, reference + t)
-        top = max(old, new)
-        safe = top if top > -np.inf else one - one
-        first, second = np.exp2(old - safe), np.exp2(new - safe)
-        for j in range(s.e_pad):
-            place = numerator + t * s.e_pad + j
-            put(one, place, get(one, place) * second + get(one, row + j) * first)
-        put(one, total + t, get(one, total + t) * second + get(one, row + s.e_pad) * first)
-        put(one, reference + t, top)
+    n = rest_of_tile(count, lanes(one))
+    old, top, scale, old_scale = scratch, scratch + TILE, scratch + 2 * TILE, scratch + 3 * TILE
+    copy(one, line + count * (s.e_pad + 1), count, old)
+    max_block(one, old, 0, 1, n, side + ZERO, 0, reference, top)
+    take_tops(one, n, old, top, old_scale)
+    take_tops(one, n, reference, top, scale)
+    scale_block(one, line, s.e_pad, count, s.e_pad, old_scale, ones, line, s.e_pad)
+    scale_block(one, numerator, s.e_pad, count, s.e_pad, scale, ones, numerator, s.e_pad)
+    add_rows(one, numerator, count * s.e_pad, line, 0, 1, one)
+    copy(one, line + count * s.e_pad, count, old)
+    scale_block(one, old, n, 1, n, ones, old_scale, old, n)
+    scale_block(one, total, n, 1, n, ones, scale, total, n)
+    add_rows(one, total, count, old, 0, 1, one)
 
 
 def windowed_scratch(one, s):
     """Items of scratch that `windowed` needs."""
-    keys = TILE * (2 * s.d_pad + 3 + s.e_pad + s.m_pad + lanes_of(one)) + take_keys_scratch(s)
-    return keys + NEAR_KEYS * (s.d_pad + 1 + s.e_pad) + TILE + SLOTS * slot_size(s) + near_scratch(s)
+    tiles = SLOTS * (store_size(s) + slot_size(s) + 1) + TILE * (2 * s.d_pad + s.m_pad + lanes_of(one) + 1)
+    return tiles + take_keys_scratch(s) + near_scratch(s)
 
 
 @jit

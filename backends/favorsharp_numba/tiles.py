@@ -109,6 +109,13 @@ def fill(one, place, count, value):
         put(one, place + i, value)
 
 
+@jit
+def copy(one, x, n, y):
+    """y = x."""
+    for i in range(n):
+        put(one, y + i, get(one, x + i))
+
+
 @inlined
 def is_hidden(mask, b, position):
     """Whether a mask hides a position."""
@@ -413,12 +420,6 @@ def near_queries(one, s, side, columns, count, factors, norms):
 
 
 @inlined
-def copy(one, x, n, y):
-    """y = x, in whole vectors."""
-    max_block(one, x, 0, 0, n, x, 0, x, y)
-
-
-@inlined
 def is_finite(one, side, rows, pad, count, totals):
     """Whether all of some rows is; `totals` is scratch."""
     fill(one, totals, pad, one - one)
@@ -426,8 +427,6 @@ def is_finite(one, side, rows, pad, count, totals):
     return total_of(one, totals, pad) == 0
 
 
-NEAR_KEYS = 2 * TILE
-"""Exactly scored keys that are loaded at once."""
 GROUP = 16
 """Keys that are scored at once where later ones have fewer queries."""
 ROWS = 6
@@ -440,15 +439,7 @@ def num_before(first, position, count):
     return min(max(0, position - first), count)
 
 
-@inlined
-def load_near_keys(one, s, side, k, v, mask, b, start, count, rows, norms, values):
-    """Keys to be scored exactly, and their values: NEAR_KEYS at most."""
-    for t in range(0, count, TILE):
-        load_near(one, s, side, k, mask, b, start + t, min(TILE, count - t), False, rows + t * s.d_pad, norms + t)
-    load_points(one, v, mask, b, start, count, s.e, s.e_pad, side + ONE, side + s.total - s.e_pad, values)
-
-
-@inlined
+@jit
 def read_near(
     one, s, side, columns, query_norms, first, count, rows, norms, values, start, keys, mask, b, causal, numerator,
     total, reference, scratch,
