@@ -245,6 +245,29 @@ def broadcast_shapes(*shapes: Iterable[int]) -> tuple[int, ...]:
     return tuple(result)
 
 
+def recorded_gradients(
+    function: Callable[..., tuple[Array, ...]], arrays: Iterable[Array], gradients: Iterable[Array | None]
+) -> list[Array | None]:
+    """The gradients that reach torch tensors through function's results, recorded so as to be differentiated again.
+
+    None for a tensor that needs none.
+    """
+    torch = sys.modules["torch"]
+    with torch.enable_grad():
+        own = [x.view_as(x) for x in arrays]  # gradients stop here, and what is recorded goes on
+        reached = [
+            (x, gradient)
+            for x, gradient in zip(function(*own), gradients, strict=True)
+            if gradient is not None and x.requires_grad
+        ]
+        wanted = [x for x in own if x.requires_grad]
+        if not reached:
+            return [None] * len(own)
+        results, given = zip(*reached, strict=True)
+        found = iter(torch.autograd.grad(results, wanted, given, create_graph=True, allow_unused=True))
+    return [next(found) if x.requires_grad else None for x in own]
+
+
 def differentiate(
     function: Callable[..., Array], arrays: tuple[Array, ...]
 ) -> tuple[Array, Callable[[Array], tuple[Array, ...]]]:

@@ -92,6 +92,22 @@ def test_calls_are_deterministic_and_change_nothing(attention, training):
         assert torch.equal(value, before[name])
 
 
+@pytest.mark.parametrize("options", [{}, {"is_causal": True}, {"method": "posrf"}], ids=str)
+def test_what_inference_mode_made_can_be_trained_with(options):
+    """A loop validates before it trains, and may calibrate and draw again there."""
+    q, k, v = sample(2, 4, 50, 8)
+    module = LinearAttention(8, 4, num_features=16, rng=0, **options)
+    for change in (lambda: module.calibrate(q, k), lambda: None, lambda: module.redraw(1)):
+        with torch.inference_mode():
+            change()
+            out = module(q, k, v)
+        x = q.clone().requires_grad_()
+        trained = module(x, k, v)
+        torch.testing.assert_close(trained, out)
+        trained.sum().backward()
+        assert x.grad.abs().max() > 0
+
+
 def test_redraw_is_explicit_and_seeded(attention):
     q, k, v = sample(2, 4, 50, 8)
     old, parameters = attention(q, k, v), attention.g1.clone()

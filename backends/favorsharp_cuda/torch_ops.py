@@ -16,7 +16,7 @@ from favorsharp._arrays import is_traced
 from favorsharp.features.map_gradients import map_gradients
 from favorsharp.ops.causal_attention import causal_attention as causal_op
 from favorsharp.ops.state import State, empty_state, num_leaving
-from favorsharp.ops.vjp import state_gradients
+from favorsharp.ops.vjp import attention_gradients, features_gradients, state_gradients
 from favorsharp_cuda import attention as plain_attention
 from favorsharp_cuda import causal_attention as plain_causal
 from favorsharp_cuda import exponential_features as plain_features
@@ -114,8 +114,9 @@ class _Features(torch.autograd.Function):
         return plain_features.exponential_features(u, rows, row, column)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: Any) -> Any:
+        if torch.is_grad_enabled():
+            return tuple(features_gradients(ctx.saved_tensors, gradient))
         return exponential_features_backward(gradient, *ctx.saved_tensors)
 
 
@@ -136,10 +137,13 @@ class _Attention(torch.autograd.Function):
         return (out, state.kv, state.z, state.c) if causal else out
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: Any, *of_state: Any) -> Any:
         q, k, v, out, stats, key_mask, *arrays = ctx.saved_tensors
         window, causal = ctx.options
+        if torch.is_grad_enabled():
+            given = (q, k, v, *arrays), (gradient, *of_state)
+            found = attention_gradients(ctx.feature_map, *given, key_mask=key_mask, window=window, causal=causal)
+            return (None, None, None, None, *found)
         of_map = any(ctx.needs_input_grad[7:])
         gradient = torch.zeros_like(out) if gradient is None else gradient
         *total, sums = attention_backward(

@@ -1,8 +1,9 @@
 """The operations that torch differentiates, with the backward kernels as their gradients.
 
-Gradients flow to q, k, v and to every array of a feature map. A state that causal attention returns is differentiable
-too, through the reference; and where a state comes in, the reference computes the call, as only it carries gradients
-from one call to the next.
+Where gradients are to be differentiated again (`create_graph=True`) the reference computes them. Gradients flow to q, k
+and v and to every array of a feature map. A state that causal attention returns is differentiable too, through the
+reference; and where a state comes in, the reference computes the call, as only it carries gradients from one call to
+the next.
 """
 
 from dataclasses import replace
@@ -12,7 +13,7 @@ import torch
 
 from favorsharp.ops.causal_attention import causal_attention as causal_op
 from favorsharp.ops.state import State, empty_state
-from favorsharp.ops.vjp import state_gradients
+from favorsharp.ops.vjp import attention_gradients, features_gradients, state_gradients
 from favorsharp_numba import attention as plain_attention
 from favorsharp_numba import causal_attention as plain_causal
 from favorsharp_numba import exponential_features as plain_features
@@ -111,8 +112,9 @@ class _Features(torch.autograd.Function):
         return plain_features.exponential_features(u, rows, row, column)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: Any) -> Any:
+        if torch.is_grad_enabled():
+            return tuple(features_gradients(ctx.saved_tensors, gradient))
         return plain_features.exponential_features_backward(gradient, *ctx.saved_tensors)
 
 
@@ -132,9 +134,12 @@ class _Attention(torch.autograd.Function):
         return (out, *(torch.from_numpy(state[name]) for name in ("kv", "z", "c")))
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: Any, *of_state: Any) -> Any:
         q, k, v, exact, *arrays = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            given = (q, k, v, *arrays), (gradient, *of_state)
+            found = attention_gradients(ctx.feature_map, *given, key_mask=ctx.key_mask, **ctx.options)
+            return (None, None, None, None, None, *found)
         of_map = any(ctx.needs_input_grad[8:])
         gradient = torch.zeros_like(exact) if gradient is None else gradient
         *gradients, sums = attention_backward(

@@ -3,11 +3,12 @@
 The references ask the arrays' own library to differentiate; for a library that cannot, a backend has to.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
-from favorsharp._arrays import differentiate, namespace_of
+from favorsharp._arrays import differentiate, namespace_of, recorded_gradients
 from favorsharp._typing import Array, PositiveMap
 from favorsharp.dispatch import Op
 from favorsharp.ops.attention import attention
@@ -89,9 +90,8 @@ def state_gradients(
     """
 
     def result(*arrays: Array) -> Array:
-        keys, values, rows, log_weight, g1, g2, center_x, center_y = arrays
-        parameters = replace(feature_map.parameters, g1=g1, g2=g2, center_x=center_x, center_y=center_y)
-        own = replace(feature_map, parameters=parameters, rows=rows, log_weight=log_weight)
+        keys, values, *of_map = arrays
+        own = _with_arrays(feature_map, *of_map)
         batch = tuple(next(x for x in gradients if x is not None).shape[:-2])
         state = empty_state(own, batch, k.shape[-1], v.shape[-1], window, keys[..., :0, :])
         state = update.reference(state, keys, values, own, key_mask=key_mask)
@@ -105,3 +105,50 @@ def state_gradients(
     arrays = (k, v, feature_map.rows, feature_map.log_weight, p.g1, p.g2, p.center_x, p.center_y)
     total, pullback = differentiate(result, arrays)
     return pullback(namespace_of(k).ones_like(total))
+
+
+def attention_gradients(
+    feature_map: Any,
+    arrays: Sequence[Array],
+    gradients: Sequence[Array | None],
+    *,
+    key_mask: Array | None,
+    window: int,
+    causal: bool,
+    bounds: Sequence[int] | None = None,
+) -> list[Array | None]:
+    """The gradients of q, k, v and the arrays of a map (`MAP_ARRAYS`), recorded themselves: for second derivatives.
+
+    By the reference, for backends whose kernels differentiate once. `gradients` are those of the result and, for causal
+    attention without bounds, of the kv, z and c of its state.
+    """
+
+    def results(q: Array, k: Array, v: Array, *of_map: Array) -> tuple[Array, ...]:
+        own = _with_arrays(feature_map, *of_map)
+        parts = [(0, q.shape[-2], k.shape[-2])] if bounds is None else [(a, b, b) for a, b in pairwise(bounds)]
+        outs = []
+        for start, stop, end in parts:
+            mask = None if key_mask is None else key_mask[..., start:end]
+            points = q[..., start:stop, :], k[..., start:end, :], v[..., start:end, :]
+            if causal:
+                out, state = causal_attention.reference(*points, own, key_mask=mask, window=window)
+            else:
+                out = attention.reference(*points, own, key_mask=mask, window=window)
+            outs.append(out)
+        out = outs[0] if bounds is None else namespace_of(q).concat(outs, axis=-2)
+        return (out, state.kv, state.z, state.c)[: len(gradients)] if causal else (out,)
+
+    return recorded_gradients(results, arrays, gradients)
+
+
+def features_gradients(arrays: Sequence[Array], gradient: Array) -> list[Array | None]:
+    """The gradients of what `exponential_features` takes, recorded themselves; as `attention_gradients`."""
+    return recorded_gradients(lambda *own: (exponential_features.reference(*own),), arrays, (gradient,))
+
+
+def _with_arrays(
+    feature_map: Any, rows: Array, log_weight: Array, g1: Array, g2: Array, center_x: Array, center_y: Array
+) -> Any:
+    """A map with other arrays."""
+    parameters = replace(feature_map.parameters, g1=g1, g2=g2, center_x=center_x, center_y=center_y)
+    return replace(feature_map, parameters=parameters, rows=rows, log_weight=log_weight)

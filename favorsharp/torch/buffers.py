@@ -22,7 +22,8 @@ class MapBuffers(torch.nn.Module):
 
     Buffers are `projection`, the random rows, and from calibration on `a`, `g1`, `g2`, `center_x`, `center_y`. They
     stay in float32 at least, whatever `half()` or `to(torch.bfloat16)` make of the rest of the model: a map that is
-    rounded is not unbiased any more.
+    rounded is not unbiased any more. What is kept is made outside `torch.inference_mode()`, whose tensors training
+    refuses.
 
     Parameters
     ----------
@@ -110,7 +111,8 @@ class MapBuffers(torch.nn.Module):
         stamps = stamps_of(held)
         known = self._held
         if known is None or known[1] != stamps or any(a is not b for a, b in zip(known[0], held, strict=True)):
-            self._held = known = (held, stamps, self._built())
+            with torch.inference_mode(False):
+                self._held = known = (held, stamps, self._built())
         return known[2]
 
     @torch.no_grad()
@@ -163,6 +165,7 @@ class MapBuffers(torch.nn.Module):
         self.set_parameters(map_arrays(parameters, self._without_averaged_axes))
         return self
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def set_parameters(self, parameters: Parameters) -> Self:
         """Take over parameters, such as `refine` gives; the random rows stay.
@@ -190,6 +193,7 @@ class MapBuffers(torch.nn.Module):
             setattr(self, name, value.detach().to(self.projection.dtype, copy=True))
         return self
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def redraw(self, rng: Any = None) -> Self:
         """Draw new random rows for the same parameters. Never happens by itself.

@@ -238,7 +238,10 @@ def remember(
             state = update(init_state(fm, value.shape[-1], like=key), key, value, fm, key_mask=seen.key_mask)
             layer.take(state, keep=(key[..., :0, :].clone(), value[..., :0, :].clone()))
         elif key.shape[-2]:
-            raise ValueError("bidirectional attention cannot go on from a StateCache: pass use_cache=False")
+            raise ValueError(
+                "bidirectional attention cannot go on from a StateCache; accepted: use_cache=False, and for an "
+                "encoder-decoder model EncoderDecoderCache(StateCache(), StateCache())"
+            )
         return read(state, query, fm, enable_gqa=grouped)
     if state is not None and query.shape[-2] == 1 and seen.key_mask is None:
         out, state = decode_step(query, key, value, state, fm, enable_gqa=grouped)

@@ -67,6 +67,8 @@ class StateLayer(CacheLayerMixin):
         """-1: no bound."""
         return -1
 
+    get_max_cache_shape = get_max_length  # its name until transformers 5.12
+
     def reset(self) -> None:
         """Forget everything."""
         self.state, self.keys, self.values, self.seen, self._awaited = None, None, None, 0, 0

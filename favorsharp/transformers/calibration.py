@@ -81,6 +81,7 @@ class _Collector:
         known.moments = combine(known.moments, found)
 
 
+@torch.inference_mode(False)  # training refuses maps made in that mode
 def calibrate(model: Any, batches: Iterable[Any]) -> dict[str, FeatureMap]:
     """Fit the feature maps of every attention layer on sample inputs, and freeze them.
 
@@ -103,9 +104,13 @@ def calibrate(model: Any, batches: Iterable[Any]) -> dict[str, FeatureMap]:
 
     Raises
     ------
+    TypeError
+        If batches are one batch in place of several.
     ValueError
         If no layer calls a registered attention, or the batches are empty.
     """
+    if isinstance(batches, Mapping | torch.Tensor | str):
+        raise TypeError(f"batches must be an iterable of batches, got {type(batches).__name__}; accepted: [batch]")
     model = getattr(model, "_orig_mod", model)
     named = dict(model.named_modules())
     collector = _Collector(frozenset(map(id, named.values())))
@@ -169,6 +174,7 @@ def save_maps(model: Any, directory: str | Path) -> None:
             save(folder / f"{name}.npz", fm)
 
 
+@torch.inference_mode(False)
 def load_maps(model: Any, directory: str | Path) -> dict[str, FeatureMap]:
     """Give a model the maps that `save_maps` wrote.
 

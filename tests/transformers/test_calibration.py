@@ -136,12 +136,28 @@ def test_calibration_leaves_the_model_as_it_was():
     assert interface._collector is None
 
 
+def test_maps_made_in_inference_mode_can_be_trained_with(tmp_path):
+    model = llama()
+    model.set_attn_implementation("favorsharp")
+    with torch.inference_mode():
+        calibrate(model, [inputs("llama")])
+        output(model, **inputs("llama"))
+        save_maps(model, tmp_path)
+    output(model, **inputs("llama")).sum().backward()
+    with torch.inference_mode():
+        load_maps(model, tmp_path)
+    output(model, **inputs("llama")).sum().backward()
+
+
 def test_calibration_takes_tensors_and_says_what_is_missing():
     model = llama()
     model.set_attn_implementation("favorsharp")
     calibrate(model, (inputs("llama", seed=i)["input_ids"] for i in range(2)))
     with pytest.raises(ValueError, match="at least one batch"):
         calibrate(model, [])
+    for one in (inputs("llama"), inputs("llama")["input_ids"]):
+        with pytest.raises(TypeError, match=r"accepted: \[batch\]"):
+            calibrate(model, one)
     model.set_attn_implementation("sdpa")
     with pytest.raises(ValueError, match="'sdpa'; accepted: .*favorsharp"):
         calibrate(model, [inputs("llama")])

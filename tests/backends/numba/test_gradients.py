@@ -170,6 +170,32 @@ def test_gradients_where_tops_rise_steeply():
     assert_same(run("numba"), run("reference"), 1e-8)
 
 
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(("is_causal", "window"), list(product((False, True), (0, 3))))
+def test_second_derivatives_are_those_of_the_reference(is_causal, window, packed):
+    mask = torch.asarray(key_mask(1, (2, 20), "holes"))
+    options = {"is_causal": is_causal, "window": window, "key_mask": mask}
+    if packed:
+        options["cu_seqlens"] = [0, 7, 7, 20]
+
+    def second(backend):
+        q, k, v = (torch.asarray(x).requires_grad_() for x in attention_problem(0, (2,), n=20))
+        fm, of_map = trainable(fs.feature_map(fs.fit(q.detach(), k.detach()), 12, rng=0))
+        leaves = [q, k, v, *of_map]
+        with fs.use(backend):
+            if is_causal and not packed:
+                out, state = fs.linear_attention(q, k, v, fm, return_state=True, **options)
+                loss = out.square().sum() + state.kv.square().sum()
+            else:
+                loss = fs.linear_attention(q, k, v, fm, **options).square().sum()
+            first = torch.autograd.grad(loss, leaves, create_graph=True)
+            return torch.autograd.grad(sum(x.square().sum() for x in first), leaves)
+
+    found, want = second("numba"), second("reference")
+    for a, b in zip(found, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9 * float(b.abs().max()))
+
+
 @pytest.mark.parametrize("dtype", ERROR)
 @pytest.mark.parametrize("n", [0, 1, 71, 600])
 def test_gradients_of_features(n, dtype):
