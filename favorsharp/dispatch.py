@@ -180,8 +180,9 @@ class Kernel:
         ``"module:function"``; the function has the op's own signature. It may have attributes: `plan`, of decode_step,
         takes the arguments of a first call and returns a function for calls like it, layouts of arrays included, or
         None; `packed`, of attention, causal attention and attention_vjp, takes the bounds of packed sequences after
-        the map, gives no state, and is as differentiable as the function; `takes_out`, of attention, causal attention
-        and their `packed`, says that they take an array for the result as `out`, and return it where they used it.
+        the map, gives no state, and is as differentiable as the function; `takes_out`, of attention and causal
+        attention, says that they and their `packed` take an array for the result as `out`, and return it where they
+        used it.
     libraries, devices, dtypes, families : frozenset of str
         The values of a `Request` that it accepts.
     differentiable : bool

@@ -214,12 +214,13 @@ def linear_attention(
         bounds = check_bounds(cu_seqlens, n, s)
         if n > 0 and not is_traced(q):
             prepared = astype(feature_map, compute_dtype(xp, q, k, v))
-            packed = getattr(op.implementation(q, k, v, prepared, key_mask=key_mask, window=window), "packed", None)
+            run = op.implementation(q, k, v, prepared, key_mask=key_mask, window=window)
+            packed = getattr(run, "packed", None)
             if packed is not None:
                 if group > 1:
                     q, k, v = split_heads(q, group), k[..., None, :, :], v[..., None, :, :]
                     key_mask, prepared = add_group_axis(key_mask), prepared.expanded()
-                place = _into(packed, out, group)
+                place = _into(run, out, group)
                 result = packed(q, k, v, prepared, bounds, key_mask=key_mask, window=window, **place)
                 return _deliver(result, out, group, place)
         pieces = [

@@ -1,9 +1,10 @@
 """Bidirectional attention."""
 
+from functools import partial
 from typing import Any
 
 from favorsharp_numba.arguments import target
-from favorsharp_numba.problem import AttentionProblem
+from favorsharp_numba.problem import AttentionProblem, packed_attention
 
 
 def attention(
@@ -21,23 +22,5 @@ def attention(
     return out
 
 
-def _packed(
-    q: Any,
-    k: Any,
-    v: Any,
-    feature_map: Any,
-    bounds: list[int],
-    *,
-    key_mask: Any = None,
-    window: int = 0,
-    out: Any = None,
-) -> Any:
-    """Attention within sequences packed along the point axis."""
-    problem = AttentionProblem(feature_map, q, k, v, key_mask=key_mask, window=window)
-    out = target(out, (q, k, v, key_mask), (*problem.batch, q.shape[-2], v.shape[-1]), problem.result)
-    problem.each_sequence(out, bounds, causal=False)
-    return out
-
-
-attention.packed = _packed  # type: ignore[attr-defined]
-attention.takes_out = _packed.takes_out = True  # type: ignore[attr-defined]
+attention.packed = partial(packed_attention, causal=False)  # type: ignore[attr-defined]
+attention.takes_out = True  # type: ignore[attr-defined]

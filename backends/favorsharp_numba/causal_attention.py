@@ -1,11 +1,12 @@
 """Causal attention."""
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from favorsharp.ops.state import State, empty_state, num_leaving, with_recent
 from favorsharp_numba.arguments import numpy_or_torch, target
-from favorsharp_numba.problem import AttentionProblem
+from favorsharp_numba.problem import AttentionProblem, packed_attention
 
 
 def causal_attention(
@@ -39,26 +40,8 @@ def causal_attention(
     return out, replace(state, **recent(state, k, v, key_mask)) if window else state
 
 
-def _packed(
-    q: Any,
-    k: Any,
-    v: Any,
-    feature_map: Any,
-    bounds: list[int],
-    *,
-    key_mask: Any = None,
-    window: int = 0,
-    out: Any = None,
-) -> Any:
-    """Causal attention within sequences packed along the point axis."""
-    problem = AttentionProblem(feature_map, q, k, v, key_mask=key_mask, window=window)
-    out = target(out, (q, k, v, key_mask), (*problem.batch, q.shape[-2], v.shape[-1]), problem.result)
-    problem.each_sequence(out, bounds, causal=True)
-    return out
-
-
-causal_attention.packed = _packed  # type: ignore[attr-defined]
-causal_attention.takes_out = _packed.takes_out = True  # type: ignore[attr-defined]
+causal_attention.packed = partial(packed_attention, causal=True)  # type: ignore[attr-defined]
+causal_attention.takes_out = True  # type: ignore[attr-defined]
 
 
 def recent(state: State, k: Any, v: Any, key_mask: Any) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from favorsharp_numba.arguments import (
     name_of,
     pack,
     promoted,
+    target,
     widened,
 )
 from favorsharp_numba.packed_kernel import packed, packed_scratch
@@ -222,3 +223,22 @@ class AttentionProblem:
         if work < 4e6 or heads == 0 or heads >= 2 * threads:
             return 1
         return max(1, min(-(-4 * threads // heads), length // (4 * TILE)))
+
+
+def packed_attention(
+    q: Any,
+    k: Any,
+    v: Any,
+    feature_map: Any,
+    bounds: list[int],
+    *,
+    causal: bool,
+    key_mask: Any = None,
+    window: int = 0,
+    out: Any = None,
+) -> Any:
+    """Attention within sequences packed along the point axis, in `out` where that shares no memory with the inputs."""
+    problem = AttentionProblem(feature_map, q, k, v, key_mask=key_mask, window=window)
+    out = target(out, (q, k, v, key_mask), (*problem.batch, q.shape[-2], v.shape[-1]), problem.result)
+    problem.each_sequence(out, bounds, causal=causal)
+    return out

@@ -7,6 +7,7 @@ the next.
 """
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from favorsharp_numba import causal_attention as plain_causal
 from favorsharp_numba import exponential_features as plain_features
 from favorsharp_numba.causal_attention import recent
 from favorsharp_numba.gradients import attention_backward, attention_with_stats, of_arrays_of_map
+from favorsharp_numba.problem import packed_attention
 
 
 def exponential_features(u: Any, rows: Any, row: Any, column: Any, *, out: Any = None) -> Any:
@@ -67,31 +69,18 @@ def causal_attention(
     return out, replace(state, **recent(state, k, v, key_mask)) if window else state
 
 
-def _packed(plain: Any, causal: bool) -> Any:
-    def run(
-        q: Any,
-        k: Any,
-        v: Any,
-        feature_map: Any,
-        bounds: list[int],
-        *,
-        key_mask: Any = None,
-        window: int = 0,
-        out: Any = None,
-    ) -> Any:
-        arrays = _arrays_of(feature_map)
-        if not _recorded(q, k, v, out, *arrays):
-            return plain.packed(q, k, v, feature_map, bounds, key_mask=key_mask, window=window, out=out)
-        return _Attention.apply(feature_map, key_mask, window, causal, bounds, q, k, v, *arrays)
-
-    run.takes_out = True  # type: ignore[attr-defined]
-    return run
+def _packed(
+    q: Any, k: Any, v: Any, feature_map: Any, bounds: list[int], *, causal: bool, out: Any = None, **options: Any
+) -> Any:
+    arrays = _arrays_of(feature_map)
+    if not _recorded(q, k, v, out, *arrays):
+        return packed_attention(q, k, v, feature_map, bounds, causal=causal, out=out, **options)
+    key_mask, window = options.get("key_mask"), options.get("window", 0)
+    return _Attention.apply(feature_map, key_mask, window, causal, bounds, q, k, v, *arrays)
 
 
-attention.packed = _packed(plain_attention.attention, False)  # type: ignore[attr-defined]
-causal_attention.packed = _packed(plain_causal.causal_attention, True)  # type: ignore[attr-defined]
-
-
+attention.packed = partial(_packed, causal=False)  # type: ignore[attr-defined]
+causal_attention.packed = partial(_packed, causal=True)  # type: ignore[attr-defined]
 attention.takes_out = causal_attention.takes_out = True  # type: ignore[attr-defined]
 
 
