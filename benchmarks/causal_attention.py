@@ -52,7 +52,7 @@ def tables(*, quick: bool = False) -> Iterator[Table]:
             f"causal, L={n}, m={m}", n, sides | others, want=want, goal=GOALS.get((n, m)), rounds=5,
             flops=2.0 * H * n * (4 * m * D + 32 * (m + D)),
         )  # fmt: skip
-        for window in (16, 64) if n <= 4096 else ():
+        for window in (16, 32, 64) if n <= 4096 else ():
             both = {
                 f"favorsharp, window={window}": lambda ours=ours, window=window: ours(window=window),
                 "favorsharp, no window": ours,
