@@ -47,22 +47,22 @@ NOTES = """\
 ## Where a goal is missed, and why
 
 The goals were set on an Intel Xeon with AVX-512 and AMX, against what was fastest there. The share of the bound says
-what a faster kernel could gain. What is known of each miss on the processor named above:
+what a faster kernel could gain. Peers vary between runs: in another one of the same day features with m = 64 were 1.6
+(fresh) and 2.1 times as fast as jax.jit, which took 11 milliseconds there and more than twice as much here;
+bidirectional attention with L = 4096, m = 64 lost 3 milliseconds to the page faults of its result (ratio 1.1; with
+`out=` 1.8); causal attention with L = 4096, m = 256 was 3.3 times as fast as jax.jit. What is known of each miss on
+the processor named above:
 
-- *Features, m = 64*: jax.jit, which decides the row, took 11 milliseconds in one run and 25 in another. The page
-  faults of a new array are a fifth of the fresh time.
-- *Bidirectional, L = 4096, m = 64*: the page faults of the result, 8 MiB, where the allocator has given its memory
-  back; with `out=` the same call takes 4.8 milliseconds, and fresh 5.2 to 7.9.
-- *Causal, L = 16,384 and 65,536*: the goals were set against chunked torch, which takes 7 to 9 times as long as ours;
-  a scan under jax.jit, which decides the row, is faster. Products at the bound alone would take 36 and 39
-  milliseconds.
+- *Causal*: the goals were set against chunked torch, which takes 5 to 9 times as long as ours at every length with m
+  = 256, and 7 times with 65,536 tokens, m = 64; a scan under jax.jit, which decides the rows, is faster. For 16,384
+  and 65,536 tokens the products alone would take 37 and 40 milliseconds at the bound.
 - *Causal with a window, m = 128*: a window w takes 1.5 w (d + e) multiply-adds a query where causal attention takes
   32 (m + e) for the pairs in a tile: 0.92, 1.00, 1.16 of all in all for w = 16, 32, 64 at m = 128. The rest are short
   products, and weights and maxima of every block. At m = 256 a window costs nothing.
-- *Decode*: at B = 1 the kernel takes 5 microseconds of 18, four new arrays 3; the rest is Python, most of it to see
+- *Decode*: at B = 1 the kernel takes 5 microseconds of 19, four new arrays 3; the rest is Python, most of it to see
   that this call is like the one before. At B = 64 the states, 8 MiB read and 8 MiB written, as no call writes to a
-  state that it was given, take 190 microseconds of two threads, and waking the second one 50; torch.compile is as
-  fast as a copy of the states.
+  state that it was given, take 190 microseconds of two threads, and waking the second one 50; torch.compile takes no
+  longer than two copies of the states.
 - *Matrix-vector product*: 16 features of a point take 15 cycles: 4 for the product of 8 coordinates, 4 for the
   exponentials, 3 for maxima and sums, the rest to load points and to rescale. The goal would need 9.
 
