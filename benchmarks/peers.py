@@ -4,6 +4,7 @@ All are stabilised by row and feature maxima as ours are, except where the name 
 """
 
 import functools
+import warnings
 from typing import Any
 
 import numpy as np
@@ -145,8 +146,10 @@ def exact(q: Any, k: Any, v: Any, *, is_causal: bool = False) -> Any:
 
 def performer(m: int, d: int, *, causal: bool = False) -> Any:
     """performer-pytorch's FastAttention, where it is installed; None elsewhere."""
-    try:
-        from performer_pytorch import FastAttention
-    except ImportError:
-        return None
-    return FastAttention(dim_heads=d, nb_features=m, causal=causal).eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of what it imports
+        try:
+            from performer_pytorch import FastAttention
+        except ImportError:
+            return None
+        return FastAttention(dim_heads=d, nb_features=m, causal=causal).eval()
