@@ -12,21 +12,25 @@ from numba.extending import register_jitable
 from favorsharp_numba.compiling import inlined, jit
 from favorsharp_numba.primitives import (
     exp_block,
+    fill_before,
     max_block,
     product,
-    product_add,
+    product_add_ahead,
     scale_block,
     sum_block,
 )
 from favorsharp_numba.rows import add_rows, take_tops
 from favorsharp_numba.tiles import (
     ALPHA,
+    GROUP,
     NO_MASK,
     ONE,
+    ROWS,
     TILE,
     ZERO,
     absorb,
     add_keys,
+    ahead_of,
     copy,
     fill,
     fill_near_scratch,
@@ -38,11 +42,11 @@ from favorsharp_numba.tiles import (
     lanes,
     lanes_of,
     load_keys,
-    load_near,
     load_points,
     load_queries,
     log_keys,
     log_queries,
+    near_keys,
     near_queries,
     near_scratch,
     panel,
@@ -160,9 +164,10 @@ def read_queries(one, s, p, q, k, v, mask, recent, out, normalised, per_head, lo
     total = safe + TILE
     numerator = total + TILE
     norms = numerator + TILE * s.e_pad
-    near_rows = norms + TILE
-    near_norms = near_rows + TILE * s.d_pad
-    near_values = near_norms + 2 * TILE
+    near_rows = norms + 2 * TILE
+    near_factors = near_rows + TILE * s.d_pad
+    near_norms = near_factors + 2 * TILE
+    near_values = near_norms + TILE
     extra = near_values + TILE * s.e_pad
     for task in range(low, high):
         head, share = task // per_head, task % per_head
@@ -175,21 +180,24 @@ def read_queries(one, s, p, q, k, v, mask, recent, out, normalised, per_head, lo
             count = min(TILE, stop - start)
             with_factors = recent > 0 or not normalised
             load_queries(one, s, side, q, head, start, count, with_factors, points, dense, factors, columns)
-            log_queries(one, s, side, columns, count, factors, weights)
+            log_queries(one, s, side, columns, count, factors, weights, ahead_of(out, head, start, start + count, s.e))
             weigh(one, s, side, weights, count, z + s.m_pad, z, reference, safe, total)
-            read_sums(one, s, weights, count, kv, p.transposed, numerator, extra)
+            after = min(stop, start + count + TILE)
+            next_queries = ahead_of(q, head, start + count, after, s.d)
+            read_sums(one, s, weights, count, kv, p.transposed, numerator, extra, next_queries)
             if recent > 0:
                 keys = key_side(s, p, key_head)
-                near_queries(one, s, side, columns, count, factors, norms)
+                near_queries(one, s, side, keys, columns, count, factors, norms)
                 fill_near_scratch(one, s, extra)
-                zeros = keys + s.total - s.e_pad
                 for near in range(0, recent, TILE):
                     size = min(TILE, recent - near)
-                    load_near(one, s, keys, k, mask, key_head, near, size, False, near_rows, near_norms)
-                    load_points(one, v, mask, key_head, near, size, s.e, s.e_pad, keys + ONE, zeros, near_values)
+                    load_keys(
+                        one, s, keys, k, v, mask, key_head, near, size, near_rows, dense, near_factors, near_values
+                    )
+                    near_keys(one, s, keys, size, near_factors, near_norms)
                     read_near(
-                        one, s, keys, columns, norms, 0, count, near_rows, near_norms, near_values, near, size, mask,
-                        key_head, 0, numerator, total, reference, extra,
+                        one, s, keys, columns, norms, 0, count, near_rows, near_norms, near_values, False, near, size,
+                        mask, key_head, 0, numerator, total, reference, extra,
                     )  # fmt: skip
             if normalised:
                 invert(one, total, count)
@@ -202,7 +210,7 @@ def read_queries(one, s, p, q, k, v, mask, recent, out, normalised, per_head, lo
 
 def read_scratch(one, s):
     """Items of scratch that `read_queries` needs."""
-    return TILE * (3 * s.d_pad + s.d + s.m + 8 + 2 * s.e_pad) + max(s.e * TILE, near_scratch(s))
+    return TILE * (3 * s.d_pad + s.d + s.m + 10 + 2 * s.e_pad) + max(s.e * TILE, near_scratch(s))
 
 
 @inlined
@@ -221,13 +229,13 @@ SLOTS = 4
 @register_jitable
 def slot_size(s):
     """Items kept of a tile of queries."""
-    return TILE * (s.d + s.m + s.e_pad + 5)
+    return TILE * (s.d + s.m + s.e_pad + 6)
 
 
 @register_jitable
 def store_size(s):
     """Items kept of a tile of keys."""
-    return TILE * (2 * s.d_pad + s.e_pad + 4)
+    return TILE * (s.d_pad + s.e_pad + 4)
 
 
 @jit
@@ -244,18 +252,18 @@ def windowed(one, s, p, q, k, v, mask, out, work, low, high, scratch):
     features = dense + TILE * s.d_pad
     safe = features + TILE * p_step
     kept = safe + TILE
-    # of a tile of keys: points, factors, values, and points and norms to score exactly
+    # of a tile of keys: points, factors, norms, whether all values are finite, and values
     stores = kept + SLOTS
     factors_at = TILE * s.d_pad
-    values_at = factors_at + 2 * TILE
-    near_at = values_at + TILE * s.e_pad
-    near_norms_at = near_at + TILE * s.d_pad
+    near_norms_at = factors_at + 2 * TILE
+    finite_at = near_norms_at + TILE
+    values_at = finite_at + TILE
     # of a tile of queries, a column each: points, log features, factors, norms, total, reference; and the numerator
     slots = stores + SLOTS * store_size(s)
     weights_at = TILE * s.d
     slot_factors_at = weights_at + TILE * s.m
     norms_at = slot_factors_at + 2 * TILE
-    total_at = norms_at + TILE
+    total_at = norms_at + 2 * TILE
     reference_at = total_at + TILE
     numerator_at = reference_at + TILE
     of_keys = slots + SLOTS * slot_size(s)
@@ -290,6 +298,8 @@ def windowed(one, s, p, q, k, v, mask, out, work, low, high, scratch):
             parts = min(held, blocks - block)
             far = block + 2 < blocks if after else seen or block + parts > 2
             final = p.causal or after
+            next_query = 2 * first - last if after else last
+            next_query -= p.first_query
             for chunk in range(members, members_end, SLOTS):
                 heads = min(SLOTS, members_end - chunk)
                 for i in range(heads):
@@ -300,13 +310,16 @@ def windowed(one, s, p, q, k, v, mask, out, work, low, high, scratch):
                     )  # fmt: skip
                     count = (parts - 1) * (pad - w) + last - first
                     if far:
-                        log_queries(one, s, queries, slot, count, slot + slot_factors_at, slot + weights_at)
+                        log_queries(
+                            one, s, queries, slot, count, slot + slot_factors_at, slot + weights_at,
+                            ahead_of(k, head, first, last, s.d),
+                        )  # fmt: skip
                     else:  # factors are 0, or NaN for a query that is not finite
                         n = rest_of_tile(count, lanes(one))
                         fill(one, slot + reference_at, n, -np.inf * one)
                         copy(one, slot + slot_factors_at, n, slot + total_at)
                         fill(one, slot + numerator_at, count * s.e_pad, one - one)
-                    near_queries(one, s, queries, slot, count, slot + slot_factors_at, slot + norms_at)
+                    near_queries(one, s, queries, keys, slot, count, slot + slot_factors_at, slot + norms_at)
                 # each block of the tile reads the sums; then all of them the keys that are near
                 for i in range(parts + 1 if final else parts):
                     near = i == parts
@@ -331,18 +344,24 @@ def windowed(one, s, p, q, k, v, mask, out, work, low, high, scratch):
                                 one, s, keys, k, v, mask, head, start, stop - start, store, dense, store + factors_at,
                                 store + values_at,
                             )  # fmt: skip
-                            load_near(
-                                one, s, keys, k, mask, head, start, stop - start, False, store + near_at,
-                                store + near_norms_at,
-                            )  # fmt: skip
+                            near_keys(one, s, keys, stop - start, store + factors_at, store + near_norms_at)
+                            finite = is_finite(one, keys, store + values_at, s.e_pad, stop - start, of_near)
+                            put(one, store + finite_at, one if finite else one - one)
                         if not near:
                             if source != logged:
                                 logged = source
-                                log_keys(one, s, keys, store, stop - start, store + factors_at, features, p_step)
+                                log_keys(
+                                    one, s, keys, store, stop - start, store + factors_at, features, p_step,
+                                    ahead_of(
+                                        q, integer_at(p.members + 8 * members), next_query, next_query + last - first,
+                                        s.d,
+                                    ),
+                                )  # fmt: skip
                             begin, end = max(start, entering * w), min(stop, (entering + 1) * w)
                             take_keys(
                                 one, s, keys, features + (begin - start) * p_step, p_step,
                                 store + values_at + (begin - start) * s.e_pad, end - begin, kv, z, top, 0, of_keys,
+                                ahead_of(v, head, first + part * w, min(last, first + part * w + w), s.e),
                             )  # fmt: skip
                         for part in range(parts if near else 0):
                             begin, end = bounds(p, first, last, part)
@@ -354,9 +373,10 @@ def windowed(one, s, p, q, k, v, mask, out, work, low, high, scratch):
                                 column = slot + part * pad
                                 read_near(
                                     one, s, keys, column, column + norms_at, begin, end - begin,
-                                    store + near_at + offset * s.d_pad, store + near_norms_at + offset,
-                                    store + values_at + offset * s.e_pad, near_begin, near_end - near_begin, mask,
-                                    head, p.causal, slot + numerator_at + part * pad * s.e_pad, column + total_at,
+                                    store + offset * s.d_pad, store + near_norms_at + offset,
+                                    store + values_at + offset * s.e_pad, get(one, store + finite_at) != 0,
+                                    near_begin, near_end - near_begin, mask, head, p.causal,
+                                    slot + numerator_at + part * pad * s.e_pad, column + total_at,
                                     column + reference_at, of_near,
                                 )  # fmt: skip
                         source += 1
@@ -368,10 +388,11 @@ def windowed(one, s, p, q, k, v, mask, out, work, low, high, scratch):
                         slot = slots + j * slot_size(s)
                         column, numerator = slot + part * pad, slot + numerator_at + part * pad * s.e_pad
                         total, reference = column + total_at, column + reference_at
+                        f = integer_at(p.members + 8 * (chunk + j))
                         if far:
                             weigh(one, s, queries, column + weights_at, count, top, z, reference, safe, total)
-                            read_sums(one, s, column + weights_at, count, kv, 0, numerator, of_near)
-                        f = integer_at(p.members + 8 * (chunk + j))
+                            coming = ahead_of(out, f, begin - p.first_query, end - p.first_query, s.e)
+                            read_sums(one, s, column + weights_at, count, kv, 0, numerator, of_near, coming)
                         line = work + (f * p.num_queries + begin - p.first_query) * (s.e_pad + 2)
                         if after:
                             merge_kept(
@@ -484,7 +505,6 @@ def causal(one, s, p, q, k, v, mask, out, low, high, scratch):
     total = safe + TILE
     numerator = total + TILE
     fill(one, ones, max(s.m_pad, s.e_pad), one)
-    fill(one, scores, TILE * TILE, one - one)
     width = panel(one)
     for head in range(low, high):
         kv = p.sums + head * p.sums_size
@@ -492,11 +512,15 @@ def causal(one, s, p, q, k, v, mask, out, low, high, scratch):
         top = z + s.m_pad
         keys, queries = key_side(s, p, head), query_side(s, p, head)
         seen = has_seen(one, s, top)
+        first_member, last_member = integer_at(p.member_starts + 8 * head), integer_at(p.member_starts + 8 * head + 8)
         start, size = 0, TILE
         while start < p.num_keys:
             count = min(size, p.num_keys - start)
             some = load_keys(one, s, keys, k, v, mask, head, start, count, points, dense, factors, values)
-            log_keys(one, s, keys, points, count, factors, features, p_step)
+            log_keys(
+                one, s, keys, points, count, factors, features, p_step,
+                ahead_of(q, integer_at(p.members + 8 * first_member), start, start + count, s.d),
+            )  # fmt: skip
             rise = raise_top(one, s, keys, features, p_step, count, top, new_top, safe_top)
             if rise > SMALL_RISE and count > 1:
                 size = max(1, count // 4)
@@ -505,32 +529,40 @@ def causal(one, s, p, q, k, v, mask, out, low, high, scratch):
                 rescale(one, s, top, new_top, kv, z, 0, scales, ones)
             fill(one, new_z, s.m_pad, one - one)
             exp_block(one, features, p_step, count, s.m_pad, keys + ZERO, 0, safe_top, ones, 0, new_z)
+            after = min(p.num_keys, start + count + TILE)
             first_seen = 0
             if not seen:
                 while first_seen < count and is_hidden(mask, head, start + first_seen):
                     first_seen += 1
             finite = is_finite(one, keys, values, s.e_pad, count, numerator)
-            n = (count + lanes(one) - 1) // lanes(one) * lanes(one)
             exact = True
-            for member in range(integer_at(p.member_starts + 8 * head), integer_at(p.member_starts + 8 * head + 8)):
+            for member in range(first_member, last_member):
                 f = integer_at(p.members + 8 * member)
                 load_queries(one, s, queries, q, f, start, count, False, points, dense, factors, columns)
-                log_queries(one, s, queries, columns, count, factors, weights)
+                target = ahead_of(out, f, start, start + count, s.e)
+                log_queries(one, s, queries, columns, count, factors, weights, target)
                 weigh(one, s, queries, weights, count, top, z, reference, safe, total)
-                score_pairs(one, s, features, p_step, weights, count, scores)
-                sum_block(one, scores, TILE, count, n, keys + ONE, 0, total)
+                score_pairs(one, s, keys, features, p_step, weights, count, scores, total)
                 if count > 1:
                     for t in range(first_seen, count):
                         exact = exact and not get(one, total + t) < SMALLEST_TOTAL
                     if not exact:
                         break
-                step = 6 if finite else 1  # a value that is not finite must not meet the weight 0 of a query before it
+                step = (
+                    ROWS if finite else 1
+                )  # a value that is not finite must not meet the weight 0 of a query before it
                 for t in range(0, count, step):
                     product(
                         one, min(step, count - t), s.e_pad, min(t + step, count), scores + t, 1, TILE, values, width,
                         s.e_pad, numerator + t * s.e_pad, s.e_pad,
                     )  # fmt: skip
-                product_add(one, count, s.e_pad, s.m, weights, 1, TILE, kv, width, s.e_pad, numerator, s.e_pad)
+                if member + 1 < last_member:
+                    coming = ahead_of(q, integer_at(p.members + 8 * (member + 1)), start, start + count, s.d)
+                else:
+                    coming = ahead_of(v, head, start + count, after, s.e)
+                product_add_ahead(
+                    one, count, s.e_pad, s.m, weights, 1, TILE, kv, width, s.e_pad, numerator, s.e_pad, coming
+                )
                 invert(one, total, count)
                 keep_stats(one, p, f, start, count, total, reference)
                 store_points(one, out, f, start, count, s.e, s.e_pad, total, numerator)
@@ -539,7 +571,7 @@ def causal(one, s, p, q, k, v, mask, out, low, high, scratch):
                     undo_rise(one, s, kv, z, top, scales, ones)
                 size = max(1, count // 4)
                 continue
-            add_keys(one, s, features, p_step, values, count, kv, 0)
+            add_keys(one, s, features, p_step, values, count, kv, 0, ahead_of(k, head, start + count, after, s.d))
             add_rows(one, z, s.m_pad, new_z, s.m_pad, 1, one)
             seen = seen or some
             start += count
@@ -547,19 +579,22 @@ def causal(one, s, p, q, k, v, mask, out, low, high, scratch):
 
 
 @inlined
-def score_pairs(one, s, features, p_step, weights, count, scores):
-    """scores[j, i] of key j and query i >= j by their features; 0 before."""
+def score_pairs(one, s, side, features, p_step, weights, count, scores, total):
+    """scores[j, i] of key j and query i >= j by their features, 0 for the few queries before that are read with those;
+    their sums are added to the totals of the queries.
+    """
     width, lane = panel(one), lanes(one)
-    n = (count + lane - 1) // lane * lane
-    for j in range(0, count, 12):
-        rows = min(12, count - j)
+    n = rest_of_tile(count, lane)
+    for j in range(0, count, GROUP):
+        rows = min(GROUP, count - j)
         left = j // lane * lane
+        edge = max(0, left - rest_of_tile(ROWS - 1, lane))
+        line = scores + j * TILE
         product(
-            one, rows, n - left, s.m, features + j * p_step, p_step, 1, weights + left, width, TILE,
-            scores + j * TILE + left, TILE,
-        )  # fmt: skip
-        for row in range(j, j + rows):
-            fill(one, scores + row * TILE, row, one - one)
+            one, rows, n - left, s.m, features + j * p_step, p_step, 1, weights + left, width, TILE, line + left, TILE
+        )
+        fill_before(one, line + edge, TILE, rows, n - edge, j - edge, one - one)
+        sum_block(one, line + left, TILE, rows, n - left, side + ONE, 0, total + left)
 
 
 @inlined

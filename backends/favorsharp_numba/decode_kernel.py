@@ -22,7 +22,7 @@ from favorsharp_numba.tiles import (
     store_points,
     zero_or_nan,
 )
-from favorsharp_numba.vectors import item_size
+from favorsharp_numba.vectors import NOTHING, item_size
 
 NUM_SIZES = len(Sizes._fields)
 MAPS = NUM_SIZES
@@ -97,13 +97,13 @@ def turn(one, plan, q, k, v, out, kv, z, c, new_kv, new_z, new_c, low, high, scr
         side = key_side + number * s.total
         load_points(one, keys_from, NO_MASK, head, 0, 1, s.d, s.d_pad, side + ALPHA, side + s.center, points)
         log_factors(one, s, side, points, 1, dense, factors)
-        log_keys(one, s, side, points, 1, factors, keys, s.m_pad)
+        log_keys(one, s, side, points, 1, factors, keys, s.m_pad, NOTHING)
         zeros = side + s.total - s.e_pad
         load_points(one, values_from, NO_MASK, head, 0, 1, s.e, s.e_pad, side + ONE, zeros, values)
         side = query_side + number * s.total
         load_points(one, queries_from, NO_MASK, head, 0, 1, s.d, s.d_pad, side + ALPHA, side + s.center, points)
         put(one, factors, zero_or_nan(one, points, s.d))
-        log_keys(one, s, side, points, 1, factors, queries, s.m_pad)
+        log_keys(one, s, side, points, 1, factors, queries, s.m_pad, NOTHING)
         reference = lowest
         place = head * s.m
         for j in range(s.m):

@@ -15,6 +15,9 @@ LOG2E = 1 / np.log(2)
 HALVES = bool({"f16c", "neon", "fullfp16"} & processor_features())
 """Whether the processor converts float16; otherwise the backend declines it."""
 
+CACHE_LINE = 64
+"""Bytes that a prefetch brings."""
+
 I32, I64 = ir.IntType(32), ir.IntType(64)
 
 
@@ -66,7 +69,7 @@ class Emitter:
 
     def filled(self, value):
         """A scalar in every lane."""
-        undefined = ir.Constant(self.vector, ir.Undefined)
+        undefined = ir.Constant(ir.VectorType(value.type, self.lanes), ir.Undefined)
         first = self.b.insert_element(undefined, value, ir.Constant(I32, 0))
         order = ir.Constant(ir.VectorType(I32, self.lanes), [0] * self.lanes)
         return self.b.shuffle_vector(first, undefined, order)
@@ -108,6 +111,13 @@ class Emitter:
         power = self.b.bitcast(self.b.shl(self.b.bitcast(shifted, self.integer), shift), self.vector)
         value = self.b.fmul(value, power)
         return self.b.fadd(value, value) if above else value
+
+    def prefetch(self, address):
+        """Have the cache line at an address brought into the second cache; any address will do."""
+        kind = ir.FunctionType(ir.VoidType(), [ir.PointerType(), *[I32] * 3])
+        function = cgutils.get_or_insert_function(self.b.module, kind, "llvm.prefetch.p0")
+        reading, second_cache, data = (ir.Constant(I32, value) for value in (0, 2, 1))
+        self.b.call(function, [self.b.inttoptr(address, ir.PointerType()), reading, second_cache, data])
 
     def accumulator(self, value):
         """A variable that holds a vector."""

@@ -52,6 +52,7 @@ from favorsharp_numba.tiles import (
     transpose,
     zero_or_nan,
 )
+from favorsharp_numba.vectors import NOTHING
 
 LARGEST_WEIGHT = 60
 """Log 2 of the weight that a hidden pair may have before a causal tile is cut."""
@@ -203,11 +204,11 @@ def sweep(
                             one, s, p, not keys_read, theirs, taken, taken_values, out, mask, stats, f, start, count,
                             points, dense, factors, values, other,
                         )  # fmt: skip
-                        log_keys(one, s, theirs, points, count, factors, features, p_step)
+                        log_keys(one, s, theirs, points, count, factors, features, p_step, NOTHING)
                         if raise_top(one, s, theirs, features, p_step, count, top, new_top, safe_top) > 0:
                             rescale(one, s, top, new_top, sums, trash, 0, scales, ones)
                         exp_block(one, features, p_step, count, s.m_pad, theirs + ZERO, 0, safe_top, ones, 0, trash)
-                        add_keys(one, s, features, p_step, values, count, sums, 0)
+                        add_keys(one, s, features, p_step, values, count, sums, 0, NOTHING)
             begin, end = current * block, min(num_readers, (current + 1) * block)
             done, size = 0, TILE
             while done < end - begin:
@@ -221,13 +222,13 @@ def sweep(
                 transpose(one, reader_points, s.d_pad, count, s.d, columns, TILE, n)
                 transpose(one, reader_rows, s.e_pad, count, s.e, reader_columns, TILE, n)
                 fill(one, reader_factors + count, n - count, one - one)
-                log_queries(one, s, mine, columns, count, reader_factors, weights)
+                log_queries(one, s, mine, columns, count, reader_factors, weights, NOTHING)
                 if pairwise:
                     load_side(
                         one, s, p, not keys_read, theirs, taken, taken_values, out, mask, stats, f, start, count,
                         points, dense, factors, values, other,
                     )  # fmt: skip
-                    log_keys(one, s, theirs, points, count, factors, features, p_step)
+                    log_keys(one, s, theirs, points, count, factors, features, p_step, NOTHING)
                     rise = raise_top(one, s, theirs, features, p_step, count, top, new_top, safe_top)
                     if count > 1:
                         fill(one, gradient, n, -np.inf * one)
@@ -278,7 +279,7 @@ def sweep(
                     )
                 fill(one, zeros, TILE, one - one)
                 if pairwise:
-                    add_keys(one, s, features, p_step, values, count, sums, 0)
+                    add_keys(one, s, features, p_step, values, count, sums, 0, NOTHING)
                 done += count
                 size = TILE if size == TILE or done % TILE == 0 else size
 

@@ -55,6 +55,24 @@ def product_exp(one, m, n, k, a, a_row, a_step, b, b_panel, b_step, c, c_row, ro
 product_exp_stream = product_exp
 
 
+# plain code leaves it to the processor to bring memory nearer
+
+
+@jit
+def product_ahead(one, m, n, k, a, a_row, a_step, b, b_panel, b_step, c, c_row, ahead):
+    product(one, m, n, k, a, a_row, a_step, b, b_panel, b_step, c, c_row)
+
+
+@jit
+def product_add_ahead(one, m, n, k, a, a_row, a_step, b, b_panel, b_step, c, c_row, ahead):
+    product_add(one, m, n, k, a, a_row, a_step, b, b_panel, b_step, c, c_row)
+
+
+@jit
+def product_terms_ahead(one, m, n, k, a, a_row, a_step, b, b_panel, b_step, c, c_row, row, column, ahead):
+    product_terms(one, m, n, k, a, a_row, a_step, b, b_panel, b_step, c, c_row, row, column)
+
+
 @jit
 def max_block(one, x, step, rows, n, shift, shift_step, first, top):
     for j in range(n):
@@ -90,6 +108,13 @@ def scale_block(one, x, step, rows, n, factor, column_factor, y, y_step):
         for j in range(n):
             value = get(one, x + i * step + j) * get(one, column_factor + j) * get(one, factor + i)
             put(one, y + i * y_step + j, value)
+
+
+@jit
+def fill_before(one, x, step, rows, n, first, value):
+    for i in range(rows):
+        for j in range(min(n, first + i)):
+            put(one, x + i * step + j, value)
 
 
 @jit

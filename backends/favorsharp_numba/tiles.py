@@ -14,10 +14,14 @@ from favorsharp_numba.compiling import inlined, jit, jit_sums
 from favorsharp_numba.emitter import BYTES
 from favorsharp_numba.primitives import (
     exp_block,
+    fill_before,
     max_block,
     product,
     product_add,
+    product_add_ahead,
+    product_ahead,
     product_terms,
+    product_terms_ahead,
     scale_block,
     shift_block,
     sum_block,
@@ -31,7 +35,7 @@ from favorsharp_numba.rows import (
     take_tops,
     transpose_block,
 )
-from favorsharp_numba.vectors import byte_at, get, integer_at, lanes, panel, put
+from favorsharp_numba.vectors import Ahead, byte_at, get, integer_at, lanes, panel, put
 
 TILE = 64
 """Points worked on at once."""
@@ -143,6 +147,14 @@ def load_points(one, points, mask, b, start, count, size, pad, factor, offset, t
                 fill(one, tile + t * pad, size, one - one)
 
 
+@inlined
+def ahead_of(points, b, start, stop, size):
+    """The points start .. stop, for a product to bring nearer; nothing where their rows have gaps."""
+    rows = max(0, stop - start) if points.column == points.item else 0
+    base = points.base + integer_at(points.offsets + 8 * b) + start * points.row
+    return Ahead(base, points.row, rows, size * points.item)
+
+
 @jit
 def store_points(one, points, b, start, count, size, pad, factors, tile):
     """Store rows times factors[t]."""
@@ -237,12 +249,12 @@ def load_keys(one, s, side, k, v, mask, b, start, count, z, dense, factors, valu
 
 
 @inlined
-def log_keys(one, s, side, z, count, factors, p, p_step):
+def log_keys(one, s, side, z, count, factors, p, p_step, ahead):
     """Log features of keys, a row each."""
     width = panel(one)
-    product_terms(
+    product_terms_ahead(
         one, count, s.m_pad, s.d, z, s.d_pad, 1, side + s.panels, s.d * width, width, p, p_step, factors,
-        side + s.column,
+        side + s.column, ahead,
     )  # fmt: skip
 
 
@@ -276,17 +288,17 @@ def scale_sums(one, s, kv, z, transposed, factors, ones):
 
 
 @inlined
-def add_keys(one, s, p, p_step, values, count, kv, transposed):
+def add_keys(one, s, p, p_step, values, count, kv, transposed, ahead):
     """Add features times values to kv, (m, e_pad), or transposed (e, m_pad)."""
     width = panel(one)
     if transposed:
-        product_add(one, s.e, s.m_pad, count, values, 1, s.e_pad, p, width, p_step, kv, s.m_pad)
+        product_add_ahead(one, s.e, s.m_pad, count, values, 1, s.e_pad, p, width, p_step, kv, s.m_pad, ahead)
     else:
-        product_add(one, s.m, s.e_pad, count, p, 1, p_step, values, width, s.e_pad, kv, s.e_pad)
+        product_add_ahead(one, s.m, s.e_pad, count, p, 1, p_step, values, width, s.e_pad, kv, s.e_pad, ahead)
 
 
 @inlined
-def take_keys(one, s, side, p, p_step, values, count, kv, z, top, transposed, scratch):
+def take_keys(one, s, side, p, p_step, values, count, kv, z, top, transposed, scratch, ahead):
     """Take keys into the sums (kv, z) relative to 2**top: their log features become features."""
     new_top = scratch
     safe = new_top + s.m_pad
@@ -295,7 +307,7 @@ def take_keys(one, s, side, p, p_step, values, count, kv, z, top, transposed, sc
     if raise_top(one, s, side, p, p_step, count, top, new_top, safe) > 0:
         rescale(one, s, top, new_top, kv, z, transposed, scales, ones)
     exp_block(one, p, p_step, count, s.m_pad, side + ZERO, 0, safe, ones, 0, z)
-    add_keys(one, s, p, p_step, values, count, kv, transposed)
+    add_keys(one, s, p, p_step, values, count, kv, transposed, ahead)
 
 
 @register_jitable
@@ -318,8 +330,11 @@ def absorb(one, s, side, k, v, mask, b, start, stop, kv, z, top, transposed, scr
     for first in range(start, stop, TILE):
         count = min(TILE, stop - first)
         if load_keys(one, s, side, k, v, mask, b, first, count, points, dense, factors, values):
-            log_keys(one, s, side, points, count, factors, p, p_step)
-            take_keys(one, s, side, p, p_step, values, count, kv, z, top, transposed, rest)
+            after = min(stop, first + count + TILE)
+            next_values = ahead_of(v, b, first + count, after, s.e)
+            log_keys(one, s, side, points, count, factors, p, p_step, next_values)
+            next_keys = ahead_of(k, b, first + count, after, s.d)
+            take_keys(one, s, side, p, p_step, values, count, kv, z, top, transposed, rest, next_keys)
 
 
 def absorb_scratch(one, s):
@@ -352,11 +367,11 @@ def turn_queries(one, s, side, count, with_factors, z, dense, factors, columns):
 
 
 @inlined
-def log_queries(one, s, side, columns, count, factors, p):
+def log_queries(one, s, side, columns, count, factors, p, ahead):
     """Log features of queries, a column each."""
     n = rest_of_tile(count, lanes(one))
-    product_terms(
-        one, s.m, n, s.d, side + s.rows, s.d_pad, 1, columns, panel(one), TILE, p, TILE, side + s.column, factors
+    product_terms_ahead(
+        one, s.m, n, s.d, side + s.rows, s.d_pad, 1, columns, panel(one), TILE, p, TILE, side + s.column, factors, ahead
     )
 
 
@@ -372,15 +387,15 @@ def weigh(one, s, side, p, count, top, z, reference, safe, total):
 
 
 @inlined
-def read_sums(one, s, p, count, kv, transposed, numerator, scratch):
+def read_sums(one, s, p, count, kv, transposed, numerator, scratch, ahead):
     """numerator (tile, e_pad) = weights times kv; `scratch` has e tiles where kv is transposed."""
     width = panel(one)
     if transposed:
         n = rest_of_tile(count, lanes(one))
-        product(one, s.e, n, s.m, kv, s.m_pad, 1, p, width, TILE, scratch, TILE)
+        product_ahead(one, s.e, n, s.m, kv, s.m_pad, 1, p, width, TILE, scratch, TILE, ahead)
         transpose(one, scratch, TILE, s.e, count, numerator, s.e_pad, s.e_pad)
     else:
-        product(one, count, s.e_pad, s.m, p, 1, TILE, kv, width, s.e_pad, numerator, s.e_pad)
+        product_ahead(one, count, s.e_pad, s.m, p, 1, TILE, kv, width, s.e_pad, numerator, s.e_pad, ahead)
 
 
 @inlined
@@ -409,14 +424,30 @@ def load_near(one, s, side, points, mask, b, start, count, scaled, rows, norms):
 
 
 @inlined
-def near_queries(one, s, side, columns, count, factors, norms):
-    """Turn the columns of `load_queries` into log2(e) (alpha x - near_center), and their norms as in `load_near`."""
+def near_keys(one, s, side, count, factors, norms):
+    """Norms, as of `load_near`, of rows and log factors that `load_keys` made; NaN too for those hidden.
+
+    The center of the keys is the near one too where `gaussian`; where not, `near_queries` puts it back.
+    """
+    half = get(one, side + NEAR_HALF) if s.gaussian else one - one
+    squares = factors + TILE
+    for t in range(count):
+        put(one, norms + t, half * get(one, squares + t) + get(one, factors + t) * (one - one))
+
+
+@inlined
+def near_queries(one, s, side, keys, columns, count, factors, norms):
+    """Turn the columns of `load_queries` into log2(e) (alpha x - near_center); norms are what they add to the scores of
+    `near_keys`, NaN where a query is not finite.
+    """
     n = rest_of_tile(count, lanes(one))
-    shift_block(one, columns, TILE, s.d, n, side + NEAR_SCALE, side + s.near_shift, norms)
-    half = get(one, side + NEAR_HALF_SCALED)
+    squares = norms + TILE
+    shift_block(one, columns, TILE, s.d, n, side + NEAR_SCALE, side + s.near_shift, squares)
+    half = get(one, side + NEAR_HALF_SCALED) if s.gaussian else one - one
     for t in range(n):
-        own = half * get(one, norms + t) if s.gaussian else one - one
-        put(one, norms + t, own + get(one, factors + t) * (one - one))
+        put(one, norms + t, half * get(one, squares + t) + get(one, factors + t) * (one - one))
+    if not s.gaussian:
+        sum_block(one, columns, TILE, s.d, n, keys + s.center, 1, norms)
 
 
 @inlined
@@ -441,12 +472,12 @@ def num_before(first, position, count):
 
 @jit
 def read_near(
-    one, s, side, columns, query_norms, first, count, rows, norms, values, start, keys, mask, b, causal, numerator,
-    total, reference, scratch,
+    one, s, side, columns, query_norms, first, count, rows, norms, values, finite, start, keys, mask, b, causal,
+    numerator, total, reference, scratch,
 ):  # fmt: skip
     """Add a tile of exactly scored keys, start .. start + keys, to what queries first .. first + count have read.
 
-    A query sees a key of them that the mask shows and, where causal, that is not after it.
+    A query sees a key of them that the mask shows and, where causal, that is not after it. `finite`: all values are.
     """
     n, width, lane = rest_of_tile(count, lanes(one)), panel(one), lanes(one)
     scores = scratch
@@ -454,7 +485,6 @@ def read_near(
     safe = new + TILE
     scale = safe + TILE
     ones = scale + TILE
-    trash = ones + max(TILE, s.e_pad)
     partly = causal and start + keys > first + 1
     group = GROUP if partly else keys
     copy(one, reference, n, new)
@@ -466,9 +496,11 @@ def read_near(
             one, size, n - left, s.d, rows + j * s.d_pad, s.d_pad, 1, columns + left, width, TILE, line + left,
             TILE, norms + j, query_norms + left,
         )  # fmt: skip
-        for i in range(size if partly or mask.offsets != 0 else 0):
-            before = n if is_hidden(mask, b, start + j + i) else num_before(first, start + j + i, n) if partly else 0
-            fill(one, line + i * TILE + left, before - left, -np.inf * one)
+        if partly:
+            fill_before(one, line + left, TILE, size, n - left, start + j - first - left, -np.inf * one)
+        for i in range(size if mask.offsets != 0 else 0):
+            if is_hidden(mask, b, start + j + i):
+                fill(one, line + i * TILE + left, n - left, -np.inf * one)
         max_block(one, line + left, TILE, size, n - left, side + ZERO, 0, new + left, new + left)
     if compare_tops(one, n, reference, new, safe) > 0:
         take_tops(one, n, reference, new, scale)
@@ -479,11 +511,11 @@ def read_near(
         left = num_before(first, start + j, n) // lane * lane if partly else 0
         line = scores + j * TILE
         exp_block(one, line + left, TILE, size, n - left, side + ZERO, 0, safe + left, ones, 0, total + left)
-        for i in range(size if left > 0 else 0):
+        for i in range(min(size, ROWS - 1) if left > 0 else 0):
             fill(one, line + i * TILE + left - min(left, ROWS), min(left, ROWS), one - one)
     if partly:
         # a value that is not finite must not meet the weight 0 of a query before it
-        step = ROWS if is_finite(one, side, values, s.e_pad, keys, trash) else 1
+        step = ROWS if finite else 1
         for t in range(0, count, step):
             seen = min(keys, max(0, first + min(t + step, count) - start))
             line = numerator + t * s.e_pad
@@ -502,4 +534,4 @@ def fill_near_scratch(one, s, scratch):
 
 def near_scratch(s):
     """Items of scratch that `read_near` needs, made ready by `fill_near_scratch`."""
-    return TILE * (TILE + 3) + 2 * max(TILE, s.e_pad)
+    return TILE * (TILE + 3) + max(TILE, s.e_pad)

@@ -7,13 +7,15 @@ An array is a *place*: its address divided by the size of an item, so that place
 items too, and block lengths are multiples of `lanes`. The dtype is that of the argument `one`.
 """
 
+from typing import NamedTuple
+
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
 from favorsharp_numba.compiling import jit
-from favorsharp_numba.emitter import I64, LOG2E, VECTORS, Emitter
+from favorsharp_numba.emitter import CACHE_LINE, I64, LOG2E, VECTORS, Emitter
 
 # The matrix product --------------------------------------------------------------------------------------------------
 
@@ -23,8 +25,23 @@ STORE, EXP, STREAM = 0, 1, 2
 """What becomes of them: stored, exp stored, exp stored past the caches."""
 
 
+class Ahead(NamedTuple):
+    """What is brought nearer while a product runs: some rows of `size` bytes, `step` bytes apart, from an address on.
+
+    A few lines at a time: a processor drops prefetches that come faster than its memory answers.
+    """
+
+    address: int
+    step: int
+    rows: int
+    size: int
+
+
+NOTHING = Ahead(0, 0, 0, 0)
+
+
 @intrinsic(prefer_literal=True)
-def _product(context, one, start, finish, m, n, k, a, a_row, a_step, b, b_panel, b_step, c, c_row, row, column):
+def _product(context, one, start, finish, m, n, k, a, a_row, a_step, b, b_panel, b_step, c, c_row, row, column, ahead):
     """C (m, n) from A (m, k) and B (k, n), a register tile at a time: 6, 4, 2 or 1 rows by some vectors, or 8 by one.
 
     B lies in panels of VECTORS vectors, `b_panel` items apart; its rows are `b_step` apart inside a panel.
@@ -32,9 +49,21 @@ def _product(context, one, start, finish, m, n, k, a, a_row, a_step, b, b_panel,
     start_at, finish_by = start.literal_value, finish.literal_value
 
     def emit(context, builder, signature, args):
-        m, n, k, a, a_row, a_step, b, b_panel, b_step, c, c_row, row, column = args[3:]
+        m, n, k, a, a_row, a_step, b, b_panel, b_step, c, c_row, row, column, ahead = args[3:]
+        address, ahead_step, ahead_rows, ahead_size = cgutils.unpack_tuple(builder, ahead)
         e = Emitter(builder, signature.args[0])
         number = lambda value: ir.Constant(I64, value)  # noqa: E731
+
+        def bring(top, bottom, j):
+            """The rows ahead that fall to the rows top .. bottom of the result, in its first columns."""
+            some = builder.icmp_signed(">", ahead_rows, number(0))
+            with builder.if_then(builder.and_(some, builder.icmp_signed("==", j, number(0)))):
+                low, high = (builder.udiv(builder.mul(x, ahead_rows), m) for x in (top, bottom))
+                with cgutils.for_range_slice(builder, low, high, number(1)) as (r, _):
+                    line = builder.add(address, builder.mul(r, ahead_step))
+                    end = builder.add(line, ahead_size)
+                    with cgutils.for_range_slice(builder, line, end, number(CACHE_LINE)) as (place, _):
+                        e.prefetch(place)
 
         def tile(rows, vectors, i, j):
             panel = builder.mul(builder.udiv(j, number(VECTORS * e.lanes)), b_panel)
@@ -57,6 +86,7 @@ def _product(context, one, start, finish, m, n, k, a, a_row, a_step, b, b_panel,
                 else:
                     first = [e.constant(0.0)] * vectors
                 sums.append([e.accumulator(x) for x in first])
+            bring(i, builder.add(i, number(rows)), j)
             with cgutils.for_range(builder, k) as loop:
                 line = e.at(right, builder.mul(loop.index, b_step))
                 entry = e.at(left, builder.mul(loop.index, a_step))
@@ -89,37 +119,55 @@ def _product(context, one, start, finish, m, n, k, a, a_row, a_step, b, b_panel,
             left_column = right_column
         return context.get_dummy_value()
 
-    return types.void(one, start, finish, *[types.int64] * 13), emit
+    return types.void(one, start, finish, *[types.int64] * 13, ahead), emit
 
 
 @jit
 def product(one, m, n, k, a, a_row, a_step, b, b_panel, b_step, c, c_row):
     """C = A B."""
-    _product(one, SET, STORE, m, n, k, a, a_row, a_step, b, b_panel, b_step, c, c_row, c, c)
+    _product(one, SET, STORE, m, n, k, a, a_row, a_step, b, b_panel, b_step, c, c_row, c, c, NOTHING)
+
+
+@jit
+def product_ahead(one, m, n, k, a, a_row, a_step, b, b_panel, b_step, c, c_row, ahead):
+    """C = A B."""
+    _product(one, SET, STORE, m, n, k, a, a_row, a_step, b, b_panel, b_step, c, c_row, c, c, ahead)
 
 
 @jit
 def product_add(one, m, n, k, a, a_row, a_step, b, b_panel, b_step, c, c_row):
     """C = C + A B."""
-    _product(one, ADD, STORE, m, n, k, a, a_row, a_step, b, b_panel, b_step, c, c_row, c, c)
+    _product(one, ADD, STORE, m, n, k, a, a_row, a_step, b, b_panel, b_step, c, c_row, c, c, NOTHING)
+
+
+@jit
+def product_add_ahead(one, m, n, k, a, a_row, a_step, b, b_panel, b_step, c, c_row, ahead):
+    """C = C + A B."""
+    _product(one, ADD, STORE, m, n, k, a, a_row, a_step, b, b_panel, b_step, c, c_row, c, c, ahead)
 
 
 @jit
 def product_terms(one, m, n, k, a, a_row, a_step, b, b_panel, b_step, c, c_row, row, column):
     """C = A B + row + column."""
-    _product(one, TERMS, STORE, m, n, k, a, a_row, a_step, b, b_panel, b_step, c, c_row, row, column)
+    _product(one, TERMS, STORE, m, n, k, a, a_row, a_step, b, b_panel, b_step, c, c_row, row, column, NOTHING)
+
+
+@jit
+def product_terms_ahead(one, m, n, k, a, a_row, a_step, b, b_panel, b_step, c, c_row, row, column, ahead):
+    """C = A B + row + column."""
+    _product(one, TERMS, STORE, m, n, k, a, a_row, a_step, b, b_panel, b_step, c, c_row, row, column, ahead)
 
 
 @jit
 def product_exp(one, m, n, k, a, a_row, a_step, b, b_panel, b_step, c, c_row, row, column):
     """C = exp(A B + row + column)."""
-    _product(one, TERMS, EXP, m, n, k, a, a_row, a_step, b, b_panel, b_step, c, c_row, row, column)
+    _product(one, TERMS, EXP, m, n, k, a, a_row, a_step, b, b_panel, b_step, c, c_row, row, column, NOTHING)
 
 
 @jit
 def product_exp_stream(one, m, n, k, a, a_row, a_step, b, b_panel, b_step, c, c_row, row, column):
     """C = exp(A B + row + column), past the caches: C and c_row are multiples of a vector."""
-    _product(one, TERMS, STREAM, m, n, k, a, a_row, a_step, b, b_panel, b_step, c, c_row, row, column)
+    _product(one, TERMS, STREAM, m, n, k, a, a_row, a_step, b, b_panel, b_step, c, c_row, row, column, NOTHING)
 
 
 # Blocks: x has `rows` rows, `step` apart, of n columns ---------------------------------------------------------------
@@ -291,6 +339,32 @@ def _scale_block(context, one, x, step, rows, n, factor, column_factor, y, y_ste
 def scale_block(one, x, step, rows, n, factor, column_factor, y, y_step):
     """y[i, j] = x[i, j] factor[i] column_factor[j]."""
     _scale_block(one, x, step, rows, n, factor, column_factor, y, y_step)
+
+
+@intrinsic
+def _fill_before(context, one, x, step, rows, n, first, value):
+    def emit(context, builder, signature, args):
+        _, x, step, rows, n, first, value = args
+        e = Emitter(builder, signature.args[0])
+        block, wide, zero = e.pointer(x), e.filled(value), ir.Constant(I64, 0)
+        order = ir.Constant(ir.VectorType(I64, e.lanes), list(range(e.lanes)))
+        with cgutils.for_range(builder, rows) as loop:
+            line = e.at(block, builder.mul(loop.index, step))
+            bound = builder.add(first, loop.index)
+            bound = builder.select(builder.icmp_signed("<", bound, n), bound, n)
+            with cgutils.for_range_slice(builder, zero, bound, ir.Constant(I64, e.lanes)) as (j, _):
+                before = builder.icmp_signed("<", order, e.filled(builder.sub(bound, j)))
+                place = e.at(line, j)
+                e.store(builder.select(before, wide, e.load(place)), place)
+        return context.get_dummy_value()
+
+    return types.void(one, *[types.int64] * 5, one), emit
+
+
+@jit
+def fill_before(one, x, step, rows, n, first, value):
+    """x[i, j] = value for the columns j < first + i of n: a triangle."""
+    _fill_before(one, x, step, rows, n, first, value)
 
 
 @intrinsic
