@@ -119,7 +119,11 @@ def stamps_of(arrays: Iterable[Array]) -> tuple[Any, ...]:
     if torch is None:
         return ()
     kind = torch.Tensor  # parameters too, which an optimiser writes to
-    return tuple([None if x.is_inference() else (x.requires_grad, x._version) for x in arrays if isinstance(x, kind)])
+    held = [x for x in arrays if isinstance(x, kind)]
+    try:
+        return tuple([(x.requires_grad, x._version) for x in held])
+    except RuntimeError:  # tensors made in inference mode have no version
+        return tuple([None if x.is_inference() else (x.requires_grad, x._version) for x in held])
 
 
 def mode_of_library() -> Any:
@@ -136,10 +140,12 @@ def mode_of_library() -> Any:
     return bool(torch.is_grad_enabled()), bool(torch.is_inference_mode_enabled())
 
 
-def records_gradients() -> bool:
-    """Whether torch is there and records operations for a backward pass, on tensors that need it."""
+def records_gradients(arrays: Iterable[Array]) -> bool:
+    """Whether torch would record operations on any of the arrays for a backward pass."""
     torch = sys.modules.get("torch")
-    return torch is not None and bool(torch.is_grad_enabled())
+    if torch is None or not torch.is_grad_enabled():
+        return False
+    return any(getattr(x, "requires_grad", False) for x in arrays)
 
 
 def needs_gradient(x: Array) -> bool:

@@ -637,6 +637,21 @@ MOST_SETTLED = 64
 """Signatures remembered for each map; with more, as lengths vary, the oldest is forgotten."""
 
 
+class Known:
+    """A part of a signature that calls pass on from one to the next: its hash is worked out once."""
+
+    __slots__ = ("_hash", "parts")
+
+    def __init__(self, parts: Hashable) -> None:
+        self.parts, self._hash = parts, hash(parts)
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Known) and self.parts == other.parts
+
+
 def call_signature(
     feature_map: Any, *arguments: object, with_layout: bool = False, known: Hashable = ()
 ) -> tuple[Hashable, ...] | None:

@@ -31,7 +31,7 @@ from favorsharp._checks import (
     check_same_size,
 )
 from favorsharp._typing import Array
-from favorsharp.dispatch import Op, call_signature, recall, settle
+from favorsharp.dispatch import Known, Op, call_signature, recall, settle
 from favorsharp.exact import add_group_axis, check_attention, merge_heads, split_heads
 from favorsharp.features import FeatureMap, PositiveFeatureMap
 from favorsharp.features import feature_map as draw_feature_map
@@ -419,11 +419,11 @@ def decode_step(
 
 def _layout_of(state: State) -> Hashable:
     """What a call with this state depends on; None where that is not soon told."""
-    if state.known_layout is not None and not records_gradients():  # which tensors need gradients may have changed
-        return state.known_layout
     arrays = state.kv, state.z, state.c, state.recent_k, state.recent_v, state.recent_mask
+    if state.known_layout is not None and not records_gradients(arrays):  # a tensor may have begun to need gradients
+        return state.known_layout
     parts = [signature_of(x, with_layout=True) for x in arrays]
-    return None if None in parts else (*parts, state.window, state.fingerprint)
+    return None if None in parts else Known((*parts, state.window, state.fingerprint))
 
 
 def _check_positive(feature_map: Any) -> PositiveFeatureMap:

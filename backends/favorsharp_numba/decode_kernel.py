@@ -4,6 +4,7 @@ import numpy as np
 
 from favorsharp_numba.compiling import inlined, jit, jit_sums
 from favorsharp_numba.primitives import exp_block, turn_rows
+from favorsharp_numba.rows import turn_tops
 from favorsharp_numba.tiles import (
     ALPHA,
     NO_MASK,
@@ -12,6 +13,7 @@ from favorsharp_numba.tiles import (
     ZERO,
     Points,
     Sizes,
+    copy,
     fill,
     get,
     integer_at,
@@ -24,6 +26,9 @@ from favorsharp_numba.tiles import (
 )
 from favorsharp_numba.vectors import NOTHING, item_size
 
+HEADS = 12
+"""Heads of one map whose log features are worked out together: the map is read once for all of them."""
+
 NUM_SIZES = len(Sizes._fields)
 MAPS = NUM_SIZES
 """Where in a plan the places of the packed constants of queries and keys and the address of `map_of` stand."""
@@ -33,10 +38,13 @@ PLAN_SIZE = POINTS + 4 * 5
 
 
 @jit_sums
-def dot(one, x, y, n):
+def turn_sums(one, z, scales, keys, weights, new_z, m):
+    """new_z = scales z + keys; the sum of weights new_z."""
     total = one - one
-    for j in range(n):
-        total += get(one, x + j) * get(one, y + j)
+    for j in range(m):
+        value = get(one, z + j) * get(one, scales + j) + get(one, keys + j)
+        put(one, new_z + j, value)
+        total += get(one, weights + j) * value
     return total
 
 
@@ -75,58 +83,59 @@ def turn(one, plan, q, k, v, out, kv, z, c, new_kv, new_z, new_c, low, high, scr
     kv, z, c = place_of(one, kv), place_of(one, z), place_of(one, c)
     new_kv, new_z, new_c = place_of(one, new_kv), place_of(one, new_z), place_of(one, new_c)
     points = scratch
-    dense = points + s.d_pad
-    factors = dense + s.d_pad
+    dense = points + HEADS * s.d_pad
+    factors = dense + HEADS * s.d_pad
     values = factors + 2 * TILE
-    keys = values + s.e_pad
-    queries = keys + s.m_pad
-    scales = queries + s.m_pad
+    keys = values + HEADS * s.e_pad
+    queries = keys + HEADS * s.m_pad
+    scales = queries + HEADS * s.m_pad
     tops = scales + s.m_pad
-    nothing = tops + s.m_pad
+    new_tops = tops + s.m_pad
+    nothing = new_tops + s.m_pad
     ignored = nothing + s.m_pad
     numerator = ignored + s.m_pad
     total = numerator + s.e_pad
-    log2e = one / np.log(one + one)
-    lowest = np.log(one - one)  # -inf in the dtype to work in: Numba has no exp2 of two dtypes in one kernel
+    lowest = -np.inf * one
     fill(one, nothing, 2 * s.m_pad, one - one)
-    for j in range(s.m, s.m_pad):
-        put(one, scales + j, lowest)
-        put(one, tops + j, one - one)
-    for head in range(low, high):
-        number = integer_at(map_of + 8 * head)
+    fill(one, tops, s.m_pad, lowest)
+    first = low
+    while first < high:
+        number = integer_at(map_of + 8 * first)
+        count = 1
+        while count < HEADS and first + count < high and integer_at(map_of + 8 * (first + count)) == number:
+            count += 1
         side = key_side + number * s.total
-        load_points(one, keys_from, NO_MASK, head, 0, 1, s.d, s.d_pad, side + ALPHA, side + s.center, points)
-        log_factors(one, s, side, points, 1, dense, factors)
-        log_keys(one, s, side, points, 1, factors, keys, s.m_pad, NOTHING)
         zeros = side + s.total - s.e_pad
-        load_points(one, values_from, NO_MASK, head, 0, 1, s.e, s.e_pad, side + ONE, zeros, values)
+        load_token(one, keys_from, first, count, s.d, s.d_pad, side + ALPHA, side + s.center, points)
+        load_token(one, values_from, first, count, s.e, s.e_pad, side + ONE, zeros, values)
+        log_factors(one, s, side, points, count, dense, factors)
+        log_keys(one, s, side, points, count, factors, keys, s.m_pad, NOTHING)
         side = query_side + number * s.total
-        load_points(one, queries_from, NO_MASK, head, 0, 1, s.d, s.d_pad, side + ALPHA, side + s.center, points)
-        put(one, factors, zero_or_nan(one, points, s.d))
-        log_keys(one, s, side, points, 1, factors, queries, s.m_pad, NOTHING)
-        reference = lowest
-        place = head * s.m
-        for j in range(s.m):
-            held = get(one, c + place + j)
-            old, key = held * log2e, get(one, keys + j)
-            top = key if key > old else old
-            put(one, new_c + place + j, key / log2e if key > old else held)
-            put(one, tops + j, top if top > lowest else one - one)
-            put(one, scales + j, old)
-            weight = get(one, queries + j) + top
-            put(one, queries + j, weight)
-            reference = weight if weight > reference else reference
-        put(one, total, one - one - reference if reference > lowest else one - one)
-        exp_block(one, scales, 0, 1, s.m_pad, side + ZERO, 0, tops, side + ZERO, 0, ignored)
-        exp_block(one, keys, 0, 1, s.m_pad, side + ZERO, 0, tops, side + ZERO, 0, ignored)
-        exp_block(one, queries, 0, 1, s.m_pad, total, 0, nothing, side + ZERO, 0, ignored)
-        for j in range(s.m):
-            put(one, new_z + place + j, get(one, z + place + j) * get(one, scales + j) + get(one, keys + j))
-        weights = dot(one, queries, new_z + place, s.m)
-        place *= s.e
-        turn_rows(one, kv + place, new_kv + place, s.m, s.e, scales, keys, queries, values, numerator)
-        put(one, total, one / weights if weights != 0 else weights)
-        store_points(one, out_to, head, 0, 1, s.e, s.e_pad, total, numerator)
+        load_token(one, queries_from, first, count, s.d, s.d_pad, side + ALPHA, side + s.center, points)
+        for t in range(count):
+            put(one, factors + t, zero_or_nan(one, points + t * s.d_pad, s.d))
+        log_keys(one, s, side, points, count, factors, queries, s.m_pad, NOTHING)
+        for t in range(count):
+            key, query = keys + t * s.m_pad, queries + t * s.m_pad
+            place = (first + t) * s.m
+            copy(one, c + place, s.m, tops)
+            reference = turn_tops(one, s.m_pad, tops, key, query, new_tops, scales)
+            copy(one, new_tops, s.m, new_c + place)
+            put(one, total, one - one - reference if reference > lowest else one - one)
+            exp_block(one, query, 0, 1, s.m_pad, total, 0, nothing, side + ZERO, 0, ignored)
+            weights = turn_sums(one, z + place, scales, key, query, new_z + place, s.m)
+            place *= s.e
+            turn_rows(one, kv + place, new_kv + place, s.m, s.e, scales, key, query, values + t * s.e_pad, numerator)
+            put(one, total, one / weights if weights != 0 else weights)
+            store_points(one, out_to, first + t, 0, 1, s.e, s.e_pad, total, numerator)
+        first += count
+
+
+@inlined
+def load_token(one, points, first, count, size, pad, factor, offset, rows):
+    """The one point of some heads, as `load_points`."""
+    for t in range(count):
+        load_points(one, points, NO_MASK, first + t, 0, 1, size, pad, factor, offset, rows + t * pad)
 
 
 @inlined
@@ -137,4 +146,4 @@ def place_of(one, address):
 
 def turn_scratch(s: Sizes) -> int:
     """Items of scratch that `turn` needs."""
-    return 2 * s.d_pad + 2 * TILE + 2 * s.e_pad + 6 * s.m_pad + 64
+    return HEADS * (2 * s.d_pad + s.e_pad + 2 * s.m_pad) + 2 * TILE + s.e_pad + 5 * s.m_pad + 64

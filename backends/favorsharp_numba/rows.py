@@ -10,7 +10,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from favorsharp_numba.compiling import jit
-from favorsharp_numba.emitter import HALVES, I32, I64, VECTORS, Emitter
+from favorsharp_numba.emitter import HALVES, I32, I64, LOG2E, VECTORS, Emitter
 
 FLOAT16, BFLOAT16, FLOAT32, FLOAT64 = 0, 1, 2, 3
 """What a row may hold."""
@@ -329,6 +329,43 @@ def _take_tops(context, one, n, top, new_top, factors):
 def take_tops(one, n, top, new_top, factors):
     """factors = 2**(top - new_top) where it rose, else 1; top = the larger one."""
     _take_tops(one, n, top, new_top, factors)
+
+
+@intrinsic
+def _turn_tops(context, one, n, c, keys, queries, new_c, scales):
+    def emit(context, builder, signature, args):
+        _, n, c, keys, queries, new_c, scales = args
+        e = Emitter(builder, signature.args[0])
+        held, features, weights, results, factors = (e.pointer(x) for x in (c, keys, queries, new_c, scales))
+        lowest, nothing, log2e = e.constant(-np.inf), e.constant(0.0), e.constant(LOG2E)
+        best = e.accumulator(lowest)
+        with cgutils.for_range_slice(builder, ir.Constant(I64, 0), n, ir.Constant(I64, e.lanes)) as (j, _):
+            natural, key = e.load(e.at(held, j)), e.load(e.at(features, j))
+            old = builder.fmul(natural, log2e)
+            rose = builder.fcmp_ordered(">", key, old)
+            top = builder.select(rose, key, old)
+            e.store(builder.select(rose, builder.fdiv(key, log2e), natural), e.at(results, j))
+            safe = builder.select(builder.fcmp_ordered(">", top, lowest), top, nothing)
+            e.store(e.exp2(builder.fsub(old, safe)), e.at(factors, j))
+            e.store(e.exp2(builder.fsub(key, safe)), e.at(features, j))
+            weight = builder.fadd(e.load(e.at(weights, j)), top)
+            e.store(weight, e.at(weights, j))
+            builder.store(e.larger(e.get(best), weight), best)
+        name = f"llvm.vector.reduce.fmax.v{e.lanes}f{8 * e.item}"
+        reduce = cgutils.get_or_insert_function(builder.module, ir.FunctionType(e.scalar, [e.vector]), name)
+        return builder.call(reduce, [e.get(best)])
+
+    return one(one, *[types.int64] * 6), emit
+
+
+@jit
+def turn_tops(one, n, c, keys, queries, new_c, scales):
+    """The tops of a state, c in natural logarithms, take the log features of a key, to base 2.
+
+    new_c is the larger one; `scales` what the sums are multiplied by, and `keys` the features relative to it; log
+    features of a query become logarithms of its weights, and the largest is returned.
+    """
+    return _turn_tops(one, n, c, keys, queries, new_c, scales)
 
 
 @intrinsic

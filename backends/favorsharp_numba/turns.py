@@ -40,12 +40,12 @@ class Turn:
         self.work = float(self.heads * sizes.m * (4 * size + 2 * sizes.d))
         self.scratch = turn_scratch(sizes)
         out = empty(q, (*batch, 1, size), name_of(q))
-        self.empty, self.empty_like, self.start_of = np.empty, np.empty_like, _start_of_whole
+        self.empty_like, self.start_of = np.empty_like, _start_of_whole
         if is_torch(q):
             import torch
 
-            self.empty, self.empty_like, self.start_of = torch.empty, torch.empty_like, torch.Tensor.data_ptr
-        self.shape, self.dtype = out.shape, out.dtype
+            self.empty_like, self.start_of = torch.empty_like, torch.Tensor.data_ptr
+        self.out = out
         self.held = Held()
         plan = [*sizes, self.held.place(query), self.held.place(key)]
         plan.append(self.held.constant(indices(packed.batch, batch)))
@@ -59,7 +59,7 @@ class Turn:
     def __call__(self, q: Any, k: Any, v: Any, state: State, feature_map: Any) -> tuple[Any, State]:
         """The result and the state after it."""
         old = state.kv, state.z, state.c
-        out, (kv, z, c) = self.empty(self.shape, dtype=self.dtype), map(self.empty_like, old)
+        out, kv, z, c = map(self.empty_like, (self.out, *old))
         places = map(self.start_of, (q, k, v, out, *old, kv, z, c))
         if self.work < SMALL:
             turn(self.one, self.plan, *places, 0, self.heads, self._scratch())

@@ -305,15 +305,17 @@ def test_tokens_one_by_one_equal_the_sequence(e):
                 np.testing.assert_allclose(out, want[..., t : t + 1, :], atol=error)
 
 
-def test_a_state_that_begins_to_need_gradients_is_looked_at_again():
+@pytest.mark.parametrize("recording", [False, True])
+@pytest.mark.parametrize("name", ["kv", "z", "c"])
+def test_a_state_that_begins_to_need_gradients_is_looked_at_again(name, recording):
     torch = pytest.importorskip("torch")
     q, k, v = (torch.asarray(x) for x in attention_problem(9, (2,), n=3))
     fm = fs.feature_map(fs.fit(q, k), 16, rng=0)
     state = fs.init_state(fm, 5, like=k)
-    with torch.no_grad():
+    with torch.set_grad_enabled(recording):
         for t in (0, 1):
             _, state = fs.decode_step(q[:, t : t + 1], k[:, t : t + 1], v[:, t : t + 1], state, fm)
-    state.kv.requires_grad_()
+    getattr(state, name).requires_grad_()
     with watch() as calls:
         fs.decode_step(q[:, 2:], k[:, 2:], v[:, 2:], state, fm)
     out, _ = fs.decode_step(q[:, 2:], k[:, 2:], v[:, 2:], state, fm)
