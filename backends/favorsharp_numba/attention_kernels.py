@@ -19,7 +19,7 @@ from favorsharp_numba.primitives import (
     scale_block,
     sum_block,
 )
-from favorsharp_numba.rows import add_rows, take_tops
+from favorsharp_numba.rows import add_rows, copy, fill, take_tops
 from favorsharp_numba.tiles import (
     ALPHA,
     GROUP,
@@ -31,8 +31,6 @@ from favorsharp_numba.tiles import (
     absorb,
     add_keys,
     ahead_of,
-    copy,
-    fill,
     fill_near_scratch,
     get,
     integer_at,

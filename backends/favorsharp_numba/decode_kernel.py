@@ -4,7 +4,7 @@ import numpy as np
 
 from favorsharp_numba.compiling import inlined, jit, jit_sums
 from favorsharp_numba.primitives import exp_block, turn_rows
-from favorsharp_numba.rows import turn_tops
+from favorsharp_numba.rows import copy, fill, turn_tops
 from favorsharp_numba.tiles import (
     ALPHA,
     NO_MASK,
@@ -13,8 +13,6 @@ from favorsharp_numba.tiles import (
     ZERO,
     Points,
     Sizes,
-    copy,
-    fill,
     get,
     integer_at,
     load_points,

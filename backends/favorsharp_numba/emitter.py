@@ -15,10 +15,16 @@ LOG2E = 1 / np.log(2)
 HALVES = bool({"f16c", "neon", "fullfp16"} & processor_features())
 """Whether the processor converts float16; otherwise the backend declines it."""
 
+MASKS = BYTES == 64
+"""Whether a part of a vector is loaded at once: without masks the compiler goes item by item."""
+
 CACHE_LINE = 64
 """Bytes that a prefetch brings."""
 
 I32, I64 = ir.IntType(32), ir.IntType(64)
+
+
+_MANGLED = {"half": "f16", "i16": "i16", "float": "f32", "double": "f64"}
 
 
 class Emitter:
@@ -53,6 +59,20 @@ class Emitter:
         value = self.b.load(pointer, typ=self.vector)
         value.align = self.item
         return value
+
+    def first(self, count):
+        """A mask of the first lanes."""
+        order = ir.Constant(ir.VectorType(I64, self.lanes), list(range(self.lanes)))
+        return self.b.icmp_signed("<", order, self.filled(count))
+
+    def masked_load(self, pointer, mask, item, align):
+        """A vector of such items where the mask says so, 0 elsewhere."""
+        kind = ir.VectorType(item, self.lanes)
+        name = f"llvm.masked.load.v{self.lanes}{_MANGLED[str(item)]}.p0"
+        signature = ir.FunctionType(kind, [ir.PointerType(), I32, mask.type, kind])
+        function = cgutils.get_or_insert_function(self.b.module, signature, name)
+        nothing = ir.Constant(kind, [0] * self.lanes)
+        return self.b.call(function, [pointer, ir.Constant(I32, align), mask, nothing])
 
     def store(self, value, pointer, *, stream=False):
         """Store a vector; past the caches where `stream`, which needs a pointer on a vector's boundary."""

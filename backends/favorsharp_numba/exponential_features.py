@@ -27,12 +27,12 @@ from favorsharp_numba.primitives import (
     product_exp,
     product_exp_stream,
 )
+from favorsharp_numba.rows import fill
 from favorsharp_numba.run import share
 from favorsharp_numba.tiles import (
     NO_MASK,
     ONE,
     TILE,
-    fill,
     get,
     integer_at,
     load_points,

@@ -22,7 +22,7 @@ from favorsharp_numba.primitives import (
     product_terms,
     scale_block,
 )
-from favorsharp_numba.rows import add_rows
+from favorsharp_numba.rows import add_rows, fill
 from favorsharp_numba.tiles import (
     ALPHA,
     BETA,
@@ -32,7 +32,6 @@ from favorsharp_numba.tiles import (
     TILE,
     ZERO,
     add_keys,
-    fill,
     get,
     integer_at,
     is_hidden,

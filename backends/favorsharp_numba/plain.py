@@ -74,6 +74,19 @@ def product_terms_ahead(one, m, n, k, a, a_row, a_step, b, b_panel, b_step, c, c
 
 
 @jit
+def product_sums(one, m, n, k, a, a_row, a_step, b, b_panel, b_step, row, column, sums):
+    for i in range(m):
+        weight, other = get(one, sums.weight + i * sums.weight_step), get(one, sums.other + i * sums.other_step)
+        for j in range(n):
+            value = get(one, row + i) + get(one, column + j) + _sum(one, i, j, k, a, a_row, a_step, b, b_panel, b_step)
+            if value > get(one, sums.largest + j):
+                put(one, sums.largest + j, value)
+            power = np.exp2(value)
+            put(one, sums.total + j, get(one, sums.total + j) + power * weight)
+            put(one, sums.other_total + j, get(one, sums.other_total + j) + power * other)
+
+
+@jit
 def max_block(one, x, step, rows, n, shift, shift_step, first, top):
     for j in range(n):
         put(one, top + j, get(one, first + j))

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from favorsharp_numba import attention_kernels as kernels
+from favorsharp_numba import single_column
 from favorsharp_numba.arguments import (
     LOG2E,
     Held,
@@ -153,11 +154,17 @@ class AttentionProblem:
         segments = self._pieces(self.heads, self.num_keys, work)
         self.new_sums(segments=segments, transposed=2 * s.e <= self.packed.lanes)
         p = self.arguments()
-        scratch = absorb_scratch(self.one, s)
-        share(kernels.gather_keys, self.heads * segments, work, scratch, self.one, s, p, self.k, self.v, self.mask)
+        gather, scratch = kernels.gather_keys, absorb_scratch(self.one, s)
+        if self._one_column():
+            gather, scratch = single_column.gather_column, single_column.column_scratch(s)
+        share(gather, self.heads * segments, work, scratch, self.one, s, p, self.k, self.v, self.mask)
         if segments > 1:
             small = 2 * s.m_pad + max(s.m_pad, s.e_pad)
             share(kernels.merge_segments, self.heads, 0.0, small, self.one, s, p)
+
+    def _one_column(self) -> bool:
+        """Whether values are numbers, and their sums a line."""
+        return self.transposed and self.s.e == 1
 
     def absorb(self) -> None:
         """Take all keys into sums that are there already."""
@@ -173,6 +180,12 @@ class AttentionProblem:
         work = float(self.query_heads * self.num_queries * s.m * (s.d + s.e))
         per_head = self._pieces(self.query_heads, self.num_queries, work)
         target = self.held.points(out, self.batch)
+        if self._one_column() and recent == 0:
+            share(
+                single_column.read_column, self.query_heads * per_head, work, single_column.column_scratch(s), self.one,
+                s, self.arguments(), self.q, target, int(normalised), per_head,
+            )  # fmt: skip
+            return
         k, v = (self.q, self.q) if recent == 0 else (self.k, self.v)
         share(
             kernels.read_queries, self.query_heads * per_head, work, kernels.read_scratch(self.one, s), self.one, s,

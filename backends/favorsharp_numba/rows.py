@@ -10,7 +10,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from favorsharp_numba.compiling import jit
-from favorsharp_numba.emitter import HALVES, I32, I64, LOG2E, VECTORS, Emitter
+from favorsharp_numba.emitter import HALVES, I32, I64, LOG2E, MASKS, VECTORS, Emitter
 
 FLOAT16, BFLOAT16, FLOAT32, FLOAT64 = 0, 1, 2, 3
 """What a row may hold."""
@@ -59,11 +59,21 @@ def _filled(type_, value):
 
 def _rows_loop(builder, e, n, body):
     """Emit body(column, shape) for whole vectors and then for single items."""
+    _single_rows(builder, _whole_rows(builder, e, n, body), n, body)
+
+
+def _whole_rows(builder, e, n, body):
+    """Emit body(column, shape) for whole vectors; return where they end."""
     width = ir.Constant(I64, e.lanes)
     middle = builder.mul(builder.udiv(n, width), width)
     with cgutils.for_range_slice(builder, ir.Constant(I64, 0), middle, width) as (j, _):
         body(j, lambda scalar: ir.VectorType(scalar, e.lanes))
-    with cgutils.for_range_slice(builder, middle, n, ir.Constant(I64, 1)) as (j, _):
+    return middle
+
+
+def _single_rows(builder, start, n, body):
+    """Emit body(column, shape) for single items."""
+    with cgutils.for_range_slice(builder, start, n, ir.Constant(I64, 1)) as (j, _):
         body(j, lambda scalar: scalar)
 
 
@@ -77,21 +87,45 @@ def _load_rows(context, one, kind, address, step, count, n, pad, factor, offset,
         offsets, factors = e.pointer(offset), e.pointer(factor)
         wide = e.broadcast(factors)
         single = builder.load(factors, typ=e.scalar)
+        width = ir.Constant(I64, e.lanes)
         with cgutils.for_range(builder, count) as loop:
             source = builder.inttoptr(builder.add(address, builder.mul(loop.index, step)), ir.PointerType())
             target = e.pointer(builder.add(y, builder.mul(loop.index, pad)))
+
+            def finish(value, centre, scale, place, shape):
+                value = builder.fmul(_widened(builder, e, value, item, shape), scale)
+                builder.store(builder.fsub(value, centre), place).align = e.item
 
             def body(j, shape):
                 value = builder.load(builder.gep(source, [j], source_etype=_ITEMS[item]), typ=shape(_ITEMS[item]))
                 value.align = _SIZES[item]
                 centre = builder.load(e.at(offsets, j), typ=shape(e.scalar))
                 centre.align = e.item
-                scale = wide if isinstance(shape(e.scalar), ir.VectorType) else single
-                value = builder.fmul(_widened(builder, e, value, item, shape), scale)
-                builder.store(builder.fsub(value, centre), e.at(target, j)).align = e.item
+                finish(
+                    value,
+                    centre,
+                    wide if isinstance(shape(e.scalar), ir.VectorType) else single,
+                    e.at(target, j),
+                    shape,
+                )
 
-            _rows_loop(builder, e, n, body)
-            with cgutils.for_range_slice(builder, n, pad, ir.Constant(I64, 1)) as (j, _):
+            if MASKS:
+                done = _whole_rows(builder, e, n, body)
+                with builder.if_else(builder.icmp_signed("<=", builder.add(done, width), pad)) as (room, none):
+                    with room:
+                        left = e.first(builder.sub(n, done))
+                        start = builder.gep(source, [done], source_etype=_ITEMS[item])
+                        value = e.masked_load(start, left, _ITEMS[item], _SIZES[item])
+                        centre = e.masked_load(e.at(offsets, done), left, e.scalar, e.item)
+                        finish(value, centre, wide, e.at(target, done), lambda scalar: ir.VectorType(scalar, e.lanes))
+                    with none:
+                        _single_rows(builder, done, n, body)
+                cleared = builder.add(done, width)
+                cleared = builder.select(builder.icmp_signed("<=", cleared, pad), cleared, n)
+            else:
+                _rows_loop(builder, e, n, body)
+                cleared = n
+            with cgutils.for_range_slice(builder, cleared, pad, ir.Constant(I64, 1)) as (j, _):
                 builder.store(ir.Constant(e.scalar, 0.0), e.at(target, j)).align = e.item
         return context.get_dummy_value()
 
@@ -207,6 +241,53 @@ def _transpose(context, one, x, x_step, rows, columns, y, y_step):
 def transpose_block(one, x, x_step, rows, columns, y, y_step):
     """y[j, i] = x[i, j]."""
     _transpose(one, x, x_step, rows, columns, y, y_step)
+
+
+@intrinsic
+def _fill(context, one, place, count, value):
+    def emit(context, builder, signature, args):
+        _, place, count, value = args
+        e = Emitter(builder, signature.args[0])
+        start, wide = e.pointer(place), e.filled(value)
+
+        def body(j, shape):
+            filled = wide if isinstance(shape(e.scalar), ir.VectorType) else value
+            builder.store(filled, e.at(start, j)).align = e.item
+
+        _rows_loop(builder, e, count, body)
+        return context.get_dummy_value()
+
+    return types.void(one, types.int64, types.int64, one), emit
+
+
+@jit
+def fill(one, place, count, value):
+    """x = value, for `count` items; none where that is below 1."""
+    _fill(one, place, max(0, count), value)
+
+
+@intrinsic
+def _copy(context, one, x, n, y):
+    def emit(context, builder, signature, args):
+        _, x, n, y = args
+        e = Emitter(builder, signature.args[0])
+        source, target = e.pointer(x), e.pointer(y)
+
+        def body(j, shape):
+            value = builder.load(e.at(source, j), typ=shape(e.scalar))
+            value.align = e.item
+            builder.store(value, e.at(target, j)).align = e.item
+
+        _rows_loop(builder, e, n, body)
+        return context.get_dummy_value()
+
+    return types.void(one, *[types.int64] * 3), emit
+
+
+@jit
+def copy(one, x, n, y):
+    """y = x; they do not overlap."""
+    _copy(one, x, n, y)
 
 
 @intrinsic

@@ -29,6 +29,8 @@ from favorsharp_numba.primitives import (
 from favorsharp_numba.rows import (
     add_rows,
     compare_tops,
+    copy,
+    fill,
     load_rows,
     quadratic_rows,
     store_rows,
@@ -105,19 +107,6 @@ class Sizes(NamedTuple):
 def lanes_of(one: Any) -> int:
     """What `lanes` is to compiled functions."""
     return int(BYTES // one.itemsize)
-
-
-@jit
-def fill(one, place, count, value):
-    for i in range(count):
-        put(one, place + i, value)
-
-
-@jit
-def copy(one, x, n, y):
-    """y = x."""
-    for i in range(n):
-        put(one, y + i, get(one, x + i))
 
 
 @inlined

@@ -21,8 +21,8 @@ from favorsharp_numba.emitter import CACHE_LINE, I64, LOG2E, VECTORS, Emitter
 
 SET, ADD, TERMS = 0, 1, 2
 """Where the sums of a product begin: at 0, at what the result holds, at row[i] + column[j]."""
-STORE, EXP, STREAM = 0, 1, 2
-"""What becomes of them: stored, exp stored, exp stored past the caches."""
+STORE, EXP, STREAM, SUMS = 0, 1, 2, 3
+"""What becomes of them: stored, exp stored, exp stored past the caches, 2** of them added up and not stored."""
 
 
 class Ahead(NamedTuple):
@@ -40,8 +40,27 @@ class Ahead(NamedTuple):
 NOTHING = Ahead(0, 0, 0, 0)
 
 
+class Sums(NamedTuple):
+    """Places of two weights of the rows of a result C, and how far apart they are from row to row; and, column by
+    column, of the sums of 2**C with either weight and of the largest C.
+    """
+
+    weight: int
+    weight_step: int
+    other: int
+    other_step: int
+    total: int
+    other_total: int
+    largest: int
+
+
+NO_SUMS = Sums(0, 0, 0, 0, 0, 0, 0)
+
+
 @intrinsic(prefer_literal=True)
-def _product(context, one, start, finish, m, n, k, a, a_row, a_step, b, b_panel, b_step, c, c_row, row, column, ahead):
+def _product(
+    context, one, start, finish, m, n, k, a, a_row, a_step, b, b_panel, b_step, c, c_row, row, column, ahead, sums
+):
     """C (m, n) from A (m, k) and B (k, n), a register tile at a time: 6, 4, 2 or 1 rows by some vectors, or 8 by one.
 
     B lies in panels of VECTORS vectors, `b_panel` items apart; its rows are `b_step` apart inside a panel.
@@ -49,8 +68,9 @@ def _product(context, one, start, finish, m, n, k, a, a_row, a_step, b, b_panel,
     start_at, finish_by = start.literal_value, finish.literal_value
 
     def emit(context, builder, signature, args):
-        m, n, k, a, a_row, a_step, b, b_panel, b_step, c, c_row, row, column, ahead = args[3:]
+        m, n, k, a, a_row, a_step, b, b_panel, b_step, c, c_row, row, column, ahead, sums = args[3:]
         address, ahead_step, ahead_rows, ahead_size = cgutils.unpack_tuple(builder, ahead)
+        weight, weight_step, other, other_step, *column_sums = cgutils.unpack_tuple(builder, sums)
         e = Emitter(builder, signature.args[0])
         number = lambda value: ir.Constant(I64, value)  # noqa: E731
 
@@ -65,6 +85,27 @@ def _product(context, one, start, finish, m, n, k, a, a_row, a_step, b, b_panel,
                     with cgutils.for_range_slice(builder, line, end, number(CACHE_LINE)) as (place, _):
                         e.prefetch(place)
 
+        def add_up(found, i, j):
+            """Take a register tile of logarithms into the sums and the maxima of its columns."""
+            factors = [
+                [
+                    e.broadcast(e.pointer(builder.add(first, builder.mul(builder.add(i, number(r)), step))))
+                    for first, step in ((weight, weight_step), (other, other_step))
+                ]
+                for r in range(len(found))
+            ]
+            for v in range(len(found[0])):
+                places = [e.at(e.pointer(builder.add(x, j)), v * e.lanes) for x in column_sums]
+                first, second, largest = (e.load(place) for place in places)
+                for line, (own, others) in zip(found, factors, strict=True):
+                    value = e.get(line[v])
+                    largest = e.larger(largest, value)
+                    power = e.exp2(value)
+                    first = e.multiply_add(power, own, first)
+                    second = e.multiply_add(power, others, second)
+                for value, place in zip((first, second, largest), places, strict=True):
+                    e.store(value, place)
+
         def tile(rows, vectors, i, j):
             panel = builder.mul(builder.udiv(j, number(VECTORS * e.lanes)), b_panel)
             inside = builder.urem(j, number(VECTORS * e.lanes))
@@ -76,7 +117,7 @@ def _product(context, one, start, finish, m, n, k, a, a_row, a_step, b, b_panel,
             if start_at == TERMS:
                 row_terms, column_terms = e.pointer(builder.add(row, i)), e.pointer(builder.add(column, j))
                 columns = [e.load(e.at(column_terms, v * e.lanes)) for v in range(vectors)]
-            sums = []
+            found = []
             for r in range(rows):
                 if start_at == TERMS:
                     term = e.broadcast(e.at(row_terms, r))
@@ -85,7 +126,7 @@ def _product(context, one, start, finish, m, n, k, a, a_row, a_step, b, b_panel,
                     first = [e.load(e.at(result_rows[r], v * e.lanes)) for v in range(vectors)]
                 else:
                     first = [e.constant(0.0)] * vectors
-                sums.append([e.accumulator(x) for x in first])
+                found.append([e.accumulator(x) for x in first])
             bring(i, builder.add(i, number(rows)), j)
             with cgutils.for_range(builder, k) as loop:
                 line = e.at(right, builder.mul(loop.index, b_step))
@@ -94,10 +135,13 @@ def _product(context, one, start, finish, m, n, k, a, a_row, a_step, b, b_panel,
                 for r in range(rows):
                     factor = e.broadcast(e.at(entry, left_rows[r]))
                     for v in range(vectors):
-                        builder.store(e.multiply_add(factor, factors[v], e.get(sums[r][v])), sums[r][v])
+                        builder.store(e.multiply_add(factor, factors[v], e.get(found[r][v])), found[r][v])
+            if finish_by == SUMS:
+                add_up(found, i, j)
+                return
             for r in range(rows):
                 for v in range(vectors):
-                    value = e.get(sums[r][v])
+                    value = e.get(found[r][v])
                     if finish_by != STORE:
                         value = e.exp2(builder.fmul(value, e.constant(LOG2E)), above=True)
                     e.store(value, e.at(result_rows[r], v * e.lanes), stream=finish_by == STREAM)
@@ -119,55 +163,61 @@ def _product(context, one, start, finish, m, n, k, a, a_row, a_step, b, b_panel,
             left_column = right_column
         return context.get_dummy_value()
 
-    return types.void(one, start, finish, *[types.int64] * 13, ahead), emit
+    return types.void(one, start, finish, *[types.int64] * 13, ahead, sums), emit
 
 
 @jit
 def product(one, m, n, k, a, a_row, a_step, b, b_panel, b_step, c, c_row):
     """C = A B."""
-    _product(one, SET, STORE, m, n, k, a, a_row, a_step, b, b_panel, b_step, c, c_row, c, c, NOTHING)
+    _product(one, SET, STORE, m, n, k, a, a_row, a_step, b, b_panel, b_step, c, c_row, c, c, NOTHING, NO_SUMS)
 
 
 @jit
 def product_ahead(one, m, n, k, a, a_row, a_step, b, b_panel, b_step, c, c_row, ahead):
     """C = A B."""
-    _product(one, SET, STORE, m, n, k, a, a_row, a_step, b, b_panel, b_step, c, c_row, c, c, ahead)
+    _product(one, SET, STORE, m, n, k, a, a_row, a_step, b, b_panel, b_step, c, c_row, c, c, ahead, NO_SUMS)
 
 
 @jit
 def product_add(one, m, n, k, a, a_row, a_step, b, b_panel, b_step, c, c_row):
     """C = C + A B."""
-    _product(one, ADD, STORE, m, n, k, a, a_row, a_step, b, b_panel, b_step, c, c_row, c, c, NOTHING)
+    _product(one, ADD, STORE, m, n, k, a, a_row, a_step, b, b_panel, b_step, c, c_row, c, c, NOTHING, NO_SUMS)
 
 
 @jit
 def product_add_ahead(one, m, n, k, a, a_row, a_step, b, b_panel, b_step, c, c_row, ahead):
     """C = C + A B."""
-    _product(one, ADD, STORE, m, n, k, a, a_row, a_step, b, b_panel, b_step, c, c_row, c, c, ahead)
+    _product(one, ADD, STORE, m, n, k, a, a_row, a_step, b, b_panel, b_step, c, c_row, c, c, ahead, NO_SUMS)
 
 
 @jit
 def product_terms(one, m, n, k, a, a_row, a_step, b, b_panel, b_step, c, c_row, row, column):
     """C = A B + row + column."""
-    _product(one, TERMS, STORE, m, n, k, a, a_row, a_step, b, b_panel, b_step, c, c_row, row, column, NOTHING)
+    _product(one, TERMS, STORE, m, n, k, a, a_row, a_step, b, b_panel, b_step, c, c_row, row, column, NOTHING, NO_SUMS)
 
 
 @jit
 def product_terms_ahead(one, m, n, k, a, a_row, a_step, b, b_panel, b_step, c, c_row, row, column, ahead):
     """C = A B + row + column."""
-    _product(one, TERMS, STORE, m, n, k, a, a_row, a_step, b, b_panel, b_step, c, c_row, row, column, ahead)
+    _product(one, TERMS, STORE, m, n, k, a, a_row, a_step, b, b_panel, b_step, c, c_row, row, column, ahead, NO_SUMS)
 
 
 @jit
 def product_exp(one, m, n, k, a, a_row, a_step, b, b_panel, b_step, c, c_row, row, column):
     """C = exp(A B + row + column)."""
-    _product(one, TERMS, EXP, m, n, k, a, a_row, a_step, b, b_panel, b_step, c, c_row, row, column, NOTHING)
+    _product(one, TERMS, EXP, m, n, k, a, a_row, a_step, b, b_panel, b_step, c, c_row, row, column, NOTHING, NO_SUMS)
 
 
 @jit
 def product_exp_stream(one, m, n, k, a, a_row, a_step, b, b_panel, b_step, c, c_row, row, column):
     """C = exp(A B + row + column), past the caches: C and c_row are multiples of a vector."""
-    _product(one, TERMS, STREAM, m, n, k, a, a_row, a_step, b, b_panel, b_step, c, c_row, row, column, NOTHING)
+    _product(one, TERMS, STREAM, m, n, k, a, a_row, a_step, b, b_panel, b_step, c, c_row, row, column, NOTHING, NO_SUMS)
+
+
+@jit
+def product_sums(one, m, n, k, a, a_row, a_step, b, b_panel, b_step, row, column, sums):
+    """Take the logarithms A B + row + column, to base 2, into sums and maxima; right where none is over 127."""
+    _product(one, TERMS, SUMS, m, n, k, a, a_row, a_step, b, b_panel, b_step, b, b_step, row, column, NOTHING, sums)
 
 
 # Blocks: x has `rows` rows, `step` apart, of n columns ---------------------------------------------------------------
@@ -347,15 +397,13 @@ def _fill_before(context, one, x, step, rows, n, first, value):
         _, x, step, rows, n, first, value = args
         e = Emitter(builder, signature.args[0])
         block, wide, zero = e.pointer(x), e.filled(value), ir.Constant(I64, 0)
-        order = ir.Constant(ir.VectorType(I64, e.lanes), list(range(e.lanes)))
         with cgutils.for_range(builder, rows) as loop:
             line = e.at(block, builder.mul(loop.index, step))
             bound = builder.add(first, loop.index)
             bound = builder.select(builder.icmp_signed("<", bound, n), bound, n)
             with cgutils.for_range_slice(builder, zero, bound, ir.Constant(I64, e.lanes)) as (j, _):
-                before = builder.icmp_signed("<", order, e.filled(builder.sub(bound, j)))
                 place = e.at(line, j)
-                e.store(builder.select(before, wide, e.load(place)), place)
+                e.store(builder.select(e.first(builder.sub(bound, j)), wide, e.load(place)), place)
         return context.get_dummy_value()
 
     return types.void(one, *[types.int64] * 5, one), emit

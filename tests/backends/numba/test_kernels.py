@@ -321,3 +321,59 @@ def test_a_state_that_begins_to_need_gradients_is_looked_at_again(name, recordin
     out, _ = fs.decode_step(q[:, 2:], k[:, 2:], v[:, 2:], state, fm)
     assert calls == [("decode_step", "reference")]
     assert out.requires_grad
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.float32])
+@pytest.mark.parametrize("spread", [0.1, 1.0, 8.0])
+@pytest.mark.parametrize(("n", "s", "m"), [(1, 1, 1), (65, 130, 3), (130, 65, 17), (200, 700, 70), (3, 0, 5)])
+def test_values_of_one_column(n, s, m, spread, dtype):
+    """With a wide spread log features differ by hundreds, so that tops rise and references are taken again."""
+    rng = np.random.default_rng(0)
+    q, k = (spread * rng.standard_normal((2, size, 6)).astype(dtype) for size in (n, s))
+    k = k[:, np.argsort(np.sum(k[0] ** 2, axis=-1))]  # norms grow, and tops with them
+    v = rng.standard_normal((2, s, 1)).astype(dtype)
+    mask = key_mask(1, k.shape[:-1], "holes")
+    for kernel in ("softmax", "gaussian"):
+        parameters = fs.fit(*(spread * rng.standard_normal((2, 40, 6))), method="posrf", kernel=kernel)
+        fm = astype(fs.feature_map(parameters, m, rng=0), dtype)
+        tolerance = 1e-9 if dtype == np.float64 else 1e-3 if spread > 1 else 1e-4
+        got, want = both(q, k, v, astype(fm, np.float64), key_mask=mask) if dtype == np.float64 else both(q, k, v, fm)
+        np.testing.assert_allclose(got, want, atol=tolerance)
+        with fs.use("numba"), np.errstate(over="ignore"):
+            got = fs.kernel_matvec(q, k, v, fm)
+        with fs.use("reference"):
+            want = fs.kernel_matvec(*(x.astype(np.float64) for x in (q, k, v)), astype(fm, np.float64))
+        in_range = np.abs(want) < 0.1 * np.finfo(dtype).max
+        size = np.max(np.abs(want), axis=-2, keepdims=True, where=in_range, initial=1e-30)
+        np.testing.assert_allclose((got / size)[in_range], (want / size)[in_range], atol=tolerance)
+        assert not np.isfinite(got[np.abs(want) / 2 > np.finfo(dtype).max]).any()
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("scale", [1e4, 1e7, 1e12])
+def test_one_column_of_points_whose_logarithms_cannot_be_told_apart(scale, dtype):
+    """Rounding is above any limit on what features may exceed, and results still lie between the values."""
+    q, k, v = (x.astype(dtype) for x in attention_problem(4, (2,), n=90))
+    fm = astype(fs.feature_map(fs.fit(q, k, method="posrf"), 20, rng=0), dtype)
+    v = v[..., :1]
+    with fs.use("numba"):
+        got = fs.linear_attention(q * dtype(scale), k * dtype(scale), v, fm)
+    assert np.isfinite(got).all()
+    span = np.max(v, axis=-2, keepdims=True) - np.min(v, axis=-2, keepdims=True)
+    slack = 1e-5 * span
+    assert (got >= np.min(v, axis=-2, keepdims=True) - slack).all()
+    assert (got <= np.max(v, axis=-2, keepdims=True) + slack).all()
+
+
+def test_sums_of_one_column_keep_the_range_of_the_dtype():
+    """Points where features peak: 2**reference leaves the range of float32, and what is read of it does not."""
+    x = np.random.default_rng(1).standard_normal((40, 128))
+    fm = fs.feature_map(fs.fit(x, x, method="posrf"), 8, rng=0)
+    peaks = (np.asarray(fm.rows) / fm.parameters.scale**0.5).astype(np.float32)
+    v = np.full((8, 1), 1e-36, np.float32)
+    with fs.use("numba"):
+        got = fs.kernel_matvec(peaks, peaks, v, astype(fm, np.float32))
+    with fs.use("reference"):
+        want = fs.kernel_matvec(*(a.astype(np.float64) for a in (peaks, peaks, v)), fm)
+    assert want.max() > 1e10  # 1e46 times a value
+    np.testing.assert_allclose(got, want, rtol=1e-3)
