@@ -21,7 +21,7 @@ from favorsharp_cuda import attention as plain_attention
 from favorsharp_cuda import causal_attention as plain_causal
 from favorsharp_cuda import exponential_features as plain_features
 from favorsharp_cuda.exponential_features_gradients import exponential_features_backward
-from favorsharp_cuda.gradients import attention_backward, check_size, width_of
+from favorsharp_cuda.gradients import attention_backward, sweep_of, width_of
 from favorsharp_cuda.operators import (
     arrays_of,
     attention_backward_op,
@@ -109,7 +109,7 @@ def _recorded(*arrays: Any) -> bool:
 class _Features(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, u: Any, rows: Any, row: Any, column: Any) -> Any:
-        width_of(u.shape[-1], 0)
+        width_of(u.shape[-1])
         ctx.save_for_backward(u, rows, row, column)
         return plain_features.exponential_features(u, rows, row, column)
 
@@ -125,7 +125,7 @@ class _Attention(torch.autograd.Function):
     def forward(
         ctx: Any, feature_map: Any, key_mask: Any, window: int, causal: bool, q: Any, k: Any, v: Any, *arrays: Any
     ) -> Any:
-        check_size(q, q.shape[-1])
+        sweep_of(q, q.shape[-1], v.shape[-1])
         given = (q, k, v, feature_map)
         if causal:
             out, stats, state = plain_causal.causal_attention_with_stats(*given, key_mask=key_mask, window=window)
