@@ -31,7 +31,8 @@ GRADIENTS = np.dtype(
         *((name, "i8") for name in ("num_queries", "num_keys", "window", "causal", "segments", "span")),
         *((name, "i8") for name in ("state_segments", "state_span")),
         *((name, "i8") for name in ("keys_read", "backwards", "added", "only_states", "measuring", "heads", "targets")),
-        *((name, "i8") for name in ("query_factor", "query_near", "query_last", "key_factor", "key_near")),
+        *((name, "i8") for name in ("query_factor", "query_near", "query_last", "query_weights")),
+        *((name, "i8") for name in ("key_factor", "key_near")),
         *((name, "i8") for name in ("dq", "dk", "dv", "query_slopes", "key_slopes")),
         *((name, "i8") for name in ("states", "map_sums", "factor_sums", "from", "to", "outer", "inner")),
         *((name, "i8") for name in ("num_rows", "num_columns", "row_step", "column_step", "head_step")),
@@ -197,7 +198,7 @@ class Backward:
             num_queries=self.n, num_keys=self.s, window=window, causal=causal, heads=self.heads,
         )  # fmt: skip
         for name, shape in (
-            *((name, (self.n,)) for name in ("query_factor", "query_near", "query_last", "query_slopes")),
+            *((f"query_{name}", (self.n,)) for name in ("factor", "near", "last", "weights", "slopes")),
             *((name, (self.s,)) for name in ("key_factor", "key_near", "key_slopes")),
             *(("dq", (self.n, self.d)), ("dk", (self.s, self.d))),
         ):
@@ -257,7 +258,7 @@ class Backward:
             self.run("gradient_sweep", self.heads * segments, shared, over=over)
 
     def measure(self) -> None:
-        """dout.out of every query from what it reads: the result that came out was rounded to 16 bits."""
+        """dout.out of every query from what it reads, and its total: those of the result are of 16 bits."""
         self.measuring = True
         self.problem.set(measuring=1)
         self.sweep(0, None)
@@ -265,6 +266,7 @@ class Backward:
             self.near(0)
         self.measuring = False
         self.problem.set(measuring=0)
+        self.run("gradient_normalise", -(-self.heads * self.n // THREADS), over=(self.wide,))
 
     def near(self, keys_read: int) -> None:
         """Add what goes through the exactly scored keys."""

@@ -84,6 +84,7 @@ def _gradients() -> tuple[str, ...]:
         ),
         *(expression(name, dtype, width) for name in kernels for dtype in TYPES for width in (64, 128)),
         *(expression("sum_members", dtype) for dtype in TYPES),
+        expression("gradient_normalise", "float32"),
         *(expression(name, dtype) for name in ("gradient_scan", "gradient_map", "sum_segments") for dtype in computed),
     )
 

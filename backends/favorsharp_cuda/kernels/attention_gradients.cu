@@ -8,7 +8,8 @@
 // of them at a time; the references never change, so that slices are independent.
 //
 // The gradients of a query's weights add up to 0. Where out is rounded to 16 bits, dout.out misses that by a rounding
-// error that all features share; there a sweep with G = (dout, 0) comes first, whose sums are dout.out in float.
+// error that all features share, and so do weights over a total of rounded weights. There a sweep with G = (dout, 0)
+// comes first, whose sums are dout.out in float, and the sum of the weights, which both are divided by.
 namespace favorsharp {
 
 constexpr float LARGEST_EXPONENT = 40;  // of the weight of a hidden pair, before a causal tile is cut
@@ -27,6 +28,7 @@ struct State {
 template <class T, int W, int V, int M> struct Sweep {
   typedef typename Computing<T>::type A;
   static constexpr int C = GRADIENT_ROWS, P = W + 4, VALUES = V + 4, Q = M + 4, PAIR = C + 4;
+  static constexpr bool NARROW = sizeof(T) == 2;
   static constexpr int EXPONENT = Planes<T>::EXPONENT, SUM = Planes<T>::SUM, VALUE = Planes<T>::VALUE;
   // columns that registers have room for at once
   static constexpr int PART = W == 128 ? 64 : W, VALUE_PART = V == 128 ? 64 : V;
@@ -212,11 +214,14 @@ template <class T, int W, int V, int M> struct Sweep {
     for (int j = tid & 3; j < M; j += 4) total += slope[(tid >> 2) * Q + j];
     total = quarter_sum(total);
     if ((tid & 3) == 0 && (tid >> 2) < count) {
-      A *place = (A *)(g.measuring ? g.query_last : keys_read ? g.key_slopes : g.query_slopes) + line + (tid >> 2);
-      if (g.measuring) total = -total;
+      A *place = (A *)(NARROW && g.measuring ? g.query_last : keys_read ? g.key_slopes : g.query_slopes) + line + (tid >> 2);
+      if (NARROW && g.measuring) total = -total;
       *place = added ? *place + total : total;
     }
-    if (g.measuring) return;
+    if (NARROW && g.measuring) {
+      weigh(pairwise, line, count, added);
+      return;
+    }
 #pragma unroll 1
     for (int part = 0; part < W; part += PART) {
       Tile<A, C, PART> rows;
@@ -238,6 +243,26 @@ template <class T, int W, int V, int M> struct Sweep {
         map_sums[tid * (W + 1) + W] += sum;
       }
     }
+  }
+
+  // The sums of the weights of a tile of queries.
+  DEVICE void weigh(bool pairwise, i64 line, int count, bool added) {
+    const int row = threadIdx.x >> 2, quarter = threadIdx.x & 3;
+    A total = 0;
+    for (int j = quarter; j < M; j += 4) total += weight[row * Q + j] * last[j];
+    if (pairwise) {
+      Tile<A, C, C> pairs;
+      pairs.clear();
+      pairs.template add_product<SUM>(weight, Q, 1, feature, 1, Q, M);
+      pairs.each([&](int r, int c, A &value) { value = seen(r, c) ? value : A(0); });
+      pairs.store(product, PAIR);
+      __syncthreads();  // the weights of pairs
+      for (int c = quarter; c < C; c += 4) total += product[row * PAIR + c];
+    }
+    total = quarter_sum(total);
+    if (quarter != 0 || row >= count) return;
+    A *const place = (A *)g.query_weights + line + row;
+    *place = added ? *place + total : total;
   }
 
   // Whether the reader in row r of a causal tile sees, or is seen by, what was taken from row c.
@@ -333,6 +358,17 @@ template <class T, int W, int V, int M> KERNEL(GRADIENT_BOUNDS) gradient_sweep(A
     }
     if (only_states) s.store_state(segment);
   }
+}
+
+// What queries have measured, divided by the sums of their weights, which from here on add up to 1: a thread a query.
+template <class A> KERNEL(GRADIENT_BOUNDS) gradient_normalise(ARGUMENT Gradients g) {
+  const i64 query = (i64)blockIdx.x * GRADIENT_THREADS + threadIdx.x;
+  if (query >= g.heads * g.num_queries) return;
+  const A sum = ((const A *)g.query_weights)[query];
+  if (!(sum > 0)) return;  // sees nothing, or what is not a number
+  ((A *)g.query_last)[query] /= sum;
+  ((A *)g.query_factor)[query] -= log_of(sum);
+  ((A *)g.query_near)[query] -= log_of(sum);
 }
 
 // The states of segments become those of all segments before (after, where backwards), or of all: a thread a number.

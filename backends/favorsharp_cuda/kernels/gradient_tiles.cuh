@@ -126,9 +126,10 @@ struct Gradients {
   i64 state_segments, state_span;             // of what is taken; as the readers' where these have an order
   i64 keys_read, backwards, added;            // which side reads, from which end, and whether to what is there already
   i64 only_states;                            // whether a sweep leaves what segments hold, for the scan, and nobody reads
-  i64 measuring;                              // whether queries read for dout.out alone, which query_last takes
+  i64 measuring;                              // whether queries read for dout.out and the sums of weights alone
   i64 heads, targets;                         // of the batch, of target
   i64 query_factor, query_near, query_last;   // (heads, n): the query's part of log features and near scores, -dout.out
+  i64 query_weights;                          // (heads, n): where queries measure, the sums of their weights
   i64 key_factor, key_near;                   // (heads, s): the key's part, -inf where it is hidden
   i64 dq, dk, dv, query_slopes, key_slopes;   // (heads, n, d), (heads, s, d), (heads, s, e), (heads, n), (heads, s)
   i64 states, map_sums, factor_sums;

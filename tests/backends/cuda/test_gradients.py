@@ -169,6 +169,19 @@ def test_narrow_points_get_narrow_gradients(mode):
     Problem("bfloat16", n=45, d=64, e=57, m=70, masked="padding").compare(**mode)
 
 
+@pytest.mark.parametrize("mode", MODES[:4], ids=str)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_what_a_query_sees_alone_gets_no_gradient_of_points(dtype, mode):
+    """The result is its value, whatever the points: weights have to add up to 1 to more than 16 bits."""
+    problem = Problem(dtype, batch=(8,), n=1, d=64, e=57, m=70)
+    out, pullback = vjp.attention_vjp(*problem.points, problem.feature_map, **mode)
+    gradient = to(np.random.default_rng(5).standard_normal(out.shape), dtype)
+    dq, dk, dv = pullback(gradient)
+    assert torch.equal(out, problem.points[2])
+    assert torch.equal(dv, gradient)
+    assert all(float(x.abs().max()) <= 2e-5 * float(dv.abs().max()) for x in (dq, dk))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("width", [32, 64, 96, 128])
 @pytest.mark.parametrize("dtype", ["float64", "float32", "float16", "bfloat16"])
