@@ -182,6 +182,16 @@ def test_what_a_query_sees_alone_gets_no_gradient_of_points(dtype, mode):
     assert all(float(x.abs().max()) <= 2e-5 * float(dv.abs().max()) for x in (dq, dk))
 
 
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_one_feature_gives_queries_no_gradient(dtype, is_causal):
+    """Its weights are those of the keys alone. What is left of dq is rounding, to be seen beside other gradients."""
+    problem = Problem(dtype, n=90, d=33, e=40, m=1)
+    out, pullback = vjp.attention_vjp(*problem.points, problem.feature_map, is_causal=is_causal)
+    dq, *others = pullback(to(np.random.default_rng(5).standard_normal(out.shape), dtype))
+    assert float(dq.abs().max()) <= 2e-5 * max(float(x.abs().max()) for x in others)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("width", [32, 64, 96, 128])
 @pytest.mark.parametrize("dtype", ["float64", "float32", "float16", "bfloat16"])
