@@ -54,10 +54,20 @@ def place_of(x: Any) -> tuple[int, tuple[int, ...]]:
     return int(start), tuple(step // item for step in x.strides)
 
 
+def _item_of(x: Any) -> int:
+    """Bytes of an item."""
+    return int(x.element_size() if is_torch(x) else x.dtype.itemsize)
+
+
+def _beside(x: Any, like: Any) -> bool:
+    """Whether an array is on another's device."""
+    return is_numpy(x) or bool(x.device == like.device)
+
+
 def extent_of(x: Any) -> tuple[int, int]:
     """The addresses between which all items lie."""
     start, strides = place_of(x)
-    item = int(x.element_size() if is_torch(x) else x.dtype.itemsize)
+    item = _item_of(x)
     reach = [item * step * (size - 1) for size, step in zip(x.shape, strides, strict=True)]
     if 0 in x.shape:
         return start, start
@@ -80,12 +90,17 @@ def readable(x: Any) -> Any:
 
 
 def target(out: Any, inputs: Sequence[Any], shape: tuple[int, ...], dtype: str) -> Any:
-    """What a kernel writes its result to: `out`, unless it is missing, of another dtype or shares an input's memory."""
-    if out is None or name_of(out) != dtype or not usable_where_it_lies(out):
+    """What a kernel writes its result to: `out`, or a new array where a kernel cannot, or must not, write there.
+
+    That is where there is none, or it is of another dtype, on another device, not aligned, or shares an input's memory.
+    """
+    if out is None or name_of(out) != dtype or not usable_where_it_lies(out) or not _beside(out, inputs[0]):
         return empty(inputs[0], shape, dtype)
+    start, strides = place_of(out)
     low, high = extent_of(out)
-    repeated = any(step == 0 and size > 1 for step, size in zip(place_of(out)[1], out.shape, strict=True))
-    if repeated or any(start < high and low < stop for start, stop in map(extent_of, inputs)):
+    repeated = any(step == 0 and size > 1 for step, size in zip(strides, out.shape, strict=True))
+    taken = (extent_of(x) for x in inputs if x is not None)
+    if repeated or start % _item_of(out) or any(first < high and low < stop for first, stop in taken):
         return empty(inputs[0], shape, dtype)
     if is_torch(out) and not out.is_inference():
         sys.modules["torch"].autograd.graph.increment_version(out)  # as any write to it does

@@ -8,9 +8,11 @@ from favorsharp_cuda.packed import packed
 from favorsharp_cuda.problem import key_batch_of
 
 
-def attention(q: Any, k: Any, v: Any, feature_map: Any, *, key_mask: Any = None, window: int = 0) -> Any:
-    """As `favorsharp.ops.attention.attention`."""
-    return _attend(q, k, v, feature_map, key_mask, window, None)
+def attention(
+    q: Any, k: Any, v: Any, feature_map: Any, *, key_mask: Any = None, window: int = 0, out: Any = None
+) -> Any:
+    """As `favorsharp.ops.attention.attention`, in `out` where a kernel can write to it."""
+    return _attend(q, k, v, feature_map, key_mask, window, out=out)
 
 
 def attention_with_stats(
@@ -19,15 +21,16 @@ def attention_with_stats(
     """Attention, and for a backward pass 1 / total and the reference of every query, (*b, n, 2)."""
     batch = broadcast_shapes(tuple(q.shape[:-2]), key_batch_of(feature_map, k, v, key_mask))
     stats = arrays.empty(q, (*batch, q.shape[-2], 2), arrays.WIDER[arrays.name_of(q)])
-    return _attend(q, k, v, feature_map, key_mask, window, stats), stats
+    return _attend(q, k, v, feature_map, key_mask, window, stats=stats), stats
 
 
 attention.packed = packed(attention)  # type: ignore[attr-defined]
+attention.takes_out = True  # type: ignore[attr-defined]
 
 
-def _attend(q: Any, k: Any, v: Any, feature_map: Any, key_mask: Any, window: int, stats: Any) -> Any:
+def _attend(q: Any, k: Any, v: Any, feature_map: Any, key_mask: Any, window: int, **places: Any) -> Any:
     if not tiles.fit(arrays.name_of(q), q.shape[-1], v.shape[-1]):
-        return plain.attention(q, k, v, feature_map, key_mask, window, stats=stats)
+        return plain.attention(q, k, v, feature_map, key_mask, window, **places)
     if window and k.shape[-2]:
-        return tiles.windowed(q, k, v, feature_map, key_mask, window, stats=stats)
-    return tiles.attention(q, k, v, feature_map, key_mask, stats=stats)
+        return tiles.windowed(q, k, v, feature_map, key_mask, window, **places)
+    return tiles.attention(q, k, v, feature_map, key_mask, **places)

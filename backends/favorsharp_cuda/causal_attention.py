@@ -12,10 +12,11 @@ from favorsharp_cuda.state import fitting, recent_of
 
 
 def causal_attention(
-    q: Any, k: Any, v: Any, feature_map: Any, *, key_mask: Any = None, window: int = 0, state: State | None = None
-) -> tuple[Any, State]:
-    """As `favorsharp.ops.causal_attention.causal_attention`."""
-    return _attend(q, k, v, feature_map, key_mask, window, state, None)
+    q: Any, k: Any, v: Any, feature_map: Any, *, key_mask: Any = None, window: int = 0, state: State | None = None,
+    out: Any = None,
+) -> tuple[Any, State]:  # fmt: skip
+    """As `favorsharp.ops.causal_attention.causal_attention`, in `out` where a kernel can write to it."""
+    return _attend(q, k, v, feature_map, key_mask, window, state, out=out)
 
 
 def causal_attention_with_stats(
@@ -24,16 +25,18 @@ def causal_attention_with_stats(
     """Causal attention; for a backward pass 1 / total and the reference of every query, (*b, n, 2); and the state."""
     batch = broadcast_shapes(tuple(q.shape[:-2]), key_batch_of(feature_map, k, v, key_mask))
     stats = arrays.empty(q, (*batch, q.shape[-2], 2), arrays.WIDER[arrays.name_of(q)])
-    out, state = _attend(q, k, v, feature_map, key_mask, window, None, stats)
+    out, state = _attend(q, k, v, feature_map, key_mask, window, None, stats=stats)
     return out, stats, state
 
 
 causal_attention.packed = packed(causal_attention)  # type: ignore[attr-defined]
+causal_attention.takes_out = True  # type: ignore[attr-defined]
 
 
 def _attend(
-    q: Any, k: Any, v: Any, feature_map: Any, key_mask: Any, window: int, state: State | None, stats: Any
-) -> tuple[Any, State]:
+    q: Any, k: Any, v: Any, feature_map: Any, key_mask: Any, window: int, state: State | None, *, stats: Any = None,
+    out: Any = None,
+) -> tuple[Any, State]:  # fmt: skip
     dtype = arrays.name_of(q)
     wide = arrays.WIDER[dtype] if state is None else arrays.name_of(state.kv)
     before, keys, values, mask = 0, k, v, key_mask
@@ -45,8 +48,10 @@ def _attend(
     key_batch = key_batch_of(feature_map, keys, values, mask, state)
     batch = broadcast_shapes(tuple(q.shape[:-2]), key_batch)
     queries, keys, values = (fitting(x, wide) for x in (q, keys, values))
-    out = arrays.empty(q, (*batch, q.shape[-2], v.shape[-1]), arrays.name_of(queries))
     given = None if state is None else (state.kv, state.z, state.c)
+    carried = () if state is None else (*(given or ()), state.recent_k, state.recent_v, state.recent_mask)
+    inputs = (q, k, v, key_mask, *carried)  # what is read after the kernels too, by the state that is returned
+    out = arrays.target(out, inputs, (*batch, q.shape[-2], v.shape[-1]), arrays.name_of(queries))
     numbers = {"window": window, "first_query": before, "limit": limit}
     if tiles.fit(arrays.name_of(queries), q.shape[-1], v.shape[-1]):
         sums = tiles.causal(

@@ -4,7 +4,7 @@ from typing import Any
 
 from favorsharp._arrays import broadcast_shapes
 from favorsharp_cuda import arrays
-from favorsharp_cuda.gradients import GRADIENTS, ROWS, THREADS, segments_of, slice_of, sum_members, wider_of, width_of
+from favorsharp_cuda.gradients import GRADIENTS, ROWS, THREADS, item_of, segments_of, sum_members, width_of
 from favorsharp_cuda.launch import run
 from favorsharp_cuda.problem import Problem
 from favorsharp_cuda.source import expression
@@ -14,10 +14,10 @@ def exponential_features_backward(gradient: Any, u: Any, rows: Any, row: Any, co
     """The gradients of u, rows, row and column, in their shapes and dtypes."""
     dtype = arrays.name_of(u)
     wide = arrays.WIDER[dtype]
-    item = 8 if wide == "float64" else 4
+    item = item_of(dtype)
     n, d, m = u.shape[-2], u.shape[-1], rows.shape[-2]
-    width = wider_of(width_of(d, 0))
-    size = slice_of(width, item)
+    width = width_of(d)
+    size = (64 if width == 64 else 32) * 4 // item
     slices = -(-m // size)
     p = Problem(broadcast_shapes(*(tuple(x.shape[:-2]) for x in (u, rows, row, column))), GRADIENTS)
     segments, span = segments_of(p.heads, n, ROWS)

@@ -10,11 +10,11 @@ from favorsharp_cuda import arrays
 from favorsharp_cuda.launch import run, shared_room
 from favorsharp_cuda.maps import plain_map
 from favorsharp_cuda.problem import AXES, PROBLEM, Problem, key_batch_of
-from favorsharp_cuda.source import expression
+from favorsharp_cuda.source import SWEEPS, Sweep, expression
 
 THREADS, ROWS = 128, 32
-WIDTHS = (32, 64, 96, 128)
-"""What sizes of points and values are padded to by sweeps; other kernels know 64 and 128."""
+WIDEST = 128
+"""Entries of a point; other kernels than sweeps know 64 and 128."""
 ENOUGH_BLOCKS = 512
 """Blocks that keep a large card busy."""
 SHORTEST_SEGMENT = 512
@@ -26,12 +26,13 @@ GRADIENTS = np.dtype(
     [
         *((name, _ARRAY) for name in _ARRAYS),
         *((name, "i8", (AXES,)) for name in ("shape", "map_axis", "member")),
-        *((name, "i8") for name in ("query", "key", "constants", "m", "d", "e", "slices", "slice", "width")),
-        *((name, "i8") for name in ("gaussian", "has_dense")),
+        *((name, "i8") for name in ("query", "key", "constants", "m", "d", "e", "slices", "slice")),
+        *((name, "i8") for name in ("width", "value_width", "gaussian", "has_dense")),
         *((name, "i8") for name in ("num_queries", "num_keys", "window", "causal", "segments", "span")),
         *((name, "i8") for name in ("state_segments", "state_span")),
         *((name, "i8") for name in ("keys_read", "backwards", "added", "only_states", "measuring", "heads", "targets")),
-        *((name, "i8") for name in ("query_factor", "query_near", "query_last", "key_factor", "key_near")),
+        *((name, "i8") for name in ("query_factor", "query_near", "query_last", "query_weights")),
+        *((name, "i8") for name in ("key_factor", "key_near")),
         *((name, "i8") for name in ("dq", "dk", "dv", "query_slopes", "key_slopes")),
         *((name, "i8") for name in ("states", "map_sums", "factor_sums", "from", "to", "outer", "inner")),
         *((name, "i8") for name in ("num_rows", "num_columns", "row_step", "column_step", "head_step")),
@@ -72,34 +73,38 @@ def attention_backward(
     return backward.of_points(0), backward.of_points(1), backward.of_values(), sums
 
 
-def check_size(like: Any, d: int) -> int:
-    """Refuse points that are too wide, before any work; the widest that sweeps have room for on the device.
+def sweep_of(like: Any, d: int, e: int) -> Sweep:
+    """The sweep that takes values in the fewest parts, and is the narrowest of those, that the device has room for.
 
-    Callers ask before the forward pass.
+    Refuses points that are too wide; callers ask before the forward pass.
     """
+    width_of(d)
     dtype, device = arrays.name_of(like), arrays.device_number(like)
-    item, room = 8 if dtype == "float64" else 4, shared_room(device)
-    fitting = [width for width in WIDTHS if shared_of(width, item) <= room]
-    if fitting and d <= fitting[-1]:
-        return fitting[-1]
-    if d > WIDTHS[-1]:
-        raise ValueError(
-            f"gradients on a GPU need d of at most {WIDTHS[-1]}, got d={d}; use('reference') takes any, and keeps "
-            "features"
-        )
-    accepted = f"d of at most {fitting[-1]}, or float32" if fitting else "float32"
+    sweeps, item, room = SWEEPS[arrays.WIDER[dtype]], item_of(dtype), shared_room(device)
+    fitting = [sweep for sweep in sweeps if shared_of(sweep, item) <= room]
+    wide_enough = [sweep for sweep in fitting if sweep.points >= d]
+    if wide_enough:
+        return min(wide_enough, key=lambda x: (-(-e // x.values), x.points, x.values, -x.features))
+    needed = min(shared_of(sweep, item) for sweep in sweeps if sweep.points >= d)
+    widest = max((sweep.points for sweep in fitting), default=0)
     raise ValueError(
-        f"gradients in {dtype} of d={d} need {shared_of(width_of(d, 0), item)} bytes of shared memory for a block, and "
-        f"device {device} has {room}; accepted there: {accepted}"
+        f"gradients in {dtype} of d={d} need {needed} bytes of shared memory for a block, and device {device} has "
+        f"{room}; accepted there: " + (f"d of at most {widest}, or float32" if widest else "float32")
     )
 
 
-def width_of(d: int, e: int) -> int:
-    """The width that points of size d and values of size e are padded to."""
-    for width in WIDTHS:
-        if max(d, e) <= width:
-            return width
-    raise ValueError(f"gradients on a GPU need d of at most {WIDTHS[-1]}, got d={d}")
+def item_of(dtype: str) -> int:
+    """Bytes of a number in the dtype that is computed in."""
+    return 8 if dtype == "float64" else 4
+
+
+def width_of(d: int) -> int:
+    """The width that points of size d are padded to by kernels that know 64 and 128 alone."""
+    if d > WIDEST:
+        raise ValueError(
+            f"gradients on a GPU need d of at most {WIDEST}, got d={d}; use('reference') takes any, and keeps features"
+        )
+    return wider_of(d)
 
 
 def columns_of(e: int, widest: int) -> list[slice]:
@@ -109,32 +114,33 @@ def columns_of(e: int, widest: int) -> list[slice]:
     return [slice(i * size, min(e, (i + 1) * size)) for i in range(parts)]
 
 
-def shared_of(width: int, item: int) -> int:
+def shared_of(sweep: Sweep, item: int) -> int:
     """Bytes of shared memory that the largest block of a backward pass takes."""
-    return max(shared_of_sweep(width, item), shared_of_factors(wider_of(width), item))
+    wider = wider_of(sweep.points)
+    return max(shared_of_sweep(sweep, item), shared_of_factors(wider, item), shared_of_near(wider, item))
 
 
-def shared_of_sweep(width: int, item: int) -> int:
+def shared_of_sweep(sweep: Sweep, item: int) -> int:
     """Those of `gradient_sweep`."""
-    size = slice_of(width, item)
-    points, features, pairs = width + 4, size + 4, ROWS + 4
-    items = 3 * ROWS * points + 2 * width * features + 3 * ROWS * features + 2 * ROWS * pairs
-    return item * (items + size * points + 5 * size + 4 * ROWS + 2)
+    size = sweep.features
+    points, values, features, pairs = sweep.points + 4, sweep.values + 4, size + 4, ROWS + 4
+    items = ROWS * (points + 2 * values) + 2 * sweep.points * features + 3 * ROWS * features + 2 * ROWS * pairs
+    return item * (items + size * values + 5 * size + 4 * ROWS + 2)
 
 
 def shared_of_factors(wider: int, item: int) -> int:
-    """Those of `gradient_factors` and `gradient_points`."""
-    return item * (wider + 2 * ROWS) * (wider + 4)
+    """Those of `gradient_factors` and `gradient_points`; in float64 a map's matrix stays in global memory."""
+    return item * ((wider if item == 4 else 0) + 2 * ROWS) * (wider + 4)
+
+
+def shared_of_near(wider: int, item: int) -> int:
+    """Those of `near_gradients`."""
+    return item * (4 * ROWS * (wider + 4) + 2 * ROWS * (ROWS + 4) + 6 * ROWS)
 
 
 def wider_of(width: int) -> int:
     """The width of the kernels that know 64 and 128 alone."""
     return max(64, -(-width // 64) * 64)
-
-
-def slice_of(width: int, item: int) -> int:
-    """Features that a sweep works on at once: `Slice` of kernels/gradient_tiles.cuh."""
-    return (64 if width <= 64 else 32) * 4 // item
 
 
 def segments_of(heads: int, points: int, block: int) -> tuple[int, int]:
@@ -163,13 +169,13 @@ class Backward:
         self.q, self.k, self.v = q, k, v
         self.dtype = arrays.name_of(q)
         self.wide = arrays.WIDER[self.dtype]
-        self.item = 8 if self.wide == "float64" else 4
+        self.item = item_of(self.dtype)
         self.n, self.s, self.d, self.e = q.shape[-2], k.shape[-2], q.shape[-1], v.shape[-1]
         self.m = feature_map.num_features
-        self.columns = columns_of(self.e, check_size(q, self.d))
-        self.width = width_of(self.d, self.columns[0].stop)
+        self.columns = columns_of(self.e, sweep_of(q, self.d, self.e).values)
+        self.sizes = sweep_of(q, self.d, self.columns[0].stop)
+        self.width, value_width, self.slice = self.sizes
         self.wider = wider_of(self.width)
-        self.slice = slice_of(self.width, self.item)
         self.slices = -(-self.m // self.slice)
         self.window, self.causal = window, causal
         self.spans = [0, 0]
@@ -188,11 +194,11 @@ class Backward:
         p.set(
             query=p.hold(packed.query), key=p.hold(packed.key), constants=packed.size, has_dense=packed.has_dense,
             gaussian=feature_map.parameters.kernel == "gaussian", m=self.m, d=self.d, slices=self.slices,
-            slice=self.slice, width=self.width,
+            slice=self.slice, width=self.width, value_width=value_width,
             num_queries=self.n, num_keys=self.s, window=window, causal=causal, heads=self.heads,
         )  # fmt: skip
         for name, shape in (
-            *((name, (self.n,)) for name in ("query_factor", "query_near", "query_last", "query_slopes")),
+            *((f"query_{name}", (self.n,)) for name in ("factor", "near", "last", "weights", "slopes")),
             *((name, (self.s,)) for name in ("key_factor", "key_near", "key_slopes")),
             *(("dq", (self.n, self.d)), ("dk", (self.s, self.d))),
         ):
@@ -233,17 +239,17 @@ class Backward:
         segments, span = segments_of(self.heads, readers, block)
         ordered = self.causal or both
         state_segments, state_span = (segments, span) if ordered else segments_of(self.heads, taken, block)
-        state = (3 + self.width) * self.slice
+        state = (3 + self.sizes.values) * self.slice
         self.spans[keys_read] = span
         p.set(
             keys_read=keys_read, segments=segments, span=span, state_segments=state_segments, state_span=state_span,
             states=self._place(self.slices * state_segments, state),
             map_sums=0 if sums is None else sums.of_features(keys_read, segments),
         )  # fmt: skip
-        shared = shared_of_sweep(self.width, self.item)
+        shared = shared_of_sweep(self.sizes, self.item)
         for turn, backwards in enumerate((0, 1) if both else (keys_read,)):
             p.set(backwards=backwards, added=turn > 0 or again)
-            over = (self.dtype, self.width)
+            over = (self.dtype, *self.sizes)
             p.set(only_states=1)
             self.run("gradient_sweep", self.heads * self.slices * state_segments, shared, over=over)
             numbers = self.heads * self.slices * (state - 2 * self.slice)
@@ -252,7 +258,7 @@ class Backward:
             self.run("gradient_sweep", self.heads * segments, shared, over=over)
 
     def measure(self) -> None:
-        """dout.out of every query from what it reads: the result that came out was rounded to 16 bits."""
+        """dout.out of every query from what it reads, and its total: those of the result are of 16 bits."""
         self.measuring = True
         self.problem.set(measuring=1)
         self.sweep(0, None)
@@ -260,14 +266,16 @@ class Backward:
             self.near(0)
         self.measuring = False
         self.problem.set(measuring=0)
+        self.run("gradient_normalise", -(-self.heads * self.n // THREADS), over=(self.wide,))
 
     def near(self, keys_read: int) -> None:
         """Add what goes through the exactly scored keys."""
         w = self.window
         tiles = -(-self.s // w) * -(-w // ROWS)
-        shared = self.item * (4 * ROWS * (self.wider + 4) + 2 * ROWS * (ROWS + 4) + 6 * ROWS)
         self.problem.set(keys_read=keys_read)
-        self.run("near_gradients", self.heads * tiles, shared, over=(self.dtype, self.wider))
+        self.run(
+            "near_gradients", self.heads * tiles, shared_of_near(self.wider, self.item), over=(self.dtype, self.wider)
+        )
 
     def of_points(self, keys_read: int) -> Any:
         """The gradient of q, or of k."""

@@ -112,15 +112,18 @@ def packed(op: Callable[..., Any]) -> Callable[..., Any]:
 
 def _run(
     op: Callable[..., Any], q: Any, k: Any, v: Any, feature_map: Any, bounds: Sequence[int], *, key_mask: Any = None,
-    **options: Any,
+    out: Any = None, **options: Any,
 ) -> Any:  # fmt: skip
     packing, own = packing_of(tuple(bounds)), expanded_map(feature_map)
     parts = []
+    place = None
+    if out is not None and packing.in_order:  # otherwise results of several calls, or with padding, have to be gathered
+        place = options["out"] = packing.groups[0].taken(out)
     for group in packing.groups:
         points = (group.taken(x) for x in (q, k, v))
         result = op(*points, own, key_mask=group.mask(key_mask, q), **options)
         parts.append(result[0] if isinstance(result, tuple) else result)
-    return packing.together(parts)
+    return out if place is not None and parts[0] is place else packing.together(parts)
 
 
 def packed_vjp(op: Callable[..., Any]) -> Callable[..., Any]:

@@ -73,15 +73,16 @@ def attention(
     *,
     normalised: bool = True,
     stats: Any = None,
+    out: Any = None,
 ) -> Any:
-    """Bidirectional attention, or the kernel operator where it is not normalised.
+    """Bidirectional attention, or the kernel operator where it is not normalised; in `out` where that is possible.
 
     `stats` (*b, n, 2), of the type computed in, takes 1 / total and the reference of every query, for a backward pass.
     """
     dtype, e, m = arrays.name_of(q), v.shape[-1], feature_map.num_features
     keys = key_batch_of(feature_map, k, v, key_mask)
     batch = broadcast_shapes(tuple(q.shape[:-2]), keys)
-    out = arrays.empty(q, (*batch, q.shape[-2], e), dtype)
+    out = arrays.target(out, (q, k, v, key_mask), (*batch, q.shape[-2], e), dtype)
     wide = arrays.WIDER[dtype]
     given = {"like": q, "e": e, "k": k, "v": v, "mask": key_mask}
     if window and k.shape[-2]:

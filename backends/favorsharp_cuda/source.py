@@ -2,6 +2,7 @@
 
 from functools import cache
 from importlib.resources import files
+from typing import NamedTuple
 
 FILES = (
     *("primitives.cuh", "arguments.cuh", "tiles.cuh", "plain.cu", "exponential_features.cu"),
@@ -50,6 +51,24 @@ WALKED_SIZES = (32, 64)
 """Those that `walk` is compiled for: for larger ones a block has neither the shared memory nor the registers."""
 
 
+class Sweep(NamedTuple):
+    """What `gradient_sweep` pads points and values to, and how many features it works on at once."""
+
+    points: int
+    values: int
+    features: int
+
+
+SWEEPS = {
+    "float32": (Sweep(32, 32, 64), Sweep(64, 64, 64), Sweep(96, 96, 32), Sweep(128, 128, 32)),
+    "float64": (Sweep(32, 32, 32), Sweep(64, 64, 32), Sweep(96, 96, 16), Sweep(128, 128, 16), Sweep(128, 64, 16)),
+}
+"""Those that it is compiled for, by the dtype computed in.
+
+Blocks of compute capability 8.0 have no room for points and values of 128 doubles: (128, 64) serves them, in parts.
+"""
+
+
 def _gradients() -> tuple[str, ...]:
     """Backward kernels: over dtypes and the width that points and values are padded to."""
     computed = ("float32", "float64")
@@ -58,9 +77,14 @@ def _gradients() -> tuple[str, ...]:
         "exponential_features_gradients",
     )
     return (
-        *(expression("gradient_sweep", dtype, width) for dtype in TYPES for width in (32, 64, 96, 128)),
+        *(
+            expression("gradient_sweep", dtype, *sweep)
+            for dtype in TYPES
+            for sweep in SWEEPS["float64" if dtype == "float64" else "float32"]
+        ),
         *(expression(name, dtype, width) for name in kernels for dtype in TYPES for width in (64, 128)),
         *(expression("sum_members", dtype) for dtype in TYPES),
+        expression("gradient_normalise", "float32"),
         *(expression(name, dtype) for name in ("gradient_scan", "gradient_map", "sum_segments") for dtype in computed),
     )
 

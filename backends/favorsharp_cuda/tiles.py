@@ -255,25 +255,41 @@ def features(u: Any, rows: Any, row: Any, column: Any, out: Any) -> None:
 
 
 def attention(
-    q: Any, k: Any, v: Any, feature_map: Any, key_mask: Any, *, normalised: bool = True, stats: Any = None
+    q: Any,
+    k: Any,
+    v: Any,
+    feature_map: Any,
+    key_mask: Any,
+    *,
+    normalised: bool = True,
+    stats: Any = None,
+    out: Any = None,
 ) -> Any:
-    """Bidirectional attention without a window, or the kernel operator where it is not normalised."""
+    """Bidirectional attention without a window, or the kernel operator where it is not normalised.
+
+    In `out` where that is possible.
+    """
     dtype, e = arrays.name_of(q), v.shape[-1]
     keys = key_batch_of(feature_map, k, v, key_mask)
     batch = broadcast_shapes(tuple(q.shape[:-2]), keys)
-    out = arrays.empty(q, (*batch, q.shape[-2], e), dtype)
+    out = arrays.target(out, (q, k, v, key_mask), (*batch, q.shape[-2], e), dtype)
     t = Tiles(feature_map, q, dtype, e)
     totals = t.scan(gather(t, k, v, key_mask, keys), keys, totals=True)
     t.read(q, totals, out, keys, normalised=normalised, stats=stats)
     return out
 
 
-def windowed(q: Any, k: Any, v: Any, feature_map: Any, key_mask: Any, window: int, *, stats: Any = None) -> Any:
-    """Bidirectional attention with near blocks scored exactly: once forwards, once backwards."""
+def windowed(
+    q: Any, k: Any, v: Any, feature_map: Any, key_mask: Any, window: int, *, stats: Any = None, out: Any = None
+) -> Any:
+    """Bidirectional attention with near blocks scored exactly: once forwards, once backwards.
+
+    In `out` where that is possible.
+    """
     dtype, e, n = arrays.name_of(q), v.shape[-1], q.shape[-2]
     keys = key_batch_of(feature_map, k, v, key_mask)
     batch = broadcast_shapes(tuple(q.shape[:-2]), keys)
-    out = arrays.empty(q, (*batch, n, e), dtype)
+    out = arrays.target(out, (q, k, v, key_mask), (*batch, n, e), dtype)
     partial = arrays.empty(q, (*batch, n, e + 2), "float32")
     t = Tiles(feature_map, q, dtype, e, walks=True)
     factors = t.factors(k, key_mask, keys, query=False)

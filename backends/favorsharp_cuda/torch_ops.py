@@ -21,7 +21,7 @@ from favorsharp_cuda import attention as plain_attention
 from favorsharp_cuda import causal_attention as plain_causal
 from favorsharp_cuda import exponential_features as plain_features
 from favorsharp_cuda.exponential_features_gradients import exponential_features_backward
-from favorsharp_cuda.gradients import attention_backward, check_size, width_of
+from favorsharp_cuda.gradients import attention_backward, sweep_of, width_of
 from favorsharp_cuda.operators import (
     arrays_of,
     attention_backward_op,
@@ -48,20 +48,25 @@ def exponential_features(u: Any, rows: Any, row: Any, column: Any, *, out: Any =
     return out
 
 
-def attention(q: Any, k: Any, v: Any, feature_map: Any, *, key_mask: Any = None, window: int = 0) -> Any:
-    """As `favorsharp.ops.attention.attention`."""
+def attention(
+    q: Any, k: Any, v: Any, feature_map: Any, *, key_mask: Any = None, window: int = 0, out: Any = None
+) -> Any:
+    """As `favorsharp.ops.attention.attention`, in `out` where nothing is recorded."""
     arrays = arrays_of(feature_map)
     if is_traced(q):
         return _TracedAttention.apply(options_of(feature_map, window, False), q, k, v, key_mask, *arrays)[0]
     if not _recorded(q, k, v, *arrays):
-        return plain_attention.attention(q, k, v, feature_map, key_mask=key_mask, window=window)
+        return plain_attention.attention(
+            q, k, v, feature_map, key_mask=key_mask, window=window, out=_unrecorded(out)
+        )  # fmt: skip
     return _Attention.apply(feature_map, key_mask, window, False, q, k, v, *arrays)
 
 
 def causal_attention(
-    q: Any, k: Any, v: Any, feature_map: Any, *, key_mask: Any = None, window: int = 0, state: State | None = None
-) -> tuple[Any, State]:
-    """As `favorsharp.ops.causal_attention.causal_attention`.
+    q: Any, k: Any, v: Any, feature_map: Any, *, key_mask: Any = None, window: int = 0, state: State | None = None,
+    out: Any = None,
+) -> tuple[Any, State]:  # fmt: skip
+    """As `favorsharp.ops.causal_attention.causal_attention`, in `out` where nothing is recorded.
 
     A returned state is differentiable through the reference; where a state comes in and gradients are recorded, the
     reference computes the call, as only it carries gradients from one call to the next.
@@ -70,7 +75,9 @@ def causal_attention(
     carried = [] if state is None else [state.kv, state.z, state.c, state.recent_k, state.recent_v]
     traced = is_traced(q)
     if not traced and not _recorded(q, k, v, *arrays, *carried):
-        return plain_causal.causal_attention(q, k, v, feature_map, key_mask=key_mask, window=window, state=state)
+        return plain_causal.causal_attention(
+            q, k, v, feature_map, key_mask=key_mask, window=window, state=state, out=_unrecorded(out)
+        )  # fmt: skip
     if state is not None:
         return causal_op.reference(q, k, v, feature_map, key_mask=key_mask, window=window, state=state)
     if traced:
@@ -93,6 +100,7 @@ def causal_attention(
 
 attention.packed = packed(attention)  # type: ignore[attr-defined]
 causal_attention.packed = packed(causal_attention)  # type: ignore[attr-defined]
+attention.takes_out = causal_attention.takes_out = True  # type: ignore[attr-defined]
 
 
 def _recorded(*arrays: Any) -> bool:
@@ -103,13 +111,18 @@ def _recorded(*arrays: Any) -> bool:
     return level >= 0 and any(forward_ad.unpack_dual(x, level=level).tangent is not None for x in arrays)
 
 
+def _unrecorded(out: Any) -> Any:
+    """The tensor for a result, unless torch has to follow, or to do by itself, what is written to it."""
+    return None if out is None or is_traced(out) or _recorded(out) else out
+
+
 # Eager ---------------------------------------------------------------------------------------------------------------
 
 
 class _Features(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, u: Any, rows: Any, row: Any, column: Any) -> Any:
-        width_of(u.shape[-1], 0)
+        width_of(u.shape[-1])
         ctx.save_for_backward(u, rows, row, column)
         return plain_features.exponential_features(u, rows, row, column)
 
@@ -125,7 +138,7 @@ class _Attention(torch.autograd.Function):
     def forward(
         ctx: Any, feature_map: Any, key_mask: Any, window: int, causal: bool, q: Any, k: Any, v: Any, *arrays: Any
     ) -> Any:
-        check_size(q, q.shape[-1])
+        sweep_of(q, q.shape[-1], v.shape[-1])
         given = (q, k, v, feature_map)
         if causal:
             out, stats, state = plain_causal.causal_attention_with_stats(*given, key_mask=key_mask, window=window)

@@ -8,7 +8,7 @@ from favorsharp_cuda.attention import attention_with_stats
 from favorsharp_cuda.causal_attention import causal_attention_with_stats
 from favorsharp_cuda.exponential_features import exponential_features
 from favorsharp_cuda.exponential_features_gradients import exponential_features_backward
-from favorsharp_cuda.gradients import attention_backward, check_size, width_of
+from favorsharp_cuda.gradients import attention_backward, sweep_of, width_of
 from favorsharp_cuda.packed import packed_vjp
 
 
@@ -24,7 +24,7 @@ def attention_vjp(
     of_map: bool = False,
 ) -> tuple[Any, Callable[[Any], tuple[Any, ...]]]:
     """As `favorsharp.ops.vjp.attention_vjp`."""
-    check_size(q, q.shape[-1])
+    sweep_of(q, q.shape[-1], v.shape[-1])
     options = {"key_mask": key_mask, "window": window}
     if is_causal:
         out, stats, _ = causal_attention_with_stats(q, k, v, feature_map, **options)
@@ -46,7 +46,7 @@ attention_vjp.packed = packed_vjp(attention_vjp)  # type: ignore[attr-defined]
 
 def exponential_features_vjp(u: Any, rows: Any, row: Any, column: Any) -> tuple[Any, Callable[[Any], tuple[Any, ...]]]:
     """As `favorsharp.ops.vjp.exponential_features_vjp`."""
-    width_of(u.shape[-1], 0)
+    width_of(u.shape[-1])
     out = exponential_features(u, rows, row, column)
 
     def pullback(gradient: Any) -> tuple[Any, ...]:

@@ -8,7 +8,8 @@
 // of them at a time; the references never change, so that slices are independent.
 //
 // The gradients of a query's weights add up to 0. Where out is rounded to 16 bits, dout.out misses that by a rounding
-// error that all features share; there a sweep with G = (dout, 0) comes first, whose sums are dout.out in float.
+// error that all features share, and so do weights over a total of rounded weights. There a sweep with G = (dout, 0)
+// comes first, whose sums are dout.out in float, and the sum of the weights, which both are divided by.
 namespace favorsharp {
 
 constexpr float LARGEST_EXPONENT = 40;  // of the weight of a hidden pair, before a causal tile is cut
@@ -23,11 +24,14 @@ struct State {
   DEVICE int size() const { return m * (3 + width); }
 };
 
-template <class T, int W> struct Sweep {
+// Points of width W, values of width V, and M features at once: what shared memory has room for beside each other.
+template <class T, int W, int V, int M> struct Sweep {
   typedef typename Computing<T>::type A;
-  static constexpr int C = GRADIENT_ROWS, M = Slice<A, W>::SIZE, P = W + 4, Q = M + 4, PAIR = C + 4;
+  static constexpr int C = GRADIENT_ROWS, P = W + 4, VALUES = V + 4, Q = M + 4, PAIR = C + 4;
+  static constexpr bool NARROW = sizeof(T) == 2;
   static constexpr int EXPONENT = Planes<T>::EXPONENT, SUM = Planes<T>::SUM, VALUE = Planes<T>::VALUE;
-  static constexpr int PART = W == 128 ? 64 : W;  // columns that registers have room for at once
+  // columns that registers have room for at once
+  static constexpr int PART = W == 128 ? 64 : W, VALUE_PART = V == 128 ? 64 : V;
 
   const Gradients &g;
   const i64 head;
@@ -61,9 +65,10 @@ template <class T, int W> struct Sweep {
       room += items;
       return start;
     };
-    point = take(C * P), taken = take(C * P), read = take(C * P), mine = take(W * Q), theirs = take(W * Q);
+    point = take(C * P), taken = take(C * VALUES), read = take(C * VALUES);
+    mine = take(W * Q), theirs = take(W * Q);
     feature = take(C * Q), weight = take(C * Q), slope = take(C * Q), pair = take(C * PAIR), product = take(C * PAIR);
-    sums = take(M * P), top = take(M), next = take(M), last = take(M), my_column = take(M), their_column = take(M);
+    sums = take(M * VALUES), top = take(M), next = take(M), last = take(M), my_column = take(M), their_column = take(M);
     factor_taken = take(C), last_taken = take(C), factor_read = take(C), last_read = take(C);
     cut = (int *)take(2);
   }
@@ -104,7 +109,7 @@ template <class T, int W> struct Sweep {
     if (taking) {
       load_points<T, W>(point, their_points, g.d, take_start, take_count, their_side.alpha(), their_side.center(),
                         their_mask);
-      load_values<T, W>(taken, their_values, g.e, take_start, take_count, their_mask);
+      load_values<T, V>(taken, their_values, g.e, take_start, take_count, their_mask);
       load_factors(!keys_read, take_start, take_count, factor_taken, last_taken);
       __syncthreads();  // the points and factors of all threads are there
       Tile<A, C, M> log;
@@ -119,7 +124,7 @@ template <class T, int W> struct Sweep {
     }
     if (reading) {
       load_points<T, W>(point, my_points, g.d, start, count, my_side.alpha(), my_side.center(), my_mask);
-      load_values<T, W>(read, my_values, g.e, start, count, my_mask);
+      load_values<T, V>(read, my_values, g.e, start, count, my_mask);
       load_factors(keys_read, start, count, factor_read, last_read);
     }
     if (tid == 0) cut[turn] = 0;
@@ -143,9 +148,9 @@ template <class T, int W> struct Sweep {
         const int r = i / M, j = i % M;
         feature[r * Q + j] = exp_of(feature[r * Q + j] - limited(next[j]));
       }
-      for (int i = tid; i < M * W; i += GRADIENT_THREADS) {
-        const int j = i / W;
-        if (next[j] > top[j]) sums[j * P + i % W] *= exp_of(top[j] - next[j]);
+      for (int i = tid; i < M * V; i += GRADIENT_THREADS) {
+        const int j = i / V;
+        if (next[j] > top[j]) sums[j * VALUES + i % V] *= exp_of(top[j] - next[j]);
       }
       for (int j = tid; j < M; j += GRADIENT_THREADS)
         if (next[j] > top[j]) last[j] *= exp_of(top[j] - next[j]);
@@ -156,11 +161,11 @@ template <class T, int W> struct Sweep {
     if (reading) give(taking, start, count, added);
     if (taking) {
 #pragma unroll 1
-      for (int part = 0; part < W; part += PART) {
-        Tile<A, M, PART> own;
-        own.load(sums + part, P);
-        own.template add_product<SUM>(feature, 1, Q, taken + part, P, 1, C);
-        own.store(sums + part, P);
+      for (int part = 0; part < V; part += VALUE_PART) {
+        Tile<A, M, VALUE_PART> own;
+        own.load(sums + part, VALUES);
+        own.template add_product<SUM>(feature, 1, Q, taken + part, VALUES, 1, C);
+        own.store(sums + part, VALUES);
       }
       for (int j = tid; j < M; j += GRADIENT_THREADS)
         for (int r = 0; r < C; r++) last[j] += feature[r * Q + j] * last_taken[r];
@@ -174,12 +179,12 @@ template <class T, int W> struct Sweep {
     const int tid = threadIdx.x;
     Tile<A, C, M> slopes;
     slopes.clear();
-    slopes.template add_product<SUM>(read, P, 1, sums, 1, P, W);
+    slopes.template add_product<SUM>(read, VALUES, 1, sums, 1, VALUES, V);
     slopes.each([&](int r, int c, A &value) { value += last_read[r] * last[c]; });
     if (pairwise) {
       Tile<A, C, C> pairs;
       pairs.clear();
-      pairs.template add_product<VALUE>(read, P, 1, taken, 1, P, W);
+      pairs.template add_product<VALUE>(read, VALUES, 1, taken, 1, VALUES, V);
       pairs.each([&](int r, int c, A &value) { value = seen(r, c) ? value + last_read[r] * last_taken[c] : A(0); });
       pairs.store(pair, PAIR);
       if (keys_read) {
@@ -195,11 +200,11 @@ template <class T, int W> struct Sweep {
     slopes.store(slope, Q);
     if (keys_read) {
 #pragma unroll 1
-      for (int part = 0; part < W; part += PART) {
-        Tile<A, C, PART> values;
+      for (int part = 0; part < V; part += VALUE_PART) {
+        Tile<A, C, VALUE_PART> values;
         values.clear();
-        values.template add_product<VALUE>(weight, Q, 1, sums + part, P, 1, M);
-        if (pairwise) values.template add_product<VALUE>(product, PAIR, 1, taken + part, P, 1, C);
+        values.template add_product<VALUE>(weight, Q, 1, sums + part, VALUES, 1, M);
+        if (pairwise) values.template add_product<VALUE>(product, PAIR, 1, taken + part, VALUES, 1, C);
         add_rows(values, (A *)g.dv + (head * g.num_keys + start) * g.e, g.e, part, count, added);
       }
     }
@@ -209,11 +214,14 @@ template <class T, int W> struct Sweep {
     for (int j = tid & 3; j < M; j += 4) total += slope[(tid >> 2) * Q + j];
     total = quarter_sum(total);
     if ((tid & 3) == 0 && (tid >> 2) < count) {
-      A *place = (A *)(g.measuring ? g.query_last : keys_read ? g.key_slopes : g.query_slopes) + line + (tid >> 2);
-      if (g.measuring) total = -total;
+      A *place = (A *)(NARROW && g.measuring ? g.query_last : keys_read ? g.key_slopes : g.query_slopes) + line + (tid >> 2);
+      if (NARROW && g.measuring) total = -total;
       *place = added ? *place + total : total;
     }
-    if (g.measuring) return;
+    if (NARROW && g.measuring) {
+      weigh(pairwise, line, count, added);
+      return;
+    }
 #pragma unroll 1
     for (int part = 0; part < W; part += PART) {
       Tile<A, C, PART> rows;
@@ -237,10 +245,30 @@ template <class T, int W> struct Sweep {
     }
   }
 
+  // The sums of the weights of a tile of queries.
+  DEVICE void weigh(bool pairwise, i64 line, int count, bool added) {
+    const int row = threadIdx.x >> 2, quarter = threadIdx.x & 3;
+    A total = 0;
+    for (int j = quarter; j < M; j += 4) total += weight[row * Q + j] * last[j];
+    if (pairwise) {
+      Tile<A, C, C> pairs;
+      pairs.clear();
+      pairs.template add_product<SUM>(weight, Q, 1, feature, 1, Q, M);
+      pairs.each([&](int r, int c, A &value) { value = seen(r, c) ? value : A(0); });
+      pairs.store(product, PAIR);
+      __syncthreads();  // the weights of pairs
+      for (int c = quarter; c < C; c += 4) total += product[row * PAIR + c];
+    }
+    total = quarter_sum(total);
+    if (quarter != 0 || row >= count) return;
+    A *const place = (A *)g.query_weights + line + row;
+    *place = added ? *place + total : total;
+  }
+
   // Whether the reader in row r of a causal tile sees, or is seen by, what was taken from row c.
   DEVICE bool seen(int r, int c) const { return keys_read ? c >= r : c <= r; }
 
-  DEVICE void add_rows(Tile<A, C, PART> &tile, A *to, i64 size, int part, int count, bool added) {
+  template <int N> DEVICE void add_rows(Tile<A, C, N> &tile, A *to, i64 size, int part, int count, bool added) {
     tile.each([&](int r, int c, A &value) {
       if (r >= count || part + c >= size) return;
       A *const place = to + r * size + part + c;
@@ -249,22 +277,23 @@ template <class T, int W> struct Sweep {
   }
 
   DEVICE A *state(i64 segment) const {
-    return (A *)g.states + ((head * g.slices + slice) * g.state_segments + segment) * State{M, W}.size();
+    return (A *)g.states + ((head * g.slices + slice) * g.state_segments + segment) * State{M, V}.size();
   }
   DEVICE void load_state(i64 segment) {
     const bool empty = g.only_states != 0;
     const A *from = state(segment);
-    for (int i = threadIdx.x; i < M * W; i += GRADIENT_THREADS)
-      sums[i / W * P + i % W] = empty ? A(0) : from[State{M, W}.sums() + i];
+    for (int i = threadIdx.x; i < M * V; i += GRADIENT_THREADS)
+      sums[i / V * VALUES + i % V] = empty ? A(0) : from[State{M, V}.sums() + i];
     for (int j = threadIdx.x; j < M; j += GRADIENT_THREADS) {
-      last[j] = empty ? A(0) : from[State{M, W}.last() + j];
-      top[j] = empty ? -infinity<A>() : from[State{M, W}.scanned() + j];
+      last[j] = empty ? A(0) : from[State{M, V}.last() + j];
+      top[j] = empty ? -infinity<A>() : from[State{M, V}.scanned() + j];
     }
   }
   DEVICE void store_state(i64 segment) {
     A *to = state(segment);
-    for (int i = threadIdx.x; i < M * W; i += GRADIENT_THREADS) to[State{M, W}.sums() + i] = sums[i / W * P + i % W];
-    for (int j = threadIdx.x; j < M; j += GRADIENT_THREADS) to[State{M, W}.last() + j] = last[j], to[j] = top[j];
+    for (int i = threadIdx.x; i < M * V; i += GRADIENT_THREADS)
+      to[State{M, V}.sums() + i] = sums[i / V * VALUES + i % V];
+    for (int j = threadIdx.x; j < M; j += GRADIENT_THREADS) to[State{M, V}.last() + j] = last[j], to[j] = top[j];
   }
   DEVICE void begin_map(i64 segment) {
     if (!g.map_sums || g.only_states) return;
@@ -279,8 +308,8 @@ template <class T, int W> struct Sweep {
 
 // A block has a segment of readers, and slice after slice; or, for what segments hold, a segment of the other side (the
 // points that enter the sums between its first reader and its last) and one slice.
-template <class T, int W> KERNEL(GRADIENT_BOUNDS) gradient_sweep(ARGUMENT Gradients g) {
-  typedef Sweep<T, W> S;
+template <class T, int W, int V, int M> KERNEL(GRADIENT_BOUNDS) gradient_sweep(ARGUMENT Gradients g) {
+  typedef Sweep<T, W, V, M> S;
   SHARED_MEMORY(raw);
   const bool only_states = g.only_states != 0, backwards = g.backwards != 0;
   const i64 segments = only_states ? g.state_segments : g.segments, segment = blockIdx.x % segments;
@@ -331,9 +360,20 @@ template <class T, int W> KERNEL(GRADIENT_BOUNDS) gradient_sweep(ARGUMENT Gradie
   }
 }
 
+// What queries have measured, divided by the sums of their weights, which from here on add up to 1: a thread a query.
+template <class A> KERNEL(GRADIENT_BOUNDS) gradient_normalise(ARGUMENT Gradients g) {
+  const i64 query = (i64)blockIdx.x * GRADIENT_THREADS + threadIdx.x;
+  if (query >= g.heads * g.num_queries) return;
+  const A sum = ((const A *)g.query_weights)[query];
+  if (!(sum > 0)) return;  // sees nothing, or what is not a number
+  ((A *)g.query_last)[query] /= sum;
+  ((A *)g.query_factor)[query] -= log_of(sum);
+  ((A *)g.query_near)[query] -= log_of(sum);
+}
+
 // The states of segments become those of all segments before (after, where backwards), or of all: a thread a number.
 template <class A> KERNEL(GRADIENT_BOUNDS) gradient_scan(ARGUMENT Gradients g) {
-  const State at = {(int)g.slice, (int)g.width};
+  const State at = {(int)g.slice, (int)g.value_width};
   const int numbers = at.size() - at.last();
   const i64 thread = (i64)blockIdx.x * GRADIENT_THREADS + threadIdx.x;
   if (thread >= g.heads * g.slices * numbers) return;

@@ -5,7 +5,7 @@ namespace favorsharp {
 // and column; dq, query_slopes and map_sums take the gradients of u, row, and W beside column, of every segment.
 template <class T, int W> KERNEL(GRADIENT_BOUNDS) exponential_features_gradients(ARGUMENT Gradients g) {
   typedef typename Computing<T>::type A;
-  constexpr int C = GRADIENT_ROWS, M = Slice<A, W>::SIZE, P = W + 4, Q = M + 4;
+  constexpr int C = GRADIENT_ROWS, M = (W == 64 ? 64 : 32) * 4 / (int)sizeof(A), P = W + 4, Q = M + 4;
   constexpr int EXPONENT = Planes<T>::EXPONENT, VALUE = Planes<T>::VALUE;
   SHARED_MEMORY(raw);
   A *point = (A *)raw, *rows = point + C * P, *slope = rows + M * P;

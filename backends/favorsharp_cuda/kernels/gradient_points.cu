@@ -4,24 +4,40 @@ namespace favorsharp {
 // A tile of points, and what the factor of their log features is made of: offset + linear.z - beta |z|^2 - |dense^T z|^2.
 template <class T, int W> struct Factors {
   typedef typename Computing<T>::type A;
-  static constexpr int C = GRADIENT_ROWS, P = W + 4, ITEMS = W * P + 2 * C * P;
+  static constexpr int C = GRADIENT_ROWS, P = W + 4;
+  static constexpr bool STAGED = sizeof(A) == 4;  // dense is in shared memory; 128 x 128 doubles would not fit everywhere
   const Gradients &g;
-  A *dense, *point, *square;
+  A *point, *square, *dense;
 
   DEVICE Factors(const Gradients &g, unsigned char *raw)
-      : g(g), dense((A *)raw), point((A *)raw + W * P), square((A *)raw + W * P + C * P) {}
+      : g(g), point((A *)raw), square((A *)raw + C * P), dense((A *)raw + 2 * C * P) {}
 
   DEVICE void load_dense(const PlainSide<A> &side) {
+    if (!STAGED) return;
     for (int i = threadIdx.x; i < W * W; i += GRADIENT_THREADS) {
       const int r = i / W, c = i % W;
       dense[r * P + c] = r < g.d && c < g.d ? side.dense()[r * g.d + c] : 0;
     }
   }
+  // tile += rows dense, or rows dense^T
+  template <bool TRANSPOSED> DEVICE void add_product(Tile<A, C, W> &tile, const A *rows, const PlainSide<A> &side) {
+    if constexpr (STAGED) {
+      tile.template add_product<Planes<T>::EXPONENT>(rows, P, 1, dense, TRANSPOSED ? 1 : P, TRANSPOSED ? P : 1, W);
+    } else {
+      const int size = (int)g.d, inner = TRANSPOSED ? 1 : size, column = TRANSPOSED ? size : 1;
+      const A *const matrix = side.dense();
+#pragma unroll 1
+      for (int k = 0; k < size; k++)
+        tile.each([&](int r, int c, A &value) {
+          if (c < size) value += rows[r * P + k] * matrix[k * inner + c * column];
+        });
+    }
+  }
   // square = point dense, each row times scale(row)
-  template <class Scale> DEVICE void multiply(Scale scale) {
+  template <class Scale> DEVICE void multiply(const PlainSide<A> &side, Scale scale) {
     Tile<A, C, W> tile;
     tile.clear();
-    tile.template add_product<Planes<T>::EXPONENT>(point, P, 1, dense, P, 1, W);
+    add_product<false>(tile, point, side);
     tile.each([&](int r, int c, A &value) { square[r * P + c] = scale(r) * value; });
   }
 };
@@ -46,7 +62,7 @@ template <class T, int W> KERNEL(GRADIENT_BOUNDS) gradient_factors(ARGUMENT Grad
   if (g.has_dense) f.load_dense(side);
   __syncthreads();  // the points, and the matrix
   if (g.has_dense) {
-    f.multiply([](int) { return A(1); });
+    f.multiply(side, [](int) { return A(1); });
     __syncthreads();  // its products with all points
   }
   A factor = 0, last = 0;
@@ -128,9 +144,9 @@ template <class T, int W> KERNEL(GRADIENT_BOUNDS) gradient_points(ARGUMENT Gradi
       if (g.has_dense) f.load_dense(side);
       __syncthreads();  // the points, and the matrix
       if (g.has_dense) {  // -2 alpha slope dense dense^T z, scaled where it lies in between: one tile of sums is enough
-        f.multiply([&](int r) { return r < count ? -2 * side.alpha() * slopes[r] : A(0); });
+        f.multiply(side, [&](int r) { return r < count ? -2 * side.alpha() * slopes[r] : A(0); });
         __syncthreads();  // its products with all points
-        sum.template add_product<Planes<T>::EXPONENT>(f.square, F::P, 1, f.dense, 1, F::P, W);
+        f.template add_product<true>(sum, f.square, side);
       }
     }
     sum.each([&](int r, int c, A &value) {

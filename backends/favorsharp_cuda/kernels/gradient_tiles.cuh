@@ -23,11 +23,6 @@ template <> struct Planes<bfloat16> {
   static constexpr int EXPONENT = 2, SUM = 2, VALUE = 1;
 };
 
-// Features worked on at once: what shared memory has room for beside points and values of width W.
-template <class A, int W> struct Slice {
-  static constexpr int SIZE = (W <= 64 ? 64 : 32) * 4 / (int)sizeof(A);
-};
-
 template <int PLANES> DEVICE void split(float x, float y, u32 (&part)[PLANES]) {
 #pragma unroll
   for (int p = 0; p < PLANES; p++) {
@@ -123,16 +118,18 @@ struct Gradients {
   i64 map_axis[AXES];                         // the number of a head's map is the sum of index * map_axis
   i64 member[AXES];                           // how many heads along each axis are summed for one of target's
   i64 query, key, constants;                  // a map's two sides (PlainSide), and their items
-  i64 m, d, e, slices, slice, width;          // features in slices of so many; the width of a sweep
+  i64 m, d, e, slices, slice;                 // features in slices of so many
+  i64 width, value_width;                     // what a sweep pads points and values to
   i64 gaussian, has_dense;
   i64 num_queries, num_keys, window, causal;
   i64 segments, span;                         // of readers: how many, and the points of one
   i64 state_segments, state_span;             // of what is taken; as the readers' where these have an order
   i64 keys_read, backwards, added;            // which side reads, from which end, and whether to what is there already
   i64 only_states;                            // whether a sweep leaves what segments hold, for the scan, and nobody reads
-  i64 measuring;                              // whether queries read for dout.out alone, which query_last takes
+  i64 measuring;                              // whether queries read for dout.out and the sums of weights alone
   i64 heads, targets;                         // of the batch, of target
   i64 query_factor, query_near, query_last;   // (heads, n): the query's part of log features and near scores, -dout.out
+  i64 query_weights;                          // (heads, n): where queries measure, the sums of their weights
   i64 key_factor, key_near;                   // (heads, s): the key's part, -inf where it is hidden
   i64 dq, dk, dv, query_slopes, key_slopes;   // (heads, n, d), (heads, s, d), (heads, s, e), (heads, n), (heads, s)
   i64 states, map_sums, factor_sums;

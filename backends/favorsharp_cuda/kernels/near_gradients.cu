@@ -47,7 +47,7 @@ template <class T, int W> KERNEL(GRADIENT_BOUNDS) near_gradients(ARGUMENT Gradie
   load(keys_read, mine, read, factor_mine, last_mine, start, count);
   Tile<A, C, W> of_points, of_values;
   of_points.clear(), of_values.clear();
-  A total = 0;
+  A total = 0, weights = 0;  // sums over what is read: of the gradients of scores, and of the weights
   i64 low = keys_read && g.causal ? start : (block - 1) * w, high = (block + 2) * w;
   if (!keys_read && g.causal) high = start + count;
   low = low < 0 ? 0 : low, high = high < all ? high : all;
@@ -84,12 +84,14 @@ template <class T, int W> KERNEL(GRADIENT_BOUNDS) near_gradients(ARGUMENT Gradie
     if (!g.measuring) of_points.template add_product<VALUE>(slope, PAIR, 1, theirs, P, 1, C);
     if (keys_read) of_values.template add_product<VALUE>(weight, PAIR, 1, taken, P, 1, C);
     if (g.gaussian || g.measuring)
-      for (int c = quarter; c < C; c += 4) total += slope[row * PAIR + c];
+      for (int c = quarter; c < C; c += 4) total += slope[row * PAIR + c], weights += weight[row * PAIR + c];
     __syncthreads();  // the next tile takes their place
   }
   if (g.measuring) {
-    total = quarter_sum(total);
-    if (quarter == 0 && row < count) ((A *)g.query_last)[head * all + start + row] -= total;
+    total = quarter_sum(total), weights = quarter_sum(weights);
+    if (quarter != 0 || row >= count) return;
+    ((A *)g.query_last)[head * all + start + row] -= total;
+    ((A *)g.query_weights)[head * all + start + row] += weights;
     return;
   }
   if (g.gaussian) {  // scores fall with the distance: take the reader's own point off

@@ -61,6 +61,7 @@ SHAPES = (
     Shape("bfloat16", 140, 3, 9),
     Shape("float64", 80, 96, 20),
     Shape("float64", 128, 100, 33, "optimal", "gaussian"),
+    Shape("float64", 101, 43, 20),
 )
 
 

@@ -36,6 +36,8 @@ QUICK = (
     quick(Shape("float32", 128, 5, 256, "sderf"), Lengths(70, 97, (1,)), ("causal, masked",)),
     quick(TILES, Lengths(130, 201, (1,)), (*SPOILED, *CALLS), short_segments=True),
     quick(Shape("float64", 12, 9, 24), Lengths(70, 97, (1,))),
+    # what is measured as results are rounded
+    quick(Shape("bfloat16", 32, 32, 16), Lengths(70, 97, (1,)), ("vjp of the map, causal", "vjp, window 16")),
     # heads that share keys
     quick(
         Shape("float64", 9, 5, 7, "optimal", "gaussian"),
