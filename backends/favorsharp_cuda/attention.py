@@ -29,8 +29,9 @@ attention.takes_out = True  # type: ignore[attr-defined]
 
 
 def _attend(q: Any, k: Any, v: Any, feature_map: Any, key_mask: Any, window: int, **places: Any) -> Any:
-    if not tiles.fit(arrays.name_of(q), q.shape[-1], v.shape[-1]):
+    walks = bool(window and k.shape[-2])
+    if not tiles.fit(q, v.shape[-1], walks=walks):
         return plain.attention(q, k, v, feature_map, key_mask, window, **places)
-    if window and k.shape[-2]:
+    if walks:
         return tiles.windowed(q, k, v, feature_map, key_mask, window, **places)
     return tiles.attention(q, k, v, feature_map, key_mask, **places)

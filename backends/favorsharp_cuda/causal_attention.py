@@ -53,7 +53,7 @@ def _attend(
     inputs = (q, k, v, key_mask, *carried)  # what is read after the kernels too, by the state that is returned
     out = arrays.target(out, inputs, (*batch, q.shape[-2], v.shape[-1]), arrays.name_of(queries))
     numbers = {"window": window, "first_query": before, "limit": limit}
-    if tiles.fit(arrays.name_of(queries), q.shape[-1], v.shape[-1]):
+    if tiles.fit(queries, v.shape[-1], walks=True):
         sums = tiles.causal(
             out, queries, keys, values, feature_map, mask, given, key_batch=key_batch, stats=stats, **numbers
         )  # fmt: skip

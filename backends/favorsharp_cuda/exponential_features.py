@@ -12,7 +12,7 @@ def exponential_features(u: Any, rows: Any, row: Any, column: Any, *, out: Any =
     dtype = arrays.name_of(u)
     shape = (*batch, u.shape[-2], rows.shape[-2])
     result = arrays.target(out, (u, rows, row, column), shape, dtype)
-    served = tiles.fit(dtype, u.shape[-1], 1)
+    served = tiles.fit(u, 1)
     (tiles if served else plain).features(u, rows, row, column, result)
     if out is None or out is result:
         return result

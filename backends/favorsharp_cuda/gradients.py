@@ -74,7 +74,9 @@ def attention_backward(
 
 
 def sweep_of(like: Any, d: int, e: int) -> Sweep:
-    """The sweep that takes values in the fewest parts, and is the narrowest of those, that the device has room for.
+    """The sweep that takes values in the fewest parts, has the narrowest points of those and works on most features.
+
+    Of those that the device has room for.
 
     Refuses points that are too wide; callers ask before the forward pass.
     """
@@ -84,12 +86,13 @@ def sweep_of(like: Any, d: int, e: int) -> Sweep:
     fitting = [sweep for sweep in sweeps if shared_of(sweep, item) <= room]
     wide_enough = [sweep for sweep in fitting if sweep.points >= d]
     if wide_enough:
-        return min(wide_enough, key=lambda x: (-(-e // x.values), x.points, x.values, -x.features))
+        return min(wide_enough, key=lambda x: (-(-e // x.values), x.points, -x.features, x.values))
     needed = min(shared_of(sweep, item) for sweep in sweeps if sweep.points >= d)
-    widest = max((sweep.points for sweep in fitting), default=0)
+    served = [f"d of at most {max(sweep.points for sweep in fitting)}"] if fitting else []
+    served += ["float32"] if dtype == "float64" else []
     raise ValueError(
         f"gradients in {dtype} of d={d} need {needed} bytes of shared memory for a block, and device {device} has "
-        f"{room}; accepted there: " + (f"d of at most {widest}, or float32" if widest else "float32")
+        f"{room}; accepted there: {', or '.join(served) or 'none'}"
     )
 
 

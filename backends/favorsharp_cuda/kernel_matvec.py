@@ -2,11 +2,11 @@
 
 from typing import Any
 
-from favorsharp_cuda import arrays, plain, tiles
+from favorsharp_cuda import plain, tiles
 
 
 def kernel_matvec(x: Any, y: Any, v: Any, feature_map: Any) -> Any:
     """As `favorsharp.ops.kernel_matvec.kernel_matvec`."""
-    if tiles.fit(arrays.name_of(x), x.shape[-1], v.shape[-1]):
+    if tiles.fit(x, v.shape[-1]):
         return tiles.attention(x, y, v, feature_map, None, normalised=False)
     return plain.attention(x, y, v, feature_map, None, 0, normalised=False)

@@ -5,7 +5,7 @@ from typing import Any
 
 from favorsharp._arrays import broadcast_shapes
 from favorsharp_cuda import arrays
-from favorsharp_cuda.launch import run
+from favorsharp_cuda.launch import run, shared_room
 from favorsharp_cuda.maps import plain_map
 from favorsharp_cuda.problem import Problem, Sums, key_batch_of, new_sums
 from favorsharp_cuda.source import expression
@@ -36,14 +36,15 @@ def attend(
     **numbers: int,
 ) -> None:
     """One launch of `plain_attention`; see kernels/plain.cu for what the flags say."""
+    d = feature_map.parameters.g1.shape[-1]
+    m = feature_map.num_features
+    shared = shared_of(like, dtype, d=d, e=e, m=m)
     problem = Problem(batch)
     packed = plain_map(feature_map, like, arrays.WIDER[dtype])
     problem.held += [packed.query, packed.key]
     problem.number("map_axis", tuple(feature_map.batch_shape))
     problem.values["query"]["header"] = arrays.place_of(packed.query)[0]
     problem.values["key"]["header"] = arrays.place_of(packed.key)[0]
-    d = feature_map.parameters.g1.shape[-1]
-    m = feature_map.num_features
     problem.set(
         m=m, d=d, e=e, has_dense=packed.has_dense, map_rows=packed.size,
         gaussian=feature_map.parameters.kernel == "gaussian", normalised=1, segments=pieces, flags=flags,
@@ -58,9 +59,24 @@ def attend(
     for names, group in ((("kv_in", "z_in", "c_in"), sums), (("kv_out", "z_out", "c_out"), new)):
         for name, x in zip(names, group or (), strict=bool(group)):
             problem.array(name, x)
-    item = 8 if dtype == "float64" else 4
-    shared = item * (d + 3 * m + e + THREADS // 32 + THREADS)
     run(expression("plain_attention", dtype), like, problem.heads * pieces, THREADS, problem.values, shared)
+
+
+def shared_of(like: Any, dtype: str, *, d: int, e: int, m: int) -> int:
+    """Bytes of shared memory that a block of `plain_attention` takes; refuses more than the device has."""
+    item = 8 if dtype == "float64" else 4
+    others = d + e + THREADS // 32 + THREADS
+    needed = item * (3 * m + others)
+    device = arrays.device_number(like)
+    if needed > (room := shared_room(device)):
+        most = (room // item - others) // 3
+        served = [f"m of at most {most} beside these d and e"] if most > 0 else ["smaller d and e"]
+        served += ["float32"] if item == 8 else []
+        raise ValueError(
+            f"{dtype} of d={d} and e={e} with m={m} features needs {needed} bytes of shared memory for a block, and "
+            f"device {device} has {room}; accepted there: {', or '.join(served)}"
+        )
+    return needed
 
 
 def attention(

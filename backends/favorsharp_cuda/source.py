@@ -47,8 +47,11 @@ VALUE_SIZES = (32, 64, 96, 128)
 """Sizes of a value that they are compiled for; others are padded to the next."""
 
 
-WALKED_SIZES = (32, 64)
-"""Those that `walk` is compiled for: for larger ones a block has neither the shared memory nor the registers."""
+WALKED_SIZES = (16, 32, 64)
+"""Those that `walk` is compiled for: for larger ones a block has neither the shared memory nor the registers.
+
+16 is for blocks of 99 KB (compute capability 8.6, 8.9, 12.0) beside points of more than 64 entries.
+"""
 
 
 class Sweep(NamedTuple):
@@ -60,12 +63,20 @@ class Sweep(NamedTuple):
 
 
 SWEEPS = {
-    "float32": (Sweep(32, 32, 64), Sweep(64, 64, 64), Sweep(96, 96, 32), Sweep(128, 128, 32)),
-    "float64": (Sweep(32, 32, 32), Sweep(64, 64, 32), Sweep(96, 96, 16), Sweep(128, 128, 16), Sweep(128, 64, 16)),
+    "float32": (
+        *(Sweep(32, 32, 64), Sweep(64, 64, 64), Sweep(96, 96, 32), Sweep(128, 128, 32)),
+        *(Sweep(64, 64, 32), Sweep(128, 128, 16)),
+    ),
+    "float64": (
+        *(Sweep(32, 32, 32), Sweep(64, 64, 32), Sweep(96, 96, 16), Sweep(128, 128, 16), Sweep(128, 64, 16)),
+        Sweep(64, 32, 16),
+    ),
 }
 """Those that it is compiled for, by the dtype computed in.
 
 Blocks of compute capability 8.0 have no room for points and values of 128 doubles: (128, 64) serves them, in parts.
+The second line of each is for blocks of 99 KB (8.6, 8.9, 12.0), which have none for doubles of more than 64 entries.
+(96, 96, 16) would fit them too, but spills in float32: points of 65 to 96 entries are padded to 128 there.
 """
 
 

@@ -35,7 +35,7 @@ def read(state: State, q: Any, feature_map: Any) -> Any:
     batch = broadcast_shapes(tuple(q.shape[:-2]), keys)
     out = arrays.empty(q, (*batch, q.shape[-2], state.kv.shape[-1]), arrays.name_of(q))
     sums = (state.kv, state.z, state.c)
-    if recent is None and q.shape[-2] >= FEW and tiles.fit(arrays.name_of(q), q.shape[-1], out.shape[-1]):
+    if recent is None and q.shape[-2] >= FEW and tiles.fit(q, out.shape[-1]):
         tiles.read(out, q, feature_map, sums, keys)
     else:
         plain.read(out, q, feature_map, sums, recent)
@@ -67,6 +67,6 @@ def recent_of(k: Any, v: Any, mask: Any) -> dict[str, Any]:
 def _absorbed(state: State, k: Any, v: Any, key_mask: Any, feature_map: Any) -> State:
     wide = arrays.name_of(state.kv)
     k, v, sums = fitting(k, wide), fitting(v, wide), (state.kv, state.z, state.c)
-    served = k.shape[-2] >= FEW and tiles.fit(arrays.name_of(k), k.shape[-1], v.shape[-1])
+    served = k.shape[-2] >= FEW and tiles.fit(k, v.shape[-1])
     kv, z, c = (tiles if served else plain).absorb(k, v, feature_map, key_mask, sums)
     return replace(state, kv=kv, z=z, c=c)

@@ -5,7 +5,7 @@ from typing import Any
 
 from favorsharp._arrays import broadcast_shapes
 from favorsharp_cuda import arrays
-from favorsharp_cuda.launch import run
+from favorsharp_cuda.launch import run, shared_room
 from favorsharp_cuda.maps import tile_map
 from favorsharp_cuda.problem import Problem, Sums, key_batch_of, new_sums
 from favorsharp_cuda.source import TILE_TYPES, VALUE_SIZES, WALKED_SIZES, expression
@@ -15,7 +15,7 @@ LARGEST = 128
 """Entries of a point or value that the tiles have room for."""
 
 SHARED_LIMIT = 163 * 1024
-"""Bytes of shared memory that a block may have on a card of compute capability 8.0."""
+"""Bytes of shared memory that a second stage may fill at most: what a block has on a card of compute capability 8.0."""
 
 BLOCKS = 528
 """How many blocks a launch is cut into where there are few heads: four for each processor of an H100."""
@@ -30,9 +30,13 @@ TOTALS, BEFORE, STATE, EMPTY = 1, 2, 4, 8
 LOAD, STORE, NEAR = 1, 2, 4
 
 
-def fit(dtype: str, d: int, e: int) -> bool:
-    """Whether these kernels serve points of size d and values of size e."""
-    return dtype in TILE_TYPES and 0 < d <= LARGEST and 0 < e <= LARGEST
+def fit(x: Any, e: int, *, walks: bool = False) -> bool:
+    """Whether these kernels serve points x and values of size e on x's device; with `walks`, also `walk`."""
+    dtype, d = arrays.name_of(x), x.shape[-1]
+    if not (dtype in TILE_TYPES and 0 < d <= LARGEST and 0 < e <= LARGEST):
+        return False
+    room = room_of(x)
+    return walked_size(dtype, d, e, room) > 0 if walks else widest_value(dtype, d, room) > 0
 
 
 def value_size(e: int) -> int:
@@ -45,16 +49,82 @@ def planes(dtype: str) -> int:
     return 1 if dtype == "bfloat16" else 2
 
 
+# Shared memory -------------------------------------------------------------------------------------------------------
+
+
+def room_of(x: Any) -> int:
+    """Bytes of shared memory that a block may have on x's device."""
+    return shared_room(arrays.device_number(x))
+
+
+def points_bytes(d: int) -> int:
+    """Those of a tile of points, two planes of float16."""
+    return 4 * TILE * (-(-d // 16) * 16 + 8)
+
+
+def values_bytes(dtype: str, e: int) -> int:
+    """Those of 64 values, or sums, in planes of bfloat16."""
+    return 2 * planes(dtype) * TILE * (e + 8)
+
+
+def shared_of_absorb(dtype: str, d: int, e: int) -> int:
+    """Those of `absorb`."""
+    return 2 * points_bytes(d) + values_bytes(dtype, e) + 8 * TILE
+
+
+def shared_of_read(dtype: str, d: int, e: int, stages: int = 1) -> int:
+    """Those of `read`."""
+    return points_bytes(d) + stages * (points_bytes(d) + values_bytes(dtype, e)) + 4 * TILE
+
+
+def shared_of_walk(dtype: str, d: int, e: int, stages: int = 1) -> int:
+    """Those of `walk`."""
+    numbers = 4 * (9 * TILE + 4) + 8 * 15
+    return (2 + stages) * points_bytes(d) + 2 * values_bytes(dtype, e) + values_bytes(dtype, TILE) + numbers
+
+
+def widest_value(dtype: str, d: int, room: int) -> int:
+    """The largest size of values that `absorb` and `read` have room for beside points of size d; 0 if none."""
+    sizes = (e for e in VALUE_SIZES if max(shared_of_absorb(dtype, d, e), shared_of_read(dtype, d, e)) <= room)
+    return max(sizes, default=0)
+
+
+def walked_size(dtype: str, d: int, e: int, room: int) -> int:
+    """The size of the parts of values that `walk` takes, the largest that there is room for; 0 if none."""
+    for size in sorted(WALKED_SIZES, reverse=True):
+        if size > value_size(e) or shared_of_walk(dtype, d, size) > room:
+            continue
+        if shared_of_absorb(dtype, d, walked_value_size(e, size)) <= room:
+            return size
+    return 0
+
+
+def walked_value_size(e: int, size: int) -> int:
+    """The size that values are padded to where `walk` takes parts of the given size."""
+    return next(padded for padded in VALUE_SIZES if e <= padded and padded % size == 0)
+
+
+def parts_of(x: Any, e: int) -> list[Any]:
+    """Columns of the values that `absorb` and `read` take one after the other beside points x; mostly all at once."""
+    parts = -(-e // widest_value(arrays.name_of(x), x.shape[-1], room_of(x)))
+    if parts == 1:
+        return [...]
+    size = -(-e // parts)
+    return [(..., slice(first, min(e, first + size))) for first in range(0, e, size)]
+
+
+# Launches ------------------------------------------------------------------------------------------------------------
+
+
 class Tiles:
     """A feature map and what else the launches of one call share."""
 
     def __init__(self, feature_map: Any, like: Any, dtype: str, e: int, *, walks: bool = False) -> None:
         self.feature_map, self.like, self.dtype, self.e = feature_map, like, dtype, e
         self.map = tile_map(feature_map, like)
-        self.padded_e = value_size(e)
-        if walks and self.padded_e not in WALKED_SIZES:
-            self.padded_e = -(-e // WALKED_SIZES[-1]) * WALKED_SIZES[-1]
-        self.d = feature_map.parameters.g1.shape[-1]
+        self.d, self.room = feature_map.parameters.g1.shape[-1], room_of(like)
+        self.part = walked_size(dtype, self.d, e, self.room) if walks else 0
+        self.padded_e = walked_value_size(e, self.part) if walks else value_size(e)
 
     def problem(self, batch: tuple[int, ...], key_batch: tuple[int, ...]) -> Problem:
         """A problem with the map's constants set."""
@@ -84,7 +154,7 @@ class Tiles:
             p.array("mask", mask, trailing=1)
         blocks = -(-n // TILE)
         p.set(num_queries=n, segments=blocks, has_dense=self.map.query_has_dense if query else self.map.key_has_dense)
-        shared = 8 * TILE * (self.map.padded_d + 8) + 4 * TILE
+        shared = 2 * points_bytes(self.d) + 4 * TILE
         run(expression("factors", self.dtype), self.like, p.heads * blocks, THREADS, p.values, shared)
         return out
 
@@ -99,7 +169,7 @@ class Tiles:
         p.array("v", v)
         p.array("key_factors", factors)
         p.set(segments=segments, span=span, shift=shift, limit=limit, sums=p.hold(sums))
-        shared = 8 * TILE * (self.map.padded_d + 8) + 2 * planes(self.dtype) * TILE * (self.padded_e + 8) + 8 * TILE
+        shared = shared_of_absorb(self.dtype, self.d, self.padded_e)
         blocks = heads * segments * (self.map.padded_m // TILE)
         run(expression("absorb", self.dtype, self.padded_e), self.like, blocks, THREADS, p.values, shared)
         return sums
@@ -154,14 +224,17 @@ class Tiles:
         if not normalised or stats is not None:
             p.array("query_factors", self.factors(q, None, p.batch, query=True))
         blocks = -(-q.shape[-2] // TILE)
-        points = 4 * TILE * (self.map.padded_d + 8)
-        stage = points + 2 * planes(self.dtype) * TILE * (self.padded_e + 8)
-        stages = 2 if self.map.padded_m > TILE and points + 2 * stage + 4 * TILE <= SHARED_LIMIT else 1
+        sizes = (self.dtype, self.d, self.padded_e)
+        stages = 2 if self.map.padded_m > TILE and self.has_room(shared_of_read(*sizes, 2)) else 1
         p.set(
             num_queries=q.shape[-2], segments=blocks, totals=p.hold(totals), normalised=normalised, stages=stages
         )  # fmt: skip
-        shared = points + stages * stage + 4 * TILE
+        shared = shared_of_read(*sizes, stages)
         run(expression("read", self.dtype, self.padded_e), self.like, p.heads * blocks, THREADS, p.values, shared)
+
+    def has_room(self, second_stage: int) -> bool:
+        """Whether a launch may take so many bytes for a second stage, which copies ahead."""
+        return second_stage <= min(SHARED_LIMIT, self.room)
 
     def walk(
         self,
@@ -187,7 +260,7 @@ class Tiles:
         if n >= LONGEST:
             raise ValueError(f"k has s={n}; accepted by the CUDA kernels: fewer than {LONGEST} positions in one call")
         window = min(window, LONGEST // 2)  # no block of a shorter sequence ends there
-        size = min(self.padded_e, WALKED_SIZES[-1])
+        size = self.part
         parts = self.padded_e // size
         unit = window if window >= TILE else TILE // window * window if window else TILE
         segments, span = self.cut(heads * parts, n, unit)
@@ -221,10 +294,7 @@ class Tiles:
             for name, x in zip(("kv_out", "z_out", "c_out"), new, strict=True):
                 p.array(name, x)
         scratch = arrays.empty(self.like, (heads * segments * parts, 2 * self.map.padded_m * (size + 2)), "float32")
-        points, value = 4 * TILE * (self.map.padded_d + 8), 2 * planes(self.dtype) * TILE * (size + 8)
-        features = 2 * planes(self.dtype) * TILE * (TILE + 8)
-        shared = 3 * points + 2 * value + features + 4 * (9 * TILE + 4) + 8 * 15
-        stages = 2 if shared + points <= SHARED_LIMIT else 1
+        stages = 2 if self.has_room(shared_of_walk(self.dtype, self.d, size, 2)) else 1
         p.set(
             num_queries=q.shape[-2], num_keys=n, first_query=first_query, window=window, causal=causal,
             reverse=reverse, limit=limit, segments=segments, span=span, shift=shift, flags=flags, stages=stages,
@@ -232,7 +302,7 @@ class Tiles:
         )  # fmt: skip
         blocks = heads * segments * parts
         name = expression("walk", self.dtype, size)
-        run(name, self.like, blocks, THREADS, p.values, shared + (stages - 1) * points)
+        run(name, self.like, blocks, THREADS, p.values, shared_of_walk(self.dtype, self.d, size, stages))
 
     def cut(self, heads: int, length: int, unit: int) -> tuple[int, int]:
         """How many segments of which span, a multiple of `unit`, make enough blocks of a length."""
@@ -273,9 +343,11 @@ def attention(
     keys = key_batch_of(feature_map, k, v, key_mask)
     batch = broadcast_shapes(tuple(q.shape[:-2]), keys)
     out = arrays.target(out, (q, k, v, key_mask), (*batch, q.shape[-2], e), dtype)
-    t = Tiles(feature_map, q, dtype, e)
-    totals = t.scan(gather(t, k, v, key_mask, keys), keys, totals=True)
-    t.read(q, totals, out, keys, normalised=normalised, stats=stats)
+    for columns in parts_of(q, e):
+        values, results = v[columns], out[columns]
+        t = Tiles(feature_map, q, dtype, values.shape[-1])
+        totals = t.scan(gather(t, k, values, key_mask, keys), keys, totals=True)
+        t.read(q, totals, results, keys, normalised=normalised, stats=stats)
     return out
 
 
@@ -330,16 +402,22 @@ def causal(
 def absorb(k: Any, v: Any, feature_map: Any, key_mask: Any, sums: Sums) -> Sums:
     """The sums after further keys."""
     keys = broadcast_shapes(key_batch_of(feature_map, k, v, key_mask), tuple(sums[0].shape[:-2]))
-    t = Tiles(feature_map, k, arrays.name_of(k), v.shape[-1])
-    new = new_sums(k, keys, feature_map.num_features, v.shape[-1], "float32")
-    t.scan(gather(t, k, v, key_mask, keys), keys, state=sums, new=new)
+    kv, z, c = new = new_sums(k, keys, feature_map.num_features, v.shape[-1], "float32")
+    for columns in parts_of(k, v.shape[-1]):
+        values = v[columns]
+        t = Tiles(feature_map, k, arrays.name_of(k), values.shape[-1])
+        t.scan(
+            gather(t, k, values, key_mask, keys), keys, state=(sums[0][columns], *sums[1:]), new=(kv[columns], z, c)
+        )  # fmt: skip
     return new
 
 
 def read(out: Any, q: Any, feature_map: Any, sums: Sums, key_batch: tuple[int, ...]) -> None:
     """Queries read sums."""
-    t = Tiles(feature_map, q, arrays.name_of(q), out.shape[-1])
-    t.read(q, t.scan(None, key_batch, state=sums, totals=True), out, key_batch)
+    for columns in parts_of(q, out.shape[-1]):
+        results = out[columns]
+        t = Tiles(feature_map, q, arrays.name_of(q), results.shape[-1])
+        t.read(q, t.scan(None, key_batch, state=(sums[0][columns], *sums[1:]), totals=True), results, key_batch)
 
 
 def gather(t: Tiles, k: Any, v: Any, key_mask: Any, keys: tuple[int, ...]) -> Any:

@@ -15,7 +15,7 @@ from typing import Any
 
 import ml_dtypes  # noqa: F401  np.dtype("bfloat16")
 import numpy as np
-from host_module import HostModule, Schedule, sanitizer, scheduled
+from host_module import SHARED_LIMITS, HostModule, Schedule, sanitizer, scheduled
 from on_host import guarded, installed
 
 import favorsharp as fs
@@ -27,7 +27,7 @@ WIDER = {"float16": "float32", "bfloat16": "float32", "float32": "float32", "flo
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of points, values and features, the dtype, and what kind of map."""
+    """Sizes of points, values and features, the dtype, what kind of map, and the card that memory is limited as on."""
 
     dtype: str
     d: int
@@ -35,9 +35,10 @@ class Shape:
     m: int
     method: str = "optimal"
     kernel: str = "softmax"
+    card: str = "sm_90"
 
     def __str__(self) -> str:
-        return f"{self.dtype}-d{self.d}-e{self.e}-m{self.m}-{self.method}-{self.kernel}"
+        return f"{self.dtype}-d{self.d}-e{self.e}-m{self.m}-{self.method}-{self.kernel}-{self.card}"
 
 
 SHAPES = (
@@ -62,6 +63,12 @@ SHAPES = (
     Shape("float64", 80, 96, 20),
     Shape("float64", 128, 100, 33, "optimal", "gaussian"),
     Shape("float64", 101, 43, 20),
+    *(
+        Shape(dtype, size, e, m, card="sm_86")
+        for dtype, half_wide in (("float16", 80), ("bfloat16", 96), ("float32", 80))
+        for size, e, m in ((64, 64, 80), (half_wide, 90, 33), (128, 101, 70))
+    ),
+    Shape("float64", 64, 40, 20, card="sm_86"),
 )
 
 
@@ -227,6 +234,14 @@ def _cast(value: Any, dtype: Any) -> Any:
 
 def run(name: str, shape: Shape, lengths: Lengths = RAGGED) -> Any:
     """The result of a call by the kernels; inside `installed()`."""
+    kept, HostModule.shared_limit = HostModule.shared_limit, SHARED_LIMITS[shape.card]
+    try:
+        return _run(name, shape, lengths)
+    finally:
+        HostModule.shared_limit = kept
+
+
+def _run(name: str, shape: Shape, lengths: Lengths) -> Any:
     problem = Problem(shape, lengths)
     if name == "features vjp":
         out, pullback = function("exponential_features_vjp")(*problem.plain)

@@ -5,13 +5,16 @@ import dataclasses
 import numpy as np
 import on_host  # noqa: F401  builds are then shared with the other tests
 import pytest
-from host_module import SCHEDULES, HostModule, scheduled
+from host_module import SCHEDULES, SHARED_LIMITS, HostModule, scheduled
 from problems import attention_problem, key_mask
 
 import favorsharp as fs
 from favorsharp import dispatch, testing
 from favorsharp.ops.attention import attention
 from favorsharp.ops.causal_attention import causal_attention
+from favorsharp.ops.exponential_features import exponential_features
+from favorsharp.ops.kernel_matvec import kernel_matvec
+from favorsharp.ops.state import decode_step, empty_state, read, update
 from favorsharp.parameters import astype
 from favorsharp_cuda import BACKEND, arrays, launch, tiles
 
@@ -199,6 +202,113 @@ def test_later_keys_that_tower_over_earlier_ones_cost_no_accuracy():
     problem.exact = [x.astype(np.float64) for x in problem.points]
     problem.tolerance = 1e-4
     problem.compare(causal_attention)
+
+
+@pytest.fixture
+def little_memory(monkeypatch):
+    """99 KB of shared memory for a block: compute capability 8.6, 8.9 and 12.0. Names of launched kernels."""
+    monkeypatch.setattr(HostModule, "shared_limit", SHARED_LIMITS["sm_86"])
+    launched = set()
+    monkeypatch.setattr(HostModule, "launched", launched)
+    return launched
+
+
+def test_what_has_room_beside_points():
+    """The tables of docs/guide/gpu.md: parts of values that `walk` takes, and values that `absorb` and `read` take."""
+    wanted = {
+        "sm_86": {
+            "float32": ((48, 64, 128), (64, 32, 128), (80, 16, 128), (81, 0, 128), (112, 0, 128), (128, 0, 96)),
+            "bfloat16": ((64, 64, 128), (80, 64, 128), (96, 16, 128), (97, 0, 128), (128, 0, 128)),
+        },
+        "sm_80": {"float32": ((64, 64, 128), (128, 64, 128)), "bfloat16": ((64, 64, 128), (128, 64, 128))},
+    }
+    for card, dtypes in wanted.items():
+        room = SHARED_LIMITS[card]
+        for dtype, sizes in dtypes.items():
+            for d, part, values in sizes:
+                assert tiles.walked_size(dtype, d, 128, room) == part, (card, dtype, d)
+                assert tiles.widest_value(dtype, d, room) == values, (card, dtype, d)
+    assert tiles.walked_size("float32", 64, 32, SHARED_LIMITS["sm_80"]) == 32
+    assert tiles.walked_size("float16", 128, 64, SHARED_LIMITS["sm_80"]) == 64
+
+
+@pytest.mark.parametrize(
+    ("dtype", "d", "e", "m", "kernels"),
+    [
+        ("float32", 64, 64, 130, {"walk<float, 32>", "absorb<float, 64>", "read<float, 64>"}),
+        ("float32", 80, 70, 66, {"walk<float, 16>", "absorb<float, 96>", "read<float, 96>"}),
+        ("float16", 128, 128, 70, {"plain_attention<favorsharp::half>", "absorb<favorsharp::half, 64>"}),
+        ("float32", 128, 101, 130, {"plain_attention<float>", "absorb<float, 64>", "read<float, 64>"}),
+        ("float64", 64, 20, 30, {"plain_attention<double>"}),
+    ],
+)
+def test_every_op_in_99_KB_of_shared_memory(dtype, d, e, m, kernels, little_memory):
+    problem = Problem(dtype, n=70, d=d, e=e, m=m)
+    tolerance = problem.tolerance
+    problem.compare(causal_attention)
+    problem.compare(causal_attention, window=16)
+    problem.compare(attention, window=16)
+    problem.compare(attention)
+    q, k, v = problem.points
+    empty = empty_state(problem.map, (2,), d, e, 0, k)
+    exact_empty = empty_state(problem.exact_map, (2,), d, e, 0, problem.exact[1])
+    with fs.use("cuda"):
+        state = update(empty, k, v, problem.map, key_mask=problem.mask)
+        got = [read(state, q, problem.map), kernel_matvec(q, k, v / 64, problem.map)]
+        state = update(state, k, v, problem.map)
+    exact = update.reference(exact_empty, *problem.exact[1:], problem.exact_map, key_mask=problem.mask)
+    want = [read.reference(exact, problem.exact[0], problem.exact_map)]
+    exact_q, exact_k, exact_v = problem.exact
+    want += [kernel_matvec.reference(exact_q, exact_k, exact_v / 64, problem.exact_map)]  # / 64: float16 ends at 65504
+    exact = update.reference(exact, *problem.exact[1:], problem.exact_map)
+    got += [x * np.exp(state.c).swapaxes(-1, -2) for x in (state.kv, state.z.swapaxes(-1, -2))]
+    want += [x * np.exp(exact.c).swapaxes(-1, -2) for x in (exact.kv, exact.z.swapaxes(-1, -2))]
+    for a, b in zip(got, want, strict=True):
+        assert testing.relative_error(a, b) <= 2 * tolerance
+    assert {f"favorsharp::{name}" for name in kernels} <= little_memory
+
+
+def test_points_that_walk_has_no_room_for_go_without_it_only_where_it_would_walk(little_memory):
+    problem = Problem(n=70, d=96, e=96, m=70)
+    with fs.use("cuda"):
+        attention(*problem.points, problem.map)
+        assert not any("plain" in name for name in little_memory)
+        causal_attention(*problem.points, problem.map)
+    assert not any("walk" in name for name in little_memory)
+    assert "favorsharp::plain_attention<float>" in little_memory
+
+
+def test_features_of_every_size_fit_99_KB(little_memory):
+    rng = np.random.default_rng(0)
+    for d, name in ((128, "features<float>"), (200, "plain_features<float>")):
+        given = [rng.standard_normal(size).astype(np.float32) / 8 for size in ((70, d), (65, d), (70, 1), (1, 65))]
+        with fs.use("cuda"):
+            got = exponential_features(*given)
+        want = exponential_features.reference(*(x.astype(np.float64) for x in given))
+        assert testing.relative_error(got, want) < 3e-5
+        assert f"favorsharp::{name}" in little_memory
+
+
+@pytest.mark.parametrize(
+    ("dtype", "d", "served"),
+    [
+        ("float64", 16, "m of at most 4172 beside these d and e, or float32"),
+        ("float32", 96, "m of at most 8369 beside"),
+    ],
+)
+def test_features_that_a_card_has_no_room_for_are_refused_before_any_work(dtype, d, served, little_memory):
+    problem = Problem(dtype, n=20, d=d, e=8, m=8400)
+    said = rf"^{dtype} of d={d} and e=8 with m=8400 features needs \d+ bytes .* device 0 has 101376; .* there: {served}"
+    state = empty_state(problem.map, (2,), d, 8, 0, problem.points[1])
+    calls = [
+        lambda: causal_attention(*problem.points, problem.map),
+        lambda: attention(*problem.points, problem.map, window=4),
+        lambda: decode_step(*(x[..., :1, :] for x in problem.points), state, problem.map),
+    ]
+    for call in calls:
+        with fs.use("cuda"), pytest.raises(ValueError, match=said):
+            call()
+    assert not little_memory
 
 
 @pytest.mark.parametrize("op", [k.op for k in BACKEND.kernels if "cupy" in k.libraries and "vjp" not in k.op])

@@ -295,9 +295,18 @@ def test_every_size_of_points_fits_every_card_that_is_compiled_for(monkeypatch):
         monkeypatch.setattr(HostModule, "shared_limit", limit)
         for dtype in ERROR:
             like = to(np.zeros(1), dtype)
-            assert all(
-                gradients.sweep_of(like, d, e).points >= d for d in (1, 40, 96, 97, 128) for e in (0, 1, 65, 300)
-            )
+            widest = 64 if dtype == "float64" and limit == SHARED_LIMITS["sm_86"] else 128
+            sizes = [d for d in (1, 40, 64, 65, 96, 97, 128) if d <= widest]
+            assert all(gradients.sweep_of(like, d, e).points >= d for d in sizes for e in (0, 1, 65, 300))
+
+
+def test_a_larger_card_keeps_the_larger_sweeps(monkeypatch):
+    """Instances for cards with less memory work on fewer features at once, and would take more time."""
+    monkeypatch.setattr(HostModule, "shared_limit", SHARED_LIMITS["sm_90"])
+    for dtype, features in (("float32", (64, 64, 32, 32)), ("float64", (32, 32, 16, 16))):
+        like = to(np.zeros(1), dtype)
+        for d, most in zip((32, 64, 96, 128), features, strict=True):
+            assert all(gradients.sweep_of(like, d, e).features == most for e in (1, 20, d))
 
 
 def test_a_card_with_too_little_shared_memory_is_refused_before_any_work(monkeypatch):
@@ -308,14 +317,43 @@ def test_a_card_with_too_little_shared_memory_is_refused_before_any_work(monkeyp
     ):
         vjp.attention_vjp(*given)
     monkeypatch.setattr(HostModule, "shared_limit", 99 * 1024)
-    with pytest.raises(ValueError, match="float64 of d=70 need .* device 0 has 101376; accepted there: float32$"):
+    with pytest.raises(
+        ValueError, match="float64 of d=70 need .* device 0 has 101376; accepted there: d of at most 64, or float32$"
+    ):
         vjp.attention_vjp(*given)
+    monkeypatch.setattr(HostModule, "shared_limit", 64 * 1024)
+    with pytest.raises(ValueError, match="float32 of d=70 need .* device 0 has 65536; accepted there: none$"):
+        vjp.attention_vjp(*(x.float() for x in given[:3]), None)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "mode", "sizes"),
+    [
+        ("float32", MODES[3], {"d": 64, "e": 64, "m": 70}),
+        ("float32", MODES[0], {"d": 128, "e": 128, "m": 35}),
+        ("bfloat16", MODES[1], {"d": 90, "e": 70, "m": 33}),
+        ("float64", MODES[2], {"d": 64, "e": 70, "m": 19}),
+    ],
+    ids=str,
+)
+def test_gradients_in_99_KB_of_shared_memory(dtype, mode, sizes, monkeypatch):
+    monkeypatch.setattr(HostModule, "shared_limit", SHARED_LIMITS["sm_86"])
+    Problem(dtype, n=47, masked="holes", **sizes).compare(**mode)
+
+
+def test_gradients_of_features_fit_99_KB_of_shared_memory(monkeypatch):
+    monkeypatch.setattr(HostModule, "shared_limit", SHARED_LIMITS["sm_86"])
+    rng = np.random.default_rng(0)
+    for dtype in ("float64", "float32"):
+        given = [to(rng.standard_normal(shape) / 8, dtype) for shape in ((40, 128), (70, 128), (40, 1), (1, 70))]
+        out, pullback = vjp.exponential_features_vjp(*given)
+        want_out, want = exponential_features_vjp.reference(*(wide(x) for x in given))
+        compare([out, *pullback(out)], [want_out, *want(wide(out))], ERROR[dtype])
 
 
 def test_a_launch_that_does_not_fit_says_what_it_needs(monkeypatch):
     monkeypatch.setattr(HostModule, "shared_limit", 64 * 1024)
-    problem = Problem("float64", n=3, m=4000)
-    with pytest.raises(
-        ValueError, match="plain_attention<double> needs .* device 0 has 65536; accepted there: smaller"
-    ):
-        vjp.attention_with_stats(*problem.points, problem.feature_map)
+    x = torch.zeros(1)
+    monkeypatch.setitem(launch._kernels, (arrays.device_number(x), "some_kernel"), len)
+    with pytest.raises(ValueError, match="^some_kernel needs 65537 .* device 0 has 65536; accepted there: smaller"):
+        launch.run("some_kernel", x, 1, 128, None, 64 * 1024 + 1)

@@ -35,7 +35,8 @@ FLAGS = (
     "-Wall",
     "-Wno-unknown-pragmas",
 )
-SHARED_LIMITS = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024}
+SHARED_LIMITS = {"sm_80": 163 * 1024, "sm_86": 99 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024}
+"""What a block may have at most. Cards of compute capability 8.9 and 12.0 have what those of 8.6 have."""
 DEFAULT_SHARED = 48 * 1024  # above it a kernel must ask, through max_dynamic_shared_size_bytes
 GRID_LIMITS = (2**31 - 1, 65535, 65535)
 MESSAGE_BYTES = 512
