@@ -47,24 +47,27 @@ NOTES = """\
 ## Where a goal is missed, and why
 
 The goals were set on an Intel Xeon with AVX-512 and AMX, against what was fastest there. The share of the bound says
-what a faster kernel could gain. Peers vary between runs: in another one of the same day features with m = 64 were 1.6
-(fresh) and 2.1 times as fast as jax.jit, which took 11 milliseconds there and more than twice as much here;
-bidirectional attention with L = 4096, m = 64 lost 3 milliseconds to the page faults of its result (ratio 1.1; with
-`out=` 1.8); causal attention with L = 4096, m = 256 was 3.3 times as fast as jax.jit. What is known of each miss on
-the processor named above:
+what a faster kernel could gain. Peers and memory vary between runs; in the hour before this one, on the same machine,
+causal attention with 65,536 tokens, m = 64, took 58 to 70 milliseconds, decoding at B = 64 was 1.2 to 2.3 times as fast
+as torch.compile, and the matrix-vector product 8.3 to 9.0 times. What is known of each miss on the processor named
+above:
 
-- *Causal*: the goals were set against chunked torch, which takes 5 to 9 times as long as ours at every length with m
-  = 256, and 7 times with 65,536 tokens, m = 64; a scan under jax.jit, which decides the rows, is faster. For 16,384
-  and 65,536 tokens the products alone would take 37 and 40 milliseconds at the bound.
+- *Features, m = 128, fresh*: half of the time are the page faults of the result; with `out=` the goal is met.
+- *Causal*: the goals were set against chunked torch. Against the fastest of its three forms ours is 5.8 times as fast
+  with 4096 tokens, 5.4 with 16,384 (m = 256), and 7.7, not 8, with 65,536 (m = 64); a scan under jax.jit, which decides
+  the rows, is faster. For 16,384 and 65,536 tokens the products alone would take 38 and 41 milliseconds at the bound.
+  The rest are exponentials, maxima and copies into a tile, and at m = 64 memory, of which each thread gets 20 GB/s.
 - *Causal with a window, m = 128*: a window w takes 1.5 w (d + e) multiply-adds a query where causal attention takes
-  32 (m + e) for the pairs in a tile: 0.92, 1.00, 1.16 of all in all for w = 16, 32, 64 at m = 128. The rest are short
-  products, and weights and maxima of every block. At m = 256 a window costs nothing.
-- *Decode*: at B = 1 the kernel takes 5 microseconds of 19, four new arrays 3; the rest is Python, most of it to see
+  32 (m + e) for the pairs in a tile: 0.92, 1.00, 1.16 of all in all for w = 16, 32, 64 at m = 128, so that at w = 64
+  arithmetic alone forbids the goal. At 16 and 32 the rest are short products, and weights, maxima and sums of every
+  block. At m = 256 a window costs up to 3 %.
+- *Decode*: at B = 1 the kernel takes 4 microseconds of 15, four new arrays 3; the rest is Python, most of it to see
   that this call is like the one before. At B = 64 the states, 8 MiB read and 8 MiB written, as no call writes to a
-  state that it was given, take 190 microseconds of two threads, and waking the second one 50; torch.compile takes no
-  longer than two copies of the states.
-- *Matrix-vector product*: 16 features of a point take 15 cycles: 4 for the product of 8 coordinates, 4 for the
-  exponentials, 3 for maxima and sums, the rest to load points and to rescale. The goal would need 9.
+  state that it was given, take 140 to 190 microseconds of two threads, and waking the second one 50; torch.compile
+  takes no longer than two copies of the states.
+- *Matrix-vector product*: 16 features of a point take 9 cycles for their product with 8 coordinates, the exponential
+  and two sums, of which the two multiply-add units need 8; loading points, and what is done once for a tile of them,
+  takes another 2 to 3. The goal would need 9 in all.
 
 Not measured: AMX tiles (this processor has none), bfloat16 peers, ARM.
 """

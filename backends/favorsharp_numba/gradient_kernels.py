@@ -19,6 +19,7 @@ from favorsharp_numba.primitives import (
     multiply_block,
     product,
     product_add,
+    product_ahead,
     product_terms,
     scale_block,
 )
@@ -32,6 +33,7 @@ from favorsharp_numba.tiles import (
     TILE,
     ZERO,
     add_keys,
+    ahead_of,
     get,
     integer_at,
     is_hidden,
@@ -214,6 +216,8 @@ def sweep(
                 count = min(size, end - begin - done)
                 start = end - done - count if backwards else begin + done
                 n = rest_of_tile(count, lane)
+                coming = max(0, start - TILE) if backwards else start + count
+                behind = start if backwards else min(num_readers, coming + TILE)
                 load_side(
                     one, s, p, keys_read, mine, reader, reader_values, out, mask, stats, f, start, count,
                     reader_points, dense, reader_factors, reader_rows, other,
@@ -221,13 +225,24 @@ def sweep(
                 transpose(one, reader_points, s.d_pad, count, s.d, columns, TILE, n)
                 transpose(one, reader_rows, s.e_pad, count, s.e, reader_columns, TILE, n)
                 fill(one, reader_factors + count, n - count, one - one)
-                log_queries(one, s, mine, columns, count, reader_factors, weights, NOTHING)
+                ahead = ahead_of(reader, f, coming, behind, s.d)
+                log_queries(one, s, mine, columns, count, reader_factors, weights, ahead)
                 if pairwise:
                     load_side(
                         one, s, p, not keys_read, theirs, taken, taken_values, out, mask, stats, f, start, count,
                         points, dense, factors, values, other,
                     )  # fmt: skip
-                    log_keys(one, s, theirs, points, count, factors, features, p_step, NOTHING)
+                    log_keys(
+                        one,
+                        s,
+                        theirs,
+                        points,
+                        count,
+                        factors,
+                        features,
+                        p_step,
+                        ahead_of(taken, f, coming, behind, s.d),
+                    )
                     rise = raise_top(one, s, theirs, features, p_step, count, top, new_top, safe_top)
                     if count > 1:
                         fill(one, gradient, n, -np.inf * one)
@@ -265,7 +280,10 @@ def sweep(
                     add_rows(one, target, s.e - 1, gradient, s.e_pad, count, one)
                 fill(one, zeros, n, one - one)
                 multiply_block(one, slopes, TILE, s.m, n, weights, zeros)
-                product(one, count, s.d_pad, s.m, slopes, 1, TILE, mine + s.rows, width, s.d_pad, gradient, s.d_pad)
+                product_ahead(
+                    one, count, s.d_pad, s.m, slopes, 1, TILE, mine + s.rows, width, s.d_pad, gradient, s.d_pad,
+                    ahead_of(reader_values, f, coming, behind, s.e - 1),
+                )  # fmt: skip
                 if keys_read or p.with_factors:
                     add_factor_gradients(one, s, mine, reader_points, dense, zeros, count, gradient, extra)
                 target = (p.dk if keys_read else p.dq) + (f * num_readers + start) * s.d
@@ -278,7 +296,8 @@ def sweep(
                     )
                 fill(one, zeros, TILE, one - one)
                 if pairwise:
-                    add_keys(one, s, features, p_step, values, count, sums, 0, NOTHING)
+                    ahead = ahead_of(taken_values, f, coming, behind, s.e - 1)
+                    add_keys(one, s, features, p_step, values, count, sums, 0, ahead)
                 done += count
                 size = TILE if size == TILE or done % TILE == 0 else size
 

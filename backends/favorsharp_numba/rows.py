@@ -376,9 +376,7 @@ def _compare_tops(context, one, n, top, new_top, safe):
             rise = builder.select(builder.fcmp_ordered(">", old, lowest), builder.fsub(new, old), little)
             rise = builder.select(builder.fcmp_ordered(">", new, old), rise, nothing)
             builder.store(e.larger(e.get(best), rise), best)
-        name = f"llvm.vector.reduce.fmax.v{e.lanes}f{8 * e.item}"
-        reduce = cgutils.get_or_insert_function(builder.module, ir.FunctionType(e.scalar, [e.vector]), name)
-        return builder.call(reduce, [e.get(best)])
+        return e.largest(e.get(best))
 
     return one(one, *[types.int64] * 4), emit
 
@@ -432,9 +430,7 @@ def _turn_tops(context, one, n, c, keys, queries, new_c, scales):
             weight = builder.fadd(e.load(e.at(weights, j)), top)
             e.store(weight, e.at(weights, j))
             builder.store(e.larger(e.get(best), weight), best)
-        name = f"llvm.vector.reduce.fmax.v{e.lanes}f{8 * e.item}"
-        reduce = cgutils.get_or_insert_function(builder.module, ir.FunctionType(e.scalar, [e.vector]), name)
-        return builder.call(reduce, [e.get(best)])
+        return e.largest(e.get(best))
 
     return one(one, *[types.int64] * 6), emit
 
