@@ -54,6 +54,11 @@ def place_of(x: Any) -> tuple[int, tuple[int, ...]]:
     return int(start), tuple(step // item for step in x.strides)
 
 
+def computed_item(dtype: str) -> int:
+    """Bytes of a number in the dtype that arrays of this one are computed in."""
+    return 8 if WIDER[dtype] == "float64" else 4
+
+
 def _item_of(x: Any) -> int:
     """Bytes of an item."""
     return int(x.element_size() if is_torch(x) else x.dtype.itemsize)

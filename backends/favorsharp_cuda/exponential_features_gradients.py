@@ -4,7 +4,7 @@ from typing import Any
 
 from favorsharp._arrays import broadcast_shapes
 from favorsharp_cuda import arrays
-from favorsharp_cuda.gradients import GRADIENTS, ROWS, THREADS, item_of, segments_of, sum_members, width_of
+from favorsharp_cuda.gradients import GRADIENTS, ROWS, THREADS, segments_of, sum_members, width_of
 from favorsharp_cuda.launch import run
 from favorsharp_cuda.problem import Problem
 from favorsharp_cuda.source import expression
@@ -14,7 +14,7 @@ def exponential_features_backward(gradient: Any, u: Any, rows: Any, row: Any, co
     """The gradients of u, rows, row and column, in their shapes and dtypes."""
     dtype = arrays.name_of(u)
     wide = arrays.WIDER[dtype]
-    item = item_of(dtype)
+    item = arrays.computed_item(dtype)
     n, d, m = u.shape[-2], u.shape[-1], rows.shape[-2]
     width = width_of(d)
     size = (64 if width == 64 else 32) * 4 // item

@@ -82,7 +82,7 @@ def sweep_of(like: Any, d: int, e: int) -> Sweep:
     """
     width_of(d)
     dtype, device = arrays.name_of(like), arrays.device_number(like)
-    sweeps, item, room = SWEEPS[arrays.WIDER[dtype]], item_of(dtype), shared_room(device)
+    sweeps, item, room = SWEEPS[arrays.WIDER[dtype]], arrays.computed_item(dtype), shared_room(device)
     fitting = [sweep for sweep in sweeps if shared_of(sweep, item) <= room]
     wide_enough = [sweep for sweep in fitting if sweep.points >= d]
     if wide_enough:
@@ -94,11 +94,6 @@ def sweep_of(like: Any, d: int, e: int) -> Sweep:
         f"gradients in {dtype} of d={d} need {needed} bytes of shared memory for a block, and device {device} has "
         f"{room}; accepted there: {', or '.join(served) or 'none'}"
     )
-
-
-def item_of(dtype: str) -> int:
-    """Bytes of a number in the dtype that is computed in."""
-    return 8 if dtype == "float64" else 4
 
 
 def width_of(d: int) -> int:
@@ -172,7 +167,7 @@ class Backward:
         self.q, self.k, self.v = q, k, v
         self.dtype = arrays.name_of(q)
         self.wide = arrays.WIDER[self.dtype]
-        self.item = item_of(self.dtype)
+        self.item = arrays.computed_item(self.dtype)
         self.n, self.s, self.d, self.e = q.shape[-2], k.shape[-2], q.shape[-1], v.shape[-1]
         self.m = feature_map.num_features
         self.columns = columns_of(self.e, sweep_of(q, self.d, self.e).values)

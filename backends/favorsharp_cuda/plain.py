@@ -64,7 +64,7 @@ def attend(
 
 def shared_of(like: Any, dtype: str, *, d: int, e: int, m: int) -> int:
     """Bytes of shared memory that a block of `plain_attention` takes; refuses more than the device has."""
-    item = 8 if dtype == "float64" else 4
+    item = arrays.computed_item(dtype)
     others = d + e + THREADS // 32 + THREADS
     needed = item * (3 * m + others)
     device = arrays.device_number(like)

@@ -15,6 +15,7 @@ from favorsharp_numba.attention_kernels import SMALL_RISE
 from favorsharp_numba.compiling import inlined, jit, jit_sums
 from favorsharp_numba.primitives import (
     exp_block,
+    fill_before,
     max_block,
     multiply_block,
     product,
@@ -312,11 +313,10 @@ def product_pairs(one, count, n, k, taken, step, columns, pairs, keys_read):
             one, size, right - left, k, taken + j * step, step, 1, columns + left, panel(one), TILE,
             pairs + j * TILE + left, TILE,
         )  # fmt: skip
-        for i in range(j, j + size):
-            if keys_read:
-                fill(one, pairs + i * TILE + i + 1, n - i - 1, one - one)
-            else:
-                fill(one, pairs + i * TILE, i, one - one)
+        if not keys_read:
+            fill_before(one, pairs + j * TILE, TILE, size, n, j, one - one)
+        for i in range(j, j + size if keys_read else j):
+            fill(one, pairs + i * TILE + i + 1, n - i - 1, one - one)
 
 
 @inlined

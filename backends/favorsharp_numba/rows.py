@@ -101,13 +101,8 @@ def _load_rows(context, one, kind, address, step, count, n, pad, factor, offset,
                 value.align = _SIZES[item]
                 centre = builder.load(e.at(offsets, j), typ=shape(e.scalar))
                 centre.align = e.item
-                finish(
-                    value,
-                    centre,
-                    wide if isinstance(shape(e.scalar), ir.VectorType) else single,
-                    e.at(target, j),
-                    shape,
-                )
+                scale = wide if isinstance(shape(e.scalar), ir.VectorType) else single
+                finish(value, centre, scale, e.at(target, j), shape)
 
             if MASKS:
                 done = _whole_rows(builder, e, n, body)

@@ -413,15 +413,20 @@ def load_near(one, s, side, points, mask, b, start, count, scaled, rows, norms):
 
 
 @inlined
+def near_norms(one, s, half, squares, factors, count, norms):
+    """`half` times the squares where `gaussian`, else 0; NaN where a factor is not finite."""
+    share = half if s.gaussian else one - one
+    for t in range(count):
+        put(one, norms + t, share * get(one, squares + t) + get(one, factors + t) * (one - one))
+
+
+@inlined
 def near_keys(one, s, side, count, factors, norms):
     """Norms, as of `load_near`, of rows and log factors that `load_keys` made; NaN too for those hidden.
 
     The center of the keys is the near one too where `gaussian`; where not, `near_queries` puts it back.
     """
-    half = get(one, side + NEAR_HALF) if s.gaussian else one - one
-    squares = factors + TILE
-    for t in range(count):
-        put(one, norms + t, half * get(one, squares + t) + get(one, factors + t) * (one - one))
+    near_norms(one, s, get(one, side + NEAR_HALF), factors + TILE, factors, count, norms)
 
 
 @inlined
@@ -432,9 +437,7 @@ def near_queries(one, s, side, keys, columns, count, factors, norms):
     n = rest_of_tile(count, lanes(one))
     squares = norms + TILE
     shift_block(one, columns, TILE, s.d, n, side + NEAR_SCALE, side + s.near_shift, squares)
-    half = get(one, side + NEAR_HALF_SCALED) if s.gaussian else one - one
-    for t in range(n):
-        put(one, norms + t, half * get(one, squares + t) + get(one, factors + t) * (one - one))
+    near_norms(one, s, get(one, side + NEAR_HALF_SCALED), squares, factors, n, norms)
     if not s.gaussian:
         sum_block(one, columns, TILE, s.d, n, keys + s.center, 1, norms)
 

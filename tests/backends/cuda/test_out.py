@@ -5,22 +5,14 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from on_host import check_guards, installed
 from problems import attention_problem, key_mask
 
 import favorsharp as fs
 from favorsharp.parameters import map_arrays
 
-pytestmark = pytest.mark.own_backend
+pytestmark = [pytest.mark.own_backend, pytest.mark.usefixtures("used_on_host")]
 pytest.importorskip("cupy")
 from favorsharp_cuda import arrays  # noqa: E402
-
-
-@pytest.fixture(autouse=True)
-def on_the_host():
-    with installed() as name, fs.use(name):
-        yield
-    check_guards()
 
 
 @pytest.fixture

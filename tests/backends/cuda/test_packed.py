@@ -5,14 +5,13 @@ from itertools import pairwise
 import numpy as np
 import pytest
 from host_module import SCHEDULES, scheduled
-from on_host import check_guards, installed
 from problems import attention_problem, key_mask
 
 import favorsharp as fs
 from favorsharp.dispatch import watch
 from favorsharp.parameters import map_arrays
 
-pytestmark = pytest.mark.own_backend
+pytestmark = [pytest.mark.own_backend, pytest.mark.usefixtures("used_on_host")]
 pytest.importorskip("cupy")
 from favorsharp_cuda import launch  # noqa: E402
 from favorsharp_cuda.packed import Packing  # noqa: E402
@@ -20,13 +19,6 @@ from favorsharp_cuda.packed import Packing  # noqa: E402
 RAGGED = [0, 0, 1, 14, 20, 20, 51, 52, 60]
 EQUAL = [0, 20, 40, 60]
 MODES = [(False, 0), (True, 0), (False, 5), (True, 16)]
-
-
-@pytest.fixture(autouse=True)
-def on_the_host():
-    with installed() as name, fs.use(name):
-        yield
-    check_guards()
 
 
 @pytest.fixture
