@@ -19,7 +19,7 @@ from favorsharp_numba.primitives import (
     scale_block,
     sum_block,
 )
-from favorsharp_numba.rows import add_rows, copy, fill, take_tops
+from favorsharp_numba.rows import add_rows, copy, fill, invert, take_tops
 from favorsharp_numba.tiles import (
     ALPHA,
     GROUP,
@@ -34,7 +34,6 @@ from favorsharp_numba.tiles import (
     fill_near_scratch,
     get,
     integer_at,
-    invert,
     is_finite,
     is_hidden,
     lanes,

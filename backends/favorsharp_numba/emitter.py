@@ -105,10 +105,10 @@ class Emitter:
         return self.b.select(self.b.fcmp_ordered(">", y, x), y, x)
 
     def largest(self, x):
-        """The largest lane."""
+        """The largest lane; none is NaN."""
         name = f"llvm.vector.reduce.fmax.v{self.lanes}f{8 * self.item}"
         reduce = cgutils.get_or_insert_function(self.b.module, ir.FunctionType(self.scalar, [self.vector]), name)
-        return self.b.call(reduce, [x])
+        return self.b.call(reduce, [x], fastmath=("nnan",))
 
     def exp2(self, y, *, above=False):
         """2**y; NaN where y is. Exactly 0 below the range of normal numbers.

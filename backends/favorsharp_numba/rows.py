@@ -315,6 +315,93 @@ def add_rows(one, target, size, x, step, count, factor):
 
 
 @intrinsic
+def _scale_rows(context, one, x, step, rows, n, factors):
+    def emit(context, builder, signature, args):
+        _, x, step, rows, n, factors = args
+        e = Emitter(builder, signature.args[0])
+        lines, scales, bits = e.pointer(x), e.pointer(factors), cgutils.alloca_once(builder, I64)
+        zero, width = ir.Constant(I64, 0), ir.Constant(I64, e.lanes)
+        with cgutils.for_range_slice(builder, zero, rows, width) as (i, _):
+            changed = builder.fcmp_unordered("!=", e.load(e.at(scales, i)), e.constant(1.0))
+            changed = builder.and_(changed, e.first(builder.sub(rows, i)))
+            builder.store(builder.zext(builder.bitcast(changed, ir.IntType(e.lanes)), I64), bits)
+            with cgutils.for_range(builder, builder.ctpop(builder.load(bits, typ=I64))):
+                left = builder.load(bits, typ=I64)
+                builder.store(builder.and_(left, builder.sub(left, ir.Constant(I64, 1))), bits)
+                row = builder.add(i, builder.cttz(left, ir.Constant(ir.IntType(1), 1)))
+                line, scale = e.at(lines, builder.mul(row, step)), e.broadcast(e.at(scales, row))
+                with cgutils.for_range_slice(builder, zero, n, width) as (j, _):
+                    place = e.at(line, j)
+                    e.store(builder.fmul(e.load(place), scale), place)
+        return context.get_dummy_value()
+
+    return types.void(one, *[types.int64] * 5), emit
+
+
+@jit
+def scale_rows(one, x, step, rows, n, factors):
+    """x[i, j] = x[i, j] factors[i], over n columns in whole vectors; rows of factor 1 are passed over."""
+    _scale_rows(one, x, step, rows, n, factors)
+
+
+@intrinsic
+def _combine(context, one, n, constant, first, x, second, y, target):
+    def emit(context, builder, signature, args):
+        _, n, constant, first, x, second, y, target = args
+        e = Emitter(builder, signature.args[0])
+        left, right, result = (e.pointer(place) for place in (x, y, target))
+        scalars = (constant, first, second)
+        vectors = [e.filled(value) for value in scalars]
+
+        def body(j, shape):
+            kind = shape(e.scalar)
+            values = [builder.load(e.at(place, j), typ=kind) for place in (left, right)]
+            total, *factors = vectors if isinstance(kind, ir.VectorType) else scalars
+            for value, factor in zip(values, factors, strict=True):
+                value.align = e.item
+                total = builder.fadd(total, builder.fmul(value, factor), flags=("contract",))
+            builder.store(total, e.at(result, j)).align = e.item
+
+        _rows_loop(builder, e, n, body)
+        return context.get_dummy_value()
+
+    return types.void(one, types.int64, one, one, types.int64, one, types.int64, types.int64), emit
+
+
+@jit
+def combine(one, n, constant, first, x, second, y, target):
+    """target = constant + first x + second y, of n items each."""
+    _combine(one, n, constant, first, x, second, y, target)
+
+
+@intrinsic
+def _invert(context, one, x, n):
+    def emit(context, builder, signature, args):
+        _, x, n = args
+        e = Emitter(builder, signature.args[0])
+        line = e.pointer(x)
+
+        def body(j, shape):
+            kind = shape(e.scalar)
+            value = builder.load(e.at(line, j), typ=kind)
+            value.align = e.item
+            nothing, unit = (ir.Constant(kind, [z] * e.lanes if kind == e.vector else z) for z in (0.0, 1.0))
+            seen = builder.fcmp_unordered("!=", value, nothing)
+            builder.store(builder.select(seen, builder.fdiv(unit, value), value), e.at(line, j)).align = e.item
+
+        _rows_loop(builder, e, n, body)
+        return context.get_dummy_value()
+
+    return types.void(one, types.int64, types.int64), emit
+
+
+@jit
+def invert(one, x, n):
+    """x = 1 / x, 0 where it is 0."""
+    _invert(one, x, n)
+
+
+@intrinsic
 def _quadratic_rows(context, one, z, step, count, n, linear, first, second):
     def emit(context, builder, signature, args):
         _, z, step, count, n, linear, first, second = args

@@ -10,14 +10,13 @@ from numba.extending import register_jitable
 from favorsharp_numba.attention_kernels import keep_stats, key_side, query_side
 from favorsharp_numba.compiling import inlined, jit
 from favorsharp_numba.primitives import exp_block, max_block, product, product_sums, product_terms, scale_block
-from favorsharp_numba.rows import add_rows, compare_tops, copy, fill, take_tops
+from favorsharp_numba.rows import add_rows, compare_tops, copy, fill, invert, take_tops
 from favorsharp_numba.tiles import (
     ROWS,
     TILE,
     ZERO,
     get,
     integer_at,
-    invert,
     lanes,
     load_keys,
     load_queries,

@@ -28,11 +28,13 @@ from favorsharp_numba.primitives import (
 )
 from favorsharp_numba.rows import (
     add_rows,
+    combine,
     compare_tops,
     copy,
     fill,
     load_rows,
     quadratic_rows,
+    scale_rows,
     store_rows,
     take_tops,
     transpose_block,
@@ -202,12 +204,10 @@ def log_factors(one, s, side, z, count, dense, factors):
         product(one, count, s.d_pad, s.d, z, s.d_pad, 1, side + s.dense, s.d * panel(one), panel(one), dense, s.d_pad)
     squares = factors + TILE
     quadratic_rows(one, z, s.d_pad, count, s.d_pad, side + s.linear, factors, squares)
-    offset, beta = get(one, side + OFFSET), get(one, side + BETA)
-    for t in range(count):
-        value = offset + get(one, factors + t) - beta * get(one, squares + t)
-        if s.has_dense:
-            value -= squared_norm(one, dense + t * s.d_pad, s.d)
-        put(one, factors + t, value if np.isfinite(value) else value * np.nan)
+    combine(one, count, get(one, side + OFFSET), one, factors, -get(one, side + BETA), squares, factors)
+    for t in range(count if s.has_dense else 0):
+        put(one, factors + t, get(one, factors + t) - squared_norm(one, dense + t * s.d_pad, s.d))
+    combine(one, count, one - one, one, factors, one - one, factors, factors)  # NaN for an infinity
 
 
 @inlined
@@ -271,9 +271,7 @@ def scale_sums(one, s, kv, z, transposed, factors, ones):
     if transposed:
         scale_block(one, kv, s.m_pad, s.e, s.m_pad, ones, factors, kv, s.m_pad)
     else:
-        for j in range(s.m):
-            if get(one, factors + j) != one:
-                scale_block(one, kv + j * s.e_pad, s.e_pad, 1, s.e_pad, factors + j, ones, kv + j * s.e_pad, s.e_pad)
+        scale_rows(one, kv, s.e_pad, s.m, s.e_pad, factors)
 
 
 @inlined
@@ -387,14 +385,6 @@ def read_sums(one, s, p, count, kv, transposed, numerator, scratch, ahead):
         product_ahead(one, count, s.e_pad, s.m, p, 1, TILE, kv, width, s.e_pad, numerator, s.e_pad, ahead)
 
 
-@inlined
-def invert(one, total, count):
-    """1 / total, 0 where nothing was seen."""
-    for t in range(count):
-        value = get(one, total + t)
-        put(one, total + t, one / value if value != 0 else value)
-
-
 # Exact scores --------------------------------------------------------------------------------------------------------
 
 
@@ -415,9 +405,8 @@ def load_near(one, s, side, points, mask, b, start, count, scaled, rows, norms):
 @inlined
 def near_norms(one, s, half, squares, factors, count, norms):
     """`half` times the squares where `gaussian`, else 0; NaN where a factor is not finite."""
-    share = half if s.gaussian else one - one
-    for t in range(count):
-        put(one, norms + t, share * get(one, squares + t) + get(one, factors + t) * (one - one))
+    nothing = one - one
+    combine(one, count, nothing, half if s.gaussian else nothing, squares, nothing, factors, norms)
 
 
 @inlined

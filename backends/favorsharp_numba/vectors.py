@@ -253,6 +253,10 @@ def panel(context, one):
     return types.int64(one), emit
 
 
+WAYS = 4
+"""Rows of one vector that are worked on side by side."""
+
+
 def _blocks(builder, e, n, body):
     """Emit body(first column, vectors) for columns 0 .. n, VECTORS vectors at a time and then one by one."""
     start = ir.Constant(I64, 0)
@@ -264,6 +268,24 @@ def _blocks(builder, e, n, body):
         start = stop
 
 
+def _by_rows(builder, e, rows, vectors, found, take, join):
+    """Emit take(row, accumulators) for all rows. One vector of a row waits for that of the row before, so several rows
+    have accumulators of their own, which start as the first of those found and are joined.
+    """
+    ways = WAYS if vectors == 1 else 1
+    groups = [found, *([e.accumulator(e.get(x)) for x in found] for _ in range(ways - 1))]
+    whole = builder.mul(builder.udiv(rows, ir.Constant(I64, ways)), ir.Constant(I64, ways))
+    with cgutils.for_range_slice(builder, ir.Constant(I64, 0), whole, ir.Constant(I64, ways)) as (i, _):
+        for way, group in enumerate(groups):
+            take(builder.add(i, ir.Constant(I64, way)), group)
+    if ways > 1:
+        with cgutils.for_range_slice(builder, whole, rows, ir.Constant(I64, 1)) as (i, _):
+            take(i, found)
+    for group in groups[1:]:
+        for x, other in zip(found, group, strict=True):
+            builder.store(join(e.get(x), e.get(other)), x)
+
+
 @intrinsic
 def _max_block(context, one, x, step, rows, n, shift, shift_step, first, top):
     def emit(context, builder, signature, args):
@@ -273,16 +295,18 @@ def _max_block(context, one, x, step, rows, n, shift, shift_step, first, top):
 
         def body(j, vectors):
             offsets = [builder.add(j, ir.Constant(I64, v * e.lanes)) for v in range(vectors)]
-            places = [e.at(tops, offset) for offset in offsets]
-            best = [e.accumulator(e.load(e.at(firsts, offset))) for offset in offsets]
-            with cgutils.for_range(builder, rows) as loop:
-                line = e.at(block, builder.add(builder.mul(loop.index, step), j))
-                term = e.broadcast(e.at(shifts, builder.mul(loop.index, shift_step)))
+            found = [e.accumulator(e.load(e.at(firsts, offset))) for offset in offsets]
+
+            def take(i, best):
+                line = e.at(block, builder.add(builder.mul(i, step), j))
+                term = e.broadcast(e.at(shifts, builder.mul(i, shift_step)))
                 for v in range(vectors):
                     value = builder.fadd(e.load(e.at(line, v * e.lanes)), term)
                     builder.store(e.larger(e.get(best[v]), value), best[v])
-            for v in range(vectors):
-                e.store(e.get(best[v]), places[v])
+
+            _by_rows(builder, e, rows, vectors, found, take, e.larger)
+            for offset, best in zip(offsets, found, strict=True):
+                e.store(e.get(best), e.at(tops, offset))
 
         _blocks(builder, e, n, body)
         return context.get_dummy_value()
