@@ -13,6 +13,7 @@ import numpy as np
 
 from favorsharp_numba.attention_kernels import SMALL_RISE
 from favorsharp_numba.compiling import inlined, jit, jit_sums
+from favorsharp_numba.near import load_near
 from favorsharp_numba.primitives import (
     exp_block,
     fill_before,
@@ -40,7 +41,6 @@ from favorsharp_numba.tiles import (
     is_hidden,
     lanes,
     lanes_of,
-    load_near,
     load_points,
     log_factors,
     log_keys,
@@ -210,7 +210,7 @@ def sweep(
                         if raise_top(one, s, theirs, features, p_step, count, top, new_top, safe_top) > 0:
                             rescale(one, s, top, new_top, sums, trash, 0, scales, ones)
                         exp_block(one, features, p_step, count, s.m_pad, theirs + ZERO, 0, safe_top, ones, 0, trash)
-                        add_keys(one, s, features, p_step, values, count, sums, 0, NOTHING)
+                        add_keys(one, s, features, p_step, values, s.e_pad, count, sums, 0, NOTHING)
             begin, end = current * block, min(num_readers, (current + 1) * block)
             done, size = 0, TILE
             while done < end - begin:
@@ -298,7 +298,7 @@ def sweep(
                 fill(one, zeros, TILE, one - one)
                 if pairwise:
                     ahead = ahead_of(taken_values, f, coming, behind, s.e - 1)
-                    add_keys(one, s, features, p_step, values, count, sums, 0, ahead)
+                    add_keys(one, s, features, p_step, values, s.e_pad, count, sums, 0, ahead)
                 done += count
                 size = TILE if size == TILE or done % TILE == 0 else size
 

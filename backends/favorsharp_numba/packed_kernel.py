@@ -9,8 +9,6 @@ from favorsharp_numba.attention_kernels import (
     gather_keys,
     read_queries,
     read_scratch,
-    windowed,
-    windowed_scratch,
 )
 from favorsharp_numba.compiling import inlined, jit
 from favorsharp_numba.gradient_kernels import (
@@ -21,6 +19,7 @@ from favorsharp_numba.gradient_kernels import (
     sweep_scratch,
 )
 from favorsharp_numba.tiles import Mask, Points, absorb_scratch, fill, integer_at
+from favorsharp_numba.window_kernel import windowed, windowed_scratch
 
 
 @inlined

@@ -23,6 +23,7 @@ from favorsharp_numba.arguments import (
 from favorsharp_numba.packed_kernel import packed, packed_scratch
 from favorsharp_numba.run import num_threads, share
 from favorsharp_numba.tiles import TILE, absorb_scratch
+from favorsharp_numba.window_kernel import windowed, windowed_scratch
 
 
 class AttentionProblem:
@@ -199,7 +200,7 @@ class AttentionProblem:
         work = np.empty(size, self.packed.dtype)
         cost = float(self.query_heads * self.num_queries * (s.m * (s.d + s.e) + 3 * self.window * s.d))
         share(
-            kernels.windowed, self.heads, cost, kernels.windowed_scratch(self.one, s), self.one, s,
+            windowed, self.heads, cost, windowed_scratch(self.one, s), self.one, s,
             self.arguments(causal=causal, first_query=first_query), self.q, self.k, self.v, self.mask,
             self.held.points(out, self.batch), self.held.place(work),
         )  # fmt: skip

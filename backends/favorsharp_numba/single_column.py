@@ -20,14 +20,17 @@ from favorsharp_numba.tiles import (
     lanes,
     load_keys,
     load_queries,
+    load_values,
     log_keys,
     log_queries,
     panel,
+    place_of,
     put,
     rescale,
     rest_of_tile,
     store_points,
     take_keys,
+    usable_values,
     weigh,
 )
 from favorsharp_numba.vectors import NOTHING, Sums, item_size
@@ -54,12 +57,12 @@ def begin_keys(one, s, side, top, scratch):
 
 
 @inlined
-def take_column(one, s, side, points, count, factors, values, kv, z, top, ones, scratch):
+def take_column(one, s, side, points, count, factors, values, v_step, kv, z, top, ones, scratch):
     """Take keys into the sums (kv, z) relative to 2**top; the first keys set it."""
     width = panel(one)
     shifted, bounds, total = scratch, scratch + s.m_pad, scratch + 2 * s.m_pad
     largest, new_top, scales = total + 2 * s.m_pad, total + 3 * s.m_pad, total + 4 * s.m_pad
-    sums = Sums(ones, 0, values, s.e_pad, total, total + s.m_pad, largest)
+    sums = Sums(ones, 0, values, v_step, total, total + s.m_pad, largest)
     for _ in range(TRIES):
         fill(one, total, 2 * s.m_pad, one - one)
         fill(one, largest, s.m_pad, -np.inf * one)
@@ -81,7 +84,7 @@ def take_column(one, s, side, points, count, factors, values, kv, z, top, ones, 
     log_keys(one, s, side, points, count, factors, p, p_step, NOTHING)
     rest = p + TILE * p_step
     fill(one, rest + 3 * s.m_pad, max(s.m_pad, s.e_pad), one)
-    take_keys(one, s, side, p, p_step, values, count, kv, z, top, 1, rest, NOTHING)
+    take_keys(one, s, side, p, p_step, values, v_step, count, kv, z, top, 1, rest, NOTHING)
     begin_keys(one, s, side, top, scratch)
 
 
@@ -134,10 +137,12 @@ def gather_column(one, s, p, k, v, mask, low, high, scratch):
     points = scratch
     dense = points + TILE * s.d_pad
     factors = dense + TILE * s.d_pad
-    values = factors + 2 * TILE
-    ones = values + TILE * s.e_pad
+    loaded = factors + 2 * TILE
+    ones = loaded + TILE * s.e_pad
     rest = ones + s.m_pad
     fill(one, ones, s.m_pad, one)
+    usable = usable_values(one, s, v, mask, True)
+    v_step = v.row // v.item if usable else s.e_pad
     for task in range(low, high):
         head, segment = task // p.segments, task % p.segments
         start, stop = p.num_keys * segment // p.segments, p.num_keys * (segment + 1) // p.segments
@@ -147,8 +152,11 @@ def gather_column(one, s, p, k, v, mask, low, high, scratch):
         begin_keys(one, s, side, top, rest)
         for first in range(start, stop, TILE):
             count = min(TILE, stop - first)
-            if load_keys(one, s, side, k, v, mask, head, first, count, points, dense, factors, values):
-                take_column(one, s, side, points, count, factors, values, kv, z, top, ones, rest)
+            if load_keys(one, s, side, k, mask, head, first, count, points, dense, factors):
+                values = place_of(v, head, first) if usable else loaded
+                if not usable:
+                    load_values(one, s, side, v, mask, head, first, count, values)
+                take_column(one, s, side, points, count, factors, values, v_step, kv, z, top, ones, rest)
 
 
 @jit

@@ -14,23 +14,18 @@ from favorsharp_numba.compiling import inlined, jit, jit_sums
 from favorsharp_numba.emitter import BYTES
 from favorsharp_numba.primitives import (
     exp_block,
-    fill_before,
     max_block,
     product,
-    product_add,
     product_add_ahead,
     product_ahead,
-    product_terms,
     product_terms_ahead,
     scale_block,
-    shift_block,
     sum_block,
 )
 from favorsharp_numba.rows import (
-    add_rows,
+    FLOAT32,
     combine,
     compare_tops,
-    copy,
     fill,
     load_rows,
     quadratic_rows,
@@ -39,10 +34,14 @@ from favorsharp_numba.rows import (
     take_tops,
     transpose_block,
 )
-from favorsharp_numba.vectors import Ahead, byte_at, get, integer_at, lanes, panel, put
+from favorsharp_numba.vectors import Ahead, byte_at, get, integer_at, item_size, lanes, panel, put
 
 TILE = 64
 """Points worked on at once."""
+GROUP = 16
+"""Keys that are scored at once where later ones have fewer queries."""
+ROWS = 6
+"""Queries that read together where each sees one key more: the rows of a register tile."""
 
 HEADER = 9
 ALPHA, OFFSET, BETA, ONE, ZERO, NEAR_ALPHA, NEAR_HALF, NEAR_HALF_SCALED, NEAR_SCALE = range(HEADER)
@@ -220,11 +219,9 @@ def rest_of_tile(count, width):
 
 
 @inlined
-def load_keys(one, s, side, k, v, mask, b, start, count, z, dense, factors, values):
-    """Load a tile of keys and values, and the keys' log factors, -inf for hidden ones; False where all are hidden."""
+def load_keys(one, s, side, k, mask, b, start, count, z, dense, factors):
+    """Load a tile of keys and their log factors, -inf for hidden ones; False where all are hidden."""
     load_points(one, k, mask, b, start, count, s.d, s.d_pad, side + ALPHA, side + s.center, z)
-    zeros = side + s.total - s.e_pad
-    load_points(one, v, mask, b, start, count, s.e, s.e_pad, side + ONE, zeros, values)
     log_factors(one, s, side, z, count, dense, factors)
     if mask.offsets == 0:
         return count > 0
@@ -235,6 +232,25 @@ def load_keys(one, s, side, k, v, mask, b, start, count, z, dense, factors, valu
         else:
             some = True
     return some
+
+
+@inlined
+def load_values(one, s, side, v, mask, b, start, count, values):
+    """Load a tile of values, zeros for hidden ones: rows of e_pad."""
+    load_points(one, v, mask, b, start, count, s.e, s.e_pad, side + ONE, side + s.total - s.e_pad, values)
+
+
+@inlined
+def usable_values(one, s, v, mask, by_item):
+    """Whether values can be taken where they lie, by item or in whole vectors: of the dtype to work in, none hidden."""
+    same = mask.offsets == 0 and v.item == item_size(one) and v.kind >= FLOAT32
+    return same and (s.e == 1 or v.column == v.item) and (by_item or s.e == s.e_pad)
+
+
+@inlined
+def place_of(points, b, position):
+    """The place of a point of the dtype to work in."""
+    return (points.base + integer_at(points.offsets + 8 * b) + position * points.row) // points.item
 
 
 @inlined
@@ -275,17 +291,17 @@ def scale_sums(one, s, kv, z, transposed, factors, ones):
 
 
 @inlined
-def add_keys(one, s, p, p_step, values, count, kv, transposed, ahead):
-    """Add features times values to kv, (m, e_pad), or transposed (e, m_pad)."""
+def add_keys(one, s, p, p_step, values, v_step, count, kv, transposed, ahead):
+    """Add features times values, rows `v_step` apart, to kv, (m, e_pad), or transposed (e, m_pad)."""
     width = panel(one)
     if transposed:
-        product_add_ahead(one, s.e, s.m_pad, count, values, 1, s.e_pad, p, width, p_step, kv, s.m_pad, ahead)
+        product_add_ahead(one, s.e, s.m_pad, count, values, 1, v_step, p, width, p_step, kv, s.m_pad, ahead)
     else:
-        product_add_ahead(one, s.m, s.e_pad, count, p, 1, p_step, values, width, s.e_pad, kv, s.e_pad, ahead)
+        product_add_ahead(one, s.m, s.e_pad, count, p, 1, p_step, values, width, v_step, kv, s.e_pad, ahead)
 
 
 @inlined
-def take_keys(one, s, side, p, p_step, values, count, kv, z, top, transposed, scratch, ahead):
+def take_keys(one, s, side, p, p_step, values, v_step, count, kv, z, top, transposed, scratch, ahead):
     """Take keys into the sums (kv, z) relative to 2**top: their log features become features."""
     new_top = scratch
     safe = new_top + s.m_pad
@@ -294,7 +310,7 @@ def take_keys(one, s, side, p, p_step, values, count, kv, z, top, transposed, sc
     if raise_top(one, s, side, p, p_step, count, top, new_top, safe) > 0:
         rescale(one, s, top, new_top, kv, z, transposed, scales, ones)
     exp_block(one, p, p_step, count, s.m_pad, side + ZERO, 0, safe, ones, 0, z)
-    add_keys(one, s, p, p_step, values, count, kv, transposed, ahead)
+    add_keys(one, s, p, p_step, values, v_step, count, kv, transposed, ahead)
 
 
 @register_jitable
@@ -310,23 +326,36 @@ def absorb(one, s, side, k, v, mask, b, start, stop, kv, z, top, transposed, scr
     points = scratch
     dense = points + TILE * s.d_pad
     factors = dense + TILE * s.d_pad
-    values = factors + 2 * TILE
-    p = values + TILE * s.e_pad
+    loaded = factors + 2 * TILE
+    p = loaded + TILE * s.e_pad
     rest = p + TILE * p_step
     fill(one, rest + 3 * s.m_pad, max(s.m_pad, s.e_pad), one)
+    usable = usable_values(one, s, v, mask, transposed)
+    v_step = v.row // v.item if usable else s.e_pad
     for first in range(start, stop, TILE):
         count = min(TILE, stop - first)
-        if load_keys(one, s, side, k, v, mask, b, first, count, points, dense, factors, values):
+        if load_keys(one, s, side, k, mask, b, first, count, points, dense, factors):
+            values = place_of(v, b, first) if usable else loaded
+            if not usable:
+                load_values(one, s, side, v, mask, b, first, count, values)
             after = min(stop, first + count + TILE)
             next_values = ahead_of(v, b, first + count, after, s.e)
             log_keys(one, s, side, points, count, factors, p, p_step, next_values)
             next_keys = ahead_of(k, b, first + count, after, s.d)
-            take_keys(one, s, side, p, p_step, values, count, kv, z, top, transposed, rest, next_keys)
+            take_keys(one, s, side, p, p_step, values, v_step, count, kv, z, top, transposed, rest, next_keys)
 
 
 def absorb_scratch(one, s):
     """Items of scratch that `absorb` needs."""
     return TILE * (2 * s.d_pad + 2 + s.e_pad + s.m_pad + lanes_of(one)) + take_keys_scratch(s)
+
+
+@inlined
+def is_finite(one, side, rows, step, count, n, totals):
+    """Whether all of some rows of n items is; `totals` is scratch."""
+    fill(one, totals, n, one - one)
+    sum_block(one, rows, step, count, n, side + ZERO, 0, totals)
+    return total_of(one, totals, n) == 0
 
 
 # Queries -------------------------------------------------------------------------------------------------------------
@@ -383,136 +412,3 @@ def read_sums(one, s, p, count, kv, transposed, numerator, scratch, ahead):
         transpose(one, scratch, TILE, s.e, count, numerator, s.e_pad, s.e_pad)
     else:
         product_ahead(one, count, s.e_pad, s.m, p, 1, TILE, kv, width, s.e_pad, numerator, s.e_pad, ahead)
-
-
-# Exact scores --------------------------------------------------------------------------------------------------------
-
-
-@inlined
-def load_near(one, s, side, points, mask, b, start, count, scaled, rows, norms):
-    """Rows alpha x - near_center, times log2(e) where `scaled`, and what norms contribute to scores: 0, or NaN where a
-    row is not finite, and minus half of |row|^2 where `gaussian`. The tile of scratch behind the norms is used too.
-    """
-    factor, center = (NEAR_ALPHA, s.near_scaled) if scaled else (ALPHA, s.near_center)
-    load_points(one, points, mask, b, start, count, s.d, s.d_pad, side + factor, side + center, rows)
-    zeros, squares = side + s.total - s.d_pad, norms + TILE
-    quadratic_rows(one, rows, s.d_pad, count, s.d_pad, zeros, norms, squares)
-    if s.gaussian:
-        half = get(one, side + (NEAR_HALF_SCALED if scaled else NEAR_HALF))
-        add_rows(one, norms, count, squares, count, 1, half)
-
-
-@inlined
-def near_norms(one, s, half, squares, factors, count, norms):
-    """`half` times the squares where `gaussian`, else 0; NaN where a factor is not finite."""
-    nothing = one - one
-    combine(one, count, nothing, half if s.gaussian else nothing, squares, nothing, factors, norms)
-
-
-@inlined
-def near_keys(one, s, side, count, factors, norms):
-    """Norms, as of `load_near`, of rows and log factors that `load_keys` made; NaN too for those hidden.
-
-    The center of the keys is the near one too where `gaussian`; where not, `near_queries` puts it back.
-    """
-    near_norms(one, s, get(one, side + NEAR_HALF), factors + TILE, factors, count, norms)
-
-
-@inlined
-def near_queries(one, s, side, keys, columns, count, factors, norms):
-    """Turn the columns of `load_queries` into log2(e) (alpha x - near_center); norms are what they add to the scores of
-    `near_keys`, NaN where a query is not finite.
-    """
-    n = rest_of_tile(count, lanes(one))
-    squares = norms + TILE
-    shift_block(one, columns, TILE, s.d, n, side + NEAR_SCALE, side + s.near_shift, squares)
-    near_norms(one, s, get(one, side + NEAR_HALF_SCALED), squares, factors, n, norms)
-    if not s.gaussian:
-        sum_block(one, columns, TILE, s.d, n, keys + s.center, 1, norms)
-
-
-@inlined
-def is_finite(one, side, rows, pad, count, totals):
-    """Whether all of some rows is; `totals` is scratch."""
-    fill(one, totals, pad, one - one)
-    sum_block(one, rows, pad, count, pad, side + ZERO, 0, totals)
-    return total_of(one, totals, pad) == 0
-
-
-GROUP = 16
-"""Keys that are scored at once where later ones have fewer queries."""
-ROWS = 6
-"""Queries that read together where each sees one key more: the rows of a register tile."""
-
-
-@inlined
-def num_before(first, position, count):
-    """How many of `count` queries from position `first` on come before a key."""
-    return min(max(0, position - first), count)
-
-
-@jit
-def read_near(
-    one, s, side, columns, query_norms, first, count, rows, norms, values, finite, start, keys, mask, b, causal,
-    numerator, total, reference, scratch,
-):  # fmt: skip
-    """Add a tile of exactly scored keys, start .. start + keys, to what queries first .. first + count have read.
-
-    A query sees a key of them that the mask shows and, where causal, that is not after it. `finite`: all values are.
-    """
-    n, width, lane = rest_of_tile(count, lanes(one)), panel(one), lanes(one)
-    scores = scratch
-    new = scores + TILE * TILE
-    safe = new + TILE
-    scale = safe + TILE
-    ones = scale + TILE
-    partly = causal and start + keys > first + 1
-    group = GROUP if partly else keys
-    copy(one, reference, n, new)
-    for j in range(0, keys, group):
-        size = min(group, keys - j)
-        left = num_before(first, start + j, n) // lane * lane if partly else 0
-        line = scores + j * TILE
-        product_terms(
-            one, size, n - left, s.d, rows + j * s.d_pad, s.d_pad, 1, columns + left, width, TILE, line + left,
-            TILE, norms + j, query_norms + left,
-        )  # fmt: skip
-        if partly:
-            fill_before(one, line + left, TILE, size, n - left, start + j - first - left, -np.inf * one)
-        for i in range(size if mask.offsets != 0 else 0):
-            if is_hidden(mask, b, start + j + i):
-                fill(one, line + i * TILE + left, n - left, -np.inf * one)
-        max_block(one, line + left, TILE, size, n - left, side + ZERO, 0, new + left, new + left)
-    if compare_tops(one, n, reference, new, safe) > 0:
-        take_tops(one, n, reference, new, scale)
-        scale_block(one, total, n, 1, n, ones, scale, total, n)
-        scale_block(one, numerator, s.e_pad, count, s.e_pad, scale, ones, numerator, s.e_pad)
-    for j in range(0, keys, group):
-        size = min(group, keys - j)
-        left = num_before(first, start + j, n) // lane * lane if partly else 0
-        line = scores + j * TILE
-        exp_block(one, line + left, TILE, size, n - left, side + ZERO, 0, safe + left, ones, 0, total + left)
-        for i in range(min(size, ROWS - 1) if left > 0 else 0):
-            fill(one, line + i * TILE + left - min(left, ROWS), min(left, ROWS), one - one)
-    if partly:
-        # a value that is not finite must not meet the weight 0 of a query before it
-        step = ROWS if finite else 1
-        for t in range(0, count, step):
-            seen = min(keys, max(0, first + min(t + step, count) - start))
-            line = numerator + t * s.e_pad
-            product_add(
-                one, min(step, count - t), s.e_pad, seen, scores + t, 1, TILE, values, width, s.e_pad, line, s.e_pad,
-            )  # fmt: skip
-    else:
-        product_add(one, count, s.e_pad, keys, scores, 1, TILE, values, width, s.e_pad, numerator, s.e_pad)
-
-
-@inlined
-def fill_near_scratch(one, s, scratch):
-    """The ones that `read_near` expects in its scratch."""
-    fill(one, scratch + TILE * (TILE + 3), max(TILE, s.e_pad), one)
-
-
-def near_scratch(s):
-    """Items of scratch that `read_near` needs, made ready by `fill_near_scratch`."""
-    return TILE * (TILE + 3) + max(TILE, s.e_pad)

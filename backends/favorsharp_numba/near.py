@@ -1,0 +1,154 @@
+"""Exact scores: what keys that are near add to what queries have read by features.
+
+Scores are to base 2; a key has a row of them, a query a column.
+"""
+
+import numpy as np
+
+from favorsharp_numba.compiling import inlined, jit
+from favorsharp_numba.primitives import (
+    exp_block,
+    fill_before,
+    max_block,
+    product_add,
+    product_terms,
+    scale_block,
+    shift_block,
+    sum_block,
+)
+from favorsharp_numba.rows import add_rows, combine, compare_tops, fill, quadratic_rows, scale_rows, take_tops
+from favorsharp_numba.tiles import (
+    ALPHA,
+    GROUP,
+    NEAR_ALPHA,
+    NEAR_HALF,
+    NEAR_HALF_SCALED,
+    NEAR_SCALE,
+    ONE,
+    ROWS,
+    TILE,
+    ZERO,
+    get,
+    is_hidden,
+    lanes,
+    load_points,
+    panel,
+    rest_of_tile,
+)
+
+
+@inlined
+def load_near(one, s, side, points, mask, b, start, count, scaled, rows, norms):
+    """Rows alpha x - near_center, times log2(e) where `scaled`, and what norms contribute to scores: 0, or NaN where a
+    row is not finite, and minus half of |row|^2 where `gaussian`. The tile of scratch behind the norms is used too.
+    """
+    factor, center = (NEAR_ALPHA, s.near_scaled) if scaled else (ALPHA, s.near_center)
+    load_points(one, points, mask, b, start, count, s.d, s.d_pad, side + factor, side + center, rows)
+    zeros, squares = side + s.total - s.d_pad, norms + TILE
+    quadratic_rows(one, rows, s.d_pad, count, s.d_pad, zeros, norms, squares)
+    if s.gaussian:
+        half = get(one, side + (NEAR_HALF_SCALED if scaled else NEAR_HALF))
+        add_rows(one, norms, count, squares, count, 1, half)
+
+
+@inlined
+def near_norms(one, s, half, squares, factors, count, norms):
+    """`half` times the squares where `gaussian`, else 0; NaN where a factor is not finite."""
+    nothing = one - one
+    combine(one, count, nothing, half if s.gaussian else nothing, squares, nothing, factors, norms)
+
+
+@inlined
+def near_keys(one, s, side, count, factors, norms):
+    """Norms, as of `load_near`, of rows and log factors that `load_keys` made; NaN too for those hidden.
+
+    The center of the keys is the near one too where `gaussian`; where not, `near_queries` puts it back.
+    """
+    near_norms(one, s, get(one, side + NEAR_HALF), factors + TILE, factors, count, norms)
+
+
+@inlined
+def near_queries(one, s, side, keys, columns, count, factors, norms):
+    """Turn the columns of `load_queries` into log2(e) (alpha x - near_center); norms are what they add to the scores of
+    `near_keys`, NaN where a query is not finite.
+    """
+    n = rest_of_tile(count, lanes(one))
+    squares = norms + TILE
+    shift_block(one, columns, TILE, s.d, n, side + NEAR_SCALE, side + s.near_shift, squares)
+    near_norms(one, s, get(one, side + NEAR_HALF_SCALED), squares, factors, n, norms)
+    if not s.gaussian:
+        sum_block(one, columns, TILE, s.d, n, keys + s.center, 1, norms)
+
+
+@inlined
+def first_seeing(one, before, n):
+    """The first of n columns that a key with `before` queries before it is scored for: that of a whole vector."""
+    return min(max(0, before), n) // lanes(one) * lanes(one)
+
+
+@jit
+def score_near(
+    one, s, side, columns, query_norms, n, rows, norms, size, before, mask, b, start, scores, largest
+):  # fmt: skip
+    """Scores of `size` keys, which start at a position, and n columns of queries; `largest` rises to the largest.
+
+    The first before + i columns come before key i and do not see it; none does where that is below 1.
+    """
+    width, partly = panel(one), before + size > 1
+    group = GROUP if partly else size
+    for j in range(0, size, group):
+        count, left = min(group, size - j), first_seeing(one, before + j, n)
+        line = scores + j * TILE + left
+        product_terms(
+            one, count, n - left, s.d, rows + j * s.d_pad, s.d_pad, 1, columns + left, width, TILE, line, TILE,
+            norms + j, query_norms + left,
+        )  # fmt: skip
+        if partly:
+            fill_before(one, line, TILE, count, n - left, before + j - left, -np.inf * one)
+        for i in range(count if mask.offsets != 0 else 0):
+            if is_hidden(mask, b, start + j + i):
+                fill(one, line + i * TILE, n - left, -np.inf * one)
+        max_block(one, line, TILE, count, n - left, side + ZERO, 0, largest + left, largest + left)
+
+
+@inlined
+def raise_references(one, s, side, n, largest, numerator, total, reference, scratch):
+    """Take largest scores into the references of n queries, and divide what these have read by the rise.
+
+    `scratch`, two tiles, begins with the references then, 0 for -inf.
+    """
+    safe, factors = scratch, scratch + TILE
+    if compare_tops(one, n, reference, largest, safe) > 0:
+        take_tops(one, n, reference, largest, factors)
+        scale_block(one, total, n, 1, n, side + ONE, factors, total, n)
+        scale_rows(one, numerator, s.e_pad, n, s.e_pad, factors)
+
+
+@jit
+def weigh_near(one, side, n, size, before, safe, scores, total):
+    """Scores become weights relative to 2**safe, which are added to the totals."""
+    partly = before + size > 1
+    group = GROUP if partly else size
+    for j in range(0, size, group):
+        count, left = min(group, size - j), first_seeing(one, before + j, n)
+        line = scores + j * TILE + left
+        exp_block(one, line, TILE, count, n - left, side + ZERO, 0, safe + left, side + ONE, 0, total + left)
+        for i in range(min(count, ROWS - 1) if left > 0 else 0):  # for queries that read together with later ones
+            fill(one, line + i * TILE - min(left, ROWS), min(left, ROWS), one - one)
+
+
+@jit
+def add_near(one, s, count, size, before, weights, values, v_step, finite, numerator):
+    """Add the values of keys, rows `v_step` apart, to the numerators of queries. `finite`: all values are."""
+    width = panel(one)
+    if before + size <= 1:
+        product_add(one, count, s.e_pad, size, weights, 1, TILE, values, width, v_step, numerator, s.e_pad)
+        return
+    step = ROWS if finite else 1  # a value that is not finite must not meet the weight 0 of a query before it
+    for t in range(0, count, step):
+        stop = min(t + step, count)
+        seen = min(size, max(0, stop - before))
+        product_add(
+            one, stop - t, s.e_pad, seen, weights + t, 1, TILE, values, width, v_step, numerator + t * s.e_pad,
+            s.e_pad,
+        )  # fmt: skip
