@@ -10,6 +10,6 @@ def kernel_matvec(x: Any, y: Any, v: Any, feature_map: Any) -> Any:
     """As `favorsharp.ops.kernel_matvec.kernel_matvec`."""
     problem = AttentionProblem(feature_map, x, y, v)
     out = empty(x, (*problem.batch, x.shape[-2], v.shape[-1]), problem.result)
-    problem.gather()
+    problem.gather(normalised=False)
     problem.read(out, normalised=False)
     return out

@@ -74,7 +74,7 @@ def product_terms_ahead(one, m, n, k, a, a_row, a_step, b, b_panel, b_step, c, c
 
 
 @jit
-def product_sums(one, m, n, k, a, a_row, a_step, b, b_panel, b_step, row, column, sums):
+def product_sums(one, m, n, k, a, a_row, a_step, b, b_panel, b_step, row, column, sums, ahead):
     for i in range(m):
         weight, other = get(one, sums.weight + i * sums.weight_step), get(one, sums.other + i * sums.other_step)
         for j in range(n):
@@ -86,15 +86,18 @@ def product_sums(one, m, n, k, a, a_row, a_step, b, b_panel, b_step, row, column
             put(one, sums.other_total + j, get(one, sums.other_total + j) + power * other)
 
 
+product_sum = product_sums
+
+
 @jit
 def max_block(one, x, step, rows, n, shift, shift_step, first, top):
     for j in range(n):
-        put(one, top + j, get(one, first + j))
-    for i in range(rows):
-        for j in range(n):
+        best = get(one, first + j)
+        for i in range(rows):
             value = get(one, x + i * step + j) + get(one, shift + i * shift_step)
-            if value > get(one, top + j):
-                put(one, top + j, value)
+            if value > best:
+                best = value
+        put(one, top + j, best)  # at the end: x may lie there
 
 
 @jit

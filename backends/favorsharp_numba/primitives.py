@@ -14,6 +14,7 @@ product_terms_ahead = _source.product_terms_ahead
 product_exp = _source.product_exp
 product_exp_stream = _source.product_exp_stream
 product_sums = _source.product_sums
+product_sum = _source.product_sum
 max_block = _source.max_block
 exp_block = _source.exp_block
 sum_block = _source.sum_block

@@ -148,17 +148,23 @@ class AttentionProblem:
             **self._fixed,
         )
 
-    def gather(self) -> None:
-        """Sum up all keys, in segments where there are too few heads for the threads."""
+    def gather(self, *, normalised: bool = True) -> None:
+        """Sum up all keys, in segments where there are too few heads for the threads.
+
+        Sums that are not read `normalised` may lack those of the weights.
+        """
         s = self.s
         work = float(self.heads * self.num_keys * s.m * (s.d + s.e))
         segments = self._pieces(self.heads, self.num_keys, work)
         self.new_sums(segments=segments, transposed=2 * s.e <= self.packed.lanes)
         p = self.arguments()
-        gather, scratch = kernels.gather_keys, absorb_scratch(self.one, s)
+        given, tasks = (self.one, s, p, self.k, self.v, self.mask), self.heads * segments
         if self._one_column():
-            gather, scratch = single_column.gather_column, single_column.column_scratch(s)
-        share(gather, self.heads * segments, work, scratch, self.one, s, p, self.k, self.v, self.mask)
+            share(
+                single_column.gather_column, tasks, work, single_column.column_scratch(s), *given, int(normalised)
+            )  # fmt: skip
+        else:
+            share(kernels.gather_keys, tasks, work, absorb_scratch(self.one, s), *given)
         if segments > 1:
             small = 2 * s.m_pad + max(s.m_pad, s.e_pad)
             share(kernels.merge_segments, self.heads, 0.0, small, self.one, s, p)

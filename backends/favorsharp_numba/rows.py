@@ -88,40 +88,64 @@ def _load_rows(context, one, kind, address, step, count, n, pad, factor, offset,
         wide = e.broadcast(factors)
         single = builder.load(factors, typ=e.scalar)
         width = ir.Constant(I64, e.lanes)
-        with cgutils.for_range(builder, count) as loop:
-            source = builder.inttoptr(builder.add(address, builder.mul(loop.index, step)), ir.PointerType())
-            target = e.pointer(builder.add(y, builder.mul(loop.index, pad)))
+        vector = lambda scalar: ir.VectorType(scalar, e.lanes)  # noqa: E731
 
-            def finish(value, centre, scale, place, shape):
-                value = builder.fmul(_widened(builder, e, value, item, shape), scale)
-                builder.store(builder.fsub(value, centre), place).align = e.item
+        def line(row):
+            """Where a row is read and written."""
+            source = builder.inttoptr(builder.add(address, builder.mul(row, step)), ir.PointerType())
+            return source, e.pointer(builder.add(y, builder.mul(row, pad)))
 
-            def body(j, shape):
-                value = builder.load(builder.gep(source, [j], source_etype=_ITEMS[item]), typ=shape(_ITEMS[item]))
-                value.align = _SIZES[item]
-                centre = builder.load(e.at(offsets, j), typ=shape(e.scalar))
-                centre.align = e.item
-                scale = wide if isinstance(shape(e.scalar), ir.VectorType) else single
-                finish(value, centre, scale, e.at(target, j), shape)
+        def finish(value, centre, scale, place, shape):
+            value = builder.fmul(_widened(builder, e, value, item, shape), scale)
+            builder.store(builder.fsub(value, centre), place).align = e.item
 
-            if MASKS:
-                done = _whole_rows(builder, e, n, body)
-                with builder.if_else(builder.icmp_signed("<=", builder.add(done, width), pad)) as (room, none):
-                    with room:
-                        left = e.first(builder.sub(n, done))
-                        start = builder.gep(source, [done], source_etype=_ITEMS[item])
-                        value = e.masked_load(start, left, _ITEMS[item], _SIZES[item])
-                        centre = e.masked_load(e.at(offsets, done), left, e.scalar, e.item)
-                        finish(value, centre, wide, e.at(target, done), lambda scalar: ir.VectorType(scalar, e.lanes))
-                    with none:
-                        _single_rows(builder, done, n, body)
-                cleared = builder.add(done, width)
-                cleared = builder.select(builder.icmp_signed("<=", cleared, pad), cleared, n)
-            else:
-                _rows_loop(builder, e, n, body)
-                cleared = n
-            with cgutils.for_range_slice(builder, cleared, pad, ir.Constant(I64, 1)) as (j, _):
-                builder.store(ir.Constant(e.scalar, 0.0), e.at(target, j)).align = e.item
+        def part(start, mask, centre, place):
+            """The first items of a vector, with zeros behind them."""
+            finish(e.masked_load(start, mask, _ITEMS[item], _SIZES[item]), centre, wide, place, vector)
+
+        def rows_by_item():
+            with cgutils.for_range(builder, count) as loop:
+                source, target = line(loop.index)
+
+                def body(j, shape):
+                    value = builder.load(builder.gep(source, [j], source_etype=_ITEMS[item]), typ=shape(_ITEMS[item]))
+                    value.align = _SIZES[item]
+                    centre = builder.load(e.at(offsets, j), typ=shape(e.scalar))
+                    centre.align = e.item
+                    scale = wide if isinstance(shape(e.scalar), ir.VectorType) else single
+                    finish(value, centre, scale, e.at(target, j), shape)
+
+                if MASKS:
+                    done = _whole_rows(builder, e, n, body)
+                    with builder.if_else(builder.icmp_signed("<=", builder.add(done, width), pad)) as (room, none):
+                        with room:
+                            mask = e.first(builder.sub(n, done))
+                            centre = e.masked_load(e.at(offsets, done), mask, e.scalar, e.item)
+                            start = builder.gep(source, [done], source_etype=_ITEMS[item])
+                            part(start, mask, centre, e.at(target, done))
+                        with none:
+                            _single_rows(builder, done, n, body)
+                    cleared = builder.add(done, width)
+                    cleared = builder.select(builder.icmp_signed("<=", cleared, pad), cleared, n)
+                else:
+                    _rows_loop(builder, e, n, body)
+                    cleared = n
+                with cgutils.for_range_slice(builder, cleared, pad, ir.Constant(I64, 1)) as (j, _):
+                    builder.store(ir.Constant(e.scalar, 0.0), e.at(target, j)).align = e.item
+
+        if not MASKS:
+            rows_by_item()
+            return context.get_dummy_value()
+        short = builder.and_(builder.icmp_signed("<", n, width), builder.icmp_signed("==", pad, width))
+        with builder.if_else(short) as (one_vector, several):
+            with one_vector:
+                mask = e.first(n)
+                centre = e.masked_load(offsets, mask, e.scalar, e.item)
+                with cgutils.for_range(builder, count) as loop:
+                    source, target = line(loop.index)
+                    part(source, mask, centre, target)
+            with several:
+                rows_by_item()
         return context.get_dummy_value()
 
     return types.void(one, kind, *[types.int64] * 8), emit
@@ -401,33 +425,46 @@ def invert(one, x, n):
     _invert(one, x, n)
 
 
+def _sum_lanes(builder, e, vectors):
+    """A vector with the sum of the lanes of each of some vectors, a power of two of them and no more than lanes.
+
+    A pair of vectors becomes one, whose halves are what either gives with its own halves added; and so on.
+    """
+    kinds = len(vectors)
+    while len(vectors) > 1 or vectors[0].type.count > kinds:
+        size = vectors[0].type.count
+        half = size * len(vectors) // kinds // 2
+        starts = [x + y for x in range(0, size * min(2, len(vectors)), 2 * half) for y in range(half)]
+        low, high = (
+            ir.Constant(ir.VectorType(I32, len(starts)), [x + shift for x in starts]) for shift in (0, half)
+        )  # fmt: skip
+        pairs = zip(vectors[::2], vectors[1::2] or vectors, strict=True)
+        vectors = [builder.fadd(builder.shuffle_vector(*p, low), builder.shuffle_vector(*p, high)) for p in pairs]
+    return vectors[0]
+
+
 @intrinsic
 def _quadratic_rows(context, one, z, step, count, n, linear, first, second):
     def emit(context, builder, signature, args):
         _, z, step, count, n, linear, first, second = args
         e = Emitter(builder, signature.args[0])
-        lines, coefficients = e.pointer(z), e.pointer(linear)
-        name = f"llvm.vector.reduce.fadd.v{e.lanes}f{8 * e.item}"
-        reduce = cgutils.get_or_insert_function(builder.module, ir.FunctionType(e.scalar, [e.scalar, e.vector]), name)
+        lines, coefficients, targets = e.pointer(z), e.pointer(linear), (e.pointer(first), e.pointer(second))
 
         def body(t, rows):
             """Several rows at once: the sums of one wait for each other."""
             starts = [e.at(lines, builder.mul(builder.add(t, ir.Constant(I64, r)), step)) for r in range(rows)]
-            sums = [[e.accumulator(e.constant(0.0)) for _ in range(2)] for _ in range(rows)]
-            with cgutils.for_range_slice(builder, ir.Constant(I64, 0), n, ir.Constant(I64, e.lanes)) as (j, _):
-                coefficient = e.load(e.at(coefficients, j))
-                for line, (dots, squares) in zip(starts, sums, strict=True):
-                    value = e.load(e.at(line, j))
-                    builder.store(e.multiply_add(value, coefficient, e.get(dots)), dots)
-                    builder.store(e.multiply_add(value, value, e.get(squares)), squares)
-            for r, pair in enumerate(sums):
-                for total, target in zip(pair, (first, second), strict=True):
-                    total = builder.call(reduce, [ir.Constant(e.scalar, 0.0), e.get(total)], fastmath=("reassoc",))
-                    place = e.at(e.pointer(target), builder.add(t, ir.Constant(I64, r)))
-                    builder.store(total, place).align = e.item
+            for square, target in enumerate(targets):
+                sums = [e.accumulator(e.constant(0.0)) for _ in starts]
+                with cgutils.for_range_slice(builder, ir.Constant(I64, 0), n, ir.Constant(I64, e.lanes)) as (j, _):
+                    coefficient = None if square else e.load(e.at(coefficients, j))
+                    for line, total in zip(starts, sums, strict=True):
+                        value = e.load(e.at(line, j))
+                        factor = value if square else coefficient
+                        builder.store(e.multiply_add(value, factor, e.get(total)), total)
+                builder.store(_sum_lanes(builder, e, [e.get(x) for x in sums]), e.at(target, t)).align = e.item
 
         start = ir.Constant(I64, 0)
-        for rows in (4, 1):
+        for rows in sorted({e.lanes, min(4, e.lanes), 1}, reverse=True):
             height = ir.Constant(I64, rows)
             stop = builder.add(start, builder.mul(builder.udiv(builder.sub(count, start), height), height))
             with cgutils.for_range_slice(builder, start, stop, height) as (t, _):

@@ -9,12 +9,21 @@ from numba.extending import register_jitable
 
 from favorsharp_numba.attention_kernels import keep_stats, key_side, query_side
 from favorsharp_numba.compiling import inlined, jit
-from favorsharp_numba.primitives import exp_block, max_block, product, product_sums, product_terms, scale_block
+from favorsharp_numba.primitives import (
+    exp_block,
+    max_block,
+    product,
+    product_sum,
+    product_sums,
+    product_terms,
+    scale_block,
+)
 from favorsharp_numba.rows import add_rows, compare_tops, copy, fill, invert, take_tops
 from favorsharp_numba.tiles import (
     ROWS,
     TILE,
     ZERO,
+    ahead_of,
     get,
     integer_at,
     lanes,
@@ -45,6 +54,15 @@ TRIES = 3
 then features are stored and their own maxima taken off."""
 
 
+@jit
+def add_up(one, normalised, m, n, k, a, a_row, b, b_panel, b_step, row, column, sums, ahead):
+    """Take a product into the sums of values, and of weights too where `normalised`."""
+    if normalised:
+        product_sums(one, m, n, k, a, a_row, 1, b, b_panel, b_step, row, column, sums, ahead)
+    else:
+        product_sum(one, m, n, k, a, a_row, 1, b, b_panel, b_step, row, column, sums, ahead)
+
+
 @inlined
 def begin_keys(one, s, side, top, scratch):
     """Get the scratch of `take_column` ready for sums of this top."""
@@ -57,8 +75,8 @@ def begin_keys(one, s, side, top, scratch):
 
 
 @inlined
-def take_column(one, s, side, points, count, factors, values, v_step, kv, z, top, ones, scratch):
-    """Take keys into the sums (kv, z) relative to 2**top; the first keys set it."""
+def take_column(one, s, side, points, count, factors, values, v_step, normalised, kv, z, top, ones, scratch, ahead):
+    """Take keys into the sums (kv, and z where `normalised`) relative to 2**top; the first keys set it."""
     width = panel(one)
     shifted, bounds, total = scratch, scratch + s.m_pad, scratch + 2 * s.m_pad
     largest, new_top, scales = total + 2 * s.m_pad, total + 3 * s.m_pad, total + 4 * s.m_pad
@@ -66,9 +84,10 @@ def take_column(one, s, side, points, count, factors, values, v_step, kv, z, top
     for _ in range(TRIES):
         fill(one, total, 2 * s.m_pad, one - one)
         fill(one, largest, s.m_pad, -np.inf * one)
-        product_sums(
-            one, count, s.m_pad, s.d, points, s.d_pad, 1, side + s.panels, s.d * width, width, factors, shifted, sums
-        )
+        add_up(
+            one, normalised, count, s.m_pad, s.d, points, s.d_pad, side + s.panels, s.d * width, width, factors,
+            shifted, sums, ahead,
+        )  # fmt: skip
         if not compare_tops(one, s.m_pad, bounds, largest, new_top) > 0:
             add_rows(one, z, s.m_pad, total, 0, 1, one)
             add_rows(one, kv, s.m_pad, total + s.m_pad, 0, 1, one)
@@ -97,8 +116,10 @@ def begin_queries(one, s, side, top, scratch):
 
 
 @inlined
-def weigh_column(one, s, side, columns, count, factors, kv, z, reference, total, numerator, ones, scratch):
-    """What a tile of queries reads: sums of weights and of values, a line each, relative to 2**reference."""
+def weigh_column(
+    one, s, side, columns, count, factors, normalised, kv, z, reference, total, numerator, ones, scratch, ahead
+):  # fmt: skip
+    """What a tile of queries reads: sums of values, and of weights where `normalised`, relative to 2**reference."""
     n, lead = rest_of_tile(count, lanes(one)), min(ROWS, s.m)
     rows, limits = scratch, scratch + s.m_pad
     relative, largest, scales, first = limits + TILE, limits + 2 * TILE, limits + 3 * TILE, limits + 4 * TILE
@@ -114,7 +135,9 @@ def weigh_column(one, s, side, columns, count, factors, kv, z, reference, total,
         fill(one, total, n, one - one)
         fill(one, numerator, n, one - one)
         fill(one, largest, n, -np.inf * one)
-        product_sums(one, s.m, n, s.d, side + s.rows, s.d_pad, 1, columns, panel(one), TILE, rows, relative, sums)
+        add_up(
+            one, normalised, s.m, n, s.d, side + s.rows, s.d_pad, columns, panel(one), TILE, rows, relative, sums, ahead
+        )
         again = compare_tops(one, n, limits, largest, relative) > 0
         copy(one, reference, n, relative)
         add_rows(one, relative, n, largest, 0, 1, one)
@@ -132,8 +155,8 @@ def weigh_column(one, s, side, columns, count, factors, kv, z, reference, total,
 
 
 @jit
-def gather_column(one, s, p, k, v, mask, low, high, scratch):
-    """As `gather_keys`; kv is one line, of m_pad."""
+def gather_column(one, s, p, k, v, mask, normalised, low, high, scratch):
+    """As `gather_keys`; kv is one line, of m_pad, and z is of use only where results are to be `normalised`."""
     points = scratch
     dense = points + TILE * s.d_pad
     factors = dense + TILE * s.d_pad
@@ -156,7 +179,10 @@ def gather_column(one, s, p, k, v, mask, low, high, scratch):
                 values = place_of(v, head, first) if usable else loaded
                 if not usable:
                     load_values(one, s, side, v, mask, head, first, count, values)
-                take_column(one, s, side, points, count, factors, values, v_step, kv, z, top, ones, rest)
+                coming = ahead_of(k, head, first + count, min(stop, first + count + TILE), s.d)
+                take_column(
+                    one, s, side, points, count, factors, values, v_step, normalised, kv, z, top, ones, rest, coming
+                )  # fmt: skip
 
 
 @jit
@@ -186,7 +212,11 @@ def read_column(one, s, p, q, out, normalised, per_head, low, high, scratch):
         for start in range(p.num_queries * share // per_head, stop, TILE):
             count = min(TILE, stop - start)
             load_queries(one, s, side, q, head, start, count, not normalised, points, dense, factors, columns)
-            weigh_column(one, s, side, columns, count, factors, kv, z, reference, total, numerator, ones, rest)
+            coming = ahead_of(q, head, start + count, min(stop, start + count + TILE), s.d)
+            weigh_column(
+                one, s, side, columns, count, factors, normalised, kv, z, reference, total, numerator, ones, rest,
+                coming,
+            )  # fmt: skip
             if normalised:
                 invert(one, total, count)
                 keep_stats(one, p, head, start, count, total, reference)

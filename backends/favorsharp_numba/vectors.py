@@ -21,8 +21,9 @@ from favorsharp_numba.emitter import CACHE_LINE, I64, LOG2E, VECTORS, Emitter
 
 SET, ADD, TERMS = 0, 1, 2
 """Where the sums of a product begin: at 0, at what the result holds, at row[i] + column[j]."""
-STORE, EXP, STREAM, SUMS = 0, 1, 2, 3
-"""What becomes of them: stored, exp stored, exp stored past the caches, 2** of them added up and not stored."""
+STORE, EXP, STREAM, SUMS, SUM = 0, 1, 2, 3, 4
+"""What becomes of them: stored, exp stored, exp stored past the caches, 2** of them added up and not stored, with two
+weights or the second alone."""
 
 
 class Ahead(NamedTuple):
@@ -70,7 +71,7 @@ def _product(
     def emit(context, builder, signature, args):
         m, n, k, a, a_row, a_step, b, b_panel, b_step, c, c_row, row, column, ahead, sums = args[3:]
         address, ahead_step, ahead_rows, ahead_size = cgutils.unpack_tuple(builder, ahead)
-        weight, weight_step, other, other_step, *column_sums = cgutils.unpack_tuple(builder, sums)
+        weight, weight_step, other, other_step, total, other_total, largest = cgutils.unpack_tuple(builder, sums)
         e = Emitter(builder, signature.args[0])
         number = lambda value: ir.Constant(I64, value)  # noqa: E731
 
@@ -87,24 +88,27 @@ def _product(
 
         def add_up(found, i, j):
             """Take a register tile of logarithms into the sums and the maxima of its columns."""
+            sides = [(weight, weight_step), (other, other_step)]
+            places = [e.pointer(builder.add(x, j)) for x in (total, other_total)]
+            if finish_by == SUM:
+                sides, places = sides[1:], places[1:]
+            tops = e.pointer(builder.add(largest, j))
             factors = [
                 [
-                    e.broadcast(e.pointer(builder.add(first, builder.mul(builder.add(i, number(r)), step))))
-                    for first, step in ((weight, weight_step), (other, other_step))
+                    e.broadcast(e.pointer(builder.add(x, builder.mul(builder.add(i, number(r)), step))))
+                    for x, step in sides
                 ]
                 for r in range(len(found))
             ]
             for v in range(len(found[0])):
-                places = [e.at(e.pointer(builder.add(x, j)), v * e.lanes) for x in column_sums]
-                first, second, largest = (e.load(place) for place in places)
-                for line, (own, others) in zip(found, factors, strict=True):
+                top, *added = (e.load(e.at(place, v * e.lanes)) for place in (tops, *places))
+                for line, own in zip(found, factors, strict=True):
                     value = e.get(line[v])
-                    largest = e.larger(largest, value)
+                    top = e.larger(top, value)
                     power = e.exp2(value)
-                    first = e.multiply_add(power, own, first)
-                    second = e.multiply_add(power, others, second)
-                for value, place in zip((first, second, largest), places, strict=True):
-                    e.store(value, place)
+                    added = [e.multiply_add(power, x, y) for x, y in zip(own, added, strict=True)]
+                for value, place in zip((top, *added), (tops, *places), strict=True):
+                    e.store(value, e.at(place, v * e.lanes))
 
         def tile(rows, vectors, i, j):
             panel = builder.mul(builder.udiv(j, number(VECTORS * e.lanes)), b_panel)
@@ -136,7 +140,7 @@ def _product(
                     factor = e.broadcast(e.at(entry, left_rows[r]))
                     for v in range(vectors):
                         builder.store(e.multiply_add(factor, factors[v], e.get(found[r][v])), found[r][v])
-            if finish_by == SUMS:
+            if finish_by in (SUMS, SUM):
                 add_up(found, i, j)
                 return
             for r in range(rows):
@@ -215,9 +219,15 @@ def product_exp_stream(one, m, n, k, a, a_row, a_step, b, b_panel, b_step, c, c_
 
 
 @jit
-def product_sums(one, m, n, k, a, a_row, a_step, b, b_panel, b_step, row, column, sums):
+def product_sums(one, m, n, k, a, a_row, a_step, b, b_panel, b_step, row, column, sums, ahead):
     """Take the logarithms A B + row + column, to base 2, into sums and maxima; right where none is over 127."""
-    _product(one, TERMS, SUMS, m, n, k, a, a_row, a_step, b, b_panel, b_step, b, b_step, row, column, NOTHING, sums)
+    _product(one, TERMS, SUMS, m, n, k, a, a_row, a_step, b, b_panel, b_step, b, b_step, row, column, ahead, sums)
+
+
+@jit
+def product_sum(one, m, n, k, a, a_row, a_step, b, b_panel, b_step, row, column, sums, ahead):
+    """As `product_sums`, with the second weight alone."""
+    _product(one, TERMS, SUM, m, n, k, a, a_row, a_step, b, b_panel, b_step, b, b_step, row, column, ahead, sums)
 
 
 # Blocks: x has `rows` rows, `step` apart, of n columns ---------------------------------------------------------------

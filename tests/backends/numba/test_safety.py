@@ -124,9 +124,14 @@ def test_every_vector_width_and_plain_code_agree(width, tmp_path):
     with fs.use("reference"):
         wide = [x.astype("float64") for x in (q, k, v)]
         want = [fs.linear_attention(*(x[:, :131] for x in wide), fm, **o) for o in OPTIONS]
+        column = fs.kernel_matvec(*(x[:, :131, :1 if i == 2 else None] for i, x in enumerate(wide)), fm)
     q, k, v = (x[:, :131] for x in (q, k, v))
     for options, reference in zip(OPTIONS, want):
         assert np.abs(run(**options) - reference).max() < 1e-5
+    np.testing.assert_allclose(fs.kernel_matvec(q, k, v[..., :1], fm), column, rtol=1e-4, atol=1e-4)
+    _, state = fs.linear_attention(q[:, :130], k[:, :130], v[:, :130], fm, is_causal=True, return_state=True)
+    out, _ = fs.decode_step(q[:, 130:], k[:, 130:], v[:, 130:], state, fm)
+    assert np.abs(out - want[1][:, 130:]).max() < 1e-5
     out, pullback = fs.vjp(fs.linear_attention, q, k, v, fm, is_causal=True)
     print([float(np.abs(x).sum().round(1)) for x in pullback(out)])
     """
