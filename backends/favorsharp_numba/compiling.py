@@ -17,9 +17,6 @@ import numpy as np
 from numba.core import caching
 from numba.core.runtime import rtsys
 
-FAST = {"reassoc", "contract", "arcp", "nsz"}
-"""What arithmetic may be rearranged. Not "nnan" and "ninf": -inf is a mask, and a NaN has to reach its row."""
-
 VARIABLE = "FAVORSHARP_NUMBA_VECTORS"
 
 
@@ -58,16 +55,16 @@ def num_vectors() -> int:
 
 
 def jit(function: Callable[..., Any]) -> Any:
-    """Compile a function without the interpreter, releasing its lock, cached on disk where that is possible."""
-    return _compiled(function, fastmath=False)
+    """Compile a function without the interpreter, releasing its lock, cached on disk where that is possible.
 
-
-def jit_sums(function: Callable[..., Any]) -> Any:
-    """As `jit`, for plain loops whose sums may be taken in any order.
-
-    Not for code with exponentials: `exp2` rounds by adding and subtracting a constant, which may then be cancelled.
+    Nothing may be rearranged: `exp2` rounds by adding and subtracting a constant.
     """
-    return _compiled(function, fastmath=FAST)
+    dispatcher = numba.njit(nogil=True, error_model="numpy")(function)
+    try:
+        dispatcher._cache = _Cache(function)
+    except RuntimeError:  # neither this folder nor the user's cache folder can be written to: compile in every process
+        pass
+    return dispatcher
 
 
 def inlined(function: Callable[..., Any]) -> Any:
@@ -76,15 +73,6 @@ def inlined(function: Callable[..., Any]) -> Any:
     A function with code of its own is optimised once for itself and again inside of all that call it, at every level.
     """
     return numba.njit(nogil=True, error_model="numpy", inline="always")(function)
-
-
-def _compiled(function: Callable[..., Any], fastmath: Any) -> Any:
-    dispatcher = numba.njit(nogil=True, fastmath=fastmath, error_model="numpy")(function)
-    try:
-        dispatcher._cache = _Cache(function)
-    except RuntimeError:  # neither this folder nor the user's cache folder can be written to: compile in every process
-        pass
-    return dispatcher
 
 
 @cache

@@ -2,9 +2,9 @@
 
 import numpy as np
 
-from favorsharp_numba.compiling import inlined, jit, jit_sums
+from favorsharp_numba.compiling import inlined, jit
 from favorsharp_numba.primitives import exp_block, turn_rows
-from favorsharp_numba.rows import copy, fill, turn_tops
+from favorsharp_numba.rows import copy, fill, turn_sums, turn_tops
 from favorsharp_numba.tiles import (
     ALPHA,
     NO_MASK,
@@ -13,7 +13,6 @@ from favorsharp_numba.tiles import (
     ZERO,
     Points,
     Sizes,
-    get,
     integer_at,
     load_points,
     log_factors,
@@ -33,17 +32,6 @@ MAPS = NUM_SIZES
 POINTS = MAPS + 3
 """And where the kind, offsets, row, column and item of q, k, v and out: what `Points` holds besides its base."""
 PLAN_SIZE = POINTS + 4 * 5
-
-
-@jit_sums
-def turn_sums(one, z, scales, keys, weights, new_z, m):
-    """new_z = scales z + keys; the sum of weights new_z."""
-    total = one - one
-    for j in range(m):
-        value = get(one, z + j) * get(one, scales + j) + get(one, keys + j)
-        put(one, new_z + j, value)
-        total += get(one, weights + j) * value
-    return total
 
 
 @inlined
@@ -110,8 +98,7 @@ def turn(one, plan, q, k, v, out, kv, z, c, new_kv, new_z, new_c, low, high, scr
         log_keys(one, s, side, points, count, factors, keys, s.m_pad, NOTHING)
         side = query_side + number * s.total
         load_token(one, queries_from, first, count, s.d, s.d_pad, side + ALPHA, side + s.center, points)
-        for t in range(count):
-            put(one, factors + t, zero_or_nan(one, points + t * s.d_pad, s.d))
+        zero_or_nan(one, s, side, points, count, factors)
         log_keys(one, s, side, points, count, factors, queries, s.m_pad, NOTHING)
         for t in range(count):
             key, query = keys + t * s.m_pad, queries + t * s.m_pad
@@ -121,7 +108,7 @@ def turn(one, plan, q, k, v, out, kv, z, c, new_kv, new_z, new_c, low, high, scr
             copy(one, new_tops, s.m, new_c + place)
             put(one, total, one - one - reference if reference > lowest else one - one)
             exp_block(one, query, 0, 1, s.m_pad, total, 0, nothing, side + ZERO, 0, ignored)
-            weights = turn_sums(one, z + place, scales, key, query, new_z + place, s.m)
+            weights = turn_sums(one, s.m, z + place, scales, key, query, new_z + place)
             place *= s.e
             turn_rows(one, kv + place, new_kv + place, s.m, s.e, scales, key, query, values + t * s.e_pad, numerator)
             put(one, total, one / weights if weights != 0 else weights)

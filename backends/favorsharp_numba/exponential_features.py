@@ -27,7 +27,7 @@ from favorsharp_numba.primitives import (
     product_exp,
     product_exp_stream,
 )
-from favorsharp_numba.rows import fill
+from favorsharp_numba.rows import fill, total_of
 from favorsharp_numba.run import share
 from favorsharp_numba.tiles import (
     NO_MASK,
@@ -39,7 +39,6 @@ from favorsharp_numba.tiles import (
     panel,
     put,
     store_points,
-    total_of,
 )
 
 STREAM_BYTES = 1 << 22

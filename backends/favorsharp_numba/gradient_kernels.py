@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from favorsharp_numba.attention_kernels import SMALL_RISE
-from favorsharp_numba.compiling import inlined, jit, jit_sums
+from favorsharp_numba.compiling import inlined, jit
 from favorsharp_numba.near import load_near
 from favorsharp_numba.primitives import (
     exp_block,
@@ -25,7 +25,7 @@ from favorsharp_numba.primitives import (
     product_terms,
     scale_block,
 )
-from favorsharp_numba.rows import add_rows, fill
+from favorsharp_numba.rows import add_rows, dot_rows, fill, scale_rows, total_of
 from favorsharp_numba.tiles import (
     ALPHA,
     BETA,
@@ -50,7 +50,6 @@ from favorsharp_numba.tiles import (
     raise_top,
     rescale,
     rest_of_tile,
-    total_of,
     transpose,
     zero_or_nan,
 )
@@ -83,14 +82,6 @@ class Backward(NamedTuple):
     maps_size: int
 
 
-@jit_sums
-def dot(one, x, y, n):
-    total = one - one
-    for j in range(n):
-        total += get(one, x + j) * get(one, y + j)
-    return total
-
-
 @inlined
 def load_gradients(one, s, constants, gradient, out, stats, f, start, count, values, other):
     """Rows G of queries: (dout, -dout.out) / total."""
@@ -99,12 +90,15 @@ def load_gradients(one, s, constants, gradient, out, stats, f, start, count, val
     everything = NO_MASK
     load_points(one, gradient, everything, f, start, count, e, s.e_pad, constants + ONE, zeros, values)
     load_points(one, out, everything, f, start, count, e, s.e_pad, constants + ONE, zeros, other)
+    dots, inverses = other, other + TILE
+    dot_rows(one, values, other, s.e_pad, count, s.e_pad, dots)
     for t in range(count):
-        row = values + t * s.e_pad
-        inverse = get(one, stats + 2 * (start + t))
-        put(one, row + e, -dot(one, row, other + t * s.e_pad, e))
-        for j in range(s.e):
-            put(one, row + j, get(one, row + j) * inverse if inverse != 0 else one - one)
+        row, inverse = values + t * s.e_pad, get(one, stats + 2 * (start + t))
+        put(one, row + e, -get(one, dots + t))
+        put(one, inverses + t, inverse)
+        if inverse == 0:
+            fill(one, row, s.e, one - one)
+    scale_rows(one, values, s.e_pad, count, s.e_pad, inverses)
 
 
 @inlined
@@ -134,9 +128,10 @@ def load_side(
         load_points(one, x, everything, f, start, count, s.d, s.d_pad, constants + ALPHA, constants + s.center, z)
         if p.with_factors:
             log_factors(one, s, constants, z, count, dense, factors)
+        else:
+            zero_or_nan(one, s, constants, z, count, factors)
         for t in range(count):
-            own = get(one, factors + t) if p.with_factors else zero_or_nan(one, z + t * s.d_pad, s.d)
-            put(one, factors + t, own - get(one, stats + 2 * (start + t) + 1))
+            put(one, factors + t, get(one, factors + t) - get(one, stats + 2 * (start + t) + 1))
         load_gradients(one, s, constants, second, out, stats, f, start, count, values, other)
 
 

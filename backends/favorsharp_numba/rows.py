@@ -443,33 +443,39 @@ def _sum_lanes(builder, e, vectors):
     return vectors[0]
 
 
+def _products_of_rows(builder, e, count, n, targets, factors):
+    """Store sums over n columns, in whole vectors, of products of two vectors: factors(row, column), one for each
+    target. Several rows at once: the sums of one wait for each other.
+    """
+
+    def body(t, rows):
+        places = [builder.add(t, ir.Constant(I64, r)) for r in range(rows)]
+        for target, pair in zip(targets, factors, strict=True):
+            sums = [e.accumulator(e.constant(0.0)) for _ in places]
+            with cgutils.for_range_slice(builder, ir.Constant(I64, 0), n, ir.Constant(I64, e.lanes)) as (j, _):
+                for place, total in zip(places, sums, strict=True):
+                    builder.store(e.multiply_add(*pair(place, j), e.get(total)), total)
+            builder.store(_sum_lanes(builder, e, [e.get(x) for x in sums]), e.at(target, t)).align = e.item
+
+    start = ir.Constant(I64, 0)
+    for rows in sorted({e.lanes, min(4, e.lanes), 1}, reverse=True):
+        height = ir.Constant(I64, rows)
+        stop = builder.add(start, builder.mul(builder.udiv(builder.sub(count, start), height), height))
+        with cgutils.for_range_slice(builder, start, stop, height) as (t, _):
+            body(t, rows)
+        start = stop
+
+
 @intrinsic
 def _quadratic_rows(context, one, z, step, count, n, linear, first, second):
     def emit(context, builder, signature, args):
         _, z, step, count, n, linear, first, second = args
         e = Emitter(builder, signature.args[0])
-        lines, coefficients, targets = e.pointer(z), e.pointer(linear), (e.pointer(first), e.pointer(second))
-
-        def body(t, rows):
-            """Several rows at once: the sums of one wait for each other."""
-            starts = [e.at(lines, builder.mul(builder.add(t, ir.Constant(I64, r)), step)) for r in range(rows)]
-            for square, target in enumerate(targets):
-                sums = [e.accumulator(e.constant(0.0)) for _ in starts]
-                with cgutils.for_range_slice(builder, ir.Constant(I64, 0), n, ir.Constant(I64, e.lanes)) as (j, _):
-                    coefficient = None if square else e.load(e.at(coefficients, j))
-                    for line, total in zip(starts, sums, strict=True):
-                        value = e.load(e.at(line, j))
-                        factor = value if square else coefficient
-                        builder.store(e.multiply_add(value, factor, e.get(total)), total)
-                builder.store(_sum_lanes(builder, e, [e.get(x) for x in sums]), e.at(target, t)).align = e.item
-
-        start = ir.Constant(I64, 0)
-        for rows in sorted({e.lanes, min(4, e.lanes), 1}, reverse=True):
-            height = ir.Constant(I64, rows)
-            stop = builder.add(start, builder.mul(builder.udiv(builder.sub(count, start), height), height))
-            with cgutils.for_range_slice(builder, start, stop, height) as (t, _):
-                body(t, rows)
-            start = stop
+        lines, coefficients = e.pointer(z), e.pointer(linear)
+        value = lambda t, j: e.load(e.at(lines, builder.add(builder.mul(t, step), j)))  # noqa: E731
+        dot = lambda t, j: (value(t, j), e.load(e.at(coefficients, j)))  # noqa: E731
+        square = lambda t, j: (value(t, j),) * 2  # noqa: E731
+        _products_of_rows(builder, e, count, n, (e.pointer(first), e.pointer(second)), (dot, square))
         return context.get_dummy_value()
 
     return types.void(one, *[types.int64] * 7), emit
@@ -479,6 +485,56 @@ def _quadratic_rows(context, one, z, step, count, n, linear, first, second):
 def quadratic_rows(one, z, step, count, n, linear, first, second):
     """first[t] = linear.z[t], second[t] = z[t].z[t] over n columns, in whole vectors."""
     _quadratic_rows(one, z, step, count, n, linear, first, second)
+
+
+@intrinsic
+def _dot_rows(context, one, x, y, step, count, n, dots):
+    def emit(context, builder, signature, args):
+        _, x, y, step, count, n, dots = args
+        e = Emitter(builder, signature.args[0])
+        lines = e.pointer(x), e.pointer(y)
+
+        def pair(t, j):
+            return [e.load(e.at(line, builder.add(builder.mul(t, step), j))) for line in lines]
+
+        _products_of_rows(builder, e, count, n, [e.pointer(dots)], [pair])
+        return context.get_dummy_value()
+
+    return types.void(one, *[types.int64] * 6), emit
+
+
+@jit
+def dot_rows(one, x, y, step, count, n, dots):
+    """dots[t] = x[t].y[t] over n columns, in whole vectors; they may lie where x or y begins."""
+    _dot_rows(one, x, y, step, count, n, dots)
+
+
+@intrinsic
+def _total_of(context, one, x, n):
+    def emit(context, builder, signature, args):
+        _, x, n = args
+        e = Emitter(builder, signature.args[0])
+        line = e.pointer(x)
+        wide, single = e.accumulator(e.constant(0.0)), cgutils.alloca_once_value(builder, ir.Constant(e.scalar, 0.0))
+
+        def body(j, shape):
+            kind = shape(e.scalar)
+            value = builder.load(e.at(line, j), typ=kind)
+            value.align = e.item
+            total = wide if isinstance(kind, ir.VectorType) else single
+            builder.store(builder.fadd(builder.load(total, typ=kind), value), total)
+
+        _rows_loop(builder, e, n, body)
+        whole = builder.extract_element(_sum_lanes(builder, e, [e.get(wide)]), ir.Constant(I32, 0))
+        return builder.fadd(whole, builder.load(single, typ=e.scalar))
+
+    return one(one, types.int64, types.int64), emit
+
+
+@jit
+def total_of(one, x, n):
+    """The sum of n items."""
+    return _total_of(one, x, n)
 
 
 @intrinsic
@@ -562,6 +618,37 @@ def turn_tops(one, n, c, keys, queries, new_c, scales):
     features of a query become logarithms of its weights, and the largest is returned.
     """
     return _turn_tops(one, n, c, keys, queries, new_c, scales)
+
+
+@intrinsic
+def _turn_sums(context, one, n, z, scales, keys, weights, new_z):
+    def emit(context, builder, signature, args):
+        _, n, z, scales, keys, weights, new_z = args
+        e = Emitter(builder, signature.args[0])
+        target, *sources = (e.pointer(x) for x in (new_z, z, scales, keys, weights))
+        wide, single = e.accumulator(e.constant(0.0)), cgutils.alloca_once_value(builder, ir.Constant(e.scalar, 0.0))
+
+        def body(j, shape):
+            kind = shape(e.scalar)
+            held, scale, key, weight = (builder.load(e.at(place, j), typ=kind) for place in sources)
+            held.align = scale.align = key.align = weight.align = e.item
+            value = builder.fadd(builder.fmul(held, scale), key, flags=("contract",))
+            builder.store(value, e.at(target, j)).align = e.item
+            total = wide if isinstance(kind, ir.VectorType) else single
+            read = builder.fmul(value, weight)
+            builder.store(builder.fadd(builder.load(total, typ=kind), read, flags=("contract",)), total)
+
+        _rows_loop(builder, e, n, body)
+        whole = builder.extract_element(_sum_lanes(builder, e, [e.get(wide)]), ir.Constant(I32, 0))
+        return builder.fadd(whole, builder.load(single, typ=e.scalar))
+
+    return one(one, *[types.int64] * 6), emit
+
+
+@jit
+def turn_sums(one, n, z, scales, keys, weights, new_z):
+    """new_z = scales z + keys; return the sum of weights new_z."""
+    return _turn_sums(one, n, z, scales, keys, weights, new_z)
 
 
 @intrinsic

@@ -4,31 +4,47 @@ Kernels run without the interpreter's lock, on threads of our own: Numba's threa
 are called from two threads at once (workqueue) or after a fork (OpenMP). Small work stays on the calling thread.
 """
 
+import ctypes
 import os
+import platform
+import queue
 import sys
 import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any
 
 import numba
 import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from favorsharp_numba.compiling import jit
 
 SMALL = 4e6
 """Multiplications below which handing work to another thread costs more than it saves: some 40 microseconds."""
 
-_pool: ThreadPoolExecutor | None = None
+PATIENCE, MOMENT = 4000, 100
+"""How often to look whether others have finished before going to sleep, some 100 microseconds in all: to be woken takes
+30, as long as a share of small work. And how often once they have, for them to hand the interpreter's lock back."""
+
+PAUSE = "llvm.x86.sse2.pause" if platform.machine().lower() in ("x86_64", "amd64") else None
+"""What tells a processor that a thread only waits; elsewhere its looks are over sooner."""
+
+_calls: "queue.SimpleQueue[Work]" = queue.SimpleQueue()
+_helpers = 0
 _lock = threading.Lock()
 
 
-def _forget_pool() -> None:
+def _forget_helpers() -> None:
     """Threads do not survive a fork, and a lock may have been held by one of them."""
-    global _pool, _lock
-    _pool, _lock = None, threading.Lock()
+    global _calls, _helpers, _lock
+    _calls, _helpers, _lock = queue.SimpleQueue(), 0, threading.Lock()
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget_pool)
+    os.register_at_fork(after_in_child=_forget_helpers)
 
 
 def num_threads() -> int:
@@ -55,12 +71,100 @@ def _controlled() -> list[int]:
     return [library.num_threads for library in _controller.lib_controllers]
 
 
-def _workers(count: int) -> ThreadPoolExecutor:
-    global _pool
+@intrinsic
+def _look(context, address):
+    """The integer at an address, which another thread may just have written."""
+
+    def emit(context, builder, signature, args):
+        if PAUSE:
+            kind = ir.FunctionType(ir.VoidType(), [])
+            builder.call(cgutils.get_or_insert_function(builder.module, kind, PAUSE), [])
+        pointer = builder.inttoptr(args[0], ir.PointerType())
+        return builder.load_atomic(pointer, "acquire", 8, typ=ir.IntType(64))
+
+    return types.int64(types.int64), emit
+
+
+@jit
+def watch(address, patience):
+    """Wait, without the interpreter's lock, until the integer at an address is 0; return what it is then."""
+    left = patience
+    while left > 0:
+        left -= 1
+        if _look(address) == 0:
+            left = min(left, MOMENT)
+    return _look(address)
+
+
+class Work:
+    """The tasks of a kernel, and who is at them."""
+
+    def __init__(self, kernel: Callable[..., None], given: tuple[Any, ...], tasks: int, memory: Any) -> None:
+        self.kernel, self.given, self.tasks, self.memory = kernel, given, tasks, memory
+        self.threads = len(memory)
+        self.least = max(1, tasks // (16 * self.threads))
+        self.lock, self.ended = threading.Lock(), threading.Lock()
+        self.next = self.started = 0
+        self.busy = ctypes.c_int64(0)
+        self.waiting = False
+        self.fault: BaseException | None = None
+
+    def take_part(self) -> None:
+        """Work off shares, large ones first, until none is left."""
+        with self.lock:
+            if self.next == self.tasks:
+                return
+            place = aligned(self.memory[self.started])
+            self.started += 1
+            self.busy.value += 1
+            low, high = self._share()
+        try:
+            while low < high:
+                self.kernel(*self.given, low, high, place)
+                with self.lock:
+                    low, high = self._share()
+        except BaseException as fault:
+            self.fault = fault
+        with self.lock:
+            self.busy.value -= 1
+            if self.waiting and self.busy.value == 0:
+                self.ended.release()
+
+    def finish(self) -> None:
+        """Wait for those who are still at it."""
+        if watch(ctypes.addressof(self.busy), PATIENCE):
+            self.ended.acquire()
+            with self.lock:
+                self.waiting = self.busy.value > 0
+            while self.waiting:
+                try:
+                    self.ended.acquire()
+                    self.waiting = False
+                except BaseException as fault:  # an interrupt: memory is not given back while others write to it
+                    self.fault = fault
+        if self.fault is not None:
+            raise self.fault
+
+    def _share(self) -> tuple[int, int]:
+        low = self.next
+        self.next = min(self.tasks, low + max(self.least, (self.tasks - low) // (2 * self.threads)))
+        return low, self.next
+
+
+def _help() -> None:
+    calls = _calls
+    while True:
+        calls.get().take_part()
+
+
+def _call_helpers(work: Work) -> None:
+    global _helpers
     with _lock:
-        if _pool is None or _pool._max_workers < count:
-            _pool = ThreadPoolExecutor(count, thread_name_prefix="favorsharp")
-        return _pool
+        while _helpers < work.threads - 1:
+            _helpers += 1
+            threading.Thread(target=_help, name=f"favorsharp_{_helpers}", daemon=True).start()
+    for _ in range(work.threads - 1):
+        _calls.put(work)
 
 
 def share(kernel: Callable[..., None], tasks: int, work: float, scratch: int, one: Any, *arguments: Any) -> None:
@@ -87,26 +191,10 @@ def share(kernel: Callable[..., None], tasks: int, work: float, scratch: int, on
     if threads == 1:
         kernel(one, *arguments, 0, tasks, aligned(memory[0]))
         return
-    step = max(1, tasks // (4 * threads))  # short shares: a thread that is held up leaves its rest to the others
-    shares = iter(range(0, tasks, step))
-    take = threading.Lock()
-
-    def work_off(thread: int) -> None:
-        place = aligned(memory[thread])
-        while True:
-            with take:
-                low = next(shares, None)
-            if low is None:
-                return
-            kernel(one, *arguments, low, min(low + step, tasks), place)
-
-    others = [_workers(num_threads() - 1).submit(work_off, thread) for thread in range(1, threads)]
-    try:
-        work_off(0)
-    finally:
-        wait(others)
-    for other in others:
-        other.result()
+    work_of_all = Work(kernel, (one, *arguments), tasks, memory)
+    _call_helpers(work_of_all)
+    work_of_all.take_part()
+    work_of_all.finish()
 
 
 def aligned(memory: Any) -> int:

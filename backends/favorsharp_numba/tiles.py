@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numba.extending import register_jitable
 
-from favorsharp_numba.compiling import inlined, jit, jit_sums
+from favorsharp_numba.compiling import inlined, jit
 from favorsharp_numba.emitter import BYTES
 from favorsharp_numba.primitives import (
     exp_block,
@@ -24,14 +24,17 @@ from favorsharp_numba.primitives import (
 )
 from favorsharp_numba.rows import (
     FLOAT32,
+    add_rows,
     combine,
     compare_tops,
+    dot_rows,
     fill,
     load_rows,
     quadratic_rows,
     scale_rows,
     store_rows,
     take_tops,
+    total_of,
     transpose_block,
 )
 from favorsharp_numba.vectors import Ahead, byte_at, get, integer_at, item_size, lanes, panel, put
@@ -167,30 +170,10 @@ def transpose(one, x, x_step, rows, columns, y, y_step, pad):
             fill(one, y + j * y_step + rows, pad - rows, one - one)
 
 
-@jit_sums
-def total_of(one, x, n):
-    total = one - one
-    for j in range(n):
-        total += get(one, x + j)
-    return total
-
-
-@jit_sums
-def zero_or_nan(one, z, d):
-    """0; NaN where an entry is not finite."""
-    total = one - one
-    for j in range(d):
-        total += get(one, z + j)
-    return total * (one - one)
-
-
-@jit_sums
-def squared_norm(one, z, d):
-    total = one - one
-    for j in range(d):
-        value = get(one, z + j)
-        total += value * value
-    return total
+@inlined
+def zero_or_nan(one, s, side, z, count, factors):
+    """factors[t] = 0, or NaN where row z[t] is not finite; the tile of scratch behind the factors is used too."""
+    quadratic_rows(one, z, s.d_pad, count, s.d_pad, side + s.total - s.d_pad, factors, factors + TILE)
 
 
 @inlined
@@ -204,8 +187,9 @@ def log_factors(one, s, side, z, count, dense, factors):
     squares = factors + TILE
     quadratic_rows(one, z, s.d_pad, count, s.d_pad, side + s.linear, factors, squares)
     combine(one, count, get(one, side + OFFSET), one, factors, -get(one, side + BETA), squares, factors)
-    for t in range(count if s.has_dense else 0):
-        put(one, factors + t, get(one, factors + t) - squared_norm(one, dense + t * s.d_pad, s.d))
+    if s.has_dense:
+        dot_rows(one, dense, dense, s.d_pad, count, s.d_pad, dense)
+        add_rows(one, factors, count, dense, 0, 1, -one)
     combine(one, count, one - one, one, factors, one - one, factors, factors)  # NaN for an infinity
 
 
