@@ -328,9 +328,11 @@ def function(op: str) -> Callable[..., Any]:
     return getattr(importlib.import_module(module), name)  # type: ignore[no-any-return]
 
 
-def has_gradients(shape: Shape) -> bool:
-    """Whether the backward kernels serve points of this size."""
-    return shape.d <= 128
+def has_gradients(shape: Shape, room: int | None = None) -> bool:
+    """Whether a device serves gradients of points of this size; one of so much shared memory, or the shape's card."""
+    from favorsharp_cuda.gradients import sweeps_for
+
+    return bool(sweeps_for(shape.dtype, shape.d, SHARED_LIMITS[shape.card] if room is None else room))
 
 
 def names(shape: Shape | None = None) -> list[str]:
