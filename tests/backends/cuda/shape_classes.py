@@ -6,6 +6,7 @@ As a script: run calls in a process of its own, under whatever sanitizer it has.
 
 import importlib
 import json
+import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -125,6 +126,7 @@ CALLS: dict[str, Callable[[Any], tuple[str, tuple[Any, ...], dict[str, Any]]]] =
     "read": lambda p: ("read", (p.state(0), p.q, p.map), {}),
     "read, window 16": lambda p: ("read", (p.state(16), p.q, p.map), {}),
     "decode": lambda p: ("decode_step", (*p.token, p.state(0), p.map), {}),
+    "decode, masked": lambda p: ("decode_step", (*p.token, p.state(0), p.map), {"key_mask": p.token_mask}),
     "decode, window 16": lambda p: ("decode_step", (*p.token, p.state(16), p.map), {}),
     "matvec": lambda p: ("kernel_matvec", (p.q, p.k, p.v, p.map), {}),
 }  # fmt: skip
@@ -173,6 +175,7 @@ class Problem:
         self.v, v_same, v_token = (guarded(x.astype(dtype)) for x in values)
         self.same = (k_same, v_same)
         self.token = (q_token, guarded(self.point(draw(*key_batch, 1, shape.d)).astype(dtype)), v_token)
+        self.token_mask = guarded(np.arange(math.prod(key_batch)).reshape(*key_batch, 1) % 2 == 1)
         masks = [rng.random((*key_batch, size)) > 0.3 for size in (lengths.s, lengths.n)]
         if len(key_batch) > 1 or key_batch[0] > 1:
             for mask in masks:
