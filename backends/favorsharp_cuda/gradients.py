@@ -82,18 +82,24 @@ def sweep_of(like: Any, d: int, e: int) -> Sweep:
     """
     width_of(d)
     dtype, device = arrays.name_of(like), arrays.device_number(like)
-    sweeps, item, room = SWEEPS[arrays.WIDER[dtype]], arrays.computed_item(dtype), shared_room(device)
-    fitting = [sweep for sweep in sweeps if shared_of(sweep, item) <= room]
-    wide_enough = [sweep for sweep in fitting if sweep.points >= d]
-    if wide_enough:
+    room = shared_room(device)
+    if wide_enough := sweeps_for(dtype, d, room):
         return min(wide_enough, key=lambda x: (-(-e // x.values), x.points, -x.features, x.values))
-    needed = min(shared_of(sweep, item) for sweep in sweeps if sweep.points >= d)
+    item = arrays.computed_item(dtype)
+    needed = min(shared_of(sweep, item) for sweep in SWEEPS[arrays.WIDER[dtype]] if sweep.points >= d)
+    fitting = sweeps_for(dtype, 0, room)
     served = [f"d of at most {max(sweep.points for sweep in fitting)}"] if fitting else []
     served += ["float32"] if dtype == "float64" else []
     raise ValueError(
         f"gradients in {dtype} of d={d} need {needed} bytes of shared memory for a block, and device {device} has "
         f"{room}; accepted there: {', or '.join(served) or 'none'}"
     )
+
+
+def sweeps_for(dtype: str, d: int, room: int) -> list[Sweep]:
+    """Those that serve points of size d where a block has so much shared memory."""
+    item = arrays.computed_item(dtype)
+    return [x for x in SWEEPS[arrays.WIDER[dtype]] if x.points >= d and shared_of(x, item) <= room]
 
 
 def width_of(d: int) -> int:

@@ -8,9 +8,12 @@ from favorsharp_cuda import arrays
 from favorsharp_cuda.launch import run, shared_room
 from favorsharp_cuda.maps import plain_map
 from favorsharp_cuda.problem import Problem, Sums, key_batch_of, new_sums
-from favorsharp_cuda.source import expression
+from favorsharp_cuda.source import DECODED_HEADS, expression
 
 THREADS = 128
+DECODE_THREADS = 256
+PROCESSORS = 132
+"""Those of an H100: a token's values are cut while some are idle, no further, as every part computes all features."""
 ENTER, NEAR, LOAD_PARTIAL, STORE_PARTIAL = 1, 2, 4, 8
 QUERIES_A_BLOCK = 16
 
@@ -36,30 +39,44 @@ def attend(
     **numbers: int,
 ) -> None:
     """One launch of `plain_attention`; see kernels/plain.cu for what the flags say."""
-    d = feature_map.parameters.g1.shape[-1]
-    m = feature_map.num_features
+    d, m = feature_map.parameters.g1.shape[-1], feature_map.num_features
     shared = shared_of(like, dtype, d=d, e=e, m=m)
-    problem = Problem(batch)
-    packed = plain_map(feature_map, like, arrays.WIDER[dtype])
-    problem.held += [packed.query, packed.key]
-    problem.number("map_axis", tuple(feature_map.batch_shape))
-    problem.values["query"]["header"] = arrays.place_of(packed.query)[0]
-    problem.values["key"]["header"] = arrays.place_of(packed.key)[0]
+    given = {"q": q, "k": k, "v": v, "mask": mask, "out": out, "partial_sums": partial, "stats": stats}
+    problem = _problem(Problem(batch), feature_map, dtype, like, e, given, sums, new)
     problem.set(
-        m=m, d=d, e=e, has_dense=packed.has_dense, map_rows=packed.size,
-        gaussian=feature_map.parameters.kernel == "gaussian", normalised=1, segments=pieces, flags=flags,
-        num_queries=0 if q is None else q.shape[-2], num_keys=0 if k is None else k.shape[-2],
+        normalised=1, segments=pieces, flags=flags, num_queries=0 if q is None else q.shape[-2],
+        num_keys=0 if k is None else k.shape[-2],
     )  # fmt: skip
     problem.set(**numbers)
-    for name, x in (("q", q), ("k", k), ("v", v), ("out", out), ("partial_sums", partial), ("stats", stats)):
+    run(expression("plain_attention", dtype), like, problem.heads * pieces, THREADS, problem.values, shared)
+
+
+def _problem(
+    problem: Problem,
+    feature_map: Any,
+    dtype: str,
+    like: Any,
+    e: int,
+    given: dict[str, Any],
+    sums: Sums | None,
+    new: Sums | None,
+) -> Problem:
+    """The problem with the map's constants and sizes, and with those arrays that there are."""
+    packed = plain_map(feature_map, like, arrays.WIDER[dtype])
+    problem.number("map_axis", tuple(feature_map.batch_shape))
+    problem.values["query"]["header"] = problem.hold(packed.query)
+    problem.values["key"]["header"] = problem.hold(packed.key)
+    problem.set(
+        m=feature_map.num_features, d=feature_map.parameters.g1.shape[-1], e=e, has_dense=packed.has_dense,
+        map_rows=packed.size, gaussian=feature_map.parameters.kernel == "gaussian",
+    )  # fmt: skip
+    for name, x in given.items():
         if x is not None:
-            problem.array(name, x)
-    if mask is not None:
-        problem.array("mask", mask, trailing=1)
+            problem.array(name, x, trailing=1 if name == "mask" else 2)
     for names, group in ((("kv_in", "z_in", "c_in"), sums), (("kv_out", "z_out", "c_out"), new)):
         for name, x in zip(names, group or (), strict=bool(group)):
             problem.array(name, x)
-    run(expression("plain_attention", dtype), like, problem.heads * pieces, THREADS, problem.values, shared)
+    return problem
 
 
 def shared_of(like: Any, dtype: str, *, d: int, e: int, m: int) -> int:
@@ -168,6 +185,55 @@ def causal(
         stats=stats,
     )  # fmt: skip
     return new
+
+
+def decode(q: Any, k: Any, v: Any, feature_map: Any, key_mask: Any, sums: Sums) -> tuple[Any, Sums] | None:
+    """What a token's queries read of the sums after its key, and those sums; None where `decode` has no room for d."""
+    dtype, d, e = arrays.name_of(q), q.shape[-1], v.shape[-1]
+    keys = broadcast_shapes(key_batch_of(feature_map, k, v, key_mask), tuple(sums[0].shape[:-2]))
+    batch = broadcast_shapes(tuple(q.shape[:-2]), keys)
+    group = math.prod(batch) // max(1, math.prod(keys))
+    heads = heads_decoded(q, d, group)
+    if heads == 0 or group == 0:
+        return None
+    blocks = math.prod(keys) * -(-group // heads)
+    span = columns_decoded(e, arrays.computed_item(dtype), blocks)
+    parts = max(1, -(-e // span))
+    out = arrays.empty(q, (*batch, 1, e), dtype)
+    new = new_sums(q, keys, feature_map.num_features, e, arrays.WIDER[dtype])
+    given = {"q": q, "k": k, "v": v, "mask": key_mask, "out": out}
+    problem = _problem(Problem(batch, keys=keys), feature_map, dtype, q, e, given, sums, new)
+    problem.set(num_queries=group, segments=parts, span=span)
+    shared = shared_of_decode(d, heads, span, arrays.computed_item(dtype))
+    run(expression("decode", dtype, heads), q, blocks * parts, DECODE_THREADS, problem.values, shared)
+    return out, new
+
+
+def heads_decoded(like: Any, d: int, group: int) -> int:
+    """How many query heads of a key head a block of `decode` takes: no more than enough, and than it has room for."""
+    item, room = arrays.computed_item(arrays.name_of(like)), shared_room(arrays.device_number(like))
+    fitting = [heads for heads in DECODED_HEADS if shared_of_decode(d, heads, widest_decoded(item), item) <= room]
+    return next((heads for heads in fitting if heads >= group), max(fitting, default=0))
+
+
+def columns_decoded(e: int, item: int, blocks: int) -> int:
+    """The columns of the values that a block of `decode` takes, in whole sectors of 32 bytes."""
+    sector, widest = 32 // item, widest_decoded(item)
+    parts = max(1, PROCESSORS // max(1, blocks), -(-e // widest))
+    return max(1, -(-e // (parts * sector))) * sector
+
+
+def widest_decoded(item: int) -> int:
+    """Those that it takes at most: 16 bytes a lane of a warp."""
+    return 32 * 16 // item
+
+
+def shared_of_decode(d: int, heads: int, span: int, item: int) -> int:
+    """Bytes of shared memory that a block of `decode` takes."""
+    warps = DECODE_THREADS // 32
+    features = (3 + heads) * DECODE_THREADS + (1 + heads) * warps + heads
+    sums = max((1 + heads) * DECODE_THREADS, heads * warps * (span + 1))
+    return item * ((1 + heads) * (d + 1) + span + features + sums)
 
 
 def features(u: Any, rows: Any, row: Any, column: Any, out: Any) -> None:

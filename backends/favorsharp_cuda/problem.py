@@ -44,11 +44,16 @@ class Problem:
         The heads that the kernel's blocks count through.
     layout : dtype
         Of the structure.
+    keys : tuple of int, optional
+        A batch that broadcasts to this one, whose heads are then counted so that those of one key head follow each
+        other.
     """
 
-    def __init__(self, batch: Sequence[int], layout: Any = PROBLEM) -> None:
+    def __init__(self, batch: Sequence[int], layout: Any = PROBLEM, keys: Sequence[int] = ()) -> None:
         self.batch = tuple(batch)
         axes = [axis for axis, size in enumerate(self.batch) if size != 1]
+        of_keys = [1] * (len(self.batch) - len(keys)) + list(keys)
+        axes.sort(key=lambda axis: of_keys[axis] == 1)
         if len(axes) > AXES:
             raise ValueError(f"batch {self.batch} has {len(axes)} axes longer than 1, accepted: at most {AXES}")
         self._axes = axes

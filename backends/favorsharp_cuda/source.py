@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 FILES = (
     *("primitives.cuh", "arguments.cuh", "tiles.cuh", "plain.cu", "exponential_features.cu"),
-    *("state.cu", "attention.cu", "walk.cuh", "causal_attention.cu"),
+    *("state.cu", "decode.cu", "attention.cu", "walk.cuh", "causal_attention.cu"),
 )
 """In the order in which they are joined."""
 
@@ -52,6 +52,10 @@ WALKED_SIZES = (16, 32, 64)
 
 16 is for blocks of 99 KB (compute capability 8.6, 8.9, 12.0) beside points of more than 64 entries.
 """
+
+
+DECODED_HEADS = (1, 8)
+"""Query heads of one key head that a block of `decode` takes at most; more of them are several blocks'."""
 
 
 class Sweep(NamedTuple):
@@ -103,6 +107,7 @@ def _gradients() -> tuple[str, ...]:
 INSTANTIATIONS = (
     *(expression("plain_attention", dtype) for dtype in TYPES),
     *(expression("plain_features", dtype) for dtype in TYPES),
+    *(expression("decode", dtype, heads) for dtype in TYPES for heads in DECODED_HEADS),
     *(expression(kernel, dtype) for kernel in ("features", "factors") for dtype in TILE_TYPES),
     *(expression(kernel, dtype, e) for kernel in ("absorb", "read") for dtype in TILE_TYPES for e in VALUE_SIZES),
     *(expression("walk", dtype, e) for dtype in TILE_TYPES for e in WALKED_SIZES),

@@ -43,7 +43,14 @@ def read(state: State, q: Any, feature_map: Any) -> Any:
 
 
 def decode_step(q: Any, k: Any, v: Any, state: State, feature_map: Any, *, key_mask: Any = None) -> tuple[Any, State]:
-    """As `favorsharp.ops.state.decode_step`."""
+    """As `favorsharp.ops.state.decode_step`: one launch, but with a window, or where `plain.decode` has no room."""
+    if state.window == 0:
+        wide, sums = arrays.name_of(state.kv), (state.kv, state.z, state.c)
+        token = fitting(q, wide), fitting(k, wide), fitting(v, wide)
+        decoded = plain.decode(*token, feature_map, key_mask, sums)
+        if decoded is not None:
+            out, (kv, z, c) = decoded
+            return arrays.cast(out, arrays.name_of(q)), replace(state, kv=kv, z=z, c=c)
     state = update(state, k, v, feature_map, key_mask=key_mask)
     return read(state, q, feature_map), state
 

@@ -1,4 +1,4 @@
-// Every op by plain arithmetic, for float64, for points of any size and for single tokens. A block takes one head, and one
+// Every op by plain arithmetic, for float64, for points of any size and for few points. A block takes one head, and one
 // point after the other; its threads share the features, then the columns of the values.
 //
 // Log features are natural here. A state is (kv, z, c) in global memory, as a State holds it.

@@ -6,6 +6,7 @@ As a script: run calls in a process of its own, under whatever sanitizer it has.
 
 import importlib
 import json
+import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -125,6 +126,7 @@ CALLS: dict[str, Callable[[Any], tuple[str, tuple[Any, ...], dict[str, Any]]]] =
     "read": lambda p: ("read", (p.state(0), p.q, p.map), {}),
     "read, window 16": lambda p: ("read", (p.state(16), p.q, p.map), {}),
     "decode": lambda p: ("decode_step", (*p.token, p.state(0), p.map), {}),
+    "decode, masked": lambda p: ("decode_step", (*p.token, p.state(0), p.map), {"key_mask": p.token_mask}),
     "decode, window 16": lambda p: ("decode_step", (*p.token, p.state(16), p.map), {}),
     "matvec": lambda p: ("kernel_matvec", (p.q, p.k, p.v, p.map), {}),
 }  # fmt: skip
@@ -173,6 +175,7 @@ class Problem:
         self.v, v_same, v_token = (guarded(x.astype(dtype)) for x in values)
         self.same = (k_same, v_same)
         self.token = (q_token, guarded(self.point(draw(*key_batch, 1, shape.d)).astype(dtype)), v_token)
+        self.token_mask = guarded(np.arange(math.prod(key_batch)).reshape(*key_batch, 1) % 2 == 1)
         masks = [rng.random((*key_batch, size)) > 0.3 for size in (lengths.s, lengths.n)]
         if len(key_batch) > 1 or key_batch[0] > 1:
             for mask in masks:
@@ -328,9 +331,11 @@ def function(op: str) -> Callable[..., Any]:
     return getattr(importlib.import_module(module), name)  # type: ignore[no-any-return]
 
 
-def has_gradients(shape: Shape) -> bool:
-    """Whether the backward kernels serve points of this size."""
-    return shape.d <= 128
+def has_gradients(shape: Shape, room: int | None = None) -> bool:
+    """Whether a device serves gradients of points of this size; one of so much shared memory, or the shape's card."""
+    from favorsharp_cuda.gradients import sweeps_for
+
+    return bool(sweeps_for(shape.dtype, shape.d, SHARED_LIMITS[shape.card] if room is None else room))
 
 
 def names(shape: Shape | None = None) -> list[str]:

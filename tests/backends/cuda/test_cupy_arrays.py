@@ -120,7 +120,7 @@ def test_causal_attention_and_its_state():
         close(getattr(state, name), getattr(kept, name))
 
 
-def test_streaming():
+def test_streaming(monkeypatch):
     p = Problem()
     q, k, v = p.host
     empty = empty_state(p.map, (2,), 4, 3, 0, k[..., :0, :])
@@ -132,10 +132,13 @@ def test_streaming():
     close(state.kv, kept.kv)
     close(run(read, state, p.points[0], p.gpu_map), read.reference(kept, q, p.map))
     token = [put(x[:, :1]) for x in p.host]
+    monkeypatch.setattr(HostModule, "launched", set())
     out, after = run(decode_step, *token, state, p.gpu_map)
+    assert HostModule.launched == {"favorsharp::decode<double, 1>"}
     want, last = decode_step.reference(*(x[:, :1] for x in p.host), kept, p.map)
     close(out, want)
-    close(after.z, last.z)
+    for name in ("kv", "z", "c"):
+        close(getattr(after, name), getattr(last, name))
 
 
 def test_kernel_matvec_and_features():

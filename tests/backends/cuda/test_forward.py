@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import ml_dtypes  # noqa: F401  np.dtype("bfloat16")
 import numpy as np
 import on_host  # noqa: F401  builds are then shared with the other tests
 import pytest
@@ -16,7 +17,8 @@ from favorsharp.ops.exponential_features import exponential_features
 from favorsharp.ops.kernel_matvec import kernel_matvec
 from favorsharp.ops.state import decode_step, empty_state, read, update
 from favorsharp.parameters import astype
-from favorsharp_cuda import BACKEND, arrays, launch, tiles
+from favorsharp_cuda import BACKEND, arrays, launch, plain, tiles
+from favorsharp_cuda.source import expression
 
 pytestmark = pytest.mark.own_backend
 TOLERANCES = {"float16": 1e-3, "bfloat16": 1e-2, "float32": 3e-5, "float64": 1e-12}
@@ -205,6 +207,154 @@ def test_later_keys_that_tower_over_earlier_ones_cost_no_accuracy():
 
 
 @pytest.fixture
+def launches(monkeypatch):
+    """Every launch of a plain kernel, by name."""
+    names = []
+    monkeypatch.setattr(plain, "run", lambda name, *given: names.append(name) or launch.run(name, *given))
+    return names
+
+
+TOKENS = ((64, 64, 64), (33, 20, 300), (1, 1, 1), (300, 7, 5), (5, 140, 513), (40, 129, 31))
+"""d, e, m: whole pieces and parts of them, more features and more columns than a block takes at once."""
+
+
+@pytest.mark.parametrize("processors", [1, 132])
+@pytest.mark.parametrize("dtype", TOLERANCES)
+@pytest.mark.parametrize("size", TOKENS, ids=str)
+def test_tokens_one_after_the_other(size, dtype, processors, launches, monkeypatch):
+    """The first enters an empty state; each is one launch, however values are cut, and leaves the old state alone."""
+    monkeypatch.setattr(plain, "PROCESSORS", processors)
+    d, e, m = size
+    problem = Problem(dtype, n=3, d=d, e=e, m=m, mask="none")
+    state = empty_state(problem.map, (2,), d, e, 0, problem.points[1])
+    exact = empty_state(problem.exact_map, (2,), d, e, 0, problem.exact[1])
+    for i in range(3):
+        token, exact_token = ([x[:, i : i + 1] for x in points] for points in (problem.points, problem.exact))
+        before = [x.copy() for x in (state.kv, state.z, state.c)]
+        runs = []
+        for schedule in SCHEDULES:
+            with scheduled(schedule), fs.use("cuda"):
+                runs.append(testing._arrays_of(decode_step(*token, state, problem.map)))
+        for run in runs[1:]:
+            assert all(np.array_equal(a, b) for a, b in zip(runs[0], run, strict=True))
+        for kept, x in zip(before, (state.kv, state.z, state.c), strict=True):
+            np.testing.assert_array_equal(x, kept)
+        with fs.use("cuda"):
+            out, state = decode_step(*token, state, problem.map)
+        want, exact = decode_step.reference(*exact_token, exact, problem.exact_map)
+        assert out.dtype == token[0].dtype
+        for got, right in ((out, want), (state.c, exact.c), (state.z, exact.z), (state.kv, exact.kv)):
+            assert testing.relative_error(got, right) <= problem.tolerance
+    assert len(launches) == 12
+    assert set(launches) == {expression("decode", dtype, 1)}
+
+
+def test_a_token_equals_a_read_of_the_updated_state():
+    problem = Problem("float64", n=41, d=9, e=6, m=300, kernel="gaussian")
+    q, k, v = problem.points
+    mask = np.array([[True], [False]])
+    with fs.use("cuda"):
+        state = update(empty_state(problem.map, (2,), 9, 6, 0, k), k[:, :40], v[:, :40], problem.map)
+        out, after = decode_step(*(x[:, 40:] for x in (q, k, v)), state, problem.map, key_mask=mask)
+        wanted = update(state, k[:, 40:], v[:, 40:], problem.map, key_mask=mask)
+        want = read(wanted, q[:, 40:], problem.map)
+    for a, b in ((out, want), (after.kv, wanted.kv), (after.z, wanted.z), (after.c, wanted.c)):
+        np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("heads", [2, 8, 11])
+def test_query_heads_of_a_token_share_a_state(heads, launches):
+    """Wherever their axis stands among the others; more than eight are two blocks', of which one writes the state."""
+    problem = Problem("float64", n=41, d=7, e=6, m=300, batch=(3,), mask="none")
+    q, k, v = problem.points
+    queries = np.stack([q[:, 40:] + i / 8 for i in range(heads)])
+    state = update.reference(empty_state(problem.map, (3,), 7, 6, 0, k), k[:, :40], v[:, :40], problem.map)
+    want, wanted = decode_step.reference(queries, k[:, 40:], v[:, 40:], state, problem.map)
+    with fs.use("cuda"):
+        out, after = decode_step(queries, k[:, 40:], v[:, 40:], state, problem.map)
+        grouped = dataclasses.replace(state, **{name: getattr(state, name)[:, None] for name in ("kv", "z", "c")})
+        given = queries.swapaxes(0, 1), k[:, None, 40:], v[:, None, 40:], grouped, problem.map.expanded()
+        last, of_last = decode_step(*given)
+    for a, b in ((out, want), (after.kv, wanted.kv), (after.z, wanted.z), (after.c, wanted.c)):
+        assert a.shape == b.shape
+        np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-14)
+    np.testing.assert_array_equal(last.swapaxes(0, 1), out)
+    np.testing.assert_array_equal(of_last.kv[:, 0], after.kv)
+    assert launches == [expression("decode", "float64", 8)] * 2
+
+
+def test_a_hidden_token_may_be_anything_and_changes_nothing():
+    problem = Problem(n=41, d=16, e=8, m=24, mask="none")
+    q, k, v = problem.points
+    with fs.use("cuda"):
+        state = update(empty_state(problem.map, (2,), 16, 8, 0, k), k[:, :40], v[:, :40], problem.map)
+        want = read(state, q[:, 40:], problem.map)
+        k, v = np.full_like(k[:, 40:], np.nan), np.full_like(v[:, 40:], np.inf)
+        hidden, visible = np.zeros((2, 1), bool), np.array([[False], [True]])
+        out, after = decode_step(q[:, 40:], k, v, state, problem.map, key_mask=hidden)
+        spoiled, _ = decode_step(q[:, 40:], k, v, state, problem.map, key_mask=visible)
+        nothing, empty = decode_step(
+            q[:, 40:], k, v, empty_state(problem.map, (2,), 16, 8, 0, k), problem.map, key_mask=hidden
+        )
+    for name in ("kv", "z", "c"):
+        np.testing.assert_array_equal(getattr(after, name), getattr(state, name))
+    np.testing.assert_allclose(out, want, rtol=0, atol=1e-6)
+    np.testing.assert_array_equal(spoiled[0], out[0])
+    assert not np.isfinite(spoiled[1]).any()
+    assert not nothing.any()
+    assert np.isneginf(empty.c).all()
+
+
+def test_a_token_whose_features_tower_over_earlier_ones_costs_no_accuracy():
+    """And one that they tower over, by more than any float32 holds."""
+    problem = Problem("float64", n=3, d=16, e=8, m=600, mask="none", method="posrf")
+    q, k, v = problem.points
+    k *= np.array([1, 40, 1])[:, None]
+    q *= 5
+    state = empty_state(problem.map, (2,), 16, 8, 0, k)
+    exact = state
+    for i in range(3):
+        token = [x[:, i : i + 1] for x in (q, k, v)]
+        with fs.use("cuda"):
+            out, state = decode_step(*token, state, problem.map)
+        want, exact = decode_step.reference(*token, exact, problem.map)
+        for a, b in ((out, want), (state.kv, exact.kv), (state.z, exact.z), (state.c, exact.c)):
+            assert testing.relative_error(a, b) < 1e-10
+
+
+def test_a_state_is_read_wherever_it_lies():
+    """In pieces of 16 bytes where they are aligned, otherwise number by number: the same bits."""
+    problem = Problem(n=41, d=16, e=8, m=24, mask="none")
+    q, k, v = problem.points
+    with fs.use("cuda"):
+        state = update(empty_state(problem.map, (2,), 16, 8, 0, k), k[:, :40], v[:, :40], problem.map)
+        want = testing._arrays_of(decode_step(*(x[:, 40:] for x in (q, k, v)), state, problem.map))
+        shifted, turned = np.empty((2, 24, 9), np.float32)[..., 1:], np.empty((2, 8, 24), np.float32).swapaxes(-1, -2)
+        for kv in (shifted, turned):
+            kv[...] = state.kv
+            given = dataclasses.replace(state, kv=kv)
+            got = testing._arrays_of(decode_step(*(x[:, 40:] for x in (q, k, v)), given, problem.map))
+            for a, b in zip(got, want, strict=True):
+                np.testing.assert_array_equal(a, b)
+
+
+def test_tokens_that_decode_has_no_room_for(launches, monkeypatch):
+    """Query heads one by one; and where not even one fits, an update and a read."""
+    monkeypatch.setattr(HostModule, "shared_limit", 48 * 1024)
+    one_head, two_launches = [expression("decode", "float64", 1)], [expression("plain_attention", "float64")] * 2
+    for d, heads, said in ((300, 3, one_head), (2500, 1, two_launches)):
+        problem = Problem("float64", n=1, d=d, e=3, m=5, mask="none", method="posrf", batch=())
+        q, k, v = problem.points
+        queries = np.stack([q] * heads)
+        state = empty_state(problem.map, (), d, 3, 0, k)
+        launches.clear()
+        with fs.use("cuda"):
+            out, _ = decode_step(queries, k, v, state, problem.map)
+        np.testing.assert_allclose(out, np.stack([v] * heads), rtol=1e-12)
+        assert launches == said
+
+
+@pytest.fixture
 def little_memory(monkeypatch):
     """99 KB of shared memory for a block: compute capability 8.6, 8.9 and 12.0. Names of launched kernels."""
     monkeypatch.setattr(HostModule, "shared_limit", SHARED_LIMITS["sm_86"])
@@ -299,16 +449,32 @@ def test_features_of_every_size_fit_99_KB(little_memory):
 def test_features_that_a_card_has_no_room_for_are_refused_before_any_work(dtype, d, served, little_memory):
     problem = Problem(dtype, n=20, d=d, e=8, m=8400)
     said = rf"^{dtype} of d={d} and e=8 with m=8400 features needs \d+ bytes .* device 0 has 101376; .* there: {served}"
-    state = empty_state(problem.map, (2,), d, 8, 0, problem.points[1])
+    state = empty_state(problem.map, (2,), d, 8, 4, problem.points[1])
     calls = [
         lambda: causal_attention(*problem.points, problem.map),
         lambda: attention(*problem.points, problem.map, window=4),
-        lambda: decode_step(*(x[..., :1, :] for x in problem.points), state, problem.map),
+        lambda: decode_step(*(x[..., :1, :] for x in problem.points), state, problem.map),  # of a window
     ]
     for call in calls:
         with fs.use("cuda"), pytest.raises(ValueError, match=said):
             call()
     assert not little_memory
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+def test_a_token_of_more_features_than_a_card_holds(dtype, little_memory):
+    problem = Problem(dtype, n=20, d=8, e=8, m=8400, mask="none")
+    given = [problem.map, problem.exact_map], [problem.points, problem.exact]
+    outs = []
+    for fm, points in zip(*given, strict=True):
+        with fs.use("cuda" if fm is problem.map else "reference"):
+            q, k, v = points
+            state = empty_state(fm, (2,), 8, 8, 0, k)
+            for i in range(2):
+                out, state = decode_step(*(x[:, i : i + 1] for x in (q, k, v)), state, fm)
+        outs.append(out)
+    assert testing.relative_error(*outs) < problem.tolerance
+    assert little_memory == {expression("decode", dtype, 1)}
 
 
 @pytest.mark.parametrize("op", [k.op for k in BACKEND.kernels if "cupy" in k.libraries and "vjp" not in k.op])

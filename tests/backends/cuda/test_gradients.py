@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from host_module import SCHEDULES, SHARED_LIMITS, HostModule, scheduled
 from problems import attention_problem, key_mask
+from shape_classes import Shape, has_gradients
 
 import favorsharp as fs
 from favorsharp.features.map_gradients import MAP_ARRAYS, map_gradients
@@ -307,6 +308,14 @@ def test_a_larger_card_keeps_the_larger_sweeps(monkeypatch):
         like = to(np.zeros(1), dtype)
         for d, most in zip((32, 64, 96, 128), features, strict=True):
             assert all(gradients.sweep_of(like, d, e).features == most for e in (1, 20, d))
+
+
+def test_shape_classes_ask_for_the_gradients_that_a_card_has():
+    """By its shared memory, as the library does: `make gpu-check` compares these."""
+    for dtype, d, cards in (("float64", 64, 2), ("float64", 65, 1), ("float32", 128, 2), ("float32", 129, 0)):
+        served = [has_gradients(Shape(dtype, d, 8, 8), SHARED_LIMITS[card]) for card in ("sm_80", "sm_86")]
+        assert served == [True] * cards + [False] * (2 - cards), (dtype, d)
+        assert has_gradients(Shape(dtype, d, 8, 8, card="sm_86")) == served[1]
 
 
 def test_a_card_with_too_little_shared_memory_is_refused_before_any_work(monkeypatch):

@@ -1,5 +1,6 @@
 """torch's side of the CUDA backend: operators, compilers, transforms and derivatives, on the CPU through the shim."""
 
+import contextlib
 from dataclasses import replace
 
 import pytest
@@ -222,6 +223,26 @@ def test_a_map_changed_in_place_is_packed_again(problem):
     assert torch.equal(before, again)
     assert not torch.allclose(before, after)
     assert len(operators._maps) <= operators.MAPS_KEPT
+
+
+def test_a_token_is_the_kernels_unless_gradients_are_recorded(problem):
+    q, k, v, _, fm = problem
+    token = [x[:, :1] for x in (q, k, v)]
+    with fs.use("reference"):
+        state = fs.update(fs.init_state(fm, v.shape[-1], like=k), k, v, fm)
+        want, after = fs.decode_step(*token, state, fm)
+    with fs.use("cuda"):
+        out, got = fs.decode_step(*token, state, fm)
+    torch.testing.assert_close((out, got.kv, got.z, got.c), (want, after.kv, after.z, after.c))
+
+    def gradients(backend):
+        given = leaves(*token)
+        with fs.use(*backend) if backend else contextlib.nullcontext():
+            return torch.autograd.grad(fs.decode_step(*given, state, fm)[0].square().sum(), given)
+
+    torch.testing.assert_close(gradients(()), gradients(("reference",)))
+    with pytest.raises(dispatch.BackendUnavailable, match="gradient"):
+        gradients(("cuda",))
 
 
 def test_gradients_reach_a_call_through_the_state_of_another(problem):
