@@ -88,6 +88,12 @@ def is_traced(x: Array) -> bool:
     return bool(array_api_compat.is_lazy_array(x))
 
 
+def is_compiling() -> bool:
+    """Whether torch is tracing a call to compile it."""
+    torch = sys.modules.get("torch")
+    return torch is not None and bool(torch.compiler.is_compiling())
+
+
 def in_forward_mode(torch: Any) -> bool:
     """Whether torch is inside `torch.autograd.forward_ad.dual_level()`."""
     return bool(torch.autograd.forward_ad._current_level >= 0)

@@ -41,6 +41,44 @@ def test_torch_compile_fits_and_features():
         torch.testing.assert_close(torch.compile(call, fullgraph=True, backend="eager")(q, k, v), call(q, k, v))
 
 
+@pytest.mark.parametrize("window", [0, 4])
+def test_torch_compile_states(window):
+    """A compiled prefill and step give the state that eager calls give, and take each other's."""
+    torch, (q, k, v) = torch_problem(batch=(2,), n=20)
+    fm = fs.feature_map(fs.fit(q, k), 8, rng=0)
+
+    def prefill(q, k, v):
+        return fs.linear_attention(q, k, v, fm, is_causal=True, return_state=True, window=window)
+
+    def step(q, k, v, state):
+        out, state = fs.decode_step(q, k, v, state, fm)
+        return out + fs.read(state, q, fm), fs.update(state, k, v, fm)
+
+    torch._dynamo.reset()
+    compiled = [torch.compile(call, fullgraph=True, backend="eager") for call in (prefill, step)]
+    for first, second in (compiled, (prefill, compiled[1]), (compiled[0], step)):
+        token = [x[..., -1:, :] for x in (q, k, v)]
+        out, state = first(q, k, v)
+        want, eager = prefill(q, k, v)
+        torch.testing.assert_close(out, want)
+        out, state = second(*token, state)
+        want, eager = step(*token, eager)
+        torch.testing.assert_close(out, want)
+        for name in ("kv", "z", "c", "recent_k", "recent_v"):
+            torch.testing.assert_close(getattr(state, name), getattr(eager, name))
+
+
+def test_a_compiled_call_refuses_the_state_of_another_map():
+    torch, (q, k, v) = torch_problem(n=20)
+    p = fs.fit(q, k)
+    own, other = (fs.feature_map(p, 8, rng=seed) for seed in (0, 1))
+    _, state = fs.linear_attention(q, k, v, own, return_state=True)
+    fs.read(fs.linear_attention(q, k, v, other, return_state=True)[1], q, other)  # its fingerprint is known from here on
+    torch._dynamo.reset()
+    with pytest.raises(Exception, match="state comes from another feature map"):
+        torch.compile(lambda q: fs.read(state, q, other), fullgraph=True, backend="eager")(q)
+
+
 @pytest.mark.slow
 def test_torch_inductor():
     torch, (q, k, v) = torch_problem(batch=(2,), n=40)

@@ -5,7 +5,16 @@ from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any, ClassVar, Self
 
-from favorsharp._arrays import broadcast_shapes, cast, compute_dtype, is_array, is_traced, namespace_of, to_host
+from favorsharp._arrays import (
+    broadcast_shapes,
+    cast,
+    compute_dtype,
+    is_array,
+    is_compiling,
+    is_traced,
+    namespace_of,
+    to_host,
+)
 from favorsharp._typing import Array
 from favorsharp.parameters import Parameters, astype, check_data, log_kernel_of, map_arrays
 
@@ -70,6 +79,14 @@ class FeatureMap:
                     label = entry if isinstance(entry, str | int | float) else getattr(entry, "__qualname__", "")
                     digest.update(f"{field.name}={label}".encode())
         return digest.hexdigest()
+
+    @property
+    def known_fingerprint(self) -> str | None:
+        """The fingerprint; while torch compiles, one that is known already, as hashing takes the numbers to the host."""
+        if is_compiling():
+            known: str | None = self.__dict__.get("fingerprint")
+            return known
+        return self.fingerprint
 
     def expanded(self) -> Self:
         """The same map with an axis of length 1 before the last two of its batched arrays.
