@@ -73,7 +73,9 @@ def test_a_compiled_call_refuses_the_state_of_another_map():
     p = fs.fit(q, k)
     own, other = (fs.feature_map(p, 8, rng=seed) for seed in (0, 1))
     _, state = fs.linear_attention(q, k, v, own, return_state=True)
-    fs.read(fs.linear_attention(q, k, v, other, return_state=True)[1], q, other)  # its fingerprint is known from here on
+    fs.read(
+        fs.linear_attention(q, k, v, other, return_state=True)[1], q, other
+    )  # its fingerprint is known from here on
     torch._dynamo.reset()
     with pytest.raises(Exception, match="state comes from another feature map"):
         torch.compile(lambda q: fs.read(state, q, other), fullgraph=True, backend="eager")(q)

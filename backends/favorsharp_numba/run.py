@@ -103,58 +103,74 @@ class Work:
         self.kernel, self.given, self.tasks, self.memory = kernel, given, tasks, memory
         self.threads = len(memory)
         self.least = max(1, tasks // (16 * self.threads))
-        self.lock, self.ended = threading.Lock(), threading.Lock()
         self.next = self.started = 0
-        self.busy = ctypes.c_int64(0)
+        self.lock, self.ended = threading.Lock(), threading.Lock()
+        self.ended.acquire()
+        self.busy = ctypes.c_int64(0)  # helpers, not the caller
         self.waiting = False
         self.fault: BaseException | None = None
 
-    def take_part(self) -> None:
-        """Work off shares, large ones first, until none is left."""
+    def run(self) -> None:
+        """Take part, wait for the helpers, and raise what went wrong.
+
+        An interrupt is raised once nobody writes to the caller's memory any more.
+        """
+        self._take_part()
+        while True:
+            try:
+                self._wait()
+                break
+            except BaseException as fault:
+                self._stop(fault)
+        if self.fault is not None:
+            raise self.fault
+
+    def help(self) -> None:
+        """Take part as a helper."""
         with self.lock:
             if self.next == self.tasks:
                 return
-            place = aligned(self.memory[self.started])
-            self.started += 1
             self.busy.value += 1
-            low, high = self._share()
-        try:
-            while low < high:
-                self.kernel(*self.given, low, high, place)
-                with self.lock:
-                    low, high = self._share()
-        except BaseException as fault:
-            self.fault = fault
+        self._take_part()
         with self.lock:
             self.busy.value -= 1
             if self.waiting and self.busy.value == 0:
                 self.ended.release()
 
-    def finish(self) -> None:
-        """Wait for those who are still at it."""
-        if watch(ctypes.addressof(self.busy), PATIENCE):
-            self.ended.acquire()
+    def _take_part(self) -> None:
+        """Work off shares, large ones first, until none is left."""
+        try:
             with self.lock:
-                self.waiting = self.busy.value > 0
-            while self.waiting:
-                try:
-                    self.ended.acquire()
-                    self.waiting = False
-                except BaseException as fault:  # an interrupt: memory is not given back while others write to it
-                    self.fault = fault
-        if self.fault is not None:
-            raise self.fault
+                place = aligned(self.memory[self.started])
+                self.started += 1
+            while True:
+                with self.lock:
+                    low = self.next
+                    high = self.next = min(self.tasks, low + max(self.least, (self.tasks - low) // (2 * self.threads)))
+                if low == high:
+                    return
+                self.kernel(*self.given, low, high, place)
+        except BaseException as fault:
+            self._stop(fault)
 
-    def _share(self) -> tuple[int, int]:
-        low = self.next
-        self.next = min(self.tasks, low + max(self.least, (self.tasks - low) // (2 * self.threads)))
-        return low, self.next
+    def _stop(self, fault: BaseException) -> None:
+        self.fault = fault
+        with self.lock:
+            self.next = self.tasks
+
+    def _wait(self) -> None:
+        if watch(ctypes.addressof(self.busy), PATIENCE) == 0:
+            return
+        with self.lock:
+            self.waiting = self.busy.value > 0
+        if self.waiting:
+            self.ended.acquire()
 
 
 def _help() -> None:
     calls = _calls
     while True:
-        calls.get().take_part()
+        calls.get().help()
 
 
 def _call_helpers(work: Work) -> None:
@@ -191,10 +207,9 @@ def share(kernel: Callable[..., None], tasks: int, work: float, scratch: int, on
     if threads == 1:
         kernel(one, *arguments, 0, tasks, aligned(memory[0]))
         return
-    work_of_all = Work(kernel, (one, *arguments), tasks, memory)
-    _call_helpers(work_of_all)
-    work_of_all.take_part()
-    work_of_all.finish()
+    shared = Work(kernel, (one, *arguments), tasks, memory)
+    _call_helpers(shared)
+    shared.run()
 
 
 def aligned(memory: Any) -> int:

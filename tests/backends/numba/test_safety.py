@@ -103,6 +103,49 @@ def test_limits_on_threads_are_kept():
     assert python(code) == "1 True"
 
 
+SHARED = """
+    import _thread, threading, time
+    from favorsharp_numba.compiling import TAGS
+    from favorsharp_numba.run import share
+    caller, ended = threading.get_ident(), []
+    def share_two(of_helper, of_caller=lambda: None):
+        def kernel(one, low, high, scratch):
+            (of_caller if threading.get_ident() == caller else of_helper)()
+        share(kernel, 2, 1e9, 16, TAGS["float32"])
+"""
+
+
+@pytest.mark.parametrize("sleep", [0, 0.2], ids=["while it waits", "while it works"])
+def test_an_interrupt_is_raised_when_no_helper_writes_any_more(sleep):
+    code = f"""
+    def interrupt():
+        time.sleep(0.1)
+        _thread.interrupt_main()
+        time.sleep(0.3)
+        ended.append("helper")
+    try:
+        share_two(interrupt, lambda: time.sleep({sleep}))
+    except KeyboardInterrupt:
+        print(*ended)
+    """
+    assert python(textwrap.dedent(SHARED) + textwrap.dedent(code), NUMBA_NUM_THREADS="2") == "helper"
+
+
+def test_what_goes_wrong_on_a_helper_is_raised_by_the_call():
+    code = """
+    def fail():
+        raise ArithmeticError("of a helper")
+    try:
+        share_two(fail, lambda: time.sleep(0.2))
+    except ArithmeticError as fault:
+        print(fault)
+    share_two(lambda: ended.append("next"), lambda: time.sleep(0.2))
+    print(*ended)
+    """
+    found = python(textwrap.dedent(SHARED) + textwrap.dedent(code), NUMBA_NUM_THREADS="2")
+    assert found.split("\n") == ["of a helper", "next"]
+
+
 def test_results_do_not_depend_on_the_number_of_threads(tmp_path):
     code = """
     found = [run(**options) for options in ({}, {"is_causal": True}, {"window": 16}, {"is_causal": True, "window": 16})]
