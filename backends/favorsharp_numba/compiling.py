@@ -101,6 +101,12 @@ class _Implementation(caching.CompileResultCacheImpl):  # type: ignore[misc]
 class _Cache(caching.FunctionCache):  # type: ignore[misc]
     _impl_class = _Implementation
 
+    def __init__(self, function: Callable[..., Any]) -> None:
+        super().__init__(function)
+        # An index names classes of the sources that it was made from, and is read before its stamp is looked at: one of
+        # other sources would raise where a class has gone. The version stands before both.
+        self._cache_file._version = f"{self._cache_file._version} {_sources_digest()}"
+
     def load_overload(self, sig: Any, target_context: Any) -> Any:
         """As Numba's own, but for registering all that a compiler could need: compiled code needs the runtime alone.
 

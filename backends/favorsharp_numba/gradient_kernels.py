@@ -25,6 +25,7 @@ from favorsharp_numba.primitives import (
     product_terms,
     scale_block,
 )
+from favorsharp_numba.products import NOTHING
 from favorsharp_numba.rows import add_rows, dot_rows, fill, scale_rows, total_of
 from favorsharp_numba.tiles import (
     ALPHA,
@@ -53,7 +54,6 @@ from favorsharp_numba.tiles import (
     transpose,
     zero_or_nan,
 )
-from favorsharp_numba.vectors import NOTHING
 
 LARGEST_WEIGHT = 60
 """Log 2 of the weight that a hidden pair may have before a causal tile is cut."""

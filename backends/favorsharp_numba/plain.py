@@ -1,4 +1,4 @@
-"""The products and blocks of `vectors.py` in plain Numba, for processors whose vectors nobody has tried.
+"""The products and blocks in plain Numba, for processors whose vectors nobody has tried.
 
 The environment variable FAVORSHARP_NUMBA_VECTORS=0 selects them.
 """

@@ -10,7 +10,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from favorsharp_numba.compiling import jit
-from favorsharp_numba.emitter import HALVES, I32, I64, LOG2E, MASKS, VECTORS, Emitter
+from favorsharp_numba.emitter import HALVES, I32, I64, MASKS, Emitter
 
 FLOAT16, BFLOAT16, FLOAT32, FLOAT64 = 0, 1, 2, 3
 """What a row may hold."""
@@ -57,7 +57,7 @@ def _filled(type_, value):
     return ir.Constant(type_, [value] * type_.count if isinstance(type_, ir.VectorType) else value)
 
 
-def _rows_loop(builder, e, n, body):
+def rows_loop(builder, e, n, body):
     """Emit body(column, shape) for whole vectors and then for single items."""
     _single_rows(builder, _whole_rows(builder, e, n, body), n, body)
 
@@ -128,7 +128,7 @@ def _load_rows(context, one, kind, address, step, count, n, pad, factor, offset,
                     cleared = builder.add(done, width)
                     cleared = builder.select(builder.icmp_signed("<=", cleared, pad), cleared, n)
                 else:
-                    _rows_loop(builder, e, n, body)
+                    rows_loop(builder, e, n, body)
                     cleared = n
                 with cgutils.for_range_slice(builder, cleared, pad, ir.Constant(I64, 1)) as (j, _):
                     builder.store(ir.Constant(e.scalar, 0.0), e.at(target, j)).align = e.item
@@ -173,7 +173,7 @@ def _store_rows(context, one, kind, address, step, count, n, pad, factor, x):
                 place = builder.gep(target, [j], source_etype=_ITEMS[item])
                 builder.store(value, place).align = _SIZES[item]
 
-            _rows_loop(builder, e, n, body)
+            rows_loop(builder, e, n, body)
         return context.get_dummy_value()
 
     return types.void(one, kind, *[types.int64] * 7), emit
@@ -273,7 +273,7 @@ def _fill(context, one, place, count, value):
             filled = wide if isinstance(shape(e.scalar), ir.VectorType) else value
             builder.store(filled, e.at(start, j)).align = e.item
 
-        _rows_loop(builder, e, count, body)
+        rows_loop(builder, e, count, body)
         return context.get_dummy_value()
 
     return types.void(one, types.int64, types.int64, one), emit
@@ -297,7 +297,7 @@ def _copy(context, one, x, n, y):
             value.align = e.item
             builder.store(value, e.at(target, j)).align = e.item
 
-        _rows_loop(builder, e, n, body)
+        rows_loop(builder, e, n, body)
         return context.get_dummy_value()
 
     return types.void(one, *[types.int64] * 3), emit
@@ -326,7 +326,7 @@ def _add_rows(context, one, target, size, x, step, count, factor):
                 scaled = builder.fmul(value, wide if isinstance(kind, ir.VectorType) else single)
                 builder.store(builder.fadd(old, scaled), e.at(result, j)).align = e.item
 
-            _rows_loop(builder, e, size, body)
+            rows_loop(builder, e, size, body)
         return context.get_dummy_value()
 
     return types.void(one, *[types.int64] * 5, one), emit
@@ -386,7 +386,7 @@ def _combine(context, one, n, constant, first, x, second, y, target):
                 total = builder.fadd(total, builder.fmul(value, factor), flags=("contract",))
             builder.store(total, e.at(result, j)).align = e.item
 
-        _rows_loop(builder, e, n, body)
+        rows_loop(builder, e, n, body)
         return context.get_dummy_value()
 
     return types.void(one, types.int64, one, one, types.int64, one, types.int64, types.int64), emit
@@ -413,7 +413,7 @@ def _invert(context, one, x, n):
             seen = builder.fcmp_unordered("!=", value, nothing)
             builder.store(builder.select(seen, builder.fdiv(unit, value), value), e.at(line, j)).align = e.item
 
-        _rows_loop(builder, e, n, body)
+        rows_loop(builder, e, n, body)
         return context.get_dummy_value()
 
     return types.void(one, types.int64, types.int64), emit
@@ -425,7 +425,7 @@ def invert(one, x, n):
     _invert(one, x, n)
 
 
-def _sum_lanes(builder, e, vectors):
+def sum_lanes(builder, e, vectors):
     """A vector with the sum of the lanes of each of some vectors, a power of two of them and no more than lanes.
 
     A pair of vectors becomes one, whose halves are what either gives with its own halves added; and so on.
@@ -455,7 +455,7 @@ def _products_of_rows(builder, e, count, n, targets, factors):
             with cgutils.for_range_slice(builder, ir.Constant(I64, 0), n, ir.Constant(I64, e.lanes)) as (j, _):
                 for place, total in zip(places, sums, strict=True):
                     builder.store(e.multiply_add(*pair(place, j), e.get(total)), total)
-            builder.store(_sum_lanes(builder, e, [e.get(x) for x in sums]), e.at(target, t)).align = e.item
+            builder.store(sum_lanes(builder, e, [e.get(x) for x in sums]), e.at(target, t)).align = e.item
 
     start = ir.Constant(I64, 0)
     for rows in sorted({e.lanes, min(4, e.lanes), 1}, reverse=True):
@@ -524,8 +524,8 @@ def _total_of(context, one, x, n):
             total = wide if isinstance(kind, ir.VectorType) else single
             builder.store(builder.fadd(builder.load(total, typ=kind), value), total)
 
-        _rows_loop(builder, e, n, body)
-        whole = builder.extract_element(_sum_lanes(builder, e, [e.get(wide)]), ir.Constant(I32, 0))
+        rows_loop(builder, e, n, body)
+        whole = builder.extract_element(sum_lanes(builder, e, [e.get(wide)]), ir.Constant(I32, 0))
         return builder.fadd(whole, builder.load(single, typ=e.scalar))
 
     return one(one, types.int64, types.int64), emit
@@ -583,124 +583,3 @@ def _take_tops(context, one, n, top, new_top, factors):
 def take_tops(one, n, top, new_top, factors):
     """factors = 2**(top - new_top) where it rose, else 1; top = the larger one."""
     _take_tops(one, n, top, new_top, factors)
-
-
-@intrinsic
-def _turn_tops(context, one, n, c, keys, queries, new_c, scales):
-    def emit(context, builder, signature, args):
-        _, n, c, keys, queries, new_c, scales = args
-        e = Emitter(builder, signature.args[0])
-        held, features, weights, results, factors = (e.pointer(x) for x in (c, keys, queries, new_c, scales))
-        lowest, nothing, log2e = e.constant(-np.inf), e.constant(0.0), e.constant(LOG2E)
-        best = e.accumulator(lowest)
-        with cgutils.for_range_slice(builder, ir.Constant(I64, 0), n, ir.Constant(I64, e.lanes)) as (j, _):
-            natural, key = e.load(e.at(held, j)), e.load(e.at(features, j))
-            old = builder.fmul(natural, log2e)
-            rose = builder.fcmp_ordered(">", key, old)
-            top = builder.select(rose, key, old)
-            e.store(builder.select(rose, builder.fdiv(key, log2e), natural), e.at(results, j))
-            safe = builder.select(builder.fcmp_ordered(">", top, lowest), top, nothing)
-            e.store(e.exp2(builder.fsub(old, safe)), e.at(factors, j))
-            e.store(e.exp2(builder.fsub(key, safe)), e.at(features, j))
-            weight = builder.fadd(e.load(e.at(weights, j)), top)
-            e.store(weight, e.at(weights, j))
-            builder.store(e.larger(e.get(best), weight), best)
-        return e.largest(e.get(best))
-
-    return one(one, *[types.int64] * 6), emit
-
-
-@jit
-def turn_tops(one, n, c, keys, queries, new_c, scales):
-    """The tops of a state, c in natural logarithms, take the log features of a key, to base 2.
-
-    new_c is the larger one; `scales` what the sums are multiplied by, and `keys` the features relative to it; log
-    features of a query become logarithms of its weights, and the largest is returned.
-    """
-    return _turn_tops(one, n, c, keys, queries, new_c, scales)
-
-
-@intrinsic
-def _turn_sums(context, one, n, z, scales, keys, weights, new_z):
-    def emit(context, builder, signature, args):
-        _, n, z, scales, keys, weights, new_z = args
-        e = Emitter(builder, signature.args[0])
-        target, *sources = (e.pointer(x) for x in (new_z, z, scales, keys, weights))
-        wide, single = e.accumulator(e.constant(0.0)), cgutils.alloca_once_value(builder, ir.Constant(e.scalar, 0.0))
-
-        def body(j, shape):
-            kind = shape(e.scalar)
-            held, scale, key, weight = (builder.load(e.at(place, j), typ=kind) for place in sources)
-            held.align = scale.align = key.align = weight.align = e.item
-            value = builder.fadd(builder.fmul(held, scale), key, flags=("contract",))
-            builder.store(value, e.at(target, j)).align = e.item
-            total = wide if isinstance(kind, ir.VectorType) else single
-            read = builder.fmul(value, weight)
-            builder.store(builder.fadd(builder.load(total, typ=kind), read, flags=("contract",)), total)
-
-        _rows_loop(builder, e, n, body)
-        whole = builder.extract_element(_sum_lanes(builder, e, [e.get(wide)]), ir.Constant(I32, 0))
-        return builder.fadd(whole, builder.load(single, typ=e.scalar))
-
-    return one(one, *[types.int64] * 6), emit
-
-
-@jit
-def turn_sums(one, n, z, scales, keys, weights, new_z):
-    """new_z = scales z + keys; return the sum of weights new_z."""
-    return _turn_sums(one, n, z, scales, keys, weights, new_z)
-
-
-@intrinsic
-def _turn_rows(context, one, kv, new_kv, m, n, old, new, weight, v, numerator):
-    def emit(context, builder, signature, args):
-        _, kv, new_kv, m, n, old, new, weight, v, numerator = args
-        e = Emitter(builder, signature.args[0])
-        source, target, values, result = (e.pointer(x) for x in (kv, new_kv, v, numerator))
-        scales, features, weights = (e.pointer(x) for x in (old, new, weight))
-
-        def body(j, vectors):
-            """Columns of whole vectors; of single items where `vectors` is 0."""
-            kind = e.vector if vectors else e.scalar
-            parts = [builder.add(j, ir.Constant(I64, v * e.lanes)) for v in range(max(vectors, 1))]
-
-            def load(pointer):
-                value = builder.load(pointer, typ=kind)
-                value.align = e.item
-                return value
-
-            def item(pointer):
-                return e.broadcast(pointer) if vectors else load(pointer)
-
-            held = [load(e.at(values, part)) for part in parts]
-            nothing = ir.Constant(kind, [0.0] * e.lanes if vectors else 0.0)
-            totals = [cgutils.alloca_once_value(builder, nothing) for _ in parts]
-            with cgutils.for_range(builder, m) as loop:
-                line = builder.mul(loop.index, n)
-                scale, feature, factor = (item(e.at(x, loop.index)) for x in (scales, features, weights))
-                for part, value, total in zip(parts, held, totals, strict=True):
-                    offset = builder.add(line, part)
-                    kept = builder.fmul(load(e.at(source, offset)), scale)
-                    turned = builder.fadd(kept, builder.fmul(value, feature), flags=("contract",))
-                    builder.store(turned, e.at(target, offset)).align = e.item
-                    read = builder.fmul(turned, factor)
-                    builder.store(builder.fadd(builder.load(total, typ=kind), read, flags=("contract",)), total)
-            for part, total in zip(parts, totals, strict=True):
-                builder.store(builder.load(total, typ=kind), e.at(result, part)).align = e.item
-
-        start = ir.Constant(I64, 0)
-        for vectors in dict.fromkeys((VECTORS, 1, 0)):
-            width = ir.Constant(I64, max(1, vectors * e.lanes))
-            stop = builder.add(start, builder.mul(builder.udiv(builder.sub(n, start), width), width))
-            with cgutils.for_range_slice(builder, start, stop, width) as (j, _):
-                body(j, vectors)
-            start = stop
-        return context.get_dummy_value()
-
-    return types.void(one, *[types.int64] * 9), emit
-
-
-@jit
-def turn_rows(one, kv, new_kv, m, n, old, new, weight, v, numerator):
-    """new_kv[i] = old[i] kv[i] + new[i] v for rows of n items, and numerator = sum of weight[i] new_kv[i]."""
-    _turn_rows(one, kv, new_kv, m, n, old, new, weight, v, numerator)

@@ -18,6 +18,7 @@ from favorsharp_numba.primitives import (
     product_terms,
     scale_block,
 )
+from favorsharp_numba.products import NOTHING, Sums
 from favorsharp_numba.rows import add_rows, compare_tops, copy, fill, invert, take_tops
 from favorsharp_numba.tiles import (
     ROWS,
@@ -42,7 +43,7 @@ from favorsharp_numba.tiles import (
     usable_values,
     weigh,
 )
-from favorsharp_numba.vectors import NOTHING, Sums, item_size
+from favorsharp_numba.vectors import item_size
 
 KEYS_ABOVE = 16
 """How far a key's log feature may exceed the top of its sums, and thus how far these, and what is read of them, may

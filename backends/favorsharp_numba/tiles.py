@@ -22,6 +22,7 @@ from favorsharp_numba.primitives import (
     scale_block,
     sum_block,
 )
+from favorsharp_numba.products import Ahead
 from favorsharp_numba.rows import (
     FLOAT32,
     add_rows,
@@ -37,7 +38,7 @@ from favorsharp_numba.rows import (
     total_of,
     transpose_block,
 )
-from favorsharp_numba.vectors import Ahead, byte_at, get, integer_at, item_size, lanes, panel, put
+from favorsharp_numba.vectors import byte_at, get, integer_at, item_size, lanes, panel, put
 
 TILE = 64
 """Points worked on at once."""

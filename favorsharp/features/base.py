@@ -82,7 +82,7 @@ class FeatureMap:
 
     @property
     def known_fingerprint(self) -> str | None:
-        """The fingerprint; while torch compiles, one that is known already, as hashing takes the numbers to the host."""
+        """The fingerprint; while torch compiles, one that is known already: hashing takes numbers to the host."""
         if is_compiling():
             known: str | None = self.__dict__.get("fingerprint")
             return known

@@ -2,6 +2,7 @@
 
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -222,7 +223,7 @@ def test_runs_where_nothing_can_be_cached(tmp_path):
     shutil.copytree(ROOT / "backends", package, ignore=shutil.ignore_patterns("__pycache__"))
     (package / "favorsharp_numba" / "__pycache__").touch()
     code = """
-    from favorsharp_numba.vectors import product
+    from favorsharp_numba.products import product
     print(type(product._cache).__name__, float(np.abs(run()).sum()) > 0)
     """
     nowhere = {"HOME": os.devnull, "XDG_CACHE_HOME": os.devnull, "NUMBA_CACHE_DIR": ""}
@@ -242,6 +243,23 @@ def test_a_home_takes_the_cache_of_a_package_that_cannot_be_written_to(tmp_path)
     home = {"HOME": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path / "cache"), "NUMBA_CACHE_DIR": ""}
     results = [python(code, package=package, PYTHONDONTWRITEBYTECODE="1", **home) for _ in range(2)]
     assert results == ["0", "1"]
+
+
+def test_a_cache_that_names_classes_of_other_sources_is_of_no_account(tmp_path):
+    """As after an update: the index of compiled functions holds the classes of their arguments by name."""
+    package = tmp_path / "backends"
+    shutil.copytree(ROOT / "backends", package, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("Points", "Dots"):
+        for path in (package / "favorsharp_numba").glob("*.py"):
+            path.write_text(re.sub(r"\bPoints\b", name, path.read_text()))
+        code = f"""
+        from favorsharp_numba.tiles import Mask, {name}, load_points
+        offsets, x = np.zeros(1, "int64"), np.ones(64, "float32")
+        points, place = {name}(2, x.ctypes.data, offsets.ctypes.data, 4, 4, 4), x.ctypes.data // 4
+        load_points(np.float32(1), points, Mask(0, 0, 0), 0, 0, 1, 1, 1, place, place + 1, place + 2)
+        print(x[2], *(signature[1].instance_class.__name__ for signature in load_points.signatures))
+        """
+        assert python(code, package=package, NUMBA_CACHE_DIR=str(tmp_path / "cache")) == f"0.0 {name}"
 
 
 def test_a_kernel_is_compiled_anew_when_a_file_it_uses_has_changed(tmp_path):

@@ -1,0 +1,224 @@
+"""Matrix products, a register tile at a time, in vector instructions: the inner loops that take most of the time.
+
+Places, strides and block lengths are as in `vectors.py`; `plain.py` has the same functions in plain Numba.
+"""
+
+from typing import NamedTuple
+
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from favorsharp_numba.compiling import jit
+from favorsharp_numba.emitter import CACHE_LINE, I64, LOG2E, VECTORS, Emitter
+
+SET, ADD, TERMS = 0, 1, 2
+"""Where the sums of a product begin: at 0, at what the result holds, at row[i] + column[j]."""
+STORE, EXP, STREAM, SUMS, SUM = 0, 1, 2, 3, 4
+"""What becomes of them: stored, exp stored, exp stored past the caches, 2** of them added up and not stored, with two
+weights or the second alone."""
+
+
+class Ahead(NamedTuple):
+    """What is brought nearer while a product runs: some rows of `size` bytes, `step` bytes apart, from an address on.
+
+    A few lines at a time: a processor drops prefetches that come faster than its memory answers.
+    """
+
+    address: int
+    step: int
+    rows: int
+    size: int
+
+
+NOTHING = Ahead(0, 0, 0, 0)
+
+
+class Sums(NamedTuple):
+    """Places of two weights of the rows of a result C, and how far apart they are from row to row; and, column by
+    column, of the sums of 2**C with either weight and of the largest C.
+    """
+
+    weight: int
+    weight_step: int
+    other: int
+    other_step: int
+    total: int
+    other_total: int
+    largest: int
+
+
+NO_SUMS = Sums(0, 0, 0, 0, 0, 0, 0)
+
+
+@intrinsic(prefer_literal=True)
+def _product(
+    context, one, start, finish, m, n, k, a, a_row, a_step, b, b_panel, b_step, c, c_row, row, column, ahead, sums
+):
+    """C (m, n) from A (m, k) and B (k, n), a register tile at a time: 6, 4, 2 or 1 rows by some vectors, or 8 by one.
+
+    B lies in panels of VECTORS vectors, `b_panel` items apart; its rows are `b_step` apart inside a panel.
+    """
+    start_at, finish_by = start.literal_value, finish.literal_value
+
+    def emit(context, builder, signature, args):
+        m, n, k, a, a_row, a_step, b, b_panel, b_step, c, c_row, row, column, ahead, sums = args[3:]
+        address, ahead_step, ahead_rows, ahead_size = cgutils.unpack_tuple(builder, ahead)
+        weight, weight_step, other, other_step, total, other_total, largest = cgutils.unpack_tuple(builder, sums)
+        e = Emitter(builder, signature.args[0])
+        number = lambda value: ir.Constant(I64, value)  # noqa: E731
+
+        def bring(top, bottom, j):
+            """The rows ahead that fall to the rows top .. bottom of the result, in its first columns."""
+            some = builder.icmp_signed(">", ahead_rows, number(0))
+            with builder.if_then(builder.and_(some, builder.icmp_signed("==", j, number(0)))):
+                low, high = (builder.udiv(builder.mul(x, ahead_rows), m) for x in (top, bottom))
+                with cgutils.for_range_slice(builder, low, high, number(1)) as (r, _):
+                    line = builder.add(address, builder.mul(r, ahead_step))
+                    end = builder.add(line, ahead_size)
+                    with cgutils.for_range_slice(builder, line, end, number(CACHE_LINE)) as (place, _):
+                        e.prefetch(place)
+
+        def add_up(found, i, j):
+            """Take a register tile of logarithms into the sums and the maxima of its columns."""
+            sides = [(weight, weight_step), (other, other_step)]
+            places = [e.pointer(builder.add(x, j)) for x in (total, other_total)]
+            if finish_by == SUM:
+                sides, places = sides[1:], places[1:]
+            tops = e.pointer(builder.add(largest, j))
+            factors = [
+                [
+                    e.broadcast(e.pointer(builder.add(x, builder.mul(builder.add(i, number(r)), step))))
+                    for x, step in sides
+                ]
+                for r in range(len(found))
+            ]
+            for v in range(len(found[0])):
+                top, *added = (e.load(e.at(place, v * e.lanes)) for place in (tops, *places))
+                for line, own in zip(found, factors, strict=True):
+                    value = e.get(line[v])
+                    top = e.larger(top, value)
+                    power = e.exp2(value)
+                    added = [e.multiply_add(power, x, y) for x, y in zip(own, added, strict=True)]
+                for value, place in zip((top, *added), (tops, *places), strict=True):
+                    e.store(value, e.at(place, v * e.lanes))
+
+        def tile(rows, vectors, i, j):
+            panel = builder.mul(builder.udiv(j, number(VECTORS * e.lanes)), b_panel)
+            inside = builder.urem(j, number(VECTORS * e.lanes))
+            right = e.pointer(builder.add(b, builder.add(panel, inside)))
+            left = e.pointer(builder.add(a, builder.mul(i, a_row)))
+            result = e.pointer(builder.add(c, builder.add(builder.mul(i, c_row), j)))
+            left_rows = [builder.mul(number(r), a_row) for r in range(rows)]
+            result_rows = [e.at(result, builder.mul(number(r), c_row)) for r in range(rows)]
+            if start_at == TERMS:
+                row_terms, column_terms = e.pointer(builder.add(row, i)), e.pointer(builder.add(column, j))
+                columns = [e.load(e.at(column_terms, v * e.lanes)) for v in range(vectors)]
+            found = []
+            for r in range(rows):
+                if start_at == TERMS:
+                    term = e.broadcast(e.at(row_terms, r))
+                    first = [builder.fadd(term, x) for x in columns]
+                elif start_at == ADD:
+                    first = [e.load(e.at(result_rows[r], v * e.lanes)) for v in range(vectors)]
+                else:
+                    first = [e.constant(0.0)] * vectors
+                found.append([e.accumulator(x) for x in first])
+            bring(i, builder.add(i, number(rows)), j)
+            with cgutils.for_range(builder, k) as loop:
+                line = e.at(right, builder.mul(loop.index, b_step))
+                entry = e.at(left, builder.mul(loop.index, a_step))
+                factors = [e.load(e.at(line, v * e.lanes)) for v in range(vectors)]
+                for r in range(rows):
+                    factor = e.broadcast(e.at(entry, left_rows[r]))
+                    for v in range(vectors):
+                        builder.store(e.multiply_add(factor, factors[v], e.get(found[r][v])), found[r][v])
+            if finish_by in (SUMS, SUM):
+                add_up(found, i, j)
+                return
+            for r in range(rows):
+                for v in range(vectors):
+                    value = e.get(found[r][v])
+                    if finish_by != STORE:
+                        value = e.exp2(builder.fmul(value, e.constant(LOG2E)), above=True)
+                    e.store(value, e.at(result_rows[r], v * e.lanes), stream=finish_by == STREAM)
+
+        left_column = number(0)
+        for vectors in dict.fromkeys((VECTORS, VECTORS // 2, 1)):
+            width = number(vectors * e.lanes)
+            right_column = builder.add(
+                left_column, builder.mul(builder.udiv(builder.sub(n, left_column), width), width)
+            )
+            with cgutils.for_range_slice(builder, left_column, right_column, width) as (j, _):
+                top = number(0)
+                for rows in (6 if vectors > 1 else 8, 4, 2, 1):
+                    height = number(rows)
+                    bottom = builder.add(top, builder.mul(builder.udiv(builder.sub(m, top), height), height))
+                    with cgutils.for_range_slice(builder, top, bottom, height) as (i, _):
+                        tile(rows, vectors, i, j)
+                    top = bottom
+            left_column = right_column
+        return context.get_dummy_value()
+
+    return types.void(one, start, finish, *[types.int64] * 13, ahead, sums), emit
+
+
+@jit
+def product(one, m, n, k, a, a_row, a_step, b, b_panel, b_step, c, c_row):
+    """C = A B."""
+    _product(one, SET, STORE, m, n, k, a, a_row, a_step, b, b_panel, b_step, c, c_row, c, c, NOTHING, NO_SUMS)
+
+
+@jit
+def product_ahead(one, m, n, k, a, a_row, a_step, b, b_panel, b_step, c, c_row, ahead):
+    """C = A B."""
+    _product(one, SET, STORE, m, n, k, a, a_row, a_step, b, b_panel, b_step, c, c_row, c, c, ahead, NO_SUMS)
+
+
+@jit
+def product_add(one, m, n, k, a, a_row, a_step, b, b_panel, b_step, c, c_row):
+    """C = C + A B."""
+    _product(one, ADD, STORE, m, n, k, a, a_row, a_step, b, b_panel, b_step, c, c_row, c, c, NOTHING, NO_SUMS)
+
+
+@jit
+def product_add_ahead(one, m, n, k, a, a_row, a_step, b, b_panel, b_step, c, c_row, ahead):
+    """C = C + A B."""
+    _product(one, ADD, STORE, m, n, k, a, a_row, a_step, b, b_panel, b_step, c, c_row, c, c, ahead, NO_SUMS)
+
+
+@jit
+def product_terms(one, m, n, k, a, a_row, a_step, b, b_panel, b_step, c, c_row, row, column):
+    """C = A B + row + column."""
+    _product(one, TERMS, STORE, m, n, k, a, a_row, a_step, b, b_panel, b_step, c, c_row, row, column, NOTHING, NO_SUMS)
+
+
+@jit
+def product_terms_ahead(one, m, n, k, a, a_row, a_step, b, b_panel, b_step, c, c_row, row, column, ahead):
+    """C = A B + row + column."""
+    _product(one, TERMS, STORE, m, n, k, a, a_row, a_step, b, b_panel, b_step, c, c_row, row, column, ahead, NO_SUMS)
+
+
+@jit
+def product_exp(one, m, n, k, a, a_row, a_step, b, b_panel, b_step, c, c_row, row, column):
+    """C = exp(A B + row + column)."""
+    _product(one, TERMS, EXP, m, n, k, a, a_row, a_step, b, b_panel, b_step, c, c_row, row, column, NOTHING, NO_SUMS)
+
+
+@jit
+def product_exp_stream(one, m, n, k, a, a_row, a_step, b, b_panel, b_step, c, c_row, row, column):
+    """C = exp(A B + row + column), past the caches: C and c_row are multiples of a vector."""
+    _product(one, TERMS, STREAM, m, n, k, a, a_row, a_step, b, b_panel, b_step, c, c_row, row, column, NOTHING, NO_SUMS)
+
+
+@jit
+def product_sums(one, m, n, k, a, a_row, a_step, b, b_panel, b_step, row, column, sums, ahead):
+    """Take the logarithms A B + row + column, to base 2, into sums and maxima; right where none is over 127."""
+    _product(one, TERMS, SUMS, m, n, k, a, a_row, a_step, b, b_panel, b_step, b, b_step, row, column, ahead, sums)
+
+
+@jit
+def product_sum(one, m, n, k, a, a_row, a_step, b, b_panel, b_step, row, column, sums, ahead):
+    """As `product_sums`, with the second weight alone."""
+    _product(one, TERMS, SUM, m, n, k, a, a_row, a_step, b, b_panel, b_step, b, b_step, row, column, ahead, sums)
