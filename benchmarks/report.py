@@ -46,28 +46,23 @@ def _seconds(run) -> float:
 NOTES = """\
 ## Where a goal is missed, and why
 
-The goals were set on an Intel Xeon with AVX-512 and AMX, against what was fastest there. The share of the bound says
-what a faster kernel could gain. Peers and memory vary between runs; in the hour before this one, on the same machine,
-causal attention with 65,536 tokens, m = 64, took 58 to 70 milliseconds, decoding at B = 64 was 1.2 to 2.3 times as fast
-as torch.compile, and the matrix-vector product 8.3 to 9.0 times. What is known of each miss on the processor named
-above:
+The goals were set on an Intel Xeon with AVX-512 and AMX, against what was fastest there; those of causal attention
+against chunked torch, which has rows of its own beside the fastest rival, a scan under jax.jit. The share of the bound
+says what a faster kernel could gain. Peers and memory vary between runs: in a run an hour before this one causal
+attention with 65,536 tokens was 7.97 times as fast as chunked torch, training 7.8 and 8.1 times, and decoding 2.8
+(B = 1) and 0.8 times (B = 64) as fast as torch.compile. What is known of each miss on the processor named above:
 
-- *Features, m = 128, fresh*: half of the time are the page faults of the result; with `out=` the goal is met.
-- *Causal*: the goals were set against chunked torch. Against the fastest of its three forms ours is 5.8 times as fast
-  with 4096 tokens, 5.4 with 16,384 (m = 256), and 7.7, not 8, with 65,536 (m = 64); a scan under jax.jit, which decides
-  the rows, is faster. For 16,384 and 65,536 tokens the products alone would take 38 and 41 milliseconds at the bound.
-  The rest are exponentials, maxima and copies into a tile, and at m = 64 memory, of which each thread gets 20 GB/s.
+- *Bidirectional, 4096 tokens, m = 64*: not understood. Run by itself on the same day this script takes 4.2 to 4.4
+  milliseconds, 2.0 to 2.2 times less than torch.compile; in the run before it took 4.3.
 - *Causal with a window, m = 128*: a window w takes 1.5 w (d + e) multiply-adds a query where causal attention takes
   32 (m + e) for the pairs in a tile: 0.92, 1.00, 1.16 of all in all for w = 16, 32, 64 at m = 128, so that at w = 64
-  arithmetic alone forbids the goal. At 16 and 32 the rest are short products, and weights, maxima and sums of every
-  block. At m = 256 a window costs up to 3 %.
-- *Decode*: at B = 1 the kernel takes 4 microseconds of 15, four new arrays 3; the rest is Python, most of it to see
-  that this call is like the one before. At B = 64 the states, 8 MiB read and 8 MiB written, as no call writes to a
-  state that it was given, take 140 to 190 microseconds of two threads, and waking the second one 50; torch.compile
+  arithmetic alone forbids the goal. At 16 and 32 the rest are sums that take and are read by few points at a time,
+  whose weights have left the first cache meanwhile. Where memory is slower, and the call without a window with it, they
+  cost nothing. At m = 256 a window costs up to 3 %.
+- *Decode*: at B = 1 the kernel takes 3 microseconds of 12 to 16, four new arrays 3; the rest is Python, most of it to
+  see that this call is like the one before. At B = 64 the states, 8 MiB read and 8 MiB written, as no call writes to a
+  state that it was given, take two threads 140 to 190 microseconds, waking the second one included; torch.compile
   takes no longer than two copies of the states.
-- *Matrix-vector product*: 16 features of a point take 9 cycles for their product with 8 coordinates, the exponential
-  and two sums, of which the two multiply-add units need 8; loading points, and what is done once for a tile of them,
-  takes another 2 to 3. The goal would need 9 in all.
 
 Not measured: AMX tiles (this processor has none), bfloat16 peers, ARM.
 """
