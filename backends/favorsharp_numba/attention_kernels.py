@@ -39,7 +39,6 @@ from favorsharp_numba.tiles import (
     log_keys,
     log_queries,
     panel,
-    place_of,
     put,
     raise_top,
     read_sums,
@@ -48,6 +47,7 @@ from favorsharp_numba.tiles import (
     scale_sums,
     store_points,
     usable_values,
+    values_at,
     weigh,
 )
 
@@ -254,9 +254,7 @@ def causal(one, s, p, q, k, v, mask, out, low, high, scratch):
         while start < p.num_keys:
             count = min(size, p.num_keys - start)
             some = load_keys(one, s, keys, k, mask, head, start, count, points, dense, factors)
-            values = place_of(v, head, start) if usable else loaded
-            if not usable:
-                load_values(one, s, keys, v, mask, head, start, count, values)
+            values = values_at(one, s, keys, v, mask, head, start, count, usable, loaded)
             log_keys(
                 one, s, keys, points, count, factors, features, p_step,
                 ahead_of(q, integer_at(p.members + 8 * first_member), start, start + count, s.d),

@@ -30,17 +30,16 @@ from favorsharp_numba.tiles import (
     lanes,
     load_keys,
     load_queries,
-    load_values,
     log_keys,
     log_queries,
     panel,
-    place_of,
     put,
     rescale,
     rest_of_tile,
     store_points,
     take_keys,
     usable_values,
+    values_at,
     weigh,
 )
 from favorsharp_numba.vectors import item_size
@@ -177,9 +176,7 @@ def gather_column(one, s, p, k, v, mask, normalised, low, high, scratch):
         for first in range(start, stop, TILE):
             count = min(TILE, stop - first)
             if load_keys(one, s, side, k, mask, head, first, count, points, dense, factors):
-                values = place_of(v, head, first) if usable else loaded
-                if not usable:
-                    load_values(one, s, side, v, mask, head, first, count, values)
+                values = values_at(one, s, side, v, mask, head, first, count, usable, loaded)
                 coming = ahead_of(k, head, first + count, min(stop, first + count + TILE), s.d)
                 take_column(
                     one, s, side, points, count, factors, values, v_step, normalised, kv, z, top, ones, rest, coming

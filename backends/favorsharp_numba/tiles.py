@@ -24,7 +24,6 @@ from favorsharp_numba.primitives import (
 )
 from favorsharp_numba.products import Ahead
 from favorsharp_numba.rows import (
-    FLOAT32,
     add_rows,
     combine,
     compare_tops,
@@ -228,7 +227,7 @@ def load_values(one, s, side, v, mask, b, start, count, values):
 @inlined
 def usable_values(one, s, v, mask, by_item):
     """Whether values can be taken where they lie, by item or in whole vectors: of the dtype to work in, none hidden."""
-    same = mask.offsets == 0 and v.item == item_size(one) and v.kind >= FLOAT32
+    same = mask.offsets == 0 and v.item == item_size(one)
     return same and (s.e == 1 or v.column == v.item) and (by_item or s.e == s.e_pad)
 
 
@@ -236,6 +235,15 @@ def usable_values(one, s, v, mask, by_item):
 def place_of(points, b, position):
     """The place of a point of the dtype to work in."""
     return (points.base + integer_at(points.offsets + 8 * b) + position * points.row) // points.item
+
+
+@inlined
+def values_at(one, s, side, v, mask, b, start, count, usable, loaded):
+    """The place of a tile of values: where they lie, or where they are loaded to if they are not usable there."""
+    if usable:
+        return place_of(v, b, start)
+    load_values(one, s, side, v, mask, b, start, count, loaded)
+    return loaded
 
 
 @inlined
@@ -320,9 +328,7 @@ def absorb(one, s, side, k, v, mask, b, start, stop, kv, z, top, transposed, scr
     for first in range(start, stop, TILE):
         count = min(TILE, stop - first)
         if load_keys(one, s, side, k, mask, b, first, count, points, dense, factors):
-            values = place_of(v, b, first) if usable else loaded
-            if not usable:
-                load_values(one, s, side, v, mask, b, first, count, values)
+            values = values_at(one, s, side, v, mask, b, first, count, usable, loaded)
             after = min(stop, first + count + TILE)
             next_values = ahead_of(v, b, first + count, after, s.e)
             log_keys(one, s, side, points, count, factors, p, p_step, next_values)

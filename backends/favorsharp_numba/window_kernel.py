@@ -23,7 +23,6 @@ from favorsharp_numba.tiles import (
     lanes_of,
     load_keys,
     load_points,
-    load_values,
     log_keys,
     log_queries,
     place_of,
@@ -35,6 +34,7 @@ from favorsharp_numba.tiles import (
     take_keys_scratch,
     turn_queries,
     usable_values,
+    values_at,
     weigh,
 )
 
@@ -328,10 +328,7 @@ def keep_keys(
     at = store_of(s)
     load_keys(one, s, side, k, mask, head, start, stop - start, store, dense, store + at.factors)
     near_keys(one, s, side, stop - start, store + at.factors, store + at.norms)
-    if usable:
-        values = place_of(v, head, start)
-    else:
-        load_values(one, s, side, v, mask, head, start, stop - start, values)
+    values = values_at(one, s, side, v, mask, head, start, stop - start, usable, values)
     finite = is_finite(one, side, values, v_step, stop - start, s.e_pad, scratch)
     put(one, store + at.finite, one if finite else one - one)
 
