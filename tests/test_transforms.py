@@ -117,6 +117,8 @@ def test_states_of_torch_compiled_calls_know_a_map_that_was_asked():
     _, theirs = prefill(other)
     assert theirs.fingerprint is None  # that of the map in the call, not of the one that was traced
     assert other.fingerprint != fm.fingerprint
+    for feature_map in (other, fm):  # known by now, though a graph was made for a map without
+        assert prefill(feature_map)[1].fingerprint == feature_map.fingerprint
     for run in (step, lambda state, feature_map: fs.decode_step(*token, state, feature_map)):
         run(state, fm)
         with pytest.raises(ValueError, match="state comes from another feature map"):
