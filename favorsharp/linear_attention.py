@@ -239,7 +239,7 @@ def linear_attention(
             if a < b or n == 0
         ]
         return _deliver(pieces[0] if len(pieces) == 1 else xp.concat(pieces, axis=-2), out)
-    fingerprint = feature_map.known_fingerprint if state is not None or return_state else None
+    fingerprint = feature_map.fingerprint if state is not None or return_state else None
     dtype = compute_dtype(xp, q, k, v)
     prepared = astype(feature_map, dtype)
     into: dict[str, Array] = {}
@@ -298,7 +298,7 @@ def init_state(feature_map: FeatureMap, v_size: int, *, like: Array, window: int
     own = feature_map.batch_shape
     batch = check_broadcast("like (*b, s, d)", like=like.shape[:-2], feature_map=own)
     state = empty_state(positive, batch, feature_map.parameters.size, e, window, like)
-    return replace(state, fingerprint=feature_map.known_fingerprint)
+    return replace(state, fingerprint=feature_map.fingerprint)
 
 
 def update(state: State, k: Array, v: Array, feature_map: FeatureMap, *, key_mask: Array | None = None) -> State:
@@ -460,7 +460,7 @@ def _check_state(state: Any, feature_map: FeatureMap, **named: Array) -> None:
     if not isinstance(state, State):
         raise TypeError(f"state must be a favorsharp.State, got {type(state).__name__}")
     check_floats(**named, state=state.kv)
-    own = feature_map.known_fingerprint if state.fingerprint is not None else None
+    own = feature_map.fingerprint if state.fingerprint is not None else None
     if state.num_features != feature_map.num_features or (own is not None and own != state.fingerprint):
         raise ValueError(
             f"state comes from another feature map: it is {state!r}, the map is {feature_map!r}; accepted: the map "

@@ -81,6 +81,58 @@ def test_a_compiled_call_refuses_the_state_of_another_map():
         torch.compile(lambda q: fs.read(state, q, other), fullgraph=True, backend="eager")(q)
 
 
+@pytest.mark.parametrize("options", [{}, {"window": 4}], ids=str)
+def test_torch_compiled_bidirectional_calls_return_states(options):
+    torch, (q, k, v) = torch_problem(batch=(2,), n=20)
+    fm = fs.feature_map(fs.fit(q, k), 8, rng=0)
+
+    def call(q, k, v):
+        return fs.linear_attention(q, k, v, fm, return_state=True, **options)
+
+    torch._dynamo.reset()
+    (out, state), (want, kept) = torch.compile(call, fullgraph=True, backend="eager")(q, k, v), call(q, k, v)
+    torch.testing.assert_close(out, want)
+    for name in ("kv", "z", "c", "recent_k", "recent_v", "recent_mask"):
+        torch.testing.assert_close(getattr(state, name), getattr(kept, name))
+
+
+def test_states_of_torch_compiled_calls_know_a_map_that_was_asked():
+    """No number is read while a compiler traces; a digest that is there goes into the graph, and its checks with it."""
+    torch, (q, k, v) = torch_problem(batch=(2,), n=6)
+    fm, other = (fs.feature_map(fs.fit(q, k), 8, rng=seed) for seed in (0, 1))
+    token = [x[:, :1] for x in (q, k, v)]
+    torch._dynamo.reset()
+
+    def call(feature_map):
+        return fs.linear_attention(q, k, v, feature_map, return_state=True)
+
+    prefill = torch.compile(call, fullgraph=True, backend="eager")
+    step = torch.compile(lambda state, feature_map: fs.decode_step(*token, state, feature_map)[0], backend="eager")
+    _, unsigned = prefill(fm)
+    assert unsigned.fingerprint is None
+    fs.decode_step(*token, unsigned, fm)
+    assert fm.fingerprint is not None
+    _, state = prefill(fm)
+    assert state.fingerprint == fm.fingerprint
+    _, theirs = prefill(other)
+    assert theirs.fingerprint is None  # that of the map in the call, not of the one that was traced
+    assert other.fingerprint != fm.fingerprint
+    for feature_map in (other, fm):  # known by now, though a graph was made for a map without
+        assert prefill(feature_map)[1].fingerprint == feature_map.fingerprint
+    for run in (step, lambda state, feature_map: fs.decode_step(*token, state, feature_map)):
+        run(state, fm)
+        with pytest.raises(ValueError, match="state comes from another feature map"):
+            run(state, other)
+
+
+def test_a_transform_leaves_no_mark_on_a_map():
+    """A state that is made inside of one has no digest; those that are made later do."""
+    torch, (q, k, v) = torch_problem(batch=(2,), n=6)
+    fm = fs.feature_map(fs.fit(q[0], k[0]), 8, rng=0)
+    torch.func.vmap(lambda q, k, v: fs.linear_attention(q, k, v, fm, return_state=True)[1].kv)(q, k, v)
+    assert fs.init_state(fm, 3, like=k).fingerprint is not None
+
+
 @pytest.mark.slow
 def test_torch_inductor():
     torch, (q, k, v) = torch_problem(batch=(2,), n=40)

@@ -24,6 +24,11 @@ def is_numpy(x: Any) -> bool:
     return isinstance(x, np.ndarray)
 
 
+def on_host(x: Any) -> bool:
+    """Whether x is not on a GPU: where tests run the kernels."""
+    return is_numpy(x) or (is_torch(x) and x.device.type != "cuda")
+
+
 def name_of(x: Any) -> str:
     """The dtype's short name."""
     return _name(x.dtype)

@@ -187,7 +187,7 @@ class Backward:
         self.of_columns: list[tuple[slice, int]] = []
         keys = key_batch_of(feature_map, k, v, key_mask)
         self.batch = broadcast_shapes(tuple(q.shape[:-2]), keys)
-        packed = plain_map(feature_map, q, self.wide)
+        packed = plain_map(feature_map, self.wide)
         p = self.problem = Problem(self.batch, GRADIENTS)
         self.heads = p.heads
         p.number("map_axis", tuple(feature_map.batch_shape))
@@ -196,7 +196,7 @@ class Backward:
         if key_mask is not None:
             p.array("mask", key_mask, trailing=1)
         p.set(
-            query=p.hold(packed.query), key=p.hold(packed.key), constants=packed.size, has_dense=packed.has_dense,
+            query=p.hold(packed.query), key=p.hold(packed.key), constants=packed.size, has_dense=1,
             gaussian=feature_map.parameters.kernel == "gaussian", m=self.m, d=self.d, slices=self.slices,
             slice=self.slice, width=self.width, value_width=value_width,
             num_queries=self.n, num_keys=self.s, window=window, causal=causal, heads=self.heads,

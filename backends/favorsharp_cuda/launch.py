@@ -78,7 +78,7 @@ def forget() -> None:
 
 def on_stream_of(like: Any) -> AbstractContextManager[Any]:
     """Makes the caller's device and stream CuPy's current ones."""
-    if not arrays.is_torch(like) or like.device.type != "cuda":
+    if not arrays.is_torch(like) or arrays.on_host(like):
         return nullcontext()  # CuPy arrays: its current device and stream are the caller's
     import cupy
     import torch
@@ -89,6 +89,17 @@ def on_stream_of(like: Any) -> AbstractContextManager[Any]:
     else:
         current = cupy.cuda.ExternalStream(stream.cuda_stream, like.device.index)
     return _Both(cupy.cuda.Device(like.device.index), current)
+
+
+def stream_of(like: Any) -> tuple[int, bool]:
+    """The caller's stream, as a number, and whether a CUDA graph is being captured on it."""
+    if arrays.on_host(like):
+        return 0, False
+    import cupy
+
+    with on_stream_of(like):
+        stream = cupy.cuda.get_current_stream()
+        return int(stream.ptr), bool(stream.is_capturing())
 
 
 class _Both:

@@ -20,6 +20,7 @@ from favorsharp_cuda.causal_attention import causal_attention_with_stats
 from favorsharp_cuda.exponential_features import exponential_features
 from favorsharp_cuda.exponential_features_gradients import exponential_features_backward
 from favorsharp_cuda.gradients import attention_backward
+from favorsharp_cuda.launch import stream_of
 from favorsharp_cuda.state import update
 
 MAPS_KEPT = 64
@@ -61,7 +62,8 @@ _maps: "OrderedDict[Any, DenseExponentialMap]" = OrderedDict()
 
 def kept_map_of(arrays: Any, scale: float, kernel: str) -> DenseExponentialMap:
     """The same map object, and so the same packed constants, for tensors that are unchanged since a call before."""
-    if any(x.is_inference() or x.requires_grad for x in arrays):  # their changes are not counted, or are the rule
+    # their changes are not counted, or are the rule; and a captured graph is to read them each time it runs
+    if any(x.is_inference() or x.requires_grad for x in arrays) or stream_of(arrays[0])[1]:
         return map_of(arrays, scale, kernel)
     stamps = tuple((x.data_ptr(), x._version, x.shape, x.stride(), x.dtype, x.device) for x in arrays)
     key = (scale, kernel, stamps)

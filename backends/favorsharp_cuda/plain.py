@@ -42,7 +42,7 @@ def attend(
     d, m = feature_map.parameters.g1.shape[-1], feature_map.num_features
     shared = shared_of(like, dtype, d=d, e=e, m=m)
     given = {"q": q, "k": k, "v": v, "mask": mask, "out": out, "partial_sums": partial, "stats": stats}
-    problem = _problem(Problem(batch), feature_map, dtype, like, e, given, sums, new)
+    problem = _problem(Problem(batch), feature_map, dtype, e, given, sums, new)
     problem.set(
         normalised=1, segments=pieces, flags=flags, num_queries=0 if q is None else q.shape[-2],
         num_keys=0 if k is None else k.shape[-2],
@@ -55,19 +55,18 @@ def _problem(
     problem: Problem,
     feature_map: Any,
     dtype: str,
-    like: Any,
     e: int,
     given: dict[str, Any],
     sums: Sums | None,
     new: Sums | None,
 ) -> Problem:
     """The problem with the map's constants and sizes, and with those arrays that there are."""
-    packed = plain_map(feature_map, like, arrays.WIDER[dtype])
+    packed = plain_map(feature_map, arrays.WIDER[dtype])
     problem.number("map_axis", tuple(feature_map.batch_shape))
     problem.values["query"]["header"] = problem.hold(packed.query)
     problem.values["key"]["header"] = problem.hold(packed.key)
     problem.set(
-        m=feature_map.num_features, d=feature_map.parameters.g1.shape[-1], e=e, has_dense=packed.has_dense,
+        m=feature_map.num_features, d=feature_map.parameters.g1.shape[-1], e=e, has_dense=1,
         map_rows=packed.size, gaussian=feature_map.parameters.kernel == "gaussian",
     )  # fmt: skip
     for name, x in given.items():
@@ -202,7 +201,7 @@ def decode(q: Any, k: Any, v: Any, feature_map: Any, key_mask: Any, sums: Sums) 
     out = arrays.empty(q, (*batch, 1, e), dtype)
     new = new_sums(q, keys, feature_map.num_features, e, arrays.WIDER[dtype])
     given = {"q": q, "k": k, "v": v, "mask": key_mask, "out": out}
-    problem = _problem(Problem(batch, keys=keys), feature_map, dtype, q, e, given, sums, new)
+    problem = _problem(Problem(batch, keys=keys), feature_map, dtype, e, given, sums, new)
     problem.set(num_queries=group, segments=parts, span=span)
     shared = shared_of_decode(d, heads, span, arrays.computed_item(dtype))
     run(expression("decode", dtype, heads), q, blocks * parts, DECODE_THREADS, problem.values, shared)

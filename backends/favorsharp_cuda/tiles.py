@@ -121,7 +121,7 @@ class Tiles:
 
     def __init__(self, feature_map: Any, like: Any, dtype: str, e: int, *, walks: bool = False) -> None:
         self.feature_map, self.like, self.dtype, self.e = feature_map, like, dtype, e
-        self.map = tile_map(feature_map, like)
+        self.map = tile_map(feature_map)
         self.d, self.room = feature_map.parameters.g1.shape[-1], room_of(like)
         self.part = walked_size(dtype, self.d, e, self.room) if walks else 0
         self.padded_e = walked_value_size(e, self.part) if walks else value_size(e)
@@ -153,7 +153,7 @@ class Tiles:
         if mask is not None:
             p.array("mask", mask, trailing=1)
         blocks = -(-n // TILE)
-        p.set(num_queries=n, segments=blocks, has_dense=self.map.query_has_dense if query else self.map.key_has_dense)
+        p.set(num_queries=n, segments=blocks, has_dense=1)
         shared = 2 * points_bytes(self.d) + 4 * TILE
         run(expression("factors", self.dtype), self.like, p.heads * blocks, THREADS, p.values, shared)
         return out

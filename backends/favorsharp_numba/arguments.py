@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from favorsharp._arrays import to_host
 from favorsharp.features.folding import FoldedSide, fold
 from favorsharp_numba.compiling import TAGS
 from favorsharp_numba.emitter import BYTES, VECTORS
@@ -168,7 +169,8 @@ class Packed:
         self.dtype = np.dtype(dtype)
         self.one = TAGS[dtype]
         self.batch: tuple[int, ...] = tuple(feature_map.batch_shape)
-        self.query, self.key = fold(feature_map)
+        self.query, self.key = fold(feature_map, to_host)
+        self.has_dense = any(np.any(side.dense) for side in (self.query, self.key))
         self.count, self.m, self.d = self.query.rows.shape
         self.lanes = BYTES // self.dtype.itemsize
         self.panel = VECTORS * self.lanes
@@ -178,7 +180,6 @@ class Packed:
         """Where what lies, for values of size e."""
         d, m = self.d, self.m
         d_pad, m_pad, e_pad = (self.padded(x) for x in (d, m, e))
-        has_dense = any(side.dense is not None for side in (self.query, self.key))
         center = -(-HEADER // self.lanes) * self.lanes
         linear, near_center = center + d_pad, center + 2 * d_pad
         near_scaled = near_center + d_pad
@@ -187,12 +188,12 @@ class Packed:
         rows = column + m_pad
         panels = rows + m * d_pad
         dense = panels + -(-m_pad // self.panel) * d * self.panel
-        matrix = -(-d_pad // self.panel) * d * self.panel if has_dense else 0
+        matrix = -(-d_pad // self.panel) * d * self.panel if self.has_dense else 0
         dense_back = dense + matrix
         zeros = dense_back + matrix
         total = self.padded(zeros + max(d_pad, e_pad))
         places = center, linear, near_center, near_scaled, near_shift, column, rows, panels, dense, dense_back
-        return Sizes(d, d_pad, m, m_pad, e, e_pad, *places, int(has_dense), int(self.gaussian), total)
+        return Sizes(d, d_pad, m, m_pad, e, e_pad, *places, int(self.has_dense), int(self.gaussian), total)
 
     def padded(self, x: int) -> int:
         """The size in whole vectors, one at least."""
@@ -223,8 +224,7 @@ class Packed:
         out[:, s.rows : s.rows + s.m * s.d_pad] = rows.reshape(self.count, -1)
         self._put_panels(out, s.panels, np.swapaxes(matrix, -1, -2), s.m_pad)
         if s.has_dense:
-            # where the other side needs a matrix and this one would do without, it has zeros
-            dense = np.zeros((self.count, s.d, s.d)) if side.dense is None else math.sqrt(LOG2E) * side.dense
+            dense = math.sqrt(LOG2E) * side.dense
             self._put_panels(out, s.dense, dense, s.d_pad)
             self._put_panels(out, s.dense_back, np.swapaxes(dense, -1, -2), s.d_pad)
         return out

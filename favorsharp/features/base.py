@@ -10,7 +10,6 @@ from favorsharp._arrays import (
     cast,
     compute_dtype,
     is_array,
-    is_compiling,
     is_traced,
     namespace_of,
     to_host,
@@ -60,33 +59,27 @@ class FeatureMap:
     @cached_property
     def arrays(self) -> tuple[Array, ...]:
         """Every array in the map."""
-        entries = (getattr(value, field.name) for value in (self.parameters, self) for field in fields(value))
-        return tuple(x for x in entries if is_array(x))
+        return tuple(x for _, x in self._entries() if is_array(x))
 
-    @cached_property
-    def fingerprint(self) -> str | None:
-        """A digest of every number in the map, by which a state knows its own; None while they are being traced."""
-        digest = hashlib.blake2b(digest_size=16)
-        for value in (self.parameters, self):
-            for field in fields(value):
-                entry = getattr(value, field.name)
-                if is_array(entry):
-                    if is_traced(entry):
-                        return None
-                    digest.update(f"{field.name}{tuple(entry.shape)}".encode())
-                    digest.update(to_host(entry).tobytes())
-                elif not isinstance(entry, Parameters):
-                    label = entry if isinstance(entry, str | int | float) else getattr(entry, "__qualname__", "")
-                    digest.update(f"{field.name}={label}".encode())
-        return digest.hexdigest()
+    known_fingerprint: ClassVar[str | None] = None
+    """The fingerprint, once it has been asked for."""
 
     @property
-    def known_fingerprint(self) -> str | None:
-        """The fingerprint; while torch compiles, one that is known already: hashing takes numbers to the host."""
-        if is_compiling():
-            known: str | None = self.__dict__.get("fingerprint")
-            return known
-        return self.fingerprint
+    def fingerprint(self) -> str | None:
+        """A digest of every number in the map, by which a state knows its own.
+
+        Numbers that are being traced cannot be read: there it is the digest that was asked for before, or None.
+        """
+        if self.known_fingerprint is None:
+            entries = self._entries()
+            if not any(is_array(x) and is_traced(x) for _, x in entries):
+                object.__setattr__(self, "known_fingerprint", _digest(entries))
+        return self.known_fingerprint
+
+    def _entries(self) -> list[tuple[str, Any]]:
+        """The fields of the parameters and of the map, with their names."""
+        values = (self.parameters, self)
+        return [(field.name, getattr(value, field.name)) for value in values for field in fields(value)]
 
     def expanded(self) -> Self:
         """The same map with an axis of length 1 before the last two of its batched arrays.
@@ -107,6 +100,18 @@ class FeatureMap:
         """The map in the dtype to compute in, and x in the same."""
         dtype = compute_dtype(check_data(self.parameters, **{name: x}), x)
         return astype(self, dtype), cast(x, dtype)
+
+
+def _digest(entries: list[tuple[str, Any]]) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for name, entry in entries:
+        if is_array(entry):
+            digest.update(f"{name}{tuple(entry.shape)}".encode())
+            digest.update(to_host(entry).tobytes())
+        elif not isinstance(entry, Parameters):
+            label = entry if isinstance(entry, str | int | float) else getattr(entry, "__qualname__", "")
+            digest.update(f"{name}={label}".encode())
+    return digest.hexdigest()
 
 
 @dataclass(frozen=True, eq=False, repr=False)

@@ -1,19 +1,20 @@
-"""A dense-exponential map as few numbers a side, on the host: what kernels pack into their own layouts.
+"""A dense-exponential map as few numbers a side: what kernels pack into their own layouts.
 
 With z = root x - center, the log features of a point x are
 
     z rows^T + column + f(z),    f(z) = offset + linear.z - beta |z|^2 - |z dense|^2
 
-so that g, both centers and the scale have gone into the constants, in float64.
+so that g, both centers and the scale have gone into the constants, in float64. They are computed where the arrays lie,
+and no number is read back: what depends on numbers is chosen there.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
-from favorsharp._arrays import to_host
+from favorsharp._arrays import cast, namespace_of, on_device_of, without_gradient
+from favorsharp._typing import Array
 
 __all__ = ["FoldedSide", "fold"]
 
@@ -32,34 +33,39 @@ class FoldedSide:
     offset, beta : array, shape (count,)
     column : array, shape (count, m)
     rows : array, shape (count, m, d)
-    dense : array, shape (count, d, d), or None
-        None where the quadratic form is a multiple of |z|^2, which beta then has.
+    dense : array, shape (count, d, d)
+        Zeros where the quadratic form is a multiple of |z|^2 in all maps of the batch; beta then has it.
     """
 
     root: float
-    center: Any
-    linear: Any
-    near_center: Any
-    offset: Any
-    beta: Any
-    column: Any
-    rows: Any
-    dense: Any
+    center: Array
+    linear: Array
+    near_center: Array
+    offset: Array
+    beta: Array
+    column: Array
+    rows: Array
+    dense: Array
 
 
-def fold(feature_map: Any) -> tuple[FoldedSide, FoldedSide]:
+def fold(feature_map: Any, prepared: Callable[[Array], Array] = without_gradient) -> tuple[FoldedSide, FoldedSide]:
     """The constants of a dense-exponential map's queries and keys.
 
     Parameters
     ----------
     feature_map : DenseExponentialMap
         Its leading axes are flattened.
+    prepared : callable
+        Applied to its arrays: puts them where the constants are wanted.
     """
+
+    def flat(x: Array) -> Array:
+        return _flat(prepared(x), batch)
+
     p = feature_map.parameters
     batch = tuple(feature_map.batch_shape)
-    g1, g2, center_x, center_y = (_flat(getattr(p, name), batch) for name in ("g1", "g2", "center_x", "center_y"))
-    rows, column = _flat(feature_map.rows, batch), _flat(feature_map.column, batch)[:, 0]
-    center_x, center_y = center_x[:, 0], center_y[:, 0]
+    g1, g2, center_x, center_y = flat(p.g1), flat(p.g2), flat(p.center_x)[:, 0, :], flat(p.center_y)[:, 0, :]
+    rows, column = flat(feature_map.rows), flat(feature_map.column)[:, 0, :]
     root, gaussian = math.sqrt(p.scale), p.kernel == "gaussian"
     return (
         _side(root, g1, center_x, center_y, center_y, rows, column, gaussian),
@@ -68,23 +74,24 @@ def fold(feature_map: Any) -> tuple[FoldedSide, FoldedSide]:
 
 
 def _side(
-    root: float, g: Any, own: Any, other: Any, near_center: Any, rows: Any, column: Any, gaussian: bool
+    root: float, g: Array, own: Array, other: Array, near_center: Array, rows: Array, column: Array, gaussian: bool
 ) -> FoldedSide:
+    xp = namespace_of(g)
     if gaussian:
         linear = other - own
-        offset, beta = -0.25 * np.sum(linear * linear, axis=-1), np.full(len(g), 0.5)
+        offset, beta = -0.25 * xp.sum(linear * linear, axis=-1), 0.5
     else:
-        linear, offset, beta = other, 0.5 * np.sum(own * other, axis=-1), np.zeros(len(g))
-        near_center = np.zeros_like(own)
-    square = g[:, 0, 0] ** 2
-    if np.all(g == g[:, :1, :1] * np.eye(g.shape[-1])):
-        beta, dense = beta + 0.5 * square, None
-    else:
-        dense = math.sqrt(0.5) * np.swapaxes(g, -1, -2)
+        linear, offset, beta = other, 0.5 * xp.sum(own * other, axis=-1), 0.0
+        near_center = xp.zeros_like(own)
+    first = g[:, :1, :1]
+    is_multiple = xp.all(g == first * xp.eye(g.shape[-1], dtype=g.dtype, **on_device_of(g)))
+    beta = beta + xp.where(is_multiple, 0.5 * first[:, 0, 0] ** 2, 0.0)
+    dense = math.sqrt(0.5) * xp.astype(xp.logical_not(is_multiple), g.dtype) * xp.matrix_transpose(g)
     return FoldedSide(root, own, linear, near_center, offset, beta, column, rows @ g, dense)
 
 
-def _flat(x: Any, batch: tuple[int, ...]) -> Any:
+def _flat(x: Array, batch: tuple[int, ...]) -> Array:
     """An array of a map in float64, its leading axes those of the batch in one."""
-    wide = np.asarray(to_host(x), dtype=np.float64)
-    return np.broadcast_to(wide, (*batch, *wide.shape[-2:])).reshape(math.prod(batch), *wide.shape[-2:])
+    xp = namespace_of(x)
+    wide = cast(x, xp.float64)
+    return xp.reshape(xp.broadcast_to(wide, (*batch, *wide.shape[-2:])), (math.prod(batch), *wide.shape[-2:]))

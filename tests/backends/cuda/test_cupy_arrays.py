@@ -21,7 +21,6 @@ from favorsharp.ops.vjp import attention_vjp, exponential_features_vjp
 
 cupy = pytest.importorskip("cupy")
 torch = pytest.importorskip("torch")
-from favorsharp.features.folding import fold  # noqa: E402
 from favorsharp_cuda import arrays, launch, maps  # noqa: E402
 
 pytestmark = pytest.mark.own_backend
@@ -58,15 +57,25 @@ def put(x):
 @pytest.fixture(autouse=True)
 def over_host_memory(monkeypatch):
     monkeypatch.setattr(launch, "module_class", HostModule)
-    # copies between host and device go through the driver, and so do sums of CuPy's own; the rest is as on a GPU
-    monkeypatch.setattr(maps, "fold", lambda feature_map: fold(placed(feature_map, np_of)))
-    monkeypatch.setattr(arrays, "upload", lambda like, host: put(host) if isinstance(like, cupy.ndarray) else host)
+    # streams and CuPy's own arithmetic, by which it packs maps, go through the driver; the rest is as on a GPU
+    monkeypatch.setattr(maps, "stream_of", lambda like: (0, False))
+    for name in ("_pack_plain", "_pack_tiles"):
+        monkeypatch.setattr(maps, name, packed_by_numpy(getattr(maps, name)))
     before = cupy.cuda.get_allocator()
     cupy.cuda.set_allocator(host_memory)
     launch.forget()
     yield
     cupy.cuda.set_allocator(before)
     launch.forget()
+
+
+def packed_by_numpy(pack):
+    def run(feature_map, *given):
+        packed = pack(placed(feature_map, np_of), *given)
+        moved = {name: put(x) for name, x in vars(packed).items() if isinstance(x, np.ndarray)}
+        return replace(packed, **moved)
+
+    return run
 
 
 def placed(feature_map, make):

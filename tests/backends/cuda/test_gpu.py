@@ -155,6 +155,37 @@ def test_gradients_of_a_long_causal_sequence(window):
 
 
 @on_gpu
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_a_training_step_is_captured_in_a_graph(is_causal, trained):
+    """A replay computes with the points as they are then, and with the numbers of a map that is trained."""
+    torch = pytest.importorskip("torch")
+    q, k, v = (torch.randn(2, 200, 64, device="cuda") for _ in range(3))
+    feature_map = fs.feature_map(fs.fit(q, k), 64, rng=0)
+    g1 = feature_map.parameters.g1.requires_grad_(trained)
+
+    def step():
+        leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+        out = fs.linear_attention(*leaves, feature_map, is_causal=is_causal)
+        return out.detach(), *torch.autograd.grad(out.square().sum(), [*leaves, *([g1] if trained else [])])
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    q.mul_(0.5)
+    if trained:
+        g1.data.mul_(0.9)
+    graph.replay()
+    for got, want in zip(captured, step(), strict=True):
+        torch.testing.assert_close(got, want, rtol=0, atol=1e-4 * float(want.abs().max()))
+
+
+@on_gpu
 @pytest.mark.parametrize("library", LIBRARIES)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_shape_classes(shape, library):

@@ -153,6 +153,28 @@ def test_a_compiled_call_without_gradients(problem):
     torch.testing.assert_close((out, state.kv, state.z, state.c), (want, kept.kv, kept.z, kept.c))
 
 
+@pytest.mark.parametrize(("is_causal", "window"), MODES)
+def test_a_compiled_call_returns_a_state(problem, is_causal, window):
+    """Of a causal call by the kernels; of another by the reference, as no kernel for states is traced."""
+    q, k, v, mask, fm = problem
+
+    def call(q, k, v):
+        return fs.linear_attention(
+            q, k, v, fm, is_causal=is_causal, window=window, key_mask=mask, return_state=True
+        )  # fmt: skip
+
+    with fs.use("cuda", "reference"), dispatch.watch() as calls:
+        out, state = torch.compile(call, fullgraph=True, backend="aot_eager")(q, k, v)
+        ran = set(calls)
+        want, kept = call(q, k, v)
+        following = fs.linear_attention(q, k, v, fm, is_causal=True, window=window, state=state)
+    assert ran == ({("causal_attention", "cuda")} if is_causal else {("update", "reference"), ("read", "reference")})
+    names = ("kv", "z", "c", "recent_k", "recent_v", "recent_mask")
+    torch.testing.assert_close(out, want)
+    torch.testing.assert_close([getattr(state, name) for name in names], [getattr(kept, name) for name in names])
+    torch.testing.assert_close(following, fs.linear_attention(q, k, v, fm, is_causal=True, window=window, state=kept))
+
+
 def test_transforms_of_torch(problem):
     q, k, v, mask, fm = problem
 
@@ -205,6 +227,10 @@ def test_fake_tensors_of_a_gpu(problem, is_causal, window, dtype):
         own = operators.map_of(arrays, 1.0, "softmax")
         out = fs.linear_attention(*points, own, is_causal=is_causal, window=window)
         assert (out.shape, out.dtype, out.device.type) == ((2, 2, 12, 2), points[0].dtype, "cuda")
+        if is_causal:
+            _, state = fs.linear_attention(*points, own, is_causal=True, window=window, return_state=True)
+            assert (state.kv.shape, state.kv.dtype, state.kv.device.type) == ((2, 2, 5, 2), wide, "cuda")
+            assert (state.recent_k.shape[-2], state.fingerprint) == (2 * window, None)
         options = operators.options_of(own, window, is_causal)
         stats = torch.empty((2, 2, 12, 2), dtype=wide, device="cuda")
         found = OPS["attention_backward"](out, *points, None, *arrays, *options, out, stats, of_map=True)

@@ -1,0 +1,211 @@
+"""What is packed of a map says what the map says, is computed where its arrays lie, and is kept as long as it holds."""
+
+import gc
+import weakref
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from problems import attention_problem
+
+import favorsharp as fs
+from favorsharp.parameters import DENSE_EXPONENTIAL, map_arrays
+
+torch = pytest.importorskip("torch")
+from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
+
+from favorsharp_cuda import maps, operators  # noqa: E402
+
+pytestmark = pytest.mark.own_backend
+D, M = 5, 70
+
+
+def drawn(method="optimal", kernel="softmax", batch=(), **options):
+    q, k, _ = attention_problem(0, batch, n=40, d=D)
+    return fs.feature_map(fs.fit(q, k + 0.3, method=method, kernel=kernel, **options), M, rng=0)
+
+
+def with_matrix(**sides):
+    p = drawn("posrf").parameters
+    g = np.eye(D) + 0.1 * np.arange(D * D).reshape(D, D)
+    return fs.feature_map(
+        replace(p, **{side: g if value == "dense" else value * g for side, value in sides.items()}), M, rng=0
+    )
+
+
+def plain_terms(feature_map):
+    """What plain kernels read of each side, by the names of `FoldedSide`."""
+    packed = maps.plain_map(feature_map, "float64")
+    sizes = {"scalars": 8, "center": D, "linear": D, "near_center": D, "column": M, "rows": D * M, "dense": D * D}
+    for side in (packed.query, packed.key):
+        assert side.shape[1] == packed.size == sum(sizes.values())
+        cut = np.split(np.asarray(side), np.cumsum(list(sizes.values()))[:-1], axis=1)
+        terms = dict(zip(sizes, cut, strict=True))
+        terms["rows"] = terms["rows"].reshape(-1, D, M).swapaxes(-1, -2)
+        yield terms | {"dense": terms["dense"].reshape(-1, D, D)}
+
+
+def tile_terms(feature_map):
+    """What tensor-core kernels read of each side, in natural logarithms."""
+    packed = maps.tile_map(feature_map)
+    padded = packed.padded_d
+    for header, planes in (
+        (packed.query_header, packed.query_planes), (packed.key_header, packed.key_planes)
+    ):  # fmt: skip
+        header, planes = np.asarray(header, np.float64), np.asarray(planes, np.float64).sum(axis=1)
+        assert planes.shape[1:] == (packed.plane_rows, padded)
+        vectors = (header[:, 8 + i * padded :][:, :D] for i in range(3))
+        terms = dict(zip(("center", "linear", "near_center"), vectors, strict=True))
+        terms["scalars"], column = header[:, :8].copy(), header[:, 8 + 3 * padded :]
+        assert column.shape[1] == packed.padded_m
+        assert np.all(column[:, M:] == -np.inf)
+        rows, dense = planes[:, : packed.padded_m] * header[:, 3, None, None], planes[:, packed.padded_m :]
+        assert not rows[:, M:].any()
+        assert not dense[:, D:].any()
+        terms["scalars"][:, 1:3] /= maps.LOG2E
+        terms["linear"] = terms["linear"] / maps.LOG2E
+        terms["column"], terms["rows"] = column[:, :M] / maps.LOG2E, rows[:, :M, :D] / maps.LOG2E
+        dense = dense[:, :D, :D] * header[:, 4, None, None]
+        yield terms | {"dense": dense.swapaxes(-1, -2) / np.sqrt(maps.LOG2E)}
+
+
+def log_features(terms, x):
+    """Log features of points (count, n, d), as the kernels compute them."""
+    root, offset, beta = (terms["scalars"][:, i, None] for i in range(3))
+    z = root[..., None] * x - terms["center"][:, None]
+    factor = offset + (z @ terms["linear"][..., None])[..., 0] - beta * np.sum(z * z, axis=-1)
+    factor = factor - np.sum((z @ terms["dense"]) ** 2, axis=-1)
+    return z @ terms["rows"].swapaxes(-1, -2) + factor[..., None] + terms["column"][:, None]
+
+
+EVERY_MAP = [
+    *(pytest.param(drawn, {"method": method, "kernel": kernel}, id=f"{method}-{kernel}")
+      for method in DENSE_EXPONENTIAL for kernel in ("softmax", "gaussian")),
+    *(pytest.param(drawn, {"method": method, "batch": (2, 3)}, id=f"{method}-batch") for method in ("oprf", "optimal")),
+    pytest.param(drawn, {"batch": (2, 3), "axis": (0, -2)}, id="broadcast"),
+    pytest.param(with_matrix, {"g1": "dense"}, id="dense queries"),
+    pytest.param(with_matrix, {"g2": "dense"}, id="dense keys"),
+    pytest.param(with_matrix, {"g1": 0.0, "g2": "dense"}, id="zeros"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("terms", "tolerance"), [(plain_terms, 1e-12), (tile_terms, 2e-5)])
+@pytest.mark.parametrize("library", ["numpy", "torch"])
+@pytest.mark.parametrize(("make", "options"), EVERY_MAP)
+def test_packed_numbers_give_the_features_of_the_map(make, options, library, terms, tolerance):
+    feature_map = make(**options)
+    batch = feature_map.batch_shape
+    x = np.random.default_rng(1).standard_normal((*batch, 7, D))
+    want = [np.asarray(f(x)).reshape(-1, 7, M) for f in (feature_map.log_query, feature_map.log_key)]
+    if library == "torch":
+        feature_map = map_arrays(feature_map, torch.asarray)
+    for side, expected in zip(terms(feature_map), want, strict=True):
+        np.testing.assert_allclose(log_features(side, x.reshape(-1, 7, D)), expected, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("largest", [1.0, 2.0**-20, 3.0, np.nextafter(4.0, 0), 2.0**30, 0.0])
+def test_planes_fill_the_range_of_float16(largest):
+    planes, scale = maps._split(np.array([[[largest, -largest / 3]]]))
+    assert np.log2(scale) == np.round(np.log2(scale))
+    if largest:
+        assert 2**12 <= scale[0] * largest <= 2**13
+    np.testing.assert_allclose(planes.astype(float).sum(axis=1)[0] / scale, [[largest, -largest / 3]], rtol=2**-21)
+
+
+@pytest.mark.parametrize("largest", [np.inf, np.nan])
+def test_planes_hold_what_is_not_finite(largest):
+    with np.errstate(invalid="ignore"):
+        planes, scale = maps._split(np.array([[[largest, 1.0]]]))
+    assert np.isfinite(scale).all()
+    assert planes[0, 0, 0, 0] == largest or np.isnan(largest)
+
+
+class NothingIsRead(TorchDispatchMode):
+    """Inside, every operation is on tensors of the `meta` device alone: none is read, none comes from the host."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        seen = [x for x in torch.utils._pytree.tree_leaves((args, kwargs, result)) if isinstance(x, torch.Tensor)]
+        assert function is not torch.ops.aten._local_scalar_dense.default
+        assert all(x.device.type == "meta" for x in seen), function
+        return result
+
+
+@pytest.mark.parametrize(("make", "options"), EVERY_MAP)
+@pytest.mark.parametrize("trained", [False, True])
+def test_packing_waits_for_nothing(make, options, trained):
+    """Tensors without numbers are packed, so that no number can have been looked at, and nothing was copied to them."""
+    feature_map = map_arrays(make(**options), lambda x: torch.asarray(x).to("meta").requires_grad_(trained))
+    with NothingIsRead():
+        maps.plain_map(feature_map, "float32")
+        packed = maps.tile_map(feature_map)
+        maps.expanded_map(feature_map)
+    assert packed.query_planes.dtype == torch.float16
+
+
+class Stream:
+    """Stands for the caller's stream."""
+
+    number, is_capturing = 0, False
+
+
+@pytest.fixture
+def stream(monkeypatch):
+    now = Stream()
+    for module in (maps, operators):
+        monkeypatch.setattr(module, "stream_of", lambda like: (now.number, now.is_capturing))
+    return now
+
+
+def test_a_frozen_map_is_packed_once_for_each_stream(stream):
+    feature_map = map_arrays(drawn(), torch.asarray)
+    first = maps.tile_map(feature_map)
+    assert maps.tile_map(feature_map) is first
+    stream.number = 1
+    second = maps.tile_map(feature_map)
+    assert second is not first  # which may not be ready on this stream
+    stream.number = 0
+    assert maps.tile_map(feature_map) is first
+    feature_map.rows.mul_(2)
+    assert maps.tile_map(feature_map) is not first
+
+
+def test_a_trained_map_is_packed_at_each_use(stream):
+    """By a replayed graph its numbers change and its versions do not."""
+    feature_map = map_arrays(drawn(), torch.asarray)
+    feature_map.parameters.g1.requires_grad_()
+    before = maps.plain_map(feature_map, "float64")
+    feature_map.parameters.g1.data.mul_(2)
+    assert not torch.equal(maps.plain_map(feature_map, "float64").query, before.query)
+
+
+def test_a_capture_takes_what_is_kept_and_keeps_nothing_of_its_own(stream):
+    feature_map = map_arrays(drawn(), torch.asarray)
+    stream.number, stream.is_capturing = 7, True
+    own = maps.tile_map(feature_map)
+    assert maps.tile_map(feature_map) is not own  # its numbers are there when the graph has run
+    stream.number, stream.is_capturing = 0, False
+    kept = maps.tile_map(feature_map)
+    assert kept is not own
+    stream.number, stream.is_capturing = 7, True
+    assert maps.tile_map(feature_map) is kept
+
+
+def test_what_a_graph_reads_outlives_the_map(stream):
+    feature_map = map_arrays(drawn(), torch.asarray)
+    read, unread = weakref.ref(maps.tile_map(feature_map)), weakref.ref(maps.plain_map(feature_map, "float64"))
+    stream.is_capturing = True
+    maps.tile_map(feature_map)
+    del feature_map
+    gc.collect()
+    assert read() is not None
+    assert unread() is None
+
+
+def test_a_captured_operator_reads_its_tensors_anew(stream):
+    feature_map = map_arrays(drawn(), torch.asarray)
+    given = operators.arrays_of(feature_map), 1.0, "softmax"
+    kept = operators.kept_map_of(*given)
+    assert operators.kept_map_of(*given) is kept
+    stream.is_capturing = True
+    assert operators.kept_map_of(*given) is not kept
