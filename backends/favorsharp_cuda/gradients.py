@@ -196,7 +196,7 @@ class Backward:
         if key_mask is not None:
             p.array("mask", key_mask, trailing=1)
         p.set(
-            query=p.hold(packed.query), key=p.hold(packed.key), constants=packed.size, has_dense=1,
+            query=p.hold(packed.query), key=p.hold(packed.key), constants=packed.size, has_dense=packed.has_dense,
             gaussian=feature_map.parameters.kernel == "gaussian", m=self.m, d=self.d, slices=self.slices,
             slice=self.slice, width=self.width, value_width=value_width,
             num_queries=self.n, num_keys=self.s, window=window, causal=causal, heads=self.heads,

@@ -1,12 +1,15 @@
 """Feature maps as kernels read them: constants folded in float64, packed, and kept beside the map.
 
-A map is packed by its own library, where its arrays lie, on the caller's stream. No number goes to the host and back:
-the call does not wait for the GPU, and can be captured in a CUDA graph.
+A map is packed by its own library, where its arrays lie, on the caller's stream. What is kept has one number read back:
+whether a side has a quadratic form, which kernels leave out where there is none. A map that is trained, or that a CUDA
+graph packs, has nothing read: its call does not wait for the GPU, and its kernels multiply by a form of zeros.
 """
 
 import math
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from favorsharp._arrays import cast, named_dtype, namespace_of, on_device_of
@@ -26,16 +29,23 @@ class PlainMap:
     query: Any
     key: Any
     size: int
+    has_dense: bool
 
 
 def plain_map(feature_map: Any, dtype: str) -> PlainMap:
     """The map for plain kernels that compute in a dtype."""
-    return _kept(feature_map, ("plain", dtype), lambda: _pack_plain(feature_map, dtype))  # type: ignore[no-any-return]
+    return _kept(feature_map, ("plain", dtype), partial(_pack_plain, feature_map, dtype))  # type: ignore[no-any-return]
 
 
-def _pack_plain(feature_map: Any, dtype: str) -> PlainMap:
-    query, key = (_plain_side(side, dtype) for side in fold(feature_map))
-    return PlainMap(query, key, query.shape[1])
+def _pack_plain(feature_map: Any, dtype: str, may_read: bool) -> PlainMap:
+    sides = fold(feature_map)
+    query, key = (_plain_side(side, dtype) for side in sides)
+    return PlainMap(query, key, query.shape[1], not may_read or _has_dense(sides))
+
+
+def _has_dense(sides: tuple[FoldedSide, FoldedSide]) -> bool:
+    xp = namespace_of(sides[0].dense)
+    return bool(xp.any(xp.stack([side.dense for side in sides]) != 0))
 
 
 def _plain_side(side: FoldedSide, dtype: str) -> Any:
@@ -54,7 +64,9 @@ def _plain_side(side: FoldedSide, dtype: str) -> Any:
 
 def expanded_map(feature_map: Any) -> Any:
     """The map for points with a further leading axis; the same object, and what is packed of it, at every call."""
-    return _kept(feature_map, ("expanded",), feature_map.expanded) if feature_map.batch_shape else feature_map
+    if not feature_map.batch_shape:
+        return feature_map
+    return _kept(feature_map, ("expanded",), lambda may_read: feature_map.expanded())
 
 
 LOG2E = 1 / math.log(2)
@@ -78,14 +90,15 @@ class TileMap:
     padded_m: int
     plane_rows: int
     header_size: int
+    has_dense: bool
 
 
 def tile_map(feature_map: Any) -> TileMap:
     """The map for tensor-core kernels."""
-    return _kept(feature_map, ("tiles",), lambda: _pack_tiles(feature_map))  # type: ignore[no-any-return]
+    return _kept(feature_map, ("tiles",), partial(_pack_tiles, feature_map))  # type: ignore[no-any-return]
 
 
-def _pack_tiles(feature_map: Any) -> TileMap:
+def _pack_tiles(feature_map: Any, may_read: bool) -> TileMap:
     sides = fold(feature_map)
     _, m, d = sides[0].rows.shape
     padded_d, padded_m = -(-d // 16) * 16, -(-m // TILE) * TILE
@@ -93,9 +106,9 @@ def _pack_tiles(feature_map: Any) -> TileMap:
     (query_header, query_planes), (key_header, key_planes) = (
         _tile_side(side, padded_d, padded_m, plane_rows) for side in sides
     )
-    header_size = query_header.shape[1]
     return TileMap(
-        query_header, query_planes, key_header, key_planes, padded_d, padded_m, plane_rows, header_size
+        query_header, query_planes, key_header, key_planes, padded_d, padded_m, plane_rows, query_header.shape[1],
+        not may_read or _has_dense(sides),
     )  # fmt: skip
 
 
@@ -139,14 +152,16 @@ _captured: dict[int, Any] = {}
 """What graphs were captured with, by identity: a graph has addresses alone, and nobody says when it goes."""
 
 
-def _kept(feature_map: Any, key: tuple[Any, ...], make: Any) -> Any:
+def _kept(feature_map: Any, key: tuple[Any, ...], make: Callable[[bool], Any]) -> Any:
     """What was made of a map before, on the caller's stream: on others it may not be ready yet.
+
+    `make` is told whether it may read a number, and so wait.
 
     A map that is trained is packed at each use: a graph that is replayed changes its numbers, but not their versions. A
     capture takes what an earlier call left on any stream; what it makes itself is there only once the graph has run.
     """
     if any(arrays.is_torch(x) and x.requires_grad for x in feature_map.arrays):
-        return make()
+        return make(False)
     stream, is_capturing = stream_of(feature_map.rows)
     known = _known.setdefault(feature_map, {})
     versions = tuple(None if x.is_inference() else x._version for x in feature_map.arrays if arrays.is_torch(x))
@@ -156,10 +171,10 @@ def _kept(feature_map: Any, key: tuple[Any, ...], make: Any) -> Any:
     streams = known.setdefault(key, {})
     if is_capturing:
         if not streams:
-            return make()
+            return make(False)
         found = next(iter(streams.values()))
         _captured[id(found)] = found
         return found
     if stream not in streams:
-        streams[stream] = make()
+        streams[stream] = make(True)
     return streams[stream]

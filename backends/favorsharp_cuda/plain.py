@@ -66,7 +66,7 @@ def _problem(
     problem.values["query"]["header"] = problem.hold(packed.query)
     problem.values["key"]["header"] = problem.hold(packed.key)
     problem.set(
-        m=feature_map.num_features, d=feature_map.parameters.g1.shape[-1], e=e, has_dense=1,
+        m=feature_map.num_features, d=feature_map.parameters.g1.shape[-1], e=e, has_dense=packed.has_dense,
         map_rows=packed.size, gaussian=feature_map.parameters.kernel == "gaussian",
     )  # fmt: skip
     for name, x in given.items():

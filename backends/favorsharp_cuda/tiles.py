@@ -153,7 +153,7 @@ class Tiles:
         if mask is not None:
             p.array("mask", mask, trailing=1)
         blocks = -(-n // TILE)
-        p.set(num_queries=n, segments=blocks, has_dense=1)
+        p.set(num_queries=n, segments=blocks, has_dense=self.map.has_dense)
         shared = 2 * points_bytes(self.d) + 4 * TILE
         run(expression("factors", self.dtype), self.like, p.heads * blocks, THREADS, p.values, shared)
         return out

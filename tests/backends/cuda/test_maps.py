@@ -132,10 +132,19 @@ class NothingIsRead(TorchDispatchMode):
 
 
 @pytest.mark.parametrize(("make", "options"), EVERY_MAP)
-@pytest.mark.parametrize("trained", [False, True])
-def test_packing_waits_for_nothing(make, options, trained):
+def test_kernels_leave_a_form_of_zeros_out(make, options):
+    feature_map = make(**options)
+    needed = any(terms["dense"].any() for terms in plain_terms(feature_map))
+    assert maps.plain_map(feature_map, "float64").has_dense == maps.tile_map(feature_map).has_dense == needed
+    trained = map_arrays(feature_map, lambda x: torch.asarray(x).requires_grad_())
+    assert maps.plain_map(trained, "float64").has_dense
+    assert maps.tile_map(trained).has_dense
+
+
+@pytest.mark.parametrize(("make", "options"), EVERY_MAP)
+def test_packing_a_trained_map_waits_for_nothing(make, options):
     """Tensors without numbers are packed, so that no number can have been looked at, and nothing was copied to them."""
-    feature_map = map_arrays(make(**options), lambda x: torch.asarray(x).to("meta").requires_grad_(trained))
+    feature_map = map_arrays(make(**options), lambda x: torch.asarray(x).to("meta").requires_grad_())
     with NothingIsRead():
         maps.plain_map(feature_map, "float32")
         packed = maps.tile_map(feature_map)
@@ -183,6 +192,7 @@ def test_a_capture_takes_what_is_kept_and_keeps_nothing_of_its_own(stream):
     feature_map = map_arrays(drawn(), torch.asarray)
     stream.number, stream.is_capturing = 7, True
     own = maps.tile_map(feature_map)
+    assert own.has_dense  # nothing was read
     assert maps.tile_map(feature_map) is not own  # its numbers are there when the graph has run
     stream.number, stream.is_capturing = 0, False
     kept = maps.tile_map(feature_map)
