@@ -3,7 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
-PARALLEL := $(BIN)/python -m pytest -n auto --dist worksteal
+# A worker for each core: more threads of NumPy's products would only wait for each other, awake.
+PARALLEL := OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
 
 # Tests that four threads run at once: not those of files of one name, torch's own generator or modules that change.
 THREADED := tests/ops tests/features tests/backends/numba/test_kernels.py tests/backends/numba/test_gradients.py \

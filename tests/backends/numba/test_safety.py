@@ -119,6 +119,8 @@ SHARED = """
 @pytest.mark.parametrize("sleep", [0, 0.2], ids=["while it waits", "while it works"])
 def test_an_interrupt_is_raised_when_no_helper_writes_any_more(sleep):
     code = f"""
+    import signal
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts what runs behind it with none
     def interrupt():
         time.sleep(0.1)
         _thread.interrupt_main()
