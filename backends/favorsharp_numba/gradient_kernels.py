@@ -408,6 +408,7 @@ def near_gradients(one, s, p, q, k, v, gradient, out, mask, low, high, scratch):
             for t in range(n):
                 put(one, references + t, get(one, stats + 2 * (first + t) + 1) if t < count else one - one)
             fill(one, query_rows, TILE * s.d_pad, one - one)
+            fill(one, sums, n, one - one)
             last = first + count if p.causal else min(length, (block + 2) * w)
             for start in range(max(0, (block - 1) * w), last, TILE):
                 size = min(TILE, last - start)
@@ -425,23 +426,19 @@ def near_gradients(one, s, p, q, k, v, gradient, out, mask, low, high, scratch):
                 product(one, size, s.e_pad, count, scores, TILE, 1, slopes, width, s.e_pad, value_rows, s.e_pad)
                 add_rows(one, p.dv + (f * length + start) * (s.e - 1), s.e - 1, value_rows, s.e_pad, size, one)
                 product(one, size, n, s.e, values, s.e_pad, 1, slope_columns, width, TILE, products, TILE)
-                fill(one, sums, n, one - one)
                 multiply_block(one, products, TILE, size, n, scores, sums)
                 product_add(one, count, s.d_pad, size, products, 1, TILE, keys, width, s.d_pad, query_rows, s.d_pad)
                 product(one, size, s.d_pad, count, products, TILE, 1, queries, width, s.d_pad, key_rows, s.d_pad)
-                for j in range(size):  # queries were scaled to base 2
-                    line = key_rows + j * s.d_pad
-                    slope = total_of(one, products + j * TILE, count) if s.gaussian else one - one
-                    for i in range(s.d):
-                        own = get(one, keys + j * s.d_pad + i)
-                        put(one, line + i, natural * get(one, line + i) - slope * own)
-                add_rows(one, p.dk + (f * length + start) * s.d, s.d, key_rows, s.d_pad, size, root)
+                target = p.dk + (f * length + start) * s.d
+                add_rows(one, target, s.d, key_rows, s.d_pad, size, root * natural)  # queries were scaled to base 2
                 if s.gaussian:
-                    for t in range(count):
-                        for i in range(s.d):
-                            place = query_rows + t * s.d_pad + i
-                            own = natural * get(one, queries + t * s.d_pad + i)
-                            put(one, place, get(one, place) - get(one, sums + t) * own)
+                    for j in range(size):
+                        put(one, key_norms + j, -total_of(one, products + j * TILE, count))
+                    scale_rows(one, keys, s.d_pad, size, s.d_pad, key_norms)
+                    add_rows(one, target, s.d, keys, s.d_pad, size, root)
+            if s.gaussian:
+                scale_rows(one, queries, s.d_pad, count, s.d_pad, sums)
+                add_rows(one, query_rows, s.d_pad, queries, s.d_pad, count, -natural)
             add_rows(one, p.dq + (f * length + first) * s.d, s.d, query_rows, s.d_pad, count, root)
 
 
