@@ -274,7 +274,8 @@ def widest_decoded(item: int) -> int:
 def shared_of_decode(d: int, heads: int, span: int, item: int, entering: int, near: bool) -> int:
     """Bytes of shared memory that a block of `decode` takes; with `near`, it has recent keys."""
     warps = DECODE_THREADS // 32
-    keys, points = (warps, warps) if near else (1, 1 + heads)  # loaded beside the queries, and multiplied at once
+    keys = min(entering, 1) * (warps if near else 1)  # loaded at once beside the queries
+    points = warps if near else 1 + heads  # multiplied at once
     of_keys = entering * (1 + span + DECODE_THREADS)
     features = (2 + heads) * DECODE_THREADS + points * warps + heads
     sums = max(points * DECODE_THREADS, heads * warps * (span + 1))

@@ -145,14 +145,14 @@ template <class T, int G, int NEAR>
 __global__ void __launch_bounds__(DECODE_THREADS, RESIDENT<T, G, NEAR>) decode(ARGUMENT Problem p) {
   typedef typename Computing<T>::type A;
   constexpr int SIZE = 16 / sizeof(A);
-  constexpr int KEYS = NEAR ? DECODE_WARPS : 1;           // that enter at once: without a window the token's
-  constexpr int POINTS = NEAR ? KEYS : 1 + G;             // that are multiplied at once
+  constexpr int KEYS = NEAR ? DECODE_WARPS : 1;  // that are loaded at once: without a window the token's
+  constexpr int POINTS = NEAR ? KEYS : 1 + G;    // that are multiplied at once
   static_assert(G <= POINTS, "queries are multiplied at once");
   SHARED_MEMORY(raw);
   const int t = threadIdx.x, warp = t / 32, lane = t % 32, d = (int)p.d, m = (int)p.m, span = (int)p.span;
   const int limit = NEAR ? (int)p.limit : 1;
   // points and factors of queries, after that of the one key without a window, before those of keys with one
-  A *points = (A *)raw, *factors = points + (KEYS + G) * d, *values = factors + limit + G;
+  A *points = (A *)raw, *factors = points + ((limit > 0 ? KEYS : 0) + G) * d, *values = factors + limit + G;
   A *weight = values + limit * span, *scale = weight + limit * DECODE_THREADS, *z_new = scale + DECODE_THREADS;
   A *features = z_new + DECODE_THREADS, *lanes = features + G * DECODE_THREADS, *ref = lanes + POINTS * DECODE_WARPS;
   A *parts = ref + G, *totals = parts;  // in the end, when no thread reads parts
