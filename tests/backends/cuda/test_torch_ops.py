@@ -216,6 +216,7 @@ def test_a_compiled_token_is_one_graph(problem, window, before):
     def arrays(result):
         return [x for part in result for x in ([part] if torch.is_tensor(part) else [getattr(part, n) for n in NAMES])]
 
+    dispatch._loaded.clear()  # as in a process that has traced none of these
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
     with fs.use("cuda", "reference"), dispatch.watch() as calls:
         got = compiled(*given, state)
