@@ -5,7 +5,7 @@ import datetime
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,7 +16,8 @@ import typer
 
 import favorsharp as fs
 from benchmarks import peers
-from benchmarks.gpu_floors import BYTES_A_SECOND, FLOPS_A_SECOND, Work
+from benchmarks.decode_step import torch_step
+from benchmarks.gpu_floors import BYTES_A_SECOND, FLOPS_A_SECOND, PLAIN_FLOPS_A_SECOND, TokenWork, Work
 from favorsharp.parameters import astype, map_arrays
 
 ROOT = Path(__file__).parents[1]
@@ -66,6 +67,46 @@ class Case:
         return f"{mode}, {self.batch} x {self.heads} x {self.n}, d={self.d}, m={self.m}, {self.dtype}{passes}"
 
 
+@dataclass(frozen=True)
+class Token:
+    """One token of a batch of streams."""
+
+    batch: int
+    heads: int
+    d: int
+    m: int
+    window: int = 0
+    dtype: str = "bfloat16"
+
+    n = 1
+    backward = False
+
+    @property
+    def tokens(self) -> int:
+        """Of all heads together."""
+        return self.batch * self.heads
+
+    @property
+    def recent(self) -> int:
+        """The keys that a window keeps before the token: half way from one that lets keys leave to the next."""
+        return self.window + self.window // 2
+
+    @property
+    def work(self) -> TokenWork:
+        """That of a head."""
+        itemsize = 4 if self.dtype == "float32" else 2
+        return TokenWork(self.d, self.m, self.d, self.recent if self.window else None, itemsize)
+
+    @property
+    def floor(self) -> float:
+        """Seconds."""
+        return self.work.floor * self.tokens
+
+    def __str__(self) -> str:
+        window = f", window {self.window}" if self.window else ""
+        return f"a token, {self.batch} x {self.heads}, d={self.d}, m={self.m}{window}, {self.dtype}"
+
+
 CASES = (
     *(Case(4, 16, 16_384, 64, m, causal) for causal in (False, True) for m in (64, 128, 256)),
     *(Case(4, 8, 16_384, 128, m, causal) for causal in (False, True) for m in (128, 256)),
@@ -74,10 +115,12 @@ CASES = (
     Case(4, 16, 16_384, 64, 128, True, dtype="float32"),
     *(Case(4, 16, 16_384, 64, m, causal, backward=True) for causal in (False, True) for m in (64, 256)),
     Case(4, 8, 16_384, 128, 128, True, backward=True),
+    *(Token(batch, 8, 64, 64, window) for batch in (1, 64) for window in (0, 64)),
 )
 QUICK = (
     *(Case(1, 2, 128, 32, 16, causal, dtype="float32") for causal in (False, True)),
     Case(1, 2, 128, 32, 16, True, backward=True, dtype="float32"),
+    *(Token(1, 2, 32, 16, window, dtype="float32") for window in (0, 4)),
 )
 
 
@@ -85,7 +128,7 @@ QUICK = (
 class Row:
     """What was measured of a case: seconds of each peer, and why others are left out."""
 
-    case: Case
+    case: Case | Token
     seconds: dict[str, float] = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)
 
@@ -93,7 +136,7 @@ class Row:
 # Peers ---------------------------------------------------------------------------------------------------------------
 
 
-def problem(case: Case, device: str) -> tuple[Any, Any, Any, Any]:
+def problem(case: Case | Token, device: str) -> tuple[Any, Any, Any, Any]:
     """Tensors (batch, heads, n, d), and a FAVOR+ map in float32, small enough for peers without maxima."""
     rng = np.random.default_rng(0)
     dtype = getattr(torch, case.dtype)
@@ -123,6 +166,38 @@ def forward_peers(case: Case, device: str, feature_map: Any) -> dict[str, Callab
         found["cupy, features in memory, float32"] = lambda q, k, v: cupy_attention(q, k, v, rows, root, case)
         found["flash-linear-attention, features given"] = FlaOnFeatures(rows, root, case.is_causal)
     return found
+
+
+def token_peers(case: Token, device: str, feature_map: Any) -> tuple[Any, dict[str, Callable[..., Any]]]:
+    """A state after some keys, and functions of (q, k, v), one a peer; ours first."""
+    root, dtype = case.d**-0.25, getattr(torch, case.dtype)
+    generator = torch.Generator(device).manual_seed(1)
+    shape = (case.batch, case.heads, 32 + case.recent, case.d)  # of which, with a window, as many are kept as are said
+    k, v = (torch.randn(shape, generator=generator, device=device, dtype=dtype) for _ in range(2))
+    far, near = (k[..., :32, :], v[..., :32, :]), (k[..., 32:, :], v[..., 32:, :])
+    state = fs.update(fs.init_state(feature_map, case.d, like=k), *far, feature_map)
+    mask = torch.ones(near[0].shape[:-1], dtype=torch.bool, device=device)
+    state = replace(state, window=case.window, recent_k=near[0], recent_v=near[1], recent_mask=mask)
+    rows = feature_map.rows
+    features = _features(far[0].float(), rows, root)
+    sums = features.mT @ far[1].float(), features.sum(-2, keepdim=True)
+    step, given = (torch_window_step, (*sums, *near)) if case.window else (torch_step, sums)
+    return state, {
+        OURS: lambda q, k, v: fs.decode_step(q, k, v, state, feature_map)[0],
+        "torch": lambda q, k, v: step(q.float(), k.float(), v.float(), rows, *given, root)[0],
+        "torch.compile": lambda q, k, v: peers.compiled(step)(q.float(), k.float(), v.float(), rows, *given, root)[0],
+    }
+
+
+def torch_window_step(
+    q: Any, k: Any, v: Any, rows: Any, kv: Any, z: Any, recent_k: Any, recent_v: Any, root: float
+) -> tuple[Any, Any, Any]:
+    """Without maxima: the token joins the recent keys, of which none leaves, and sums are read as they are."""
+    recent_k, recent_v = (torch.cat([x, y.to(x.dtype)], -2) for x, y in ((recent_k, k), (recent_v, v)))
+    pq = _features(q, rows, root) / rows.shape[-2]
+    near = torch.exp(q @ recent_k.to(q.dtype).mT * root**2)
+    total = (pq * z).sum(-1, keepdim=True) + near.sum(-1, keepdim=True)
+    return (pq @ kv + near @ recent_v.to(q.dtype)) / total, recent_k, recent_v
 
 
 def exact_flash(q: Any, k: Any, v: Any, is_causal: bool) -> Any:
@@ -229,17 +304,23 @@ def seconds_on_cpu(run: Callable[[], Any], rounds: int = 3) -> float:
     return statistics.median(times)
 
 
-def measure(case: Case, device: str = "cuda") -> Row:
+def measure(case: Case | Token, device: str = "cuda") -> Row:
     """Time every peer whose result is right; exact attention is only checked for running."""
     q, k, v, feature_map = problem(case, device)
     clock = seconds_on_gpu if device == "cuda" else seconds_on_cpu
     row = Row(case)
     want = None
-    if case.n <= CHECKED:
+    wide, exact_map = (x.double() for x in (q, k, v)), astype(feature_map, torch.float64)
+    if isinstance(case, Token):
+        state, runs = token_peers(case, device, feature_map)
+        exact = map_arrays(state, lambda x: x.double() if x.dtype.is_floating_point else x)
         with fs.use("reference"):
-            wide = (x.double() for x in (q, k, v))
-            want = fs.linear_attention(*wide, astype(feature_map, torch.float64), is_causal=case.is_causal)
-    runs = forward_peers(case, device, feature_map)
+            want, _ = fs.decode_step(*wide, replace(exact, fingerprint=None), exact_map)
+    else:
+        runs = forward_peers(case, device, feature_map)
+        if case.n <= CHECKED:
+            with fs.use("reference"):
+                want = fs.linear_attention(*wide, exact_map, is_causal=case.is_causal)
     if case.backward:
         runs = {name: with_backward(function) for name, function in runs.items()}
     elif device == "cuda":
@@ -316,6 +397,8 @@ def page(rows: list[Row], day: datetime.date, where: str) -> str:
         f"The floor is the slowest of bytes at {BYTES_A_SECOND / 1e12:.1f} TB/s, products at",
         f"{FLOPS_A_SECOND / 1e12:.0f} TFLOP/s (three of bfloat16 for one of float32) and exponentials, all of an H100,",
         f"with nothing lost in between (benchmarks/gpu_floors.py). The goal is {GOAL:.0%} of its speed.",
+        f"Products of a token are of float32, at {PLAIN_FLOPS_A_SECOND / 1e12:.0f} TFLOP/s. No floor has the time of a",
+        "launch: few heads of a token do not come near theirs.",
         "",
         "| work | ours | floor | of the floor | bytes | products | best other | times |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
@@ -342,7 +425,7 @@ def page(rows: list[Row], day: datetime.date, where: str) -> str:
     return "\n".join(lines)
 
 
-def results(cases: tuple[Case, ...], device: str = "cuda") -> Iterator[Row]:
+def results(cases: tuple[Case | Token, ...], device: str = "cuda") -> Iterator[Row]:
     """One row a case, said as it comes."""
     for case in cases:
         row = measure(case, device)

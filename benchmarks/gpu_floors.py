@@ -1,7 +1,8 @@
 """What attention by random features costs a GPU at the least: bytes, products and exponentials of a token of a head.
 
 Sources of the rates: an H100 copies at 3.0 TB/s (3.35 on paper); mma.sync kernels of softmax attention are charted at
-324 to 370 TFLOP/s on it, taken as 300; 132 multiprocessors make 16 exponentials a clock each at 1.75 GHz.
+324 to 370 TFLOP/s on it, taken as 300; 132 multiprocessors make 16 exponentials a clock each at 1.75 GHz, and 128
+multiplications and additions of float32 numbers.
 """
 
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from dataclasses import dataclass
 BYTES_A_SECOND = 3.0e12
 FLOPS_A_SECOND = 300e12
 EXPONENTIALS_A_SECOND = 3.7e12
+PLAIN_FLOPS_A_SECOND = 59e12
 SPLIT = 3  # products of bfloat16 parts in the place of one of float32
 
 CHUNK = 64
@@ -77,4 +79,51 @@ class Work:
     @property
     def floor(self) -> float:
         """The slowest of the three, with all of them at once: seconds for a token of a head."""
+        return max(self.seconds.values())
+
+
+@dataclass(frozen=True)
+class TokenWork:
+    """One token of one head, whose state is in float32.
+
+    Attributes
+    ----------
+    d, m, e : int
+        Sizes of points, features and values.
+    recent : int or None
+        Keys that a window keeps before the token, none of which leaves; None without a window.
+    itemsize : int
+        Bytes of a number of points and values in memory.
+    """
+
+    d: int
+    m: int
+    e: int
+    recent: int | None = None
+    itemsize: int = 2
+
+    @property
+    def bytes(self) -> int:
+        """The sums are read, and without a window written; recent keys and values are read and written."""
+        sums, pair = 4 * self.m * (self.e + 2), (self.d + self.e) * self.itemsize
+        if self.recent is None:
+            return 2 * sums + 2 * pair
+        return sums + 2 * pair + (2 * self.recent + 1) * pair
+
+    @property
+    def flops(self) -> int:
+        """Multiplications and additions: features, sums that change, what is read of them, and exact scores."""
+        features = 2 * self.m * self.d
+        if self.recent is None:
+            return 2 * features + 5 * self.m * self.e
+        return features + 2 * self.m * self.e + 2 * (self.recent + 1) * (self.d + self.e)
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """What each resource needs for a token of a head."""
+        return {"bytes": self.bytes / BYTES_A_SECOND, "products": self.flops / PLAIN_FLOPS_A_SECOND}
+
+    @property
+    def floor(self) -> float:
+        """The slower of the two: seconds for a token of a head, without those of the launch."""
         return max(self.seconds.values())

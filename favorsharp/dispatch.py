@@ -281,6 +281,8 @@ MODULES = {
 """The module of each op in this package and, under the same name, in the bundled backends."""
 DIFFERENTIABLE = ("exponential_features", "attention", "causal_attention")
 """What the bundled backends offer to torch's autograd, in their modules `torch_ops`."""
+TRACEABLE = ("update", "read", "decode_step")
+"""What one that is traceable has there without gradients; calls that are not traced have no need of it."""
 
 
 def bundled_kernels(
@@ -288,24 +290,27 @@ def bundled_kernels(
 ) -> tuple[Kernel, ...]:
     """The kernels of a bundled backend: for the arrays of one library, and for torch tensors on the same device.
 
-    `traceable` says that those for torch's autograd also run on tensors without values.
+    `traceable` says that those for torch's autograd also run on tensors without values, and that states do.
     """
 
-    def kernel(op: str, module: str, library: str, *, through_torch: bool = False) -> Kernel:
+    def kernel(
+        op: str, module: str, library: str, *, differentiable: bool = False, traceable: bool = False
+    ) -> Kernel:  # fmt: skip
         return Kernel(
             op=op,
             target=f"{package}.{module}:{op}",
             libraries=frozenset({library}),
             devices=frozenset({device}),
             dtypes=frozenset(dtypes),
-            differentiable=through_torch,
-            traceable=through_torch and traceable,
+            differentiable=differentiable,
+            traceable=traceable,
         )
 
     return (
         *(kernel(op, module, library) for op, module in MODULES.items()),
-        *(kernel(op, "torch_ops", "torch", through_torch=True) for op in DIFFERENTIABLE),
+        *(kernel(op, "torch_ops", "torch", differentiable=True, traceable=traceable) for op in DIFFERENTIABLE),
         *(kernel(op, module, "torch") for op, module in MODULES.items() if op not in DIFFERENTIABLE),
+        *(kernel(op, "torch_ops", "torch", traceable=True) for op in TRACEABLE if traceable),
     )
 
 
@@ -518,8 +523,8 @@ def _offer(backend: Backend, request: Request) -> tuple[Kernel | None, str]:
     return None, " / ".join(dict.fromkeys(reasons)) or f"op {request.op}"
 
 
-def _decide(request: Request) -> str | None:
-    """The target of the kernel to run; None for the reference. Raises where no named backend can."""
+def _decide(request: Request) -> _Choice:
+    """What to run. Raises where no named backend can."""
     names, source = _names_wished()
     choice = _choose(request, names)
     if choice.name is None:
@@ -528,22 +533,26 @@ def _decide(request: Request) -> str | None:
     calls = _calls.get()
     if calls is not None:
         calls.append((request.op, choice.name))
-    return choice.target
+    return choice
 
 
 def _decide_while_tracing(latest_wish: tuple[str, ...], *request: Any) -> tuple[str | None, str | None]:
     """As `_decide`, for torch.compile: run, not traced; given `_latest_wish` only to be asked again when it changes.
 
     The error is returned to be raised by traced code, as Dynamo takes an exception here for its own failure. The
-    function is left in `_loaded`, where traced code finds it without an import.
+    function is left in `_loaded`, where traced code finds it without an import; and with it the backend's others that
+    may be traced, as Dynamo takes that dictionary for a whole graph as it was at the first look.
     """
     try:
-        target = _decide(Request(*request))
+        choice = _decide(Request(*request))
     except BackendUnavailable as error:
         return None, str(error)
-    if target is not None:
-        _loaded[target] = cast(Callable[..., Any], _function(target))
-    return target, None
+    if choice.name is not None and choice.target is not None:
+        for target in {kernel.target for kernel in _backend(choice.name).kernels if kernel.traceable}:
+            function = _function(target)
+            if not isinstance(function, str):
+                _loaded[target] = function
+    return choice.target, None
 
 
 _loaded: dict[str, Callable[..., Any]] = {}
@@ -611,7 +620,7 @@ class Op(Generic[P, R]):
             if error is not None:
                 raise BackendUnavailable(error)
         else:
-            target = _decide(request)
+            target = _decide(request).target
         if target is None:
             return self.reference
         found = _loaded[target] if request.traced else _function(target)

@@ -12,7 +12,7 @@ import torch
 from favorsharp._arrays import broadcast_shapes
 from favorsharp.features.dense_exponential import DenseExponentialMap
 from favorsharp.features.map_gradients import map_gradients
-from favorsharp.ops.state import empty_state, num_leaving
+from favorsharp.ops.state import State, empty_state, num_leaving
 from favorsharp.parameters import Parameters
 from favorsharp_cuda import arrays as memory
 from favorsharp_cuda.attention import attention_with_stats
@@ -21,17 +21,22 @@ from favorsharp_cuda.exponential_features import exponential_features
 from favorsharp_cuda.exponential_features_gradients import exponential_features_backward
 from favorsharp_cuda.gradients import attention_backward
 from favorsharp_cuda.launch import stream_of
-from favorsharp_cuda.state import update
+from favorsharp_cuda.state import decode_step, read, update
 
 MAPS_KEPT = 64
 
 _MAP = "Tensor rows, Tensor log_weight, Tensor g1, Tensor g2, Tensor center_x, Tensor center_y"
 _OPTIONS = "float scale, str kernel, int window, bool causal"
 _POINTS = f"Tensor q, Tensor k, Tensor v, Tensor? key_mask, {_MAP}, {_OPTIONS}"
+_STATE = "Tensor kv, Tensor z, Tensor c, Tensor recent_k, Tensor recent_v, Tensor recent_mask"
+_OF_STATE = f"{_STATE}, {_MAP}, float scale, str kernel, int window"
 SCHEMAS = {
     "attention": f"({_POINTS}) -> (Tensor, Tensor)",
     "attention_backward": f"(Tensor gradient, {_POINTS}, Tensor out, Tensor stats, *, bool of_map) -> Tensor[]",
     "key_state": f"(Tensor k, Tensor v, Tensor? key_mask, {_MAP}, {_OPTIONS}) -> (Tensor, Tensor, Tensor)",
+    "update": f"(Tensor k, Tensor v, Tensor? key_mask, {_OF_STATE}) -> Tensor[]",
+    "read": f"(Tensor q, {_OF_STATE}) -> Tensor",
+    "decode_step": f"(Tensor q, Tensor k, Tensor v, Tensor? key_mask, {_OF_STATE}) -> Tensor[]",
     "exponential_features": "(Tensor u, Tensor rows, Tensor row, Tensor column) -> Tensor",
     "exponential_features_backward": (
         "(Tensor gradient, Tensor u, Tensor rows, Tensor row, Tensor column) -> (Tensor, Tensor, Tensor, Tensor)"
@@ -55,6 +60,22 @@ def map_of(arrays: Any, scale: float, kernel: str) -> DenseExponentialMap:
     rows, log_weight, g1, g2, center_x, center_y = arrays
     parameters = Parameters("oprf", kernel, scale, center_x, g1, g2, center_x, center_y)
     return DenseExponentialMap(parameters, int(rows.shape[-2]), rows, rows, log_weight)
+
+
+def tensors_of(state: State) -> list[Any]:
+    """The arrays of a state, as operators take them."""
+    return [state.kv, state.z, state.c, state.recent_k, state.recent_v, state.recent_mask]
+
+
+def entering(state: State, new: Any) -> Any:
+    """How many keys enter the features as `new` ones come; without a window all of them."""
+    return num_leaving(state.recent_k.shape[-2] + new, state.window) if state.window else new
+
+
+def changes(state: State, new: Any) -> tuple[str, ...]:
+    """The arrays of a state that are others after `new` keys: an operator must not return what it was given."""
+    sums = ("kv", "z", "c") if state.window == 0 or entering(state, new) else ()
+    return (*sums, *(("recent_k", "recent_v", "recent_mask") if state.window else ()))
 
 
 _maps: "OrderedDict[Any, DenseExponentialMap]" = OrderedDict()
@@ -110,6 +131,35 @@ def key_state(k: Any, v: Any, key_mask: Any, *rest: Any) -> Any:
     return state.kv, state.z, state.c
 
 
+def update_(k: Any, v: Any, key_mask: Any, *rest: Any) -> Any:
+    """Those arrays of the state that change."""
+    state, feature_map = _of_state(rest)
+    return _changed(state, update(state, k, v, feature_map, key_mask=key_mask), k.shape[-2])
+
+
+def read_(q: Any, *rest: Any) -> Any:
+    """What queries read."""
+    state, feature_map = _of_state(rest)
+    return read(state, q, feature_map)
+
+
+def decode_step_(q: Any, k: Any, v: Any, key_mask: Any, *rest: Any) -> Any:
+    """The result, and those arrays of the state that change."""
+    state, feature_map = _of_state(rest)
+    out, after = decode_step(q, k, v, state, feature_map, key_mask=key_mask)
+    return [out, *_changed(state, after, 1)]
+
+
+def _of_state(rest: Any) -> tuple[State, DenseExponentialMap]:
+    kv, z, c, recent_k, recent_v, recent_mask, *arrays, scale, kernel, window = rest
+    state = State(kv, z, c, window, recent_k, recent_v, recent_mask, fingerprint=None)
+    return state, kept_map_of(arrays, scale, kernel)
+
+
+def _changed(state: State, after: State, new: int) -> list[Any]:
+    return [getattr(after, name).contiguous() for name in changes(state, new)]
+
+
 def exponential_features_backward_(gradient: Any, u: Any, *rest: Any) -> Any:
     """The gradients of u, rows, row and column."""
     return exponential_features_backward(memory.cast(gradient, memory.name_of(u)), u, *rest)
@@ -157,6 +207,37 @@ def _sum_shapes(m: Any, d: Any) -> dict[str, tuple[Any, Any]]:
 def _fake_state(k: Any, v: Any, key_mask: Any, *rest: Any) -> Any:
     batch, m = _keys_batch(k, v, key_mask, rest[:6]), rest[0].shape[-2]
     return tuple(k.new_empty((*batch, *size), dtype=_wide(k)) for size in ((m, v.shape[-1]), (1, m), (1, m)))
+
+
+def _fake_update(k: Any, v: Any, key_mask: Any, *rest: Any) -> Any:
+    kv, z, c, recent_k, recent_v, recent_mask, *arrays, _, _, window = rest
+    state = State(kv, z, c, window, recent_k, recent_v, recent_mask, fingerprint=None)
+    new, m = k.shape[-2], kv.shape[-2]
+    masks = [x.shape[:-1] for x in (key_mask, recent_mask if window else None) if x is not None]
+    own = broadcast_shapes(*(x.shape[:-2] for x in (k, v, *((recent_k, recent_v) if window else ()))), *masks)
+    batch = broadcast_shapes(own, kv.shape[:-2], *(x.shape[:-2] for x in arrays))
+    length = recent_k.shape[-2] + new - entering(state, new)
+    made = {
+        "kv": ((*batch, m, v.shape[-1]), kv.dtype),
+        "z": ((*batch, 1, m), kv.dtype),
+        "c": ((*batch, 1, m), kv.dtype),
+        "recent_k": ((*own, length, k.shape[-1]), k.dtype),
+        "recent_v": ((*own, length, v.shape[-1]), v.dtype),
+        "recent_mask": ((*own, length), torch.bool),
+    }
+    return [k.new_empty(made[name][0], dtype=made[name][1]) for name in changes(state, new)]
+
+
+def _fake_read(q: Any, kv: Any, z: Any, c: Any, recent_k: Any, recent_v: Any, recent_mask: Any, *rest: Any) -> Any:
+    batch = broadcast_shapes(q.shape[:-2], kv.shape[:-2], _keys_batch(recent_k, recent_v, recent_mask, rest[:6]))
+    return q.new_empty((*batch, q.shape[-2], kv.shape[-1]))
+
+
+def _fake_decode(q: Any, k: Any, v: Any, key_mask: Any, *rest: Any) -> Any:
+    kv, _, _, recent_k, recent_v, recent_mask, *arrays, _, _, window = rest
+    near = [_keys_batch(recent_k, recent_v, recent_mask, arrays)] if window else []
+    batch = broadcast_shapes(q.shape[:-2], kv.shape[:-2], _keys_batch(k, v, key_mask, arrays), *near)
+    return [q.new_empty((*batch, 1, v.shape[-1])), *_fake_update(k, v, key_mask, *rest)]
 
 
 def _fake_features(u: Any, rows: Any, row: Any, column: Any) -> Any:
@@ -220,6 +301,9 @@ def _defined(name: str, run: Any, fake: Any) -> Any:
 attention_op = _defined("attention", attention, _fake_attention)
 attention_backward_op = _defined("attention_backward", attention_backward_, _fake_backward)
 key_state_op = _defined("key_state", key_state, _fake_state)
+update_op = _defined("update", update_, _fake_update)
+read_op = _defined("read", read_, _fake_read)
+decode_step_op = _defined("decode_step", decode_step_, _fake_decode)
 exponential_features_op = _defined("exponential_features", exponential_features, _fake_features)
 exponential_features_backward_op = _defined(
     "exponential_features_backward", exponential_features_backward_, _fake_features_backward

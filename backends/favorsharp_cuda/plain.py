@@ -186,33 +186,77 @@ def causal(
     return new
 
 
-def decode(q: Any, k: Any, v: Any, feature_map: Any, key_mask: Any, sums: Sums) -> tuple[Any, Sums] | None:
-    """What a token's queries read of the sums after its key, and those sums; None where `decode` has no room for d."""
+Recent = tuple[Any, Any, Any]
+"""Keys, values and mask that a state keeps beside its features."""
+
+
+def decode(
+    q: Any,
+    k: Any,
+    v: Any,
+    feature_map: Any,
+    key_mask: Any,
+    sums: Sums,
+    recent: Recent | None = None,
+    leaving: int = 0,
+) -> tuple[Any, Sums, Recent | None] | None:
+    """What a token's queries read after its key, the sums and the recent keys; None where `decode` has no room.
+
+    Without recent keys the token enters the sums. With them it joins them, and the first `leaving` of them enter; where
+    none does, the sums are the same arrays.
+    """
     dtype, d, e = arrays.name_of(q), q.shape[-1], v.shape[-1]
-    keys = broadcast_shapes(key_batch_of(feature_map, k, v, key_mask), tuple(sums[0].shape[:-2]))
+    token = broadcast_shapes(tuple(k.shape[:-2]), tuple(v.shape[:-2]), () if key_mask is None else key_mask.shape[:-1])
+    if recent is not None:
+        of_recent = (tuple(x.shape[:-trailing]) for x, trailing in zip(recent, (2, 2, 1), strict=True))
+        token = broadcast_shapes(token, *of_recent)
+    keys = broadcast_shapes(tuple(feature_map.batch_shape), token, tuple(sums[0].shape[:-2]))
     batch = broadcast_shapes(tuple(q.shape[:-2]), keys)
     group = math.prod(batch) // max(1, math.prod(keys))
-    heads = heads_decoded(q, d, group)
-    if heads == 0 or group == 0:
+    entering = 1 if recent is None else leaving
+    cut = cut_of_decode(q, math.prod(keys), group, d, e, entering, recent is not None) if group else None
+    if cut is None:
         return None
-    blocks = math.prod(keys) * -(-group // heads)
-    span = columns_decoded(e, arrays.computed_item(dtype), blocks)
-    parts = max(1, -(-e // span))
+    heads, span, shared = cut
+    blocks, parts = math.prod(keys) * -(-group // heads), max(1, -(-e // span))
     out = arrays.empty(q, (*batch, 1, e), dtype)
-    new = new_sums(q, keys, feature_map.num_features, e, arrays.WIDER[dtype])
+    new = new_sums(q, keys, feature_map.num_features, e, arrays.WIDER[dtype]) if entering else None
     given = {"q": q, "k": k, "v": v, "mask": key_mask, "out": out}
     problem = _problem(Problem(batch, keys=keys), feature_map, dtype, e, given, sums, new)
-    problem.set(num_queries=group, segments=parts, span=span)
-    shared = shared_of_decode(d, heads, span, arrays.computed_item(dtype))
-    run(expression("decode", dtype, heads), q, blocks * parts, DECODE_THREADS, problem.values, shared)
-    return out, new
+    problem.set(num_queries=group, segments=parts, span=span, limit=entering)
+    after = None
+    if recent is not None:
+        before, length = recent[0].shape[-2], recent[0].shape[-2] + 1 - leaving
+        after = (
+            arrays.empty(q, (*token, length, d), dtype),
+            arrays.empty(q, (*token, length, e), dtype),
+            arrays.empty(q, (*token, length), "bool"),
+        )
+        names = ("recent_k", "recent_v", "recent_mask")
+        for name, x, written, trailing in zip(names, recent, after, (2, 2, 1), strict=True):
+            problem.array(name, x, trailing)
+            problem.array(f"{name}_out", written, trailing)
+        problem.set(num_keys=before, recent=length)
+    name = expression("decode", dtype, heads, int(recent is not None))
+    run(name, q, blocks * parts, DECODE_THREADS, problem.values, shared)
+    return out, new or sums, after
 
 
-def heads_decoded(like: Any, d: int, group: int) -> int:
-    """How many query heads of a key head a block of `decode` takes: no more than enough, and than it has room for."""
+def cut_of_decode(
+    like: Any, keys: int, group: int, d: int, e: int, entering: int, near: bool
+) -> tuple[int, int, int] | None:
+    """Query heads of a key head and columns of the values that a block of `decode` takes, and its shared memory.
+
+    No more heads than enough, and than a block has room for: None where that is none.
+    """
     item, room = arrays.computed_item(arrays.name_of(like)), shared_room(arrays.device_number(like))
-    fitting = [heads for heads in DECODED_HEADS if shared_of_decode(d, heads, widest_decoded(item), item) <= room]
-    return next((heads for heads in fitting if heads >= group), max(fitting, default=0))
+    fitting = []
+    for heads in DECODED_HEADS:
+        span = columns_decoded(e, item, keys * -(-group // heads))
+        shared = shared_of_decode(d, heads, span, item, entering, near)
+        if shared <= room:
+            fitting.append((heads, span, shared))
+    return next((cut for cut in fitting if cut[0] >= group), fitting[-1] if fitting else None)
 
 
 def columns_decoded(e: int, item: int, blocks: int) -> int:
@@ -227,12 +271,15 @@ def widest_decoded(item: int) -> int:
     return 32 * 16 // item
 
 
-def shared_of_decode(d: int, heads: int, span: int, item: int) -> int:
-    """Bytes of shared memory that a block of `decode` takes."""
+def shared_of_decode(d: int, heads: int, span: int, item: int, entering: int, near: bool) -> int:
+    """Bytes of shared memory that a block of `decode` takes; with `near`, it has recent keys."""
     warps = DECODE_THREADS // 32
-    features = (3 + heads) * DECODE_THREADS + (1 + heads) * warps + heads
-    sums = max((1 + heads) * DECODE_THREADS, heads * warps * (span + 1))
-    return item * ((1 + heads) * (d + 1) + span + features + sums)
+    keys = min(entering, 1) * (warps if near else 1)  # loaded at once beside the queries
+    points = warps if near else 1 + heads  # multiplied at once
+    of_keys = entering * (1 + span + DECODE_THREADS)
+    features = (2 + heads) * DECODE_THREADS + points * warps + heads
+    sums = max(points * DECODE_THREADS, heads * warps * (span + 1))
+    return item * ((keys + heads) * d + heads + of_keys + features + sums)
 
 
 def features(u: Any, rows: Any, row: Any, column: Any, out: Any) -> None:

@@ -18,6 +18,7 @@ _ARRAYS = (
     *("q", "k", "v", "mask", "out", "stats", "partial_sums"),
     *("query_factors", "key_factors"),
     *("kv_in", "z_in", "c_in", "kv_out", "z_out", "c_out"),
+    *("recent_k", "recent_v", "recent_mask", "recent_k_out", "recent_v_out", "recent_mask_out"),
 )
 PROBLEM = np.dtype(
     [

@@ -107,7 +107,7 @@ def _gradients() -> tuple[str, ...]:
 INSTANTIATIONS = (
     *(expression("plain_attention", dtype) for dtype in TYPES),
     *(expression("plain_features", dtype) for dtype in TYPES),
-    *(expression("decode", dtype, heads) for dtype in TYPES for heads in DECODED_HEADS),
+    *(expression("decode", dtype, heads, near) for dtype in TYPES for heads in DECODED_HEADS for near in (0, 1)),
     *(expression(kernel, dtype) for kernel in ("features", "factors") for dtype in TILE_TYPES),
     *(expression(kernel, dtype, e) for kernel in ("absorb", "read") for dtype in TILE_TYPES for e in VALUE_SIZES),
     *(expression("walk", dtype, e) for dtype in TILE_TYPES for e in WALKED_SIZES),

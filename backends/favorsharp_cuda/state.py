@@ -1,5 +1,6 @@
 """Streaming: a state takes keys, and queries read it."""
 
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -43,16 +44,52 @@ def read(state: State, q: Any, feature_map: Any) -> Any:
 
 
 def decode_step(q: Any, k: Any, v: Any, state: State, feature_map: Any, *, key_mask: Any = None) -> tuple[Any, State]:
-    """As `favorsharp.ops.state.decode_step`: one launch, but with a window, or where `plain.decode` has no room."""
-    if state.window == 0:
-        wide, sums = arrays.name_of(state.kv), (state.kv, state.z, state.c)
-        token = fitting(q, wide), fitting(k, wide), fitting(v, wide)
-        decoded = plain.decode(*token, feature_map, key_mask, sums)
-        if decoded is not None:
-            out, (kv, z, c) = decoded
-            return arrays.cast(out, arrays.name_of(q)), replace(state, kv=kv, z=z, c=c)
+    """As `favorsharp.ops.state.decode_step`: one launch, but where `plain.decode` has no room, or dtypes are mixed."""
+    given = (q, k, v, feature_map, key_mask)
+    decoded = _decoded(*given, state)
+    if decoded is None and (leaving := _leaving(state)):  # too many for one launch: they enter before the token comes
+        first = (state.recent_k[..., :leaving, :], state.recent_v[..., :leaving, :], state.recent_mask[..., :leaving])
+        state = replace(
+            _absorbed(state, *first, feature_map),
+            recent_k=state.recent_k[..., leaving:, :],
+            recent_v=state.recent_v[..., leaving:, :],
+            recent_mask=state.recent_mask[..., leaving:],
+        )
+        decoded = _decoded(*given, state)
+    if decoded is not None:
+        return decoded
     state = update(state, k, v, feature_map, key_mask=key_mask)
     return read(state, q, feature_map), state
+
+
+def _leaving(state: State) -> int:
+    """How many recent keys enter the features with the next one."""
+    return num_leaving(state.recent_k.shape[-2] + 1, state.window) if state.window else 0
+
+
+def _decoded(q: Any, k: Any, v: Any, feature_map: Any, key_mask: Any, state: State) -> tuple[Any, State] | None:
+    """The result and the state of `decode_step` by one launch; None where one does not do."""
+    wide, sums = arrays.name_of(state.kv), (state.kv, state.z, state.c)
+    if state.window == 0:
+        token, recent = (fitting(q, wide), fitting(k, wide), fitting(v, wide)), None
+    else:
+        token, recent = (q, k, v), (state.recent_k, state.recent_v, state.recent_mask)
+        if not _alike(token if state.recent_k.shape[-2] == 0 else (*token, *recent[:2]), wide):
+            return None
+    decoded = plain.decode(*token, feature_map, key_mask, sums, recent, _leaving(state))
+    if decoded is None:
+        return None
+    out, (kv, z, c), kept = decoded
+    after = replace(state, kv=kv, z=z, c=c)
+    if kept is not None:
+        after = replace(after, recent_k=kept[0], recent_v=kept[1], recent_mask=kept[2])
+    return arrays.cast(out, arrays.name_of(q)), after
+
+
+def _alike(points: Iterable[Any], wide: str) -> bool:
+    """Whether arrays are of one dtype, and one that is computed in the dtype of a state."""
+    names = {arrays.name_of(x) for x in points}
+    return len(names) == 1 and arrays.WIDER[names.pop()] == wide
 
 
 def fitting(x: Any, wide: str) -> Any:

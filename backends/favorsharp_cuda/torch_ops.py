@@ -10,12 +10,16 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 
 from favorsharp._arrays import is_traced
 from favorsharp.features.map_gradients import map_gradients
 from favorsharp.ops.causal_attention import causal_attention as causal_op
 from favorsharp.ops.state import State, empty_state, num_leaving
+from favorsharp.ops.state import decode_step as decode_op
+from favorsharp.ops.state import read as reading_op
+from favorsharp.ops.state import update as updating_op
 from favorsharp.ops.vjp import attention_gradients, features_gradients, state_gradients
 from favorsharp_cuda import attention as plain_attention
 from favorsharp_cuda import causal_attention as plain_causal
@@ -26,11 +30,16 @@ from favorsharp_cuda.operators import (
     arrays_of,
     attention_backward_op,
     attention_op,
+    changes,
+    decode_step_op,
     exponential_features_backward_op,
     exponential_features_op,
     gradients_of_map,
     key_state_op,
     options_of,
+    read_op,
+    tensors_of,
+    update_op,
 )
 from favorsharp_cuda.packed import packed
 from favorsharp_cuda.state import recent_of
@@ -96,6 +105,46 @@ def causal_attention(
         left = num_leaving(n, window)
         recent = recent_of(k.narrow(-2, left, n - left), v.narrow(-2, left, n - left), mask.narrow(-1, left, n - left))
     return out, replace(state, kv=kv, z=z, c=c, **recent)
+
+
+def update(state: State, k: Any, v: Any, feature_map: Any, *, key_mask: Any = None) -> State:
+    """As `favorsharp.ops.state.update`, of tensors that are traced and of which no gradient is needed."""
+    if not _is_opaque(k):
+        return updating_op.reference(state, k, v, feature_map, key_mask=key_mask)
+    return _after(state, k, update_op(k, v, key_mask, *_of_state(state, feature_map)))
+
+
+def read(state: State, q: Any, feature_map: Any) -> Any:
+    """As `favorsharp.ops.state.read`, of tensors that are traced and of which no gradient is needed."""
+    if not _is_opaque(q):
+        return reading_op.reference(state, q, feature_map)
+    return read_op(q, *_of_state(state, feature_map))
+
+
+def decode_step(q: Any, k: Any, v: Any, state: State, feature_map: Any, *, key_mask: Any = None) -> tuple[Any, State]:
+    """As `favorsharp.ops.state.decode_step`, of tensors that are traced and of which no gradient is needed."""
+    if not _is_opaque(q):
+        return decode_op.reference(q, k, v, state, feature_map, key_mask=key_mask)
+    out, *changed = decode_step_op(q, k, v, key_mask, *_of_state(state, feature_map))
+    return out, _after(state, k, changed)
+
+
+def _of_state(state: State, feature_map: Any) -> tuple[Any, ...]:
+    """What operators take of a state and a map."""
+    scale, kernel, window, _ = options_of(feature_map, state.window, True)
+    return (*tensors_of(state), *arrays_of(feature_map), scale, kernel, window)
+
+
+def _after(state: State, k: Any, changed: Any) -> State:
+    return replace(state, **dict(zip(changes(state, k.shape[-2]), changed, strict=True)))
+
+
+def _is_opaque(x: Any) -> bool:
+    """Whether a traced tensor goes to an operator: a compiler's, or a fake one.
+
+    Those of `torch.func` and with tangents go to the reference: the operators of states have no derivatives.
+    """
+    return _compiling() or isinstance(x, FakeTensor)
 
 
 attention.packed = packed(attention)  # type: ignore[attr-defined]

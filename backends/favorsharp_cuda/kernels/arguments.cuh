@@ -19,6 +19,8 @@ struct Problem {
   Array query_factors, key_factors;  // the part of log features that is of the point alone
   Array kv_in, z_in, c_in;     // a state to begin with
   Array kv_out, z_out, c_out;  // the state of all keys
+  Array recent_k, recent_v, recent_mask;              // what a state keeps beside its features
+  Array recent_k_out, recent_v_out, recent_mask_out;  // what the next one keeps
   i64 shape[AXES];             // of the batch; unused axes have length 1
   i64 map_axis[AXES];          // the number of a head's map is the sum of index * map_axis
   i64 key_axis[AXES];          // that of its key head

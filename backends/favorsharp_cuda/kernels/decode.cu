@@ -1,42 +1,68 @@
 // A token in one launch: its key and value enter a state, and its queries read it. A block takes a part of the columns of
 // the values, and up to G of the query heads that share a key head. Features come as many at a time as there are threads:
-// computed in shared memory, for the key and all queries, they are followed by their rows of kv, each entry of which is
-// loaded, scaled, added to, stored in the new state and read. A query's sums are relative to a reference that rises.
+// computed in shared memory, for the keys that enter and all queries, they are followed by their rows of kv, each entry of
+// which is loaded, scaled, added to, stored in the new state and read. A query's sums are relative to a reference that
+// rises.
+//
+// With a window (NEAR) the token joins the recent keys, which are scored exactly and read like further rows of kv, and
+// written for the next state. Those that leave them enter, `limit` at once; mostly there are none, and kv is only read.
 //
 // Constants and log features are those of the plain kernels. `num_queries` counts the query heads of a key head, `segments`
-// the parts of the values, of `span` columns each.
+// the parts of the values, of `span` columns each; `num_keys` the recent keys before the token, `recent` those after it.
 namespace favorsharp {
 
 constexpr int DECODE_THREADS = 256, DECODE_WARPS = DECODE_THREADS / 32;
 constexpr int IN_FLIGHT = 4;  // loads of kv that a thread issues before it uses the first
 // Blocks that a processor's registers have room for, without spills: others load while one computes features.
-template <class T, int G> constexpr int RESIDENT = (G == 1 ? 3 : 2) - (sizeof(T) == 8);
+template <class T, int G, int NEAR>
+constexpr int RESIDENT = NEAR && (G > 1 || sizeof(T) == 8) ? 1 : (G == 1 && !NEAR ? 3 : 2) - (sizeof(T) == 8);
 
-// 16 bytes of numbers, which one instruction loads or stores where they are aligned.
-template <class A> struct alignas(16) Piece {
-  static constexpr int SIZE = 16 / sizeof(A);
-  A x[SIZE];
+// Numbers, at most 16 bytes of them, which one instruction loads or stores where they are aligned.
+template <class T, int SIZE> struct alignas(SIZE * sizeof(T)) Piece {
+  T x[SIZE];
 };
 
 // Columns x .. of a row; `whole` says that all of them are there and aligned.
-template <class A> DEVICE void load_piece(Piece<A> &to, const View<const A> &from, int row, int x, int end, bool whole) {
-  if (whole) to = *(const Piece<A> *)&from.at(row, x);
+template <class T, int SIZE>
+DEVICE void load_piece(Piece<T, SIZE> &to, const View<const T> &from, int row, int x, int end, bool whole) {
+  if (whole) to = *(const Piece<T, SIZE> *)&from.at(row, x);
   else
-    for (int i = 0; i < Piece<A>::SIZE; i++) to.x[i] = x + i < end ? from.at(row, x + i) : A(0);
+    for (int i = 0; i < SIZE; i++) to.x[i] = x + i < end ? from.at(row, x + i) : T();
 }
-template <class A> DEVICE void store_piece(const View<A> &to, const Piece<A> &from, int row, int x, int end, bool whole) {
-  if (whole) *(Piece<A> *)&to.at(row, x) = from;
+template <class T, int SIZE>
+DEVICE void store_piece(const View<T> &to, const Piece<T, SIZE> &from, int row, int x, int end, bool whole) {
+  if (whole) *(Piece<T, SIZE> *)&to.at(row, x) = from;
   else
-    for (int i = 0; i < Piece<A>::SIZE; i++)
+    for (int i = 0; i < SIZE; i++)
       if (x + i < end) to.at(row, x + i) = from.x[i];
 }
-template <class A> DEVICE bool holds_pieces(const View<A> &x) {
-  return x.column == 1 && x.row % Piece<A>::SIZE == 0 && (u64)x.start % sizeof(Piece<A>) == 0;
+template <int SIZE, class T> DEVICE bool holds_pieces(const View<T> &x) {
+  return x.column == 1 && x.row % SIZE == 0 && (u64)x.start % (SIZE * sizeof(T)) == 0;
 }
 
-// Products of points (d each): the key's with column first + t of one matrix (d, columns), those of `count` queries with
-// that of another, in thread t; 0 where there is no such column. Where columns are few, threads share a point's entries.
-template <class A, int N>
+// Whether a block writes an array's entry of its head: of the heads that share one, the first.
+template <class Index> DEVICE bool owns(const Array &x, const Index &index) {
+  bool first = true;
+#pragma unroll
+  for (int a = 0; a < AXES; a++) first = first && (index[a] == 0 || x.axis[a] != 0);
+  return first;
+}
+
+// A warp's point, ready for products, and what of its log features is of it alone, but for its quadratic form.
+template <class T, class A> DEVICE A load_token(A *to, const View<const T> &x, int row, const PlainSide<A> &side) {
+  A sum = 0;
+  for (int i = threadIdx.x % 32; i < side.d; i += 32) {
+    const A at = side.alpha() * widened(x.at(row, i)) - side.center()[i];
+    to[i] = at;
+    sum += side.linear()[i] * at - side.beta() * at * at;
+  }
+  return side.offset() + warp_sum(sum);
+}
+
+// Products of points (d each): those of the first K with column first + t of one matrix (d, columns), those of the others
+// with that of another, in thread t; 0 where there is no such column. `count` of the N points are there. Where columns are
+// few, threads share a point's entries.
+template <int K, class A, int N>
 DEVICE void multiply_token(A (&sum)[N], int count, const A *points, A *parts, const A *key, const A *query, int d,
                            int columns, int first) {
   const int t = threadIdx.x;
@@ -48,11 +74,12 @@ DEVICE void multiply_token(A (&sum)[N], int count, const A *points, A *parts, co
   if (column < columns) {
 #pragma unroll 4
     for (int i = t / width; i < d; i += DECODE_THREADS / width) {
-      const A of_key = key[(i64)i * columns + column], of_query = query[(i64)i * columns + column];
-      sum[0] += points[i] * of_key;
+      const A of_key = K > 0 ? key[(i64)i * columns + column] : A(0);
+      const A of_query = K < N ? query[(i64)i * columns + column] : A(0);
+      sum[0] += points[i] * (K > 0 ? of_key : of_query);
 #pragma unroll
       for (int r = 1; r < N; r++)
-        if (r <= count) sum[r] += points[r * d + i] * of_query;
+        if (r < count) sum[r] += points[r * d + i] * (r < K ? of_key : of_query);
     }
   }
 #pragma unroll
@@ -66,14 +93,68 @@ DEVICE void multiply_token(A (&sum)[N], int count, const A *points, A *parts, co
   }
 }
 
-template <class T, int G> __global__ void __launch_bounds__(DECODE_THREADS, RESIDENT<T, G>) decode(ARGUMENT Problem p) {
+// What of points' log features is of them alone loses their quadratic forms.
+template <int K, int N, class A>
+DEVICE void subtract_forms(A *factors, int count, const A *points, A *parts, A *lanes, const A *key, const A *query, int d) {
+  const int t = threadIdx.x;
+  A sum[N], squares[N] = {};
+  for (int first = 0; first < d; first += DECODE_THREADS) {
+    multiply_token<K>(sum, count, points, parts, key, query, d, d, first);
+#pragma unroll
+    for (int r = 0; r < N; r++) squares[r] += sum[r] * sum[r];
+  }
+#pragma unroll
+  for (int r = 0; r < N; r++) {
+    const A square = warp_sum(squares[r]);
+    if (t % 32 == 0) lanes[r * DECODE_WARPS + t / 32] = square;
+  }
+  __syncthreads();
+  if (t < count)
+    for (int i = 0; i < DECODE_WARPS; i++) factors[t] -= lanes[t * DECODE_WARPS + i];
+}
+
+// A thread's logarithms of weights, one a query, become weights in shared memory; references rise to what is largest, and
+// sums follow.
+template <int G, int SIZE, class A>
+DEVICE void rise(const A *logs, bool mine, int count, A *weights, A *lanes, A *ref, A (&den)[G], A (&num)[G][SIZE]) {
+  const int t = threadIdx.x;
+#pragma unroll
+  for (int r = 0; r < G; r++)
+    if (r < count) {
+      const A largest = warp_max(mine ? logs[r] : -infinity<A>());
+      if (t % 32 == 0) lanes[r * DECODE_WARPS + t / 32] = largest;
+    }
+  __syncthreads();
+#pragma unroll
+  for (int r = 0; r < G; r++)
+    if (r < count) {
+      A largest = ref[r];
+      for (int i = 0; i < DECODE_WARPS; i++) largest = larger(largest, lanes[r * DECODE_WARPS + i]);
+      const A safe = finite_or_zero(largest), old = exp_of(ref[r] - safe);
+      if (mine) weights[r * DECODE_THREADS + t] = exp_of(logs[r] - safe);
+      den[r] *= old;
+#pragma unroll
+      for (int i = 0; i < SIZE; i++) num[r][i] *= old;
+    }
+  __syncthreads();
+  if (t < count)
+    for (int i = 0; i < DECODE_WARPS; i++) ref[t] = larger(ref[t], lanes[t * DECODE_WARPS + i]);
+}
+
+template <class T, int G, int NEAR>
+__global__ void __launch_bounds__(DECODE_THREADS, RESIDENT<T, G, NEAR>) decode(ARGUMENT Problem p) {
   typedef typename Computing<T>::type A;
-  constexpr int SIZE = Piece<A>::SIZE;
+  constexpr int SIZE = 16 / sizeof(A);
+  constexpr int KEYS = NEAR ? DECODE_WARPS : 1;  // that are loaded at once: without a window the token's
+  constexpr int POINTS = NEAR ? KEYS : 1 + G;    // that are multiplied at once
+  static_assert(G <= POINTS, "queries are multiplied at once");
   SHARED_MEMORY(raw);
   const int t = threadIdx.x, warp = t / 32, lane = t % 32, d = (int)p.d, m = (int)p.m, span = (int)p.span;
-  A *points = (A *)raw, *factors = points + (1 + G) * d, *values = factors + 1 + G;
-  A *scale = values + span, *weight = scale + DECODE_THREADS, *z_new = weight + DECODE_THREADS;
-  A *features = z_new + DECODE_THREADS, *lanes = features + G * DECODE_THREADS, *ref = lanes + (1 + G) * DECODE_WARPS;
+  const int limit = NEAR ? (int)p.limit : 1;
+  // points and factors of queries, after that of the one key without a window, before those of keys with one
+  A *points = (A *)raw, *factors = points + ((limit > 0 ? KEYS : 0) + G) * d, *values = factors + limit + G;
+  A *weight = values + limit * span, *scale = weight + limit * DECODE_THREADS, *z_new = scale + DECODE_THREADS;
+  A *features = z_new + DECODE_THREADS, *lanes = features + G * DECODE_THREADS, *ref = lanes + POINTS * DECODE_WARPS;
   A *parts = ref + G, *totals = parts;  // in the end, when no thread reads parts
   const int group = (int)p.num_queries, chunks = (group + G - 1) / G, block = blockIdx.x / (u32)p.segments;
   const int chunk = block % chunks, first_head = block / chunks * group + chunk * G, count = min(group - chunk * G, G);
@@ -85,41 +166,30 @@ template <class T, int G> __global__ void __launch_bounds__(DECODE_THREADS, RESI
   const PlainSide<A> key = {(const A *)p.key.header + map * p.map_rows, p.d, p.m};
   const View<const bool> mask = view<const bool>(p.mask, index);
   const bool visible = !mask.start || mask.at(0, 0);
-  const View<const T> v = view<const T>(p.v, index);
 
-  // point 0 is the key, the others are queries; a warp loads one
-  for (int r = warp; r <= count; r += DECODE_WARPS) {
+  for (int r = warp; r < count + 1 - NEAR; r += DECODE_WARPS) {
+    const bool is_key = !NEAR && r == 0;
     int own[AXES];
-    split_head(p, first_head + max(r - 1, 0), own);
-    const View<const T> x = view<const T>(r ? p.q : p.k, own);
-    const PlainSide<A> side = r ? query : key;
-    A sum = 0;
-    for (int i = lane; i < d; i += 32) {
-      const A at = side.alpha() * widened(x.at(0, i)) - side.center()[i];
-      points[r * d + i] = at;
-      sum += side.linear()[i] * at - side.beta() * at * at;
-    }
-    sum = warp_sum(sum);
-    if (lane == 0) factors[r] = side.offset() + sum;
+    split_head(p, first_head + (is_key ? 0 : r - 1 + NEAR), own);
+    const A factor = load_token(points + r * d, view<const T>(is_key ? p.k : p.q, own), 0, is_key ? key : query);
+    if (lane == 0) factors[r] = factor;
   }
-  for (int x = t; x < span; x += DECODE_THREADS)
-    values[x] = visible && begin + x < end ? widened(v.at(0, begin + x)) : A(0);
-  A sum[1 + G];
-  if (p.has_dense) {
-    A squares[1 + G] = {};
-    for (int first = 0; first < d; first += DECODE_THREADS) {
-      multiply_token(sum, count, points, parts, key.dense(), query.dense(), d, d, first);
-#pragma unroll
-      for (int r = 0; r <= G; r++) squares[r] += sum[r] * sum[r];
+  for (int x = t; x < limit * span; x += DECODE_THREADS) {
+    const int i = x / span, at = begin + x % span;
+    const bool seen = NEAR ? view<const bool>(p.recent_mask, index).at(i, 0) : visible;
+    values[x] = seen && at < end ? widened(view<const T>(NEAR ? p.recent_v : p.v, index).at(i, at)) : A(0);
+  }
+  if (p.has_dense)
+    subtract_forms<1 - NEAR, NEAR ? G : 1 + G>(factors, count + 1 - NEAR, points, parts, lanes, key.dense(), query.dense(), d);
+  A *const entering = points + G * d;  // with a window
+  for (int from = 0; NEAR && from < limit; from += KEYS) {
+    const int there = min(limit - from, KEYS);
+    if (warp < there) {
+      const A factor = load_token(entering + warp * d, view<const T>(p.recent_k, index), from + warp, key);
+      if (lane == 0) factors[G + from + warp] = factor;
     }
-#pragma unroll
-    for (int r = 0; r <= G; r++) {
-      const A square = warp_sum(squares[r]);
-      if (lane == 0) lanes[r * DECODE_WARPS + warp] = square;
-    }
-    __syncthreads();
-    if (t <= count)
-      for (int i = 0; i < DECODE_WARPS; i++) factors[t] -= lanes[t * DECODE_WARPS + i];
+    if (p.has_dense)
+      subtract_forms<KEYS, KEYS>(factors + G + from, there, entering, parts, lanes, key.dense(), key.dense(), d);
   }
 
   // `across` lanes share a row of the part, and a warp has rows that follow each other
@@ -130,52 +200,61 @@ template <class T, int G> __global__ void __launch_bounds__(DECODE_THREADS, RESI
   A num[G][SIZE] = {}, den[G] = {};
   if (t < count) ref[t] = -infinity<A>();
   for (int first = 0; first < m; first += DECODE_THREADS) {
-    multiply_token(sum, count, points, parts, key.rows(), query.rows(), d, m, first);
-    split_head(p, again(first_head), index);  // not kept: registers are scarce while points are multiplied
     const int j = first + t;
     const bool mine = j < m;
-    A top = -infinity<A>();
+    A sum[NEAR ? G : 1 + G], top = -infinity<A>();
+    if constexpr (NEAR) {
+      for (int from = 0; from < limit; from += KEYS) {
+        const int there = min(limit - from, KEYS);
+        if (warp < there) load_token(entering + warp * d, view<const T>(p.recent_k, index), from + warp, key);
+        A logs[KEYS];
+        multiply_token<KEYS>(logs, there, entering, parts, key.rows(), key.rows(), d, m, first);
+#pragma unroll
+        for (int r = 0; r < KEYS; r++)
+          if (mine && r < there) {
+            const bool seen = view<const bool>(p.recent_mask, index).at(from + r, 0);
+            const A log = seen ? logs[r] + finite_or_nan(factors[G + from + r]) + key.column()[j] : -infinity<A>();
+            weight[(from + r) * DECODE_THREADS + t] = log;
+            top = larger(top, log);
+          }
+      }
+      multiply_token<0>(sum, count, points, parts, query.rows(), query.rows(), d, m, first);
+    } else {
+      multiply_token<1>(sum, 1 + count, points, parts, key.rows(), query.rows(), d, m, first);
+    }
+    split_head(p, again(first_head), index);  // not kept: registers are scarce while points are multiplied
     if (mine) {
       const View<const A> z = view<const A>(p.z_in, index), c = view<const A>(p.c_in, index);
-      const A log = visible ? sum[0] + finite_or_nan(factors[0]) + key.column()[j] : -infinity<A>(), before = c.at(0, j);
-      top = larger(before, log);
+      const A before = c.at(0, j);
+      if constexpr (!NEAR) {
+        weight[t] = visible ? sum[0] + finite_or_nan(factors[0]) + key.column()[j] : -infinity<A>();
+        top = weight[t];
+      }
+      top = larger(before, top);
       const A safe = finite_or_zero(top);
       scale[t] = exp_of(before - safe);
-      weight[t] = exp_of(log - safe);
-      z_new[t] = scale[t] * z.at(0, j) + weight[t];
-      if (chunk == 0 && begin == 0) {
-        view<A>(p.z_out, index).at(0, j) = z_new[t];
+      A total = scale[t] * z.at(0, j);
+      for (int i = 0; i < limit; i++) {
+        const A entered = exp_of(weight[i * DECODE_THREADS + t] - safe);
+        weight[i * DECODE_THREADS + t] = entered;
+        total += entered;
+      }
+      z_new[t] = total;
+      if (limit > 0 && chunk == 0 && begin == 0) {
+        view<A>(p.z_out, index).at(0, j) = total;
         view<A>(p.c_out, index).at(0, j) = top;
       }
+#pragma unroll
+      for (int r = 0; r < G; r++)
+        if (r < count) sum[1 - NEAR + r] = sum[1 - NEAR + r] + finite_or_nan(factors[1 - NEAR + r]) + query.column()[j] + top;
     }
-#pragma unroll
-    for (int r = 0; r < G; r++)
-      if (r < count) {
-        sum[1 + r] = mine ? sum[1 + r] + finite_or_nan(factors[1 + r]) + query.column()[j] + top : -infinity<A>();
-        const A largest = warp_max(sum[1 + r]);
-        if (lane == 0) lanes[r * DECODE_WARPS + warp] = largest;
-      }
-    __syncthreads();
-#pragma unroll
-    for (int r = 0; r < G; r++)
-      if (r < count) {
-        A largest = ref[r];
-        for (int i = 0; i < DECODE_WARPS; i++) largest = larger(largest, lanes[r * DECODE_WARPS + i]);
-        const A safe = finite_or_zero(largest), old = exp_of(ref[r] - safe);
-        if (mine) features[r * DECODE_THREADS + t] = exp_of(sum[1 + r] - safe);
-        den[r] *= old;
-#pragma unroll
-        for (int i = 0; i < SIZE; i++) num[r][i] *= old;
-      }
-    __syncthreads();
-    if (t < count)
-      for (int i = 0; i < DECODE_WARPS; i++) ref[t] = larger(ref[t], lanes[t * DECODE_WARPS + i]);
+    rise(sum + 1 - NEAR, mine, count, features, lanes, ref, den, num);
     const View<const A> kv = view<const A>(p.kv_in, index);
     const View<A> kv_new = view<A>(p.kv_out, index);
-    const bool whole = p.e % SIZE == 0 && holds_pieces(kv) && holds_pieces(kv_new);
+    const bool whole = p.e % SIZE == 0 && holds_pieces<SIZE>(kv) && (limit == 0 || holds_pieces<SIZE>(kv_new));
     const int here = min(m - first, DECODE_THREADS);
     for (int row = t / across; row < here && inside; row += IN_FLIGHT * rows) {
-      Piece<A> piece[IN_FLIGHT];
+      Piece<A, SIZE> piece[IN_FLIGHT];
 #pragma unroll
       for (int u = 0; u < IN_FLIGHT; u++)
         if (row + u * rows < here) load_piece(piece[u], kv, first + row + u * rows, begin + column, end, whole);
@@ -184,8 +263,11 @@ template <class T, int G> __global__ void __launch_bounds__(DECODE_THREADS, RESI
         const int at = row + u * rows;
         if (at >= here) break;
 #pragma unroll
-        for (int i = 0; i < SIZE; i++) piece[u].x[i] = scale[at] * piece[u].x[i] + weight[at] * values[column + i];
-        if (chunk == 0) store_piece(kv_new, piece[u], first + at, begin + column, end, whole);
+        for (int i = 0; i < SIZE; i++) piece[u].x[i] *= scale[at];
+        for (int k = 0; k < limit; k++)
+#pragma unroll
+          for (int i = 0; i < SIZE; i++) piece[u].x[i] += weight[k * DECODE_THREADS + at] * values[k * span + column + i];
+        if (limit > 0 && chunk == 0) store_piece(kv_new, piece[u], first + at, begin + column, end, whole);
 #pragma unroll
         for (int r = 0; r < G; r++)
           if (r < count) {
@@ -193,6 +275,82 @@ template <class T, int G> __global__ void __launch_bounds__(DECODE_THREADS, RESI
             den[r] += feature * z_new[at];
 #pragma unroll
             for (int i = 0; i < SIZE; i++) num[r][i] += feature * piece[u].x[i];
+          }
+      }
+    }
+  }
+
+  if constexpr (NEAR) {
+    const int kept = (int)p.num_keys, recent = (int)p.recent;
+    for (int r = warp; r < count; r += DECODE_WARPS) {  // nobody multiplies points any more
+      int own[AXES];
+      split_head(p, first_head + r, own);
+      for (int i = lane; i < d; i += 32)
+        points[r * d + i] = query.alpha() * widened(view<const T>(p.q, own).at(0, i)) - query.near_center()[i];
+    }
+    for (int first = 0; first < recent; first += DECODE_THREADS) {
+      const int here = min(recent - first, DECODE_THREADS);
+      __syncthreads();  // points are loaded, and weights before are done with
+      split_head(p, again(first_head), index);
+      {
+        const View<const T> k = view<const T>(p.k, index), kept_k = view<const T>(p.recent_k, index);
+        const View<T> k_new = view<T>(p.recent_k_out, index);
+        const View<const bool> kept_mask = view<const bool>(p.recent_mask, index);
+        const View<bool> mask_new = view<bool>(p.recent_mask_out, index);
+        const bool writes_keys = begin == 0 && owns(p.recent_k_out, index);
+        const bool writes_mask = begin == 0 && owns(p.recent_mask_out, index);
+#pragma unroll 1
+        for (int row = warp; row < here; row += DECODE_WARPS) {
+          const int to = first + row, at = limit + to;
+          const bool is_last = at == kept, seen = is_last ? visible : kept_mask.at(at, 0);
+          A logs[G] = {};
+#pragma unroll 1
+          for (int i = lane; i < d; i += 32) {
+            const T number = is_last ? k.at(0, i) : kept_k.at(at, i);
+            if (writes_keys) k_new.at(to, i) = number;
+            const A y = query.alpha() * widened(number) - query.near_center()[i];
+#pragma unroll
+            for (int r = 0; r < G; r++)
+              if (r < count) {
+                const A x = points[r * d + i];
+                logs[r] += p.gaussian ? (x - y) * (y - x) / 2 : x * y;
+              }
+          }
+#pragma unroll
+          for (int r = 0; r < G; r++)
+            if (r < count) {
+              const A log = warp_sum(logs[r]);
+              if (lane == 0) features[r * DECODE_THREADS + row] = seen ? finite_or_nan(log) : -infinity<A>();
+            }
+          if (writes_mask && lane == 0) mask_new.at(to, 0) = seen;
+        }
+      }
+      __syncthreads();
+      A logs[G];
+#pragma unroll
+      for (int r = 0; r < G; r++)
+        if (r < count && t < here) logs[r] = features[r * DECODE_THREADS + t];
+      rise(logs, t < here, count, features, lanes, ref, den, num);
+      split_head(p, again(first_head), index);
+      const View<const T> v = view<const T>(p.v, index), kept_v = view<const T>(p.recent_v, index);
+      const View<T> v_new = view<T>(p.recent_v_out, index);
+      const View<const bool> kept_mask = view<const bool>(p.recent_mask, index);
+      const bool whole = p.e % SIZE == 0 && holds_pieces<SIZE>(v) && holds_pieces<SIZE>(kept_v) && holds_pieces<SIZE>(v_new);
+      const bool writes = owns(p.recent_v_out, index);
+#pragma unroll 1
+      for (int row = t / across; row < here && inside; row += rows) {
+        const int to = first + row, at = limit + to;
+        const bool is_last = at == kept, seen = is_last ? visible : kept_mask.at(at, 0);
+        Piece<T, SIZE> piece;
+        load_piece(piece, is_last ? v : kept_v, is_last ? 0 : at, begin + column, end, whole);
+        if (writes) store_piece(v_new, piece, to, begin + column, end, whole);
+#pragma unroll
+        for (int r = 0; r < G; r++)
+          if (r < count && seen) {
+            const A near = features[r * DECODE_THREADS + row];
+            den[r] += near;
+#pragma unroll
+            for (int i = 0; i < SIZE; i++) num[r][i] += near * widened(piece.x[i]);
           }
       }
     }

@@ -128,6 +128,10 @@ CALLS: dict[str, Callable[[Any], tuple[str, tuple[Any, ...], dict[str, Any]]]] =
     "decode": lambda p: ("decode_step", (*p.token, p.state(0), p.map), {}),
     "decode, masked": lambda p: ("decode_step", (*p.token, p.state(0), p.map), {"key_mask": p.token_mask}),
     "decode, window 16": lambda p: ("decode_step", (*p.token, p.state(16), p.map), {}),
+    # recent keys that are as many as there may be, of which twenty leave
+    "decode, window 20, masked": lambda p: (
+        "decode_step", (*p.token, p.state(20), p.map), {"key_mask": p.token_mask},
+    ),
     "matvec": lambda p: ("kernel_matvec", (p.q, p.k, p.v, p.map), {}),
 }  # fmt: skip
 """Op, arguments and options of each call."""
@@ -263,7 +267,9 @@ def leaves(result: Any) -> list[Any]:
     """The arrays of a result."""
     if isinstance(result, tuple):
         return [leaf for part in result for leaf in leaves(part)]
-    return [result.kv, result.z, result.c] if hasattr(result, "kv") else [np.asarray(result)]
+    if hasattr(result, "kv"):
+        return [result.kv, result.z, result.c, result.recent_k, result.recent_v, result.recent_mask]
+    return [np.asarray(result)]
 
 
 def wanted(name: str, shape: Shape, lengths: Lengths = RAGGED) -> Any:

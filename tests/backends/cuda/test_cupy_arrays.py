@@ -143,7 +143,7 @@ def test_streaming(monkeypatch):
     token = [put(x[:, :1]) for x in p.host]
     monkeypatch.setattr(HostModule, "launched", set())
     out, after = run(decode_step, *token, state, p.gpu_map)
-    assert HostModule.launched == {"favorsharp::decode<double, 1>"}
+    assert HostModule.launched == {"favorsharp::decode<double, 1, 0>"}
     want, last = decode_step.reference(*(x[:, :1] for x in p.host), kept, p.map)
     close(out, want)
     for name in ("kv", "z", "c"):

@@ -246,7 +246,222 @@ def test_tokens_one_after_the_other(size, dtype, processors, launches, monkeypat
         for got, right in ((out, want), (state.c, exact.c), (state.z, exact.z), (state.kv, exact.kv)):
             assert testing.relative_error(got, right) <= problem.tolerance
     assert len(launches) == 12
-    assert set(launches) == {expression("decode", dtype, 1)}
+    assert set(launches) == {expression("decode", dtype, 1, 0)}
+
+
+STATE = ("kv", "z", "c", "recent_k", "recent_v", "recent_mask")
+WINDOWED = (
+    *((64, 64, 64, 5), (33, 20, 300, 1), (1, 1, 1, 2), (300, 7, 5, 9), (5, 140, 513, 2), (8, 4, 7, 40)),
+    *((40, 129, 31, 3), (16, 8, 40, 16)),
+)
+"""d, e, m and window: fewer leave than a block takes at once, as many, and more."""
+
+
+@pytest.mark.parametrize("processors", [1, 132])
+@pytest.mark.parametrize("dtype", TOLERANCES)
+@pytest.mark.parametrize("size", WINDOWED, ids=str)
+def test_tokens_with_a_window(size, dtype, processors, launches, monkeypatch):
+    """Before the recent keys are full, as they overflow, and after: one launch each. Some keys are hidden."""
+    monkeypatch.setattr(plain, "PROCESSORS", processors)
+    d, e, m, window = size
+    before = 3 * window - 1
+    problem = Problem(dtype, n=before + 3, d=d, e=e, m=m, mask="holes")
+    first, mask = [x[:, :before] for x in problem.points[1:]], problem.mask
+    empty = [
+        empty_state(fm, (2,), d, e, window, x)
+        for fm, x in ((problem.map, first[0]), (problem.exact_map, problem.exact[0]))
+    ]
+    with fs.use("cuda"):
+        state = update(empty[0], *first, problem.map, key_mask=mask[:, :before])
+    exact = update.reference(
+        empty[1], *(x[:, :before] for x in problem.exact[1:]), problem.exact_map, key_mask=mask[:, :before]
+    )
+    launches.clear()
+    for i in range(before, before + 3):
+        token, exact_token = ([x[:, i : i + 1] for x in points] for points in (problem.points, problem.exact))
+        options = {"key_mask": mask[:, i : i + 1]}
+        kept = {name: getattr(state, name).copy() for name in STATE}
+        runs = []
+        for schedule in SCHEDULES:
+            with scheduled(schedule), fs.use("cuda"):
+                out, after = decode_step(*token, state, problem.map, **options)
+            runs.append([out, *(getattr(after, name) for name in STATE)])
+        for run in runs[1:]:
+            assert all(np.array_equal(a, b) for a, b in zip(runs[0], run, strict=True))
+        for name in STATE:
+            np.testing.assert_array_equal(getattr(state, name), kept[name])
+        state = after
+        want, exact = decode_step.reference(*exact_token, exact, problem.exact_map, **options)
+        assert out.dtype == token[0].dtype
+        for got, right in ((out, want), (state.c, exact.c), (state.z, exact.z), (state.kv, exact.kv)):
+            assert testing.relative_error(got, right) <= problem.tolerance
+        for name in STATE[3:]:
+            np.testing.assert_array_equal(getattr(state, name), getattr(exact, name))
+    assert state.recent_k.dtype == state.recent_v.dtype == problem.points[0].dtype
+    assert launches == [expression("decode", dtype, 1, 1)] * 9
+
+
+@pytest.mark.parametrize("kernel", ["softmax", "gaussian"])
+def test_a_window_from_its_first_token_on(kernel, launches):
+    """Sums are another array only where a key enters them."""
+    problem = Problem("float64", n=12, d=7, e=6, m=20, mask="none", kernel=kernel)
+    state = exact = empty_state(problem.map, (2,), 7, 6, 2, problem.points[1])
+    for i in range(12):
+        token = [x[:, i : i + 1] for x in problem.points]
+        before = state
+        with fs.use("cuda"):
+            out, state = decode_step(*token, state, problem.map)
+        want, exact = decode_step.reference(*token, exact, problem.map)
+        assert (state.kv is before.kv) == (before.recent_k.shape[-2] < 4)
+        for a, b in ((out, want), *((getattr(state, name), getattr(exact, name)) for name in STATE)):
+            assert a.shape == b.shape
+            np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-14)
+    assert launches == [expression("decode", "float64", 1, 1)] * 12
+
+
+@pytest.mark.parametrize("recent", [3, 4])
+@pytest.mark.parametrize("shapes", [
+    ((2, 3), (), (), (), ()),
+    ((2, 3), (3,), (3,), (2, 1), (3,)),
+    ((), (3,), (2, 1), (1,), (2, 1)),
+    ((), (), (), (2, 3), ()),
+    ((2, 11), (2, 1), (2, 1), (2, 1), (2, 1)),
+    ((), (), (), (), (2, 3)),
+], ids=str)  # fmt: skip
+def test_heads_of_a_windowed_token_that_share_keys_or_states(shapes, recent, launches):
+    """Leading axes of q, k, v, the recent keys and the sums: every new array is as the reference's."""
+    rng = np.random.default_rng(0)
+    of_q, of_k, of_v, of_recent, of_sums = shapes
+    problem = Problem("float64", n=40, d=7, e=6, m=20, mask="none", batch=())
+    fm = problem.map
+    keys, values = (rng.standard_normal((*of_sums, 9, size)) for size in (7, 6))
+    state = update.reference(empty_state(fm, of_sums, 7, 6, 0, keys), keys, values, fm)
+    state = dataclasses.replace(
+        state, window=2, recent_k=rng.standard_normal((*of_recent, recent, 7)),
+        recent_v=rng.standard_normal((*of_recent, recent, 6)), recent_mask=rng.random((*of_recent, recent)) < 0.7,
+    )  # fmt: skip
+    q, k = (rng.standard_normal((*batch, 1, 7)) for batch in (of_q, of_k))
+    v = rng.standard_normal((*of_v, 1, 6))
+    want, exact = decode_step.reference(q, k, v, state, fm)
+    with fs.use("cuda"):
+        out, after = decode_step(q, k, v, state, fm)
+    for a, b in ((out, want), *((getattr(after, name), getattr(exact, name)) for name in STATE)):
+        assert a.shape == b.shape
+        np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-14)
+    assert len(launches) == 1
+
+
+@pytest.mark.parametrize(("window", "dtype"), [(150, "float32"), (70, "float64"), (8, "float32")])
+def test_many_keys_that_leave_at_once(window, dtype, launches, little_memory):
+    """One launch where a block has room for them; otherwise they enter the sums before the token comes."""
+    problem = Problem(dtype, n=2 * window + 1, d=8, e=6, m=24)
+    before = [x[:, :-1] for x in problem.points[1:]]
+    token, exact_token = ([x[:, -1:] for x in points] for points in (problem.points, problem.exact))
+    with fs.use("cuda"):
+        state = update(
+            empty_state(problem.map, (2,), 8, 6, window, before[0]), *before, problem.map, key_mask=problem.mask[:, :-1]
+        )
+        assert not launches
+        out, after = decode_step(*token, state, problem.map)
+    exact = dataclasses.replace(
+        empty_state(problem.exact_map, (2,), 8, 6, window, exact_token[1]), recent_k=state.recent_k.astype(np.float64),
+        recent_v=state.recent_v.astype(np.float64), recent_mask=state.recent_mask,
+    )  # fmt: skip
+    want, exact = decode_step.reference(*exact_token, exact, problem.exact_map)
+    for got, right in (
+        (out, want),
+        *((getattr(after, name), getattr(exact, name)) for name in STATE if name != "recent_mask"),
+    ):
+        assert testing.relative_error(got, right) <= problem.tolerance
+    np.testing.assert_array_equal(after.recent_mask, exact.recent_mask)
+    assert after.recent_k.shape[-2] == window + 1
+    assert launches[-1] == expression("decode", dtype, 1, 1)
+    of_tiles = {name for name in little_memory if "decode" not in name}
+    assert bool(of_tiles) == (window > 8)
+
+
+def test_recent_keys_of_another_dtype_are_an_update_and_a_read():
+    problem = Problem("float32", n=6, d=8, e=6, m=24, mask="none")
+    token = [x[:, 5:].astype(np.float16) for x in problem.points]
+    state = update.reference(
+        empty_state(problem.map, (2,), 8, 6, 2, token[1][:, :0]), *(x[:, :3] for x in problem.points[1:]), problem.map
+    )
+    want, exact = decode_step.reference(*token, state, problem.map)
+    with fs.use("cuda"):
+        out, after = decode_step(*token, state, problem.map)
+    assert out.dtype == after.recent_k.dtype == np.float16
+    assert testing.relative_error(out, want.astype(np.float64)) < 1e-3
+    np.testing.assert_array_equal(after.recent_k, exact.recent_k)
+
+
+def test_recent_keys_and_values_are_read_wherever_they_lie():
+    """In pieces where they are aligned, otherwise number by number: the same bits."""
+    for dtype in ("float16", "float64"):
+        problem = Problem(dtype, n=5, d=7, e=8, m=24)
+        q, k, v = problem.points
+        with fs.use("cuda"):
+            state = update(
+                empty_state(problem.map, (2,), 7, 8, 2, k),
+                k[:, :4],
+                v[:, :4],
+                problem.map,
+                key_mask=problem.mask[:, :4],
+            )
+            token = [x[:, 4:] for x in (q, k, v)]
+            want = decode_step(*token, state, problem.map)
+            for axes in ((0, 2, 1), (1, 0, 2), (2, 1, 0)):
+                moved = {
+                    name: np.ascontiguousarray(getattr(state, name).transpose(axes)).transpose(np.argsort(axes))
+                    for name in ("recent_k", "recent_v", "kv")
+                }
+                moved["recent_mask"] = np.asfortranarray(state.recent_mask)
+                got = decode_step(*token, dataclasses.replace(state, **moved), problem.map)
+                np.testing.assert_array_equal(got[0], want[0])
+                for name in STATE:
+                    np.testing.assert_array_equal(getattr(got[1], name), getattr(want[1], name))
+
+
+def test_what_a_window_hides_may_be_anything():
+    """Of recent keys, of those that leave, and of the token."""
+    problem = Problem(n=5, d=16, e=8, m=24, mask="none")
+    q, k, v = problem.points
+    visible = np.array([[True, False, False, True, False], [False, True, True, False, True]])
+    spoiled = [np.where(visible[..., None], x, bad).astype(x.dtype) for x, bad in ((k, np.nan), (v, np.inf))]
+    found = []
+    for keys, values in ((k, v), spoiled):
+        state = empty_state(problem.map, (2,), 16, 8, 2, k)
+        state = dataclasses.replace(state, recent_k=keys[:, :4], recent_v=values[:, :4], recent_mask=visible[:, :4])
+        with fs.use("cuda"):
+            found.append(decode_step(q[:, 4:], keys[:, 4:], values[:, 4:], state, problem.map, key_mask=visible[:, 4:]))
+    (want, clean), (got, after) = found
+    assert np.isfinite(got).all()
+    np.testing.assert_array_equal(got, want)
+    for name in STATE[:3]:
+        np.testing.assert_array_equal(getattr(after, name), getattr(clean, name))
+    np.testing.assert_array_equal(after.recent_k, spoiled[0][:, 2:])
+    np.testing.assert_array_equal(after.recent_v, spoiled[1][:, 2:])
+    nothing = dataclasses.replace(state, recent_mask=np.zeros((2, 4), bool))
+    with fs.use("cuda"):
+        out, empty = decode_step(q[:, 4:], k[:, 4:], v[:, 4:], nothing, problem.map, key_mask=np.zeros((2, 1), bool))
+    assert not out.any()
+    assert np.isneginf(empty.c).all()
+
+
+def test_recent_keys_that_tower_over_the_sums_cost_no_accuracy():
+    """And sums that tower over recent keys, by more than any float32 holds."""
+    problem = Problem("float64", n=12, d=16, e=8, m=600, mask="none", method="posrf")
+    q, k, v = problem.points
+    k *= np.array([1, 1, 40, 1, 40, 40, 1, 1, 1, 1, 1, 1])[:, None]
+    q *= 5
+    state = exact = empty_state(problem.map, (2,), 16, 8, 2, k)
+    for i in range(12):
+        token = [x[:, i : i + 1] for x in (q, k, v)]
+        with fs.use("cuda"):
+            out, state = decode_step(*token, state, problem.map)
+        want, exact = decode_step.reference(*token, exact, problem.map)
+        for a, b in ((out, want), (state.kv, exact.kv), (state.z, exact.z), (state.c, exact.c)):
+            assert np.isfinite(out).all()
+            assert testing.relative_error(a, b) < 1e-10
 
 
 def test_a_token_equals_a_read_of_the_updated_state():
@@ -280,7 +495,7 @@ def test_query_heads_of_a_token_share_a_state(heads, launches):
         np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-14)
     np.testing.assert_array_equal(last.swapaxes(0, 1), out)
     np.testing.assert_array_equal(of_last.kv[:, 0], after.kv)
-    assert launches == [expression("decode", "float64", 8)] * 2
+    assert launches == [expression("decode", "float64", 8, 0)] * 2
 
 
 def test_a_hidden_token_may_be_anything_and_changes_nothing():
@@ -341,7 +556,7 @@ def test_a_state_is_read_wherever_it_lies():
 def test_tokens_that_decode_has_no_room_for(launches, monkeypatch):
     """Query heads one by one; and where not even one fits, an update and a read."""
     monkeypatch.setattr(HostModule, "shared_limit", 48 * 1024)
-    one_head, two_launches = [expression("decode", "float64", 1)], [expression("plain_attention", "float64")] * 2
+    one_head, two_launches = [expression("decode", "float64", 1, 0)], [expression("plain_attention", "float64")] * 2
     for d, heads, said in ((300, 3, one_head), (2500, 1, two_launches)):
         problem = Problem("float64", n=1, d=d, e=3, m=5, mask="none", method="posrf", batch=())
         q, k, v = problem.points
@@ -453,7 +668,7 @@ def test_features_that_a_card_has_no_room_for_are_refused_before_any_work(dtype,
     calls = [
         lambda: causal_attention(*problem.points, problem.map),
         lambda: attention(*problem.points, problem.map, window=4),
-        lambda: decode_step(*(x[..., :1, :] for x in problem.points), state, problem.map),  # of a window
+        lambda: read(state, problem.points[0][..., :1, :], problem.map),
     ]
     for call in calls:
         with fs.use("cuda"), pytest.raises(ValueError, match=said):
@@ -461,20 +676,21 @@ def test_features_that_a_card_has_no_room_for_are_refused_before_any_work(dtype,
     assert not little_memory
 
 
+@pytest.mark.parametrize("window", [0, 1])
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
-def test_a_token_of_more_features_than_a_card_holds(dtype, little_memory):
+def test_a_token_of_more_features_than_a_card_holds(dtype, window, little_memory):
     problem = Problem(dtype, n=20, d=8, e=8, m=8400, mask="none")
     given = [problem.map, problem.exact_map], [problem.points, problem.exact]
     outs = []
     for fm, points in zip(*given, strict=True):
         with fs.use("cuda" if fm is problem.map else "reference"):
             q, k, v = points
-            state = empty_state(fm, (2,), 8, 8, 0, k)
-            for i in range(2):
+            state = empty_state(fm, (2,), 8, 8, window, k)
+            for i in range(4):
                 out, state = decode_step(*(x[:, i : i + 1] for x in (q, k, v)), state, fm)
         outs.append(out)
     assert testing.relative_error(*outs) < problem.tolerance
-    assert little_memory == {expression("decode", dtype, 1)}
+    assert little_memory == {expression("decode", dtype, 1, window)}
 
 
 @pytest.mark.parametrize("op", [k.op for k in BACKEND.kernels if "cupy" in k.libraries and "vjp" not in k.op])

@@ -20,8 +20,8 @@ RANDOM = ["random", "random", 3]
 CALLS = (
     *("features", "features vjp", "attention, masked", "attention, window 16", "causal, masked"),
     *("causal, window 64, masked", "causal, from a state, window 16", "update, window 16", "read, window 16"),
-    *("decode, masked", "decode, window 16", "matvec", "vjp, masked", "vjp, window 16", "vjp of the map, causal"),
-    "vjp, causal, window 16",
+    *("decode, masked", "decode, window 16", "decode, window 20, masked", "matvec", "vjp, masked", "vjp, window 16"),
+    *("vjp of the map, causal", "vjp, causal, window 16"),
 )
 
 
@@ -39,7 +39,11 @@ QUICK = (
     # what is measured as results are rounded
     quick(Shape("bfloat16", 32, 32, 16), Lengths(70, 97, (1,)), ("vjp of the map, causal", "vjp, window 16")),
     # more features than a token's block computes at once, and more entries of a point
-    quick(Shape("float32", 64, 32, 512, "saderf"), Lengths(40, 40, (1,), group=2), ("decode, masked",)),
+    quick(
+        Shape("float32", 64, 32, 512, "saderf"),
+        Lengths(40, 40, (1,), group=2),
+        ("decode, masked", "decode, window 20, masked"),
+    ),
     # heads that share keys
     quick(
         Shape("float64", 9, 5, 7, "optimal", "gaussian"),

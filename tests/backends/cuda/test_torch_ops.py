@@ -9,6 +9,7 @@ from problems import attention_problem, key_mask
 
 import favorsharp as fs
 from favorsharp import dispatch
+from favorsharp.ops.state import State
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("cupy")
@@ -20,6 +21,9 @@ RUN = {
     "attention": operators.attention,
     "attention_backward": operators.attention_backward_,
     "key_state": operators.key_state,
+    "update": operators.update_,
+    "read": operators.read_,
+    "decode_step": operators.decode_step_,
     "exponential_features": operators.exponential_features,
     "exponential_features_backward": operators.exponential_features_backward_,
 }
@@ -155,7 +159,7 @@ def test_a_compiled_call_without_gradients(problem):
 
 @pytest.mark.parametrize(("is_causal", "window"), MODES)
 def test_a_compiled_call_returns_a_state(problem, is_causal, window):
-    """Of a causal call by the kernels; of another by the reference, as no kernel for states is traced."""
+    """Of a causal call by its own operators; of another by an update, and with a window by a read."""
     q, k, v, mask, fm = problem
 
     def call(q, k, v):
@@ -168,11 +172,106 @@ def test_a_compiled_call_returns_a_state(problem, is_causal, window):
         ran = set(calls)
         want, kept = call(q, k, v)
         following = fs.linear_attention(q, k, v, fm, is_causal=True, window=window, state=state)
-    assert ran == ({("causal_attention", "cuda")} if is_causal else {("update", "reference"), ("read", "reference")})
+    assert ran == ({("causal_attention", "cuda")} if is_causal else {("update", "cuda"), ("read", "cuda")})
     names = ("kv", "z", "c", "recent_k", "recent_v", "recent_mask")
     torch.testing.assert_close(out, want)
     torch.testing.assert_close([getattr(state, name) for name in names], [getattr(kept, name) for name in names])
     torch.testing.assert_close(following, fs.linear_attention(q, k, v, fm, is_causal=True, window=window, state=kept))
+
+
+NAMES = ("kv", "z", "c", "recent_k", "recent_v", "recent_mask")
+STATES = ((0, 5), (4, 5), (2, 4))
+"""A window, and how many keys came before: without, as none leaves, as two do."""
+
+
+def state_after(problem, window, before):
+    _, k, v, mask, fm = problem
+    state = fs.init_state(fm, 2, like=k, window=window)
+    return fs.update(state, k[:, :before], v[:, :before], fm, key_mask=mask[:, :before])
+
+
+@pytest.mark.parametrize(("window", "before"), STATES)
+def test_operators_of_states_are_what_torch_expects_of_them(problem, window, before):
+    q, k, v, mask, fm = problem
+    of_state = torch_ops._of_state(state_after(problem, window, before), fm)
+    token, hidden = [x[:, 5:6] for x in (q, k, v)], mask[:, 5:6]
+    torch.library.opcheck(OPS["decode_step"], (*token, hidden, *of_state))
+    torch.library.opcheck(OPS["decode_step"], (*token, None, *of_state))
+    torch.library.opcheck(OPS["update"], (k[:, 5:], v[:, 5:], mask[:, 5:], *of_state))
+    torch.library.opcheck(OPS["read"], (q, *of_state))
+
+
+@pytest.mark.parametrize(("window", "before"), STATES)
+def test_a_compiled_token_is_one_graph(problem, window, before):
+    """By operators; with gradients by the reference, and the old state stays as it was."""
+    q, k, v, _, fm = problem
+    state = state_after(problem, window, before)
+    kept = [getattr(state, name).clone() for name in NAMES]
+    given = [x[:, 5:6] for x in (q, k, v)]
+
+    def step(q, k, v, state):
+        out, state = fs.decode_step(q, k, v, state, fm)
+        return out, fs.read(state, q, fm), state, fs.update(state, k, v, fm)
+
+    def arrays(result):
+        return [x for part in result for x in ([part] if torch.is_tensor(part) else [getattr(part, n) for n in NAMES])]
+
+    dispatch._loaded.clear()  # as in a process that has traced none of these
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    with fs.use("cuda", "reference"), dispatch.watch() as calls:
+        got = compiled(*given, state)
+        assert set(calls) == {("decode_step", "cuda"), ("read", "cuda"), ("update", "cuda")}
+        want = step(*given, state)
+        torch.testing.assert_close(arrays(got), arrays(want))
+        torch.testing.assert_close([getattr(state, name) for name in NAMES], kept, rtol=0, atol=0)
+        calls.clear()
+        own = leaves(*given)
+        found = torch.autograd.grad(compiled(*own, state)[0].square().sum(), own)
+        assert set(calls) == {("decode_step", "reference"), ("read", "reference"), ("update", "reference")}
+    with fs.use("reference"):
+        torch.testing.assert_close(found, torch.autograd.grad(step(*own, state)[0].square().sum(), own))
+
+
+def test_transforms_of_tokens_are_those_of_the_reference(problem):
+    q, k, v, _, fm = problem
+    state = state_after(problem, 2, 4)
+
+    def loss(q):
+        return fs.decode_step(q, k[:, 5:6], v[:, 5:6], state, fm)[0].square().sum()
+
+    found = []
+    for backends in (("cuda", "reference"), ("reference",)):
+        with fs.use(*backends):
+            own = q[:, 5:6]
+            tangent = torch.func.jvp(loss, (own,), (torch.ones_like(own),))[1]
+            found.append([torch.func.grad(loss)(own), tangent, torch.func.vmap(loss)(torch.stack([own, 2 * own]))])
+    torch.testing.assert_close(*found)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float64"])
+@pytest.mark.parametrize(("window", "before"), STATES)
+def test_fake_tokens_of_a_gpu(problem, window, before, dtype):
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    fm = problem[-1]
+    narrow, wide = getattr(torch, dtype), torch.float64 if dtype == "float64" else torch.float32
+    recent = before if window else 0
+    with FakeTensorMode(), fs.use("cuda"):
+        arrays = [torch.empty(x.shape, dtype=wide, device="cuda") for x in operators.arrays_of(fm)]
+        own = operators.map_of(arrays, 1.0, "softmax")
+        sums = [torch.empty((2, *size), dtype=wide, device="cuda") for size in ((5, 2), (1, 5), (1, 5))]
+        kept = [torch.empty((2, recent, size), dtype=narrow, device="cuda") for size in (3, 2)]
+        state = State(*sums, window, *kept, torch.empty((2, recent), dtype=torch.bool, device="cuda"), None)
+        q, k, v = (torch.empty((2, 1, size), dtype=narrow, device="cuda") for size in (3, 3, 2))
+        out, after = fs.decode_step(q, k, v, state, own)
+        assert (out.shape, out.dtype, out.device.type) == ((2, 1, 2), narrow, "cuda")
+        length = recent + 1 - (window if recent == 2 * window else 0) if window else 0
+        assert [getattr(after, name).shape for name in NAMES] == [
+            *(x.shape for x in sums), (2, length, 3), (2, length, 2), (2, length),
+        ]  # fmt: skip
+        assert (after.kv.dtype, after.recent_k.dtype, after.recent_v.device.type) == (wide, narrow, "cuda")
+        assert (after.kv is state.kv) == (0 < recent < 2 * window)
+        assert fs.read(after, q, own).shape == (2, 1, 2)
 
 
 def test_transforms_of_torch(problem):
