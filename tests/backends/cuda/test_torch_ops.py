@@ -141,7 +141,9 @@ def test_a_compiled_call_takes_sizes_that_are_not_known(problem, is_causal, wind
             got, want = compiled(*given), call(*given)
             torch.testing.assert_close(got, want)
             weight = torch.randn_like(want)
-            torch.testing.assert_close(torch.autograd.grad(got, given, weight), torch.autograd.grad(want, given, weight))
+            torch.testing.assert_close(
+                torch.autograd.grad(got, given, weight), torch.autograd.grad(want, given, weight)
+            )
 
 
 def test_a_compiled_call_on_packed_sequences_is_one_graph(problem):
