@@ -19,7 +19,8 @@ FLOATS = ("float16", "bfloat16", "float32", "float64")
 
 def is_array(x: object) -> bool:
     """Whether x is an array of a library that implements the standard."""
-    return array_api_compat.is_array_api_obj(x)
+    # torch.compile cannot ask a number that it traces (dynamic=True) for its attributes
+    return type(x) not in (bool, int, float) and array_api_compat.is_array_api_obj(x)
 
 
 def namespace_of(*arrays: Array | None) -> Namespace:

@@ -44,6 +44,11 @@ def run(expression: str, like: Any, grid: int, threads: int, problem: Any, share
     if grid == 0:
         return
     device = arrays.device_number(like)
+    if not (arrays.on_host(like) or arrays.is_torch(like)) and device != (current := current_device()):
+        raise ValueError(
+            f"arrays are on device {device}, the current device is {current}; accepted: arrays of the current one, "
+            f"as inside `with cupy.cuda.Device({device}):`"
+        )
     with on_stream_of(like):
         kernel = _kernels.get((device, expression))
         if kernel is None:
@@ -69,6 +74,13 @@ def _shared_room(device: int) -> int:
     import cupy
 
     return int(cupy.cuda.Device(device).attributes["MaxSharedMemoryPerBlockOptin"])
+
+
+def current_device() -> int:
+    """CuPy's, on which it allocates and launches, wherever arrays are."""
+    import cupy
+
+    return int(cupy.cuda.runtime.getDevice())
 
 
 def forget() -> None:

@@ -59,6 +59,7 @@ def over_host_memory(monkeypatch):
     monkeypatch.setattr(launch, "module_class", HostModule)
     # streams and CuPy's own arithmetic, by which it packs maps, go through the driver; the rest is as on a GPU
     monkeypatch.setattr(maps, "stream_of", lambda like: (0, False))
+    monkeypatch.setattr(launch, "current_device", lambda: 0)
     for name in ("_pack_plain", "_pack_tiles"):
         monkeypatch.setattr(maps, name, packed_by_numpy(getattr(maps, name)))
     before = cupy.cuda.get_allocator()

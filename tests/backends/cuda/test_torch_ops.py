@@ -130,6 +130,26 @@ def test_a_compiled_call_is_one_graph_and_trains(problem, is_causal, window):
     torch.testing.assert_close(torch.autograd.grad(compiled, given, weight), torch.autograd.grad(eager, given, weight))
 
 
+@pytest.mark.parametrize(("is_causal", "window"), MODES)
+def test_a_compiled_call_takes_sizes_that_are_not_known(problem, is_causal, window):
+    """Nor are the numbers of the map, which `dynamic` makes symbols of too."""
+    q, k, v, _, fm = problem
+
+    def call(q, k, v):
+        return fs.linear_attention(q, k, v, fm, is_causal=is_causal, window=window)
+
+    with fs.use("cuda"):
+        compiled = torch.compile(call, fullgraph=True, backend="aot_eager", dynamic=True)
+        for n in (12, 9):
+            given = leaves(*(x[:, :n] for x in (q, k, v)))
+            got, want = compiled(*given), call(*given)
+            torch.testing.assert_close(got, want)
+            weight = torch.randn_like(want)
+            torch.testing.assert_close(
+                torch.autograd.grad(got, given, weight), torch.autograd.grad(want, given, weight)
+            )
+
+
 def test_a_compiled_call_on_packed_sequences_is_one_graph(problem):
     """It goes sequence by sequence; an eager call groups them."""
     q, k, v, mask, fm = problem

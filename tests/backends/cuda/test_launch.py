@@ -1,0 +1,63 @@
+"""What a launch refuses, and in which words: an installation that cannot compile, an old card, arrays elsewhere."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from favorsharp_cuda import launch
+from favorsharp_cuda.source import INSTANTIATIONS
+
+pytestmark = pytest.mark.own_backend
+cupy = pytest.importorskip("cupy")
+
+
+@pytest.mark.parametrize(
+    "message",
+    [  # CuPy 14's, without libnvrtc and without the headers of the runtime
+        'Failure finding "libnvrtc.so": No such file: libnvrtc.so*',
+        "Failed to find CUDA headers. Please install CUDA toolkit headers (e.g., pip install cupy-cuda12x[ctk])",
+    ],
+)
+@pytest.mark.parametrize(("major", "package"), [(12, "nvidia-cuda-nvrtc-cu12"), (13, "nvidia-cuda-nvrtc==13")])
+def test_a_missing_toolkit_is_answered_by_what_to_install(monkeypatch, message, major, package):
+    def refuses(**options):
+        raise RuntimeError(message)
+
+    monkeypatch.setattr(launch, "module_class", refuses)
+    monkeypatch.setattr(cupy.cuda.runtime, "runtimeGetVersion", lambda: major * 1000)
+    with pytest.raises(launch.CannotCompile, match=f"pip install '{package}.*{message[:20]}"):
+        launch._compile(INSTANTIATIONS[0], 0)
+
+
+def test_other_errors_of_a_compiler_are_not_explained_away(monkeypatch):
+    def refuses(**options):
+        raise RuntimeError("plain.cu(3): error: expected a ';'")
+
+    monkeypatch.setattr(launch, "module_class", refuses)
+    with pytest.raises(RuntimeError, match="expected a ';'") as caught:
+        launch._compile(INSTANTIATIONS[0], 0)
+    assert caught.type is RuntimeError
+
+
+@pytest.mark.parametrize(("capability", "served"), [("75", False), ("80", True), ("90", True), ("120", True)])
+def test_an_old_card_is_refused(monkeypatch, capability, served):
+    fake = SimpleNamespace(cuda=SimpleNamespace(Device=lambda number: SimpleNamespace(compute_capability=capability)))
+    if served:
+        launch._check_card(fake, 1)
+    else:
+        with pytest.raises(launch.CannotCompile, match=r"8\.0 or newer, device 1 has 7\.5.*pip install"):
+            launch._check_card(fake, 1)
+
+
+class Elsewhere:
+    """Stands for a CuPy array on the second GPU."""
+
+    device = SimpleNamespace(id=1)
+
+
+def test_cupy_arrays_of_another_device_are_refused_before_a_launch(monkeypatch):
+    """A kernel of the current device would read the other's memory: an error that ends the process."""
+    monkeypatch.setattr(launch, "current_device", lambda: 0)
+    monkeypatch.setattr(launch, "_compile", lambda *given: pytest.fail("nothing is compiled"))
+    with pytest.raises(ValueError, match=r"on device 1, the current device is 0.*cupy\.cuda\.Device\(1\)"):
+        launch.run(INSTANTIATIONS[0], Elsewhere(), 1, 32, None)
