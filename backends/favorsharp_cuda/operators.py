@@ -21,7 +21,7 @@ from favorsharp_cuda.exponential_features import exponential_features
 from favorsharp_cuda.exponential_features_gradients import exponential_features_backward
 from favorsharp_cuda.gradients import attention_backward
 from favorsharp_cuda.launch import stream_of
-from favorsharp_cuda.state import decode_step, read, update
+from favorsharp_cuda.state import decode_step, entering, read, update
 
 MAPS_KEPT = 64
 
@@ -65,11 +65,6 @@ def map_of(arrays: Any, scale: float, kernel: str) -> DenseExponentialMap:
 def tensors_of(state: State) -> list[Any]:
     """The arrays of a state, as operators take them."""
     return [state.kv, state.z, state.c, state.recent_k, state.recent_v, state.recent_mask]
-
-
-def entering(state: State, new: Any) -> Any:
-    """How many keys enter the features as `new` ones come; without a window all of them."""
-    return num_leaving(state.recent_k.shape[-2] + new, state.window) if state.window else new
 
 
 def changes(state: State, new: Any) -> tuple[str, ...]:
@@ -151,9 +146,15 @@ def decode_step_(q: Any, k: Any, v: Any, key_mask: Any, *rest: Any) -> Any:
 
 
 def _of_state(rest: Any) -> tuple[State, DenseExponentialMap]:
-    kv, z, c, recent_k, recent_v, recent_mask, *arrays, scale, kernel, window = rest
-    state = State(kv, z, c, window, recent_k, recent_v, recent_mask, fingerprint=None)
+    *tensors, scale, kernel, window = rest
+    state, arrays = _state_of(tensors, window)
     return state, kept_map_of(arrays, scale, kernel)
+
+
+def _state_of(tensors: Any, window: int) -> tuple[State, Any]:
+    """A state of tensors, and those of a map, which follow."""
+    kv, z, c, recent_k, recent_v, recent_mask, *arrays = tensors
+    return State(kv, z, c, window, recent_k, recent_v, recent_mask, fingerprint=None), arrays
 
 
 def _changed(state: State, after: State, new: int) -> list[Any]:
@@ -210,8 +211,9 @@ def _fake_state(k: Any, v: Any, key_mask: Any, *rest: Any) -> Any:
 
 
 def _fake_update(k: Any, v: Any, key_mask: Any, *rest: Any) -> Any:
-    kv, z, c, recent_k, recent_v, recent_mask, *arrays, _, _, window = rest
-    state = State(kv, z, c, window, recent_k, recent_v, recent_mask, fingerprint=None)
+    *tensors, _, _, window = rest
+    state, arrays = _state_of(tensors, window)
+    kv, recent_k, recent_v, recent_mask = state.kv, state.recent_k, state.recent_v, state.recent_mask
     new, m = k.shape[-2], kv.shape[-2]
     masks = [x.shape[:-1] for x in (key_mask, recent_mask if window else None) if x is not None]
     own = broadcast_shapes(*(x.shape[:-2] for x in (k, v, *((recent_k, recent_v) if window else ()))), *masks)

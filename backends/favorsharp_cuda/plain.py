@@ -197,13 +197,13 @@ def decode(
     feature_map: Any,
     key_mask: Any,
     sums: Sums,
+    entering: int = 1,
     recent: Recent | None = None,
-    leaving: int = 0,
 ) -> tuple[Any, Sums, Recent | None] | None:
     """What a token's queries read after its key, the sums and the recent keys; None where `decode` has no room.
 
-    Without recent keys the token enters the sums. With them it joins them, and the first `leaving` of them enter; where
-    none does, the sums are the same arrays.
+    Without recent keys the token enters the sums. With them it joins them, and the first `entering` of them enter;
+    where none does, the sums are the same arrays.
     """
     dtype, d, e = arrays.name_of(q), q.shape[-1], v.shape[-1]
     token = broadcast_shapes(tuple(k.shape[:-2]), tuple(v.shape[:-2]), () if key_mask is None else key_mask.shape[:-1])
@@ -213,7 +213,6 @@ def decode(
     keys = broadcast_shapes(tuple(feature_map.batch_shape), token, tuple(sums[0].shape[:-2]))
     batch = broadcast_shapes(tuple(q.shape[:-2]), keys)
     group = math.prod(batch) // max(1, math.prod(keys))
-    entering = 1 if recent is None else leaving
     cut = cut_of_decode(q, math.prod(keys), group, d, e, entering, recent is not None) if group else None
     if cut is None:
         return None
@@ -226,7 +225,7 @@ def decode(
     problem.set(num_queries=group, segments=parts, span=span, limit=entering)
     after = None
     if recent is not None:
-        before, length = recent[0].shape[-2], recent[0].shape[-2] + 1 - leaving
+        before, length = recent[0].shape[-2], recent[0].shape[-2] + 1 - entering
         after = (
             arrays.empty(q, (*token, length, d), dtype),
             arrays.empty(q, (*token, length, e), dtype),

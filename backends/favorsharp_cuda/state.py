@@ -18,10 +18,7 @@ def update(state: State, k: Any, v: Any, feature_map: Any, *, key_mask: Any = No
     if state.window == 0:
         return _absorbed(state, k, v, key_mask, feature_map)
     k, v, mask = with_recent(state, k, v, key_mask)
-    left = num_leaving(k.shape[-2], state.window)
-    if left:
-        state = _absorbed(state, k[..., :left, :], v[..., :left, :], mask[..., :left], feature_map)
-    return replace(state, **recent_of(k[..., left:, :], v[..., left:, :], mask[..., left:]))
+    return _with_recent(state, k, v, mask, num_leaving(k.shape[-2], state.window), feature_map)
 
 
 def read(state: State, q: Any, feature_map: Any) -> Any:
@@ -47,14 +44,9 @@ def decode_step(q: Any, k: Any, v: Any, state: State, feature_map: Any, *, key_m
     """As `favorsharp.ops.state.decode_step`: one launch, but where `plain.decode` has no room, or dtypes are mixed."""
     given = (q, k, v, feature_map, key_mask)
     decoded = _decoded(*given, state)
-    if decoded is None and (leaving := _leaving(state)):  # too many for one launch: they enter before the token comes
-        first = (state.recent_k[..., :leaving, :], state.recent_v[..., :leaving, :], state.recent_mask[..., :leaving])
-        state = replace(
-            _absorbed(state, *first, feature_map),
-            recent_k=state.recent_k[..., leaving:, :],
-            recent_v=state.recent_v[..., leaving:, :],
-            recent_mask=state.recent_mask[..., leaving:],
-        )
+    leaving = entering(state, 1) if state.window else 0
+    if decoded is None and leaving:  # too many for one launch: they enter before the token comes
+        state = _with_recent(state, state.recent_k, state.recent_v, state.recent_mask, leaving, feature_map)
         decoded = _decoded(*given, state)
     if decoded is not None:
         return decoded
@@ -62,9 +54,16 @@ def decode_step(q: Any, k: Any, v: Any, state: State, feature_map: Any, *, key_m
     return read(state, q, feature_map), state
 
 
-def _leaving(state: State) -> int:
-    """How many recent keys enter the features with the next one."""
-    return num_leaving(state.recent_k.shape[-2] + 1, state.window) if state.window else 0
+def entering(state: State, new: Any) -> Any:
+    """How many keys enter the features as `new` ones come; without a window all of them."""
+    return num_leaving(state.recent_k.shape[-2] + new, state.window) if state.window else new
+
+
+def _with_recent(state: State, k: Any, v: Any, mask: Any, leaving: int, feature_map: Any) -> State:
+    """The state whose recent keys are these but the first, which leave and enter the features."""
+    if leaving:
+        state = _absorbed(state, k[..., :leaving, :], v[..., :leaving, :], mask[..., :leaving], feature_map)
+    return replace(state, **recent_of(k[..., leaving:, :], v[..., leaving:, :], mask[..., leaving:]))
 
 
 def _decoded(q: Any, k: Any, v: Any, feature_map: Any, key_mask: Any, state: State) -> tuple[Any, State] | None:
@@ -76,7 +75,7 @@ def _decoded(q: Any, k: Any, v: Any, feature_map: Any, key_mask: Any, state: Sta
         token, recent = (q, k, v), (state.recent_k, state.recent_v, state.recent_mask)
         if not _alike(token if state.recent_k.shape[-2] == 0 else (*token, *recent[:2]), wide):
             return None
-    decoded = plain.decode(*token, feature_map, key_mask, sums, recent, _leaving(state))
+    decoded = plain.decode(*token, feature_map, key_mask, sums, entering(state, 1), recent)
     if decoded is None:
         return None
     out, (kv, z, c), kept = decoded
