@@ -276,10 +276,11 @@ MODULES = {
     "decode_step": "state",
     "kernel_matvec": "kernel_matvec",
     "attention_vjp": "vjp",
+    "kernel_matvec_vjp": "vjp",
     "exponential_features_vjp": "vjp",
 }
 """The module of each op in this package and, under the same name, in the bundled backends."""
-DIFFERENTIABLE = ("exponential_features", "attention", "causal_attention")
+DIFFERENTIABLE = ("exponential_features", "attention", "causal_attention", "kernel_matvec")
 """What the bundled backends offer to torch's autograd, in their modules `torch_ops`."""
 TRACEABLE = ("update", "read", "decode_step")
 """What one that is traceable has there without gradients; calls that are not traced have no need of it."""

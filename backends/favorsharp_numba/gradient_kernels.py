@@ -1,4 +1,4 @@
-"""Kernels of the backward pass of attention.
+"""Kernels of the backward pass of attention, and of products that are not normalised (`read_gradients`).
 
 A query i reads a key j with weight exp2(lq_i + lk_j - r_i), r_i its reference, summed over features, or over the exact
 score. With G_i = (dout_i, -dout_i.out_i) / total_i and V_j = (v_j, 1), the gradient of that weight is G_i.V_j. So one
@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from favorsharp_numba.attention_kernels import SMALL_RISE
+from favorsharp_numba.attention_kernels import SMALL_RISE, query_side
 from favorsharp_numba.compiling import inlined, jit
 from favorsharp_numba.near import load_near
 from favorsharp_numba.primitives import (
@@ -43,17 +43,20 @@ from favorsharp_numba.tiles import (
     lanes,
     lanes_of,
     load_points,
+    load_queries,
     log_factors,
     log_keys,
     log_queries,
     panel,
     put,
     raise_top,
+    read_sums,
     rescale,
     rest_of_tile,
     transpose,
     zero_or_nan,
 )
+from favorsharp_numba.vectors import item_size
 
 LARGEST_WEIGHT = 60
 """Log 2 of the weight that a hidden pair may have before a causal tile is cut."""
@@ -276,20 +279,12 @@ def sweep(
                     add_rows(one, target, s.e - 1, gradient, s.e_pad, count, one)
                 fill(one, zeros, n, one - one)
                 multiply_block(one, slopes, TILE, s.m, n, weights, zeros)
-                product_ahead(
-                    one, count, s.d_pad, s.m, slopes, 1, TILE, mine + s.rows, width, s.d_pad, gradient, s.d_pad,
+                add_point_gradients(
+                    one, s, mine, reader_points, dense, slopes, zeros, count, keys_read or p.with_factors, gradient,
+                    extra, (p.dk if keys_read else p.dq) + (f * num_readers + start) * s.d,
+                    p.maps + (2 * f + keys_read) * p.maps_size if p.maps else 0,
                     ahead_of(reader_values, f, coming, behind, s.e - 1),
                 )  # fmt: skip
-                if keys_read or p.with_factors:
-                    add_factor_gradients(one, s, mine, reader_points, dense, zeros, count, gradient, extra)
-                target = (p.dk if keys_read else p.dq) + (f * num_readers + start) * s.d
-                scale = one * np.log(2.0) * get(one, mine + ALPHA)
-                add_rows(one, target, s.d, gradient, s.d_pad, count, one * scale)
-                if p.maps:
-                    maps = p.maps + (2 * f + keys_read) * p.maps_size
-                    add_map_gradients(
-                        one, s, slopes, reader_points, zeros, count, maps, extra, keys_read or p.with_factors
-                    )
                 fill(one, zeros, TILE, one - one)
                 if pairwise:
                     ahead = ahead_of(taken_values, f, coming, behind, s.e - 1)
@@ -312,6 +307,23 @@ def product_pairs(one, count, n, k, taken, step, columns, pairs, keys_read):
             fill_before(one, pairs + j * TILE, TILE, size, n, j, one - one)
         for i in range(j, j + size if keys_read else j):
             fill(one, pairs + i * TILE + i + 1, n - i - 1, one - one)
+
+
+@inlined
+def add_point_gradients(
+    one, s, constants, z, dense, slopes, factor_slopes, count, with_factors, gradient, extra, target, maps, ahead
+):  # fmt: skip
+    """Take the gradients of log features, `slopes`, and their sums to a tile of points at `target`, and to maps."""
+    width = panel(one)
+    product_ahead(
+        one, count, s.d_pad, s.m, slopes, 1, TILE, constants + s.rows, width, s.d_pad, gradient, s.d_pad, ahead
+    )
+    if with_factors:
+        add_factor_gradients(one, s, constants, z, dense, factor_slopes, count, gradient, extra)
+    scale = one * np.log(2.0) * get(one, constants + ALPHA)
+    add_rows(one, target, s.d, gradient, s.d_pad, count, one * scale)
+    if maps:
+        add_map_gradients(one, s, slopes, z, factor_slopes, count, maps, extra, with_factors)
 
 
 @inlined
@@ -354,6 +366,11 @@ def add_map_gradients(one, s, slopes, z, factor_slopes, count, maps, weighted, w
         product_add(one, s.d, s.d_pad, count, weighted, 1, s.d_pad, z, width, s.d_pad, second, s.d_pad)
         alone = second + s.d * s.d_pad
         put(one, alone, get(one, alone) + total_of(one, factor_slopes, count))
+
+
+def map_sums_size(s):
+    """Items that `add_map_gradients` adds to."""
+    return s.m * s.d_pad + s.m_pad + s.d_pad + s.d * s.d_pad + 8
 
 
 def sweep_scratch(one, s):
@@ -445,3 +462,75 @@ def near_gradients(one, s, p, q, k, v, gradient, out, mask, low, high, scratch):
 def near_gradients_scratch(s):
     """Items of scratch that `near_gradients` needs."""
     return TILE * (4 * s.d_pad + s.d + s.e + 5 + 4 * s.e_pad + 2 * TILE)
+
+
+@jit
+def read_gradients(one, s, p, readers, values, of_points, of_values, maps, maps_size, per_head, low, high, scratch):
+    """Readers' gradients of sums that are not normalised; task = head * per_head + a share of its readers.
+
+    A reader i with values g_i and weights w_i = exp2(lq_i + top) reads sums kv: its log features get w_i (kv.g_i), and,
+    where `of_values` is not 0, its values get w_i kv. Powers of 2 are split between weights and values, halves of what
+    would be a reference: either may leave the range where the product does not. `maps`, where it is not 0, has
+    `maps_size` items for each task.
+    """
+    points = scratch
+    dense = points + TILE * s.d_pad
+    factors = dense + TILE * s.d_pad
+    columns = factors + 2 * TILE
+    weights = columns + s.d * TILE
+    slopes = weights + s.m * TILE
+    rows = slopes + s.m * TILE
+    value_columns = rows + TILE * s.e_pad
+    shifts = value_columns + s.e * TILE
+    scales = shifts + TILE
+    totals = scales + TILE
+    gradient = totals + TILE
+    extra = gradient + TILE * max(s.d_pad, s.e_pad)
+    width = panel(one)
+    largest = 126 if item_size(one) == 4 else 1022
+    row, step = (1, s.m_pad) if p.transposed else (s.e_pad, 1)
+    for task in range(low, high):
+        head, share = task // per_head, task % per_head
+        key_head = integer_at(p.key_head_of + 8 * head)
+        side, kv = query_side(s, p, key_head), p.sums + key_head * p.segments * p.sums_size
+        top = kv + p.kv_size + s.m_pad
+        stop = p.num_queries * (share + 1) // per_head
+        for start in range(p.num_queries * share // per_head, stop, TILE):
+            count = min(TILE, stop - start)
+            n = rest_of_tile(count, lanes(one))
+            after = min(stop, start + count + TILE)
+            load_queries(one, s, side, readers, head, start, count, True, points, dense, factors, columns)
+            log_queries(
+                one, s, side, columns, count, factors, weights, ahead_of(readers, head, start + count, after, s.d)
+            )
+            fill(one, shifts, n, -np.inf * one)
+            max_block(one, weights, TILE, s.m, n, top, 1, shifts, shifts)
+            for t in range(n):
+                reference = get(one, shifts + t)
+                shift = max(reference / 2, reference - largest) if reference > -np.inf else 0
+                put(one, shifts + t, one * shift)
+                put(one, scales + t, one * np.exp2(shift))
+            fill(one, totals, n, one - one)
+            exp_block(one, weights, TILE, s.m, n, top, 1, shifts, side + ZERO, 0, totals)
+            load_points(
+                one, values, NO_MASK, head, start, count, s.e, s.e_pad, side + ONE, side + s.total - s.e_pad, rows
+            )
+            scale_rows(one, rows, s.e_pad, count, s.e_pad, scales)
+            transpose(one, rows, s.e_pad, count, s.e, value_columns, TILE, n)
+            product(one, s.m, n, s.e, kv, row, step, value_columns, width, TILE, slopes, TILE)
+            if of_values:
+                read_sums(one, s, weights, count, kv, p.transposed, gradient, value_columns, NOTHING)
+                scale_rows(one, gradient, s.e_pad, count, s.e_pad, scales)
+                add_rows(one, of_values + (head * p.num_queries + start) * s.e, s.e, gradient, s.e_pad, count, one)
+            fill(one, totals, n, one - one)
+            multiply_block(one, slopes, TILE, s.m, n, weights, totals)
+            add_point_gradients(
+                one, s, side, points, dense, slopes, totals, count, True, gradient, extra,
+                of_points + (head * p.num_queries + start) * s.d, maps + task * maps_size if maps else 0,
+                ahead_of(values, head, start + count, after, s.e),
+            )  # fmt: skip
+
+
+def read_gradients_scratch(s):
+    """Items of scratch that `read_gradients` needs."""
+    return TILE * (3 * s.d_pad + s.d + 2 * s.m + s.e_pad + s.e + 5 + max(s.d_pad, s.e_pad))

@@ -89,7 +89,7 @@ def attention_backward(
     dtype, heads = problem.packed.dtype, problem.query_heads
     n, length = problem.num_queries, problem.num_keys
     dq, dk, dv = (np.zeros((heads, size, width), dtype) for size, width in ((n, s.d), (length, s.d), (length, s.e - 1)))
-    maps_size = s.m * s.d_pad + s.m_pad + s.d_pad + s.d * s.d_pad + 8 if of_map else 0
+    maps_size = kernels.map_sums_size(s) if of_map else 0
     maps = np.zeros((heads, 2, maps_size), dtype)
     given, result = held.points(gradient, problem.batch), held.points(exact, problem.batch)
     fixed = problem.arguments_fixed()
@@ -120,11 +120,11 @@ def attention_backward(
             problem.q, given, problem.k, problem.v, result, problem.mask, held.keep(np.array(bounds, np.int64)),
             sequences, together, heads,
         )  # fmt: skip
-    sums = _map_sums(maps, s, problem.batch) if of_map else None
+    sums = map_sums(maps, s, problem.batch) if of_map else None
     return (
-        _for(dq.reshape(*problem.batch, n, s.d), q),
-        _for(dk.reshape(*problem.batch, length, s.d), k),
-        _for(dv.reshape(*problem.batch, length, s.e - 1), v),
+        in_shape_of(dq.reshape(*problem.batch, n, s.d), q),
+        in_shape_of(dk.reshape(*problem.batch, length, s.d), k),
+        in_shape_of(dv.reshape(*problem.batch, length, s.e - 1), v),
         sums,
     )
 
@@ -157,7 +157,8 @@ def of_arrays_of_map(feature_map: Any, sums: dict[str, Any]) -> tuple[Any, ...]:
     return map_gradients(feature_map, {name: like_array(x, feature_map.rows) for name, x in sums.items()})
 
 
-def _map_sums(maps: Any, s: Any, batch: tuple[int, ...]) -> dict[str, Any]:
+def map_sums(maps: Any, s: Any, batch: tuple[int, ...]) -> dict[str, Any]:
+    """What kernels added up for a map, (heads, sides, items), by name."""
     sums = {}
     column = s.m * s.d_pad
     first = column + s.m_pad
@@ -176,5 +177,6 @@ def _map_sums(maps: Any, s: Any, batch: tuple[int, ...]) -> dict[str, Any]:
     return sums
 
 
-def _for(gradient: Any, x: Any) -> Any:
+def in_shape_of(gradient: Any, x: Any) -> Any:
+    """A gradient of an array that was broadcast, in its shape, library and dtype."""
     return like_array(summed_to(gradient, tuple(x.shape)), x)

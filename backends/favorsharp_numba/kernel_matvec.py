@@ -8,8 +8,13 @@ from favorsharp_numba.problem import AttentionProblem
 
 def kernel_matvec(x: Any, y: Any, v: Any, feature_map: Any) -> Any:
     """As `favorsharp.ops.kernel_matvec.kernel_matvec`."""
+    return with_sums(x, y, v, feature_map)[0]
+
+
+def with_sums(x: Any, y: Any, v: Any, feature_map: Any) -> tuple[Any, AttentionProblem]:
+    """The product, and the problem with the sums of y and v, which a backward pass reads again."""
     problem = AttentionProblem(feature_map, x, y, v)
     out = empty(x, (*problem.batch, x.shape[-2], v.shape[-1]), problem.result)
     problem.gather(normalised=False)
     problem.read(out, normalised=False)
-    return out
+    return out, problem

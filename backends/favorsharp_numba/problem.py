@@ -37,6 +37,8 @@ class AttentionProblem:
     key_mask : array, optional
     state : State, optional
         Whose batch the sums have too.
+    exchanged : bool
+        Whether queries have the map's key features, and keys its query features.
     """
 
     def __init__(
@@ -50,6 +52,7 @@ class AttentionProblem:
         state: Any = None,
         window: int = 0,
         backward: bool = False,
+        exchanged: bool = False,
     ) -> None:
         given = [x for x in (q, k, v) if x is not None]
         self.result = promoted(*(name_of(x) for x in given))
@@ -57,6 +60,8 @@ class AttentionProblem:
         e = v.shape[-1] if v is not None else state.kv.shape[-1]
         # a backward pass has a further value, 1, whose sum is the normaliser, and no heads that share keys
         self.packed, self.s, query_constants, key_constants = pack(feature_map, self.dtype, e + backward)
+        if exchanged:
+            query_constants, key_constants = key_constants, query_constants
         self.one = self.packed.one
         shapes = [self.packed.batch]
         shapes += [x.shape[:-2] for x in (k, v) if x is not None]
@@ -155,7 +160,7 @@ class AttentionProblem:
         """
         s = self.s
         work = float(self.heads * self.num_keys * s.m * (s.d + s.e))
-        segments = self._pieces(self.heads, self.num_keys, work)
+        segments = self.pieces(self.heads, self.num_keys, work)
         self.new_sums(segments=segments, transposed=2 * s.e <= self.packed.lanes)
         p = self.arguments()
         given, tasks = (self.one, s, p, self.k, self.v, self.mask), self.heads * segments
@@ -185,7 +190,7 @@ class AttentionProblem:
         """Queries read the sums, and `recent` keys exactly."""
         s = self.s
         work = float(self.query_heads * self.num_queries * s.m * (s.d + s.e))
-        per_head = self._pieces(self.query_heads, self.num_queries, work)
+        per_head = self.pieces(self.query_heads, self.num_queries, work)
         target = self.held.points(out, self.batch)
         if self._one_column() and recent == 0:
             share(
@@ -237,7 +242,7 @@ class AttentionProblem:
             self.held.place(np.empty(size, self.packed.dtype)),
         )  # fmt: skip
 
-    def _pieces(self, heads: int, length: int, work: float) -> int:
+    def pieces(self, heads: int, length: int, work: float) -> int:
         """Into how many pieces to cut each head, so that the threads have enough to share."""
         threads = num_threads()
         if work < 4e6 or heads == 0 or heads >= 2 * threads:

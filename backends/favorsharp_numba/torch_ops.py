@@ -14,12 +14,15 @@ import torch
 
 from favorsharp.ops.causal_attention import causal_attention as causal_op
 from favorsharp.ops.state import State, empty_state
-from favorsharp.ops.vjp import attention_gradients, features_gradients, state_gradients
+from favorsharp.ops.vjp import attention_gradients, features_gradients, kernel_matvec_gradients, state_gradients
 from favorsharp_numba import attention as plain_attention
 from favorsharp_numba import causal_attention as plain_causal
 from favorsharp_numba import exponential_features as plain_features
+from favorsharp_numba import kernel_matvec as plain_matvec
 from favorsharp_numba.causal_attention import recent
 from favorsharp_numba.gradients import attention_backward, attention_with_stats, of_arrays_of_map
+from favorsharp_numba.kernel_matvec import with_sums
+from favorsharp_numba.matvec_gradients import kernel_matvec_backward
 from favorsharp_numba.problem import packed_attention
 
 
@@ -32,6 +35,14 @@ def exponential_features(u: Any, rows: Any, row: Any, column: Any, *, out: Any =
         return result
     out[...] = result
     return out
+
+
+def kernel_matvec(x: Any, y: Any, v: Any, feature_map: Any) -> Any:
+    """As `favorsharp.ops.kernel_matvec.kernel_matvec`."""
+    arrays = _arrays_of(feature_map)
+    if not _recorded(x, y, v, *arrays):
+        return plain_matvec.kernel_matvec(x, y, v, feature_map)
+    return _Matvec.apply(feature_map, x, y, v, *arrays)
 
 
 def attention(
@@ -105,6 +116,25 @@ class _Features(torch.autograd.Function):
         if torch.is_grad_enabled():
             return tuple(features_gradients(ctx.saved_tensors, gradient))
         return plain_features.exponential_features_backward(gradient, *ctx.saved_tensors)
+
+
+class _Matvec(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, feature_map: Any, x: Any, y: Any, v: Any, *arrays: Any) -> Any:
+        out, ctx.problem = with_sums(x, y, v, feature_map)
+        ctx.save_for_backward(x, y, v, *arrays)
+        ctx.feature_map = feature_map
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Any) -> Any:
+        x, y, v, *arrays = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return None, *kernel_matvec_gradients(ctx.feature_map, (x, y, v, *arrays), gradient)
+        of_map = any(ctx.needs_input_grad[4:])
+        *gradients, sums = kernel_matvec_backward(gradient, x, y, v, ctx.feature_map, ctx.problem, of_map=of_map)
+        of_arrays = of_arrays_of_map(ctx.feature_map, sums) if of_map else [None] * len(arrays)
+        return None, *gradients, *of_arrays
 
 
 class _Attention(torch.autograd.Function):

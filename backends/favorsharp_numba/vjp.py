@@ -5,6 +5,8 @@ from typing import Any
 
 from favorsharp_numba.exponential_features import exponential_features, exponential_features_backward
 from favorsharp_numba.gradients import attention_backward, attention_with_stats, of_arrays_of_map
+from favorsharp_numba.kernel_matvec import with_sums
+from favorsharp_numba.matvec_gradients import kernel_matvec_backward
 
 
 def attention_vjp(
@@ -39,6 +41,19 @@ def _with_pullback(
 
     def pullback(gradient: Any) -> tuple[Any, ...]:
         *points, sums = attention_backward(gradient, q, k, v, feature_map, exact, stats, of_map=of_map, **options)
+        return (*points, *of_arrays_of_map(feature_map, sums)[:2]) if of_map else tuple(points)
+
+    return out, pullback
+
+
+def kernel_matvec_vjp(
+    x: Any, y: Any, v: Any, feature_map: Any, *, of_map: bool = False
+) -> tuple[Any, Callable[[Any], tuple[Any, ...]]]:
+    """As `favorsharp.ops.vjp.kernel_matvec_vjp`."""
+    out, problem = with_sums(x, y, v, feature_map)
+
+    def pullback(gradient: Any) -> tuple[Any, ...]:
+        *points, sums = kernel_matvec_backward(gradient, x, y, v, feature_map, problem, of_map=of_map)
         return (*points, *of_arrays_of_map(feature_map, sums)[:2]) if of_map else tuple(points)
 
     return out, pullback

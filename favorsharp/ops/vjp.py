@@ -14,6 +14,7 @@ from favorsharp.dispatch import Op
 from favorsharp.ops.attention import attention
 from favorsharp.ops.causal_attention import causal_attention
 from favorsharp.ops.exponential_features import exponential_features
+from favorsharp.ops.kernel_matvec import kernel_matvec
 from favorsharp.ops.state import empty_state, update
 
 Pullback = Callable[[Array], tuple[Array, ...]]
@@ -51,16 +52,39 @@ def attention_vjp(
     """
 
     def result(*arrays: Array) -> Array:
-        own: Any = feature_map
-        if of_map:
-            own = replace(own, rows=arrays[3], log_weight=arrays[4])
-        points = arrays[0], arrays[1], arrays[2]
+        points, own = _points_and_map(feature_map, arrays)
         if is_causal:
             return causal_attention.reference(*points, own, key_mask=key_mask, window=window)[0]
         return attention.reference(*points, own, key_mask=key_mask, window=window)
 
-    inner: Any = feature_map
-    return differentiate(result, (q, k, v, *((inner.rows, inner.log_weight) if of_map else ())))
+    return differentiate(result, (q, k, v, *_arrays_of(feature_map, of_map)))
+
+
+@Op
+def kernel_matvec_vjp(
+    x: Array, y: Array, v: Array, feature_map: PositiveMap, *, of_map: bool = False
+) -> tuple[Array, Pullback]:
+    """K(x, y) @ v through features and its pullback.
+
+    Parameters
+    ----------
+    x, y, v, feature_map
+        As in `kernel_matvec`.
+    of_map : bool
+        Whether the pullback also gives the gradients of the map's rows and log_weight; for dense-exponential maps.
+
+    Returns
+    -------
+    out : array, shape (*b, n, e)
+    pullback : callable
+        (*b, n, e) -> (dx, dy, dv) or (dx, dy, dv, drows, dlog_weight), in the shapes and dtypes of what they belong to.
+    """
+
+    def result(*arrays: Array) -> Array:
+        points, own = _points_and_map(feature_map, arrays)
+        return kernel_matvec.reference(*points, own)
+
+    return differentiate(result, (x, y, v, *_arrays_of(feature_map, of_map)))
 
 
 @Op
@@ -141,9 +165,31 @@ def attention_gradients(
     return recorded_gradients(results, arrays, gradients)
 
 
+def kernel_matvec_gradients(feature_map: Any, arrays: Sequence[Array], gradient: Array) -> list[Array | None]:
+    """The gradients of x, y, v and the arrays of a map, recorded themselves; as `attention_gradients`."""
+
+    def results(x: Array, y: Array, v: Array, *of_map: Array) -> tuple[Array]:
+        return (kernel_matvec.reference(x, y, v, _with_arrays(feature_map, *of_map)),)
+
+    return recorded_gradients(results, arrays, (gradient,))
+
+
 def features_gradients(arrays: Sequence[Array], gradient: Array) -> list[Array | None]:
     """The gradients of what `exponential_features` takes, recorded themselves; as `attention_gradients`."""
     return recorded_gradients(lambda *own: (exponential_features.reference(*own),), arrays, (gradient,))
+
+
+def _arrays_of(feature_map: Any, of_map: bool) -> tuple[Array, ...]:
+    """What `of_map` wants gradients of."""
+    return (feature_map.rows, feature_map.log_weight) if of_map else ()
+
+
+def _points_and_map(feature_map: Any, arrays: tuple[Array, ...]) -> tuple[tuple[Array, Array, Array], Any]:
+    """The three arrays of points and values, and the map with those that follow, if any do."""
+    first, second, values, *own = arrays
+    if own:
+        feature_map = replace(feature_map, rows=own[0], log_weight=own[1])
+    return (first, second, values), feature_map
 
 
 def _with_arrays(
