@@ -4,17 +4,17 @@ from functools import partial
 from itertools import pairwise
 from typing import Any
 
-from favorsharp._arrays import compute_dtype, namespace_of
+from favorsharp._arrays import cast, compute_dtype, differentiate, namespace_of, result_dtype
 from favorsharp._checks import check_choice, check_floats, check_integer
 from favorsharp._typing import Array
 from favorsharp.exact import add_group_axis, check_attention, merge_heads, split_heads
+from favorsharp.features import PositiveFeatureMap
 from favorsharp.linear_attention import check_bounds, check_map
-from favorsharp.ops.vjp import Pullback, attention_vjp, exponential_features_vjp
+from favorsharp.ops.vjp import Pullback, attention_vjp, exponential_features_vjp, kernel_matvec_vjp
 from favorsharp.parameters import DENSE_EXPONENTIAL, astype
+from favorsharp.regression import check_products, columns, gather, products
 
 __all__ = ["vjp"]
-
-_NAMES = ("exponential_features", "linear_attention")
 
 
 def vjp(function: Any, *arguments: Any, **options: Any) -> tuple[Array, Pullback]:
@@ -22,14 +22,14 @@ def vjp(function: Any, *arguments: Any, **options: Any) -> tuple[Array, Pullback
 
     NumPy and CuPy pipelines can train with it: the gradients are computed by backward kernels, which need
     `favorsharp[cpu]` or `favorsharp[cuda13]`.
-    torch and JAX arrays are taken too, though these libraries differentiate `linear_attention` by themselves.
+    torch and JAX arrays are taken too, though these libraries differentiate these functions by themselves.
 
     Parameters
     ----------
-    function : {linear_attention, "linear_attention", "exponential_features"} or the op of that name
+    function : {linear_attention, kernel_matvec}, their names, "exponential_features" or the op of that name
         `linear_attention(q, k, v, feature_map)` with the options is_causal, window, key_mask, enable_gqa and
-        cu_seqlens, and `of_map=True` to get the gradients of a dense-exponential map's rows and log_weight too.
-        `exponential_features(u, rows, row, column)`.
+        cu_seqlens, or `kernel_matvec(x, y, v, feature_map)`; both with `of_map=True` to get the gradients of a
+        dense-exponential map's rows and log_weight too. `exponential_features(u, rows, row, column)`.
     *arguments, **options
         Of the function.
 
@@ -38,7 +38,8 @@ def vjp(function: Any, *arguments: Any, **options: Any) -> tuple[Array, Pullback
     out : array
     pullback : callable
         From a gradient, shaped like `out`, to the gradients of the arrays among the arguments, in their shapes and
-        dtypes: (dq, dk, dv), with of_map (dq, dk, dv, drows, dlog_weight); or (du, drows, drow, dcolumn).
+        dtypes: (dq, dk, dv) or (dx, dy, dv), with of_map followed by (drows, dlog_weight); or
+        (du, drows, drow, dcolumn).
 
     Raises
     ------
@@ -54,10 +55,41 @@ def vjp(function: Any, *arguments: Any, **options: Any) -> tuple[Array, Pullback
     >>> dq, dk, dv = pullback(np.ones_like(out))  # doctest: +SKIP
     """
     name = function if isinstance(function, str) else getattr(function, "__name__", repr(function))
-    check_choice("function", name, _NAMES)
-    if name == "linear_attention":
-        return _linear_attention(*arguments, **options)
-    return exponential_features_vjp(*arguments, **options)
+    run = _FUNCTIONS[check_choice("function", name, _FUNCTIONS)]
+    out, inner = run(*arguments, **options)
+
+    def pullback(gradient: Array) -> tuple[Array, ...]:
+        check_floats(gradient=gradient, out=out)
+        if tuple(gradient.shape) != tuple(out.shape):  # kernels would read past its end
+            raise ValueError(
+                f"gradient has shape {tuple(gradient.shape)}; accepted: that of the result, {tuple(out.shape)}"
+            )
+        found: tuple[Array, ...] = inner(gradient)
+        return found
+
+    return out, pullback
+
+
+def _kernel_matvec(x: Array, y: Array, v: Array, feature_map: Any, *, of_map: bool = False) -> tuple[Array, Pullback]:
+    v, single = columns("v", v)
+    prepared: Any = astype(feature_map, check_products(x, y, v, feature_map))
+    _check_of_map(of_map, feature_map)
+    if isinstance(prepared, PositiveFeatureMap):
+        out, inner = kernel_matvec_vjp(x, y, v, prepared, of_map=of_map)
+    else:
+
+        def signed(x: Array, y: Array, v: Array) -> Array:
+            return cast(products(gather(y, v, prepared), x, prepared), result_dtype(namespace_of(x, y, v), x, y, v))
+
+        out, inner = differentiate(signed, (x, y, v))
+    if not single:
+        return out, inner
+
+    def pullback(gradient: Array) -> tuple[Array, ...]:
+        dx, dy, dv, *of_rows = inner(gradient[..., None])
+        return dx, dy, dv[..., 0], *of_rows
+
+    return out[..., 0], pullback
 
 
 def _linear_attention(
@@ -78,11 +110,7 @@ def _linear_attention(
     window = check_integer("window", window, 0)
     if window and q.shape[-2] != k.shape[-2]:
         raise ValueError(f"window needs as many queries as keys: q has n={q.shape[-2]}, k has s={k.shape[-2]}")
-    if of_map and feature_map.parameters.method not in DENSE_EXPONENTIAL:
-        raise ValueError(
-            f"of_map needs a dense-exponential map ({' '.join(DENSE_EXPONENTIAL)}), "
-            f"got method {feature_map.parameters.method_name!r}"
-        )
+    _check_of_map(of_map, feature_map)
     prepared: Any = astype(feature_map, compute_dtype(xp, q, k, v))
     run: Any = attention_vjp
     if cu_seqlens is not None:
@@ -120,7 +148,7 @@ def _linear_attention(
     )
 
     def pullback(gradient: Array) -> tuple[Array, ...]:
-        dq, dk, dv, *of_rows = inner(split_heads(_checked(gradient, merged), group))
+        dq, dk, dv, *of_rows = inner(split_heads(gradient, group))
         shapes = (feature_map.rows.shape, feature_map.log_weight.shape) if of_map else ()
         return (
             merge_heads(dq),
@@ -129,21 +157,19 @@ def _linear_attention(
             *(xp.reshape(x, shape) for x, shape in zip(of_rows, shapes, strict=True)),
         )
 
-    merged = merge_heads(out)
-    return merged, pullback
+    return merge_heads(out), pullback
 
 
 def _of_packed(packed: Any, bounds: list[int], q: Array, k: Array, v: Array, feature_map: Any, **options: Any) -> Any:
     return packed(q, k, v, feature_map, bounds, **options)
 
 
-def _checked(gradient: Array, out: Array) -> Array:
-    check_floats(gradient=gradient, out=out)
-    if tuple(gradient.shape) != tuple(out.shape):
+def _check_of_map(of_map: bool, feature_map: Any) -> None:
+    if of_map and feature_map.parameters.method not in DENSE_EXPONENTIAL:
         raise ValueError(
-            f"gradient has shape {tuple(gradient.shape)}; accepted: that of the result, {tuple(out.shape)}"
+            f"of_map needs a dense-exponential map ({' '.join(DENSE_EXPONENTIAL)}), "
+            f"got method {feature_map.parameters.method_name!r}"
         )
-    return gradient
 
 
 def _packed_pullback(pieces: list[tuple[Array, Pullback]], spans: list[tuple[int, int]], of_map: bool) -> Pullback:
@@ -154,3 +180,11 @@ def _packed_pullback(pieces: list[tuple[Array, Pullback]], spans: list[tuple[int
         return points + tuple(sum(piece[i] for piece in found) for i in ((3, 4) if of_map else ()))
 
     return pullback
+
+
+_FUNCTIONS: dict[str, Any] = {
+    "exponential_features": exponential_features_vjp,
+    "linear_attention": _linear_attention,
+    "kernel_matvec": _kernel_matvec,
+}
+"""What can be differentiated, by name."""

@@ -72,8 +72,8 @@ def kernel_matvec(x: Array, y: Array, v: Array, feature_map: FeatureMap) -> Arra
     """
     if is_chunked(x, y, v):
         return _chunked(x, y, v, feature_map, products)
-    v, single = _columns("v", v)
-    prepared: Any = astype(feature_map, _check(x, y, v, feature_map))
+    v, single = columns("v", v)
+    prepared: Any = astype(feature_map, check_products(x, y, v, feature_map))
     if isinstance(prepared, PositiveFeatureMap):
         out = kernel_matvec_op(x, y, v, prepared)
     else:
@@ -106,8 +106,8 @@ def nadaraya_watson(x: Array, y: Array, v: Array, feature_map: FeatureMap) -> Ar
     """
     if is_chunked(x, y, v):
         return _chunked(x, y, v, feature_map, means)
-    v, single = _columns("v", v)
-    prepared: Any = astype(feature_map, _check(x, y, v, feature_map))
+    v, single = columns("v", v)
+    prepared: Any = astype(feature_map, check_products(x, y, v, feature_map))
     if isinstance(prepared, PositiveFeatureMap):
         out = attention(x, y, v, prepared)
     else:
@@ -115,7 +115,7 @@ def nadaraya_watson(x: Array, y: Array, v: Array, feature_map: FeatureMap) -> Ar
     return out[..., 0] if single else out
 
 
-def _columns(name: str, v: Any) -> tuple[Array, bool]:
+def columns(name: str, v: Any) -> tuple[Array, bool]:
     """Return v with a value axis, and whether it had none."""
     check_array(name, v)
     return (v[:, None], True) if v.ndim == 1 else (v, False)
@@ -127,13 +127,13 @@ def _chunked(x: Array, y: Array, v: Array, feature_map: Any, finish: Callable[[S
     import dask.array as da
     import numpy as np
 
-    v, single = _columns("v", v)
+    v, single = columns("v", v)
     x, y, v = as_chunked(x=x, y=y, v=v)
     if not isinstance(feature_map, FeatureMap):
         raise TypeError(f"feature_map must be a favorsharp.FeatureMap, got {type(feature_map).__name__}")
     # the arguments are judged by empty arrays of their shapes and dtypes: nothing is computed here
     hollow = [np.broadcast_to(np.zeros((), dtype=a.dtype), a.shape) for a in (x, y, v)]
-    dtype = _check(hollow[0], hollow[1], hollow[2], feature_map)
+    dtype = check_products(hollow[0], hollow[1], hollow[2], feature_map)
     out_dtype = np.result_type(*(a.dtype for a in hollow))
     batch = broadcast_shapes(*(a.shape[:-2] for a in hollow), feature_map.batch_shape)
     prepared: Any = astype(feature_map, dtype)
@@ -161,7 +161,7 @@ def _finished(finish: Any, sums: Sums, x: Array, feature_map: Any, shape: tuple[
     return namespace_of(out).broadcast_to(out, shape)
 
 
-def _check(x: Array, y: Array, v: Array, feature_map: Any) -> Any:
+def check_products(x: Array, y: Array, v: Array, feature_map: Any) -> Any:
     """Check the arguments and return the dtype to compute in."""
     xp = check_floats(x=x, y=y, v=v)
     if not isinstance(feature_map, FeatureMap):
@@ -254,8 +254,8 @@ def leave_one_out(x: Array, v: Array, feature_map: FeatureMap) -> Array:
     TypeError, ValueError
         If an argument is not as described.
     """
-    v, single = _columns("v", v)
-    dtype = _check(x, x, v, feature_map)
+    v, single = columns("v", v)
+    dtype = check_products(x, x, v, feature_map)
     xp = namespace_of(x, v)
     prepared: Any = astype(feature_map, dtype)
     sums = gather(x, v, prepared)

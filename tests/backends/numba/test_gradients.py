@@ -268,3 +268,148 @@ def test_features_written_to_out_keep_their_gradients():
         got = exponential_features(u, rows, row, column, out=out)
         results.append(torch.autograd.grad(got.square().sum(), u)[0])
     torch.testing.assert_close(*results, rtol=0, atol=0)
+
+
+LEADING = {"none": ((), (), ()), "x alone": ((3,), (), ()), "y alone": ((), (2, 1), ()), "each": ((3,), (2, 1), (1, 3))}
+
+
+def products_problem(leading=((), (), ()), n=45, s=131, d=7, e=5, scale=1.0):
+    rng = np.random.default_rng(0)
+    shapes = ((*leading[0], n, d), (*leading[1], s, d), (*leading[2], s, e))
+    x, y, v = (rng.standard_normal(shape) for shape in shapes)
+    return scale * x, scale * y, v
+
+
+def products_map(method="optimal", kernel="gaussian", m=12, d=7):
+    rng = np.random.default_rng(1)
+    x, y = (torch.asarray(rng.standard_normal((50, d)) + rng.standard_normal(d) / 2) for _ in range(2))
+    return fs.feature_map(fs.fit(x, y, method=method, kernel=kernel), m, rng=0)
+
+
+def of_product(backend, given, fm, of_map=()):
+    """The gradients of a weighted sum of a product, by the backward kernels or by torch."""
+    leaves = [x.requires_grad_() for x in given]
+    with fs.use(backend), watch() as calls:
+        out = fs.kernel_matvec(*leaves, fm)
+        weights = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).reshape(out.shape)
+        found = torch.autograd.grad((out * weights).sum(), [*leaves, *of_map], allow_unused=True)
+    assert calls == [("kernel_matvec", backend)]
+    return found
+
+
+@pytest.mark.parametrize("dtype", ERROR)
+@pytest.mark.parametrize("leading", LEADING)
+@pytest.mark.parametrize(("n", "s"), [(45, 131), (1, 64), (130, 1), (0, 9), (9, 0)])
+def test_gradients_of_products(n, s, leading, dtype):
+    fm = products_map()
+    for e in (1, 5, 33):
+        given = products_problem(LEADING[leading], n, s, e=e)
+        got, want = (
+            of_product(name, [torch.asarray(x, dtype=kind) for x in given], fm)
+            for name, kind in (("numba", dtype), ("reference", torch.float64))
+        )
+        for a, b in zip(got, want, strict=True):
+            assert a.shape == b.shape
+            assert a.dtype == dtype
+            largest = float(b.abs().max()) if b.numel() else 0.0
+            torch.testing.assert_close(a.double(), b, rtol=0, atol=ERROR[dtype] * largest)
+
+
+@pytest.mark.parametrize("dtype", ERROR)
+@pytest.mark.parametrize(("method", "kernel"), [("posrf", "softmax"), ("sderf", "gaussian"), ("optimal", "gaussian")])
+def test_gradients_of_products_reach_every_array_of_the_map(method, kernel, dtype):
+    def run(backend, kind):
+        fm, of_map = trainable(products_map(method, kernel))
+        given = [torch.asarray(x, dtype=kind) for x in products_problem(LEADING["each"], n=300)]
+        return of_product(backend, given, fm, of_map)
+
+    got, want = run("numba", dtype), run("reference", torch.float64)
+    assert_same([None if x is None else x.to(torch.float64) for x in got], want, ERROR[dtype])
+
+
+@pytest.mark.parametrize("dtype", ERROR)
+@pytest.mark.parametrize(
+    ("scale", "kernel"),
+    [(1e-3, "gaussian"), (1e-3, "softmax"), (3, "gaussian"), (10, "softmax"), (30, "softmax"), (10, "gaussian")],
+)
+def test_gradients_of_products_at_every_scale(scale, kernel, dtype):
+    """Of values so large or small that the gradients are near 1 where the weights leave float32's range."""
+    fm = products_map("posrf", kernel)
+    x, y, v = products_problem(n=30, s=40, scale=scale)
+    size = np.abs(fs.kernel_matvec(*(torch.asarray(a) for a in (x, y, v)), fm).numpy()).max()
+    given = x, y, v * min(1 / size, 1e30)
+    got, want = (
+        of_product(name, [torch.asarray(a, dtype=kind) for a in given], fm)
+        for name, kind in (("numba", dtype), ("reference", torch.float64))
+    )
+    for a, b in zip(got, want, strict=True):
+        largest = float(b.abs().max())
+        if dtype == torch.float64 or largest > 1e-30:  # below, float32 has no digits left
+            torch.testing.assert_close(a.double(), b, rtol=0, atol=ERROR[dtype] * largest)
+
+
+def test_halves_of_a_product_may_leave_the_range():
+    """Weights of 2**150 on values of 2**-150: neither a weight nor its inverse is a float32."""
+    fm = products_map("posrf", "softmax")
+    x, y, v = products_problem(n=30, s=40)
+    shift = np.full(7, 1.0)
+    top = np.log2(np.abs(fs.kernel_matvec(*(torch.asarray(a) for a in (x, y + 40 * shift, v)), fm).numpy()).max())
+    assert top > 40
+    given = 3 * x, y + 40 * shift, v * 2.0**-100
+    got, want = (
+        of_product(name, [torch.asarray(a.astype(np.float32), dtype=kind) for a in given], fm)
+        for name, kind in (("numba", torch.float32), ("reference", torch.float64))
+    )
+    assert float(want[2].abs().max()) > 2.0**130  # what no float32 holds
+    for a, b in zip(got[:2], want[:2], strict=True):
+        assert torch.isfinite(a).all()
+        torch.testing.assert_close(a.double(), b, rtol=0, atol=1e-3 * float(b.abs().max()))
+
+
+def test_products_of_arrays_that_lie_anyhow_and_cannot_be_written_to():
+    given = products_problem(((2,), (2,), (2,)))
+    fm = fs.feature_map(fs.fit(given[0][0], given[1][0], kernel="gaussian"), 12, rng=0)
+    gradient = np.random.default_rng(3).standard_normal((2, 45, 5))
+    with fs.use("numba"):
+        out, pullback = fs.vjp(fs.kernel_matvec, *given, fm)
+        want = pullback(gradient)
+        laid = [np.repeat(x, 2, axis=-1)[:, ::-1, ::2][:, ::-1] for x in (*given, gradient)]
+        for x in laid:
+            x.flags.writeable = False
+        other, back = fs.vjp(fs.kernel_matvec, *laid[:3], fm)
+        for a, b in zip((other, *back(laid[3])), (out, *want), strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize(("dtype", "rounding"), [(torch.bfloat16, 2.0**-8), (torch.float16, 2.0**-11)], ids=str)
+def test_narrow_gradients_of_products_are_off_by_their_own_rounding(dtype, rounding):
+    fm = products_map()
+    narrow = [torch.asarray(x, dtype=dtype) for x in products_problem()]
+    got = of_product("numba", [x.clone() for x in narrow], fm)
+    leaves = [x.double().requires_grad_() for x in narrow]
+    out = fs.kernel_matvec(*leaves, fm)
+    weights = torch.linspace(-1, 1, out.numel(), dtype=dtype).reshape(out.shape).double()
+    for a, b in zip(got, torch.autograd.grad((out * weights).sum(), leaves), strict=True):
+        assert a.dtype == dtype
+        assert float((a.double() - b).abs().max()) <= rounding * float(b.abs().max())
+
+
+def test_products_are_differentiated_twice_by_the_reference():
+    def second(backend):
+        fm, of_map = trainable(products_map())
+        leaves = [torch.asarray(x).requires_grad_() for x in products_problem(LEADING["x alone"], n=9, s=11)]
+        with fs.use(backend):
+            loss = fs.kernel_matvec(*leaves, fm).square().sum()
+            first = torch.autograd.grad(loss, [*leaves, *of_map], create_graph=True)
+            return torch.autograd.grad(sum(x.square().sum() for x in first), [*leaves, *of_map])
+
+    for a, b in zip(second("numba"), second("reference"), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9 * float(b.abs().max()))
+
+
+def test_products_pass_gradcheck():
+    fm = products_map(d=3)
+    leaves = [torch.asarray(x).requires_grad_() for x in products_problem(LEADING["each"], n=4, s=5, d=3, e=2)]
+    with fs.use("numba"):
+        assert torch.autograd.gradcheck(lambda *given: fs.kernel_matvec(*given, fm), leaves)
+        assert torch.autograd.gradgradcheck(lambda *given: fs.kernel_matvec(*given, fm), leaves)
