@@ -292,7 +292,7 @@ def of_product(backend, given, fm, of_map=()):
     with fs.use(backend), watch() as calls:
         out = fs.kernel_matvec(*leaves, fm)
         weights = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).reshape(out.shape)
-        found = torch.autograd.grad((out * weights).sum(), [*leaves, *of_map], allow_unused=True)
+        found = torch.autograd.grad((out * weights).sum(), [*leaves, *of_map], materialize_grads=True)
     assert calls == [("kernel_matvec", backend)]
     return found
 
@@ -348,21 +348,17 @@ def test_gradients_of_products_at_every_scale(scale, kernel, dtype):
             torch.testing.assert_close(a.double(), b, rtol=0, atol=ERROR[dtype] * largest)
 
 
-def test_halves_of_a_product_may_leave_the_range():
-    """Weights of 2**150 on values of 2**-150: neither a weight nor its inverse is a float32."""
-    fm = products_map("posrf", "softmax")
+def test_weights_of_products_may_leave_the_range():
+    """Weights of some 2**160, which no float32 holds, on values of 2**-120."""
     x, y, v = products_problem(n=30, s=40)
-    shift = np.full(7, 1.0)
-    top = np.log2(np.abs(fs.kernel_matvec(*(torch.asarray(a) for a in (x, y + 40 * shift, v)), fm).numpy()).max())
-    assert top > 40
-    given = 3 * x, y + 40 * shift, v * 2.0**-100
+    x, y, v = x + 6.5, y + 6.5, v * 2.0**-120
+    fm = fs.feature_map(fs.fit(torch.asarray(x), torch.asarray(y)), 12, rng=0)
     got, want = (
-        of_product(name, [torch.asarray(a.astype(np.float32), dtype=kind) for a in given], fm)
+        of_product(name, [torch.asarray(a.astype(np.float32), dtype=kind) for a in (x, y, v)], fm)
         for name, kind in (("numba", torch.float32), ("reference", torch.float64))
     )
-    assert float(want[2].abs().max()) > 2.0**130  # what no float32 holds
+    assert float(want[2].abs().max()) > 2.0**128
     for a, b in zip(got[:2], want[:2], strict=True):
-        assert torch.isfinite(a).all()
         torch.testing.assert_close(a.double(), b, rtol=0, atol=1e-3 * float(b.abs().max()))
 
 
