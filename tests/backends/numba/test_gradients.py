@@ -409,3 +409,16 @@ def test_products_pass_gradcheck():
     with fs.use("numba"):
         assert torch.autograd.gradcheck(lambda *given: fs.kernel_matvec(*given, fm), leaves)
         assert torch.autograd.gradgradcheck(lambda *given: fs.kernel_matvec(*given, fm), leaves)
+
+
+def test_a_gradient_of_another_dtype_is_taken_in_that_of_the_product():
+    x, y, v = products_problem()
+    x, y = x.astype(np.float32), y.astype(np.float32)
+    fm = fs.feature_map(fs.fit(x, y, kernel="gaussian"), 12, rng=0)
+    gradient = np.random.default_rng(3).standard_normal((45, 5)).astype(np.float32)
+    for values, other in ((v, gradient), (v.astype(np.float32), gradient.astype(np.float64))):
+        with fs.use("numba"):
+            out, pullback = fs.vjp(fs.kernel_matvec, x, y, values, fm, of_map=True)
+            got, want = pullback(other), pullback(other.astype(out.dtype))
+        for a, b in zip(got, want, strict=True):
+            np.testing.assert_array_equal(a, b)
