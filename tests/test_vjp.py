@@ -90,6 +90,7 @@ def test_products_on_numpy_get_the_gradients_of_torch(single, of_map):
 
     got, want = run(np.asarray, "numba"), run(torch.asarray, "reference")
     assert len(got) == (5 if of_map else 3)
+    assert [a.shape for a in got[:3]] == [x.shape, y.shape, v.shape]
     for a, b in zip(got, want, strict=True):
         assert type(a) is np.ndarray
         assert a.shape == tuple(b.shape)

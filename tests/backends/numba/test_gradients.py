@@ -327,6 +327,26 @@ def test_gradients_of_products_reach_every_array_of_the_map(method, kernel, dtyp
     assert_same([None if x is None else x.to(torch.float64) for x in got], want, ERROR[dtype])
 
 
+def test_gradients_of_products_reach_the_map_of_each_head():
+    """Also where one head's points are shared among threads, which leave sums of their own."""
+    x, y, v = (torch.asarray(a) for a in products_problem(((2,), (2,), (2,)), n=5000, s=6000))
+    many = fs.feature_map(fs.fit(x, y, kernel="gaussian"), 12, rng=0)
+    assert many.batch_shape == (2,)
+
+    def run(backend, given):
+        fm, of_map = trainable(many)
+        return of_product(backend, [a.clone() for a in given], fm, of_map)
+
+    assert_same(run("numba", (x, y, v)), run("reference", (x, y, v)), 1e-9)
+    one = fs.feature_map(fs.fit(x[0], y[0], kernel="gaussian"), 12, rng=0)
+
+    def single(backend):
+        fm, of_map = trainable(one)
+        return of_product(backend, [a[0].clone() for a in (x, y, v)], fm, of_map)
+
+    assert_same(single("numba"), single("reference"), 1e-9)
+
+
 @pytest.mark.parametrize("dtype", ERROR)
 @pytest.mark.parametrize(
     ("scale", "kernel"),
