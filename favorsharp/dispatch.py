@@ -283,7 +283,7 @@ MODULES = {
 DIFFERENTIABLE = ("exponential_features", "attention", "causal_attention", "kernel_matvec")
 """What the bundled backends offer to torch's autograd, in their modules `torch_ops`."""
 TRACEABLE = ("update", "read", "decode_step")
-"""What one that is traceable has there without gradients; calls that are not traced have no need of it."""
+"""What one that is traceable has there too; calls without gradients that are not traced have no need of it."""
 
 
 def bundled_kernels(
@@ -291,7 +291,7 @@ def bundled_kernels(
 ) -> tuple[Kernel, ...]:
     """The kernels of a bundled backend: for the arrays of one library, and for torch tensors on the same device.
 
-    `traceable` says that those for torch's autograd also run on tensors without values, and that states do.
+    `traceable` says that those for torch's autograd also run on tensors without values, and that states have such too.
     """
 
     def kernel(
@@ -311,7 +311,7 @@ def bundled_kernels(
         *(kernel(op, module, library) for op, module in MODULES.items()),
         *(kernel(op, "torch_ops", "torch", differentiable=True, traceable=traceable) for op in DIFFERENTIABLE),
         *(kernel(op, module, "torch") for op, module in MODULES.items() if op not in DIFFERENTIABLE),
-        *(kernel(op, "torch_ops", "torch", traceable=True) for op in TRACEABLE if traceable),
+        *(kernel(op, "torch_ops", "torch", differentiable=True, traceable=True) for op in TRACEABLE if traceable),
     )
 
 

@@ -20,12 +20,15 @@ def causal_attention(
 
 
 def causal_attention_with_stats(
-    q: Any, k: Any, v: Any, feature_map: Any, *, key_mask: Any = None, window: int = 0
+    q: Any, k: Any, v: Any, feature_map: Any, *, key_mask: Any = None, window: int = 0, state: State | None = None
 ) -> tuple[Any, Any, State]:
-    """Causal attention; for a backward pass 1 / total and the reference of every query, (*b, n, 2); and the state."""
-    batch = broadcast_shapes(tuple(q.shape[:-2]), key_batch_of(feature_map, k, v, key_mask))
+    """Causal attention; for a backward pass 1 / total and the reference of every query, (*b, n, 2); and the state.
+
+    Keys that a state keeps come first among these, which may be more than the queries.
+    """
+    batch = broadcast_shapes(tuple(q.shape[:-2]), key_batch_of(feature_map, k, v, key_mask, state))
     stats = arrays.empty(q, (*batch, q.shape[-2], 2), arrays.WIDER[arrays.name_of(q)])
-    out, state = _attend(q, k, v, feature_map, key_mask, window, None, stats=stats)
+    out, state = _attend(q, k, v, feature_map, key_mask, window, state, stats=stats)
     return out, stats, state
 
 
@@ -39,26 +42,25 @@ def _attend(
 ) -> tuple[Any, State]:  # fmt: skip
     dtype = arrays.name_of(q)
     wide = arrays.WIDER[dtype] if state is None else arrays.name_of(state.kv)
-    before, keys, values, mask = 0, k, v, key_mask
-    if state is not None and state.recent_k.shape[-2]:
-        before = state.recent_k.shape[-2]
-        keys, values, mask = with_recent(state, k, v, key_mask)
-    length = keys.shape[-2]
+    inputs = [q, k, v, key_mask]  # what is read after the kernels too, by the state that is returned
+    if state is not None:
+        inputs += [state.kv, state.z, state.c, state.recent_k, state.recent_v, state.recent_mask]
+        if state.recent_k.shape[-2]:
+            k, v, key_mask = with_recent(state, k, v, key_mask)
+    length = k.shape[-2]
     limit = num_leaving(length, window) if window else length
-    key_batch = key_batch_of(feature_map, keys, values, mask, state)
+    key_batch = key_batch_of(feature_map, k, v, key_mask, state)
     batch = broadcast_shapes(tuple(q.shape[:-2]), key_batch)
-    queries, keys, values = (fitting(x, wide) for x in (q, keys, values))
+    queries, keys, values = (fitting(x, wide) for x in (q, k, v))
     given = None if state is None else (state.kv, state.z, state.c)
-    carried = () if state is None else (*(given or ()), state.recent_k, state.recent_v, state.recent_mask)
-    inputs = (q, k, v, key_mask, *carried)  # what is read after the kernels too, by the state that is returned
     out = arrays.target(out, inputs, (*batch, q.shape[-2], v.shape[-1]), arrays.name_of(queries))
-    numbers = {"window": window, "first_query": before, "limit": limit}
+    numbers = {"window": window, "first_query": length - q.shape[-2], "limit": limit}
     if tiles.fit(queries, v.shape[-1], walks=True):
         sums = tiles.causal(
-            out, queries, keys, values, feature_map, mask, given, key_batch=key_batch, stats=stats, **numbers
+            out, queries, keys, values, feature_map, key_mask, given, key_batch=key_batch, stats=stats, **numbers
         )  # fmt: skip
     else:
-        sums = plain.causal(out, queries, keys, values, feature_map, mask, given, stats=stats, **numbers)
+        sums = plain.causal(out, queries, keys, values, feature_map, key_mask, given, stats=stats, **numbers)
     one_a_key_head = _one_along(batch, key_batch)
     kv, z, c = (x[one_a_key_head] for x in sums)
     if state is None:
@@ -66,9 +68,7 @@ def _attend(
         state = State(kv=kv, z=z, c=c, window=window, **nothing, fingerprint=None)
     recent: dict[str, Any] = {}
     if window:
-        if before:
-            k, v, key_mask = with_recent(state, k, v, key_mask)
-        elif key_mask is None:
+        if key_mask is None:
             xp = namespace_of(k)
             key_mask = xp.ones_like(k[..., 0], dtype=xp.bool)
         recent = recent_of(k[..., limit:, :], v[..., limit:, :], key_mask[..., limit:])

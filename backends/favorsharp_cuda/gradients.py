@@ -5,11 +5,12 @@ from typing import Any
 
 import numpy as np
 
-from favorsharp._arrays import broadcast_shapes
+from favorsharp._arrays import broadcast_shapes, namespace_of
+from favorsharp.features.map_gradients import summed_to
 from favorsharp_cuda import arrays
 from favorsharp_cuda.launch import run, shared_room
 from favorsharp_cuda.maps import plain_map
-from favorsharp_cuda.problem import AXES, PROBLEM, Problem, key_batch_of
+from favorsharp_cuda.problem import AXES, PROBLEM, Problem, Sums, key_batch_of, new_sums
 from favorsharp_cuda.source import SWEEPS, Sweep, expression
 
 THREADS, ROWS = 128, 32
@@ -21,20 +22,26 @@ SHORTEST_SEGMENT = 512
 """Points that a segment has at least: its sums cost as much as reading some hundred points."""
 
 _ARRAY = PROBLEM["q"]
-_ARRAYS = ("q", "k", "v", "mask", "out", "stats", "gradient", "target")
+_ARRAYS = (
+    *("q", "k", "v", "mask", "out", "stats", "gradient", "target"),
+    *("given_kv", "given_z", "given_c"),
+)
 GRADIENTS = np.dtype(
     [
         *((name, _ARRAY) for name in _ARRAYS),
         *((name, "i8", (AXES,)) for name in ("shape", "map_axis", "member")),
         *((name, "i8") for name in ("query", "key", "constants", "m", "d", "e", "slices", "slice")),
         *((name, "i8") for name in ("width", "value_width", "gaussian", "has_dense")),
-        *((name, "i8") for name in ("num_queries", "num_keys", "window", "causal", "segments", "span")),
+        *((name, "i8") for name in ("num_queries", "num_keys", "window", "causal", "of_factors")),
+        *((name, "i8") for name in ("segments", "span")),
         *((name, "i8") for name in ("state_segments", "state_span")),
         *((name, "i8") for name in ("keys_read", "backwards", "added", "only_states", "measuring", "heads", "targets")),
         *((name, "i8") for name in ("query_factor", "query_near", "query_last", "query_weights")),
         *((name, "i8") for name in ("key_factor", "key_near")),
         *((name, "i8") for name in ("dq", "dk", "dv", "query_slopes", "key_slopes")),
-        *((name, "i8") for name in ("states", "map_sums", "factor_sums", "from", "to", "outer", "inner")),
+        *((name, "i8") for name in ("states", "map_sums", "factor_sums")),
+        *((name, "i8") for name in ("total_kv", "total_z", "total_c", "largest", "largest_at", "of_largest", "before")),
+        *((name, "i8") for name in ("from", "to", "outer", "inner")),
         *((name, "i8") for name in ("num_rows", "num_columns", "row_step", "column_step", "head_step")),
     ]
 )
@@ -43,34 +50,38 @@ GRADIENTS = np.dtype(
 
 def attention_backward(
     gradient: Any, q: Any, k: Any, v: Any, feature_map: Any, out: Any, stats: Any, *, key_mask: Any = None,
-    window: int = 0, causal: bool = False, of_map: bool = False,
-) -> tuple[Any, Any, Any, "MapSums | None"]:  # fmt: skip
-    """The gradients of q, k and v, in their shapes and dtypes, and the sums that those of a map are made of.
+    window: int = 0, causal: bool = False, of_map: bool = False, state: Sums | None = None,
+) -> tuple[Any, ...]:  # fmt: skip
+    """The gradients of q, k and v, in their shapes and dtypes; of a state; the sums that those of a map are made of.
 
     Parameters
     ----------
     gradient : array, shape (*b, n, e)
         Of the result `out`.
-    stats : array, shape (*b, n, 2)
-        1 / total and the reference of every query, of the type computed in.
+    stats : array, shape (*b, n, 2), or None
+        1 / total and the reference of every query, of the type computed in; None where weights are not normalised.
     of_map : bool
-        Whether the sums are wanted.
+        Whether the sums are wanted: otherwise the last is None.
+    state : (kv, z, c), optional
+        That causal attention began with, in the type computed in; its gradients follow those of v.
     """
-    backward = Backward(
-        gradient, q, k, v, feature_map, out, stats, key_mask=key_mask, window=window, causal=causal
+    b = Backward(
+        gradient, q, k, v, feature_map, out, stats, key_mask=key_mask, window=window, causal=causal, state=state
     )  # fmt: skip
-    sums = MapSums(backward) if of_map else None
-    for columns in backward.columns:
-        backward.take(columns)
-        backward.factors()
-        if backward.dtype != backward.wide:
-            backward.measure()
-        for keys_read in (0, 1):
-            backward.sweep(keys_read, sums)
+    sums = MapSums(b) if of_map else None
+    for columns in b.columns:
+        b.take(columns)
+        b.factors()
+        b.measure()
+        b.sweep(0, sums)
+        b.sweep(1, sums)
         if window:
             for keys_read in (0, 1):
-                backward.near(keys_read)
-    return backward.of_points(0), backward.of_points(1), backward.of_values(), sums
+                b.near(keys_read)
+        if state is not None:
+            b.add_totals()
+    of_state = () if state is None else b.of_state()
+    return b.of_points(0), b.of_points(1), b.of_values(), *of_state, sums
 
 
 def sweep_of(like: Any, d: int, e: int) -> Sweep:
@@ -162,13 +173,20 @@ class Backward:
     ----------
     gradient : array, shape (*b, n, e)
         Of the result `out`.
-    stats : array, shape (*b, n, 2)
-        1 / total and the reference of every query.
+    stats : array, shape (*b, n, 2), or None
+        1 / total and the reference of every query; None where weights are not normalised.
+    state : (kv, z, c), optional
+        What queries find in the features beside the keys.
+    only_near : bool
+        Whether the keys are scored exactly by all queries, and are in no features.
+    batch : tuple of int
+        That heads have besides.
     """
 
     def __init__(
-        self, gradient: Any, q: Any, k: Any, v: Any, feature_map: Any, out: Any, stats: Any, *, key_mask: Any,
-        window: int, causal: bool,
+        self, gradient: Any, q: Any, k: Any, v: Any, feature_map: Any, out: Any, stats: Any, *, key_mask: Any = None,
+        window: int = 0, causal: bool = False, state: Sums | None = None, only_near: bool = False,
+        batch: tuple[int, ...] = (),
     ) -> None:  # fmt: skip
         self.q, self.k, self.v = q, k, v
         self.dtype = arrays.name_of(q)
@@ -181,18 +199,25 @@ class Backward:
         self.width, value_width, self.slice = self.sizes
         self.wider = wider_of(self.width)
         self.slices = -(-self.m // self.slice)
-        self.window, self.causal = window, causal
-        self.spans = [0, 0]
+        self.window, self.causal, self.only_near = window, causal, only_near
+        self.spans = [1, 1]
         self.gradient, self.out, self.measuring = gradient, out, False
+        self.normalised = stats is not None
+        self.state = state
+        self.read_by_keys: Sums | None = None
+        self.routed = False
+        self.totals: list[Sums] = []
         self.of_columns: list[tuple[slice, int]] = []
         keys = key_batch_of(feature_map, k, v, key_mask)
-        self.batch = broadcast_shapes(tuple(q.shape[:-2]), keys)
+        of_state = () if state is None else tuple(state[0].shape[:-2])
+        self.batch = broadcast_shapes(tuple(q.shape[:-2]), keys, of_state, batch)
         packed = plain_map(feature_map, self.wide)
         p = self.problem = Problem(self.batch, GRADIENTS)
         self.heads = p.heads
         p.number("map_axis", tuple(feature_map.batch_shape))
         for name, x in (("q", q), ("k", k), ("stats", stats)):
-            p.array(name, x)
+            if x is not None:
+                p.array(name, x)
         if key_mask is not None:
             p.array("mask", key_mask, trailing=1)
         p.set(
@@ -200,28 +225,42 @@ class Backward:
             gaussian=feature_map.parameters.kernel == "gaussian", m=self.m, d=self.d, slices=self.slices,
             slice=self.slice, width=self.width, value_width=value_width,
             num_queries=self.n, num_keys=self.s, window=window, causal=causal, heads=self.heads,
+            of_factors=window > 0 or only_near or not self.normalised,
         )  # fmt: skip
         for name, shape in (
             *((f"query_{name}", (self.n,)) for name in ("factor", "near", "last", "weights", "slopes")),
             *((name, (self.s,)) for name in ("key_factor", "key_near", "key_slopes")),
             *(("dq", (self.n, self.d)), ("dk", (self.s, self.d))),
         ):
-            p.set(**{name: self._place(*shape)})
+            # no sweep writes of keys that are in no features
+            p.set(**{name: self._place(*shape, zero=only_near and name in ("key_slopes", "dk"))})
 
     def take(self, columns: slice) -> None:
         """Work on these columns of the values from here on."""
         for name, x in (("v", self.v), ("out", self.out), ("gradient", self.gradient)):
-            self.problem.array(name, x[..., columns])
+            if x is not None:
+                self.problem.array(name, x[..., columns])
         size = columns.stop - columns.start
-        dv = arrays.empty(self.q, (self.heads, self.s, size), self.wide)
-        if self.of_columns:  # from the second part on, sweeps add to what is there
-            dv[...] = 0
-        self.of_columns.append((columns, self.problem.hold(dv)))
-        self.problem.set(e=size, dv=self.of_columns[-1][1])
+        # from the second part on, sweeps add to what is there
+        dv = self._place(self.s, size, zero=self.only_near or len(self.of_columns) > 0)
+        self.of_columns.append((columns, dv))
+        self.problem.set(e=size, dv=dv)
 
-    def _place(self, *shape: int) -> int:
+    def _place(self, *shape: int, zero: bool = False) -> int:
         """The address of a new array with an entry for each head."""
-        return self.problem.hold(arrays.empty(self.q, (self.heads, *shape), self.wide))
+        x = arrays.empty(self.q, (self.heads, *shape), self.wide)
+        if zero:
+            x[...] = 0
+        return self.problem.hold(x)
+
+    def _give(self, sums: Sums | None) -> None:
+        """Let readers find these sums before any point of the other side."""
+        if sums is None:
+            self.problem.values["given_kv"]["start"] = 0
+            return
+        kv, z, c = sums
+        for name, x in (("given_kv", kv[..., self.of_columns[-1][0]]), ("given_z", z), ("given_c", c)):
+            self.problem.array(name, x)
 
     def run(self, kernel: str, blocks: int, shared: int = 0, *, over: tuple[str | int, ...]) -> None:
         """Launch an instance of a kernel."""
@@ -236,37 +275,99 @@ class Backward:
 
     def sweep(self, keys_read: int, sums: "MapSums | None") -> None:
         """One side reads the other: the gradients of z = sqrt(scale) x - center, of factors, and of values."""
+        keys = 0 if self.only_near else self.s
+        readers, taken = (keys, self.n) if keys_read else (self.n, keys)
+        if not readers:
+            if sums is not None:
+                sums.of_features(keys_read, 1, zero=True)
+            return
         p, window, again = self.problem, self.window, len(self.of_columns) > 1 and not self.measuring
         both = window > 0 and not self.causal
-        readers, taken = (self.s, self.n) if keys_read else (self.n, self.s)
         block = window or ROWS
         segments, span = segments_of(self.heads, readers, block)
         ordered = self.causal or both
-        state_segments, state_span = (segments, span) if ordered else segments_of(self.heads, taken, block)
-        state = (3 + self.sizes.values) * self.slice
+        cut = (segments, span) if ordered else segments_of(self.heads, taken, block)
         self.spans[keys_read] = span
         p.set(
-            keys_read=keys_read, segments=segments, span=span, state_segments=state_segments, state_span=state_span,
-            states=self._place(self.slices * state_segments, state),
+            num_keys=keys, keys_read=keys_read, segments=segments, span=span,
             map_sums=0 if sums is None else sums.of_features(keys_read, segments),
+            largest=0, largest_at=0,
         )  # fmt: skip
-        shared = shared_of_sweep(self.sizes, self.item)
+        if keys_read and self.routed:
+            of_features = (self.heads, self.slices, segments, self.slice)
+            p.set(
+                largest=p.hold(arrays.empty(self.q, of_features, self.wide)),
+                largest_at=p.hold(arrays.empty(self.q, of_features, "int64")),
+            )
+        self._give(self.read_by_keys if keys_read else self.state)
         for turn, backwards in enumerate((0, 1) if both else (keys_read,)):
             p.set(backwards=backwards, added=turn > 0 or again)
-            over = (self.dtype, *self.sizes)
-            p.set(only_states=1)
-            self.run("gradient_sweep", self.heads * self.slices * state_segments, shared, over=over)
-            numbers = self.heads * self.slices * (state - 2 * self.slice)
-            self.run("gradient_scan", -(-numbers // THREADS), over=(self.wide,))
-            p.set(only_states=0)
-            self.run("gradient_sweep", self.heads * segments, shared, over=over)
+            self._states(*cut)
+            self.run_sweep(self.heads * segments)
+        p.set(num_keys=self.s)
+
+    def _states(self, segments: int, span: int) -> None:
+        """What segments hold, and then what comes before each."""
+        size = (3 + self.sizes.values) * self.slice
+        self.problem.set(
+            state_segments=segments, state_span=span, states=self._place(self.slices * segments, size), only_states=1
+        )  # fmt: skip
+        self.run_sweep(self.heads * self.slices * segments)
+        numbers = self.heads * self.slices * (size - 2 * self.slice)
+        self.run("gradient_scan", -(-numbers // THREADS), over=(self.wide,))
+        self.problem.set(only_states=0)
+
+    def run_sweep(self, blocks: int) -> None:
+        """Launch `gradient_sweep`."""
+        self.run("gradient_sweep", blocks, shared_of_sweep(self.sizes, self.item), over=(self.dtype, *self.sizes))
+
+    def add_totals(self) -> None:
+        """The sums over all queries, which are the gradients of a state, but for references: of these columns."""
+        size = self.of_columns[-1][0].stop - self.of_columns[-1][0].start
+        sums = new_sums(self.q, self.batch, self.m, size, self.wide)
+        kv, z, c = (self.problem.hold(x) for x in sums)
+        self._give(None)
+        p = self.problem
+        p.set(keys_read=1, causal=0, window=0, backwards=0, total_kv=kv, total_z=z, total_c=c)
+        self._states(*segments_of(self.heads, self.n, ROWS))
+        p.set(causal=self.causal, window=self.window, total_kv=0)
+        self.totals.append(sums)
+
+    def of_state(self) -> Sums:
+        """The gradients of the state that queries have read."""
+        if self.state is None:
+            raise ValueError("no state was read")
+        kv, z, c = self.state
+        xp = namespace_of(kv)
+        weight = xp.exp(self.totals[0][2] + c)  # 0 where a feature has seen no key, or nobody reads it
+        of_kv = xp.concat([own[0] for own in self.totals], axis=-1) * xp.matrix_transpose(weight)
+        of_z = sum(own[1] for own in self.totals) * weight
+        of_c = of_references(of_kv, kv) + of_z * z
+        return tuple(summed_to(x, tuple(like.shape)) for x, like in zip((of_kv, of_z, of_c), self.state, strict=True))
+
+    def route(self, rest: Any, before: Any) -> Any:
+        """Give each feature's largest log feature its gradient, after the keys have read; what is left, of sums before.
+
+        Parameters
+        ----------
+        rest, before : array, shape (*b, 1, m)
+            The gradient, and the weight of the sums before.
+        """
+        left, weight = (arrays.empty(self.q, (*self.batch, 1, self.m), self.wide) for _ in range(2))
+        left[...], weight[...] = rest, before
+        if self.s:
+            self.problem.set(of_largest=self.problem.hold(left), before=self.problem.hold(weight))
+            self.run("gradient_largest", self.heads, over=(self.dtype,))
+        return left
 
     def measure(self) -> None:
         """dout.out of every query from what it reads, and its total: those of the result are of 16 bits."""
+        if self.dtype == self.wide or not self.normalised or not self.n:
+            return
         self.measuring = True
         self.problem.set(measuring=1)
         self.sweep(0, None)
-        if self.window:
+        if self.window or self.only_near:
             self.near(0)
         self.measuring = False
         self.problem.set(measuring=0)
@@ -274,12 +375,13 @@ class Backward:
 
     def near(self, keys_read: int) -> None:
         """Add what goes through the exactly scored keys."""
-        w = self.window
-        tiles = -(-self.s // w) * -(-w // ROWS)
-        self.problem.set(keys_read=keys_read)
+        w = max(self.n, self.s, 1) if self.only_near else self.window  # one block, in which all see all
+        tiles = -(-(self.s if keys_read else self.n) // w) * -(-w // ROWS)
+        self.problem.set(keys_read=keys_read, window=w)
         self.run(
             "near_gradients", self.heads * tiles, shared_of_near(self.wider, self.item), over=(self.dtype, self.wider)
         )
+        self.problem.set(window=self.window)
 
     def of_points(self, keys_read: int) -> Any:
         """The gradient of q, or of k."""
@@ -298,6 +400,12 @@ class Backward:
             size = columns.stop - columns.start
             sum_members(self.problem, target[..., columns], dv, (size, 1, self.s * size))
         return target
+
+
+def of_references(gradient: Any, sums: Any) -> Any:
+    """Of the references that sums (*b, m, e) are relative to, the gradient through the sums: (*b, 1, m)."""
+    xp = namespace_of(sums)
+    return xp.sum(gradient * sums, axis=-1)[..., None, :]
 
 
 def set_target(problem: Problem, target: Any) -> int:
@@ -339,12 +447,14 @@ class MapSums:
         self.partial: list[Any] = [None, None]
         self.segments = [0, 0]
 
-    def of_features(self, keys: int, segments: int) -> int:
-        """The address of what a sweep leaves of each segment."""
+    def of_features(self, keys: int, segments: int, *, zero: bool = False) -> int:
+        """The address of what a sweep leaves of each segment; zeros where none comes."""
         b = self.b
         if self.partial[keys] is None:  # later columns of the values add to it
             self.segments[keys] = segments
             self.partial[keys] = arrays.empty(b.q, (b.heads, b.slices, segments, b.slice, b.width + 1), b.wide)
+            if zero:
+                self.partial[keys][...] = 0
         return b.problem.hold(self.partial[keys])
 
     def finished(self) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import torch
 from favorsharp._arrays import broadcast_shapes
 from favorsharp.features.dense_exponential import DenseExponentialMap
 from favorsharp.features.map_gradients import map_gradients
-from favorsharp.ops.state import State, empty_state, num_leaving
+from favorsharp.ops.state import State, empty_state
 from favorsharp.parameters import Parameters
 from favorsharp_cuda import arrays as memory
 from favorsharp_cuda.attention import attention_with_stats
@@ -20,23 +20,38 @@ from favorsharp_cuda.causal_attention import causal_attention_with_stats
 from favorsharp_cuda.exponential_features import exponential_features
 from favorsharp_cuda.exponential_features_gradients import exponential_features_backward
 from favorsharp_cuda.gradients import attention_backward
+from favorsharp_cuda.kernel_matvec import kernel_matvec
 from favorsharp_cuda.launch import stream_of
-from favorsharp_cuda.state import decode_step, entering, read, update
+from favorsharp_cuda.state import decode_step, entering, read, read_with_stats, update
+from favorsharp_cuda.state_gradients import read_backward, update_backward
 
 MAPS_KEPT = 64
 
 _MAP = "Tensor rows, Tensor log_weight, Tensor g1, Tensor g2, Tensor center_x, Tensor center_y"
 _OPTIONS = "float scale, str kernel, int window, bool causal"
 _POINTS = f"Tensor q, Tensor k, Tensor v, Tensor? key_mask, {_MAP}, {_OPTIONS}"
+_CARRIED = "Tensor? kv, Tensor? z, Tensor? c"
 _STATE = "Tensor kv, Tensor z, Tensor c, Tensor recent_k, Tensor recent_v, Tensor recent_mask"
 _OF_STATE = f"{_STATE}, {_MAP}, float scale, str kernel, int window"
+_KEYS = f"Tensor k, Tensor v, Tensor? key_mask, {_MAP}, float scale, str kernel"
+_PRODUCT = f"Tensor x, Tensor y, Tensor v, {_MAP}, float scale, str kernel"
 SCHEMAS = {
-    "attention": f"({_POINTS}) -> (Tensor, Tensor)",
-    "attention_backward": f"(Tensor gradient, {_POINTS}, Tensor out, Tensor stats, *, bool of_map) -> Tensor[]",
-    "key_state": f"(Tensor k, Tensor v, Tensor? key_mask, {_MAP}, {_OPTIONS}) -> (Tensor, Tensor, Tensor)",
+    "attention": f"({_POINTS}, {_CARRIED}) -> (Tensor, Tensor)",
+    "attention_backward": (
+        f"(Tensor gradient, {_POINTS}, {_CARRIED}, Tensor out, Tensor stats, *, bool of_map) -> Tensor[]"
+    ),
+    "absorb": f"({_KEYS}, {_CARRIED}) -> (Tensor, Tensor, Tensor)",
+    "absorb_backward": (
+        f"(Tensor of_kv, Tensor of_z, Tensor of_c, {_KEYS}, {_CARRIED}, Tensor new_kv, Tensor new_z, Tensor new_c, "
+        "*, bool of_map) -> Tensor[]"
+    ),
     "update": f"(Tensor k, Tensor v, Tensor? key_mask, {_OF_STATE}) -> Tensor[]",
     "read": f"(Tensor q, {_OF_STATE}) -> Tensor",
+    "read_with_stats": f"(Tensor q, {_OF_STATE}) -> (Tensor, Tensor)",
+    "read_backward": f"(Tensor gradient, Tensor q, {_OF_STATE}, Tensor out, Tensor stats, *, bool of_map) -> Tensor[]",
     "decode_step": f"(Tensor q, Tensor k, Tensor v, Tensor? key_mask, {_OF_STATE}) -> Tensor[]",
+    "kernel_matvec": f"({_PRODUCT}) -> Tensor",
+    "kernel_matvec_backward": f"(Tensor gradient, {_PRODUCT}, *, bool of_map) -> Tensor[]",
     "exponential_features": "(Tensor u, Tensor rows, Tensor row, Tensor column) -> Tensor",
     "exponential_features_backward": (
         "(Tensor gradient, Tensor u, Tensor rows, Tensor row, Tensor column) -> (Tensor, Tensor, Tensor, Tensor)"
@@ -97,33 +112,107 @@ def kept_map_of(arrays: Any, scale: float, kernel: str) -> DenseExponentialMap:
 
 def attention(q: Any, k: Any, v: Any, key_mask: Any, *rest: Any) -> Any:
     """The result and its stats."""
-    *arrays, scale, kernel, window, causal = rest
-    run = causal_attention_with_stats if causal else attention_with_stats
-    out, stats, *_ = run(q, k, v, kept_map_of(arrays, scale, kernel), key_mask=key_mask, window=window)
+    *arrays, scale, kernel, window, causal, kv, z, c = rest
+    feature_map = kept_map_of(arrays, scale, kernel)
+    if causal:
+        state = None if kv is None else sums_alone(k, v, (kv, z, c), window)
+        out, stats, _ = causal_attention_with_stats(
+            q, k, v, feature_map, key_mask=key_mask, window=window, state=state
+        )  # fmt: skip
+    else:
+        out, stats = attention_with_stats(q, k, v, feature_map, key_mask=key_mask, window=window)
     return out, stats
 
 
 def attention_backward_(gradient: Any, q: Any, k: Any, v: Any, key_mask: Any, *rest: Any, of_map: bool) -> Any:
-    """The gradients of q, k, v and, with `of_map`, the ten sums, by the order of their names."""
-    *arrays, scale, kernel, window, causal, out, stats = rest
-    *points, sums = attention_backward(
-        memory.cast(gradient, memory.name_of(q)), q, k, v, kept_map_of(arrays, scale, kernel), out, stats,
-        key_mask=key_mask, window=window, causal=causal, of_map=of_map,
+    """The gradients of q, k, v, of a state and, with `of_map`, the ten sums, by the order of their names."""
+    *arrays, scale, kernel, window, causal, kv, z, c, out, stats = rest
+    return _listed(
+        *attention_backward(
+            memory.cast(gradient, memory.name_of(q)), q, k, v, kept_map_of(arrays, scale, kernel), out, stats,
+            key_mask=key_mask, window=window, causal=causal, of_map=of_map, state=None if kv is None else (kv, z, c),
+        )
     )  # fmt: skip
+
+
+def _listed(*found: Any) -> list[Any]:
+    """Gradients, and the ten sums of a map if there are any."""
+    *gradients, sums = found
     finished = {} if sums is None else sums.finished()
-    return [*points, *(finished[name].clone(memory_format=torch.contiguous_format) for name in sorted(finished))]
+    return [_own(x) for x in (*gradients, *(finished[name] for name in sorted(finished)))]
 
 
-def key_state(k: Any, v: Any, key_mask: Any, *rest: Any) -> Any:
-    """kv, z and c of the keys that a causal call leaves in the features."""
-    *arrays, scale, kernel, window, _ = rest
+def _own(x: Any) -> Any:
+    """A tensor whose memory is its own."""
+    return x.clone(memory_format=torch.contiguous_format) if x._is_view() or not x.is_contiguous() else x
+
+
+def absorb(k: Any, v: Any, key_mask: Any, *rest: Any) -> Any:
+    """The sums after keys, without or with sums before."""
+    *arrays, scale, kernel, kv, z, c = rest
     feature_map = kept_map_of(arrays, scale, kernel)
-    left = num_leaving(k.shape[-2], window) if window else k.shape[-2]
-    mask = None if key_mask is None else key_mask[..., :left]
-    batch = _keys_batch(k, v, key_mask, arrays)
-    state = empty_state(feature_map, batch, k.shape[-1], v.shape[-1], 0, k[..., :0, :])
-    state = update(state, k[..., :left, :], v[..., :left, :], feature_map, key_mask=mask)
+    state = _begun(k, v, key_mask, arrays, feature_map, (kv, z, c))
+    state = update(state, k, v, feature_map, key_mask=key_mask)
     return state.kv, state.z, state.c
+
+
+def absorb_backward(
+    of_kv: Any, of_z: Any, of_c: Any, k: Any, v: Any, key_mask: Any, *rest: Any, of_map: bool
+) -> Any:  # fmt: skip
+    """The gradients of k and v, of the sums before if there were any, and, with `of_map`, the ten sums."""
+    *arrays, scale, kernel, kv, z, c, new_kv, new_z, new_c = rest
+    feature_map = kept_map_of(arrays, scale, kernel)
+    before = _begun(k, v, key_mask, arrays, feature_map, (kv, z, c))
+    of_k, of_v, *of_state, sums = update_backward(
+        (of_kv, of_z, of_c), k, v, (before.kv, before.z, before.c), (new_kv, new_z, new_c), feature_map,
+        key_mask=key_mask, of_map=of_map,
+    )  # fmt: skip
+    return _listed(of_k, of_v, *(() if kv is None else of_state), sums)
+
+
+def _begun(k: Any, v: Any, key_mask: Any, arrays: Any, feature_map: Any, sums: Any) -> State:
+    """The state before keys: of given sums, or of none."""
+    if sums[0] is not None:
+        return sums_alone(k, v, sums, 0)
+    return empty_state(
+        feature_map, _keys_batch(k, v, key_mask, arrays), k.shape[-1], v.shape[-1], 0, k[..., :0, :]
+    )  # fmt: skip
+
+
+def sums_alone(k: Any, v: Any, sums: Any, window: int) -> State:
+    """A state without recent keys."""
+    kv, z, c = sums
+    none = k.narrow(-2, 0, 0), v.narrow(-2, 0, 0)
+    return State(kv, z, c, window, *none, none[0].new_zeros(none[0].shape[:-1], dtype=torch.bool), fingerprint=None)
+
+
+def read_with_stats_(q: Any, *rest: Any) -> Any:
+    """What queries read, and its stats."""
+    state, feature_map = _of_state(rest)
+    return read_with_stats(state, q, feature_map)
+
+
+def read_backward_(gradient: Any, q: Any, *rest: Any, of_map: bool) -> Any:
+    """The gradients of q, kv, z, c, recent_k and recent_v, and, with `of_map`, the ten sums."""
+    *of_state, out, stats = rest
+    state, feature_map = _of_state(of_state)
+    return _listed(
+        *read_backward(memory.cast(gradient, memory.name_of(q)), q, state, feature_map, out, stats, of_map=of_map)
+    )  # fmt: skip
+
+
+def kernel_matvec_(x: Any, y: Any, v: Any, *rest: Any) -> Any:
+    """The product."""
+    *arrays, scale, kernel = rest
+    return kernel_matvec(x, y, v, kept_map_of(arrays, scale, kernel))
+
+
+def kernel_matvec_backward(gradient: Any, x: Any, y: Any, v: Any, *rest: Any, of_map: bool) -> Any:
+    """The gradients of x, y and v, and, with `of_map`, the ten sums."""
+    *arrays, scale, kernel = rest
+    feature_map = kept_map_of(arrays, scale, kernel)
+    gradient = memory.cast(gradient, memory.name_of(x))
+    return _listed(*attention_backward(gradient, x, y, v, feature_map, None, None, of_map=of_map))
 
 
 def update_(k: Any, v: Any, key_mask: Any, *rest: Any) -> Any:
@@ -179,19 +268,26 @@ def _keys_batch(k: Any, v: Any, key_mask: Any, arrays: Any) -> tuple[int, ...]:
 
 
 def _fake_attention(q: Any, k: Any, v: Any, key_mask: Any, *rest: Any) -> Any:
-    batch = broadcast_shapes(tuple(q.shape[:-2]), _keys_batch(k, v, key_mask, rest[:6]))
+    kv = rest[-3]
+    of_state = () if kv is None else kv.shape[:-2]
+    batch = broadcast_shapes(tuple(q.shape[:-2]), _keys_batch(k, v, key_mask, rest[:6]), of_state)
     out = q.new_empty((*batch, q.shape[-2], v.shape[-1]))
     return out, q.new_empty((*batch, q.shape[-2], 2), dtype=_wide(q))
 
 
 def _fake_backward(gradient: Any, q: Any, k: Any, v: Any, key_mask: Any, *rest: Any, of_map: bool) -> Any:
-    points = [x.new_empty(tuple(x.shape)) for x in (q, k, v)]
-    if not of_map:
-        return points
-    batch = broadcast_shapes(tuple(q.shape[:-2]), _keys_batch(k, v, key_mask, rest[:6]))
-    d, m = q.shape[-1], rest[0].shape[-2]
-    sizes = [shape for _, shape in sorted(_sum_shapes(m, d).items())]
-    return points + [q.new_empty((*batch, *size), dtype=_wide(q)) for size in sizes]
+    *_, kv, z, c, _, stats = rest
+    return _fake_gradients((q, k, v, *(() if kv is None else (kv, z, c))), rest[0], stats.shape[:-2], of_map)
+
+
+def _fake_gradients(given: Any, rows: Any, batch: Any, of_map: bool) -> Any:
+    """Those of `given`, and the ten sums over the heads of a batch."""
+    d, m = rows.shape[-1], rows.shape[-2]
+    sizes = [shape for _, shape in sorted(_sum_shapes(m, d).items())] if of_map else []
+    like = given[0]
+    return [x.new_empty(tuple(x.shape)) for x in given] + [
+        like.new_empty((*batch, *size), dtype=_wide(like)) for size in sizes
+    ]
 
 
 def _sum_shapes(m: Any, d: Any) -> dict[str, tuple[Any, Any]]:
@@ -205,9 +301,37 @@ def _sum_shapes(m: Any, d: Any) -> dict[str, tuple[Any, Any]]:
     return {f"{side}_{name}": size for side in ("query", "key") for name, size in parts.items()}
 
 
-def _fake_state(k: Any, v: Any, key_mask: Any, *rest: Any) -> Any:
-    batch, m = _keys_batch(k, v, key_mask, rest[:6]), rest[0].shape[-2]
+def _fake_absorb(k: Any, v: Any, key_mask: Any, *rest: Any) -> Any:
+    kv, m = rest[-3], rest[0].shape[-2]
+    batch = broadcast_shapes(_keys_batch(k, v, key_mask, rest[:6]), () if kv is None else kv.shape[:-2])
     return tuple(k.new_empty((*batch, *size), dtype=_wide(k)) for size in ((m, v.shape[-1]), (1, m), (1, m)))
+
+
+def _fake_absorb_backward(
+    of_kv: Any, of_z: Any, of_c: Any, k: Any, v: Any, key_mask: Any, *rest: Any, of_map: bool
+) -> Any:  # fmt: skip
+    kv, z, c, new_kv, *_ = rest[8:]
+    return _fake_gradients((k, v, *(() if kv is None else (kv, z, c))), rest[0], new_kv.shape[:-2], of_map)
+
+
+def _fake_read_with_stats(q: Any, *rest: Any) -> Any:
+    out = _fake_read(q, *rest)
+    return out, q.new_empty((*out.shape[:-1], 2), dtype=_wide(q))
+
+
+def _fake_read_backward(gradient: Any, q: Any, *rest: Any, of_map: bool) -> Any:
+    kv, z, c, recent_k, recent_v, _, rows, *_, stats = rest
+    return _fake_gradients((q, kv, z, c, recent_k, recent_v), rows, stats.shape[:-2], of_map)
+
+
+def _fake_matvec(x: Any, y: Any, v: Any, *rest: Any) -> Any:
+    batch = broadcast_shapes(tuple(x.shape[:-2]), _keys_batch(y, v, None, rest[:6]))
+    return x.new_empty((*batch, x.shape[-2], v.shape[-1]))
+
+
+def _fake_matvec_backward(gradient: Any, x: Any, y: Any, v: Any, *rest: Any, of_map: bool) -> Any:
+    batch = broadcast_shapes(tuple(x.shape[:-2]), _keys_batch(y, v, None, rest[:6]))
+    return _fake_gradients((x, y, v), rest[0], batch, of_map)
 
 
 def _fake_update(k: Any, v: Any, key_mask: Any, *rest: Any) -> Any:
@@ -302,10 +426,15 @@ def _defined(name: str, run: Any, fake: Any) -> Any:
 
 attention_op = _defined("attention", attention, _fake_attention)
 attention_backward_op = _defined("attention_backward", attention_backward_, _fake_backward)
-key_state_op = _defined("key_state", key_state, _fake_state)
+absorb_op = _defined("absorb", absorb, _fake_absorb)
+absorb_backward_op = _defined("absorb_backward", absorb_backward, _fake_absorb_backward)
 update_op = _defined("update", update_, _fake_update)
 read_op = _defined("read", read_, _fake_read)
+read_with_stats_op = _defined("read_with_stats", read_with_stats_, _fake_read_with_stats)
+read_backward_op = _defined("read_backward", read_backward_, _fake_read_backward)
 decode_step_op = _defined("decode_step", decode_step_, _fake_decode)
+kernel_matvec_op = _defined("kernel_matvec", kernel_matvec_, _fake_matvec)
+kernel_matvec_backward_op = _defined("kernel_matvec_backward", kernel_matvec_backward, _fake_matvec_backward)
 exponential_features_op = _defined("exponential_features", exponential_features, _fake_features)
 exponential_features_backward_op = _defined(
     "exponential_features_backward", exponential_features_backward_, _fake_features_backward

@@ -98,7 +98,7 @@ def _gradients() -> tuple[str, ...]:
             for sweep in SWEEPS["float64" if dtype == "float64" else "float32"]
         ),
         *(expression(name, dtype, width) for name in kernels for dtype in TYPES for width in (64, 128)),
-        *(expression("sum_members", dtype) for dtype in TYPES),
+        *(expression(name, dtype) for name in ("sum_members", "gradient_largest") for dtype in TYPES),
         expression("gradient_normalise", "float32"),
         *(expression(name, dtype) for name in ("gradient_scan", "gradient_map", "sum_segments") for dtype in computed),
     )

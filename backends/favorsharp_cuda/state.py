@@ -23,6 +23,18 @@ def update(state: State, k: Any, v: Any, feature_map: Any, *, key_mask: Any = No
 
 def read(state: State, q: Any, feature_map: Any) -> Any:
     """As `favorsharp.ops.state.read`."""
+    return _read(state, q, feature_map)
+
+
+def read_with_stats(state: State, q: Any, feature_map: Any) -> tuple[Any, Any]:
+    """What queries read; for a backward pass 1 / total and the reference of every query, (*b, n, 2)."""
+    keys = key_batch_of(feature_map, state.recent_k, state.recent_v, state.recent_mask, state)
+    batch = broadcast_shapes(tuple(q.shape[:-2]), keys)
+    stats = arrays.empty(q, (*batch, q.shape[-2], 2), arrays.name_of(state.kv))
+    return _read(state, q, feature_map, stats=stats), stats
+
+
+def _read(state: State, q: Any, feature_map: Any, *, stats: Any = None) -> Any:
     dtype, wide = arrays.name_of(q), arrays.name_of(state.kv)
     q = fitting(q, wide)
     recent = None
@@ -34,9 +46,9 @@ def read(state: State, q: Any, feature_map: Any) -> Any:
     out = arrays.empty(q, (*batch, q.shape[-2], state.kv.shape[-1]), arrays.name_of(q))
     sums = (state.kv, state.z, state.c)
     if recent is None and q.shape[-2] >= FEW and tiles.fit(q, out.shape[-1]):
-        tiles.read(out, q, feature_map, sums, keys)
+        tiles.read(out, q, feature_map, sums, keys, stats=stats)
     else:
-        plain.read(out, q, feature_map, sums, recent)
+        plain.read(out, q, feature_map, sums, recent, stats=stats)
     return arrays.cast(out, dtype)
 
 

@@ -412,12 +412,13 @@ def absorb(k: Any, v: Any, feature_map: Any, key_mask: Any, sums: Sums) -> Sums:
     return new
 
 
-def read(out: Any, q: Any, feature_map: Any, sums: Sums, key_batch: tuple[int, ...]) -> None:
+def read(out: Any, q: Any, feature_map: Any, sums: Sums, key_batch: tuple[int, ...], *, stats: Any = None) -> None:
     """Queries read sums."""
     for columns in parts_of(q, out.shape[-1]):
         results = out[columns]
         t = Tiles(feature_map, q, arrays.name_of(q), results.shape[-1])
-        t.read(q, t.scan(None, key_batch, state=(sums[0][columns], *sums[1:]), totals=True), results, key_batch)
+        totals = t.scan(None, key_batch, state=(sums[0][columns], *sums[1:]), totals=True)
+        t.read(q, totals, results, key_batch, stats=stats)
 
 
 def gather(t: Tiles, k: Any, v: Any, key_mask: Any, keys: tuple[int, ...]) -> Any:

@@ -9,6 +9,7 @@ from favorsharp_cuda.causal_attention import causal_attention_with_stats
 from favorsharp_cuda.exponential_features import exponential_features
 from favorsharp_cuda.exponential_features_gradients import exponential_features_backward
 from favorsharp_cuda.gradients import attention_backward, sweep_of, width_of
+from favorsharp_cuda.kernel_matvec import kernel_matvec
 from favorsharp_cuda.packed import packed_vjp
 
 
@@ -36,6 +37,21 @@ def attention_vjp(
         *points, sums = attention_backward(
             gradient, q, k, v, feature_map, out, stats, causal=is_causal, of_map=of_map, **options
         )
+        return (*points, *sums.rows_and_weights(feature_map)) if sums is not None else tuple(points)
+
+    return out, pullback
+
+
+def kernel_matvec_vjp(
+    x: Any, y: Any, v: Any, feature_map: Any, *, of_map: bool = False
+) -> tuple[Any, Callable[[Any], tuple[Any, ...]]]:
+    """As `favorsharp.ops.vjp.kernel_matvec_vjp`."""
+    sweep_of(x, x.shape[-1], v.shape[-1])
+    out = kernel_matvec(x, y, v, feature_map)
+
+    def pullback(gradient: Any) -> tuple[Any, ...]:
+        gradient = arrays.cast(gradient, arrays.name_of(x))
+        *points, sums = attention_backward(gradient, x, y, v, feature_map, None, None, of_map=of_map)
         return (*points, *sums.rows_and_weights(feature_map)) if sums is not None else tuple(points)
 
     return out, pullback

@@ -168,10 +168,27 @@ def attention_gradients(
 def kernel_matvec_gradients(feature_map: Any, arrays: Sequence[Array], gradient: Array) -> list[Array | None]:
     """The gradients of x, y, v and the arrays of a map, recorded themselves; as `attention_gradients`."""
 
-    def results(x: Array, y: Array, v: Array, *of_map: Array) -> tuple[Array]:
-        return (kernel_matvec.reference(x, y, v, _with_arrays(feature_map, *of_map)),)
+    def product(own: Any, x: Array, y: Array, v: Array) -> tuple[Array]:
+        return (kernel_matvec.reference(x, y, v, own),)
 
-    return recorded_gradients(results, arrays, (gradient,))
+    return gradients_through_map(product, feature_map, arrays, (gradient,))
+
+
+def gradients_through_map(
+    function: Callable[..., tuple[Array, ...]],
+    feature_map: Any,
+    arrays: Sequence[Array],
+    gradients: Sequence[Array | None],
+) -> list[Array | None]:
+    """The gradients of arrays, of which the last six are those of a map (`MAP_ARRAYS`), recorded themselves.
+
+    Those that reach them through `function(map, *others)`.
+    """
+
+    def results(*own: Array) -> tuple[Array, ...]:
+        return function(_with_arrays(feature_map, *own[-6:]), *own[:-6])
+
+    return recorded_gradients(results, arrays, gradients)
 
 
 def features_gradients(arrays: Sequence[Array], gradient: Array) -> list[Array | None]:

@@ -304,6 +304,23 @@ template <class T, int W, int V, int M> struct Sweep {
     for (int part = 0; part < W; part += PART) none.store(map_sums + part, W + 1);
     if (threadIdx.x < M) map_sums[threadIdx.x * (W + 1) + W] = 0;
   }
+
+  // Which reader has had the largest weight, of each feature. In global memory: registers are few.
+  DEVICE i64 feature_of(i64 segment) const { return ((head * g.slices + slice) * g.segments + segment) * M + threadIdx.x; }
+  DEVICE void begin_largest(i64 segment) {
+    if (!g.largest || g.only_states || threadIdx.x >= M) return;
+    ((A *)g.largest)[feature_of(segment)] = 0;
+    ((i64 *)g.largest_at)[feature_of(segment)] = -1;
+  }
+  DEVICE void find_largest(i64 segment, i64 start, int count) {
+    if (!g.largest || threadIdx.x >= M) return;
+    A *const found = (A *)g.largest + feature_of(segment);
+    for (int r = 0; r < count; r++)
+      if (weight[r * Q + threadIdx.x] > *found) {
+        *found = weight[r * Q + threadIdx.x];
+        ((i64 *)g.largest_at)[feature_of(segment)] = start + r;
+      }
+  }
 };
 
 // A block has a segment of readers, and slice after slice; or, for what segments hold, a segment of the other side (the
@@ -326,6 +343,7 @@ template <class T, int W, int V, int M> KERNEL(GRADIENT_BOUNDS) gradient_sweep(A
     if (!only_states) s.load_map(s.mine, s.my_column, s.my_side);
     s.load_state(whole && !only_states ? 0 : segment);
     s.begin_map(segment);
+    s.begin_largest(segment);
     i64 number = 0, take = 0, take_stop = 0, start = 0, stop = 0;
     int size = S::C;
     while (true) {
@@ -347,6 +365,7 @@ template <class T, int W, int V, int M> KERNEL(GRADIENT_BOUNDS) gradient_sweep(A
         size = max(1, count / 4);
         continue;
       }
+      if (reading) s.find_largest(segment, at, count);
       if (from_the_end) {
         take_stop -= count, stop -= count;
         if ((high - stop) % S::C == 0) size = S::C;
@@ -371,7 +390,8 @@ template <class A> KERNEL(GRADIENT_BOUNDS) gradient_normalise(ARGUMENT Gradients
   ((A *)g.query_near)[query] -= log_of(sum);
 }
 
-// The states of segments become those of all segments before (after, where backwards), or of all: a thread a number.
+// The states of segments become those of all segments before (after, where backwards), or of all, joined with what is
+// given to begin with: a thread a number.
 template <class A> KERNEL(GRADIENT_BOUNDS) gradient_scan(ARGUMENT Gradients g) {
   const State at = {(int)g.slice, (int)g.value_width};
   const int numbers = at.size() - at.last();
@@ -382,6 +402,15 @@ template <class A> KERNEL(GRADIENT_BOUNDS) gradient_scan(ARGUMENT Gradients g) {
   const int feature = is_last ? number - at.last() : (number - at.sums()) / at.width;
   A *const states = (A *)g.states + thread / numbers * g.state_segments * at.size();
   A sum = 0, top = -infinity<A>();
+  const i64 head = thread / numbers / g.slices, row = thread / numbers % g.slices * g.slice + feature;
+  const i64 column = is_last ? 0 : (number - at.sums()) % at.width;
+  const bool there = row < g.m && (is_last || column < g.e);
+  if (g.given_kv.start && there) {
+    i64 index[AXES];
+    split_head(g, head, index);
+    sum = is_last ? view<const A>(g.given_z, index).at(0, row) : view<const A>(g.given_kv, index).at(row, column);
+    top = view<const A>(g.given_c, index).at(0, row);
+  }
   const bool whole = !g.causal && g.window == 0;
   for (i64 t = 0; t < g.state_segments; t++) {
     A *const state = states + (g.backwards ? g.state_segments - 1 - t : t) * at.size();
@@ -396,6 +425,45 @@ template <class A> KERNEL(GRADIENT_BOUNDS) gradient_scan(ARGUMENT Gradients g) {
   if (whole) {
     states[number] = sum;
     if (is_last) states[at.scanned() + feature] = top;
+  }
+  if (!g.total_kv || !there) return;
+  if (is_last) ((A *)g.total_z)[head * g.m + row] = sum, ((A *)g.total_c)[head * g.m + row] = top;
+  else ((A *)g.total_kv)[(head * g.m + row) * g.e + column] = sum;
+}
+
+// The gradient of the largest log feature, to which sums are relative: of each feature it goes to the key that has it, and
+// is taken from `of_largest`, unless the sums before, of weight `before`, had it. A block a head, whose warps share the keys.
+template <class T> KERNEL(GRADIENT_BOUNDS) gradient_largest(ARGUMENT Gradients g) {
+  typedef typename Computing<T>::type A;
+  const i64 head = blockIdx.x, warps = GRADIENT_THREADS / 32, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  i64 index[AXES];
+  split_head(g, head, index);
+  const View<const T> k = view<const T>(g.k, index);
+  const PlainSide<A> side = {(const A *)g.key + along(index, g.map_axis) * g.constants, g.d, g.m};
+  for (i64 feature = 0; feature < g.m; feature++) {
+    const i64 first = (head * g.slices + feature / g.slice) * g.segments * g.slice + feature % g.slice;
+    A largest = ((const A *)g.before)[head * g.m + feature];
+    i64 key = -1;
+    for (i64 t = 0; t < g.segments; t++) {
+      const A own = ((const A *)g.largest)[first + t * g.slice];
+      if (own > largest) largest = own, key = ((const i64 *)g.largest_at)[first + t * g.slice];
+    }
+    if (key < 0 || key % warps != warp) continue;
+    A *const place = (A *)g.of_largest + head * g.m + feature;
+    const A slope = *place;
+    __syncwarp();  // all lanes have it
+    const i64 line = head * g.num_keys + key;
+    A *const to = (A *)g.dk + line * g.d;
+    A *const of_map = g.map_sums ? (A *)g.map_sums + first * (g.width + 1) : nullptr;
+    for (i64 c = lane; c < g.d; c += 32) {
+      to[c] += slope * side.rows()[c * g.m + feature];
+      if (of_map) of_map[c] += slope * (side.alpha() * widened(k.at(key, c)) - side.center()[c]);
+    }
+    if (lane == 0) {
+      *place = 0;
+      ((A *)g.key_slopes)[line] += slope;
+      if (of_map) of_map[g.width] += slope;
+    }
   }
 }
 

@@ -72,7 +72,7 @@ template <class T, int W> KERNEL(GRADIENT_BOUNDS) gradient_factors(ARGUMENT Grad
     if (g.has_dense) factor -= f.square[r * F::P + c] * f.square[r * F::P + c];
   }
   const View<const T> gradient = view<const T>(g.gradient, index), out = view<const T>(g.out, index);
-  if (!keys && r < count)
+  if (!keys && out.start && r < count)
     for (int c = part; c < g.e; c += 4) last -= widened(gradient.at(start + r, c)) * widened(out.at(start + r, c));
   factor = finite_or_nan(side.offset() + quarter_sum(factor)), last = quarter_sum(last);
   if (part != 0 || r >= count) return;
@@ -82,8 +82,8 @@ template <class T, int W> KERNEL(GRADIENT_BOUNDS) gradient_factors(ARGUMENT Grad
     ((A *)g.key_near)[head * all + start + r] = hidden ? -infinity<A>() : A(0);
   } else {
     const View<const A> stats = view<const A>(g.stats, index);
-    const A inverse = stats.at(start + r, 0);  // 0 where nothing is visible
-    const A near = inverse == 0 ? -infinity<A>() : log_of(inverse) - stats.at(start + r, 1);
+    const A inverse = stats.start ? stats.at(start + r, 0) : A(1);  // 0 where nothing is visible
+    const A near = !stats.start ? A(0) : inverse == 0 ? -infinity<A>() : log_of(inverse) - stats.at(start + r, 1);
     ((A *)g.query_factor)[head * all + start + r] = inverse == 0 ? near : near + factor;
     ((A *)g.query_near)[head * all + start + r] = near;
     ((A *)g.query_last)[head * all + start + r] = last;
@@ -123,7 +123,7 @@ template <class T, int W> KERNEL(GRADIENT_BOUNDS) gradient_points(ARGUMENT Gradi
   typedef typename F::A A;
   SHARED_MEMORY(raw);
   F f(g, raw);
-  const bool keys = g.keys_read, with_factor = keys || g.window > 0;
+  const bool keys = g.keys_read, with_factor = keys || g.of_factors;
   const i64 all = keys ? g.num_keys : g.num_queries, tiles = (all + F::C - 1) / F::C;
   const i64 start = blockIdx.x % tiles * F::C;
   const int count = (int)min((i64)F::C, all - start);

@@ -114,6 +114,7 @@ template <class A, int R, int N> struct Tile {
 struct Gradients {
   Array q, k, v, mask, out, stats, gradient;  // stats: 1 / total and the reference of every query
   Array target;                               // the result of gradient_points and sum_members
+  Array given_kv, given_z, given_c;           // sums that readers find before any point of the other side has come
   i64 shape[AXES];                            // of the batch
   i64 map_axis[AXES];                         // the number of a head's map is the sum of index * map_axis
   i64 member[AXES];                           // how many heads along each axis are summed for one of target's
@@ -122,6 +123,7 @@ struct Gradients {
   i64 width, value_width;                     // what a sweep pads points and values to
   i64 gaussian, has_dense;
   i64 num_queries, num_keys, window, causal;
+  i64 of_factors;                             // whether queries' factors have gradients: those of weights alone add up to 0
   i64 segments, span;                         // of readers: how many, and the points of one
   i64 state_segments, state_span;             // of what is taken; as the readers' where these have an order
   i64 keys_read, backwards, added;            // which side reads, from which end, and whether to what is there already
@@ -133,6 +135,9 @@ struct Gradients {
   i64 key_factor, key_near;                   // (heads, s): the key's part, -inf where it is hidden
   i64 dq, dk, dv, query_slopes, key_slopes;   // (heads, n, d), (heads, s, d), (heads, s, e), (heads, n), (heads, s)
   i64 states, map_sums, factor_sums;
+  i64 total_kv, total_z, total_c;             // (heads, m, e), (heads, m): the sums after all points, where wanted
+  i64 largest, largest_at;                    // of features: the largest weights of segments, and which keys have them
+  i64 of_largest, before;                     // (heads, m): see gradient_largest
   i64 from, to, outer, inner;                 // of sum_segments
   i64 num_rows, num_columns;                  // of sum_members: what it takes of each head, and in which steps
   i64 row_step, column_step, head_step;

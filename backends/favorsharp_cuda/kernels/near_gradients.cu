@@ -13,7 +13,8 @@ template <class T, int W> KERNEL(GRADIENT_BOUNDS) near_gradients(ARGUMENT Gradie
   A *last_mine = factor_theirs + C, *last_theirs = last_mine + C, *half_mine = last_theirs + C;
   A *half_theirs = half_mine + C;
   const bool keys_read = g.keys_read;
-  const i64 all = g.num_keys, w = g.window, per_block = (w + C - 1) / C, blocks = (all + w - 1) / w;
+  const i64 all = keys_read ? g.num_keys : g.num_queries, others = keys_read ? g.num_queries : g.num_keys;
+  const i64 w = g.window, per_block = (w + C - 1) / C, blocks = (all + w - 1) / w;
   const i64 head = blockIdx.x / (blocks * per_block), tile = blockIdx.x % (blocks * per_block);
   const i64 block = tile / per_block, start = block * w + tile % per_block * C;
   const int count = (int)min((i64)C, min(all, (block + 1) * w) - start);
@@ -30,8 +31,8 @@ template <class T, int W> KERNEL(GRADIENT_BOUNDS) near_gradients(ARGUMENT Gradie
     const View<const bool> visible = keys ? mask : none;
     load_points<T, W>(point, keys ? k : q, g.d, first, size, side.alpha(), side.near_center(), visible);
     load_values<T, W>(value, keys ? v : gradient, g.e, first, size, visible);
-    const A *factors = (const A *)(keys ? g.key_near : g.query_near) + head * all + first;
-    const A *lasts = (const A *)g.query_last + head * all + first;
+    const A *factors = (const A *)(keys ? g.key_near : g.query_near) + head * (keys ? g.num_keys : g.num_queries) + first;
+    const A *lasts = (const A *)g.query_last + head * g.num_queries + first;
     if (tid < C) {
       factor[tid] = tid < size ? factors[tid] : -infinity<A>();
       last[tid] = tid >= size ? A(0) : keys ? A(factor[tid] != -infinity<A>()) : g.measuring ? A(0) : lasts[tid];
@@ -50,7 +51,7 @@ template <class T, int W> KERNEL(GRADIENT_BOUNDS) near_gradients(ARGUMENT Gradie
   A total = 0, weights = 0;  // sums over what is read: of the gradients of scores, and of the weights
   i64 low = keys_read && g.causal ? start : (block - 1) * w, high = (block + 2) * w;
   if (!keys_read && g.causal) high = start + count;
-  low = low < 0 ? 0 : low, high = high < all ? high : all;
+  low = low < 0 ? 0 : low, high = high < others ? high : others;
   for (i64 first = low; first < high; first += C) {
     const int size = (int)min((i64)C, high - first);
     load(!keys_read, theirs, taken, factor_theirs, last_theirs, first, size);

@@ -154,8 +154,12 @@ VJPS = {
     "vjp of the map, causal": {"of_map": True, "is_causal": True},
     "vjp of every array, window 16": {"window": 16},
     "features vjp": {},
+    "matvec vjp": {},
+    "update vjp, masked": {},
+    "read vjp, window 16": {},
+    "vjp, causal, from a state": {},
 }
-"""Options of `attention_vjp`; the last but one is what torch asks of it, the last `exponential_features_vjp`."""
+"""Options of `attention_vjp`; those from "vjp of every array" on are other functions, or what torch asks of them."""
 
 
 class Problem:
@@ -199,6 +203,11 @@ class Problem:
     def point(self, x: Any) -> Any:
         """Of a norm that keeps the logarithms of features below ten, rounded to the dtype."""
         return (x / self.shape.d**0.5).astype(self.shape.dtype)
+
+    def of_sums(self, state: Any) -> list[np.ndarray]:
+        """Gradients of the sums of a state."""
+        rng = np.random.default_rng(11)
+        return [np.round(16 * rng.standard_normal(tuple(x.shape))) / 16 for x in (state.kv, state.z, state.c)]
 
     def state(self, window: int) -> Any:
         """After 40 keys, which a window of 16 does not divide."""
@@ -253,6 +262,11 @@ def _run(name: str, shape: Shape, lengths: Lengths) -> Any:
     if name == "features vjp":
         out, pullback = function("exponential_features_vjp")(*problem.plain)
         return (out, *pullback(problem.feature_gradient))
+    if name == "matvec vjp":
+        out, pullback = function("kernel_matvec_vjp")(problem.q, problem.k, problem.v, problem.map, of_map=True)
+        return (out, *pullback(problem.gradient))
+    if name in OF_STATES:
+        return _through_a_state(name, problem)
     if name == "vjp of every array, window 16":
         return _of_every_array(problem, **VJPS[name])
     if name in VJPS:
@@ -282,6 +296,8 @@ def wanted(name: str, shape: Shape, lengths: Lengths = RAGGED) -> Any:
             plain = (torch.from_numpy(np.array(x)) for x in problem.plain)
             out, pullback = OPS["exponential_features_vjp"].reference(*plain)
             return (out, *pullback(torch.from_numpy(np.array(problem.feature_gradient))))
+        if name == "matvec vjp" or name in OF_STATES:
+            return _wanted_through_a_state(name, problem)
         options = vjp_options(name, problem)
         if "key_mask" in options:
             options["key_mask"] = torch.from_numpy(np.array(options["key_mask"]))
@@ -293,6 +309,64 @@ def wanted(name: str, shape: Shape, lengths: Lengths = RAGGED) -> Any:
         return (out, *pullback(torch.from_numpy(np.array(problem.gradient))))
     op, args, options = CALLS[name](problem)
     return OPS[op].reference(*args, **options)
+
+
+OF_STATES = ("update vjp, masked", "read vjp, window 16", "vjp, causal, from a state")
+
+
+def _through_a_state(name: str, problem: Problem) -> tuple[Any, ...]:
+    """A result, and the gradients of points and of a state that torch's autograd has computed."""
+    from favorsharp_cuda.causal_attention import causal_attention_with_stats
+    from favorsharp_cuda.gradients import attention_backward
+    from favorsharp_cuda.state import read_with_stats, update
+    from favorsharp_cuda.state_gradients import read_backward, update_backward
+
+    state = problem.state(16 if name.startswith("read") else 0)
+    before = (state.kv, state.z, state.c)
+    if name.startswith("update"):
+        k, v, own = problem.k, problem.v, problem.map
+        after = update(state, k, v, own, key_mask=problem.mask)
+        sums = (after.kv, after.z, after.c)
+        gradients = tuple(guarded(x.astype(problem.map_dtype)) for x in problem.of_sums(after))
+        return (after.kv, *update_backward(gradients, k, v, before, sums, own, key_mask=problem.mask)[:-1])
+    if name.startswith("read"):
+        out, stats = read_with_stats(state, problem.q, problem.map)
+        return (out, *read_backward(problem.gradient, problem.q, state, problem.map, out, stats)[:-1])
+    given = (problem.q, *problem.same, problem.map)
+    out, stats, _ = causal_attention_with_stats(*given, state=state)
+    return (out, *attention_backward(problem.gradient, *given, out, stats, causal=True, state=before)[:-1])
+
+
+def _wanted_through_a_state(name: str, problem: Problem) -> tuple[Any, ...]:
+    import torch
+
+    def tensor(x: Any) -> Any:
+        return torch.from_numpy(np.array(x))
+
+    own = map_arrays(problem.map, tensor)
+    gradient = tensor(problem.gradient)
+    if name == "matvec vjp":
+        out, pullback = OPS["kernel_matvec_vjp"].reference(
+            tensor(problem.q), tensor(problem.k), tensor(problem.v), own, of_map=True
+        )
+        return (out, *pullback(gradient))
+    state = problem.state(16 if name.startswith("read") else 0)
+    given = map_arrays(state, tensor)
+    sums = [given.kv.requires_grad_(), given.z.requires_grad_(), given.c.requires_grad_()]
+    if name.startswith("update"):
+        points = [tensor(x).requires_grad_() for x in (problem.k, problem.v)]
+        after = OPS["update"].reference(given, *points, own, key_mask=tensor(problem.mask))
+        results, gradients = [after.kv, after.z, after.c], [tensor(x) for x in problem.of_sums(after)]
+        return (after.kv.detach(), *torch.autograd.grad(results, [*points, *sums], gradients, materialize_grads=True))
+    if name.startswith("read"):
+        leaves = [tensor(problem.q).requires_grad_(), *sums, given.recent_k, given.recent_v]
+        leaves = [x.requires_grad_() for x in leaves]
+        out = OPS["read"].reference(given, leaves[0], own)
+    else:
+        points = [tensor(x).requires_grad_() for x in (problem.q, *problem.same)]
+        leaves = [*points, *sums]
+        out, _ = OPS["causal_attention"].reference(*points, own, state=given)
+    return (out.detach(), *torch.autograd.grad(out, leaves, gradient, materialize_grads=True))
 
 
 def _of_every_array(problem: Problem, **options: Any) -> tuple[Any, ...]:

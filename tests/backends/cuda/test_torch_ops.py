@@ -20,10 +20,15 @@ pytestmark = pytest.mark.own_backend
 RUN = {
     "attention": operators.attention,
     "attention_backward": operators.attention_backward_,
-    "key_state": operators.key_state,
+    "absorb": operators.absorb,
+    "absorb_backward": operators.absorb_backward,
     "update": operators.update_,
     "read": operators.read_,
+    "read_with_stats": operators.read_with_stats_,
+    "read_backward": operators.read_backward_,
     "decode_step": operators.decode_step_,
+    "kernel_matvec": operators.kernel_matvec_,
+    "kernel_matvec_backward": operators.kernel_matvec_backward,
     "exponential_features": operators.exponential_features,
     "exponential_features_backward": operators.exponential_features_backward_,
 }
@@ -66,15 +71,33 @@ def leaves(*tensors):
 @pytest.mark.parametrize(("is_causal", "window"), ALL_MODES)
 def test_operators_are_what_torch_expects_of_them(problem, is_causal, window):
     q, k, v, mask, fm = problem
-    given = (mask if is_causal else None, *operators.arrays_of(fm), *operators.options_of(fm, window, is_causal))
+    of_map, options = operators.arrays_of(fm), operators.options_of(fm, window, is_causal)
+    given = (mask if is_causal else None, *of_map, *options, None, None, None)
     torch.library.opcheck(OPS["attention"], (q, k, v, *given))
     out, stats = OPS["attention"](q, k, v, *given)
     for of_map in (False, True):
         torch.library.opcheck(
             OPS["attention_backward"], (torch.ones_like(out), q, k, v, *given, out, stats), {"of_map": of_map}
         )
-    if is_causal:
-        torch.library.opcheck(OPS["key_state"], (k, v, *given))
+
+
+@pytest.mark.parametrize("of_map", [False, True])
+@pytest.mark.parametrize("begun", [False, True])
+def test_operators_of_sums_are_too(problem, begun, of_map):
+    q, k, v, mask, fm = problem
+    arrays, options = operators.arrays_of(fm), operators.options_of(fm, 0, True)
+    sums = torch_ops._sums_of(state_after(problem, 0, 5)) if begun else (None, None, None)
+    given = (k, v, mask, *arrays, *options[:2], *sums)
+    torch.library.opcheck(OPS["absorb"], given)
+    after = OPS["absorb"](*given)
+    torch.library.opcheck(OPS["absorb_backward"], (*after, *given, *after), {"of_map": of_map})
+    if begun:
+        attended = (q, k, v, mask, *arrays, *options, *sums)
+        torch.library.opcheck(OPS["attention"], attended)
+        out, stats = OPS["attention"](*attended)
+        torch.library.opcheck(OPS["attention_backward"], (out, *attended, out, stats), {"of_map": of_map})
+    torch.library.opcheck(OPS["kernel_matvec"], (q, k, v, *arrays, *options[:2]))
+    torch.library.opcheck(OPS["kernel_matvec_backward"], (v, q, k, v, *arrays, *options[:2]), {"of_map": of_map})
 
 
 def test_operators_of_features_are_too():
@@ -100,10 +123,89 @@ def test_derivatives_are_those_of_differences(problem, is_causal, window):
     def traced(*given):
         q, k, v, *arrays = given
         options = operators.options_of(fm, window, is_causal)
-        return torch_ops._TracedAttention.apply(options, q, k, v, mask, *arrays)[0]
+        return torch_ops._TracedAttention.apply(options, q, k, v, mask, None, None, None, *arrays)[0]
 
     assert torch.autograd.gradcheck(eager, given, fast_mode=True)
     assert torch.autograd.gradcheck(traced, given, fast_mode=True)
+
+
+KEYS = {  # which keys are in a state of a window of 2, and which come
+    "none leave": (1, 1),
+    "some leave": (3, 4),
+    "there are none yet": (0, 2),
+}
+
+
+@pytest.mark.parametrize("keys", KEYS.values(), ids=KEYS.keys())
+@pytest.mark.parametrize("window", [0, 2])
+def test_derivatives_of_states_are_those_of_differences(problem, window, keys):
+    """For points, the sums of the state, their references, its recent keys, and every array of the map."""
+    q, k, v, _, fm = problem
+    before, new = keys
+    mask = torch.tensor([[True] * 12, [True, False, True] * 4])
+    state = state_after((q, k, v, torch.ones_like(mask), fm), window, before)
+    floats = [getattr(state, name) for name in NAMES[:5]]
+    if (floats[2] == -torch.inf).any():  # from there, there are no differences
+        floats = [torch.rand_like(x) for x in floats[:3]] + floats[3:]
+    mask = mask[:, before : before + new]
+    points = (q[:, :new], *(x[:, before : before + new] for x in (k, v)))
+    given = leaves(*points, *floats, *operators.arrays_of(fm))
+
+    def taken(given):
+        q, k, v, *rest = given
+        own = operators.map_of(rest[5:], fm.parameters.scale, fm.parameters.kernel)
+        carried = replace(state, **dict(zip(NAMES[:5], rest[:5], strict=True)))
+        return q, k, v, carried, own
+
+    def flat(*results):
+        arrays = [x for x in results if torch.is_tensor(x)]
+        for after in (x for x in results if isinstance(x, State)):
+            arrays += [getattr(after, name) for name in NAMES[:5]]
+        return tuple(x for x in arrays if x.requires_grad and x.numel())
+
+    def updated(*given):
+        _, k, v, carried, own = taken(given)
+        return flat(torch_ops.update(carried, k, v, own, key_mask=mask))
+
+    def reading(*given):
+        q, _, _, carried, own = taken(given)
+        return torch_ops.read(carried, q, own)
+
+    def attended(*given):
+        q, k, v, carried, own = taken(given)
+        return flat(*torch_ops.causal_attention(q, k, v, own, key_mask=mask, window=window, state=carried))
+
+    def multiplied(*given):
+        q, k, v, _, own = taken(given)
+        return torch_ops.kernel_matvec(q, k, v, own)
+
+    for function in (updated, reading, attended, multiplied):
+        assert torch.autograd.gradcheck(function, given, fast_mode=True), function.__name__
+    assert torch.autograd.gradgradcheck(attended, given, fast_mode=True)
+    assert torch.autograd.gradgradcheck(lambda *given: (*updated(*given), reading(*given)), given, fast_mode=True)
+
+
+@pytest.mark.parametrize("window", [0, 2])
+def test_compiled_derivatives_of_states_are_the_eager_ones(problem, window):
+    q, k, v, mask, fm = problem
+    state = state_after(problem, window, 5)
+    given = leaves(q[:, 5:], k[:, 5:], v[:, 5:], *(getattr(state, name) for name in NAMES[:5]), fm.rows)
+
+    def call(q, k, v, kv, z, c, recent_k, recent_v, rows):
+        own = replace(fm, rows=rows)
+        carried = replace(state, kv=kv, z=z, c=c, recent_k=recent_k, recent_v=recent_v)
+        out, after = torch_ops.causal_attention(q, k, v, own, key_mask=mask[:, 5:], window=window, state=carried)
+        after = torch_ops.update(after, k, v, own, key_mask=mask[:, 5:])
+        return out, torch_ops.read(after, q, own), after.kv, after.z, after.c, torch_ops.kernel_matvec(q, k, v, own)
+
+    got = torch.compile(call, fullgraph=True, backend="aot_eager")(*given)
+    want = call(*given)
+    torch.testing.assert_close(got, want)
+    weights = [torch.randn_like(x) for x in want]
+    torch.testing.assert_close(
+        torch.autograd.grad(got, given, weights, materialize_grads=True),
+        torch.autograd.grad(want, given, weights, materialize_grads=True),
+    )
 
 
 def test_derivatives_of_features_are_those_of_differences():
@@ -223,7 +325,7 @@ def test_operators_of_states_are_what_torch_expects_of_them(problem, window, bef
 
 @pytest.mark.parametrize(("window", "before"), STATES)
 def test_a_compiled_token_is_one_graph(problem, window, before):
-    """By operators; with gradients by the reference, and the old state stays as it was."""
+    """By operators, with gradients too, and the old state stays as it was."""
     q, k, v, _, fm = problem
     state = state_after(problem, window, before)
     kept = [getattr(state, name).clone() for name in NAMES]
@@ -247,7 +349,7 @@ def test_a_compiled_token_is_one_graph(problem, window, before):
         calls.clear()
         own = leaves(*given)
         found = torch.autograd.grad(compiled(*own, state)[0].square().sum(), own)
-        assert set(calls) == {("decode_step", "reference"), ("read", "reference"), ("update", "reference")}
+        assert set(calls) == {("decode_step", "cuda"), ("read", "cuda"), ("update", "cuda")}
     with fs.use("reference"):
         torch.testing.assert_close(found, torch.autograd.grad(step(*own, state)[0].square().sum(), own))
 
@@ -352,7 +454,9 @@ def test_fake_tensors_of_a_gpu(problem, is_causal, window, dtype):
             assert (state.recent_k.shape[-2], state.fingerprint) == (2 * window, None)
         options = operators.options_of(own, window, is_causal)
         stats = torch.empty((2, 2, 12, 2), dtype=wide, device="cuda")
-        found = OPS["attention_backward"](out, *points, None, *arrays, *options, out, stats, of_map=True)
+        found = OPS["attention_backward"](
+            out, *points, None, *arrays, *options, None, None, None, out, stats, of_map=True
+        )
         assert [x.shape for x in found[:3]] == [x.shape for x in points]
         assert [x.dtype for x in found] == [points[0].dtype] * 3 + [wide] * 10
 
@@ -361,16 +465,17 @@ def test_a_map_changed_in_place_is_packed_again(problem):
     q, k, v, _, fm = problem
     arrays = [x.clone() for x in operators.arrays_of(fm)]
     options = operators.options_of(fm, 0, False)
-    before, _ = OPS["attention"](q, k, v, None, *arrays, *options)
-    again, _ = OPS["attention"](q, k, v, None, *arrays, *options)
+    rest = (*options, None, None, None)
+    before, _ = OPS["attention"](q, k, v, None, *arrays, *rest)
+    again, _ = OPS["attention"](q, k, v, None, *arrays, *rest)
     arrays[0].mul_(1.5)
-    after, _ = OPS["attention"](q, k, v, None, *arrays, *options)
+    after, _ = OPS["attention"](q, k, v, None, *arrays, *rest)
     assert torch.equal(before, again)
     assert not torch.allclose(before, after)
     assert len(operators._maps) <= operators.MAPS_KEPT
 
 
-def test_a_token_is_the_kernels_unless_gradients_are_recorded(problem):
+def test_a_token_is_the_kernels_with_gradients_and_without(problem):
     q, k, v, _, fm = problem
     token = [x[:, :1] for x in (q, k, v)]
     with fs.use("reference"):
@@ -385,9 +490,8 @@ def test_a_token_is_the_kernels_unless_gradients_are_recorded(problem):
         with fs.use(*backend) if backend else contextlib.nullcontext():
             return torch.autograd.grad(fs.decode_step(*given, state, fm)[0].square().sum(), given)
 
-    torch.testing.assert_close(gradients(()), gradients(("reference",)))
-    with pytest.raises(dispatch.BackendUnavailable, match="gradient"):
-        gradients(("cuda",))
+    for backends in ((), ("cuda",)):
+        torch.testing.assert_close(gradients(backends), gradients(("reference",)))
 
 
 def test_gradients_reach_a_call_through_the_state_of_another(problem):
