@@ -159,7 +159,7 @@ def _check_card(cupy: Any, device: int) -> None:
 
 
 def _cure_of(error: Exception) -> str | None:
-    """What to install where CuPy found no NVRTC or no headers of the toolkit."""
+    """What to install where CuPy found no NVRTC, one older than the card, or no headers of the toolkit."""
     text = str(error)
     if not any(word in text.lower() for word in ("nvrtc", "cuda headers", "cuda_path", "cudart", "include")):
         return None
@@ -175,4 +175,6 @@ def _cure_of(error: Exception) -> str | None:
         if major == 12
         else f"'nvidia-cuda-nvrtc=={major}.*' 'nvidia-cuda-runtime=={major}.*'"
     )
+    if "gpu-architecture" in text:  # NVRTC's word for an architecture that it does not know
+        return f"CuPy cannot compile, as the toolkit's NVRTC is older than the card: pip install -U {packages} ({text})"
     return f"CuPy cannot compile, as the toolkit's NVRTC or headers are missing: pip install {packages} ({text})"

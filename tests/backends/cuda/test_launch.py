@@ -29,6 +29,15 @@ def test_a_missing_toolkit_is_answered_by_what_to_install(monkeypatch, message, 
         launch._compile(INSTANTIATIONS[0], 0)
 
 
+def test_an_nvrtc_that_does_not_know_the_card_is_to_be_replaced(monkeypatch):
+    def refuses(**options):
+        raise RuntimeError("nvrtc: error: invalid value for --gpu-architecture (-arch)")
+
+    monkeypatch.setattr(launch, "module_class", refuses)
+    with pytest.raises(launch.CannotCompile, match="NVRTC is older than the card: pip install -U 'nvidia-cuda-nvrtc"):
+        launch._compile(INSTANTIATIONS[0], 0)
+
+
 def test_other_errors_of_a_compiler_are_not_explained_away(monkeypatch):
     def refuses(**options):
         raise RuntimeError("plain.cu(3): error: expected a ';'")
