@@ -296,8 +296,12 @@ def wanted(name: str, shape: Shape, lengths: Lengths = RAGGED) -> Any:
             plain = (torch.from_numpy(np.array(x)) for x in problem.plain)
             out, pullback = OPS["exponential_features_vjp"].reference(*plain)
             return (out, *pullback(torch.from_numpy(np.array(problem.feature_gradient))))
-        if name == "matvec vjp" or name in OF_STATES:
-            return _wanted_through_a_state(name, problem)
+        if name in OF_STATES:
+            return by_autograd(name, problem, _tensors, lambda op: OPS[op].reference)
+        if name == "matvec vjp":
+            points = (_tensors(x) for x in (problem.q, problem.k, problem.v))
+            out, pullback = OPS["kernel_matvec_vjp"].reference(*points, _tensors(problem.map), of_map=True)
+            return (out, *pullback(_tensors(problem.gradient)))
         options = vjp_options(name, problem)
         if "key_mask" in options:
             options["key_mask"] = torch.from_numpy(np.array(options["key_mask"]))
@@ -309,6 +313,15 @@ def wanted(name: str, shape: Shape, lengths: Lengths = RAGGED) -> Any:
         return (out, *pullback(torch.from_numpy(np.array(problem.gradient))))
     op, args, options = CALLS[name](problem)
     return OPS[op].reference(*args, **options)
+
+
+def _tensors(value: Any) -> Any:
+    """An array as a tensor, or what holds some with tensors."""
+    import torch
+
+    if isinstance(value, np.ndarray):
+        return torch.from_numpy(np.array(value))
+    return map_arrays(value, lambda x: torch.from_numpy(np.array(x)))
 
 
 OF_STATES = ("update vjp, masked", "read vjp, window 16", "vjp, causal, from a state")
@@ -337,36 +350,31 @@ def _through_a_state(name: str, problem: Problem) -> tuple[Any, ...]:
     return (out, *attention_backward(problem.gradient, *given, out, stats, causal=True, state=before)[:-1])
 
 
-def _wanted_through_a_state(name: str, problem: Problem) -> tuple[Any, ...]:
+def by_autograd(name: str, problem: Problem, place: Callable[[Any], Any], op: Callable[[str], Any]) -> tuple[Any, ...]:
+    """What a call of `OF_STATES` gives, by torch's autograd.
+
+    `place` makes tensors of arrays, and of what holds some; `op` gives the function of a name.
+    """
     import torch
 
-    def tensor(x: Any) -> Any:
-        return torch.from_numpy(np.array(x))
-
-    own = map_arrays(problem.map, tensor)
-    gradient = tensor(problem.gradient)
-    if name == "matvec vjp":
-        out, pullback = OPS["kernel_matvec_vjp"].reference(
-            tensor(problem.q), tensor(problem.k), tensor(problem.v), own, of_map=True
-        )
-        return (out, *pullback(gradient))
-    state = problem.state(16 if name.startswith("read") else 0)
-    given = map_arrays(state, tensor)
+    own = place(problem.map)
+    given = place(problem.state(16 if name.startswith("read") else 0))
     sums = [given.kv.requires_grad_(), given.z.requires_grad_(), given.c.requires_grad_()]
     if name.startswith("update"):
-        points = [tensor(x).requires_grad_() for x in (problem.k, problem.v)]
-        after = OPS["update"].reference(given, *points, own, key_mask=tensor(problem.mask))
-        results, gradients = [after.kv, after.z, after.c], [tensor(x) for x in problem.of_sums(after)]
+        points = [place(x).requires_grad_() for x in (problem.k, problem.v)]
+        after = op("update")(given, *points, own, key_mask=place(problem.mask))
+        results = [after.kv, after.z, after.c]
+        gradients = [place(x).to(after.kv.dtype) for x in problem.of_sums(after)]
         return (after.kv.detach(), *torch.autograd.grad(results, [*points, *sums], gradients, materialize_grads=True))
     if name.startswith("read"):
-        leaves = [tensor(problem.q).requires_grad_(), *sums, given.recent_k, given.recent_v]
+        leaves = [place(problem.q).requires_grad_(), *sums, given.recent_k, given.recent_v]
         leaves = [x.requires_grad_() for x in leaves]
-        out = OPS["read"].reference(given, leaves[0], own)
+        out = op("read")(given, leaves[0], own)
     else:
-        points = [tensor(x).requires_grad_() for x in (problem.q, *problem.same)]
+        points = [place(x).requires_grad_() for x in (problem.q, *problem.same)]
         leaves = [*points, *sums]
-        out, _ = OPS["causal_attention"].reference(*points, own, state=given)
-    return (out.detach(), *torch.autograd.grad(out, leaves, gradient, materialize_grads=True))
+        out, _ = op("causal_attention")(*points, own, state=given)
+    return (out.detach(), *torch.autograd.grad(out, leaves, place(problem.gradient), materialize_grads=True))
 
 
 def _of_every_array(problem: Problem, **options: Any) -> tuple[Any, ...]:

@@ -8,7 +8,19 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from on_host import installed
-from shape_classes import CALLS, LENGTHS, SHAPES, VJPS, Lengths, Problem, has_gradients, vjp_options, wanted
+from shape_classes import (
+    CALLS,
+    LENGTHS,
+    OF_STATES,
+    SHAPES,
+    VJPS,
+    Lengths,
+    Problem,
+    by_autograd,
+    has_gradients,
+    vjp_options,
+    wanted,
+)
 
 import favorsharp as fs
 from favorsharp.dispatch import OPS, watch
@@ -72,6 +84,12 @@ def gradients_of(name, shape, lengths, library):
         given = [on_device(x, library) for x in problem.plain]
         out, pullback = OPS["exponential_features_vjp"](*given)
         return out, *pullback(on_device(problem.feature_gradient, library))
+    if name == "matvec vjp":
+        points = [on_device(x, library) for x in (problem.q, problem.k, problem.v)]
+        out, pullback = OPS["kernel_matvec_vjp"](*points, on_device(problem.map, library), of_map=True)
+        return out, *pullback(on_device(problem.gradient, library))
+    if name in OF_STATES:
+        return by_autograd(name, problem, lambda x: on_device(x, library), OPS.__getitem__)
     points = [on_device(x, library) for x in (problem.q, *problem.same)]
     feature_map, gradient = on_device(problem.map, library), on_device(problem.gradient, library)
     options = {key: on_device(x, library) for key, x in vjp_options(name, problem).items()}
@@ -89,8 +107,17 @@ def gradients_of(name, shape, lengths, library):
     return out, *torch.autograd.grad(out, leaves, gradient)
 
 
+FIRST_OPS = {
+    AUTOGRAD: "attention",
+    "features vjp": "exponential_features_vjp",
+    "matvec vjp": "kernel_matvec_vjp",
+    **dict(zip(OF_STATES, ("update", "read", "causal_attention"), strict=True)),
+}
+"""What calls for gradients begin with, if not with `attention_vjp`."""
+
+
 def compare_gradients(name, shape, lengths, library, backend):
-    op = "attention" if name == AUTOGRAD else "exponential_features_vjp" if name == "features vjp" else "attention_vjp"
+    op = FIRST_OPS.get(name, "attention_vjp")
     with fs.use(backend), watch() as calls:
         got = on_host(tuple(gradients_of(name, shape, lengths, library)))
     assert calls[0] == (op, backend)
@@ -105,7 +132,7 @@ def compare_gradients(name, shape, lengths, library, backend):
 
 
 def calls_for(library):
-    return [name for name in VJPS if name != AUTOGRAD or library.startswith("torch")]
+    return [name for name in VJPS if name not in (AUTOGRAD, *OF_STATES) or library.startswith("torch")]
 
 
 @on_gpu

@@ -9,12 +9,13 @@ from problems import attention_problem, key_mask
 
 import favorsharp as fs
 from favorsharp import dispatch
+from favorsharp.dispatch import OPS as OPS_OF_FAVORSHARP
 from favorsharp.ops.state import State
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("cupy")
 import favorsharp_cuda  # noqa: E402
-from favorsharp_cuda import launch, operators, torch_ops  # noqa: E402
+from favorsharp_cuda import gradients, launch, operators, torch_ops  # noqa: E402
 
 pytestmark = pytest.mark.own_backend
 RUN = {
@@ -183,6 +184,31 @@ def test_derivatives_of_states_are_those_of_differences(problem, window, keys):
         assert torch.autograd.gradcheck(function, given, fast_mode=True), function.__name__
     assert torch.autograd.gradgradcheck(attended, given, fast_mode=True)
     assert torch.autograd.gradgradcheck(lambda *given: (*updated(*given), reading(*given)), given, fast_mode=True)
+
+
+@pytest.mark.parametrize("window", [0, 32])
+def test_derivatives_of_states_in_parts(window, monkeypatch):
+    """Of more features than a sweep works on at once, wider values than it takes, and points in several segments."""
+    monkeypatch.setattr(gradients, "SHORTEST_SEGMENT", 40)
+    q, k, v = (torch.asarray(x) for x in attention_problem(2, (2,), n=190, d=5, e=133))
+    fm = fs.feature_map(fs.fit(q, k), 70, rng=0)
+    given = leaves(q[:, 90:], k, v, *operators.arrays_of(fm))
+    weights = [torch.randn(size, dtype=q.dtype) for size in ((2, 100, 133), (2, 70, 133), (2, 1, 70), (2, 1, 70))]
+
+    def found(backend):
+        q, k, v, *arrays = given
+        own = operators.map_of(arrays, fm.parameters.scale, fm.parameters.kernel)
+        with fs.use(backend):
+            state = fs.update(fs.init_state(fm, 133, like=k, window=window), k[:, :90], v[:, :90], fm)
+            out, state = OPS_OF_FAVORSHARP["causal_attention"](
+                q, k[:, 90:], v[:, 90:], own, window=window, state=replace(state, fingerprint=None)
+            )
+            out = out + OPS_OF_FAVORSHARP["read"](state, q, own) + OPS_OF_FAVORSHARP["kernel_matvec"](q, k, v, own)
+        total = sum((x * w).sum() for x, w in zip((out, state.kv, state.z, state.c), weights, strict=True))
+        return torch.autograd.grad(total, given)
+
+    for a, b in zip(found("cuda"), found("reference"), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-10 * float(b.abs().max()))
 
 
 @pytest.mark.parametrize("window", [0, 2])
