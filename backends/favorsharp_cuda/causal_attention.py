@@ -7,7 +7,7 @@ from favorsharp._arrays import broadcast_shapes, namespace_of
 from favorsharp.ops.state import State, num_leaving, with_recent
 from favorsharp_cuda import arrays, plain, tiles
 from favorsharp_cuda.packed import packed
-from favorsharp_cuda.problem import key_batch_of
+from favorsharp_cuda.problem import key_batch_of, sums_of
 from favorsharp_cuda.state import fitting, recent_of
 
 
@@ -52,7 +52,7 @@ def _attend(
     key_batch = key_batch_of(feature_map, k, v, key_mask, state)
     batch = broadcast_shapes(tuple(q.shape[:-2]), key_batch)
     queries, keys, values = (fitting(x, wide) for x in (q, k, v))
-    given = None if state is None else (state.kv, state.z, state.c)
+    given = None if state is None else sums_of(state)
     out = arrays.target(out, inputs, (*batch, q.shape[-2], v.shape[-1]), arrays.name_of(queries))
     numbers = {"window": window, "first_query": length - q.shape[-2], "limit": limit}
     if tiles.fit(queries, v.shape[-1], walks=True):

@@ -68,18 +68,7 @@ def attention_backward(
     b = Backward(
         gradient, q, k, v, feature_map, out, stats, key_mask=key_mask, window=window, causal=causal, state=state
     )  # fmt: skip
-    sums = MapSums(b) if of_map else None
-    for columns in b.columns:
-        b.take(columns)
-        b.factors()
-        b.measure()
-        b.sweep(0, sums)
-        b.sweep(1, sums)
-        if window:
-            for keys_read in (0, 1):
-                b.near(keys_read)
-        if state is not None:
-            b.add_totals()
+    sums = b.pass_back(of_map)
     of_state = () if state is None else b.of_state()
     return b.of_points(0), b.of_points(1), b.of_values(), *of_state, sums
 
@@ -179,6 +168,8 @@ class Backward:
         What queries find in the features beside the keys.
     only_near : bool
         Whether the keys are scored exactly by all queries, and are in no features.
+    read_by_keys : (kv, z, c), optional
+        What keys find beside the queries; where there is some, sweeps note each feature's largest weight, for `route`.
     batch : tuple of int
         That heads have besides.
     """
@@ -186,7 +177,7 @@ class Backward:
     def __init__(
         self, gradient: Any, q: Any, k: Any, v: Any, feature_map: Any, out: Any, stats: Any, *, key_mask: Any = None,
         window: int = 0, causal: bool = False, state: Sums | None = None, only_near: bool = False,
-        batch: tuple[int, ...] = (),
+        read_by_keys: Sums | None = None, batch: tuple[int, ...] = (),
     ) -> None:  # fmt: skip
         self.q, self.k, self.v = q, k, v
         self.dtype = arrays.name_of(q)
@@ -203,9 +194,7 @@ class Backward:
         self.spans = [1, 1]
         self.gradient, self.out, self.measuring = gradient, out, False
         self.normalised = stats is not None
-        self.state = state
-        self.read_by_keys: Sums | None = None
-        self.routed = False
+        self.state, self.read_by_keys = state, read_by_keys
         self.totals: list[Sums] = []
         self.of_columns: list[tuple[slice, int]] = []
         keys = key_batch_of(feature_map, k, v, key_mask)
@@ -235,6 +224,22 @@ class Backward:
             # no sweep writes of keys that are in no features
             p.set(**{name: self._place(*shape, zero=only_near and name in ("key_slopes", "dk"))})
 
+    def pass_back(self, of_map: bool) -> "MapSums | None":
+        """Leave all that gradients of points are made of, and give the sums for those of a map."""
+        sums = MapSums(self) if of_map else None
+        for columns in self.columns:
+            self.take(columns)
+            self.factors()
+            self.measure()
+            for keys_read in (0, 1):
+                self.sweep(keys_read, sums)
+            if self.window or (self.only_near and self.s):
+                for keys_read in (0, 1):
+                    self.near(keys_read)
+            if self.state is not None:
+                self.add_totals()
+        return sums
+
     def take(self, columns: slice) -> None:
         """Work on these columns of the values from here on."""
         for name, x in (("v", self.v), ("out", self.out), ("gradient", self.gradient)):
@@ -259,7 +264,12 @@ class Backward:
             self.problem.values["given_kv"]["start"] = 0
             return
         kv, z, c = sums
-        for name, x in (("given_kv", kv[..., self.of_columns[-1][0]]), ("given_z", z), ("given_c", c)):
+        columns = self.of_columns[-1][0]
+        if sums is self.read_by_keys and columns.start:
+            z = namespace_of(z).zeros_like(
+                z
+            )  # keys have read it with the first columns; what queries read of it adds up
+        for name, x in (("given_kv", kv[..., columns]), ("given_z", z), ("given_c", c)):
             self.problem.array(name, x)
 
     def run(self, kernel: str, blocks: int, shared: int = 0, *, over: tuple[str | int, ...]) -> None:
@@ -293,7 +303,7 @@ class Backward:
             map_sums=0 if sums is None else sums.of_features(keys_read, segments),
             largest=0, largest_at=0,
         )  # fmt: skip
-        if keys_read and self.routed:
+        if keys_read and self.read_by_keys is not None:
             of_features = (self.heads, self.slices, segments, self.slice)
             p.set(
                 largest=p.hold(arrays.empty(self.q, of_features, self.wide)),

@@ -22,6 +22,7 @@ from favorsharp_cuda.exponential_features_gradients import exponential_features_
 from favorsharp_cuda.gradients import attention_backward
 from favorsharp_cuda.kernel_matvec import kernel_matvec
 from favorsharp_cuda.launch import stream_of
+from favorsharp_cuda.problem import sums_of
 from favorsharp_cuda.state import decode_step, entering, read, read_with_stats, update
 from favorsharp_cuda.state_gradients import read_backward, update_backward
 
@@ -151,9 +152,13 @@ def absorb(k: Any, v: Any, key_mask: Any, *rest: Any) -> Any:
     """The sums after keys, without or with sums before."""
     *arrays, scale, kernel, kv, z, c = rest
     feature_map = kept_map_of(arrays, scale, kernel)
-    state = _begun(k, v, key_mask, arrays, feature_map, (kv, z, c))
+    if kv is None:
+        batch = _keys_batch(k, v, key_mask, arrays)
+        state = empty_state(feature_map, batch, k.shape[-1], v.shape[-1], 0, k[..., :0, :])
+    else:
+        state = sums_alone(k, v, (kv, z, c), 0)
     state = update(state, k, v, feature_map, key_mask=key_mask)
-    return state.kv, state.z, state.c
+    return sums_of(state)
 
 
 def absorb_backward(
@@ -162,20 +167,11 @@ def absorb_backward(
     """The gradients of k and v, of the sums before if there were any, and, with `of_map`, the ten sums."""
     *arrays, scale, kernel, kv, z, c, new_kv, new_z, new_c = rest
     feature_map = kept_map_of(arrays, scale, kernel)
-    before = _begun(k, v, key_mask, arrays, feature_map, (kv, z, c))
-    of_k, of_v, *of_state, sums = update_backward(
-        (of_kv, of_z, of_c), k, v, (before.kv, before.z, before.c), (new_kv, new_z, new_c), feature_map,
-        key_mask=key_mask, of_map=of_map,
-    )  # fmt: skip
-    return _listed(of_k, of_v, *(() if kv is None else of_state), sums)
-
-
-def _begun(k: Any, v: Any, key_mask: Any, arrays: Any, feature_map: Any, sums: Any) -> State:
-    """The state before keys: of given sums, or of none."""
-    if sums[0] is not None:
-        return sums_alone(k, v, sums, 0)
-    return empty_state(
-        feature_map, _keys_batch(k, v, key_mask, arrays), k.shape[-1], v.shape[-1], 0, k[..., :0, :]
+    before = None if kv is None else (kv, z, c)
+    return _listed(
+        *update_backward(
+            (of_kv, of_z, of_c), k, v, before, (new_kv, new_z, new_c), feature_map, key_mask=key_mask, of_map=of_map
+        )
     )  # fmt: skip
 
 

@@ -121,6 +121,11 @@ Sums = tuple[Any, Any, Any]
 """kv (*b, m, e), z and c (*b, 1, m), as in a State."""
 
 
+def sums_of(state: Any) -> Sums:
+    """Those of a state."""
+    return state.kv, state.z, state.c
+
+
 def new_sums(like: Any, batch: tuple[int, ...], m: int, e: int, dtype: str) -> Sums:
     """Sums that a kernel is to write."""
     return (

@@ -7,7 +7,7 @@ from typing import Any
 from favorsharp._arrays import broadcast_shapes, namespace_of
 from favorsharp.ops.state import State, num_leaving, with_recent
 from favorsharp_cuda import arrays, plain, tiles
-from favorsharp_cuda.problem import key_batch_of
+from favorsharp_cuda.problem import key_batch_of, sums_of
 
 FEW = 16
 """Points below which the plain kernels are used: a token would fill a row of a tile's 64."""
@@ -44,7 +44,7 @@ def _read(state: State, q: Any, feature_map: Any, *, stats: Any = None) -> Any:
     keys = key_batch_of(feature_map, state.recent_k, state.recent_v, state.recent_mask, state)
     batch = broadcast_shapes(tuple(q.shape[:-2]), keys)
     out = arrays.empty(q, (*batch, q.shape[-2], state.kv.shape[-1]), arrays.name_of(q))
-    sums = (state.kv, state.z, state.c)
+    sums = sums_of(state)
     if recent is None and q.shape[-2] >= FEW and tiles.fit(q, out.shape[-1]):
         tiles.read(out, q, feature_map, sums, keys, stats=stats)
     else:
@@ -80,7 +80,7 @@ def _with_recent(state: State, k: Any, v: Any, mask: Any, leaving: int, feature_
 
 def _decoded(q: Any, k: Any, v: Any, feature_map: Any, key_mask: Any, state: State) -> tuple[Any, State] | None:
     """The result and the state of `decode_step` by one launch; None where one does not do."""
-    wide, sums = arrays.name_of(state.kv), (state.kv, state.z, state.c)
+    wide, sums = arrays.name_of(state.kv), sums_of(state)
     if state.window == 0:
         token, recent = (fitting(q, wide), fitting(k, wide), fitting(v, wide)), None
     else:
@@ -121,7 +121,7 @@ def recent_of(k: Any, v: Any, mask: Any) -> dict[str, Any]:
 
 def _absorbed(state: State, k: Any, v: Any, key_mask: Any, feature_map: Any) -> State:
     wide = arrays.name_of(state.kv)
-    k, v, sums = fitting(k, wide), fitting(v, wide), (state.kv, state.z, state.c)
+    k, v, sums = fitting(k, wide), fitting(v, wide), sums_of(state)
     served = k.shape[-2] >= FEW and tiles.fit(k, v.shape[-1])
     kv, z, c = (tiles if served else plain).absorb(k, v, feature_map, key_mask, sums)
     return replace(state, kv=kv, z=z, c=c)

@@ -9,8 +9,8 @@ from typing import Any
 from favorsharp._arrays import namespace_of
 from favorsharp.features.map_gradients import summed_to
 from favorsharp.ops.state import State
-from favorsharp_cuda.gradients import Backward, MapSums, of_references
-from favorsharp_cuda.problem import Sums
+from favorsharp_cuda.gradients import Backward, of_references
+from favorsharp_cuda.problem import Sums, sums_of
 
 
 def read_backward(
@@ -27,25 +27,15 @@ def read_backward(
     stats : array, shape (*b, n, 2)
         1 / total and the reference of every query.
     """
-    sums = (state.kv, state.z, state.c)
+    sums = sums_of(state)
     recent = {"k": state.recent_k, "v": state.recent_v, "key_mask": state.recent_mask}
     b = Backward(gradient, q, feature_map=feature_map, out=out, stats=stats, state=sums, only_near=True, **recent)
-    of_map_sums = MapSums(b) if of_map else None
-    for columns in b.columns:
-        b.take(columns)
-        b.factors()
-        b.measure()
-        for keys_read in (0, 1):
-            b.sweep(keys_read, of_map_sums)
-        if b.s:
-            for keys_read in (0, 1):
-                b.near(keys_read)
-        b.add_totals()
+    of_map_sums = b.pass_back(of_map)
     return b.of_points(0), *b.of_state(), b.of_points(1), b.of_values(), of_map_sums
 
 
 def update_backward(
-    gradients: tuple[Any, Any, Any], k: Any, v: Any, before: Sums, after: Sums, feature_map: Any, *,
+    gradients: Sums, k: Any, v: Any, before: Sums | None, after: Sums, feature_map: Any, *,
     key_mask: Any = None, of_map: bool = False,
 ) -> tuple[Any, ...]:  # fmt: skip
     """The gradients of k and v, of the sums before them, and the sums for those of a map.
@@ -56,24 +46,24 @@ def update_backward(
     ----------
     gradients : three arrays
         Of the sums after: kv (*b, m, e), z and c (*b, 1, m).
+    before : (kv, z, c) or None
+        The sums before; None where there were no keys, and then there are no gradients of them.
     """
     of_kv, of_z, of_c = gradients
-    kv, z, c = before
-    xp = namespace_of(kv)
     top = after[2]
+    xp = namespace_of(top)
     nothing = top == -xp.inf
+    kv, z, c = before or (xp.zeros_like(after[0]), xp.zeros_like(top), xp.zeros_like(top) - xp.inf)
     weight = xp.exp(c - xp.where(nothing, xp.zeros_like(top), top))
-    b = Backward(None, k[..., :0, :], k, v, feature_map, None, None, key_mask=key_mask, batch=tuple(top.shape[:-2]))
-    b.routed = True
-    sums = MapSums(b) if of_map else None
-    for columns in b.columns:
-        b.read_by_keys = (of_kv, of_z if columns.start == 0 else xp.zeros_like(of_z), xp.where(nothing, top, -top))
-        b.take(columns)
-        b.factors()
-        for keys_read in (0, 1):
-            b.sweep(keys_read, sums)
+    b = Backward(
+        None, k[..., :0, :], k, v, feature_map, None, None, key_mask=key_mask, batch=tuple(top.shape[:-2]),
+        read_by_keys=(of_kv, of_z, xp.where(nothing, top, -top)),
+    )  # fmt: skip
+    sums = b.pass_back(of_map)
     rest = of_c - (of_references(of_kv, after[0]) + of_z * after[1])  # what the sums do not take off by themselves
     left = b.route(rest, weight)
+    if before is None:
+        return b.of_points(1), b.of_values(), sums
     of_kv, of_z = of_kv * xp.matrix_transpose(weight), of_z * weight
     of_c = of_references(of_kv, kv) + of_z * z + left
     of_state = (summed_to(x, tuple(like.shape)) for x, like in zip((of_kv, of_z, of_c), before, strict=True))

@@ -53,6 +53,7 @@ from favorsharp_cuda.operators import (
     update_op,
 )
 from favorsharp_cuda.packed import packed
+from favorsharp_cuda.problem import sums_of
 from favorsharp_cuda.state import fitting, recent_of
 from favorsharp_cuda.state_gradients import read_backward, update_backward
 
@@ -99,7 +100,7 @@ def causal_attention(
     sums: tuple[Any, ...] = (None, None, None)
     points, dtype = (q, k, v), q.dtype
     if state is not None:
-        sums, wide = _sums_of(state), memory.name_of(state.kv)
+        sums, wide = sums_of(state), memory.name_of(state.kv)
         if state.recent_k.shape[-2]:
             k, v, key_mask = with_recent(state, k, v, key_mask)
         points = fitting(q, wide), fitting(k, wide), fitting(v, wide)
@@ -134,7 +135,7 @@ def update(state: State, k: Any, v: Any, feature_map: Any, *, key_mask: Any = No
         if k.shape[-2] == 0:
             return state
     wide = memory.name_of(state.kv)
-    sums = _absorbed(fitting(k, wide), fitting(v, wide), key_mask, _sums_of(state), feature_map)
+    sums = _absorbed(fitting(k, wide), fitting(v, wide), key_mask, sums_of(state), feature_map)
     return replace(state, **dict(zip(("kv", "z", "c"), sums, strict=True)))
 
 
@@ -148,7 +149,7 @@ def read(state: State, q: Any, feature_map: Any) -> Any:
         return read_op(q, *_of_state(state, feature_map))
     own = fitting(q, memory.name_of(state.kv))
     recent = state.recent_k.to(own.dtype), state.recent_v.to(own.dtype)
-    sums = _sums_of(state)
+    sums = sums_of(state)
     if is_traced(q):
         scale, kernel, *_ = options_of(feature_map, 0, True)
         out = _TracedRead.apply((scale, kernel, state.window), own, *sums, *recent, state.recent_mask, *arrays)[0]
@@ -190,10 +191,6 @@ def _absorbed(k: Any, v: Any, key_mask: Any, sums: Any, feature_map: Any) -> Any
 def _floats_of(state: State | None) -> list[Any]:
     """The tensors of a state that gradients go through."""
     return [] if state is None else tensors_of(state)[:-1]
-
-
-def _sums_of(state: State) -> tuple[Any, Any, Any]:
-    return state.kv, state.z, state.c
 
 
 def _first(count: Any, k: Any, v: Any, key_mask: Any) -> tuple[Any, Any, Any]:
@@ -277,7 +274,7 @@ class _Attention(torch.autograd.Function):
         if causal:
             state = None if kv is None else sums_alone(k, v, (kv, z, c), window)
             out, stats, state = plain_causal.causal_attention_with_stats(*given, **options, state=state)
-            after = _sums_of(state)
+            after = sums_of(state)
         else:
             out, stats = plain_attention.attention_with_stats(*given, **options)
         ctx.set_materialize_grads(False)
@@ -309,13 +306,13 @@ class _Attention(torch.autograd.Function):
         if any(x is not None for x in of_sums):
             left = num_leaving(k.shape[-2], window) if window else k.shape[-2]
             keys = _first(left, k, v, key_mask)
-            begun = _begun(sums, after)
             *through, map_sums = update_backward(
-                _materialised(of_sums, after), *keys[:2], begun, after, ctx.feature_map, key_mask=keys[2], of_map=of_map
+                _materialised(of_sums, after), *keys[:2], sums, tuple(after), ctx.feature_map,
+                key_mask=keys[2], of_map=of_map,
             )  # fmt: skip
             for x, more in zip((of_k, of_v), through, strict=False):
                 x.narrow(-2, 0, left).add_(more)
-            added = [None, None, None, *(through[2:] if sums else (None, None, None))]
+            added = [None, None, None, *(through[2:] or (None, None, None))]
             added += _of_arrays(ctx.feature_map, map_sums)
             total = [b if a is None else a if b is None else a + b for a, b in zip(total, added, strict=True)]
         return (None, None, None, None, *total)
@@ -330,7 +327,7 @@ class _Absorb(torch.autograd.Function):
     ) -> Any:
         sweep_of(k, k.shape[-1], v.shape[-1])
         state = plain_state.update(sums_alone(k, v, (kv, z, c), 0), k, v, feature_map, key_mask=key_mask)
-        after = _sums_of(state)
+        after = sums_of(state)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(k, v, kv, z, c, *arrays, key_mask, *after)
         ctx.feature_map = feature_map
@@ -343,7 +340,7 @@ class _Absorb(torch.autograd.Function):
 
             def again(own: Any, k: Any, v: Any, *sums: Any) -> Any:
                 state = updating_op.reference(sums_alone(k, v, sums, 0), k, v, own, key_mask=key_mask)
-                return state.kv, state.z, state.c
+                return sums_of(state)
 
             return None, None, *gradients_through_map(again, ctx.feature_map, (k, v, *sums, *arrays), gradients)
         *found, map_sums = update_backward(
@@ -415,14 +412,6 @@ def _materialised(gradients: Any, like: Any) -> Any:
     return tuple(torch.zeros_like(x) if g is None else g for g, x in zip(gradients, like, strict=True))
 
 
-def _begun(sums: Any, after: Any) -> Any:
-    """The sums before keys: those of no keys where none were given."""
-    if sums is not None:
-        return sums
-    kv, z, _ = (torch.zeros_like(x) for x in after)
-    return kv, z, z - torch.inf
-
-
 def _after_none(x: Any, count: int) -> Any:
     """Rows of zeros, then those of x: queries at the places of keys that came before them see nothing."""
     return x if count == 0 else torch.cat([x.new_zeros((*x.shape[:-2], count, x.shape[-1])), x], dim=-2)
@@ -448,7 +437,7 @@ def _attention_again(key_mask: Any, window: int, causal: bool) -> Callable[..., 
                 state = replace(state, **recent)
             k, v, mask = k[..., before:, :], v[..., before:, :], None if mask is None else mask[..., before:]
         out, state = causal_op.reference(q, k, v, own, key_mask=mask, window=window, state=state)
-        return out, state.kv, state.z, state.c
+        return out, *sums_of(state)
 
     return again
 

@@ -147,8 +147,7 @@ def attention_gradients(
     attention without bounds, of the kv, z and c of its state.
     """
 
-    def results(q: Array, k: Array, v: Array, *of_map: Array) -> tuple[Array, ...]:
-        own = _with_arrays(feature_map, *of_map)
+    def results(own: Any, q: Array, k: Array, v: Array) -> tuple[Array, ...]:
         parts = [(0, q.shape[-2], k.shape[-2])] if bounds is None else [(a, b, b) for a, b in pairwise(bounds)]
         outs = []
         for start, stop, end in parts:
@@ -162,7 +161,7 @@ def attention_gradients(
         out = outs[0] if bounds is None else namespace_of(q).concat(outs, axis=-2)
         return (out, state.kv, state.z, state.c)[: len(gradients)] if causal else (out,)
 
-    return recorded_gradients(results, arrays, gradients)
+    return gradients_through_map(results, feature_map, arrays, gradients)
 
 
 def kernel_matvec_gradients(feature_map: Any, arrays: Sequence[Array], gradient: Array) -> list[Array | None]:

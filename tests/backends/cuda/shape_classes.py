@@ -290,12 +290,10 @@ def wanted(name: str, shape: Shape, lengths: Lengths = RAGGED) -> Any:
     """The reference's result in float64; gradients by torch."""
     problem = Problem(shape, lengths, wide=True)
     if name in VJPS:
-        import torch
-
         if name == "features vjp":
-            plain = (torch.from_numpy(np.array(x)) for x in problem.plain)
+            plain = (_tensors(x) for x in problem.plain)
             out, pullback = OPS["exponential_features_vjp"].reference(*plain)
-            return (out, *pullback(torch.from_numpy(np.array(problem.feature_gradient))))
+            return (out, *pullback(_tensors(problem.feature_gradient)))
         if name in OF_STATES:
             return by_autograd(name, problem, _tensors, lambda op: OPS[op].reference)
         if name == "matvec vjp":
@@ -304,13 +302,13 @@ def wanted(name: str, shape: Shape, lengths: Lengths = RAGGED) -> Any:
             return (out, *pullback(_tensors(problem.gradient)))
         options = vjp_options(name, problem)
         if "key_mask" in options:
-            options["key_mask"] = torch.from_numpy(np.array(options["key_mask"]))
-        feature_map = map_arrays(problem.map, lambda x: torch.from_numpy(np.array(x)))
-        arrays = [torch.from_numpy(np.array(x)) for x in (problem.q, *problem.same)]
+            options["key_mask"] = _tensors(options["key_mask"])
+        feature_map = _tensors(problem.map)
+        arrays = [_tensors(x) for x in (problem.q, *problem.same)]
         if name == "vjp of every array, window 16":
-            return _wanted_of_every_array(arrays, feature_map, torch.from_numpy(np.array(problem.gradient)), **options)
+            return _wanted_of_every_array(arrays, feature_map, _tensors(problem.gradient), **options)
         out, pullback = OPS["attention_vjp"].reference(*arrays, feature_map, **options)
-        return (out, *pullback(torch.from_numpy(np.array(problem.gradient))))
+        return (out, *pullback(_tensors(problem.gradient)))
     op, args, options = CALLS[name](problem)
     return OPS[op].reference(*args, **options)
 

@@ -87,7 +87,7 @@ def test_operators_are_what_torch_expects_of_them(problem, is_causal, window):
 def test_operators_of_sums_are_too(problem, begun, of_map):
     q, k, v, mask, fm = problem
     arrays, options = operators.arrays_of(fm), operators.options_of(fm, 0, True)
-    sums = torch_ops._sums_of(state_after(problem, 0, 5)) if begun else (None, None, None)
+    sums = torch_ops.sums_of(state_after(problem, 0, 5)) if begun else (None, None, None)
     given = (k, v, mask, *arrays, *options[:2], *sums)
     torch.library.opcheck(OPS["absorb"], given)
     after = OPS["absorb"](*given)
