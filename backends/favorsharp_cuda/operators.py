@@ -83,6 +83,16 @@ def tensors_of(state: State) -> list[Any]:
     return [state.kv, state.z, state.c, state.recent_k, state.recent_v, state.recent_mask]
 
 
+def arguments_of(state: State, feature_map: Any) -> tuple[Any, ...]:
+    """What operators take of a state and a map."""
+    return (*tensors_of(state), *arrays_of(feature_map), *options_of(feature_map, state.window, True)[:3])
+
+
+def parted(saved: Any, count: int) -> tuple[Any, Any, Any]:
+    """The first tensors that were saved for a backward pass, the six of a map, and the others."""
+    return saved[:count], saved[count : count + 6], saved[count + 6 :]
+
+
 def changes(state: State, new: Any) -> tuple[str, ...]:
     """The arrays of a state that are others after `new` keys: an operator must not return what it was given."""
     sums = ("kv", "z", "c") if state.window == 0 or entering(state, new) else ()
@@ -180,6 +190,16 @@ def sums_alone(k: Any, v: Any, sums: Any, window: int) -> State:
     kv, z, c = sums
     none = k.narrow(-2, 0, 0), v.narrow(-2, 0, 0)
     return State(kv, z, c, window, *none, none[0].new_zeros(none[0].shape[:-1], dtype=torch.bool), fingerprint=None)
+
+
+def first_keys(count: Any, k: Any, v: Any, key_mask: Any) -> tuple[Any, Any, Any]:
+    """The first keys, values and mask."""
+    return k.narrow(-2, 0, count), v.narrow(-2, 0, count), None if key_mask is None else key_mask.narrow(-1, 0, count)
+
+
+def after_zeros(x: Any, count: int) -> Any:
+    """Rows of zeros, then those of x: queries at the places of keys that came before them see nothing."""
+    return x if count == 0 else torch.cat([x.new_zeros((*x.shape[:-2], count, x.shape[-1])), x], dim=-2)
 
 
 def read_with_stats_(q: Any, *rest: Any) -> Any:

@@ -3,7 +3,9 @@
 import os
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,9 +14,11 @@ sys.path.insert(0, str(HERE / "host"))  # host_module.py, sanitized.py
 sys.path.insert(0, str(HERE))
 
 import on_host  # noqa: E402  builds are shared
-from host_module import compiler  # noqa: E402
+from host_module import HostModule, compiler  # noqa: E402
+from problems import attention_problem, key_mask  # noqa: E402
 
 import favorsharp as fs  # noqa: E402
+from favorsharp import dispatch  # noqa: E402
 
 if compiler() is None:
     if os.environ.get("CI") == "true":
@@ -28,6 +32,38 @@ def used_on_host() -> Iterator[None]:
     with on_host.installed() as name, fs.use(name):
         yield
     on_host.check_guards()
+
+
+@pytest.fixture
+def torch_on_host(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The backend takes torch's tensors of the CPU as if they were a GPU's, and the shim runs its kernels."""
+    import torch
+
+    import favorsharp_cuda
+    from favorsharp_cuda import launch
+
+    def forget() -> None:
+        dispatch.rediscover()
+        launch.forget()
+        torch._dynamo.reset()
+
+    kernels = [replace(kernel, devices=kernel.devices | {"cpu"}) for kernel in favorsharp_cuda.BACKEND.kernels]
+    monkeypatch.setattr(favorsharp_cuda, "BACKEND", replace(favorsharp_cuda.BACKEND, kernels=tuple(kernels)))
+    monkeypatch.setattr(launch, "module_class", HostModule)
+    forget()
+    yield
+    monkeypatch.undo()
+    forget()
+
+
+@pytest.fixture
+def problem() -> tuple[Any, ...]:
+    """Queries, keys, values, a mask and a map, as tensors of torch."""
+    import torch
+
+    q, k, v = (torch.asarray(x) for x in attention_problem(0, (2,), n=12, d=3, e=2))
+    mask = torch.asarray(key_mask(1, (2, 12), "holes"))
+    return q, k, v, mask, fs.feature_map(fs.fit(q, k), 5, rng=0)
 
 
 def pytest_report_header() -> str | None:

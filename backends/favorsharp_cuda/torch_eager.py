@@ -1,0 +1,211 @@
+"""Eager calls that torch records: kernels, with the backward kernels as their gradients.
+
+Each Function holds the feature map itself. Where gradients are to be differentiated again, the reference computes them.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from favorsharp.features.map_gradients import map_gradients
+from favorsharp.ops.attention import attention
+from favorsharp.ops.causal_attention import causal_attention
+from favorsharp.ops.state import State, num_leaving, read, update
+from favorsharp.ops.vjp import features_gradients, gradients_through_map, kernel_matvec_gradients
+from favorsharp_cuda import arrays as memory
+from favorsharp_cuda import state as plain_state
+from favorsharp_cuda.attention import attention_with_stats
+from favorsharp_cuda.causal_attention import causal_attention_with_stats
+from favorsharp_cuda.exponential_features import exponential_features
+from favorsharp_cuda.exponential_features_gradients import exponential_features_backward
+from favorsharp_cuda.gradients import attention_backward, sweep_of, width_of
+from favorsharp_cuda.kernel_matvec import kernel_matvec
+from favorsharp_cuda.operators import after_zeros, first_keys, parted, sums_alone
+from favorsharp_cuda.problem import sums_of
+from favorsharp_cuda.state_gradients import read_backward, update_backward
+
+
+class Features(torch.autograd.Function):
+    """exp(u W^T + row + column)."""
+
+    @staticmethod
+    def forward(ctx: Any, u: Any, rows: Any, row: Any, column: Any) -> Any:
+        width_of(u.shape[-1])
+        ctx.save_for_backward(u, rows, row, column)
+        return exponential_features(u, rows, row, column)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Any) -> Any:
+        if torch.is_grad_enabled():
+            return tuple(features_gradients(ctx.saved_tensors, gradient))
+        return exponential_features_backward(gradient, *ctx.saved_tensors)
+
+
+class Attention(torch.autograd.Function):
+    """Attention, and the sums after it if it is causal; keys that a state keeps come before the others."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, feature_map: Any, key_mask: Any, window: int, causal: bool, q: Any, k: Any, v: Any,
+        kv: Any, z: Any, c: Any, *arrays: Any,
+    ) -> Any:  # fmt: skip
+        sweep_of(q, q.shape[-1], v.shape[-1])
+        given, options = (q, k, v, feature_map), {"key_mask": key_mask, "window": window}
+        after: tuple[Any, ...] = ()
+        if causal:
+            state = None if kv is None else sums_alone(k, v, (kv, z, c), window)
+            out, stats, state = causal_attention_with_stats(*given, **options, state=state)
+            after = sums_of(state)
+        else:
+            out, stats = attention_with_stats(*given, **options)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(q, k, v, kv, z, c, *arrays, key_mask, out, stats, *after)
+        ctx.feature_map, ctx.options = feature_map, (window, causal)
+        return (out, *after) if causal else out
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Any, *of_sums: Any) -> Any:
+        (q, k, v, kv, z, c), arrays, (key_mask, out, stats, *after) = parted(ctx.saved_tensors, 6)
+        window, causal = ctx.options
+        sums = None if kv is None else (kv, z, c)
+        if torch.is_grad_enabled():
+            again = _attention_again(key_mask, window, causal)
+            given = (q, k, v, *(sums or ()), *arrays)
+            found = gradients_through_map(again, ctx.feature_map, given, (gradient, *of_sums))
+            none = () if sums else (None, None, None)
+            return (None, None, None, None, *found[:3], *none, *found[3:])
+        of_map = any(ctx.needs_input_grad[10:])
+        gradient = torch.zeros_like(out) if gradient is None else gradient
+        before = k.shape[-2] - q.shape[-2] if causal else 0
+        points = [after_zeros(x, before) for x in (gradient, q, out, stats)]
+        of_q, of_k, of_v, *of_state, map_sums = attention_backward(
+            memory.cast(points[0], memory.name_of(q)), points[1], k, v, ctx.feature_map, *points[2:],
+            key_mask=key_mask, window=window, causal=causal, of_map=of_map, state=sums,
+        )  # fmt: skip
+        total = [of_q.narrow(-2, before, q.shape[-2]), of_k, of_v, *(of_state or (None, None, None))]
+        total += _of_arrays(ctx.feature_map, map_sums)
+        if any(x is not None for x in of_sums):
+            left = num_leaving(k.shape[-2], window) if window else k.shape[-2]
+            keys = first_keys(left, k, v, key_mask)
+            *through, map_sums = update_backward(
+                _materialised(of_sums, after), *keys[:2], sums, tuple(after), ctx.feature_map,
+                key_mask=keys[2], of_map=of_map,
+            )  # fmt: skip
+            for x, more in zip((of_k, of_v), through, strict=False):
+                x.narrow(-2, 0, left).add_(more)
+            added = [None, None, None, *(through[2:] or (None, None, None))]
+            added += _of_arrays(ctx.feature_map, map_sums)
+            total = [b if a is None else a if b is None else a + b for a, b in zip(total, added, strict=True)]
+        return (None, None, None, None, *total)
+
+
+class Absorb(torch.autograd.Function):
+    """The sums after keys."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, feature_map: Any, key_mask: Any, k: Any, v: Any, kv: Any, z: Any, c: Any, *arrays: Any
+    ) -> Any:
+        sweep_of(k, k.shape[-1], v.shape[-1])
+        state = plain_state.update(sums_alone(k, v, (kv, z, c), 0), k, v, feature_map, key_mask=key_mask)
+        after = sums_of(state)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(k, v, kv, z, c, *arrays, key_mask, *after)
+        ctx.feature_map = feature_map
+        return after
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        (k, v, *sums), arrays, (key_mask, *after) = parted(ctx.saved_tensors, 5)
+        if torch.is_grad_enabled():
+
+            def again(own: Any, k: Any, v: Any, *sums: Any) -> Any:
+                state = update.reference(sums_alone(k, v, sums, 0), k, v, own, key_mask=key_mask)
+                return sums_of(state)
+
+            return None, None, *gradients_through_map(again, ctx.feature_map, (k, v, *sums, *arrays), gradients)
+        *found, map_sums = update_backward(
+            _materialised(gradients, after), k, v, tuple(sums), tuple(after), ctx.feature_map,
+            key_mask=key_mask, of_map=any(ctx.needs_input_grad[7:]),
+        )  # fmt: skip
+        return None, None, *found, *_of_arrays(ctx.feature_map, map_sums)
+
+
+class Read(torch.autograd.Function):
+    """What queries read of a state, its recent keys and values included."""
+
+    @staticmethod
+    def forward(ctx: Any, feature_map: Any, recent_mask: Any, q: Any, *tensors: Any) -> Any:
+        sweep_of(q, q.shape[-1], tensors[0].shape[-1])
+        out, stats = plain_state.read_with_stats(_state_to_read(tensors[:5], recent_mask), q, feature_map)
+        ctx.save_for_backward(q, *tensors, recent_mask, out, stats)
+        ctx.feature_map = feature_map
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Any) -> Any:
+        (q, *tensors), arrays, (recent_mask, out, stats) = parted(ctx.saved_tensors, 6)
+        if torch.is_grad_enabled():
+
+            def again(own: Any, q: Any, *tensors: Any) -> Any:
+                return (read.reference(_state_to_read(tensors, recent_mask), q, own),)
+
+            return None, None, *gradients_through_map(again, ctx.feature_map, (q, *tensors, *arrays), (gradient,))
+        *found, map_sums = read_backward(
+            memory.cast(gradient, memory.name_of(q)), q, _state_to_read(tensors, recent_mask), ctx.feature_map, out,
+            stats, of_map=any(ctx.needs_input_grad[8:]),
+        )  # fmt: skip
+        return None, None, *found, *_of_arrays(ctx.feature_map, map_sums)
+
+
+class Matvec(torch.autograd.Function):
+    """K(x, y) @ v."""
+
+    @staticmethod
+    def forward(ctx: Any, feature_map: Any, x: Any, y: Any, v: Any, *arrays: Any) -> Any:
+        sweep_of(x, x.shape[-1], v.shape[-1])
+        ctx.save_for_backward(x, y, v, *arrays)
+        ctx.feature_map = feature_map
+        return kernel_matvec(x, y, v, feature_map)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Any) -> Any:
+        x, y, v, *arrays = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return None, *kernel_matvec_gradients(ctx.feature_map, (x, y, v, *arrays), gradient)
+        *found, map_sums = attention_backward(
+            memory.cast(gradient, memory.name_of(x)), x, y, v, ctx.feature_map, None, None,
+            of_map=any(ctx.needs_input_grad[4:]),
+        )  # fmt: skip
+        return None, *found, *_of_arrays(ctx.feature_map, map_sums)
+
+
+def _of_arrays(feature_map: Any, sums: Any) -> Any:
+    """The gradients of a map's arrays, or none."""
+    return [None] * 6 if sums is None else map_gradients(feature_map, sums.finished())
+
+
+def _materialised(gradients: Any, like: Any) -> Any:
+    """Gradients, zeros in place of those that are not there."""
+    return tuple(torch.zeros_like(x) if g is None else g for g, x in zip(gradients, like, strict=True))
+
+
+def _state_to_read(tensors: Any, recent_mask: Any) -> State:
+    """The state of the tensors that `Read` takes after q; what a window was, reading does not ask."""
+    kv, z, c, recent_k, recent_v = tensors
+    return State(kv, z, c, 0, recent_k, recent_v, recent_mask, fingerprint=None)
+
+
+def _attention_again(key_mask: Any, window: int, causal: bool) -> Callable[..., tuple[Any, ...]]:
+    """The reference of what `Attention` computes, of a map and its tensors."""
+
+    def again(own: Any, q: Any, k: Any, v: Any, *sums: Any) -> tuple[Any, ...]:
+        options = {"key_mask": key_mask, "window": window}
+        if not causal:
+            return (attention.reference(q, k, v, own, **options),)
+        before, state = k.shape[-2] - q.shape[-2], sums_alone(k, v, sums, window) if sums else None
+        out, state = causal_attention.reference(after_zeros(q, before), k, v, own, **options, state=state)
+        return out.narrow(-2, before, q.shape[-2]), *sums_of(state)
+
+    return again
