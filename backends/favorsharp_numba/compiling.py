@@ -59,7 +59,19 @@ def jit(function: Callable[..., Any]) -> Any:
 
     Nothing may be rearranged: `exp2` rounds by adding and subtracting a constant.
     """
-    dispatcher = numba.njit(nogil=True, error_model="numpy")(function)
+    return _cached(function, no_cfunc_wrapper=True)
+
+
+def outlined(function: Callable[..., Any]) -> Any:
+    """As `jit`, for what compiled functions alone call: a call from Python would end the process.
+
+    The code for such calls would take a tenth of the time in which kernels compile.
+    """
+    return _cached(function, no_cfunc_wrapper=True, no_cpython_wrapper=True)
+
+
+def _cached(function: Callable[..., Any], **options: bool) -> Any:
+    dispatcher = numba.njit(nogil=True, error_model="numpy", **options)(function)
     try:
         dispatcher._cache = _Cache(function)
     except RuntimeError:  # neither this folder nor the user's cache folder can be written to: compile in every process

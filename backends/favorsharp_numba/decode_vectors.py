@@ -9,7 +9,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from favorsharp_numba.compiling import jit
+from favorsharp_numba.compiling import outlined
 from favorsharp_numba.emitter import I32, I64, LOG2E, VECTORS, Emitter
 from favorsharp_numba.rows import rows_loop, sum_lanes
 
@@ -39,7 +39,7 @@ def _turn_tops(context, one, n, c, keys, queries, new_c, scales):
     return one(one, *[types.int64] * 6), emit
 
 
-@jit
+@outlined
 def turn_tops(one, n, c, keys, queries, new_c, scales):
     """The tops of a state, c in natural logarithms, take the log features of a key, to base 2.
 
@@ -74,7 +74,7 @@ def _turn_sums(context, one, n, z, scales, keys, weights, new_z):
     return one(one, *[types.int64] * 6), emit
 
 
-@jit
+@outlined
 def turn_sums(one, n, z, scales, keys, weights, new_z):
     """new_z = scales z + keys; return the sum of weights new_z."""
     return _turn_sums(one, n, z, scales, keys, weights, new_z)
@@ -129,7 +129,7 @@ def _turn_rows(context, one, kv, new_kv, m, n, old, new, weight, v, numerator):
     return types.void(one, *[types.int64] * 9), emit
 
 
-@jit
+@outlined
 def turn_rows(one, kv, new_kv, m, n, old, new, weight, v, numerator):
     """new_kv[i] = old[i] kv[i] + new[i] v for rows of n items, and numerator = sum of weight[i] new_kv[i]."""
     _turn_rows(one, kv, new_kv, m, n, old, new, weight, v, numerator)

@@ -138,13 +138,6 @@ class Emitter:
         value = self.b.fmul(value, power)
         return self.b.fadd(value, value) if above else value
 
-    def prefetch(self, address):
-        """Have the cache line at an address brought into the second cache; any address will do."""
-        kind = ir.FunctionType(ir.VoidType(), [ir.PointerType(), *[I32] * 3])
-        function = cgutils.get_or_insert_function(self.b.module, kind, "llvm.prefetch.p0")
-        reading, second_cache, data = (ir.Constant(I32, value) for value in (0, 2, 1))
-        self.b.call(function, [self.b.inttoptr(address, ir.PointerType()), reading, second_cache, data])
-
     def accumulator(self, value):
         """A variable that holds a vector."""
         return cgutils.alloca_once_value(self.b, value)
@@ -152,6 +145,26 @@ class Emitter:
     def get(self, accumulator):
         """What such a variable holds."""
         return self.b.load(accumulator, typ=self.vector)
+
+
+def prefetch(builder, address):
+    """Have the cache line at an address brought into the second cache; any address will do."""
+    kind = ir.FunctionType(ir.VoidType(), [ir.PointerType(), *[I32] * 3])
+    function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+    reading, second_cache, data = (ir.Constant(I32, value) for value in (0, 2, 1))
+    builder.call(function, [builder.inttoptr(address, ir.PointerType()), reading, second_cache, data])
+
+
+def function_in(module, name, kinds, body):
+    """The function of that name in a module, without a result; body(builder, *arguments) writes it the first time."""
+    function = cgutils.get_or_insert_function(module, ir.FunctionType(ir.VoidType(), kinds), name)
+    if function.is_declaration:
+        function.linkage = "linkonce_odr"
+        function.attributes.add("noinline")
+        builder = ir.IRBuilder(function.append_basic_block())
+        body(builder, *function.args)
+        builder.ret_void()
+    return function
 
 
 def _power_series(degree, *, weighted):

@@ -330,7 +330,7 @@ def add_point_gradients(
 def add_factor_gradients(one, s, constants, z, dense, slopes, count, gradient, extra):
     """Add slope * (linear - 2 beta z - 2 dense^T dense z), the gradient through the log factor, to rows."""
     width = panel(one)
-    product_add(one, count, s.d_pad, 1, slopes, 1, 1, constants + s.linear, width, 1, gradient, s.d_pad)
+    product_add(one, count, s.d_pad, 1, slopes, 1, TILE, constants + s.linear, width, s.d_pad, gradient, s.d_pad)
     fill(one, extra, s.d_pad, one)
     scale_block(one, z, s.d_pad, count, s.d_pad, slopes, extra, dense, s.d_pad)
     add_rows(one, gradient, s.d_pad, dense, s.d_pad, count, -2 * get(one, constants + BETA))

@@ -5,7 +5,7 @@ Scores are to base 2; a key has a row of them, a query a column.
 
 import numpy as np
 
-from favorsharp_numba.compiling import inlined, jit
+from favorsharp_numba.compiling import inlined, outlined
 from favorsharp_numba.primitives import (
     exp_block,
     fill_before,
@@ -86,7 +86,7 @@ def first_seeing(one, before, n):
     return min(max(0, before), n) // lanes(one) * lanes(one)
 
 
-@jit
+@outlined
 def score_near(
     one, s, side, columns, query_norms, n, rows, norms, size, before, mask, b, start, scores, largest
 ):  # fmt: skip
@@ -124,7 +124,7 @@ def raise_references(one, s, side, n, largest, numerator, total, reference, scra
         scale_rows(one, numerator, s.e_pad, n, s.e_pad, factors)
 
 
-@jit
+@outlined
 def weigh_near(one, side, n, size, before, safe, scores, total):
     """Scores become weights relative to 2**safe, which are added to the totals."""
     partly = before + size > 1
@@ -137,7 +137,7 @@ def weigh_near(one, side, n, size, before, safe, scores, total):
             fill(one, line + i * TILE - min(left, ROWS), min(left, ROWS), one - one)
 
 
-@jit
+@outlined
 def add_near(one, s, count, size, before, weights, values, v_step, finite, numerator):
     """Add the values of keys, rows `v_step` apart, to the numerators of queries. `finite`: all values are."""
     width = panel(one)

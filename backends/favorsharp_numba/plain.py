@@ -5,13 +5,13 @@ The environment variable FAVORSHARP_NUMBA_VECTORS=0 selects them.
 
 import numpy as np
 
-from favorsharp_numba.compiling import jit, num_vectors
+from favorsharp_numba.compiling import num_vectors, outlined
 from favorsharp_numba.vectors import get, lanes, put
 
 _VECTORS = num_vectors()
 
 
-@jit
+@outlined
 def _sum(one, i, j, k, a, a_row, a_step, b, b_panel, b_step):
     width = _VECTORS * lanes(one)
     right = b + j // width * b_panel + j % width
@@ -21,14 +21,14 @@ def _sum(one, i, j, k, a, a_row, a_step, b, b_panel, b_step):
     return total
 
 
-@jit
+@outlined
 def product(one, m, n, k, a, a_row, a_step, b, b_panel, b_step, c, c_row):
     for i in range(m):
         for j in range(n):
             put(one, c + i * c_row + j, _sum(one, i, j, k, a, a_row, a_step, b, b_panel, b_step))
 
 
-@jit
+@outlined
 def product_add(one, m, n, k, a, a_row, a_step, b, b_panel, b_step, c, c_row):
     for i in range(m):
         for j in range(n):
@@ -36,7 +36,7 @@ def product_add(one, m, n, k, a, a_row, a_step, b, b_panel, b_step, c, c_row):
             put(one, place, get(one, place) + _sum(one, i, j, k, a, a_row, a_step, b, b_panel, b_step))
 
 
-@jit
+@outlined
 def product_terms(one, m, n, k, a, a_row, a_step, b, b_panel, b_step, c, c_row, row, column):
     for i in range(m):
         for j in range(n):
@@ -44,7 +44,7 @@ def product_terms(one, m, n, k, a, a_row, a_step, b, b_panel, b_step, c, c_row, 
             put(one, c + i * c_row + j, terms + _sum(one, i, j, k, a, a_row, a_step, b, b_panel, b_step))
 
 
-@jit
+@outlined
 def product_exp(one, m, n, k, a, a_row, a_step, b, b_panel, b_step, c, c_row, row, column):
     for i in range(m):
         for j in range(n):
@@ -58,22 +58,22 @@ product_exp_stream = product_exp
 # plain code leaves it to the processor to bring memory nearer
 
 
-@jit
+@outlined
 def product_ahead(one, m, n, k, a, a_row, a_step, b, b_panel, b_step, c, c_row, ahead):
     product(one, m, n, k, a, a_row, a_step, b, b_panel, b_step, c, c_row)
 
 
-@jit
+@outlined
 def product_add_ahead(one, m, n, k, a, a_row, a_step, b, b_panel, b_step, c, c_row, ahead):
     product_add(one, m, n, k, a, a_row, a_step, b, b_panel, b_step, c, c_row)
 
 
-@jit
+@outlined
 def product_terms_ahead(one, m, n, k, a, a_row, a_step, b, b_panel, b_step, c, c_row, row, column, ahead):
     product_terms(one, m, n, k, a, a_row, a_step, b, b_panel, b_step, c, c_row, row, column)
 
 
-@jit
+@outlined
 def product_sums(one, m, n, k, a, a_row, a_step, b, b_panel, b_step, row, column, sums, ahead):
     for i in range(m):
         weight, other = get(one, sums.weight + i * sums.weight_step), get(one, sums.other + i * sums.other_step)
@@ -89,7 +89,7 @@ def product_sums(one, m, n, k, a, a_row, a_step, b, b_panel, b_step, row, column
 product_sum = product_sums
 
 
-@jit
+@outlined
 def max_block(one, x, step, rows, n, shift, shift_step, first, top):
     for j in range(n):
         best = get(one, first + j)
@@ -100,7 +100,7 @@ def max_block(one, x, step, rows, n, shift, shift_step, first, top):
         put(one, top + j, best)  # at the end: x may lie there
 
 
-@jit
+@outlined
 def exp_block(one, x, step, rows, n, shift, shift_step, top, weight, weight_step, total):
     for i in range(rows):
         for j in range(n):
@@ -110,7 +110,7 @@ def exp_block(one, x, step, rows, n, shift, shift_step, top, weight, weight_step
             put(one, total + j, get(one, total + j) + value * get(one, weight + i * weight_step))
 
 
-@jit
+@outlined
 def sum_block(one, x, step, rows, n, weight, weight_step, total):
     for i in range(rows):
         for j in range(n):
@@ -118,7 +118,7 @@ def sum_block(one, x, step, rows, n, weight, weight_step, total):
             put(one, total + j, get(one, total + j) + value)
 
 
-@jit
+@outlined
 def scale_block(one, x, step, rows, n, factor, column_factor, y, y_step):
     for i in range(rows):
         for j in range(n):
@@ -126,14 +126,14 @@ def scale_block(one, x, step, rows, n, factor, column_factor, y, y_step):
             put(one, y + i * y_step + j, value)
 
 
-@jit
+@outlined
 def fill_before(one, x, step, rows, n, first, value):
     for i in range(rows):
         for j in range(min(n, first + i)):
             put(one, x + i * step + j, value)
 
 
-@jit
+@outlined
 def shift_block(one, x, step, rows, n, factor, shift, squares):
     for j in range(n):
         put(one, squares + j, one - one)
@@ -144,7 +144,7 @@ def shift_block(one, x, step, rows, n, factor, shift, squares):
             put(one, squares + j, get(one, squares + j) + value * value)
 
 
-@jit
+@outlined
 def multiply_block(one, x, step, rows, n, y, total):
     for i in range(rows):
         for j in range(n):
@@ -153,7 +153,7 @@ def multiply_block(one, x, step, rows, n, y, total):
             put(one, total + j, get(one, total + j) + value)
 
 
-@jit
+@outlined
 def turn_rows(one, kv, new_kv, m, n, old, new, weight, v, numerator):
     for j in range(n):
         total = one - one

@@ -5,13 +5,14 @@ Places, strides and block lengths are as in `vectors.py`; `plain.py` has the sam
 
 from typing import NamedTuple
 
+import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from favorsharp_numba.compiling import jit
-from favorsharp_numba.emitter import CACHE_LINE, I64, LOG2E, VECTORS, Emitter
+from favorsharp_numba.compiling import inlined, outlined
+from favorsharp_numba.emitter import CACHE_LINE, I64, LOG2E, VECTORS, Emitter, function_in, prefetch
 
 SET, ADD, TERMS = 0, 1, 2
 """Where the sums of a product begin: at 0, at what the result holds, at row[i] + column[j]."""
@@ -74,11 +75,7 @@ def _product(
             some = builder.icmp_signed(">", ahead_rows, number(0))
             with builder.if_then(builder.and_(some, builder.icmp_signed("==", j, number(0)))):
                 low, high = (builder.udiv(builder.mul(x, ahead_rows), m) for x in (top, bottom))
-                with cgutils.for_range_slice(builder, low, high, number(1)) as (r, _):
-                    line = builder.add(address, builder.mul(r, ahead_step))
-                    end = builder.add(line, ahead_size)
-                    with cgutils.for_range_slice(builder, line, end, number(CACHE_LINE)) as (place, _):
-                        e.prefetch(place)
+                builder.call(_bring(builder.module), [address, ahead_step, low, high, ahead_size])
 
         def add_up(found, i, j):
             """Take a register tile of logarithms into the sums and the maxima of its columns."""
@@ -105,6 +102,7 @@ def _product(
                     e.store(value, e.at(place, v * e.lanes))
 
         def tile(rows, vectors, i, j):
+            bring(i, builder.add(i, number(rows)), j)  # a call: before vectors are held that it would have stored
             panel = builder.mul(builder.udiv(j, number(VECTORS * e.lanes)), b_panel)
             inside = builder.urem(j, number(VECTORS * e.lanes))
             right = e.pointer(builder.add(b, builder.add(panel, inside)))
@@ -125,7 +123,6 @@ def _product(
                 else:
                     first = [e.constant(0.0)] * vectors
                 found.append([e.accumulator(x) for x in first])
-            bring(i, builder.add(i, number(rows)), j)
             with cgutils.for_range(builder, k) as loop:
                 line = e.at(right, builder.mul(loop.index, b_step))
                 entry = e.at(left, builder.mul(loop.index, a_step))
@@ -164,61 +161,88 @@ def _product(
     return types.void(one, start, finish, *[types.int64] * 13, ahead, sums), emit
 
 
-@jit
+def _bring(module):
+    """The function that brings rows low .. high nearer; it is called by every register tile and so has its own code."""
+
+    def body(builder, address, step, low, high, size):
+        with cgutils.for_range_slice(builder, low, high, ir.Constant(I64, 1)) as (r, _):
+            line = builder.add(address, builder.mul(r, step))
+            with cgutils.for_range_slice(builder, line, builder.add(line, size), ir.Constant(I64, CACHE_LINE)) as (
+                place,
+                _,
+            ):
+                prefetch(builder, place)
+
+    return function_in(module, "favorsharp_bring", [I64] * 5, body)
+
+
+@outlined
+def _multiply(one, start, m, n, k, a, a_row, a_step, b, b_panel, b_step, c, c_row, row, column, ahead):
+    _product(one, start, STORE, m, n, k, a, a_row, a_step, b, b_panel, b_step, c, c_row, row, column, ahead, NO_SUMS)
+
+
+@inlined
+def _begun(one, start, m, n, k, a, a_row, a_step, b, b_panel, b_step, c, c_row, row, column, ahead):
+    """As `_multiply`, which is compiled for every start and for strides of A, but not others, that are constants."""
+    k, b_step, c_row = np.int64(k), np.int64(b_step), np.int64(c_row)
+    _multiply(one, start, m, n, k, a, a_row, a_step, b, b_panel, b_step, c, c_row, row, column, ahead)
+
+
+@inlined
 def product(one, m, n, k, a, a_row, a_step, b, b_panel, b_step, c, c_row):
     """C = A B."""
-    _product(one, SET, STORE, m, n, k, a, a_row, a_step, b, b_panel, b_step, c, c_row, c, c, NOTHING, NO_SUMS)
+    product_ahead(one, m, n, k, a, a_row, a_step, b, b_panel, b_step, c, c_row, NOTHING)
 
 
-@jit
+@inlined
 def product_ahead(one, m, n, k, a, a_row, a_step, b, b_panel, b_step, c, c_row, ahead):
     """C = A B."""
-    _product(one, SET, STORE, m, n, k, a, a_row, a_step, b, b_panel, b_step, c, c_row, c, c, ahead, NO_SUMS)
+    _begun(one, SET, m, n, k, a, a_row, a_step, b, b_panel, b_step, c, c_row, c, c, ahead)
 
 
-@jit
+@inlined
 def product_add(one, m, n, k, a, a_row, a_step, b, b_panel, b_step, c, c_row):
     """C = C + A B."""
-    _product(one, ADD, STORE, m, n, k, a, a_row, a_step, b, b_panel, b_step, c, c_row, c, c, NOTHING, NO_SUMS)
+    product_add_ahead(one, m, n, k, a, a_row, a_step, b, b_panel, b_step, c, c_row, NOTHING)
 
 
-@jit
+@inlined
 def product_add_ahead(one, m, n, k, a, a_row, a_step, b, b_panel, b_step, c, c_row, ahead):
     """C = C + A B."""
-    _product(one, ADD, STORE, m, n, k, a, a_row, a_step, b, b_panel, b_step, c, c_row, c, c, ahead, NO_SUMS)
+    _begun(one, ADD, m, n, k, a, a_row, a_step, b, b_panel, b_step, c, c_row, c, c, ahead)
 
 
-@jit
+@inlined
 def product_terms(one, m, n, k, a, a_row, a_step, b, b_panel, b_step, c, c_row, row, column):
     """C = A B + row + column."""
-    _product(one, TERMS, STORE, m, n, k, a, a_row, a_step, b, b_panel, b_step, c, c_row, row, column, NOTHING, NO_SUMS)
+    product_terms_ahead(one, m, n, k, a, a_row, a_step, b, b_panel, b_step, c, c_row, row, column, NOTHING)
 
 
-@jit
+@inlined
 def product_terms_ahead(one, m, n, k, a, a_row, a_step, b, b_panel, b_step, c, c_row, row, column, ahead):
     """C = A B + row + column."""
-    _product(one, TERMS, STORE, m, n, k, a, a_row, a_step, b, b_panel, b_step, c, c_row, row, column, ahead, NO_SUMS)
+    _begun(one, TERMS, m, n, k, a, a_row, a_step, b, b_panel, b_step, c, c_row, row, column, ahead)
 
 
-@jit
+@outlined
 def product_exp(one, m, n, k, a, a_row, a_step, b, b_panel, b_step, c, c_row, row, column):
     """C = exp(A B + row + column)."""
     _product(one, TERMS, EXP, m, n, k, a, a_row, a_step, b, b_panel, b_step, c, c_row, row, column, NOTHING, NO_SUMS)
 
 
-@jit
+@outlined
 def product_exp_stream(one, m, n, k, a, a_row, a_step, b, b_panel, b_step, c, c_row, row, column):
     """C = exp(A B + row + column), past the caches: C and c_row are multiples of a vector."""
     _product(one, TERMS, STREAM, m, n, k, a, a_row, a_step, b, b_panel, b_step, c, c_row, row, column, NOTHING, NO_SUMS)
 
 
-@jit
+@outlined
 def product_sums(one, m, n, k, a, a_row, a_step, b, b_panel, b_step, row, column, sums, ahead):
     """Take the logarithms A B + row + column, to base 2, into sums and maxima; right where none is over 127."""
     _product(one, TERMS, SUMS, m, n, k, a, a_row, a_step, b, b_panel, b_step, b, b_step, row, column, ahead, sums)
 
 
-@jit
+@outlined
 def product_sum(one, m, n, k, a, a_row, a_step, b, b_panel, b_step, row, column, sums, ahead):
     """As `product_sums`, with the second weight alone."""
     _product(one, TERMS, SUM, m, n, k, a, a_row, a_step, b, b_panel, b_step, b, b_step, row, column, ahead, sums)

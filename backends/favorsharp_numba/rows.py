@@ -9,7 +9,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from favorsharp_numba.compiling import jit
+from favorsharp_numba.compiling import outlined
 from favorsharp_numba.emitter import HALVES, I32, I64, MASKS, Emitter
 
 FLOAT16, BFLOAT16, FLOAT32, FLOAT64 = 0, 1, 2, 3
@@ -179,7 +179,7 @@ def _store_rows(context, one, kind, address, step, count, n, pad, factor, x):
     return types.void(one, kind, *[types.int64] * 7), emit
 
 
-@jit
+@outlined
 def load_rows(one, kind, address, step, count, n, pad, factor, offset, y):
     """y[t, j] = x[t, j] factor[0] - offset[j], and 0 from n to pad.
 
@@ -195,7 +195,7 @@ def load_rows(one, kind, address, step, count, n, pad, factor, offset, y):
         _load_rows(one, 0, address, step, count, n, pad, factor, offset, y)
 
 
-@jit
+@outlined
 def store_rows(one, kind, address, step, count, n, pad, factor, x):
     """Store x[t, j] factor[t] to rows of the given kind, without gaps in them, `step` bytes apart."""
     if kind == 2:
@@ -256,7 +256,7 @@ def _transpose(context, one, x, x_step, rows, columns, y, y_step):
     return types.void(one, *[types.int64] * 6), emit
 
 
-@jit
+@outlined
 def transpose_block(one, x, x_step, rows, columns, y, y_step):
     """y[j, i] = x[i, j]."""
     _transpose(one, x, x_step, rows, columns, y, y_step)
@@ -279,7 +279,7 @@ def _fill(context, one, place, count, value):
     return types.void(one, types.int64, types.int64, one), emit
 
 
-@jit
+@outlined
 def fill(one, place, count, value):
     """x = value, for `count` items; none where that is below 1."""
     _fill(one, place, max(0, count), value)
@@ -303,7 +303,7 @@ def _copy(context, one, x, n, y):
     return types.void(one, *[types.int64] * 3), emit
 
 
-@jit
+@outlined
 def copy(one, x, n, y):
     """y = x; they do not overlap."""
     _copy(one, x, n, y)
@@ -332,7 +332,7 @@ def _add_rows(context, one, target, size, x, step, count, factor):
     return types.void(one, *[types.int64] * 5, one), emit
 
 
-@jit
+@outlined
 def add_rows(one, target, size, x, step, count, factor):
     """Add rows x[t] times a factor to rows of `size` items without gaps."""
     _add_rows(one, target, size, x, step, count, factor)
@@ -362,7 +362,7 @@ def _scale_rows(context, one, x, step, rows, n, factors):
     return types.void(one, *[types.int64] * 5), emit
 
 
-@jit
+@outlined
 def scale_rows(one, x, step, rows, n, factors):
     """x[i, j] = x[i, j] factors[i], over n columns in whole vectors; rows of factor 1 are passed over."""
     _scale_rows(one, x, step, rows, n, factors)
@@ -392,7 +392,7 @@ def _combine(context, one, n, constant, first, x, second, y, target):
     return types.void(one, types.int64, one, one, types.int64, one, types.int64, types.int64), emit
 
 
-@jit
+@outlined
 def combine(one, n, constant, first, x, second, y, target):
     """target = constant + first x + second y, of n items each."""
     _combine(one, n, constant, first, x, second, y, target)
@@ -419,7 +419,7 @@ def _invert(context, one, x, n):
     return types.void(one, types.int64, types.int64), emit
 
 
-@jit
+@outlined
 def invert(one, x, n):
     """x = 1 / x, 0 where it is 0."""
     _invert(one, x, n)
@@ -481,7 +481,7 @@ def _quadratic_rows(context, one, z, step, count, n, linear, first, second):
     return types.void(one, *[types.int64] * 7), emit
 
 
-@jit
+@outlined
 def quadratic_rows(one, z, step, count, n, linear, first, second):
     """first[t] = linear.z[t], second[t] = z[t].z[t] over n columns, in whole vectors."""
     _quadratic_rows(one, z, step, count, n, linear, first, second)
@@ -503,7 +503,7 @@ def _dot_rows(context, one, x, y, step, count, n, dots):
     return types.void(one, *[types.int64] * 6), emit
 
 
-@jit
+@outlined
 def dot_rows(one, x, y, step, count, n, dots):
     """dots[t] = x[t].y[t] over n columns, in whole vectors; they may lie where x or y begins."""
     _dot_rows(one, x, y, step, count, n, dots)
@@ -531,7 +531,7 @@ def _total_of(context, one, x, n):
     return one(one, types.int64, types.int64), emit
 
 
-@jit
+@outlined
 def total_of(one, x, n):
     """The sum of n items."""
     return _total_of(one, x, n)
@@ -556,7 +556,7 @@ def _compare_tops(context, one, n, top, new_top, safe):
     return one(one, *[types.int64] * 4), emit
 
 
-@jit
+@outlined
 def compare_tops(one, n, top, new_top, safe):
     """Return the largest rise from top to new_top, positive where any rose; safe = new_top with 0 for -inf."""
     return _compare_tops(one, n, top, new_top, safe)
@@ -579,7 +579,7 @@ def _take_tops(context, one, n, top, new_top, factors):
     return types.void(one, *[types.int64] * 4), emit
 
 
-@jit
+@outlined
 def take_tops(one, n, top, new_top, factors):
     """factors = 2**(top - new_top) where it rose, else 1; top = the larger one."""
     _take_tops(one, n, top, new_top, factors)

@@ -8,7 +8,7 @@ import numpy as np
 from numba.extending import register_jitable
 
 from favorsharp_numba.attention_kernels import keep_stats, key_side, query_side
-from favorsharp_numba.compiling import inlined, jit
+from favorsharp_numba.compiling import inlined, jit, outlined
 from favorsharp_numba.primitives import (
     exp_block,
     max_block,
@@ -54,7 +54,7 @@ TRIES = 3
 then features are stored and their own maxima taken off."""
 
 
-@jit
+@outlined
 def add_up(one, normalised, m, n, k, a, a_row, b, b_panel, b_step, row, column, sums, ahead):
     """Take a product into the sums of values, and of weights too where `normalised`."""
     if normalised:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numba.extending import register_jitable
 
-from favorsharp_numba.compiling import inlined, jit
+from favorsharp_numba.compiling import inlined, outlined
 from favorsharp_numba.emitter import BYTES
 from favorsharp_numba.primitives import (
     exp_block,
@@ -121,7 +121,7 @@ def is_hidden(mask, b, position):
     return byte_at(mask.base + integer_at(mask.offsets + 8 * b) + position * mask.step) == 0
 
 
-@jit
+@outlined
 def load_points(one, points, mask, b, start, count, size, pad, factor, offset, tile):
     """Rows factor x - offset of points start .. start + count, zeros for hidden ones, padded with zeros."""
     base = points.base + integer_at(points.offsets + 8 * b) + start * points.row
@@ -148,7 +148,7 @@ def ahead_of(points, b, start, stop, size):
     return Ahead(base, points.row, rows, size * points.item)
 
 
-@jit
+@outlined
 def store_points(one, points, b, start, count, size, pad, factors, tile):
     """Store rows times factors[t]."""
     base = points.base + integer_at(points.offsets + 8 * b) + start * points.row

@@ -13,7 +13,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from favorsharp_numba.compiling import jit
+from favorsharp_numba.compiling import outlined
 from favorsharp_numba.emitter import I64, VECTORS, Emitter
 
 
@@ -108,7 +108,7 @@ def _max_block(context, one, x, step, rows, n, shift, shift_step, first, top):
     return types.void(one, *[types.int64] * 8), emit
 
 
-@jit
+@outlined
 def max_block(one, x, step, rows, n, shift, shift_step, first, top):
     """top[j] = max(first[j], x[i, j] + shift[i] over i), passing over NaN; shift_step 0 for one shift."""
     _max_block(one, x, step, rows, n, shift, shift_step, first, top)
@@ -143,7 +143,7 @@ def _exp_block(context, one, x, step, rows, n, shift, shift_step, top, weight, w
     return types.void(one, *[types.int64] * 10), emit
 
 
-@jit
+@outlined
 def exp_block(one, x, step, rows, n, shift, shift_step, top, weight, weight_step, total):
     """x[i, j] = 2**(x[i, j] + shift[i] - top[j]), and total[j] = total[j] + sum of weight[i] x[i, j]."""
     _exp_block(one, x, step, rows, n, shift, shift_step, top, weight, weight_step, total)
@@ -174,7 +174,7 @@ def _sum_block(context, one, x, step, rows, n, weight, weight_step, total):
     return types.void(one, *[types.int64] * 7), emit
 
 
-@jit
+@outlined
 def sum_block(one, x, step, rows, n, weight, weight_step, total):
     """total[j] = total[j] + sum over i of weight[i] x[i, j]; weight_step 0 for one weight."""
     _sum_block(one, x, step, rows, n, weight, weight_step, total)
@@ -203,7 +203,7 @@ def _scale_block(context, one, x, step, rows, n, factor, column_factor, y, y_ste
     return types.void(one, *[types.int64] * 8), emit
 
 
-@jit
+@outlined
 def scale_block(one, x, step, rows, n, factor, column_factor, y, y_step):
     """y[i, j] = x[i, j] factor[i] column_factor[j]."""
     _scale_block(one, x, step, rows, n, factor, column_factor, y, y_step)
@@ -227,7 +227,7 @@ def _fill_before(context, one, x, step, rows, n, first, value):
     return types.void(one, *[types.int64] * 5, one), emit
 
 
-@jit
+@outlined
 def fill_before(one, x, step, rows, n, first, value):
     """x[i, j] = value for the columns j < first + i of n: a triangle."""
     _fill_before(one, x, step, rows, n, first, value)
@@ -261,7 +261,7 @@ def _shift_block(context, one, x, step, rows, n, factor, shift, squares):
     return types.void(one, *[types.int64] * 7), emit
 
 
-@jit
+@outlined
 def shift_block(one, x, step, rows, n, factor, shift, squares):
     """x[i, j] = x[i, j] factor[0] + shift[i], and squares[j] = the sum of x[i, j]^2."""
     _shift_block(one, x, step, rows, n, factor, shift, squares)
@@ -294,7 +294,7 @@ def _multiply_block(context, one, x, step, rows, n, y, total):
     return types.void(one, *[types.int64] * 6), emit
 
 
-@jit
+@outlined
 def multiply_block(one, x, step, rows, n, y, total):
     """x[i, j] = x[i, j] y[i, j], and total[j] = total[j] + sum of x[i, j]; x and y have one step."""
     _multiply_block(one, x, step, rows, n, y, total)

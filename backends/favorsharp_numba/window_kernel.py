@@ -6,7 +6,7 @@ import numpy as np
 from numba.extending import register_jitable
 
 from favorsharp_numba.attention_kernels import has_seen, keep_stats, key_side, query_side
-from favorsharp_numba.compiling import inlined, jit
+from favorsharp_numba.compiling import inlined, jit, outlined
 from favorsharp_numba.near import add_near, near_keys, near_queries, raise_references, score_near, weigh_near
 from favorsharp_numba.primitives import max_block, scale_block
 from favorsharp_numba.rows import add_rows, copy, fill, invert, take_tops
@@ -317,7 +317,7 @@ def load_blocks(one, s, p, side, q, head, first, last, parts, pad, with_factors,
     turn_queries(one, s, side, count, with_factors, points, dense, factors, columns)
 
 
-@jit
+@outlined
 def keep_keys(
     one, s, side, k, v, mask, head, tile, start, stop, store, dense, values, kept, usable, v_step, scratch
 ):  # fmt: skip
@@ -374,7 +374,7 @@ def near_block(one, p, cut, near, first, last, block, parts, lowest, position):
     return stop, low, n, position - begin if p.causal else position - stop
 
 
-@jit
+@outlined
 def read_near(one, s, p, cut, near, side, mask, head, first, last, block, parts, slot, scratch):
     """Add what keys of up to two tiles give to the queries of a tile that see them."""
     at, of = store_of(s), slot_of(s)

@@ -225,8 +225,8 @@ def test_runs_where_nothing_can_be_cached(tmp_path):
     shutil.copytree(ROOT / "backends", package, ignore=shutil.ignore_patterns("__pycache__"))
     (package / "favorsharp_numba" / "__pycache__").touch()
     code = """
-    from favorsharp_numba.products import product
-    print(type(product._cache).__name__, float(np.abs(run()).sum()) > 0)
+    from favorsharp_numba.attention_kernels import read_queries
+    print(type(read_queries._cache).__name__, float(np.abs(run()).sum()) > 0)
     """
     nowhere = {"HOME": os.devnull, "XDG_CACHE_HOME": os.devnull, "NUMBA_CACHE_DIR": ""}
     assert python(code, package=package, PYTHONDONTWRITEBYTECODE="1", **nowhere) == "NullCache True"
@@ -255,10 +255,14 @@ def test_a_cache_that_names_classes_of_other_sources_is_of_no_account(tmp_path):
         for path in (package / "favorsharp_numba").glob("*.py"):
             path.write_text(re.sub(r"\bPoints\b", name, path.read_text()))
         code = f"""
+        import numba
         from favorsharp_numba.tiles import Mask, {name}, load_points
         offsets, x = np.zeros(1, "int64"), np.ones(64, "float32")
         points, place = {name}(2, x.ctypes.data, offsets.ctypes.data, 4, 4, 4), x.ctypes.data // 4
-        load_points(np.float32(1), points, Mask(0, 0, 0), 0, 0, 1, 1, 1, place, place + 1, place + 2)
+        mask = Mask(0, 0, 0)
+        numba.njit(lambda *given: load_points(*given))(
+            np.float32(1), points, mask, 0, 0, 1, 1, 1, place, place + 1, place + 2
+        )
         print(x[2], *(signature[1].instance_class.__name__ for signature in load_points.signatures))
         """
         assert python(code, package=package, NUMBA_CACHE_DIR=str(tmp_path / "cache")) == f"0.0 {name}"
