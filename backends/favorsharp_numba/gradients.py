@@ -7,7 +7,7 @@ import numpy as np
 from favorsharp.features.map_gradients import map_gradients
 from favorsharp_numba import gradient_kernels as kernels
 from favorsharp_numba.arguments import empty, like_array, summed_to
-from favorsharp_numba.packed_kernel import packed_gradients, packed_gradients_scratch
+from favorsharp_numba.packed_kernel import packed_gradients, packed_gradients_scratch, packed_near_gradients
 from favorsharp_numba.problem import AttentionProblem
 from favorsharp_numba.run import share
 
@@ -115,11 +115,12 @@ def attention_backward(
     else:
         sequences = len(bounds) - 1
         together = sequences if of_map else 1
-        share(
-            packed_gradients, heads * sequences // together, cost, packed_gradients_scratch(one, s), one, s, p,
-            problem.q, given, problem.k, problem.v, result, problem.mask, held.keep(np.array(bounds, np.int64)),
-            sequences, together, heads,
-        )  # fmt: skip
+        places = held.keep(np.array(bounds, np.int64))
+        for kernel in (packed_gradients, packed_near_gradients)[: 1 + (window > 0)]:
+            share(
+                kernel, heads * sequences // together, cost, packed_gradients_scratch(one, s), one, s, p, problem.q,
+                given, problem.k, problem.v, result, problem.mask, places, sequences, together, heads,
+            )  # fmt: skip
     sums = map_sums(maps, s, problem.batch) if of_map else None
     return (
         in_shape_of(dq.reshape(*problem.batch, n, s.d), q),

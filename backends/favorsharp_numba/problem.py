@@ -20,7 +20,7 @@ from favorsharp_numba.arguments import (
     target,
     widened,
 )
-from favorsharp_numba.packed_kernel import packed, packed_scratch
+from favorsharp_numba.packed_kernel import packed, packed_causal, packed_scratch, packed_windowed
 from favorsharp_numba.run import num_threads, share
 from favorsharp_numba.tiles import TILE, absorb_scratch
 from favorsharp_numba.window_kernel import windowed, windowed_scratch
@@ -235,8 +235,9 @@ class AttentionProblem:
             size = self.query_heads * self.num_queries * (s.e_pad + 2)
         sequences = len(bounds) - 1
         cost = float(self.query_heads * self.num_queries * 2 * s.m * (s.d + s.e))
+        kernel = packed_windowed if self.window > 0 else packed_causal if causal else packed
         share(
-            packed, self.heads * sequences, cost, packed_scratch(self.one, s, self.sums.shape[-1]), self.one, s,
+            kernel, self.heads * sequences, cost, packed_scratch(self.one, s, self.sums.shape[-1]), self.one, s,
             self.arguments(causal=causal), self.q, self.k, self.v, self.mask, self.held.points(out, self.batch),
             self.held.keep(np.array(bounds, np.int64)), sequences, self.query_heads,
             self.held.place(np.empty(size, self.packed.dtype)),

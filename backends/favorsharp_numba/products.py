@@ -68,6 +68,7 @@ def _product(
         address, ahead_step, ahead_rows, ahead_size = cgutils.unpack_tuple(builder, ahead)
         weight, weight_step, other, other_step, total, other_total, largest = cgutils.unpack_tuple(builder, sums)
         e = Emitter(builder, signature.args[0])
+        builder.function.attributes.add("noduplicate")  # a compiler would copy it for calls with a constant in common
         number = lambda value: ir.Constant(I64, value)  # noqa: E731
 
         def bring(top, bottom, j):
@@ -183,8 +184,8 @@ def _multiply(one, start, m, n, k, a, a_row, a_step, b, b_panel, b_step, c, c_ro
 
 @inlined
 def _begun(one, start, m, n, k, a, a_row, a_step, b, b_panel, b_step, c, c_row, row, column, ahead):
-    """As `_multiply`, which is compiled for every start and for strides of A, but not others, that are constants."""
-    k, b_step, c_row = np.int64(k), np.int64(b_step), np.int64(c_row)
+    """As `_multiply`, which is compiled for every start and for strides of A, but for no other constants."""
+    m, n, k, b_step, c_row = np.int64(m), np.int64(n), np.int64(k), np.int64(b_step), np.int64(c_row)
     _multiply(one, start, m, n, k, a, a_row, a_step, b, b_panel, b_step, c, c_row, row, column, ahead)
 
 

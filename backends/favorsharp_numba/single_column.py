@@ -135,9 +135,10 @@ def weigh_column(
         fill(one, total, n, one - one)
         fill(one, numerator, n, one - one)
         fill(one, largest, n, -np.inf * one)
-        add_up(
-            one, normalised, s.m, n, s.d, side + s.rows, s.d_pad, columns, panel(one), TILE, rows, relative, sums, ahead
-        )
+        add_up(  # with a step of the type that keys have: it is compiled once
+            one, normalised, s.m, n, s.d, side + s.rows, s.d_pad, columns, panel(one), np.int64(TILE), rows, relative,
+            sums, ahead,
+        )  # fmt: skip
         again = compare_tops(one, n, limits, largest, relative) > 0
         copy(one, reference, n, relative)
         add_rows(one, relative, n, largest, 0, 1, one)

@@ -273,6 +273,25 @@ def test_packed_sequences_are_one_call_and_do_not_see_each_other(is_causal, grou
         np.testing.assert_allclose(got, np.concatenate(pieces, axis=-2), atol=1e-12)
 
 
+def test_packed_and_whole_sequences_share_kernels():
+    """Between kernels a constant is a type of its own: one among the arguments compiles the kernel called once more."""
+    from favorsharp_numba import attention_kernels, gradient_kernels, window_kernel
+
+    torch = pytest.importorskip("torch")
+    q, k, v = (torch.asarray(x).requires_grad_() for x in attention_problem(20, n=40))
+    fm = fs.feature_map(fs.fit(q.detach(), k.detach()), 8, rng=0)
+    for is_causal, window in ((False, 0), (True, 0), (False, 4), (True, 4)):
+        for bounds in (None, [0, 10, 40]):
+            fs.linear_attention(q, k, v, fm, is_causal=is_causal, window=window, cu_seqlens=bounds).sum().backward()
+    kernels = (
+        attention_kernels.gather_keys, attention_kernels.read_queries, attention_kernels.causal,
+        window_kernel.windowed, gradient_kernels.sweep, gradient_kernels.near_gradients,
+    )  # fmt: skip
+    for kernel in kernels:
+        dtypes = [str(signature[0]) for signature in kernel.signatures]
+        assert len(dtypes) == len(set(dtypes)), (kernel.__name__, kernel.signatures)
+
+
 @pytest.mark.parametrize("before", [0, 5, 16, 40])
 def test_a_state_with_a_window_holds_no_memory_of_the_whole_sequence(before):
     """Its recent keys are not a view of a copy of all of them, and neither of the caller's array."""
