@@ -60,6 +60,7 @@ def test_floors_of_a_token_are_those_counted_by_hand(gpu, window):
     assert case.floor == pytest.approx(6 * case.work.bytes / gpu.BYTES_A_SECOND)
 
 
+@pytest.mark.slow
 def test_every_case_is_measured_and_the_page_says_it(gpu):
     rows = list(gpu.results(gpu.QUICK, device="cpu"))
     text = gpu.page(rows, datetime.date(2026, 1, 2), "a test")

@@ -64,6 +64,7 @@ def run(sanitizer, script, request):
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_no_kernel_races_and_removing_any_barrier_is_noticed():
     """Each quick call runs once as it is, then without each barrier that it came to and none before it noticed."""
     said = run("thread", Path(mutations.__file__), QUICK)
