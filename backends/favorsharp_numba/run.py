@@ -4,6 +4,7 @@ Kernels run without the interpreter's lock, on threads of our own: Numba's threa
 are called from two threads at once (workqueue) or after a fork (OpenMP). Small work stays on the calling thread.
 """
 
+import contextlib
 import ctypes
 import os
 import platform
@@ -33,14 +34,17 @@ PAUSE = "llvm.x86.sse2.pause" if platform.machine().lower() in ("x86_64", "amd64
 """What tells a processor that a thread only waits; elsewhere its looks are over sooner."""
 
 _calls: "queue.SimpleQueue[Work]" = queue.SimpleQueue()
-_helpers = 0
+_helpers: list[int] = []
+"""The system's numbers of the helpers."""
+_avoided: int | None = None
+"""The processor that helpers keep off."""
 _lock = threading.Lock()
 
 
 def _forget_helpers() -> None:
     """Threads do not survive a fork, and a lock may have been held by one of them."""
-    global _calls, _helpers, _lock
-    _calls, _helpers, _lock = queue.SimpleQueue(), 0, threading.Lock()
+    global _calls, _helpers, _avoided, _lock
+    _calls, _helpers, _avoided, _lock = queue.SimpleQueue(), [], None, threading.Lock()
 
 
 if hasattr(os, "register_at_fork"):
@@ -174,13 +178,43 @@ def _help() -> None:
 
 
 def _call_helpers(work: Work) -> None:
-    global _helpers
+    global _avoided
     with _lock:
-        while _helpers < work.threads - 1:
-            _helpers += 1
-            threading.Thread(target=_help, name=f"favorsharp_{_helpers}", daemon=True).start()
+        while len(_helpers) < work.threads - 1:
+            helper = threading.Thread(target=_help, name=f"favorsharp_{len(_helpers) + 1}", daemon=True)
+            helper.start()
+            _helpers.append(helper.native_id or 0)
+            _avoided = None
+        _keep_apart()
     for _ in range(work.threads - 1):
         _calls.put(work)
+
+
+def _own_processor() -> Callable[[], int] | None:
+    """The function that tells on which processor the calling thread runs, where threads can be told where to run."""
+    if not hasattr(os, "sched_setaffinity"):
+        return None
+    return getattr(ctypes.PyDLL(None), "sched_getcpu", None)
+
+
+_processor = _own_processor()
+
+
+def _keep_apart() -> None:
+    """Keep helpers off the caller's processor, on any other that the caller may run on.
+
+    To the scheduler of a virtual machine a processor that has been idle for some milliseconds may look taken. It then
+    wakes helpers on the caller's, where they take turns with it until, milliseconds later, one of them is moved.
+    """
+    global _avoided
+    if _processor is None or (own := _processor()) == _avoided:
+        return
+    _avoided = own
+    others = os.sched_getaffinity(0) - {own}
+    if others:
+        with contextlib.suppress(OSError):  # not allowed here: helpers run where the system likes
+            for helper in _helpers:
+                os.sched_setaffinity(helper, others)
 
 
 def share(kernel: Callable[..., None], tasks: int, work: float, scratch: int, one: Any, *arguments: Any) -> None:

@@ -116,6 +116,34 @@ SHARED = """
 """
 
 
+@pytest.mark.skipif(
+    not hasattr(os, "sched_setaffinity") or len(os.sched_getaffinity(0)) < 2,
+    reason="threads cannot be told where to run, or there is one place",
+)
+def test_helpers_run_where_their_caller_may_but_not_on_its_processor():
+    code = """
+    import ctypes, os
+    from favorsharp_numba import run
+    processor, allowed = ctypes.CDLL(None).sched_getcpu, os.sched_getaffinity(0)
+    for own in sorted(allowed):
+        os.sched_setaffinity(0, {own})  # goes there at once,
+        os.sched_setaffinity(0, allowed)  # and may stay
+        before = processor()
+        share_two(lambda: None)
+        if processor() == before:
+            assert os.sched_getaffinity(run._helpers[0]) == allowed - {before}
+    """
+    refused = """
+    def refuse(*_):
+        raise PermissionError
+    os.sched_setaffinity, run._avoided = refuse, None
+    share_two(lambda: ended.append("helped"), lambda: time.sleep(0.2))
+    print(*ended, run._avoided is not None)
+    """
+    code = textwrap.dedent(SHARED) + textwrap.dedent(code) + textwrap.dedent(refused)
+    assert python(code, NUMBA_NUM_THREADS="2") == "helped True"
+
+
 @pytest.mark.parametrize("sleep", [0, 0.2], ids=["while it waits", "while it works"])
 def test_an_interrupt_is_raised_when_no_helper_writes_any_more(sleep):
     code = f"""
