@@ -84,5 +84,5 @@ def tables(*, quick: bool = False) -> Iterator[Table]:
             ),
         }
         yield compare(
-            f"causal forward and backward, L={n}, m={m}", sides, goal=TRAINING.get((n, m)), rounds=3, budget=40
+            f"causal forward and backward, L={n}, m={m}", sides, goal=TRAINING.get((n, m)), rounds=5, budget=40
         )
