@@ -110,8 +110,14 @@ SHARED = """
     from favorsharp_numba.run import share
     caller, ended = threading.get_ident(), []
     def share_two(of_helper, of_caller=lambda: None):
+        begun = threading.Event()
         def kernel(one, low, high, scratch):
-            (of_caller if threading.get_ident() == caller else of_helper)()
+            if threading.get_ident() == caller:
+                begun.wait(20)  # or, on a busy machine, the caller would have done all before a helper came
+                of_caller()
+            else:
+                begun.set()
+                of_helper()
         share(kernel, 2, 1e9, 16, TAGS["float32"])
 """
 
@@ -137,7 +143,7 @@ def test_helpers_run_where_their_caller_may_but_not_on_its_processor():
     def refuse(*_):
         raise PermissionError
     os.sched_setaffinity, run._avoided = refuse, None
-    share_two(lambda: ended.append("helped"), lambda: time.sleep(0.2))
+    share_two(lambda: ended.append("helped"))
     print(*ended, run._avoided is not None)
     """
     code = textwrap.dedent(SHARED) + textwrap.dedent(code) + textwrap.dedent(refused)
@@ -167,10 +173,10 @@ def test_what_goes_wrong_on_a_helper_is_raised_by_the_call():
     def fail():
         raise ArithmeticError("of a helper")
     try:
-        share_two(fail, lambda: time.sleep(0.2))
+        share_two(fail)
     except ArithmeticError as fault:
         print(fault)
-    share_two(lambda: ended.append("next"), lambda: time.sleep(0.2))
+    share_two(lambda: ended.append("next"))
     print(*ended)
     """
     found = python(textwrap.dedent(SHARED) + textwrap.dedent(code), NUMBA_NUM_THREADS="2")
