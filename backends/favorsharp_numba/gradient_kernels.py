@@ -330,6 +330,7 @@ def add_point_gradients(
 def add_factor_gradients(one, s, constants, z, dense, slopes, count, gradient, extra):
     """Add slope * (linear - 2 beta z - 2 dense^T dense z), the gradient through the log factor, to rows."""
     width = panel(one)
+    # a single column and row: their steps are of no account, and are those of other calls
     product_add(one, count, s.d_pad, 1, slopes, 1, TILE, constants + s.linear, width, s.d_pad, gradient, s.d_pad)
     fill(one, extra, s.d_pad, one)
     scale_block(one, z, s.d_pad, count, s.d_pad, slopes, extra, dense, s.d_pad)

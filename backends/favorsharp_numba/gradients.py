@@ -116,7 +116,8 @@ def attention_backward(
         sequences = len(bounds) - 1
         together = sequences if of_map else 1
         places = held.keep(np.array(bounds, np.int64))
-        for kernel in (packed_gradients, packed_near_gradients)[: 1 + (window > 0)]:
+        kernels_used = ((packed_gradients, together), (packed_near_gradients, 1))  # windows add nothing to the maps
+        for kernel, together in kernels_used[: 1 + (window > 0)]:
             share(
                 kernel, heads * sequences // together, cost, packed_gradients_scratch(one, s), one, s, p, problem.q,
                 given, problem.k, problem.v, result, problem.mask, places, sequences, together, heads,

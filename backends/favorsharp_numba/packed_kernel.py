@@ -59,7 +59,7 @@ def empty_problem(one, s, p, head, start, stop, query_heads, scratch):
     return own, scratch + (p.sums_size + 15) // 16 * 16
 
 
-# a kernel for each of the three, as only one of them is then compiled
+# bidirectional, causal and windowed attention have a kernel each: a first call compiles one of them
 
 
 @jit

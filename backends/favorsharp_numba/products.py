@@ -103,7 +103,7 @@ def _product(
                     e.store(value, e.at(place, v * e.lanes))
 
         def tile(rows, vectors, i, j):
-            bring(i, builder.add(i, number(rows)), j)  # a call: before vectors are held that it would have stored
+            bring(i, builder.add(i, number(rows)), j)  # a call, which vectors in registers would be stored for
             panel = builder.mul(builder.udiv(j, number(VECTORS * e.lanes)), b_panel)
             inside = builder.urem(j, number(VECTORS * e.lanes))
             right = e.pointer(builder.add(b, builder.add(panel, inside)))
@@ -163,7 +163,7 @@ def _product(
 
 
 def _bring(module):
-    """The function that brings rows low .. high nearer; it is called by every register tile and so has its own code."""
+    """The function that brings rows low .. high nearer: one for all the kinds of register tiles."""
 
     def body(builder, address, step, low, high, size):
         with cgutils.for_range_slice(builder, low, high, ir.Constant(I64, 1)) as (r, _):
@@ -183,8 +183,8 @@ def _multiply(one, start, m, n, k, a, a_row, a_step, b, b_panel, b_step, c, c_ro
 
 
 @inlined
-def _begun(one, start, m, n, k, a, a_row, a_step, b, b_panel, b_step, c, c_row, row, column, ahead):
-    """As `_multiply`, which is compiled for every start and for strides of A, but for no other constants."""
+def _multiplied(one, start, m, n, k, a, a_row, a_step, b, b_panel, b_step, c, c_row, row, column, ahead):
+    """As `_multiply`, which is compiled for each start and each constant stride of A, but for no other constants."""
     m, n, k, b_step, c_row = np.int64(m), np.int64(n), np.int64(k), np.int64(b_step), np.int64(c_row)
     _multiply(one, start, m, n, k, a, a_row, a_step, b, b_panel, b_step, c, c_row, row, column, ahead)
 
@@ -198,7 +198,7 @@ def product(one, m, n, k, a, a_row, a_step, b, b_panel, b_step, c, c_row):
 @inlined
 def product_ahead(one, m, n, k, a, a_row, a_step, b, b_panel, b_step, c, c_row, ahead):
     """C = A B."""
-    _begun(one, SET, m, n, k, a, a_row, a_step, b, b_panel, b_step, c, c_row, c, c, ahead)
+    _multiplied(one, SET, m, n, k, a, a_row, a_step, b, b_panel, b_step, c, c_row, c, c, ahead)
 
 
 @inlined
@@ -210,7 +210,7 @@ def product_add(one, m, n, k, a, a_row, a_step, b, b_panel, b_step, c, c_row):
 @inlined
 def product_add_ahead(one, m, n, k, a, a_row, a_step, b, b_panel, b_step, c, c_row, ahead):
     """C = C + A B."""
-    _begun(one, ADD, m, n, k, a, a_row, a_step, b, b_panel, b_step, c, c_row, c, c, ahead)
+    _multiplied(one, ADD, m, n, k, a, a_row, a_step, b, b_panel, b_step, c, c_row, c, c, ahead)
 
 
 @inlined
@@ -222,7 +222,7 @@ def product_terms(one, m, n, k, a, a_row, a_step, b, b_panel, b_step, c, c_row, 
 @inlined
 def product_terms_ahead(one, m, n, k, a, a_row, a_step, b, b_panel, b_step, c, c_row, row, column, ahead):
     """C = A B + row + column."""
-    _begun(one, TERMS, m, n, k, a, a_row, a_step, b, b_panel, b_step, c, c_row, row, column, ahead)
+    _multiplied(one, TERMS, m, n, k, a, a_row, a_step, b, b_panel, b_step, c, c_row, row, column, ahead)
 
 
 @outlined

@@ -36,15 +36,15 @@ PAUSE = "llvm.x86.sse2.pause" if platform.machine().lower() in ("x86_64", "amd64
 _calls: "queue.SimpleQueue[Work]" = queue.SimpleQueue()
 _helpers: list[int] = []
 """The system's numbers of the helpers."""
-_avoided: int | None = None
-"""The processor that helpers keep off."""
+_places: set[int] = set()
+"""The processors that they have been told to run on; none before that."""
 _lock = threading.Lock()
 
 
 def _forget_helpers() -> None:
     """Threads do not survive a fork, and a lock may have been held by one of them."""
-    global _calls, _helpers, _avoided, _lock
-    _calls, _helpers, _avoided, _lock = queue.SimpleQueue(), [], None, threading.Lock()
+    global _calls, _helpers, _places, _lock
+    _calls, _helpers, _places, _lock = queue.SimpleQueue(), [], set(), threading.Lock()
 
 
 if hasattr(os, "register_at_fork"):
@@ -178,14 +178,14 @@ def _help() -> None:
 
 
 def _call_helpers(work: Work) -> None:
-    global _avoided
+    global _places
     with _lock:
         while len(_helpers) < work.threads - 1:
             helper = threading.Thread(target=_help, name=f"favorsharp_{len(_helpers) + 1}", daemon=True)
             helper.start()
             _helpers.append(helper.native_id or 0)
-            _avoided = None
-        _keep_apart()
+            _places = set()
+        _keep_apart(work.threads - 1)
     for _ in range(work.threads - 1):
         _calls.put(work)
 
@@ -200,21 +200,26 @@ def _own_processor() -> Callable[[], int] | None:
 _processor = _own_processor()
 
 
-def _keep_apart() -> None:
-    """Keep helpers off the caller's processor, on any other that the caller may run on.
+def _keep_apart(count: int) -> None:
+    """Keep helpers off the caller's processor, on the others that it may use, where these are enough for so many.
 
-    To the scheduler of a virtual machine a processor that has been idle for some milliseconds may look taken. It then
-    wakes helpers on the caller's, where they take turns with it until, milliseconds later, one of them is moved.
+    To the scheduler of a virtual machine a processor that has been idle for some ten milliseconds may look taken. It
+    then wakes helpers on the caller's, where they take turns with it until, milliseconds later, one of them is moved.
     """
-    global _avoided
-    if _processor is None or (own := _processor()) == _avoided:
+    global _places
+    if _processor is None:
         return
-    _avoided = own
-    others = os.sched_getaffinity(0) - {own}
-    if others:
-        with contextlib.suppress(OSError):  # not allowed here: helpers run where the system likes
-            for helper in _helpers:
-                os.sched_setaffinity(helper, others)
+    with contextlib.suppress(OSError):  # not allowed here: helpers run where the system likes
+        places = os.sched_getaffinity(0)
+        others = places - {_processor()}
+        if len(others) >= count:
+            places = others
+        if places == _places:
+            return
+        _places = places
+        for helper in _helpers:
+            if helper != threading.get_native_id():  # as it is where threads are greenlets
+                os.sched_setaffinity(helper, places)
 
 
 def share(kernel: Callable[..., None], tasks: int, work: float, scratch: int, one: Any, *arguments: Any) -> None:

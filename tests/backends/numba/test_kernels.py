@@ -274,7 +274,10 @@ def test_packed_sequences_are_one_call_and_do_not_see_each_other(is_causal, grou
 
 
 def test_packed_and_whole_sequences_share_kernels():
-    """Between kernels a constant is a type of its own: one among the arguments compiles the kernel called once more."""
+    """Between kernels a constant is a type of its own: one among the arguments compiles the kernel called once more.
+
+    Seen where kernels are compiled, as after every edit of the package; one from the cache brings no others.
+    """
     from favorsharp_numba import attention_kernels, gradient_kernels, window_kernel
 
     torch = pytest.importorskip("torch")

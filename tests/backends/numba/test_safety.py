@@ -132,22 +132,30 @@ def test_helpers_run_where_their_caller_may_but_not_on_its_processor():
     from favorsharp_numba import run
     processor, allowed = ctypes.CDLL(None).sched_getcpu, os.sched_getaffinity(0)
     for own in sorted(allowed):
-        os.sched_setaffinity(0, {own})  # goes there at once,
-        os.sched_setaffinity(0, allowed)  # and may stay
+        os.sched_setaffinity(0, {own})
+        share_two(lambda: None)
+        assert os.sched_getaffinity(run._helpers[0]) == {own}  # there is no other
+        os.sched_setaffinity(0, allowed)
         before = processor()
         share_two(lambda: None)
         if processor() == before:
             assert os.sched_getaffinity(run._helpers[0]) == allowed - {before}
+    run._helpers.append(threading.get_native_id())  # as where threads are greenlets
+    run._places = set()
+    share_two(lambda: None)
+    assert os.sched_getaffinity(0) == allowed
     """
     refused = """
     def refuse(*_):
         raise PermissionError
-    os.sched_setaffinity, run._avoided = refuse, None
+    os.sched_setaffinity, run._places = refuse, set()
     share_two(lambda: ended.append("helped"))
-    print(*ended, run._avoided is not None)
+    os.sched_getaffinity = refuse
+    share_two(lambda: ended.append("helped"))
+    print(*ended)
     """
     code = textwrap.dedent(SHARED) + textwrap.dedent(code) + textwrap.dedent(refused)
-    assert python(code, NUMBA_NUM_THREADS="2") == "helped True"
+    assert python(code, NUMBA_NUM_THREADS="2") == "helped helped"
 
 
 @pytest.mark.parametrize("sleep", [0, 0.2], ids=["while it waits", "while it works"])
