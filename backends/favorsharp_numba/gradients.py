@@ -85,7 +85,7 @@ def attention_backward(
         factors: alone, times the point, times the point's products. Points are alpha x - center.
     """
     problem = AttentionProblem(feature_map, q, k, v, key_mask=key_mask, window=window, backward=True)
-    s, one, held = problem.s, problem.one, problem.held
+    s, held = problem.s, problem.held
     dtype, heads = problem.packed.dtype, problem.query_heads
     n, length = problem.num_queries, problem.num_keys
     dq, dk, dv = (np.zeros((heads, size, width), dtype) for size, width in ((n, s.d), (length, s.d), (length, s.e - 1)))
@@ -113,15 +113,7 @@ def attention_backward(
     if bounds is None:
         _whole(problem, p, given, result, cost)
     else:
-        sequences = len(bounds) - 1
-        together = sequences if of_map else 1
-        places = held.keep(np.array(bounds, np.int64))
-        kernels_used = ((packed_gradients, together), (packed_near_gradients, 1))  # windows add nothing to the maps
-        for kernel, together in kernels_used[: 1 + (window > 0)]:
-            share(
-                kernel, heads * sequences // together, cost, packed_gradients_scratch(one, s), one, s, p, problem.q,
-                given, problem.k, problem.v, result, problem.mask, places, sequences, together, heads,
-            )  # fmt: skip
+        _packed(problem, p, given, result, cost, bounds)
     sums = map_sums(maps, s, problem.batch) if of_map else None
     return (
         in_shape_of(dq.reshape(*problem.batch, n, s.d), q),
@@ -152,6 +144,21 @@ def _whole(problem: AttentionProblem, p: Any, given: Any, result: Any, cost: flo
             kernels.near_gradients, heads, cost, kernels.near_gradients_scratch(s), one, s, p, problem.q, problem.k,
             problem.v, given, result, problem.mask,
         )  # fmt: skip
+
+
+def _packed(problem: AttentionProblem, p: Any, given: Any, result: Any, cost: float, bounds: list[int]) -> None:
+    """The sweeps within packed sequences."""
+    s, one, heads = problem.s, problem.one, problem.query_heads
+    scratch, sequences = packed_gradients_scratch(one, s), len(bounds) - 1
+    together = sequences if p.maps else 1
+    arrays = (
+        problem.q, given, problem.k, problem.v, result, problem.mask, problem.held.keep(np.array(bounds, np.int64)),
+    )  # fmt: skip
+    share(
+        packed_gradients, heads * sequences // together, cost, scratch, one, s, p, *arrays, sequences, together, heads
+    )  # fmt: skip
+    if p.window > 0:
+        share(packed_near_gradients, heads * sequences, cost, scratch, one, s, p, *arrays, sequences, heads)
 
 
 def of_arrays_of_map(feature_map: Any, sums: dict[str, Any]) -> tuple[Any, ...]:
