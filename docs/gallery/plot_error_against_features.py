@@ -2,7 +2,8 @@
 Error against features on real heads
 ====================================
 
-Six heads of a sentence encoder, 512 tokens: how fast the error of attention falls, by method.
+How fast the error of attention falls with the number of features, by method: three heads of a sentence encoder, 512
+tokens.
 """
 
 import matplotlib.pyplot as plt
@@ -14,7 +15,7 @@ features = [16, 64, 256]
 rows = list(compare(q, k, v, methods=["posrf", "oprf", "sderf", "optimal"], num_features=features, seeds=2, repeats=1))
 
 # %%
-# Dashed: the nearest keys, in blocks of 16, are scored exactly.
+# Dashed lines: near keys, in blocks of 16, are scored exactly.
 
 for number, method in enumerate(("posrf", "oprf", "sderf", "optimal")):
     for window, style in ((0, "-"), (16, "--")):

@@ -2,8 +2,9 @@
 Fine-tune back
 ==============
 
-Features estimate attention, and a model that was trained with exact attention notices. Two ways to get the quality
-back, one after the other: refine the map, which leaves the model alone, and train the model on its own former outputs.
+Features only estimate attention, so a model that was trained with exact attention gets worse. This example shows two
+ways to get the quality back: refining the map, which does not change the model, and training the model to reproduce its
+own former outputs.
 """
 
 import copy
@@ -21,9 +22,9 @@ torch.manual_seed(0)
 # Refine the map
 # --------------
 #
-# Three heads of a sentence encoder. The closed form is the best for all pairs of a query and a key alike; the attention
-# output depends on few of them. `refine` follows the gradient of its error, with fresh random rows at each step, and
-# chooses the best step by tokens that it does not train on.
+# Three heads of a sentence encoder. The closed form is the best if all pairs of a query and a key count equally, but
+# the attention output depends on few of them. `refine` follows the gradient of the output's error, with fresh random
+# rows at each step, and chooses the best step on tokens that it does not train on.
 
 q, k, v = (torch.from_numpy(x[:3].astype("float32")) for x in load_sample())
 parameters = fs.fit(q[:, :256], k[:, :256])
@@ -32,7 +33,7 @@ print("held-out error before", found.before.numpy().round(3))
 print("                after", found.after.numpy().round(3))
 
 # %%
-# Only the parameters have changed. The map is as unbiased as before, and any number of features may be drawn:
+# Only the parameters have changed. The map is still unbiased, and any number of features may be drawn:
 
 q2, k2, v2 = (x[:, 256:] for x in (q, k, v))
 exact = fs.softmax_attention(q2, k2, v2)
@@ -45,7 +46,7 @@ for m in (32, 128):
 # Train the model
 # ---------------
 #
-# A small encoder and its copy with linear attention, which takes over all weights. The copy is trained to give the
+# A small encoder, and a copy of it with linear attention and the same weights. The copy is trained to reproduce the
 # hidden states of the original.
 
 
@@ -78,7 +79,7 @@ for step in range(161):
     schedule.step()
 
 # %%
-# The queries and keys have moved meanwhile, so the map is fitted again, to what they are now:
+# Training has changed the queries and keys, so the map is fitted to them again:
 
 student.self_attn.calibrate(held_out)
 with torch.no_grad():

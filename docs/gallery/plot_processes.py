@@ -2,8 +2,8 @@
 Long sequences over several processes
 =====================================
 
-Three processes hold a third of a sequence each. They exchange states, never keys, and get the rows that one process
-would have got, and its gradients.
+Three processes hold a third of a sequence each. They exchange states and, with a window, one block of keys and values.
+Their results and gradients are those that one process would get for the whole sequence.
 """
 
 import subprocess
@@ -21,18 +21,18 @@ WORLD, LENGTH = 3, 3 * 512
 
 
 def whole_sequence():
-    """Two heads; every process can make it here, so that results can be compared."""
+    """Two heads. Here every process can make the whole sequence, so that results can be compared."""
     torch.manual_seed(0)
     return torch.randn(3, 2, LENGTH, 32, dtype=torch.float64)
 
 
 # %%
-# What one rank runs. It looks at its own third only. `torchrun` would start such programs on one machine or on many;
-# here a file is where the ranks meet.
+# This is what one rank runs; it uses only its own third. `torchrun` would start such programs on one machine or on
+# many; here the ranks find each other through a file.
 
 
 def one_rank(rank, folder):
-    """Fit, draw and attend together with the other ranks; leave the result and a gradient in files."""
+    """Fit, draw and attend together with the other ranks; save the result and a gradient in a file."""
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=WORLD)
     own = whole_sequence()[:, :, rank * LENGTH // WORLD : (rank + 1) * LENGTH // WORLD]
     q, k, v = (x.clone().requires_grad_() for x in own)
@@ -50,7 +50,7 @@ if sys.argv[1:2] == ["--rank"]:
     sys.exit()
 
 # %%
-# Three processes of this very file:
+# Start this file in three processes:
 
 with tempfile.TemporaryDirectory() as folder:
     ranks = [subprocess.Popen([sys.executable, sys.argv[0], "--rank", str(rank), folder]) for rank in range(WORLD)]
@@ -59,7 +59,7 @@ with tempfile.TemporaryDirectory() as folder:
 out, of_keys = (torch.cat(shards, dim=-2) for shards in zip(*parts, strict=True))
 
 # %%
-# And one process with everything:
+# Compare with one process that holds everything:
 
 q, k, v = (x.requires_grad_() for x in whole_sequence())
 feature_map = fs.feature_map(fs.fit(q.detach(), k.detach()), 64, rng=0)
@@ -69,7 +69,7 @@ print("output: ", bool(torch.allclose(out, expected.detach(), rtol=0, atol=1e-9)
 print("gradient of the keys: ", bool(torch.allclose(of_keys, k.grad, rtol=0, atol=1e-9)))
 
 # %%
-# What a rank sends to another, against its keys and values:
+# What one rank sends to another, compared with its keys and values:
 
 state = 64 * (32 + 2)
 block = 16 * (32 + 32 + 1)

@@ -2,7 +2,7 @@
 Kernel regression in one pass
 =============================
 
-Nadaraya-Watson on 20 000 noisy points, by features, against the exact estimate on the same points.
+The Nadaraya-Watson estimate from 20 000 noisy points: with features, and exact.
 """
 
 import matplotlib.pyplot as plt
@@ -19,7 +19,7 @@ weights = fs.kernel_matrix(x, y, kernel="gaussian", scale=10.0)
 exact = weights @ v / weights.sum(axis=1, keepdims=True)
 
 # %%
-# The bandwidth is narrow for positive features, so the number of features matters.
+# This bandwidth is narrow for positive features, so the number of features matters.
 
 plt.plot(y[:500], v[:500], ".", color="0.8", markersize=3)
 plt.plot(x, exact, color="black", label="exact")

@@ -2,7 +2,8 @@
 Stream tokens from a Hugging Face model
 =======================================
 
-A cache of states in place of keys: its size does not grow, and each step equals the causal forward.
+A cache of states takes the place of the cache of keys and values. Its size does not grow, and each step gives the same
+logits as the causal forward pass.
 """
 
 import matplotlib.pyplot as plt
@@ -28,7 +29,8 @@ model.set_attn_implementation("favorsharp")
 calibrate(model, [torch.randint(100, (4, 128))])
 
 # %%
-# A causal model has to be calibrated: a fit to the sequence itself would show it its own future. Then it generates:
+# A causal model has to be calibrated, because a fit to the sequence itself would show it its own future. Now it can
+# generate:
 
 prompt = torch.randint(100, (1, 40))
 out = model.generate(
@@ -45,7 +47,7 @@ with torch.no_grad():
 print(max(float((step[0] - whole[39 + i]).abs().max()) for i, step in enumerate(out.logits)) < 1e-4)
 
 # %%
-# What the two caches hold, in KiB:
+# Sizes of the two caches, in KiB:
 
 lengths = (64, 256, 1024)
 sizes = {"keys and values": [], "states": []}

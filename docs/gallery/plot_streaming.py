@@ -2,7 +2,7 @@
 A stream in constant memory
 ===========================
 
-Token by token, the state stays the same size and the result equals the causal call.
+A sequence is processed token by token. The size of the state is constant, and the result equals that of one causal call.
 """
 
 import numpy as np
@@ -22,7 +22,7 @@ for i in range(q.shape[-2]):
 print(state)
 
 # %%
-# The same numbers as in one call:
+# One causal call gives the same numbers:
 
 whole = fs.linear_attention(q, k, v, feature_map, is_causal=True, window=16)
 print(np.abs(np.concatenate(outs, axis=1) - whole).max() < 1e-10)

@@ -2,7 +2,8 @@
 Swap attention in a Hugging Face model
 ======================================
 
-A BERT with random weights stands for yours: load that with `from_pretrained(..., attn_implementation="favorsharp")`.
+A BERT with random weights stands in for your model, which you would load with
+`from_pretrained(..., attn_implementation="favorsharp")`.
 """
 
 import matplotlib.pyplot as plt
@@ -14,7 +15,7 @@ from favorsharp.transformers import calibrate, register
 torch.manual_seed(0)
 config = BertConfig(vocab_size=200, hidden_size=64, num_hidden_layers=3, num_attention_heads=4, intermediate_size=128)
 model = BertModel(config).eval()
-with torch.no_grad():  # the scores of fresh weights are nearly all alike; a trained model's are not
+with torch.no_grad():  # scores from random weights are nearly equal; those of a trained model are not
     for layer in model.encoder.layer:
         layer.attention.self.query.weight *= 12
         layer.attention.self.key.weight *= 12
@@ -30,15 +31,15 @@ def hidden(implementation):
 
 
 # %%
-# The exact attention through the same door is the model's own:
+# `method="exact"` runs exact attention through the same interface, and equals the model's own attention:
 
 register("exact", method="exact")
 exact = hidden("eager")
 print(torch.allclose(hidden("exact"), exact, atol=1e-5))
 
 # %%
-# Without calibration a bidirectional model is fitted to each input. The error falls with the number of features, and
-# faster for the better fit:
+# Without calibration the maps of a bidirectional model are fitted to each input. The error falls with the number of
+# features, and faster with a better method:
 
 sizes = (16, 64, 256)
 fig, ax = plt.subplots(layout="constrained")
@@ -52,7 +53,7 @@ ax.set(xlabel="features", ylabel="relative error of the last hidden state")
 ax.legend()
 
 # %%
-# Frozen maps cost no fit per input, and are what a causal model needs:
+# Frozen maps need no fit for each input. A causal model needs them:
 
 register("frozen", num_features=256, window=16, rng=0, calibration="frozen")
 model.set_attn_implementation("frozen")
