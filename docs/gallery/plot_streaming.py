@@ -2,7 +2,7 @@
 A stream in constant memory
 ===========================
 
-A sequence is processed token by token. The size of the state is constant, and the result equals that of one causal call.
+A sequence is processed token by token. The size of the state is constant, and the result equals one causal call.
 """
 
 import numpy as np
