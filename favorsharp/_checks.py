@@ -1,4 +1,4 @@
-"""Checks at the public boundary. Every message names the argument, what came, and what is accepted."""
+"""Checks of the arguments of public functions. Every message names the argument, what came, and what is accepted."""
 
 import math
 import operator
@@ -10,7 +10,7 @@ from favorsharp._typing import Array, Namespace
 
 
 def check_array(name: str, x: Any) -> None:
-    """Raise unless x is an array whose subclass means what arrays mean."""
+    """Raise unless x is an array; NumPy's masked arrays and matrices are refused, as their operators differ."""
     if not is_array(x):
         raise TypeError(
             f"{name} must be an array of an array API library (NumPy, torch, CuPy, JAX, ...), got {_kind(x)}"
@@ -52,12 +52,12 @@ def check_together(**named: Any) -> None:
         )
     devices = {name: device_label(x) for name, x in arrays.items()}
     known = [device for device in devices.values() if device is not None]
-    if any(device != known[0] for device in known):  # CuPy's devices compare, but do not hash
+    if any(device != known[0] for device in known):  # CuPy's devices can be compared, but have no hash
         raise ValueError(f"all arrays must be on one device, got {_listing(devices)}")
 
 
 def check_mask(name: str, mask: Any, letters: str, **of: Array) -> None:
-    """Check that a mask is boolean, lives with the array it masks and broadcasts to its leading axes and point axis."""
+    """Check that a mask is boolean, and fits the library, device, leading axes and point axis of the array it masks."""
     if mask is None:
         return
     ((owner, x),) = of.items()
@@ -80,8 +80,8 @@ def check_points(name: str, x: Array, letters: str) -> None:
 
 
 def check_same_size(letter: str, **named: tuple[int, int]) -> None:
-    """Check that axes which share a letter have one length; each entry is (axis, length)."""
-    sizes_found = [size for _, size in named.values()]  # symbolic ones, of torch.export, have no hash
+    """Check that axes that share a letter have the same length; each entry is (axis, length)."""
+    sizes_found = [size for _, size in named.values()]  # symbolic sizes of torch.export have no hash
     if any(size != sizes_found[0] for size in sizes_found):
         sizes = ", ".join(f"{name} has {letter}={size}" for name, (_, size) in named.items())
         raise ValueError(f"{' and '.join(named)} must agree in {letter}: {sizes}")
@@ -125,14 +125,14 @@ def check_integer(name: str, value: Any, least: int) -> int:
 
 
 def check_flag(name: str, value: Any) -> bool:
-    """Accept True or False and nothing else: a mask passed in a flag's place would be truthy."""
+    """Check that value is True or False; a mask that is passed in place of a flag would count as true."""
     if not isinstance(value, bool):
         raise TypeError(f"{name} must be True or False, got {_kind(value)}")
     return value
 
 
 def check_choice(name: str, value: Any, known: Iterable[str], also: str = "") -> str:
-    """Check that value is one of the known names, and list them where it is not."""
+    """Check that value is one of the known names; the error lists them."""
     names = tuple(known)
     if not isinstance(value, str):
         raise TypeError(f"{name} must be one of {', '.join(names)}{also}, got {_kind(value)}")
@@ -142,7 +142,7 @@ def check_choice(name: str, value: Any, known: Iterable[str], also: str = "") ->
 
 
 def check_group(enable_gqa: bool, q: Array, k: Array, names: tuple[str, str] = ("q", "k")) -> int:
-    """The number of query heads that share a key head: 1 unless grouped heads are asked for."""
+    """The number of query heads that share a key head; 1 without `enable_gqa`."""
     if not enable_gqa:
         return 1
     for name, x in zip(names, (q, k), strict=True):

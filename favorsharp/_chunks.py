@@ -1,6 +1,6 @@
-"""Dask arrays: one delayed call for each chunk of points, and a tree that merges what they give.
+"""Dask arrays: one delayed call for each chunk of points, and a tree that merges the results.
 
-dask is not imported unless somebody hands over one of its arrays.
+`moments`, `fit` and the functions of `regression` use it. dask is imported only if a caller passes one of its arrays.
 """
 
 import sys
@@ -11,16 +11,16 @@ from favorsharp._arrays import is_array, library_of
 from favorsharp._typing import Array
 
 _FAN = 8
-"""Parts that one merge joins."""
+"""Number of parts that one merge joins."""
 
 
 def is_chunked(*arrays: Array) -> bool:
-    """Whether one of the arrays is dask's."""
+    """Whether any of the arrays is a dask array."""
     return any(is_array(x) and library_of(x) == "dask" for x in arrays)
 
 
 def as_chunked(**named: Array) -> list[Array]:
-    """The named arrays as dask's, of known shapes."""
+    """Convert the named arrays to dask arrays, and check that their shapes are known."""
     import dask.array as da
 
     arrays = {name: da.asarray(x) for name, x in named.items()}
@@ -35,14 +35,14 @@ def as_chunked(**named: Array) -> list[Array]:
 
 
 def point_blocks(x: Array, like: Array | None = None) -> list[Any]:
-    """The chunks of x along the point axis -2 as delayed arrays, every other axis whole; cut as `like` is, if given."""
+    """Delayed chunks of x along the point axis -2, other axes whole; cut where `like` is cut, if it is given."""
     points = x.chunks[-2] if like is None else like.chunks[-2]
     x = x.rechunk({axis: points if axis == x.ndim - 2 else -1 for axis in range(x.ndim)})
     return list(x.to_delayed().ravel())
 
 
 def tree_reduce(join: Callable[[list[Any]], Any], parts: list[Any]) -> Any:
-    """Delayed parts joined in order, a few at a time."""
+    """Join delayed parts in order, a few at a time, in a tree."""
     delayed = sys.modules["dask"].delayed
     while len(parts) > 1:
         parts = [delayed(join)(parts[start : start + _FAN]) for start in range(0, len(parts), _FAN)]

@@ -1,4 +1,4 @@
-"""Types shared by every room.
+"""Type aliases and protocols that all modules share.
 
 The array API has no published protocol that type checkers can use (array-api-typing is a placeholder), so arrays and
 namespaces are `Any` here and nowhere else: an alias documents what is meant without pretending to check it.

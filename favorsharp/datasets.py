@@ -1,8 +1,9 @@
 """The eight UCI data sets that the papers classify, as NumPy arrays.
 
-Read from the folder that the environment variable FAVORSHARP_DATA names, or from a cache folder; what is not there is
-downloaded from the UCI Machine Learning Repository and kept. Whatever it was read from, a table is compared with the
-SHA-256 digest of its values before it is used. The data are under CC BY 4.0: cite the `source` of what you use.
+Tables are read from the folder that the environment variable FAVORSHARP_DATA names, or from a cache folder. A table
+that is not there is downloaded from the UCI Machine Learning Repository and kept. Wherever a table comes from, its
+values are compared with a SHA-256 digest before it is used. The data are under CC BY 4.0: cite the `source` of each set
+that you use. The experiments in `benchmarks/paper` call these functions.
 """
 
 import gzip
@@ -31,7 +32,7 @@ __all__ = [
 ]
 
 ARCHIVE = "https://archive.ics.uci.edu/static/public"
-"""What the addresses of the data sets begin with."""
+"""The common beginning of the addresses of the data sets."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -42,15 +43,24 @@ class Dataset:
     ----------
     name : str
     data : numpy.ndarray, shape (n, d), float64
-        Numbers as they stand in the source, each nominal column as one column of 0 and 1 a value; nothing is scaled.
+        Numbers as in the source, not scaled; a nominal column becomes one column of 0 and 1 for each of its values.
     target : numpy.ndarray, shape (n,)
-        Integers where the source has numbers, else strings; in the order of the source.
+        Integers if the source has numbers, else strings; in the order of the source.
     feature_names : tuple of str
-        Of the d columns; `column=value` for a value of a nominal column.
+        A name for each of the d columns; `column=value` for a value of a nominal column.
     target_names : tuple
         The classes, sorted.
     source : str
-        Whom to cite.
+        What to cite: authors, year and DOI.
+
+    Examples
+    --------
+    >>> from favorsharp.datasets import fetch_car
+    >>> car = fetch_car()  # doctest: +SKIP
+    >>> car  # doctest: +SKIP
+    Dataset('car', n=1728, d=21, classes=4)
+    >>> car.feature_names[0]  # doctest: +SKIP
+    'buying=high'
     """
 
     name: str
@@ -76,7 +86,7 @@ class _Table:
     sha256: str
     source: str
     nominal: tuple[str, ...] = ()
-    skipped: int = 0  # columns at the beginning of the source's rows that name the row
+    skipped: int = 0  # leading columns of the source that only name the row
 
 
 TABLES = {
@@ -160,9 +170,9 @@ def fetch_abalone(*, data_home: str | Path | None = None) -> Dataset:
     Parameters
     ----------
     data_home : str or Path, optional
-        The folder to look in, and to keep a download in. None: what FAVORSHARP_DATA names, else the user's cache
-        folder. The copy may be `abalone.csv` or `abalone.csv.gz` with a line of column names (for chess `krkopt.csv`),
-        or the source's own file, such as `abalone.data`.
+        The folder to read the table from, and to keep a download in. None means the folder that FAVORSHARP_DATA names,
+        or else the user's cache folder. It may hold `abalone.csv` or `abalone.csv.gz` with a line of column names (for
+        chess, `krkopt.csv`), or the source's own file, such as `abalone.data`.
 
     Returns
     -------
@@ -172,49 +182,109 @@ def fetch_abalone(*, data_home: str | Path | None = None) -> Dataset:
     Raises
     ------
     ValueError
-        If the copy or the download is not the table that its digest says, naming it.
+        If the values of the copy or the download do not have the expected digest; the message names the file.
     ImportError
-        If it has to be downloaded and pooch is not installed.
+        If a download is necessary and pooch is not installed.
     OSError
         If the download fails.
+
+    Examples
+    --------
+    >>> from favorsharp.datasets import fetch_abalone
+    >>> fetch_abalone()  # doctest: +SKIP
+    Dataset('abalone', n=4177, d=10, classes=28)
     """
     return _fetch("abalone", data_home)
 
 
 def fetch_banknote(*, data_home: str | Path | None = None) -> Dataset:
-    """Banknote authentication: 2 classes; n = 1372, d = 4. As `fetch_abalone`."""
+    """Banknote authentication: 2 classes; n = 1372, d = 4. Parameters and errors are those of `fetch_abalone`.
+
+    Examples
+    --------
+    >>> from favorsharp.datasets import fetch_banknote
+    >>> fetch_banknote()  # doctest: +SKIP
+    Dataset('banknote', n=1372, d=4, classes=2)
+    """
     return _fetch("banknote", data_home)
 
 
 def fetch_car(*, data_home: str | Path | None = None) -> Dataset:
-    """Car evaluation: 4 classes, nominal columns; n = 1728, d = 21. As `fetch_abalone`."""
+    """Car evaluation: 4 classes, nominal columns; n = 1728, d = 21. Parameters and errors are those of `fetch_abalone`.
+
+    Examples
+    --------
+    >>> from favorsharp.datasets import fetch_car
+    >>> fetch_car()  # doctest: +SKIP
+    Dataset('car', n=1728, d=21, classes=4)
+    """
     return _fetch("car", data_home)
 
 
 def fetch_yeast(*, data_home: str | Path | None = None) -> Dataset:
-    """Yeast: sites of proteins in 10 classes; n = 1484, d = 8. As `fetch_abalone`."""
+    """Yeast: sites of proteins in 10 classes; n = 1484, d = 8. Parameters and errors are those of `fetch_abalone`.
+
+    Examples
+    --------
+    >>> from favorsharp.datasets import fetch_yeast
+    >>> fetch_yeast()  # doctest: +SKIP
+    Dataset('yeast', n=1484, d=8, classes=10)
+    """
     return _fetch("yeast", data_home)
 
 
 def fetch_cmc(*, data_home: str | Path | None = None) -> Dataset:
-    """Contraceptive method choice: 3 classes; n = 1473, d = 9, every column as a number. As `fetch_abalone`."""
+    """Contraceptive method choice: 3 classes; n = 1473, d = 9.
+
+    Every column is used as a number. Parameters and errors are those of `fetch_abalone`.
+
+    Examples
+    --------
+    >>> from favorsharp.datasets import fetch_cmc
+    >>> fetch_cmc()  # doctest: +SKIP
+    Dataset('cmc', n=1473, d=9, classes=3)
+    """
     return _fetch("cmc", data_home)
 
 
 def fetch_nursery(*, data_home: str | Path | None = None) -> Dataset:
-    """Nursery: 5 classes, one of two points only, nominal columns; n = 12960, d = 27. As `fetch_abalone`."""
+    """Nursery: 5 classes, one of which has only two points, nominal columns; n = 12960, d = 27.
+
+    Parameters and errors are those of `fetch_abalone`.
+
+    Examples
+    --------
+    >>> from favorsharp.datasets import fetch_nursery
+    >>> fetch_nursery()  # doctest: +SKIP
+    Dataset('nursery', n=12960, d=27, classes=5)
+    """
     return _fetch("nursery", data_home)
 
 
 def fetch_wifi(*, data_home: str | Path | None = None) -> Dataset:
-    """Wireless indoor localization: 4 rooms, in order, from seven signals; n = 2000, d = 7. As `fetch_abalone`."""
+    """Wireless indoor localization: 4 rooms from the strengths of seven signals; n = 2000, d = 7.
+
+    Rows are in the order of the rooms. Parameters and errors are those of `fetch_abalone`.
+
+    Examples
+    --------
+    >>> from favorsharp.datasets import fetch_wifi
+    >>> fetch_wifi()  # doctest: +SKIP
+    Dataset('wifi', n=2000, d=7, classes=4)
+    """
     return _fetch("wifi", data_home)
 
 
 def fetch_chess(*, data_home: str | Path | None = None) -> Dataset:
     """King and rook against king: depth of win in 18 classes, nominal columns; n = 28056, d = 40.
 
-    As `fetch_abalone`; the file is called krkopt.
+    Parameters and errors are those of `fetch_abalone`; the file is called `krkopt.csv`.
+
+    Examples
+    --------
+    >>> from favorsharp.datasets import fetch_chess
+    >>> fetch_chess()  # doctest: +SKIP
+    Dataset('chess', n=28056, d=40, classes=18)
     """
     return _fetch("chess", data_home)
 
@@ -254,7 +324,7 @@ def _downloaded(name: str, table: _Table, folder: Path) -> list[list[str]]:
         path = Path(held) / "archive.zip"
         try:
             download(address, str(path), None)
-        except OSError as error:  # what requests raises is one
+        except OSError as error:  # the exceptions of requests are of this type
             raise OSError(
                 f"{address} could not be downloaded: {error}. Put {table.member} or {table.file}.csv.gz into "
                 f"{folder}, or name the folder of a copy by data_home or FAVORSHARP_DATA"
@@ -280,7 +350,7 @@ def _decoded(path: Path) -> str:
 
 
 def _rows(table: _Table, text: str) -> list[list[str]]:
-    """The fields of each row, from the source's own form (commas, tabs or blanks, names of rows) or from a CSV."""
+    """The fields of each row, from the source's own file (commas, tabs or blanks; some name the rows) or a CSV."""
     lines = [re.split(r"[,\s]+", line.strip()) for line in text.splitlines() if line.strip()]
     if lines and tuple(lines[0]) == table.columns:
         return lines[1:]
@@ -288,7 +358,7 @@ def _rows(table: _Table, text: str) -> list[list[str]]:
 
 
 def _canonical(table: _Table, rows: Sequence[Sequence[str]]) -> bytes:
-    """The CSV that the digest is of: one line of names, commas, newlines."""
+    """The CSV whose digest is compared: a line of column names, then the rows, with commas and newlines."""
     return "".join(",".join(row) + "\n" for row in (table.columns, *rows)).encode()
 
 
@@ -302,7 +372,7 @@ def _check(table: _Table, rows: Sequence[Sequence[str]], where: str) -> None:
 
 
 def _keep(path: Path, content: bytes) -> None:
-    """Write a file that is there whole or not at all."""
+    """Write a file atomically, so that it never exists in part."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.{os.getpid()}")
     partial.write_bytes(gzip.compress(content, mtime=0))

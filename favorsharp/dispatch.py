@@ -1,25 +1,29 @@
 """Which implementation runs an operation: ops, kernels, backends, and the choice between them.
 
-What this room promises:
+What this module promises:
 
-- An op *is* its reference: a plain function in array API functions. A backend offers kernels, alternatives to it.
-- The choice is made before the call, from a `Request` without shapes, so it is cached and does not change with the
-  length of a sequence. A kernel's exception is a bug and surfaces; nothing falls back in the middle of a call.
-- Backends are entry points of the group ``favorsharp.backends``. They are looked up on first need and stay strings
-  until they are tried; a broken one is a warning that names it, never a broken call.
-- The bundled backends are tried automatically, in the order of `BUNDLED`. Others run only when they are named:
-  installing something must not change results.
+- An op is defined by its reference, a plain function in array API functions. A backend offers kernels: other
+  implementations of an op.
+- The implementation is chosen before the call, from a `Request` that holds no shapes. So the choice is cached and does
+  not change with the length of a sequence. An exception of a kernel is a bug, and reaches the caller; nothing falls
+  back in the middle of a call.
+- Backends are entry points of the group ``favorsharp.backends``. They are looked up when first needed, and imported
+  when first tried. A broken backend causes a warning that names it, and never breaks a call that does not need it.
+- The bundled backends are tried automatically, in the order of `BUNDLED`. Other backends run only when they are named,
+  because installing a package must not change results.
 - A backend that is named (by `use` or by the environment variable ``FAVORSHARP_BACKEND``) runs, or the call raises
-  `BackendUnavailable` with every reason. A fallback is wanted only where it is written: ``use("numba", "reference")``.
+  `BackendUnavailable` with all reasons. A call falls back only where the caller asks for it:
+  ``use("numba", "reference")``.
 
 Traced arrays (`torch.compile`, `torch.func` and `jax.jit` transforms, fake tensors) have no values for a kernel to
-read, so only kernels that say ``traceable=True`` and the reference take them. A name that cannot be honoured is an
-error there too, at tracing time. `torch.compile` cannot see context variables; it asks for the names while it traces
-and traces again when they change, provided they change in one thread: put `use` around the compiled call, not inside
-the compiled function.
+read, so only kernels that are declared ``traceable=True`` and the reference take them. If a named backend cannot run
+there, tracing raises an error. `torch.compile` cannot see context variables. It reads the names while it traces, and
+traces again when they change, provided that only one thread changes them: put `use` around the compiled call, not
+inside the compiled function.
 
 The author of an op writes a reference and decorates it with `Op`. The author of a backend writes kernels with the
-op's own signature and declares them in a `Backend`, and lets `favorsharp.testing.check_backend` compare the two.
+signature of the op, declares them in a `Backend`, and compares them with the references by
+`favorsharp.testing.check_backend`.
 """
 
 import functools
@@ -78,14 +82,14 @@ BUNDLED = ("numba", "cuda")
 """The backends of this distribution, in the order in which they are tried when none is named."""
 
 CURES = {"numba": "favorsharp[cpu]", "cupy": "favorsharp[cuda12]' or 'favorsharp[cuda13]", "torch": "favorsharp[torch]"}
-"""What to install for a module that a backend requires."""
+"""The extra to install for a module that a backend requires."""
 
 
 class BackendUnavailable(ValueError):
-    """A backend was named and cannot run the op for these arrays. The message carries every reason."""
+    """A backend was named and cannot run the op for these arrays. The message gives all reasons."""
 
 
-# What is asked for ---------------------------------------------------------------------------------------------------
+# Requests ------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,14 +101,14 @@ class Request:
     op : str
         The op's name.
     library, device, dtype : str
-        Of the arrays among the arguments, as `favorsharp._arrays` names them. Arrays of several floating dtypes give
-        their names, narrow to wide: ``"float16+float32"``.
+        Those of the array arguments, as `favorsharp._arrays` names them. If the arrays have several floating dtypes,
+        their names are joined, from narrow to wide: ``"float16+float32"``.
     family : str
         The family of the feature map among the arguments: "exponential", "elementwise", ...
     gradient : bool
         Whether the library records the call for a backward pass.
     traced : bool
-        Whether an argument stands for values that are not known yet.
+        Whether any argument is traced, so that its values are not known yet.
     """
 
     op: str
@@ -117,10 +121,10 @@ class Request:
 
 
 def request_of(op: str, *arguments: object) -> Request:
-    """The request that a call of the op with these arguments makes.
+    """The request for a call of the op with these arguments.
 
-    Library, device and dtype are read off the arguments that are arrays; whether a gradient is needed or values are
-    traced also off the arrays inside dataclass values (feature maps, states).
+    Library, device and dtype are those of the arguments that are arrays. Whether gradients are needed and whether
+    values are traced also depends on the arrays inside dataclass arguments (feature maps, states).
     """
     arrays: list[Array] = []
     inner: list[Array] = []
@@ -159,13 +163,13 @@ def _collect(x: object, arrays: list[Array]) -> None:
 
 
 def _common_dtype(arrays: list[Array]) -> str:
-    """The floating dtype of the arrays, or all of them joined; masks and indices do not count."""
+    """The floating dtypes of the arrays, joined if there are several; masks and indices do not count."""
     names = [dtype_name(x) for x in arrays]
     floats = [name for name in FLOATS if name in names]
     return "+".join(floats) if floats else names[0]
 
 
-# What is offered -----------------------------------------------------------------------------------------------------
+# Kernels and backends ------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -177,18 +181,18 @@ class Kernel:
     op : str
         The op's name.
     target : str
-        ``"module:function"``; the function has the op's own signature. It may have attributes: `plan`, of decode_step,
-        takes the arguments of a first call and returns a function for calls like it, layouts of arrays included, or
-        None; `packed`, of attention, causal attention and attention_vjp, takes the bounds of packed sequences after
-        the map, gives no state, and is as differentiable as the function; `takes_out`, of attention and causal
-        attention, says that they and their `packed` take an array for the result as `out`, and return it where they
-        used it.
+        ``"module:function"``; the function has the signature of the op. It may have three attributes. `plan`, for
+        decode_step, takes the arguments of a first call, and returns a function for calls with the same shapes, dtypes
+        and memory layouts, or None. `packed`, for attention, causal attention and attention_vjp, takes the bounds of
+        packed sequences after the map; it returns no state, and is as differentiable as the function. `takes_out`, for
+        attention and causal attention, says that the function and its `packed` take an array for the result as `out`,
+        and return that array if they wrote to it.
     libraries, devices, dtypes, families : frozenset of str
-        The values of a `Request` that it accepts.
+        The values of a `Request` that the kernel accepts.
     differentiable : bool
-        Whether it records a backward pass where the arrays need one.
+        Whether the kernel records a backward pass for arrays that need gradients.
     traceable : bool
-        Whether it runs on arrays without values, under `torch.compile`, `torch.func` transforms or `jax.jit`.
+        Whether the kernel runs on arrays without values, under `torch.compile`, `torch.func` transforms or `jax.jit`.
     """
 
     op: str
@@ -210,7 +214,7 @@ class Kernel:
             object.__setattr__(self, name, frozenset(value))
 
     def why_not(self, request: Request) -> str | None:
-        """Why it declines the request; None where it accepts."""
+        """The reason why the kernel declines the request; None if it accepts."""
         if request.op != self.op:
             return f"op {request.op}"
         if request.library not in self.libraries:
@@ -230,18 +234,18 @@ class Kernel:
 
 @dataclass(frozen=True)
 class Backend:
-    """A set of kernels and what they need. Plain data: declaring one imports nothing.
+    """A set of kernels and the modules that they need. It is plain data: declaring a backend imports nothing.
 
     Attributes
     ----------
     name : str
-        What `use` calls it; the name of its entry point.
+        The name that `use` takes, and the name of the entry point.
     requires : tuple of str
-        Modules without which none of its kernels runs.
+        Modules that every kernel of the backend needs.
     kernels : tuple of Kernel
-        Several kernels may implement one op; the first that accepts a request runs.
+        Several kernels may implement the same op; the first that accepts a request runs.
     fault : str, optional
-        Why none of it can be used, where that is known from the start: discovery sets it on a broken plugin.
+        Why the backend cannot be used at all, if that is known from the start: discovery sets it for a broken plugin.
     """
 
     name: str
@@ -250,7 +254,7 @@ class Backend:
     fault: str | None = None
 
     def why_not(self) -> str | None:
-        """Why none of its kernels can run here; None where they can. Imports nothing."""
+        """The reason why no kernel of the backend can run here; None if one can. Imports nothing."""
         if self.fault is not None:
             return self.fault
         missing = [module for module in self.requires if not _can_find(module)]
@@ -263,7 +267,7 @@ class Backend:
 def _can_find(module: str) -> bool:
     try:
         return importlib.util.find_spec(module) is not None
-    except (ImportError, ValueError):  # a parent that is missing, a module without a spec
+    except (ImportError, ValueError):  # a parent package is missing, or a module has no spec
         return False
 
 
@@ -281,9 +285,9 @@ MODULES = {
 }
 """The module of each op in this package and, under the same name, in the bundled backends."""
 DIFFERENTIABLE = ("exponential_features", "attention", "causal_attention", "kernel_matvec")
-"""What the bundled backends offer to torch's autograd, in their modules `torch_ops`."""
+"""The ops that the bundled backends implement for torch's autograd, in their modules `torch_ops`."""
 TRACEABLE = ("update", "read", "decode_step")
-"""What one that is traceable has there too; calls without gradients that are not traced have no need of it."""
+"""The ops that `torch_ops` of a traceable backend has too: for traced calls, and for calls that record gradients."""
 
 
 def bundled_kernels(
@@ -291,7 +295,8 @@ def bundled_kernels(
 ) -> tuple[Kernel, ...]:
     """The kernels of a bundled backend: for the arrays of one library, and for torch tensors on the same device.
 
-    `traceable` says that those for torch's autograd also run on tensors without values, and that states have such too.
+    With `traceable`, the kernels for torch's autograd also run on tensors without values, and `torch_ops` also has
+    kernels for the ops of states.
     """
 
     def kernel(
@@ -315,14 +320,14 @@ def bundled_kernels(
     )
 
 
-# Where backends come from --------------------------------------------------------------------------------------------
+# Discovery -----------------------------------------------------------------------------------------------------------
 
 
 @functools.cache
 def _entry_points() -> "Mapping[str, EntryPoint]":
     """The entry point of each backend by name: the bundled ones first, in their order, then the others by name."""
     found: dict[str, EntryPoint] = {}
-    import importlib.metadata  # a third of the time that `import favorsharp` may take, for who never calls an op
+    import importlib.metadata  # slow: a third of the time allowed for `import favorsharp`
 
     known = sorted(importlib.metadata.entry_points(group=GROUP), key=lambda point: (not _is_ours(point), _rank(point)))
     for point in known:
@@ -335,7 +340,7 @@ def _entry_points() -> "Mapping[str, EntryPoint]":
 
 @functools.cache
 def _backend(name: str) -> Backend:
-    """The backend of that name, loaded; one with a fault, and a warning, where loading fails."""
+    """Load the backend of that name; if that fails, warn, and return a backend that has a `fault`."""
     point = _entry_points()[name]
     try:
         backend = point.load()
@@ -343,7 +348,7 @@ def _backend(name: str) -> Backend:
             raise TypeError(f"expected a favorsharp.dispatch.Backend, got {type(backend).__name__}")
         if backend.name != name:
             raise ValueError(f"the entry point is named {name!r}, its backend {backend.name!r}")
-    except Exception as error:  # whatever a plugin does must not break the calls of those who do not use it
+    except Exception as error:  # a broken plugin must not break the calls of those who do not use it
         fault = f"could not be loaded: {type(error).__name__}: {error}"
         _warn(f"{_describe(point)} {fault}")
         return Backend(name, fault=fault)
@@ -352,11 +357,11 @@ def _backend(name: str) -> Backend:
 
 @functools.cache
 def _function(target: str) -> Callable[..., Any] | str:
-    """The function a kernel's target names, or the reason why it cannot be had."""
+    """The function that a kernel's target names, or the reason why it cannot be imported."""
     module, _, name = target.partition(":")
     try:
         function: Any = functools.reduce(getattr, name.split("."), importlib.import_module(module))
-    except Exception as error:  # still before the call: this decides whether the kernel can be chosen
+    except Exception as error:  # this runs before the call, to decide whether the kernel can be chosen
         fault = f"{target} could not be imported: {type(error).__name__}: {error}"
         _warn(fault)
         return fault
@@ -364,12 +369,12 @@ def _function(target: str) -> Callable[..., Any] | str:
 
 
 def backends() -> Mapping[str, Backend]:
-    """Every backend that is installed, by name: the bundled ones in the order they are tried, then the others."""
+    """Every installed backend by name: the bundled ones in the order in which they are tried, then the others."""
     return {name: _backend(name) for name in _entry_points()}
 
 
 def rediscover() -> None:
-    """Look for backends again: forget what was found, loaded and decided."""
+    """Forget which backends were found, loaded and chosen, so that they are looked up again."""
     for cached in (_entry_points, _backend, _function, _parse, _choose):
         cached.cache_clear()
     _settled.clear()
@@ -392,30 +397,31 @@ def _warn(message: str) -> None:
     warnings.warn(f"favorsharp: {message}", RuntimeWarning, stacklevel=2)
 
 
-# What the caller wishes ----------------------------------------------------------------------------------------------
+# Which backends the caller names -------------------------------------------------------------------------------------
 
 _wish: ContextVar[tuple[str, ...]] = ContextVar("favorsharp_use", default=())
 _latest_wish: tuple[str, ...] = ()
-"""The names given to `use` last, in any context: torch.compile guards this one, as it cannot read the other."""
+"""The names given to the last `use`, in any context: torch.compile guards this one, not context variables."""
 
 _calls: ContextVar[list[tuple[str, str]] | None] = ContextVar("favorsharp_calls", default=None)
 
 
 @contextmanager
 def use(*names: str) -> Iterator[None]:
-    """Run every op by the first of the named backends that can, or raise.
+    """Inside the block, every op runs by the first named backend that can run it, or raises.
 
     Parameters
     ----------
     *names : str
-        Backends in order of preference. "reference" is one: ``use("numba", "reference")`` falls back to it.
+        Backends in order of preference. "reference" stands for the references: ``use("numba", "reference")`` falls back
+        to them.
 
     Raises
     ------
     ValueError
         If a name is unknown.
     BackendUnavailable
-        By a call inside the block, if none of the names can run it. The message says why.
+        Raised by a call inside the block, if no named backend can run it. The message says why.
 
     Examples
     --------
@@ -439,9 +445,9 @@ def use(*names: str) -> Iterator[None]:
 
 @contextmanager
 def watch() -> Iterator[list[tuple[str, str]]]:
-    """Record what runs: a list that grows by (op, implementation) with every call of an op inside the block.
+    """Record which implementations run: each call of an op inside the block appends (op, implementation) to the list.
 
-    Calls that are compiled or jitted are recorded when they are traced.
+    Compiled or jitted calls are recorded when they are traced.
     """
     calls: list[tuple[str, str]] = []
     token = _calls.set(calls)
@@ -452,7 +458,7 @@ def watch() -> Iterator[list[tuple[str, str]]]:
 
 
 def _names_wished() -> tuple[tuple[str, ...], str]:
-    """The names that the caller asked for, none by default, and where they were asked for."""
+    """The names that the caller asked for, none by default, and a description of where."""
     names = _wish.get()
     if names:
         return names, "use()"
@@ -490,9 +496,9 @@ class _Choice(NamedTuple):
 
 @functools.lru_cache(maxsize=4096)
 def _choose(request: Request, names: tuple[str, ...]) -> _Choice:
-    """The first of the names that takes the request, and why those before it decline.
+    """The first of the names that accepts the request, and why those before it decline.
 
-    Without names: the bundled backends in their order, then the reference.
+    Without names, the bundled backends are tried in their order, then the reference.
     """
     automatic = (*(name for name, point in _entry_points().items() if _is_ours(point)), REFERENCE)
     reasons: list[tuple[str, str]] = []
@@ -507,7 +513,7 @@ def _choose(request: Request, names: tuple[str, ...]) -> _Choice:
 
 
 def _offer(backend: Backend, request: Request) -> tuple[Kernel | None, str]:
-    """The backend's kernel for the request, or the reasons why it has none."""
+    """The backend's kernel for the request, or None and the reasons."""
     fault = backend.why_not()
     if fault is not None:
         return None, fault
@@ -525,7 +531,7 @@ def _offer(backend: Backend, request: Request) -> tuple[Kernel | None, str]:
 
 
 def _decide(request: Request) -> _Choice:
-    """What to run. Raises where no named backend can."""
+    """The implementation to run; raises if the caller named backends and none of them can run."""
     names, source = _names_wished()
     choice = _choose(request, names)
     if choice.name is None:
@@ -538,11 +544,12 @@ def _decide(request: Request) -> _Choice:
 
 
 def _decide_while_tracing(latest_wish: tuple[str, ...], *request: Any) -> tuple[str | None, str | None]:
-    """As `_decide`, for torch.compile: run, not traced; given `_latest_wish` only to be asked again when it changes.
+    """`_decide` for torch.compile, which runs this function instead of tracing it.
 
-    The error is returned to be raised by traced code, as Dynamo takes an exception here for its own failure. The
-    function is left in `_loaded`, where traced code finds it without an import; and with it the backend's others that
-    may be traced, as Dynamo takes that dictionary for a whole graph as it was at the first look.
+    `latest_wish` is an argument only so that torch.compile asks again when it changes. An error is returned, and traced
+    code raises it, because Dynamo takes an exception here for a failure of its own. The function is stored in
+    `_loaded`, where traced code finds it without an import. All traceable kernels of the backend are stored with it,
+    because Dynamo assumes that the dictionary does not change while it traces a graph.
     """
     try:
         choice = _decide(Request(*request))
@@ -570,15 +577,15 @@ OPS: dict[str, "Op[..., Any]"] = {}
 
 
 class Op(Generic[P, R]):
-    """A function that backends may implement too; the decorator of a reference.
+    """An operation that backends may implement; the class is used as the decorator of the reference.
 
     Calling the op calls the implementation that the arguments, `use` and the environment choose. The reference is
-    the documentation, the fallback and what every kernel is compared with.
+    the documentation, the fallback, and the result that every kernel is compared with.
 
     Parameters
     ----------
     reference : callable
-        Takes arrays, feature maps and states, and plain options; registered under its own name.
+        A function of arrays, feature maps, states and plain options. The op is registered under the function's name.
 
     Attributes
     ----------
@@ -605,7 +612,7 @@ class Op(Generic[P, R]):
         return self.implementation(*args, **kwargs)(*args, **kwargs)
 
     def implementation(self, *args: P.args, **kwargs: P.kwargs) -> Callable[P, R]:
-        """The function that a call with these arguments runs."""
+        """The implementation that a call with these arguments runs."""
         request = request_of(self.name, *args, *kwargs.values())
         if request.traced:
             target, error = _decide_while_tracing(
@@ -625,7 +632,7 @@ class Op(Generic[P, R]):
         if target is None:
             return self.reference
         found = _loaded[target] if request.traced else _function(target)
-        return cast(Callable[P, R], found)  # not a reason: the decision has seen to that
+        return cast(Callable[P, R], found)  # `_decide` chose it, so it could be imported
 
     def __repr__(self) -> str:
         return f"<favorsharp op {self.name}>"
@@ -634,21 +641,21 @@ class Op(Generic[P, R]):
         return self.name
 
 
-# Calls like one before -----------------------------------------------------------------------------------------------
+# Repeated calls ------------------------------------------------------------------------------------------------------
 
 _settled: WeakKeyDictionary[Any, dict[Hashable, Any]] = WeakKeyDictionary()
-"""By feature map and `call_signature`: the implementation and the prepared map that an earlier call came to.
+"""For each feature map and `call_signature`: the implementation and the prepared map that an earlier call used.
 
-Checks and choice take longer than a token's arithmetic. A signature holds everything they look at, so that a call with
-the signature of an earlier one passes them as that one did.
+Checks and choice take longer than the arithmetic of one token. A signature holds everything that they depend on, so a
+call with a known signature skips them.
 """
 
 MOST_SETTLED = 64
-"""Signatures remembered for each map; with more, as lengths vary, the oldest is forgotten."""
+"""Signatures remembered for each map; when there are more, for example as lengths vary, the oldest is forgotten."""
 
 
 class Known:
-    """A part of a signature that calls pass on from one to the next: its hash is worked out once."""
+    """A part of a signature that one call passes on to the next; its hash is computed once."""
 
     __slots__ = ("_hash", "parts")
 
@@ -665,14 +672,14 @@ class Known:
 def call_signature(
     feature_map: Any, *arguments: object, with_layout: bool = False, known: Hashable = ()
 ) -> tuple[Hashable, ...] | None:
-    """What the checks of a call and its choice depend on; None where a call has to be looked at each time.
+    """A key that holds everything that the checks and the choice of a call depend on; None if there is no such key.
 
-    `with_layout` adds how arrays lie in memory, and `known` what is known of further arguments.
+    With `with_layout` it includes how arrays lie in memory. `known` is the signature of further arguments.
     """
     mode = mode_of_library()
     if mode is None or known is None or _calls.get() is not None:
         return None
-    held = getattr(feature_map, "arrays", None)  # after the mode: a compiler cannot follow a cached property
+    held = getattr(feature_map, "arrays", None)  # read after the mode: compilers cannot trace a cached property
     if held is None:
         return None
     signature: list[Hashable] = [mode, _wish.get(), os.environ.get(VARIABLE), stamps_of(held), known]
@@ -685,23 +692,23 @@ def call_signature(
 
 
 def recall(feature_map: Any, signature: tuple[Hashable, ...] | None) -> tuple[Any, Any] | None:
-    """The implementation and the prepared map of an earlier call with this map and signature."""
+    """The implementation and the prepared map of an earlier call with this map and signature, or None."""
     known = _settled.get(feature_map) if signature is not None else None
     found = None if known is None else known.get(signature)
     return None if found is None else (found[0], feature_map if found[1] is None else found[1])
 
 
 def settle(feature_map: Any, signature: tuple[Hashable, ...] | None, implementation: Any, prepared: Any) -> None:
-    """Remember what a call with this map and signature came to."""
+    """Remember the implementation and the prepared map of a call with this map and signature."""
     if signature is None:
         return
     known = _settled.setdefault(feature_map, {})
     while len(known) >= MOST_SETTLED:
         known.pop(next(iter(known)), None)
-    known[signature] = implementation, None if prepared is feature_map else prepared  # the map must not keep itself
+    known[signature] = implementation, None if prepared is feature_map else prepared  # so that the map can be freed
 
 
-# Seeing it -----------------------------------------------------------------------------------------------------------
+# Explanations --------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -713,9 +720,9 @@ class Explanation:
     op : str
     request : Request
     chosen : str or None
-        None where the backends that `use` or the environment name all decline: the call raises.
+        None if every backend that `use` or the environment names declines; a call would raise.
     reasons : mapping of str to str
-        Of every implementation that is known, in the order of the text.
+        For every known implementation, in the order of the text: "chosen", or why it does not run.
     """
 
     op: str
@@ -728,7 +735,7 @@ class Explanation:
 
 
 def explain(op: "Op[..., Any] | Callable[..., Any] | str", like: Any) -> Explanation:
-    """Which implementation runs an op for such arrays, and why the others decline.
+    """Which implementation runs an op for given arrays, and why the others do not.
 
     Parameters
     ----------
@@ -740,7 +747,14 @@ def explain(op: "Op[..., Any] | Callable[..., Any] | str", like: Any) -> Explana
     Returns
     -------
     Explanation
-        Its text has one line for each implementation. Inside `use` it shows the choice that a call there makes.
+        Printed, it has one line for each implementation. Inside `use` it shows the choice that a call there makes.
+
+    Examples
+    --------
+    >>> import numpy as np, favorsharp as fs
+    >>> with fs.use("reference"):
+    ...     fs.explain(fs.linear_attention, like=np.ones((4, 2))).chosen
+    'reference'
     """
     name = _op_name(op)
     request = request_of(name, *(like if isinstance(like, (tuple, list)) else (like,)))
@@ -755,7 +769,7 @@ def explain(op: "Op[..., Any] | Callable[..., Any] | str", like: Any) -> Explana
 
 
 def _why_not_tried(name: str, request: Request, choice: _Choice, source: str) -> str:
-    """Why an implementation was not reached."""
+    """Why an implementation was not tried."""
     if source:
         return f"not named by {source}"
     if name != REFERENCE:

@@ -1,7 +1,7 @@
-"""Random rows w, each N(0, I) by itself, drawn on the host in float64.
+"""Random rows w, each distributed as N(0, I), drawn on the host in float64; `feature_map` calls `draw_rows`.
 
-The rows of one draw may depend on each other: that keeps every estimate unbiased and lowers its variance. One seed
-gives one draw for every array library and device; the caller casts and moves it. All randomness of the package is here.
+The rows of one draw may depend on each other: that keeps every estimate unbiased and lowers its variance. The same seed
+gives the same draw for every array library and device; the caller casts and moves it. Only this module draws features.
 """
 
 import math
@@ -25,8 +25,8 @@ def draw_rows(draw: str, num_rows: int, size: int, rng: Any = None) -> Rows:
     num_rows, size : int
         Rows m and coordinates d.
     rng : None, int, SeedSequence, BitGenerator or Generator
-        What `numpy.random.default_rng` takes (SPEC 7). A Generator moves on; the others give the same rows each time,
-        but for None.
+        As `numpy.random.default_rng` takes it (SPEC 7). An int or a SeedSequence gives the same rows each time, None
+        gives new rows each time, and a generator advances.
 
     Returns
     -------
@@ -37,7 +37,7 @@ def draw_rows(draw: str, num_rows: int, size: int, rng: Any = None) -> Rows:
 
 
 def generator(rng: Any) -> np.random.Generator:
-    """The generator that rng stands for."""
+    """Turn rng into a Generator."""
     kinds = (int, np.integer, np.random.SeedSequence, np.random.BitGenerator, np.random.Generator)
     if isinstance(rng, bool) or not (rng is None or isinstance(rng, kinds)):
         raise TypeError(f"rng must be None, an int, a SeedSequence or a numpy Generator, got {type(rng).__name__}")
@@ -52,27 +52,27 @@ def iid(num_rows: int, size: int, rng: np.random.Generator) -> Rows:
 
 
 def orthogonal(num_rows: int, size: int, rng: np.random.Generator) -> Rows:
-    """Blocks of d mutually orthogonal rows, directions Haar, lengths independent and chi_d (arXiv 2009.14794)."""
+    """Blocks of d mutually orthogonal rows: Haar directions, independent chi_d lengths (arXiv 2009.14794)."""
     return _blocks(np.eye(size), num_rows, size, rng)
 
 
 def simplex(num_rows: int, size: int, rng: np.random.Generator) -> Rows:
-    """Blocks of d rows that point to the corners of a randomly turned simplex, lengths chi_d (arXiv 2301.13856)."""
+    """Blocks of d rows towards the corners of a randomly rotated simplex, with chi_d lengths (arXiv 2301.13856)."""
     return _blocks(_simplex_corners(size), num_rows, size, rng)
 
 
 def sobol(num_rows: int, size: int, rng: np.random.Generator) -> Rows:
-    """A scrambled Sobol sequence through the normal quantile; needs SciPy."""
+    """A scrambled Sobol sequence, mapped to normal rows by the normal quantile function; needs SciPy."""
     try:
         from scipy.special import ndtri
         from scipy.stats import qmc
     except ImportError as error:
         raise ImportError("draw='sobol' needs SciPy: pip install 'favorsharp[sobol]'") from error
-    # a power of two is what the sequence is balanced for; the leading part of it is what a shorter draw would be
+    # the sequence is balanced at powers of two; a draw of another length is the leading part of a longer one
     bits = 30
     sequence = qmc.Sobol(size, scramble=True, bits=bits, rng=rng)
     points = sequence.random_base2(math.ceil(math.log2(max(num_rows, 1))))[:num_rows]
-    # the points lie on a grid that holds 0, whose quantile is infinite: take the middle of each cell
+    # the points lie on a grid that contains 0, whose quantile is infinite: move them to the middle of each cell
     rows: Rows = ndtri(points + 0.5 ** (bits + 1))
     return rows
 
@@ -89,7 +89,7 @@ DRAWS: MappingProxyType[str, Callable[[int, int, np.random.Generator], Rows]] = 
 
 
 def discrete_rows(method: str, rows: Rows, rate: Rows) -> tuple[Rows, Rows]:
-    """Counts at the quantiles Phi(rows), so that every Gaussian draw makes a discrete one, and their log densities.
+    """Counts at the quantiles Phi(rows), and their log densities; so every Gaussian draw gives a discrete one.
 
     Parameters
     ----------
@@ -97,13 +97,13 @@ def discrete_rows(method: str, rows: Rows, rate: Rows) -> tuple[Rows, Rows]:
     rows : numpy.ndarray, shape (m, d)
         Gaussian rows.
     rate : numpy.ndarray, shape (*b, 1, 1)
-        lambda, or the success probability p.
+        lambda of the Poisson distribution, or the success probability p of the geometric one.
 
     Returns
     -------
     counts : numpy.ndarray, shape (*b, m, d)
     log_density : numpy.ndarray, shape (*b, m)
-        log of the part of a feature that depends on its counts alone.
+        Logarithm of the factor of a feature that depends only on its counts.
     """
     quantiles, log_density = _DISCRETE[method]
     rate = rate.astype(np.float64)
@@ -112,7 +112,7 @@ def discrete_rows(method: str, rows: Rows, rate: Rows) -> tuple[Rows, Rows]:
 
 
 def _blocks(directions: Rows, num_rows: int, size: int, rng: np.random.Generator) -> Rows:
-    """Blocks of d unit directions, each block turned by its own Haar rotation, each row given a chi_d length."""
+    """Blocks of d unit directions: each block is rotated by its own Haar matrix, each row is given a chi_d length."""
     num_blocks = -(-num_rows // size)
     rows: Rows = directions @ _haar(num_blocks, size, rng)
     lengths = np.linalg.norm(rng.standard_normal((num_blocks, size, size)), axis=-1, keepdims=True)
@@ -149,7 +149,7 @@ def _normal_cdf(w: Rows) -> Rows:
 def _poisson_quantiles(levels: Rows, rate: Rows) -> Rows:
     """The counts k with P(K < k) <= level < P(K <= k)."""
     counts = np.zeros(np.broadcast_shapes(levels.shape, rate.shape))
-    log_density = -rate  # not the density itself, which is zero at a rate of 800
+    log_density = -rate  # logarithms, because the density underflows at a rate of 800
     below = np.exp(log_density) + 0 * counts
     count = 0
     while np.any(more := (below <= levels) & ((count < rate) | (log_density > -60))):

@@ -1,4 +1,4 @@
-"""Gradients for callers without automatic differentiation."""
+"""Gradients for callers without automatic differentiation: the public function `vjp`."""
 
 from functools import partial
 from itertools import pairwise
@@ -18,41 +18,45 @@ __all__ = ["vjp"]
 
 
 def vjp(function: Any, *arguments: Any, **options: Any) -> tuple[Array, Pullback]:
-    """The result of a function, and the function that takes a gradient of it back to its arguments.
+    """The result of a function, and its vector-Jacobian product as a second function (as `jax.vjp` returns them).
 
-    NumPy and CuPy pipelines can train with it: the gradients are computed by backward kernels, which need
-    `favorsharp[cpu]` or `favorsharp[cuda13]`.
-    torch and JAX arrays are taken too, though these libraries differentiate these functions by themselves.
+    NumPy and CuPy pipelines can train with it: backward kernels compute the gradients, which needs `favorsharp[cpu]` or
+    `favorsharp[cuda13]`. It also takes torch and JAX arrays, though these libraries can differentiate the functions
+    themselves.
 
     Parameters
     ----------
     function : {linear_attention, kernel_matvec}, their names, "exponential_features" or the op of that name
-        `linear_attention(q, k, v, feature_map)` with the options is_causal, window, key_mask, enable_gqa and
-        cu_seqlens, or `kernel_matvec(x, y, v, feature_map)`; both with `of_map=True` to get the gradients of a
-        dense-exponential map's rows and log_weight too. `exponential_features(u, rows, row, column)`.
+        `linear_attention(q, k, v, feature_map)` takes the options is_causal, window, key_mask, enable_gqa and
+        cu_seqlens. It and `kernel_matvec(x, y, v, feature_map)` take `of_map=True`, to get the gradients of the rows
+        and log_weight of a dense-exponential map too. The third is `exponential_features(u, rows, row, column)`.
     *arguments, **options
-        Of the function.
+        Arguments and options of the function.
 
     Returns
     -------
     out : array
     pullback : callable
-        From a gradient, shaped like `out`, to the gradients of the arrays among the arguments, in their shapes and
-        dtypes: (dq, dk, dv) or (dx, dy, dv), with of_map followed by (drows, dlog_weight); or
+        Takes a gradient shaped like `out`, and returns the gradients of the arrays among the arguments, in their shapes
+        and dtypes: (dq, dk, dv) or (dx, dy, dv), followed by (drows, dlog_weight) with `of_map`; or
         (du, drows, drow, dcolumn).
 
     Raises
     ------
     TypeError, ValueError
-        If an argument is not as described, or nothing here can differentiate such arrays.
+        If an argument is not as described, or if no backend and no library here can differentiate such arrays.
 
     Examples
     --------
-    >>> import numpy as np, favorsharp as fs
-    >>> q, k, v = np.random.default_rng(0).standard_normal((3, 16, 4))
+    With torch; NumPy arrays work the same way where `favorsharp[cpu]` is installed.
+
+    >>> import torch, favorsharp as fs
+    >>> q, k, v = torch.randn(3, 16, 4)
     >>> fm = fs.feature_map(fs.fit(q, k), 32, rng=0)
-    >>> out, pullback = fs.vjp(fs.linear_attention, q, k, v, fm, is_causal=True)  # doctest: +SKIP
-    >>> dq, dk, dv = pullback(np.ones_like(out))  # doctest: +SKIP
+    >>> out, pullback = fs.vjp(fs.linear_attention, q, k, v, fm, is_causal=True)
+    >>> dq, dk, dv = pullback(torch.ones_like(out))
+    >>> dv.shape
+    torch.Size([16, 4])
     """
     name = function if isinstance(function, str) else getattr(function, "__name__", repr(function))
     run = _FUNCTIONS[check_choice("function", name, _FUNCTIONS)]
@@ -187,4 +191,4 @@ _FUNCTIONS: dict[str, Any] = {
     "linear_attention": _linear_attention,
     "kernel_matvec": _kernel_matvec,
 }
-"""What can be differentiated, by name."""
+"""The functions that `vjp` differentiates, by name."""

@@ -1,6 +1,7 @@
-"""The JAX edge: values as pytrees, so that `jax.jit`, `jax.vmap` and `jax.lax.scan` take and return them.
+"""Register the library's values as JAX pytrees, so that `jax.jit`, `jax.vmap` and `jax.lax.scan` take and return them.
 
-Import it once: ``import favorsharp.jax``. Arrays are leaves; names, sizes and the fingerprint of a state are static.
+Users import it once: ``import favorsharp.jax``. Arrays are leaves; names, sizes and the fingerprint of a state are
+static.
 """
 
 from dataclasses import fields

@@ -1,4 +1,7 @@
-"""Checks for whoever writes a backend: the cases that ours are tested on, and the comparison with the references."""
+"""Checks for authors of backends: test cases for each op, and the comparison of a backend with the references.
+
+The tests of the bundled backends use the same cases.
+"""
 
 import importlib
 import itertools
@@ -20,15 +23,26 @@ from favorsharp.parameters import fit, map_arrays
 __all__ = ["Case", "Row", "cases", "check_backend", "make_array"]
 
 TOLERANCES = {"float16": 4e-3, "bfloat16": 3e-2, "float32": 2e-5, "float64": 1e-10}
-"""Largest error allowed, relative to the largest entry of the float64 reference."""
+"""Largest error allowed for each dtype, relative to the largest entry of the float64 reference."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """One call of an op: a name, and how to make its arguments.
+    """One call of an op: a name, and a function that makes the arguments.
 
-    `make(to)` returns (args, kwargs); `to` turns a NumPy array into one of the library and dtype under test (masks keep
-    their dtype).
+    `make(to)` returns (args, kwargs). `to` turns a NumPy array into an array of the library and dtype under test; masks
+    keep their dtype.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from favorsharp.testing import cases
+    >>> case = cases("attention")[0]
+    >>> case.name
+    'plain, window 0'
+    >>> (q, k, v, feature_map), options = case.make(np.asarray)
+    >>> q.shape, v.shape, options
+    ((37, 8), (37, 5), {})
     """
 
     name: str
@@ -37,7 +51,14 @@ class Case:
 
 @dataclass(frozen=True)
 class Row:
-    """One comparison: the op, the case, the library and dtype, what ran and its largest relative error."""
+    """One comparison: the op, the case, the library and dtype, what ran, and its largest relative error.
+
+    Examples
+    --------
+    >>> from favorsharp.testing import Row
+    >>> Row("read", "one, window 0", "numpy", "float32", "mine", 1e-7).error < 2e-5
+    True
+    """
 
     op: str
     case: str
@@ -55,11 +76,11 @@ SHAPES = {
     "none": ((2,), 0, 8, 5, 16),
     "primes": ((2,), 131, 7, 3, 13),
 }
-"""Leading axes, points n, d, e and m."""
+"""For each name: the leading axes, the number of points n, and the sizes d, e and m."""
 
 
 def cases(op: str) -> tuple[Case, ...]:
-    """The calls that an implementation of the op is compared on, shared by tests, benchmarks and the support table.
+    """The calls on which an implementation of an op is compared with its reference.
 
     Parameters
     ----------
@@ -69,6 +90,12 @@ def cases(op: str) -> tuple[Case, ...]:
     Returns
     -------
     tuple of Case
+
+    Examples
+    --------
+    >>> from favorsharp.testing import cases
+    >>> [case.name for case in cases("kernel_matvec")]
+    ['plain', 'tiles', 'multiples', 'one', 'none', 'primes']
     """
     if op not in _MAKERS:
         raise ValueError(f"op {op!r} has no cases; known: {', '.join(_MAKERS)}")
@@ -78,29 +105,37 @@ def cases(op: str) -> tuple[Case, ...]:
 def check_backend(
     backend: str | Backend, *, ops: Iterable[str] | None = None, libraries: Iterable[str] | None = None
 ) -> list[Row]:
-    """Compare every kernel of a backend with the references, in float64.
+    """Compare every kernel of a backend with the references, which run in float64.
 
-    Each case runs under `use(backend)`, and it is checked that the backend's own implementation ran. The ops whose
-    results are functions (`attention_vjp`, `exponential_features_vjp`) have no cases.
+    Each case runs under `use(backend)`; it is also checked that the backend's own implementation ran. The ops that
+    return functions (`attention_vjp`, `kernel_matvec_vjp`, `exponential_features_vjp`) have no cases.
 
     Parameters
     ----------
     backend : str or Backend
         An installed backend.
     ops, libraries : iterable of str, optional
-        Restrict the check; by default every op of the backend on every library that it declares and that is installed.
+        Restrict the check. By default it covers all ops of the backend on all libraries that the backend declares and
+        that are installed.
 
     Returns
     -------
     list of Row
-        One for each comparison made.
+        One row for each comparison.
 
     Raises
     ------
     AssertionError
-        If a result is wrong, naming op, case and error, or if another implementation ran.
+        If a result is wrong (the message names op, case and error), or if another implementation ran.
     ValueError
-        If the backend is unknown or cannot be used here, or nothing was left to compare.
+        If the backend is unknown or cannot be used here, or if there is nothing to compare.
+
+    Examples
+    --------
+    >>> from favorsharp.testing import check_backend
+    >>> rows = check_backend("numba", ops=["read"], libraries=["numpy"])  # doctest: +SKIP
+    >>> max(row.error for row in rows) < 3e-2  # doctest: +SKIP
+    True
     """
     name = backend if isinstance(backend, str) else backend.name
     known = backends()
@@ -127,7 +162,16 @@ def check_backend(
 
 
 def make_array(library: str, dtype: str) -> Callable[[Any], Array] | None:
-    """Turn NumPy arrays into ones of a library; None where the library is absent or has no such dtype."""
+    """A function that turns NumPy arrays into arrays of a library; None if it is not installed or lacks the dtype.
+
+    Examples
+    --------
+    >>> from favorsharp.testing import make_array
+    >>> make_array("numpy", "float32")([1, 2]).dtype
+    dtype('float32')
+    >>> make_array("numpy", "bfloat16") is None
+    True
+    """
     try:
         namespace = importlib.import_module({"jax": "jax.numpy"}.get(library, library))
         target = getattr(namespace, dtype)
@@ -145,21 +189,21 @@ def make_array(library: str, dtype: str) -> Callable[[Any], Array] | None:
 
 
 def relative_error(got: Any, want: Any) -> float:
-    """The largest deviation, relative to the largest entry; of tuples and states the largest over their arrays."""
+    """The largest deviation, relative to the largest entry of `want`; for tuples and states, over all arrays."""
     errors = []
     for a, b in zip(_arrays_of(got), _arrays_of(want), strict=True):
         left, right = np.asarray(to_host(a), dtype=np.float64), np.asarray(to_host(b), dtype=np.float64)
         if left.shape != right.shape:
             raise AssertionError(f"shape {left.shape} instead of {right.shape}")
         if left.size:
-            differ = left != right  # the -inf of a state that has seen nothing is no difference
+            differ = left != right  # equal infinities, such as the -inf of an empty state, do not differ
             size = np.max(np.abs(right[np.isfinite(right)]), initial=1e-30)
             errors.append(float(np.max(np.abs(left[differ] - right[differ]), initial=0.0) / size))
     return max(errors, default=0.0)
 
 
 def wanted(op: str, case: Case) -> Any:
-    """The reference's result in float64 on NumPy."""
+    """The result of the op's reference in float64 NumPy."""
     args, kwargs = case.make(
         lambda host: np.asarray(host) if np.asarray(host).dtype == bool else np.asarray(host, float)
     )
@@ -203,13 +247,13 @@ def _arrays_of(result: Any) -> list[Array]:
 def _problem(shape: str) -> tuple[Any, Any, Any]:
     batch, n, d, e, _ = SHAPES[shape]
     rng = np.random.default_rng(list(SHAPES).index(shape))
-    # exact in float16 and bfloat16, so that every dtype is given the same problem
+    # these values are exact in float16 and bfloat16, so that every dtype gets the same problem
     q, k = (np.round(16 * rng.standard_normal((*batch, n, d)) + 5) / 16 for _ in range(2))
     return q, k, np.round(16 * rng.standard_normal((*batch, n, e))) / 16
 
 
 def _map(shape: str, to: Callable[[Any], Array]) -> Any:
-    """A map of the problem in the dtype to compute in: fitted on the host, so that every library is given the same."""
+    """A map for the problem, in the dtype to compute in; fitted on the host, so that all libraries get the same map."""
     like = to(np.zeros(1))
     wide = named_dtype(namespace_of(like), "float64" if dtype_name(like) == "float64" else "float32")
     return map_arrays(_fitted(shape), lambda x: from_host(np.array(x), like, wide))
@@ -229,7 +273,7 @@ def _mask(shape: tuple[int, ...]) -> Any:
 
 
 def _strided(host: Any) -> Any:
-    """The same values with gaps between them, and read-only."""
+    """The same values in a strided, read-only array."""
     spread = np.zeros((*host.shape[:-1], 2 * host.shape[-1]))
     spread[..., ::2] = host
     view = spread[..., ::2]

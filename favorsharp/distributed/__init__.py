@@ -1,7 +1,8 @@
-"""Attention over a sequence whose shards lie on several processes: states travel, keys stay (docs: design, sharding).
+"""Attention over a sequence whose shards lie on several processes (docs: design, sharding).
 
 Each rank of a torch.distributed process group holds consecutive positions of the sequence, in the order of the ranks.
-What it needs to know of the others is their state: m (e + 2) numbers a head, whatever the length.
+Instead of their keys and values, the ranks send each other states: m (e + 2) numbers a head, whatever the length. Users
+import this package; no other part of the library does.
 """
 
 from favorsharp.distributed.attention import linear_attention

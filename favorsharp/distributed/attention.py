@@ -1,4 +1,4 @@
-"""Attention of several processes, bidirectional and causal."""
+"""Bidirectional and causal attention over several processes: the function that `favorsharp.distributed` exports."""
 
 from dataclasses import replace
 from typing import Any
@@ -43,31 +43,35 @@ def linear_attention(
     enable_gqa: bool = False,
     group: Any = None,
 ) -> Array:
-    """`favorsharp.linear_attention` over a sequence whose shards the ranks of a process group hold.
+    """`favorsharp.linear_attention` of a sequence that is sharded over the ranks of a process group.
 
-    Every rank calls it with its own shard and gets the rows of its own queries. In training every rank also calls
-    backward on a loss that its result takes part in, an empty result included; gradients are those of the sum of the
-    ranks' losses. Gradients of a map's arrays are each rank's own share of that.
+    Every rank calls it with its own shard and gets the outputs of its own queries. In training, every rank must also
+    call `backward` on a loss that depends on its result, even if that result is empty. The gradients are those of the
+    sum of all ranks' losses. The gradients of a map's arrays are shares: their sum over the ranks is the whole
+    gradient.
 
     Parameters
     ----------
     q : tensor or DTensor, shape (*b, n, d)
-        The rank's queries; n may differ between ranks and be 0.
+        The rank's queries; n may differ between ranks and may be 0.
     k : tensor or DTensor, shape (*b, s, d)
     v : tensor or DTensor, shape (*b, s, e)
     feature_map : FeatureMap
-        A positive one, with the same numbers on every rank.
+        A map with positive features, and with the same numbers on every rank.
     is_causal : bool
-        A query sees the keys of earlier ranks, and its own rank's up to itself; needs n == s on every rank.
+        A query sees all keys of earlier ranks, and the keys of its own rank up to its own position. Needs n == s on
+        every rank.
     window : int
-        Blocks of exactly scored keys, counted from the start of the whole sequence. Every shard but the last that
-        holds anything must be a multiple of it long. Needs n == s.
+        Length of the blocks of exactly scored keys, counted from the start of the whole sequence; 0 for none. The
+        length of each shard must be a multiple of it, except for the last shard that holds any positions. Needs
+        n == s.
     key_mask : boolean tensor, shape (*b, s), optional
-        True where a key of the shard is visible. With DTensors: a DTensor, or the whole mask on every rank.
+        True where a key of the shard is visible. With DTensors, a DTensor or the whole mask on every rank.
     enable_gqa : bool
         q has g times the heads of k and v; query head h reads key head h // g.
     group : ProcessGroup, optional
-        None: the default group. With DTensors it is that of the mesh dimension that shards the sequence.
+        None means the default group. It must be None with DTensors: the mesh dimension that shards the sequence gives
+        the group.
 
     Returns
     -------
@@ -77,15 +81,30 @@ def linear_attention(
     Raises
     ------
     TypeError, ValueError
-        On every rank, if an argument of one is not as described, or the ranks disagree in their maps or options.
+        On every rank, if an argument of any rank is not as described, or if the ranks' maps or options differ.
 
     Notes
     -----
-    Sent are states of m (e + 2) numbers a head, with a window also a block of keys and values to each neighbour, and
-    a few words by which the ranks agree; whole shards of keys never.
+    The ranks send each other states of m (e + 2) numbers a head, and the options on which they must agree. With a
+    window they also send one block of keys and values to each neighbour. They never send whole shards of keys.
+
+    Examples
+    --------
+    A group of one process; with more processes, each passes its own part of q, k and v.
+
+    >>> import torch, torch.distributed as dist
+    >>> import favorsharp as fs
+    >>> from favorsharp.distributed import linear_attention
+    >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    >>> q, k, v = torch.randn(3, 2, 16, 4)
+    >>> feature_map = fs.feature_map(fs.fit(q, k), 32, rng=0)
+    >>> out = linear_attention(q, k, v, feature_map, is_causal=True)
+    >>> torch.allclose(out, fs.linear_attention(q, k, v, feature_map, is_causal=True), atol=1e-5)
+    True
+    >>> dist.destroy_process_group()
     """
     options: dict[str, Any] = {"is_causal": is_causal, "window": window, "enable_gqa": enable_gqa}
-    if torch.compiler.is_compiling():  # collectives that autograd records are left out of graphs
+    if torch.compiler.is_compiling():  # graphs cannot hold collectives that autograd records
         return torch.compiler.disable(linear_attention)(q, k, v, feature_map, key_mask=key_mask, group=group, **options)
     if is_dtensor(q, k, v):
         return over_dtensors(linear_attention, q, k, v, feature_map, key_mask=key_mask, group=group, **options)
@@ -112,7 +131,7 @@ def _prepared(
     window: int,
     enable_gqa: bool,
 ) -> Shard:
-    """Check a rank's arguments by themselves."""
+    """Check and prepare the arguments of this rank; `told` is what the ranks compare."""
     xp, shared = check_attention(q, k, v, is_causal=is_causal, key_mask=key_mask, enable_gqa=enable_gqa)
     if library_of(q) != "torch":
         raise TypeError(f"q, k and v must be torch tensors, got arrays of {library_of(q)}")
@@ -146,7 +165,7 @@ def _prepared(
 
 
 def _agreed(told: list[dict[str, Any]]) -> list[int]:
-    """The lengths of the shards, where all ranks mean the same call."""
+    """The lengths of the shards; raises if the ranks' calls differ."""
     for name in told[0]:
         for rank, one in enumerate(told):
             if name != "length" and one[name] != told[0][name]:
@@ -166,9 +185,9 @@ def _agreed(told: list[dict[str, Any]]) -> list[int]:
 
 
 def _as_a_whole(shard: Shard, group: Any) -> tuple[Array, Array]:
-    """Every query reads every key: the ranks' states, relative to their common reference, are summed."""
+    """Bidirectional attention without a window: the ranks' states are summed, and every query reads the sum."""
     state = shard.state_of(0, shard.k.shape[-2])
-    # what a query reads does not depend on the reference of the sums, so that no gradient belongs to it
+    # the output does not depend on the reference of the sums, so the reference needs no gradient
     top = state.c.detach().clone(memory_format=torch.contiguous_format)
     dist.all_reduce(top, dist.ReduceOp.MAX, group=group)
     sums = torch.cat([state.kv, state.z.mT], -1) * torch.exp(state.c - finite(top)).mT
@@ -178,7 +197,7 @@ def _as_a_whole(shard: Shard, group: Any) -> tuple[Array, Array]:
 
 
 def _in_order(shard: Shard, lengths: list[int], group: Any) -> tuple[Array, Array]:
-    """A query reads the states of the ranks before its own (and after it), and blocks of keys across the borders."""
+    """Causal or windowed attention: a query reads states of earlier (and later) ranks and the neighbours' blocks."""
     rank, ranks = dist.get_rank(group), range(len(lengths))
     routes = Routes(lengths, shard.window, shard.is_causal)
     sources = [source for source in ranks if routes.part(source, rank) is not None]
@@ -206,7 +225,7 @@ _Block = tuple[Array, Array, Array]
 
 
 def _between(shard: Shard, prefix: State, suffix: State, left: _Block, right: _Block) -> Array:
-    """Bidirectional attention with a window, in a shard that continues on both sides."""
+    """Bidirectional attention with a window, in a shard with neighbours on both sides."""
     n, before = shard.q.shape[-2], left[0].shape[-2]
     full = broadcast_shapes(shard.q.shape[:-2], prefix.kv.shape[:-2])
     if n == 0:
@@ -220,7 +239,7 @@ def _between(shard: Shard, prefix: State, suffix: State, left: _Block, right: _B
             (left[2][..., None], mask[..., None], right[2][..., None]),
         )
     )
-    # the neighbours' keys have their queries elsewhere: rows of zeros stand in for those, and are cut off again
+    # the queries of the neighbours' keys are on other ranks: rows of zeros take their place, and are cut off again
     queries = rows_between(shard.q, -before, n + right[0].shape[-2])
     prefix, suffix = (replace(state, window=shard.window) for state in (prefix, suffix))
     parts = windowed_rows(prefix, suffix, queries, k, v, visible[..., 0], shard.feature_map)

@@ -1,10 +1,10 @@
-"""Collectives as autograd nodes, and the agreement that comes before them.
+"""Collectives as autograd nodes, and the comparison of arguments that comes before them.
 
-A backward pass runs collectives of its own, which every rank must enter in the same order. So a call exchanges through
-one node only, and every rank's result depends on that node, and that node on every rank's inputs, whether numbers flow
-that way or not: ranks without keys, and ranks that use nothing of what they were sent, would be missed otherwise, and
-the others' gradients would be silently incomplete. Second derivatives are refused: in a backward pass over a backward
-pass that dependence would have to be made a second time.
+A backward pass runs collectives of its own, which every rank must enter in the same order. So a call exchanges data
+through one autograd node. Every rank's result depends on that node, and the node depends on every input of every rank,
+even where no numbers flow. Otherwise autograd would skip the node on ranks that hold no keys, or that use nothing of
+what they were sent, and the gradients of the other ranks would be silently incomplete. Second derivatives are refused:
+a backward pass through a backward pass would need the same dependence again.
 """
 
 from collections.abc import Callable
@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 
 
 class Sum(torch.autograd.Function):
-    """The sum over the ranks, on every rank; of gradients too. Ties are inputs that the node only has to know of."""
+    """Sum x over the ranks; the backward pass sums the gradients. The node depends on `ties` without reading them."""
 
     @staticmethod
     def forward(ctx: Any, group: Any, x: Any, *ties: Any) -> Any:
@@ -29,41 +29,41 @@ class Sum(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Any) -> Any:
-        """Every rank read the sum: its gradient is the sum of theirs."""
+        """Sum the gradients of all ranks, as every rank has read the sum."""
         total = gradient.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(total, group=ctx.group)
         return (None, total, *ctx.ties)
 
 
 class Exchange(torch.autograd.Function):
-    """Rows sent to the ranks that they are for; gradients go back the same way."""
+    """Send rows to other ranks; the backward pass sends the gradients of the rows back."""
 
     @staticmethod
     def forward(ctx: Any, group: Any, counts: Any, *tensors: Any) -> Any:
-        """Send rows of the leading tensors, whose counts say how many go to and come from each rank; ties follow."""
+        """Send rows of the leading tensors; `counts` says how many go where. The other tensors are ties."""
         ctx.group, ctx.counts, ctx.ties = group, counts, _gradients_of(tensors[len(counts) :])
         return tuple(_sent(x, to, come, group) for x, (to, come) in zip(tensors, counts, strict=False))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Any) -> Any:
-        """Send each row's gradient to where the row came from."""
+        """Send the gradient of each row back to the rank that sent the row."""
         back = [_sent(x, come, to, ctx.group) for x, (to, come) in zip(gradients, ctx.counts, strict=True)]
         return (None, None, *back, *ctx.ties)
 
 
 class Tied(torch.autograd.Function):
-    """A result that depends on what was exchanged, by a gradient of zeros."""
+    """Make a result depend on what was exchanged, with a gradient of zeros."""
 
     @staticmethod
     def forward(ctx: Any, out: Any, exchanged: Any) -> Any:
-        """The result as it is."""
+        """Return the result unchanged."""
         ctx.save_for_backward(exchanged)
         return out.view_as(out)
 
     @staticmethod
     def backward(ctx: Any, gradient: Any) -> Any:
-        """The result's own gradient, and zeros."""
+        """Return the gradient of the result, and zeros for what was exchanged."""
         return gradient, torch.zeros_like(ctx.saved_tensors[0])
 
 
@@ -74,12 +74,12 @@ def _sent(x: Any, to: list[int], come: list[int], group: Any) -> Any:
 
 
 def _gradients_of(ties: tuple[Any, ...]) -> list[Any]:
-    """Gradients of ties: none, but zeros for what is empty, which gets no other."""
+    """Gradients of ties: None, but zeros for an empty tensor, which gets no gradient from elsewhere."""
     return [torch.zeros_like(x) if x.numel() == 0 else None for x in ties]
 
 
 def check_group(group: Any) -> None:
-    """Check that there is a group and that this process is in it."""
+    """Check that there is a process group and that this process belongs to it."""
     if group is None and not dist.is_initialized():
         raise ValueError(
             "group=None means the default process group, and there is none: call "
@@ -93,9 +93,9 @@ def check_group(group: Any) -> None:
 
 
 def on_every_rank(group: Any, make: Callable[[], Any], tell: Callable[[Any], Any]) -> tuple[Any, list[Any]]:
-    """What make() gives here, and what every rank tells of its own; an error on one rank is raised on all.
+    """Return what make() gives on this rank, and what `tell` says of it on every rank.
 
-    A rank that raised alone would leave the others waiting.
+    An error on one rank is raised on all: if one rank raised alone, the others would wait for it.
     """
     check_group(group)
     made, error = None, None

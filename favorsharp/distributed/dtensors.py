@@ -1,4 +1,4 @@
-"""DTensors: where the sequence is cut the ranks of that mesh dimension exchange; other cuts need nothing of others."""
+"""Attention of DTensors: ranks exchange data only along the mesh dimension that shards the sequence, if one does."""
 
 import math
 from typing import Any
@@ -11,14 +11,14 @@ from favorsharp.parameters import map_arrays
 
 
 def is_dtensor(*arrays: Any) -> bool:
-    """Whether one of the arrays is a DTensor."""
+    """Whether any of the arrays is a DTensor."""
     return any(isinstance(x, DTensor) for x in arrays)
 
 
 def over_dtensors(
     sharded: Any, q: Array, k: Array, v: Array, feature_map: Any, *, key_mask: Any, group: Any, **options: Any
 ) -> Array:
-    """Attention of DTensors that are placed alike, by `sharded` where the sequence is cut, else by each rank itself."""
+    """Attention of DTensors with equal placements: by `sharded` if the sequence is sharded, else locally."""
     if group is not None:
         raise ValueError("group must be None with DTensors: their mesh says which ranks share a sequence")
     for name, x in (("q", q), ("k", k), ("v", v)):
@@ -32,7 +32,7 @@ def over_dtensors(
             )
     mesh, axes = k.device_mesh, _sharded_axes(q, k, v, options["enable_gqa"])
     own_map = feature_map
-    if any(axis is not None and axis < -2 for axis in axes):  # the maps of a rank's own heads
+    if any(axis is not None and axis < -2 for axis in axes):  # only the maps of this rank's heads
         own_map = map_arrays(feature_map, lambda x: _part(x, [None if axis == -2 else axis for axis in axes], mesh))
     if key_mask is not None:
         key_mask = _part(key_mask, [axis if axis is None else axis + 1 for axis in axes], mesh)
@@ -49,7 +49,7 @@ def over_dtensors(
 
 
 def _sharded_axes(q: Any, k: Any, v: Any, enable_gqa: bool) -> list[int | None]:
-    """For each mesh dimension the axis that it cuts, counted from the end, or None."""
+    """For each mesh dimension, the axis that it shards, counted from the end; None if it replicates."""
     axes: list[int | None] = []
     for dimension, placement in enumerate(k.placements):
         if isinstance(placement, Replicate):
@@ -76,7 +76,7 @@ def _sharded_axes(q: Any, k: Any, v: Any, enable_gqa: bool) -> list[int | None]:
 
 
 def _part(x: Any, axes: list[int | None], mesh: Any) -> Any:
-    """The rank's own part of a tensor that is whole on every rank (or a DTensor), cut along those axes that it has."""
+    """The part that this rank has of a DTensor, or of a tensor that every rank holds whole."""
     whole = x if isinstance(x, DTensor) else DTensor.from_local(x, mesh, [Replicate()] * mesh.ndim, run_check=False)
     placements = [
         Shard(x.ndim + axis) if axis is not None and x.ndim >= -axis and x.shape[axis] > 1 else Replicate()

@@ -1,8 +1,9 @@
-"""What ranks send each other: states of their keys, and with a window the blocks next to a border.
+"""What the ranks send each other: states of their keys and, with a window, the blocks of keys next to a border.
 
-With a window of w a query scores three blocks exactly. At the border of a shard one of them lies on the neighbouring
-rank, which sends its keys and values, and a state that leaves them out; ranks further away send the state of all their
-keys. So nothing is subtracted, and everything else is as if the shard continued.
+With a window of w, a query scores its own block and the two neighbouring blocks exactly. At the border of a shard, one
+of these blocks lies on the neighbouring rank. That rank sends the keys and values of the block, and a state without
+them. All other ranks send the state of all their keys. So nothing is subtracted, and the outputs are the same as if the
+shard continued. `favorsharp.distributed.attention` uses this module.
 """
 
 from collections.abc import Sequence
@@ -17,12 +18,12 @@ from favorsharp.moments import combine
 from favorsharp.ops.state import State, update
 
 WHOLE, BUT_LAST, BUT_FIRST = 0, 1, 2
-"""Which keys of a shard a state is of: all, or all but those of the last or first block."""
+"""Which keys of a shard a state covers: all, all but the last block, or all but the first block."""
 
 
 @dataclass(frozen=True)
 class Shard:
-    """What a rank holds, checked; with an axis for the query heads that share a key head, where they do."""
+    """The checked arguments of a rank; with grouped heads, they have an axis for the query heads of a key head."""
 
     q: Array
     k: Array
@@ -38,7 +39,7 @@ class Shard:
 
     @property
     def inputs(self) -> tuple[Array, ...]:
-        """Everything that a gradient may flow to."""
+        """All arrays that a gradient may flow to."""
         return (self.q, self.k, self.v, *self.feature_map.arrays)
 
     def state_of(self, start: int, stop: int) -> State:
@@ -51,14 +52,14 @@ class Shard:
 
 @dataclass(frozen=True)
 class Routes:
-    """Who sends what to whom, worked out from the lengths of the shards alike on every rank."""
+    """Which rank sends what to which rank; every rank works it out from the lengths of all shards."""
 
     lengths: Sequence[int]
     window: int
     is_causal: bool
 
     def neighbours(self, rank: int) -> tuple[int | None, int | None]:
-        """The nearest ranks before and after that hold keys, of which some are scored exactly here."""
+        """The nearest ranks before and after that hold keys, if this rank scores some of those keys exactly."""
         if not self.window or not self.lengths[rank]:
             return None, None
         holders = [i for i, length in enumerate(self.lengths) if length]
@@ -66,14 +67,14 @@ class Routes:
         return before[-1] if before else None, after[0] if after and not self.is_causal else None
 
     def part(self, source: int, to: int) -> int | None:
-        """Which state of its keys one rank sends to another."""
+        """Which state of its keys `source` sends to `to`; None if it sends none."""
         if source == to or 0 in (self.lengths[source], self.lengths[to]) or (self.is_causal and source > to):
             return None
         before, after = self.neighbours(to)
         return BUT_LAST if source == before else BUT_FIRST if source == after else WHOLE
 
     def block(self, source: int, to: int) -> tuple[int, int]:
-        """Bounds of the positions whose keys one rank sends to another."""
+        """Bounds of the positions whose keys and values `source` sends to `to`."""
         before, after = self.neighbours(to)
         length = self.lengths[source]
         if source == before:
@@ -82,7 +83,7 @@ class Routes:
 
 
 def packed_states(shard: Shard, parts: Sequence[int | None]) -> Array:
-    """The states to be sent, a row each: kv, z and c, (r, *b, m, e + 2)."""
+    """The states to send, one in each row: kv, z and c, (r, *b, m, e + 2)."""
     empty, s, window = shard.empty, shard.k.shape[-2], shard.window
     wanted = [part for part in parts if part is not None]
     if not wanted:
@@ -100,17 +101,17 @@ def packed_states(shard: Shard, parts: Sequence[int | None]) -> Array:
 
 
 def taken_in(empty: State, rows: Array) -> State:
-    """The state of all the keys that rows of states are of."""
+    """The combined state of states that were packed into rows."""
     if rows.shape[0] == 0:
         return empty
-    # what a query reads does not depend on the reference of the sums, so that no gradient belongs to it
+    # the output does not depend on the reference of the sums, so the reference needs no gradient
     top = rows[..., -1:].detach().amax(0)
     sums = (rows[..., :-1] * torch.exp(rows[..., -1:] - finite(top))).sum(0)
     return replace(empty, kv=sums[..., :-1], z=sums[..., -1:].mT, c=top.mT)
 
 
 def packed_keys(shard: Shard, start: int, stop: int) -> Array:
-    """Keys, values and mask between two positions, positions first: (r, *b, d + e + 1)."""
+    """Keys, values and mask between two positions, with the point axis first: (r, *b, d + e + 1)."""
     k, v = (cast(x[..., start:stop, :], shard.dtype) for x in (shard.k, shard.v))
     mask = torch.ones_like(k[..., 0]) if shard.key_mask is None else cast(shard.key_mask[..., start:stop], k.dtype)
     batch = shard.empty.kv.shape[:-2]
@@ -125,7 +126,7 @@ def unpacked_keys(shard: Shard, rows: Array) -> tuple[Array, Array, Array]:
 
 
 def finite(reference: Array) -> Array:
-    """A reference to subtract: 0 in place of -inf, which means that nothing is there."""
+    """The reference, with 0 in place of the -inf of a feature that has seen no key, so that it can be subtracted."""
     return torch.where(reference == -torch.inf, 0.0, reference)
 
 
