@@ -1,4 +1,4 @@
-"""Moments over pairs that weigh as much as attention gives them: what a fit should be good at."""
+"""Moments weighted by attention, for fits that are good where attention is large: the public `attention_moments`."""
 
 import math
 from typing import Any
@@ -19,7 +19,7 @@ from favorsharp.exact import kernel_scale, log_kernel
 from favorsharp.moments import Moments, averaged_axes, moments, pool_heads
 
 _TILE_ELEMENTS = 1 << 20
-"""Weights held at once: 8 MiB of float64."""
+"""Number of weights held at once: 8 MiB of float64."""
 
 
 def attention_moments(
@@ -35,10 +35,10 @@ def attention_moments(
     mask_y: Array | None = None,
     enable_gqa: bool = False,
 ) -> Moments:
-    """Moments of queries and keys in which a pair weighs p_ij ** weighting, p being the attention of query i to key j.
+    """Moments of queries and keys, each pair weighted by p_ij ** weighting, where p_ij is the attention of i to j.
 
-    Reads every pair, in time O(n s d) and in memory O(n + s): for a calibration sample of some thousand points, not for
-    the sequences themselves.
+    It reads every pair of query i and key j, in time O(n s d) and memory O(n + s): use it on a calibration sample of
+    some thousand points, not on the sequences themselves.
 
     Parameters
     ----------
@@ -47,9 +47,9 @@ def attention_moments(
     y : array, shape (*b, s, d)
         Keys, not scaled.
     weighting : float
-        0 or more. 1 weighs by attention itself; 0 weighs all visible pairs alike.
+        0 or more. 1 weights pairs by attention itself; 0 weights all visible pairs equally.
     kernel, scale
-        Of the attention; as in `fit`.
+        The kernel and the scale of the attention, as in `fit`.
     is_causal : bool
         Query i sees keys 0 .. i; needs n == s.
     axis, mask_x, mask_y, enable_gqa
@@ -58,17 +58,27 @@ def attention_moments(
     Returns
     -------
     Moments
-        With `cross`, and with total weights as counts. `fit` takes them like others; `combine` joins them.
+        With `cross`, and with the total weights as counts. `fit` and `combine` take them like other moments.
 
     Raises
     ------
     TypeError, ValueError
         If an argument is not as described.
+
+    Examples
+    --------
+    >>> import numpy as np, favorsharp as fs
+    >>> q, k = np.random.default_rng(0).standard_normal((2, 64, 4))
+    >>> weighted = fs.attention_moments(q, k)
+    >>> weighted.cross.shape
+    (4, 4)
+    >>> fs.fit(weighted).method
+    'optimal'
     """
     power = check_weighting(weighting)
     if is_chunked(x, y):
         raise ValueError("attention_moments takes no dask arrays: pass a sample of points in memory")
-    data = moments(x, y, axis=axis, mask_x=mask_x, mask_y=mask_y, enable_gqa=enable_gqa)  # judges the arguments too
+    data = moments(x, y, axis=axis, mask_x=mask_x, mask_y=mask_y, enable_gqa=enable_gqa)  # checks the arguments too
     factor = kernel_scale(kernel, scale, data.size)
     xp = check_floats(x=x, y=y)
     n, s = x.shape[-2], y.shape[-2]
@@ -82,7 +92,7 @@ def attention_moments(
         positions = xp.concat([positions] * group)
     visible_y = _visible(mask_y, y)
     dtype = statistics_dtype(x)
-    # around the plain means, so that the sums below are no differences of large numbers
+    # centred at the plain means, so that the sums below are not differences of large numbers
     x, y = cast(x, dtype) - data.mean_x, cast(y, dtype) - data.mean_y
     x, y = xp.where(visible_x[..., None], x, 0.0), xp.where(visible_y[..., None], y, 0.0)
     batch = broadcast_shapes(x.shape[:-2], y.shape[:-2])
@@ -121,7 +131,7 @@ def attention_moments(
 
 
 def check_weighting(weighting: Any) -> float:
-    """Turn weighting into a finite number of 0 or more."""
+    """Check that weighting is a finite number of 0 or more, and return it as a float."""
     if isinstance(weighting, bool) or not isinstance(weighting, int | float):
         raise TypeError(f"weighting must be a finite number of 0 or more, got {type(weighting).__name__}")
     if not (math.isfinite(weighting) and weighting >= 0):
@@ -138,7 +148,7 @@ def _visible(mask: Array | None, x: Array) -> Array:
 
 
 def _weights(logits: Array, visible: Array, power: float) -> Array:
-    """Every pair's p ** power, 0 where it is hidden."""
+    """The weight p ** power of every pair; 0 for hidden pairs."""
     xp = namespace_of(logits)
     logits = xp.where(visible, logits, -xp.inf)
     top = xp.max(logits, axis=-1, keepdims=True)

@@ -1,4 +1,4 @@
-"""What an approximation costs and what it gets: predicted and measured error of attention, time and memory."""
+"""Predicted and measured error of approximate attention, time and memory; for `suggest` and the command line."""
 
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -44,13 +44,13 @@ class Comparison:
     method, draw : str
     num_features, window : int
     excess : float or None
-        Mean over heads; None where the method has none in closed form.
+        Mean over heads; None if the method has no closed form for it.
     predicted, measured : float or None
-        Relative error of the attention output, mean over heads (measured: and over seeds).
+        Relative error of the attention output, averaged over heads; `measured` is also averaged over seeds.
     seconds, exact_seconds : float
         Median time of the attention, and of exact attention in the same run.
     memory : int or None
-        Largest scratch memory in bytes, the output included; None where the library does not tell.
+        Peak memory of the call in bytes, including the output; None if the library does not report it.
     """
 
     method: str
@@ -77,7 +77,7 @@ def load_sample() -> tuple[Any, Any, Any]:
     q, k, v : numpy.ndarray, shape (6, 512, 32), float16
         As recorded; data/PROVENANCE.md says where they come from.
     """
-    from importlib.resources import as_file, files  # costs an importer time that few need
+    from importlib.resources import as_file, files  # imported here, to keep the import of this module fast
 
     import numpy as np
 
@@ -112,21 +112,22 @@ def predicted_error(
     is_causal: bool = False,
     rows: int = 32,
 ) -> float:
-    """Relative error of attention that a map of independent rows is expected to have, without drawing one.
+    """The expected relative error of attention with a map of independent rows, computed without drawing one.
 
-    To first order the error of a row is sum_j p_j delta_j (v_j - out), with the relative errors delta_j of the kernel.
-    Their covariance is (R_jk - 1) / m, where R_jk = E[f1(x)^2 f2(y_j) f2(y_k)] / (K(x, y_j) K(x, y_k)) is a Gaussian
-    integral; exactly scored keys have delta 0. So the mean square V of that sum is known in closed form. Where V is not
-    small the first order is too much: the weights stay convex, and the row's error stops near the mean square C of what
-    is lost when its far keys are averaged evenly. In between, f(z) = z / (1 + sqrt z)^2 of z = V / C, with slope 1 at 0
-    and limit 1 at infinity, describes what was measured: the value given is the square root of the mean of C f(V / C)
-    over that of |out|^2. On the shipped sample, for the six fitted and published methods, 16 to 2048 features and
-    windows of 0, 16 and 64, it was 0.71 to 1.32 times the measured error. On other data read it as a guide.
+    To first order, the error of an output row is sum_j p_j delta_j (v_j - out). Here delta_j is the relative error of
+    the kernel value of key j; it is 0 for keys that are scored exactly. The covariance of the delta_j is (R_jk - 1) /
+    m, where R_jk = E[f1(x)^2 f2(y_j) f2(y_k)] / (K(x, y_j) K(x, y_k)) is a Gaussian integral, so the mean square V of
+    the sum is known in closed form. Where V is not small, the first order is too large: the weights stay convex, and
+    the error of a row levels off near C, the mean square of what is lost when its far keys are averaged evenly. In
+    between, the function f(z) = z / (1 + sqrt z)^2 of z = V / C, which has slope 1 at 0 and limit 1 at infinity,
+    describes the measurements. The value returned is the square root of the mean of C f(V / C) over the mean of
+    |out|^2. On the shipped sample, for the six fitted and published methods, 16 to 2048 features and windows of 0, 16
+    and 64, it was 0.71 to 1.32 times the measured error. On other data, use it as a guide.
 
     Parameters
     ----------
     parameters : Parameters
-        Of a dense-exponential method.
+        The parameters of a dense-exponential method.
     q : array, shape (*b, n, d)
     k : array, shape (*b, s, d)
     v : array, shape (*b, s, e)
@@ -136,7 +137,8 @@ def predicted_error(
         As in `linear_attention`.
     is_causal : bool
     rows : int
-        Queries, evenly spaced, that the mean is taken over. More than 512 keys are represented by 512.
+        Number of evenly spaced queries that the mean is taken over. If there are more than 512 keys, 512 of them are
+        used.
 
     Returns
     -------
@@ -161,7 +163,7 @@ def _relative(heads: list[tuple[Any, Any, float]], num_features: int) -> float:
 
 
 def _heads(parameters: Parameters, q: Array, k: Array, v: Array, window: int, is_causal: bool, rows: int) -> Any:
-    """Of each leading index, what `_predicted_head` gives: all that depends on the number of features by division."""
+    """The result of `_predicted_head` for each leading index; the number of features only divides it later."""
     import numpy as np
 
     if parameters.method not in DENSE_EXPONENTIAL:
@@ -171,7 +173,7 @@ def _heads(parameters: Parameters, q: Array, k: Array, v: Array, window: int, is
     p = _on_host(parameters)
     x, y, value = (np.asarray(to_host(array), dtype=np.float64) for array in (q, k, v))
     queries = np.unique(np.linspace(0, x.shape[-2] - 1, rows).astype(int))
-    # some hundred keys stand for more: what is computed is quadratic in them
+    # a sample of keys stands for all of them, because the cost is quadratic in their number
     seen = np.unique(np.linspace(0, y.shape[-2] - 1, min(y.shape[-2], _KEYS)).astype(int))
     pairs = _visible_and_far(queries, seen, window, is_causal)
     x, y, value = x[..., queries, :], y[..., seen, :], value[..., seen, :]
@@ -190,7 +192,7 @@ _HEAD = ("a", "g1", "g2", "center_x", "center_y")
 
 
 def _visible_and_far(queries: Any, keys: Any, window: int, is_causal: bool) -> tuple[Any, Any]:
-    """Which of the sampled queries see which keys, and which of those through features."""
+    """Which of the sampled queries see which keys, and which of those pairs are read through features."""
     import numpy as np
 
     visible = keys <= queries[:, None] if is_causal else np.ones((len(queries), len(keys)), dtype=bool)
@@ -201,7 +203,7 @@ def _visible_and_far(queries: Any, keys: Any, window: int, is_causal: bool) -> t
 
 
 def _predicted_head(p: Parameters, x: Any, y: Any, values: Any, visible: Any, far: Any) -> tuple[Any, Any, float]:
-    """Of each query, the first-order mean square error times m and the ceiling; and the mean square of the output."""
+    """For each query the first-order mean square error times m, and its ceiling; and the mean square of the output."""
     import numpy as np
 
     u, v = embed_query(p, x)[0], embed_key(p, y)[0]
@@ -216,8 +218,9 @@ def _predicted_head(p: Parameters, x: Any, y: Any, values: Any, visible: Any, fa
     weights = weights * far
     even = far / np.maximum(far.sum(-1, keepdims=True), 1)
     lost = (weights - weights.sum(-1, keepdims=True) * even) @ values
-    # R_jk = exp(own + side_j + side_k + cross_jk), and cross is a Gram matrix: with half its diagonal given to the
-    # sides, what the rows share is at most 1, and each row has one largest exponent; 300 nats are as hopeless as more
+    # R_jk = exp(own + side_j + side_k + cross_jk), where cross is a Gram matrix. Half of its diagonal is moved to
+    # the sides: then the factor that the rows share is at most 1, and each row has one largest exponent. It is cut at
+    # 300 nats, where the error has long reached its ceiling
     half = 0.5 * np.diagonal(cross)
     shared = np.exp(cross - half[:, None] - half[None, :])
     side = side + half
@@ -245,15 +248,15 @@ class Suggestion:
     Attributes
     ----------
     method, draw : str
-        For `fit` and `feature_map`.
+        The arguments for `fit` and `feature_map`.
     num_features : int
     predicted_error : float
-        Of that many features: relative error of the kernel-weighted means.
+        Relative error of the kernel-weighted means with that many features.
     target_error : float
     reached : bool
-        Whether the prediction is at most the target; False where even the most features considered miss it.
+        Whether the prediction is at most the target; False if even the largest number of features misses it.
     exact_is_cheaper : bool
-        Whether the exact sums take fewer operations: n s at most (n + s) m.
+        Whether the exact sums take no more operations: n s is at most (n + s) m.
     """
 
     method: str
@@ -275,36 +278,46 @@ def suggest(
     scale: float | None = None,
     methods: Iterable[str] = ("posrf", "oprf", "saderf", "aderf", "sderf", "optimal"),
 ) -> Suggestion:
-    """The method and the least number of features that are predicted to reach an error, before any is drawn.
+    """The method that is predicted to reach an error with the fewest features, found without drawing any.
 
-    Each method is fitted from moments; `predicted_error` then gives its error for any number of features from a sample
-    of 32 queries and at most 512 keys. Of several methods with one number of features, the one with the least error.
+    Each method is fitted from moments. `predicted_error` then predicts its error for each number of features, from a
+    sample of 32 queries and at most 512 keys. If several methods need the same number of features, the one with the
+    smallest error is chosen.
 
     Parameters
     ----------
     x : array, shape (*b, n, d)
-        Queries, or where to estimate.
+        Queries, or the points at which to estimate.
     y : array, shape (*b, s, d)
     v : array, shape (*b, s, e), optional
-        The values to be averaged. None: unit normal values, for which the error is that of the matrix of normalised
+        The values to average. None means standard normal values; the error is then that of the matrix of normalised
         kernel weights in the Frobenius norm.
     target_error : float
-        Relative, between 0 and 1.
+        The relative error that is wanted, between 0 and 1.
     kernel, scale
         As in `fit`.
     methods : iterable of str
-        Dense-exponential ones.
+        The dense-exponential methods to choose from.
 
     Returns
     -------
     Suggestion
-        With at most 65536 features. The draw is `orthogonal`, which is no worse than the independent rows that the
-        prediction is made for.
+        It has at most 65536 features. Its draw is `orthogonal`, which is no worse than the independent rows that the
+        prediction assumes.
 
     Raises
     ------
     TypeError, ValueError
         If an argument is not as described.
+
+    Examples
+    --------
+    >>> import numpy as np, favorsharp as fs
+    >>> q, k = np.random.default_rng(0).standard_normal((2, 256, 8))
+    >>> found = fs.suggest(q, k, target_error=0.2)
+    >>> found.reached, found.num_features % 8
+    (True, 0)
+    >>> feature_map = fs.feature_map(fs.fit(q, k, method=found.method), found.num_features, draw=found.draw, rng=0)
     """
     import numpy as np
 
@@ -334,7 +347,7 @@ def suggest(
 
 
 _SIZES = tuple(int(2 ** (half / 2)) // 8 * 8 for half in range(8, 33))
-"""Numbers of features that are considered: 16 to 65536, two to each doubling, multiples of 8."""
+"""The numbers of features that are considered: from 16 to 65536, two for each doubling, multiples of 8."""
 
 
 def compare(
@@ -362,14 +375,14 @@ def compare(
     k : array, shape (*b, s, d)
     v : array, shape (*b, s, e)
     methods, num_features, windows, draws : iterables
-        Settings, all combined. Windows need n == s.
+        The settings; all combinations are measured. Windows need n == s.
     seeds : int
-        Draws averaged over.
+        Number of draws to average over.
     scale : float, optional
         None means d**-0.5.
     is_causal : bool
     repeats : int
-        Calls that the median time is of, after one to warm up.
+        Number of calls that the median time is taken of, after one warm-up call.
 
     Yields
     ------
@@ -417,7 +430,7 @@ def compare(
 
 
 def recommend(rows: Iterable[Comparison], target: float) -> Comparison | None:
-    """The fastest of the measured settings whose error is at most the target; None where none is."""
+    """The fastest of the measured settings whose error is at most the target; None if there is none."""
     return min((row for row in rows if row.measured <= target), key=lambda row: row.seconds, default=None)
 
 
@@ -436,7 +449,7 @@ def _mean(values: Array) -> float:
 
 
 def _median_time(call: Callable[[], Array], repeats: int) -> float:
-    """Seconds of a call, until its first number is on the host."""
+    """Median seconds of a call, measured until its first number is on the host."""
 
     def once() -> float:
         start = time.perf_counter()
@@ -450,7 +463,7 @@ def _median_time(call: Callable[[], Array], repeats: int) -> float:
 
 
 def _peak_memory(call: Callable[[], Array]) -> int:
-    """Bytes that a call holds at most, as NumPy reports them."""
+    """Peak memory of a call in bytes, as NumPy reports it."""
     import tracemalloc
 
     tracemalloc.start()

@@ -1,4 +1,4 @@
-"""Linear attention with random features: whole sequences, and streams."""
+"""Linear attention with random features: the public functions for whole sequences and for streams."""
 
 from collections.abc import Hashable
 from dataclasses import replace
@@ -63,8 +63,8 @@ def attention(
 ) -> Array:
     """Approximate softmax attention in one call: fit, draw and apply.
 
-    One fit for each leading index (each key head with `enable_gqa`), one draw for all. Gradients flow through q, k and
-    v as the features' inputs, not through the fit: whatever the fit, the estimate is unbiased.
+    Each leading index (each key head with `enable_gqa`) has its own fit; all share one draw. Gradients flow through q,
+    k and v as inputs of the features, but not through the fit: the estimate is unbiased for any fit.
 
     Parameters
     ----------
@@ -74,16 +74,17 @@ def attention(
     num_features : int
         m, 1 or more.
     method : str or callable
-        As in `fit`; a positive one.
+        As in `fit`; only methods whose features are positive.
     draw, rng
         As in `feature_map`.
     is_causal, window, key_mask, enable_gqa
-        As in `linear_attention`. The mask also says which keys are fitted to, and where n == s, which queries.
+        As in `linear_attention`. Masked keys do not enter the fit; if n == s, neither do the queries at their
+        positions.
     scale : float, optional
         Positive and finite; None means d**-0.5.
     calibration : pair of arrays, optional
-        Queries (*b, n0, d) and keys (*b, s0, d) to fit to in place of q and k. A causal call with a fitted method needs
-        it: a fit to the sequence itself would show it its own future.
+        Queries (*b, n0, d) and keys (*b, s0, d) to fit to, instead of q and k. A causal call with a fitted method needs
+        it: a fit to the sequence itself would let outputs depend on later keys.
 
     Returns
     -------
@@ -94,6 +95,15 @@ def attention(
     ------
     TypeError, ValueError
         If an argument is not as described.
+
+    Examples
+    --------
+    >>> import numpy as np, favorsharp as fs
+    >>> q, k, v = np.random.default_rng(0).standard_normal((3, 2, 64, 8))
+    >>> fs.attention(q, k, v, num_features=128, rng=0).shape
+    (2, 64, 8)
+    >>> fs.attention(q, k, v, is_causal=True, calibration=(q[:, :32], k[:, :32]), rng=0).shape
+    (2, 64, 8)
     """
     check_attention(q, k, v, is_causal=is_causal, key_mask=key_mask, enable_gqa=enable_gqa)
     check_method(method)
@@ -151,26 +161,26 @@ def linear_attention(
     k : array, shape (*b, s, d)
     v : array, shape (*b, s, e)
     feature_map : FeatureMap
-        A positive one.
+        A map with positive features.
     is_causal : bool
-        Query i sees keys 0 .. i, and those of the state; needs n == s.
+        Query i sees keys 0 .. i, and the keys of the state; needs n == s.
     window : int
         Positions are cut into blocks of this length from the start of each sequence. A query scores the keys of its own
-        block and of the two neighbouring ones exactly (causal: its own up to itself, and the one before) and reads the
-        others through features. Needs n == s. 0: features only.
+        block and of the two neighbouring blocks exactly, and reads the other keys through features. If causal, these
+        are its own block up to itself and the block before. Needs n == s. 0 means features only.
     key_mask : boolean array, shape (*b, s), optional
         True where a key is visible.
     enable_gqa : bool
-        q has g times the heads of k and v; query head h reads key head h // g. A batched map has the heads of k.
+        q has g times the heads of k and v; query head h reads key head h // g. A batched map has as many heads as k.
     cu_seqlens : integers, optional
-        Boundaries 0 .. n of sequences packed along the point axis, which do not see each other; needs n == s. A list, a
-        tuple or an integer array.
+        Boundaries, from 0 to n, of sequences that are packed along the point axis and do not see each other; needs
+        n == s. A list, a tuple or an integer array.
     state : State, optional
-        Of keys seen before, made by the same map.
+        The state of keys seen before, made by the same map.
     return_state : bool
-        Also return the state of all keys, to go on from.
+        Also return the state of all keys, from which a later call can go on.
     out : array, shape (*b, n, e), optional
-        Takes the result, and is returned. Not for libraries whose arrays cannot be written to.
+        The array to write the result to; it is also returned. Libraries with immutable arrays do not take it.
 
     Returns
     -------
@@ -183,6 +193,17 @@ def linear_attention(
     ------
     TypeError, ValueError
         If an argument is not as described.
+
+    Examples
+    --------
+    >>> import numpy as np, favorsharp as fs
+    >>> q, k, v = np.random.default_rng(0).standard_normal((3, 2, 64, 8))
+    >>> feature_map = fs.feature_map(fs.fit(q, k), 128, rng=0)
+    >>> fs.linear_attention(q, k, v, feature_map).shape
+    (2, 64, 8)
+    >>> out, state = fs.linear_attention(q, k, v, feature_map, is_causal=True, window=16, return_state=True)
+    >>> state
+    State(num_features=128, v_size=8, batch=(2,), window=16, recent=32)
     """
     signature = None
     if cu_seqlens is None and state is None and out is None and return_state is False and enable_gqa is False:
@@ -205,7 +226,7 @@ def linear_attention(
         if state.window != window:
             raise ValueError(f"window must be that of the state, {state.window}, got {window}")
         if window and not is_causal:
-            raise ValueError("a window with a state needs is_causal=True: later blocks would be near and far at once")
+            raise ValueError("a window with a state needs is_causal=True: bidirectional calls with a window take no state")
     if out is not None:
         _check_out(out, q, k, v, feature_map, key_mask, group, state)
     op: Op[..., Any] = causal_attention if is_causal else attention_op
@@ -284,13 +305,21 @@ def init_state(feature_map: FeatureMap, v_size: int, *, like: Array, window: int
     v_size : int
         Size e of a value.
     like : array, shape (*b, ., .)
-        Shaped like the keys: gives the library, device, dtype and leading axes. Its numbers are not read.
+        An array shaped like the keys, which gives the library, device, dtype and leading axes. Its values are not read.
     window : int
         Block length of exactly scored keys; 0 for none.
 
     Returns
     -------
     State
+
+    Examples
+    --------
+    >>> import numpy as np, favorsharp as fs
+    >>> q, k, v = np.random.default_rng(0).standard_normal((3, 64, 8))
+    >>> feature_map = fs.feature_map(fs.fit(q, k), 32, rng=0)
+    >>> fs.init_state(feature_map, v_size=8, like=k)
+    State(num_features=32, v_size=8, batch=(), window=0, recent=0)
     """
     positive = _check_positive(feature_map)
     check_floats(like=like, feature_map=feature_map.projection)
@@ -310,14 +339,25 @@ def update(state: State, k: Array, v: Array, feature_map: FeatureMap, *, key_mas
     k : array, shape (*b, s, d)
     v : array, shape (*b, s, e)
     feature_map : FeatureMap
-        The one that made the state.
+        The map that made the state.
     key_mask : boolean array, shape (*b, s), optional
         True where a key is visible.
 
     Returns
     -------
     State
-        A new one; the old is as it was.
+        A new state; the given one is unchanged.
+
+    Examples
+    --------
+    >>> import numpy as np, favorsharp as fs
+    >>> q, k, v = np.random.default_rng(0).standard_normal((3, 64, 8))
+    >>> feature_map = fs.feature_map(fs.fit(q, k), 32, rng=0)
+    >>> state = fs.init_state(feature_map, v_size=8, like=k)
+    >>> for part in (slice(0, 40), slice(40, 64)):
+    ...     state = fs.update(state, k[part], v[part], feature_map)
+    >>> np.allclose(fs.read(state, q, feature_map), fs.linear_attention(q, k, v, feature_map))
+    True
     """
     check_floats(k=k, v=v)
     check_points("k", k, "(*b, s, d)")
@@ -340,7 +380,7 @@ def read(state: State, q: Array, feature_map: FeatureMap, *, enable_gqa: bool = 
     state : State
     q : array, shape (*b, n, d)
     feature_map : FeatureMap
-        The one that made the state.
+        The map that made the state.
     enable_gqa : bool
         q has g times the heads of the state.
 
@@ -348,6 +388,15 @@ def read(state: State, q: Array, feature_map: FeatureMap, *, enable_gqa: bool = 
     -------
     array, shape (*b, n, e)
         In the dtype of q; zeros where no key is visible.
+
+    Examples
+    --------
+    >>> import numpy as np, favorsharp as fs
+    >>> q, k, v = np.random.default_rng(0).standard_normal((3, 64, 8))
+    >>> feature_map = fs.feature_map(fs.fit(q, k), 32, rng=0)
+    >>> state = fs.update(fs.init_state(feature_map, v_size=8, like=k), k, v, feature_map)
+    >>> fs.read(state, q, feature_map).shape
+    (64, 8)
     """
     check_floats(q=q)
     check_points("q", q, "(*b, n, d)")
@@ -363,7 +412,7 @@ def read(state: State, q: Array, feature_map: FeatureMap, *, enable_gqa: bool = 
 def decode_step(
     q: Array, k: Array, v: Array, state: State, feature_map: FeatureMap, *, enable_gqa: bool = False
 ) -> tuple[Array, State]:
-    """One token of causal attention: its key and value enter the state, its query reads it.
+    """One token of causal attention: its key and value enter the state, then its query reads the state.
 
     Parameters
     ----------
@@ -372,7 +421,7 @@ def decode_step(
     v : array, shape (*b, 1, e)
     state : State
     feature_map : FeatureMap
-        The one that made the state.
+        The map that made the state.
     enable_gqa : bool
         q has g times the heads of k, v and the state.
 
@@ -381,7 +430,18 @@ def decode_step(
     out : array, shape (*b, 1, e)
         In the dtype that q, k and v promote to.
     state : State
-        A new one; the old is as it was.
+        A new state; the given one is unchanged.
+
+    Examples
+    --------
+    >>> import numpy as np, favorsharp as fs
+    >>> q, k, v = np.random.default_rng(0).standard_normal((3, 64, 8))
+    >>> feature_map = fs.feature_map(fs.fit(q, k), 32, rng=0)
+    >>> state = fs.init_state(feature_map, v_size=8, like=k)
+    >>> for t in range(64):
+    ...     out, state = fs.decode_step(q[t : t + 1], k[t : t + 1], v[t : t + 1], state, feature_map)
+    >>> np.allclose(out, fs.linear_attention(q, k, v, feature_map, is_causal=True)[-1:])
+    True
     """
     signature = None
     if enable_gqa is False and isinstance(state, State):
@@ -419,11 +479,11 @@ def decode_step(
 
 
 def _layout_of(state: State) -> Hashable:
-    """What a call with this state depends on; None where that is not soon told."""
+    """The part of a call signature that stands for the state; None if the checks must run each time."""
     if is_compiling():
         return None
     arrays = state.kv, state.z, state.c, state.recent_k, state.recent_v, state.recent_mask
-    if state.known_layout is not None and not records_gradients(arrays):  # a tensor may have begun to need gradients
+    if state.known_layout is not None and not records_gradients(arrays):  # a tensor may need gradients by now
         return state.known_layout
     parts = [signature_of(x, with_layout=True) for x in arrays]
     return None if None in parts else Known((*parts, state.window, state.fingerprint))
@@ -441,7 +501,7 @@ def _check_positive(feature_map: Any) -> PositiveFeatureMap:
 
 
 def check_map(feature_map: Any, group: int, **named: Array) -> None:
-    """Check that a map is positive and fits the points it is to serve."""
+    """Check that a map is positive and fits the library, device and shapes of the points."""
     _check_positive(feature_map)
     check_floats(**named, feature_map=feature_map.projection)
     size = feature_map.parameters.size
@@ -456,7 +516,7 @@ def check_map(feature_map: Any, group: int, **named: Array) -> None:
 
 
 def _check_state(state: Any, feature_map: FeatureMap, **named: Array) -> None:
-    """Check that a state was made by this map and lives with these arrays."""
+    """Check that a state was made by this map, and fits the library, device and leading axes of these arrays."""
     if not isinstance(state, State):
         raise TypeError(f"state must be a favorsharp.State, got {type(state).__name__}")
     check_floats(**named, state=state.kv)
@@ -487,7 +547,7 @@ def _state_group(state: Any, q: Array, enable_gqa: bool) -> int:
 
 
 def check_bounds(cu_seqlens: Any, n: int, s: int) -> list[int]:
-    """The boundaries of packed sequences as host integers."""
+    """Check the boundaries of packed sequences, and return them as host integers."""
     if n != s:
         raise ValueError(f"cu_seqlens needs as many queries as keys: q has n={n}, k has s={s}")
     if is_array(cu_seqlens):
@@ -519,7 +579,7 @@ def _check_out(
     group: int,
     state: State | None,
 ) -> None:
-    """Check that out can take the result."""
+    """Check that out has the library, device, shape and dtype of the result."""
     xp = check_floats(q=q, k=k, v=v, out=out)
     if library_of(out) == "jax":
         raise TypeError("out must be an array that can be written to; JAX arrays cannot: use the returned value")
@@ -542,25 +602,25 @@ def _check_out(
 
 
 def _into(run: Any, out: Array | None, group: int) -> dict[str, Array]:
-    """`out`, as an implementation that can write its result there takes it."""
+    """The keyword argument `out` for an implementation that can write its result there; else nothing."""
     if out is None or not getattr(run, "takes_out", False):
         return {}
     return {"out": split_heads(out, group) if group > 1 else out}
 
 
 def _deliver(result: Array, out: Array | None, group: int = 1, into: dict[str, Array] | None = None) -> Array:
-    """The result with its heads in one axis; in `out` where there is one, and there already where `into` took it."""
+    """The result with merged heads, in `out` if it is given; `into` says whether the implementation wrote it there."""
     if out is not None and into and result is into["out"]:
         return out
     result = merge_heads(result) if group > 1 else result
     if out is None:
         return result
-    out[...] = result  # the one write of the package itself, to the array the caller gave for it
+    out[...] = result  # the only place where the package writes to an array of the caller
     return out
 
 
 def _repeat_heads(mask: Array, q: Array, k: Array) -> Array:
-    """A mask of key heads as a mask of the query heads that read them."""
+    """Repeat a mask of key heads for the query heads that read them."""
     if mask.ndim < 2 or mask.shape[-2] == 1:
         return mask
     return namespace_of(mask).repeat(mask, q.shape[-3] // k.shape[-3], axis=-2)
@@ -570,7 +630,7 @@ _BATCHED = ("kv", "z", "c", "recent_k", "recent_v")
 
 
 def _with_group_axis(state: State) -> State:
-    """The state of each key head, beside an axis for the query heads that read it."""
+    """The state with a further axis after the key heads, for the query heads that read each of them."""
     values = {name: getattr(state, name)[..., None, :, :] for name in _BATCHED}
     return replace(state, **values, recent_mask=state.recent_mask[..., None, :])
 

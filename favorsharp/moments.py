@@ -1,4 +1,4 @@
-"""First and second moments of queries and keys: all that a fit needs to know of the data."""
+"""First and second moments of queries and keys: all that `fit` needs to know of the data."""
 
 from dataclasses import dataclass
 from functools import reduce, singledispatch
@@ -18,26 +18,35 @@ from favorsharp._chunks import as_chunked, is_chunked, point_blocks, tree_reduce
 from favorsharp._typing import Array
 
 _TILE = 8192
-"""Points whose wide copy is held at once: 4 MiB of float64 at d = 64."""
+"""Number of points that are converted to float64 at once: 4 MiB at d = 64."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Moments:
-    """Counts, means and covariances of queries x and keys y, each side by its own count.
+    """Counts, means and covariances of queries x and of keys y, each side divided by its own count.
 
     Attributes
     ----------
     count_x, count_y : array, shape (*b, 1, 1)
-        Visible points.
+        Numbers of visible points.
     mean_x, mean_y : array, shape (*b, 1, d)
     covariance_x, covariance_y : array, shape (*b, d, d)
         Centred second moments, divided by the count.
     dtype : str
-        What a fit is given back in: the dtype of the data, float32 at least. The moments themselves are float64
+        The dtype of the results of a fit: that of the data, float32 at least. The moments themselves are float64
         wherever the device has it.
     cross : array, shape (*b, d, d), or None
-        Centred second moment of x with y over pairs, from `attention_moments`, whose counts are total weights. None:
-        all pairs weigh alike, and it is 0.
+        Centred second moment of x with y over weighted pairs, from `attention_moments`, whose counts are total weights.
+        None means that all pairs have equal weight, so that it is 0.
+
+    Examples
+    --------
+    >>> import numpy as np, favorsharp as fs
+    >>> q, k = np.random.default_rng(0).standard_normal((2, 3, 64, 4))
+    >>> fs.moments(q, k)
+    Moments(d=4, batch=(3,), dtype='float64')
+    >>> fs.moments(q, k).covariance_x.shape
+    (3, 4, 4)
     """
 
     count_x: Array
@@ -87,12 +96,12 @@ def moments(
     y : array, shape (*b, s, d)
         Keys, not scaled.
     axis : int or tuple of int
-        Axes averaged over and kept with length 1; the point axis -2 is always one of them. `axis=(0, -2)` gives one set
-        of moments a head over a (B, H, n, d) batch.
+        The axes to average over, which are kept with length 1; the point axis -2 must be one of them. `axis=(0, -2)`
+        gives one set of moments for each head of a (B, H, n, d) batch.
     mask_x, mask_y : boolean array, shape (*b, n) and (*b, s), optional
         True where a point counts.
     enable_gqa : bool
-        x has g times the heads of y: the g query heads of a key head are pooled.
+        x has g times the heads of y; the g query heads of a key head are pooled.
 
     Returns
     -------
@@ -101,7 +110,14 @@ def moments(
     Raises
     ------
     TypeError, ValueError
-        If the arrays are not floating, or their libraries, devices or shapes do not fit.
+        If the arrays are not floating, or if their libraries, devices or shapes do not fit.
+
+    Examples
+    --------
+    >>> import numpy as np, favorsharp as fs
+    >>> q, k = np.random.default_rng(0).standard_normal((2, 8, 2, 64, 4))
+    >>> fs.moments(q, k, axis=(0, -2))  # one set for each of two heads
+    Moments(d=4, batch=(1, 2), dtype='float64')
     """
     if is_chunked(x, y):
         return _chunked(x, y, axis, mask_x, mask_y, enable_gqa)
@@ -127,12 +143,12 @@ def moments(
 
 @singledispatch
 def combine(a: Any, b: Any) -> Any:
-    """Join what was gathered from two sets of points; associative.
+    """Join the moments or states of two sets of points; associative.
 
     Parameters
     ----------
     a, b : Moments, or State
-        Two values of one type. For states, a's keys come before b's.
+        Two values of the same type. For states, a's keys come before b's.
 
     Returns
     -------
@@ -141,9 +157,17 @@ def combine(a: Any, b: Any) -> Any:
     Raises
     ------
     TypeError
-        If a and b are of different or other types.
+        If a and b have different types, or are neither Moments nor States.
     ValueError
-        If their shapes do not fit, or two states come from different feature maps.
+        If their shapes do not fit, or if two states come from different feature maps.
+
+    Examples
+    --------
+    >>> import numpy as np, favorsharp as fs
+    >>> q, k = np.random.default_rng(0).standard_normal((2, 64, 4))
+    >>> halves = [fs.moments(q[part], k[part]) for part in (slice(32), slice(32, 64))]
+    >>> np.allclose(fs.combine(*halves).covariance_x, fs.moments(q, k).covariance_x)
+    True
     """
     raise TypeError(f"combine takes two Moments or two States, got {type(a).__name__} and {type(b).__name__}")
 
@@ -167,7 +191,7 @@ def _combine_moments(a: Moments, b: Any) -> Moments:
 
 
 def _chunked(x: Array, y: Array, axis: Any, mask_x: Any, mask_y: Any, enable_gqa: bool) -> Moments:
-    """Moments of dask arrays, lazy: those of each chunk of points, merged by a tree."""
+    """Lazy moments of dask arrays: the moments of each chunk of points, merged by a tree."""
     import dask
     import dask.array as da
     import numpy as np
@@ -179,7 +203,7 @@ def _chunked(x: Array, y: Array, axis: Any, mask_x: Any, mask_y: Any, enable_gqa
     x, y = as_chunked(x=x, y=y)
     wide = moments(
         *(np.zeros((*a.shape[:-2], 0, a.shape[-1]), dtype=a.dtype) for a in (x, y))
-    )  # judges dtypes and sizes
+    )  # checks dtypes and sizes
     values: list[Array] = []
     for name, a in (("x", x), ("y", y)):
         side = tree_reduce(_merged, [dask.delayed(_side)(block, None, ()) for block in point_blocks(a)])
@@ -194,7 +218,7 @@ def _merged(sides: list[Any]) -> Any:
 
 
 def averaged_axes(axis: int | tuple[int, ...], ndim: int) -> tuple[int, ...]:
-    """Normalise axis to negative leading axes; the point axis is implied and not listed."""
+    """The axes to average over besides the point axis, as sorted negative numbers."""
     axes = (axis,) if isinstance(axis, int) else tuple(axis)
     if not all(isinstance(a, int) and -ndim <= a < ndim for a in axes):
         raise ValueError(f"axis must name axes of a {ndim}-dimensional array, got {axis!r}")
@@ -231,7 +255,7 @@ def _tile(x: Array, mask: Array | None, axes: tuple[int, ...]) -> _Side:
         visible = xp.ones_like(x[..., :1], dtype=xp.bool)
     else:
         visible = xp.broadcast_to(mask, broadcast_shapes(mask.shape, x.shape[:-1]))[..., None]
-    x = xp.where(visible, x, 0.0)  # what a mask hides may be anything, NaN included
+    x = xp.where(visible, x, 0.0)  # masked points may hold any value, NaN included
     over = (*axes, -2)
     count = xp.sum(cast(visible, x.dtype), axis=over, keepdims=True)
     safe = xp.maximum(count, xp.ones_like(count))
@@ -243,21 +267,21 @@ def _tile(x: Array, mask: Array | None, axes: tuple[int, ...]) -> _Side:
 
 
 def _merge(a: _Side, b: _Side) -> _Side:
-    """Pairwise update of mean and covariance: no difference of large numbers (Chan, Golub, LeVeque 1983)."""
+    """Pairwise update of mean and covariance, without differences of large numbers (Chan, Golub, LeVeque 1983)."""
     (count_a, mean_a, covariance_a), (count_b, mean_b, covariance_b) = a, b
     xp = namespace_of(mean_a)
     count = count_a + count_b
     share = count_b / xp.maximum(count, xp.ones_like(count))
     step = mean_b - mean_a
     mean = mean_a + share * step
-    # an empty side has share 0 or 1, and its zeros count for nothing
+    # an empty side has share 0 or 1, so its zeros have no effect
     covariance = covariance_a + share * (covariance_b - covariance_a) + share * (1 - share) * _outer(step)
     empty = count_a == 0
     return count, xp.where(empty, mean_b, mean), xp.where(empty, covariance_b, covariance)
 
 
 def _merge_cross(a: Moments, b: Moments) -> Array:
-    """As the covariance in `_merge`; weights belong to pairs, so both sides have the same count."""
+    """Merge `cross` as `_merge` merges covariances; weights belong to pairs, so both sides have the same count."""
     cross_a: Array = a.cross
     cross_b: Array = b.cross
     xp = namespace_of(cross_a, cross_b)
