@@ -226,7 +226,7 @@ def linear_attention(
         if state.window != window:
             raise ValueError(f"window must be that of the state, {state.window}, got {window}")
         if window and not is_causal:
-            raise ValueError("a window with a state needs is_causal=True: bidirectional calls with a window take no state")
+            raise ValueError("a window with a state needs is_causal=True: a bidirectional window takes no state")
     if out is not None:
         _check_out(out, q, k, v, feature_map, key_mask, group, state)
     op: Op[..., Any] = causal_attention if is_causal else attention_op

@@ -1,4 +1,7 @@
-"""Feature maps: parameters and random rows, made into features whose products average to the kernel."""
+"""Feature maps: parameters and random rows give features whose products average to the kernel.
+
+The public function `feature_map` is here; each family of maps has its own file.
+"""
 
 from typing import Any
 
@@ -15,7 +18,7 @@ from favorsharp.parameters import DENSE_EXPONENTIAL, Parameters
 __all__ = ["FeatureMap", "PositiveFeatureMap", "feature_map"]
 
 _PAIRED = ("hyperbolic", "trig")
-"""Methods that make two features of each row, and so take the first ceil(m / 2) rows of a draw."""
+"""Methods that make two features from each row, so that they take the first ceil(m / 2) rows of a draw."""
 
 
 def feature_map(
@@ -30,28 +33,36 @@ def feature_map(
     Parameters
     ----------
     parameters : Parameters
-        From `fit`.
+        The result of `fit`.
     num_features : int
         m, 1 or more; even for `trig`.
     draw : str, array, or pair of arrays
         `"iid"`, `"orthogonal"`, `"simplex"`, `"sobol"` (needs SciPy) or `"antithetic"`; or an (m, d) array of rows
-        w ~ N(0, I); or, for the dense-exponential methods, a pair: rows W of shape (m, d) from any proposal nu in the
-        coordinates of u = g1 (x - center_x), and log(p(W) / nu(W)) of shape (m,) with p = N(0, I). Arrays are
-        NumPy's or of the parameters' library. Methods that pair their rows (`hyperbolic`, `trig`) use the first
-        ceil(m / 2).
+        w ~ N(0, I). The dense-exponential methods also take a pair: rows W of shape (m, d) from any proposal nu, in the
+        coordinates of u = g1 (x - center_x), and log(p(W) / nu(W)) of shape (m,), with p = N(0, I). Arrays must be
+        NumPy's or of the parameters' library. Methods that make two features from each row (`hyperbolic`, `trig`) use
+        the first ceil(m / 2) rows.
     rng : None, int, SeedSequence or numpy Generator
         The same seed gives the same rows on every library and device, up to the cast.
 
     Returns
     -------
     FeatureMap
-        `positive` ones have `log_query`, `log_key`, `query` and `key`; signed ones (`trig`, `poisson`,
-        `geometric`) have `query` and `key`.
+        Positive maps have `log_query`, `log_key`, `query` and `key`; signed maps (`trig`, `poisson`, `geometric`) have
+        `query` and `key`.
 
     Raises
     ------
     TypeError, ValueError
         If an argument is not as described.
+
+    Examples
+    --------
+    >>> import numpy as np, favorsharp as fs
+    >>> q, k = np.random.default_rng(0).standard_normal((2, 64, 8))
+    >>> feature_map = fs.feature_map(fs.fit(q, k), 128, rng=0)
+    >>> feature_map.query(q).shape
+    (64, 128)
     """
     if not isinstance(parameters, Parameters):
         raise TypeError(f"parameters must be favorsharp.Parameters (from fit), got {type(parameters).__name__}")
@@ -88,7 +99,7 @@ def feature_map(
 
 
 def _proposed(parameters: Parameters, m: int, draw: tuple[Any, ...]) -> FeatureMap:
-    """A map whose rows come from the caller's own proposal."""
+    """A map whose rows the caller drew from a proposal of their own."""
     if parameters.method not in DENSE_EXPONENTIAL or parameters.method in _PAIRED:
         raise ValueError(
             "draw=(rows, log_weight) is for the dense-exponential methods (posrf oprf saderf aderf sderf optimal), "
@@ -103,7 +114,7 @@ def _proposed(parameters: Parameters, m: int, draw: tuple[Any, ...]) -> FeatureM
 
 
 def _given(name: str, x: Any, parameters: Parameters, shape: tuple[int, ...]) -> Array:
-    """A caller's array: of the right shape, floating, and NumPy's or of the parameters' library."""
+    """Check an array of the caller: its shape, a floating dtype, and NumPy or the parameters' library."""
     check_array(name, x)
     if library_of(x) == "numpy":
         check_floats(**{name: x})

@@ -1,4 +1,4 @@
-"""What every feature map is."""
+"""The base classes of all feature maps."""
 
 import hashlib
 from dataclasses import dataclass, fields
@@ -28,10 +28,20 @@ class FeatureMap:
     num_features : int
         m.
     projection : array, shape (m, d)
-        The random rows w: Gaussian for most methods, integer counts of shape (*b, m, d) for `poisson` and `geometric`,
-        (m / 2, d) for `trig`.
+        The random rows w. They are Gaussian, of shape (m, d), for most methods; (m / 2, d) for `trig`; integer counts
+        of shape (*b, m, d) for `poisson` and `geometric`.
     positive : bool
-        Whether all features are non-negative; only such a map can serve attention.
+        Whether all features are non-negative; attention takes only such maps.
+
+    Examples
+    --------
+    >>> import numpy as np, favorsharp as fs
+    >>> q, k = np.random.default_rng(0).standard_normal((2, 64, 4))
+    >>> feature_map = fs.feature_map(fs.fit(q, k), 4096, rng=0)
+    >>> exact = fs.kernel_matrix(q, k)
+    >>> estimate = feature_map.query(q) @ feature_map.key(k).T
+    >>> bool(np.median(abs(estimate / exact - 1)) < 0.1)
+    True
     """
 
     parameters: Parameters
@@ -62,13 +72,13 @@ class FeatureMap:
         return tuple(x for _, x in self._entries() if is_array(x))
 
     known_fingerprint: ClassVar[str | None] = None
-    """The fingerprint, once it has been asked for."""
+    """The cached fingerprint; None until it is first computed."""
 
     @property
     def fingerprint(self) -> str | None:
-        """A digest of every number in the map, by which a state knows its own.
+        """A digest of all numbers in the map, by which a state recognises the map that made it.
 
-        Numbers that are being traced cannot be read: there it is the digest that was asked for before, or None.
+        Traced numbers cannot be read: then it is the digest that was computed before tracing, or None.
         """
         if self.known_fingerprint is None:
             entries = self._entries()
@@ -84,7 +94,7 @@ class FeatureMap:
     def expanded(self) -> Self:
         """The same map with an axis of length 1 before the last two of its batched arrays.
 
-        It serves points of shape (*b, groups, n, d) with the map of shape (*b, ...) of each leading index.
+        With it, points of shape (*b, groups, n, d) use the map of their leading index in *b.
         """
         value: Self = map_arrays(self, lambda x: x[..., None, :, :] if x.ndim > 2 else x)
         return value
@@ -97,7 +107,7 @@ class FeatureMap:
         )
 
     def _prepared(self, name: str, x: Array) -> tuple[Any, Array]:
-        """The map in the dtype to compute in, and x in the same."""
+        """The map and x in the dtype to compute in."""
         dtype = compute_dtype(check_data(self.parameters, **{name: x}), x)
         return astype(self, dtype), cast(x, dtype)
 
@@ -116,7 +126,7 @@ def _digest(entries: list[tuple[str, Any]]) -> str:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class PositiveFeatureMap(FeatureMap):
-    """A feature map whose features are non-negative, so that their logarithms say everything."""
+    """A feature map whose features are non-negative, so that it can give their logarithms."""
 
     positive: ClassVar[bool] = True
     family: ClassVar[str] = "elementwise"
@@ -171,14 +181,14 @@ class PositiveFeatureMap(FeatureMap):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class SignedFeatureMap(FeatureMap):
-    """A feature map with features of both signs, each times the exponential of a scalar of its point."""
+    """A feature map with features of both signs; the features of a point share an exponential factor."""
 
     def query_parts(self, x: Array) -> tuple[Array, Array]:
-        """Bounded features and the log of their scalar factor, (*b, n, m) and (*b, n, 1)."""
+        """Features of queries without their common factor, and its logarithm, (*b, n, m) and (*b, n, 1)."""
         raise NotImplementedError
 
     def key_parts(self, y: Array) -> tuple[Array, Array]:
-        """Bounded features and the log of their scalar factor, (*b, s, m) and (*b, s, 1)."""
+        """Features of keys without their common factor, and its logarithm, (*b, s, m) and (*b, s, 1)."""
         return self.query_parts(y)
 
     def query(self, x: Array) -> Array:

@@ -1,4 +1,4 @@
-"""FAVOR+, FAVOR++, FAVOR# and optimal: one computation, exp(u W^T + row + column)."""
+"""The feature map of FAVOR+, FAVOR++, FAVOR# and `optimal`: exp(u W^T + row + column)."""
 
 import math
 from dataclasses import dataclass
@@ -31,7 +31,7 @@ class DenseExponentialMap(PositiveFeatureMap):
 
     @classmethod
     def from_rows(cls, parameters: Parameters, num_features: int, w: Array) -> "DenseExponentialMap":
-        """The map of standard Gaussian rows w, stretched to the fitted proposal."""
+        """Make the map from standard Gaussian rows w, scaled to the fitted proposal."""
         xp = namespace_of(w)
         a = parameters.a
         spread = 1 - 4 * a
@@ -72,5 +72,5 @@ class DenseExponentialMap(PositiveFeatureMap):
 
 
 def _row(u: Array, log_factor: Array) -> Array:
-    """The part of a log feature that depends on the point alone; NaN where it is out of the dtype's range."""
+    """The part of a log feature that depends on the point alone; NaN if it exceeds the range of the dtype."""
     return finite_or_nan(log_factor - 0.5 * namespace_of(u).sum(u * u, axis=-1, keepdims=True))

@@ -24,7 +24,7 @@ class DiscreteMap(SignedFeatureMap):
 
     @classmethod
     def from_rows(cls, parameters: Parameters, num_features: int, rows: Any) -> "DiscreteMap":
-        """The map whose counts are the quantiles at Phi(rows): every Gaussian draw makes a discrete one.
+        """Make the map whose counts are the quantiles at Phi(rows), so that every Gaussian draw gives a discrete one.
 
         Counts and their weights are computed on the host in float64, so the parameters cannot be tracers.
         """

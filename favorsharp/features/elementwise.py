@@ -1,4 +1,7 @@
-"""Non-negative functions of projected inputs: relu, elu + 1, a caller's own. They do not estimate the kernel."""
+"""Feature maps by non-negative functions of projected inputs: relu, elu + 1 or a function of the caller.
+
+Their products do not estimate the kernel.
+"""
 
 import math
 from collections.abc import Callable
@@ -17,7 +20,7 @@ class ElementwiseMap(PositiveFeatureMap):
 
     @classmethod
     def from_rows(cls, parameters: Parameters, num_features: int, w: Array) -> "ElementwiseMap":
-        """Make the map of rows w; a callable may return any number of features, and that is then m."""
+        """Make the map from rows w; a callable may return any number of features, which is then m."""
         method = parameters.method
         if callable(method):
             xp = namespace_of(w)
@@ -42,7 +45,7 @@ class ElementwiseMap(PositiveFeatureMap):
 
 
 def _log(features: Array) -> Array:
-    """Logarithms of a caller's features, -inf where they vanish."""
+    """Logarithms of a caller's features; -inf for features that are 0."""
     xp = namespace_of(features)
     if not is_traced(features) and bool(xp.any(features < 0)):
         raise ValueError("method must return non-negative features; the callable returned negative ones")

@@ -1,11 +1,11 @@
-"""A dense-exponential map as few numbers a side: what kernels pack into their own layouts.
+"""A dense-exponential map as a few constants for each side, which backends pack into the layouts of their kernels.
 
 With z = root x - center, the log features of a point x are
 
     z rows^T + column + f(z),    f(z) = offset + linear.z - beta |z|^2 - |z dense|^2
 
-so that g, both centers and the scale have gone into the constants, in float64. They are computed where the arrays lie,
-and no number is read back: what depends on numbers is chosen there.
+so the constants contain g, both centers and the scale, in float64. They are computed on the device of the arrays, and
+no number is read back to the host: choices that depend on numbers are made on the device.
 """
 
 import math
@@ -21,20 +21,20 @@ __all__ = ["FoldedSide", "fold"]
 
 @dataclass(frozen=True, eq=False)
 class FoldedSide:
-    """The constants of queries or of keys; the first axis counts the maps of a batch.
+    """The constants of queries or of keys; the first axis runs over the maps of a batch.
 
     Attributes
     ----------
     root : float
-        Of the scale.
+        Square root of the scale.
     center, linear, near_center : array, shape (count, d)
-        `near_center` is what exact scores are centred by: z.z' of both sides, less half their squares for the Gaussian
+        Exact scores are z.z' of points centred by `near_center`, minus half of |z|^2 and |z'|^2 for the Gaussian
         kernel.
     offset, beta : array, shape (count,)
     column : array, shape (count, m)
     rows : array, shape (count, m, d)
     dense : array, shape (count, d, d)
-        Zeros where the quadratic form is a multiple of |z|^2 in all maps of the batch; beta then has it.
+        0 if the quadratic form is a multiple of |z|^2 in all maps of the batch; `beta` then holds it.
     """
 
     root: float
@@ -56,7 +56,7 @@ def fold(feature_map: Any, prepared: Callable[[Array], Array] = without_gradient
     feature_map : DenseExponentialMap
         Its leading axes are flattened.
     prepared : callable
-        Applied to its arrays: puts them where the constants are wanted.
+        Applied to each array of the map, to put it where the constants are needed.
     """
 
     def flat(x: Array) -> Array:
@@ -91,7 +91,7 @@ def _side(
 
 
 def _flat(x: Array, batch: tuple[int, ...]) -> Array:
-    """An array of a map in float64, its leading axes those of the batch in one."""
+    """An array of a map in float64, with its leading axes broadcast to the batch and flattened."""
     xp = namespace_of(x)
     wide = cast(x, xp.float64)
     return xp.reshape(xp.broadcast_to(wide, (*batch, *wide.shape[-2:])), (math.prod(batch), *wide.shape[-2:]))

@@ -1,11 +1,12 @@
-"""The gradients of a map's arrays, from sums over points that a backward pass takes.
+"""The gradients of a map's arrays, from sums over points that the backward kernels of the backends collect.
 
 Log features depend on a map through few numbers. With points z = sqrt(scale) x - center, a side's log features are
 
     z (W g)^T + log_weight / 2 + f,    f = other.z + own.other / 2 - |g z|^2 / 2                             (softmax)
                                        f = gap.z - |gap|^2 / 4 - |g z|^2 / 2 - |z|^2 / 2, gap = other - own  (gaussian)
 
-so the gradients of W, log_weight, g and both centers follow from six sums, whatever the number of points.
+so the gradients of W, log_weight, g and both centers follow from five sums for each side, whatever the number of
+points.
 """
 
 from collections.abc import Mapping
@@ -15,7 +16,7 @@ from favorsharp._arrays import namespace_of
 from favorsharp._typing import Array
 
 MAP_ARRAYS = ("rows", "log_weight", "g1", "g2", "center_x", "center_y")
-"""What `map_gradients` gives, in its order."""
+"""The arrays whose gradients `map_gradients` returns, in this order."""
 
 
 def map_gradients(feature_map: Any, sums: Mapping[str, Array]) -> tuple[Array, ...]:
@@ -24,16 +25,17 @@ def map_gradients(feature_map: Any, sums: Mapping[str, Array]) -> tuple[Array, .
     Parameters
     ----------
     feature_map : DenseExponentialMap
-        Whose arrays have the sums' dtype.
+        A map whose arrays have the dtype of the sums.
     sums : mapping of str to array
-        For each side, "query" and "key": `*_points` (*b, m, d) and `*_column` (*b, 1, m), the gradients of the log
-        features summed over points, times the point and alone; `*_factor` (*b, 1, 1), `*_factor_points` (*b, 1, d) and
-        `*_factor_products` (*b, d, d), those of f alone, times the point and times its outer product.
+        Five sums over points for each side, "query" and "key". Of the gradients of the log features: `*_points`
+        (*b, m, d), the sum of gradient times point, and `*_column` (*b, 1, m), the sum of gradients. Of the gradients
+        of f: `*_factor` (*b, 1, 1), their sum, `*_factor_points` (*b, 1, d), that of gradient times point, and
+        `*_factor_products` (*b, d, d), that of gradient times the outer product of the point with itself.
 
     Returns
     -------
     tuple of arrays
-        In the shapes of what they belong to.
+        Each in the shape of the array that it belongs to.
     """
     xp = namespace_of(*sums.values())
     p = feature_map.parameters
@@ -61,7 +63,7 @@ def map_gradients(feature_map: Any, sums: Mapping[str, Array]) -> tuple[Array, .
 
 
 def summed_to(gradient: Array, shape: tuple[int, ...]) -> Array:
-    """The sum over the axes along which an array of a shape was broadcast."""
+    """Sum a gradient over the axes along which an array of the given shape was broadcast."""
     xp = namespace_of(gradient)
     lead = gradient.ndim - len(shape)
     axes = tuple(i for i in range(gradient.ndim) if i < lead or (shape[i - lead] == 1 and gradient.shape[i] != 1))

@@ -1,4 +1,5 @@
-"""The hot operations: one file an op, each with its contract and its reference in array API functions.
+"""The operations that backends accelerate; each file holds their contracts and references in array API functions.
 
-The reference is the op: accelerated implementations stand beside it in `backends/` and are compared with it.
+The public functions call these ops. Accelerated implementations are in `backends/`, and are compared with the
+references.
 """

@@ -1,4 +1,4 @@
-"""Bidirectional linear attention: every query reads every key."""
+"""Bidirectional linear attention: every query reads every key. `linear_attention` calls this op."""
 
 from favorsharp._arrays import broadcast_shapes, cast, compute_dtype, namespace_of, result_dtype
 from favorsharp._typing import Array, PositiveMap
@@ -23,13 +23,13 @@ def attention(
     key_mask : boolean array, shape (*b, s), optional
         True where a key is visible.
     window : int
-        Block length of exactly scored keys, which needs n == s; 0 for none.
+        Block length of exactly scored keys; 0 for none. A window needs n == s.
 
     Returns
     -------
     array, shape (*b, n, e)
-        In the dtype that q, k and v promote to; zeros where no key is visible. Sums are in float32 at least. Scratch
-        memory is O(tile m), and with a window the numerators, O(n e), of one pass while the other runs.
+        In the dtype that q, k and v promote to; zeros where no key is visible. Sums are in float32 at least. The
+        workspace is O(tile m); with a window it also holds the numerators of the first pass, O(n e), during the second.
     """
     xp = namespace_of(q, k, v)
     dtype, out_dtype = compute_dtype(xp, q, k, v), result_dtype(xp, q, k, v)
@@ -54,9 +54,9 @@ def attention(
 def windowed_rows(
     before: State, after: State, q: Array, k: Array, v: Array, key_mask: Array | None, feature_map: PositiveMap
 ) -> list[Rows]:
-    """Near blocks exactly, the blocks before them in one pass, the blocks after them in another.
+    """Attention with a window: near blocks exactly, the blocks before them in one pass, those after them in another.
 
-    `before` and `after` are states of keys that lie outside: two blocks or more from every query that counts.
+    `before` and `after` are states of keys outside of k, two blocks or more away from every query whose output is used.
     """
     xp = namespace_of(q, k, v)
     n = q.shape[-2]

@@ -1,13 +1,13 @@
-"""Attention block by block: prefixes and suffixes by features, neighbouring blocks exactly (docs: theory, the window).
+"""Attention block by block: far blocks through features, neighbouring blocks exactly (docs: theory, the window).
 
-Positions are cut into blocks of w. A query scores its own block and the neighbouring ones exactly; every other block
-it reads through features, from states that never held the near keys, so that nothing is ever subtracted. Without a
-window the same code serves causal attention with blocks of one position and no exact part: a query reads all keys up to
-its own.
+Positions are cut into blocks of w. A query scores its own block and the neighbouring blocks exactly. It reads every
+other block through features, from states that never held the near keys, so that nothing is ever subtracted. Without a
+window the same code serves causal attention: blocks have one position and there is no exact part, so that a query reads
+all keys up to its own. `attention`, `causal_attention` and `favorsharp.distributed` use this module.
 
-Inside a tile a causal prefix is read by halves: the second half of a tile reads the first half as a whole, and so on
-down to single blocks. Every group of queries then reads keys that it may see in full, so the stabiliser of each is
-attained by a visible key, and what is hidden from a query takes no part in any number of its row.
+Inside a tile, a causal prefix is split by halves: the second half of the tile reads the first half as a whole, and so
+on down to single blocks. So every group of queries reads groups of keys that it may see in full. The stabiliser of each
+query is then attained by a visible key, and a key that is hidden from a query does not affect its row.
 """
 
 from collections.abc import Callable
@@ -30,14 +30,14 @@ from favorsharp.ops.state import (
 )
 
 Rows = tuple[int, int, Partial]
-"""First position, position past the last, and what the queries between them have read."""
+"""First position, position after the last, and the partial sums of the queries between them."""
 
 _LONGEST_TILE = 128
-"""Positions of a causal tile: longer ones do more work pair by pair, shorter ones more steps."""
+"""Number of positions in a causal tile: longer tiles do more work pair by pair, shorter ones take more steps."""
 
 
 def tile_of(window: int, length: int, state: State, q: Array) -> int:
-    """Positions worked on at once: a power of two of blocks."""
+    """The number of positions in a tile: a power of two times the block length."""
     batch = broadcast_shapes(q.shape[:-2], state.kv.shape[:-2])
     block = max(window, 1)
     needed = 1 << max(0, -(-length // block) - 1).bit_length()
@@ -58,16 +58,16 @@ def far_step(
     limit: int,
     reverse: bool = False,
 ) -> tuple[list[Rows], State]:
-    """One tile of queries reads, through features, the blocks before (or after) those it scores exactly.
+    """Let one tile of queries read, through features, the blocks before (or after) those that it scores exactly.
 
     Parameters
     ----------
     state : State
-        Of the keys that all queries of the tile read and no query of an earlier tile did not.
+        The state of the keys that earlier tiles took in; all queries of this tile read them.
     start, tile : int
         The tile's first position and its length.
     limit : int
-        Keys from this position on are left out.
+        Keys at this position and after it are left out.
     reverse : bool
         Read the blocks after the near ones; tiles are then visited from the last to the first.
 
@@ -75,7 +75,7 @@ def far_step(
     -------
     list of Rows
     State
-        With the tile's share of the keys taken in.
+        The state after taking in the keys that enter with this tile.
     """
     window = state.window
     shift = 2 * window if not reverse else -2 * window
@@ -117,9 +117,9 @@ def near_partial(
     *,
     causal: bool,
 ) -> Partial:
-    """What queries between two positions read from the keys of their own and neighbouring blocks, scored exactly.
+    """Partial sums of queries between two positions over the keys of their own and neighbouring blocks, scored exactly.
 
-    The positions lie in one block, or are whole blocks. The state tells the window and the dtype to compute in.
+    The positions lie in one block, or form whole blocks. The state gives the window and the dtype to compute in.
     """
     xp = namespace_of(q, k, v)
     window, dtype = state.window, state.kv.dtype
@@ -169,7 +169,7 @@ def rows_between(x: Array, start: int, stop: int) -> Array:
 
 
 def join_rows(parts: list[Partial]) -> Partial:
-    """Partials of consecutive rows as one."""
+    """Join the partial sums of consecutive rows."""
     if len(parts) == 1:
         return parts[0]
     xp = namespace_of(parts[0].num)
@@ -177,7 +177,7 @@ def join_rows(parts: list[Partial]) -> Partial:
 
 
 def _prefix_partial(lq: Array, lk: Array, v: Array, block: int, reverse: bool) -> Partial:
-    """What each query reads from the keys of its own and earlier (or later) blocks of the tile."""
+    """Partial sums of each query over the keys of its own and earlier (or later) blocks of the tile."""
     if reverse:
         lq, lk, v = (_flip(x) for x in (lq, lk, v))
     part = _map(pair_partial(*(_in_blocks(x, block) for x in (lq, lk, v))), _out_of_blocks)
@@ -193,7 +193,7 @@ def _prefix_partial(lq: Array, lk: Array, v: Array, block: int, reverse: bool) -
 
 
 def _to_second_halves(part: Partial) -> Partial:
-    """A partial of every second block, (*b, r, size, .), as one of all rows: the other blocks have read nothing."""
+    """Extend partial sums of every second block, (*b, r, size, .), to all rows; other blocks have read nothing."""
     xp = namespace_of(part.ref)
     nothing = Partial(xp.zeros_like(part.num), xp.zeros_like(part.den), xp.zeros_like(part.ref) - xp.inf)
 

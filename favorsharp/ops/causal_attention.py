@@ -1,4 +1,4 @@
-"""Causal linear attention: a query reads the keys up to its own, and those of the state it goes on from."""
+"""Causal linear attention: a query reads the keys up to its own, and those of a state. `linear_attention` calls it."""
 
 from dataclasses import replace
 
@@ -20,7 +20,7 @@ def causal_attention(
     window: int = 0,
     state: State | None = None,
 ) -> tuple[Array, State]:
-    """Attention of query i to the visible keys 0 .. i, through the features of a map; never n by n.
+    """Attention of query i to the visible keys 0 .. i, through the features of a map; no n by n matrix is formed.
 
     Parameters
     ----------
@@ -34,14 +34,14 @@ def causal_attention(
     window : int
         Block length of exactly scored keys; 0 for none.
     state : State, optional
-        Of the keys before the first; its window is the one given.
+        The state of the keys before the first one; its window must be the one given.
 
     Returns
     -------
     out : array, shape (*b, n, e)
         In the dtype that q, k and v promote to; zeros where no key is visible. Sums are in float32 at least.
     state : State
-        Of all keys.
+        The state of all keys.
     """
     xp = namespace_of(q, k, v)
     dtype, out_dtype = compute_dtype(xp, q, k, v), result_dtype(xp, q, k, v)
@@ -54,7 +54,7 @@ def causal_attention(
     full_batch = broadcast_shapes(q.shape[:-2], batch, state.kv.shape[:-2])
     before = state.recent_k.shape[-2]
     keys, values, mask = with_recent(state, k, v, key_mask)
-    # the carried keys have had their queries: rows of zeros stand in for those, and are cut off again
+    # the queries of the keys that the state keeps are done: rows of zeros take their place, and are cut off again
     front = xp.zeros((*q.shape[:-2], before, q.shape[-1]), dtype=q.dtype, **on_device_of(q))
     queries = q if before == 0 else xp.concat([front, q], axis=-2)
     length = queries.shape[-2]

@@ -1,4 +1,4 @@
-"""exp(u W^T + row + column): the features behind FAVOR+, FAVOR++, FAVOR# and `optimal`."""
+"""exp(u W^T + row + column): the features behind FAVOR+, FAVOR++, FAVOR# and `optimal`; their maps call this op."""
 
 from favorsharp._arrays import cast, compute_dtype, namespace_of, result_dtype
 from favorsharp._typing import Array
@@ -17,14 +17,14 @@ def exponential_features(u: Array, rows: Array, row: Array, column: Array, *, ou
     row : array, shape (*b, n, 1)
     column : array, shape (*b, 1, m)
     out : array, shape (*b, n, m), optional
-        Takes the result, in its dtype, and is returned: where the result is large, its first touch costs more than its
-        computation.
+        The array to write the result to, in its dtype; it is also returned. It saves the first access to new memory,
+        which takes longer than the computation if the result is large.
 
     Returns
     -------
     array, shape (*b, n, m)
-        exp(u W^T + row + column), computed in float32 at least, in the dtype the arguments promote to. Not stabilised:
-        attention uses logarithms.
+        exp(u W^T + row + column), computed in float32 at least, in the dtype to which the arguments promote. It is not
+        stabilised: attention uses logarithms instead.
     """
     xp = namespace_of(u, rows, row, column)
     out_dtype = result_dtype(xp, u, rows, row, column)

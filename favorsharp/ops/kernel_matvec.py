@@ -1,4 +1,4 @@
-"""K(x, y) @ v through features, not normalised."""
+"""K(x, y) @ v through features, not normalised; the public `kernel_matvec` calls this op."""
 
 from favorsharp._arrays import broadcast_shapes, cast, compute_dtype, namespace_of, result_dtype
 from favorsharp._typing import Array, PositiveMap
@@ -21,7 +21,7 @@ def kernel_matvec(x: Array, y: Array, v: Array, feature_map: PositiveMap) -> Arr
     Returns
     -------
     array, shape (*b, n, e)
-        In the dtype that x, y and v promote to. Overflows only where the result does.
+        In the dtype that x, y and v promote to. Overflows only if the exact result does.
     """
     xp = namespace_of(x, y, v)
     dtype, out_dtype = compute_dtype(xp, x, y, v), result_dtype(xp, x, y, v)

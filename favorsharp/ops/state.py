@@ -1,11 +1,12 @@
-"""The mergeable state behind linear attention, and the numbers that never overflow (docs: theory, the stabiliser).
+"""The mergeable state of linear attention, in numbers that never overflow (docs: theory, the stabiliser).
 
 With log query features lq and log key features lk, the state of a set of keys is
 
     c = max_j lk_j,    z = sum_j exp(lk_j - c),    S = sum_j exp(lk_j - c) v_j
 
-for each feature, and a query reads it through r = max over features of (lq + c), the weights being exp(lq + c - r). The
-feature that attains r has a key at which it attains c, so the denominator is at least 1: there is no epsilon.
+for each feature. A query reads it with the weights exp(lq + c - r), where r = max over features of (lq + c). The
+feature that attains r has a key at which it attains c, so the denominator is at least 1 and needs no epsilon. All
+references of attention are built from the functions of this module.
 """
 
 import math
@@ -21,12 +22,12 @@ from favorsharp.exact import finite_or_nan, mix_visible
 from favorsharp.moments import combine
 
 TILE_ELEMENTS = 1 << 20
-"""Log features held at once, over all heads: 4 MiB of float32."""
+"""Number of log features held at once, over all heads: 4 MiB of float32."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class State:
-    """Everything linear attention remembers of the keys and values it has seen; its size does not grow.
+    """Everything that linear attention remembers of the keys and values it has seen; its size does not grow with them.
 
     Attributes
     ----------
@@ -42,7 +43,17 @@ class State:
         block boundary and are not in kv yet. r = 0 without a window.
     recent_mask : boolean array, shape (*b, r)
     fingerprint : str or None
-        Of the feature map that made the state.
+        The fingerprint of the feature map that made the state.
+
+    Examples
+    --------
+    >>> import numpy as np, favorsharp as fs
+    >>> q, k, v = np.random.default_rng(0).standard_normal((3, 64, 8))
+    >>> feature_map = fs.feature_map(fs.fit(q, k), 32, rng=0)
+    >>> empty = fs.init_state(feature_map, v_size=8, like=k)
+    >>> first, second = (fs.update(empty, k[part], v[part], feature_map) for part in (slice(40), slice(40, 64)))
+    >>> fs.combine(first, second)
+    State(num_features=32, v_size=8, batch=(), window=0, recent=0)
     """
 
     kv: Array
@@ -55,7 +66,7 @@ class State:
     fingerprint: str | None
 
     known_layout: ClassVar[Hashable] = None
-    """What a call with this state depends on; kept by the call that made it, where that knew (`decode_step`)."""
+    """The part of a call signature that stands for the state; set on results of `decode_step`, else None."""
 
     @property
     def num_features(self) -> int:
@@ -76,9 +87,9 @@ class State:
 
 @dataclass(frozen=True, eq=False)
 class Partial:
-    """What a query has read so far: sums relative to exp(ref), so that partial sums over disjoint keys can be merged.
+    """Partial sums of a query over some keys, relative to exp(ref), so that sums over disjoint keys can be merged.
 
-    `num` (*b, n, e), `den` and `ref` (*b, n, 1). `den` is at least 1, or 0 with `ref` -inf where nothing was seen.
+    `num` (*b, n, e), `den` and `ref` (*b, n, 1). `den` is at least 1; it is 0, and `ref` -inf, if no key was visible.
     """
 
     num: Array
@@ -87,7 +98,7 @@ class Partial:
 
 
 def empty_state(feature_map: PositiveMap, batch: tuple[int, ...], d: int, e: int, window: int, like: Array) -> State:
-    """The state of no keys, in the library, device and dtype of like; who hands it out signs it."""
+    """The state of no keys, in the library, device and dtype of like; the caller sets its fingerprint."""
     xp = namespace_of(like)
     dtype = compute_dtype(xp, like)
     m = feature_map.num_features
@@ -121,7 +132,7 @@ def update(state: State, k: Array, v: Array, feature_map: PositiveMap, *, key_ma
     Returns
     -------
     State
-        A new one; with a window, blocks that leave the last two enter the features.
+        A new state. With a window, blocks enter the features once they are not among the last two.
     """
     if state.window == 0:
         return absorb(state, k, v, key_mask, feature_map)
@@ -219,7 +230,7 @@ def _combine_states(a: State, b: Any) -> State:
 
 
 def absorb(state: State, k: Array, v: Array, key_mask: Array | None, feature_map: PositiveMap) -> State:
-    """The state with keys and values taken into its features, a tile at a time."""
+    """The state after taking keys and values into its features, a tile at a time."""
     batch = broadcast_shapes(state.kv.shape[:-2], k.shape[:-2], v.shape[:-2])
     for start, stop in tiles_of(k.shape[-2], state.num_features, batch):
         if start == stop:
@@ -231,7 +242,7 @@ def absorb(state: State, k: Array, v: Array, key_mask: Array | None, feature_map
 
 
 def absorb_features(state: State, lk: Array, v: Array) -> State:
-    """The state with keys given by their log features; what a mask hides has -inf there and 0 in v."""
+    """The state after taking in keys given by their log features; masked keys need -inf there and 0 in v."""
     xp = namespace_of(lk)
     c = xp.max(lk, axis=-2, keepdims=True)
     p = xp.exp(lk - _finite(c))
@@ -239,7 +250,7 @@ def absorb_features(state: State, lk: Array, v: Array) -> State:
 
 
 def read_partial(state: State, lq: Array) -> Partial:
-    """What queries, given by their log features, read from the features of a state."""
+    """Partial sums of queries, given by their log features, over the features of a state."""
     xp = namespace_of(lq)
     shifted = lq + state.c
     ref = xp.max(shifted, axis=-1, keepdims=True)
@@ -248,7 +259,7 @@ def read_partial(state: State, lq: Array) -> Partial:
 
 
 def pair_partial(lq: Array, lk: Array, v: Array) -> Partial:
-    """What queries read from a few keys, all of them visible or hidden by -inf, through pairwise scores."""
+    """Partial sums of queries over a few keys by pairwise scores; each key is visible to all, or hidden by -inf."""
     xp = namespace_of(lq)
     c = xp.max(lk, axis=-2, keepdims=True)
     shifted = lq + c
@@ -258,9 +269,9 @@ def pair_partial(lq: Array, lk: Array, v: Array) -> Partial:
 
 
 def exact_partial(logits: Array, visible: Array | None, v: Array, *, mixed: bool = False) -> Partial:
-    """What queries read from keys scored exactly, (*b, n, s) log scores.
+    """Partial sums of queries over keys with exact log scores, (*b, n, s).
 
-    `mixed` says that rows differ in what they may see; then a value that is not finite must not reach the others.
+    `mixed` says that rows may see different keys; a value that is not finite must then not reach the other rows.
     """
     xp = namespace_of(logits)
     logits = finite_or_nan(logits)
@@ -273,7 +284,7 @@ def exact_partial(logits: Array, visible: Array | None, v: Array, *, mixed: bool
 
 
 def merge(a: Partial, b: Partial) -> Partial:
-    """What queries read from two disjoint sets of keys."""
+    """Partial sums of queries over the union of two disjoint sets of keys."""
     xp = namespace_of(a.ref, b.ref)
     ref = xp.maximum(a.ref, b.ref)
     safe = _finite(ref)
@@ -294,7 +305,7 @@ def masked(lk: Array, mask: Array | None) -> Array:
 
 
 def hide(v: Array, mask: Array | None) -> Array:
-    """Values with 0 for those that a mask hides: they may be anything, NaN included."""
+    """Values, with 0 for masked ones, which may hold anything, NaN included."""
     return v if mask is None else namespace_of(v).where(mask[..., None], v, 0.0)
 
 
@@ -311,13 +322,13 @@ def with_recent(state: State, k: Array, v: Array, key_mask: Array | None) -> tup
 
 
 def num_leaving(length: int, window: int) -> int:
-    """How many of the leading positions are in neither of the last two blocks."""
+    """The number of leading positions that are not in the last two blocks."""
     return max(0, -(-length // window) - 2) * window
 
 
 def tiles_of(length: int, width: int, batch: tuple[int, ...]) -> Iterator[tuple[int, int]]:
-    """Bounds of the tiles that points are worked on in; one empty tile where there are none."""
-    if not isinstance(length, int):  # symbolic, of torch.export: as many tiles as there are would have to be known
+    """Bounds of the tiles in which points are processed; one empty tile if there are no points."""
+    if not isinstance(length, int):  # symbolic, of torch.export: the number of tiles is not known
         return iter(((0, length),))
     step = tile_length(width, batch, 1 << 20)
     return ((start, min(start + step, length)) for start in range(0, length, step) or (0,))
@@ -325,13 +336,13 @@ def tiles_of(length: int, width: int, batch: tuple[int, ...]) -> Iterator[tuple[
 
 def tile_length(width: int, batch: tuple[int, ...], most: int) -> int:
     """Points in a tile: a power of two from 16 to `most` that keeps a tile of this width near TILE_ELEMENTS."""
-    entries = math.prod([size for size in batch if isinstance(size, int)])  # symbolic ones are not known yet
+    entries = math.prod([size for size in batch if isinstance(size, int)])  # symbolic sizes are not known yet
     points = TILE_ELEMENTS // max(1, width * entries)
     return min(most, max(16, 1 << (points.bit_length() - 1 if points else 0)))
 
 
 def _merged(state: State, kv: Array, z: Array, c: Array) -> State:
-    """The state joined with the (kv, z, c) of further keys."""
+    """The state merged with the (kv, z, c) of further keys."""
     xp = namespace_of(c)
     top = xp.maximum(state.c, c)
     safe = _finite(top)
@@ -341,7 +352,7 @@ def _merged(state: State, kv: Array, z: Array, c: Array) -> State:
 
 
 def _finite(reference: Array) -> Array:
-    """A reference to subtract: 0 in place of -inf, which means that nothing is there."""
+    """The reference, with 0 in place of the -inf of a feature that has seen no key, so that it can be subtracted."""
     xp = namespace_of(reference)
     return xp.where(reference == -xp.inf, 0.0, reference)
 

@@ -1,6 +1,7 @@
-"""Results together with their vector-Jacobian products, for callers without automatic differentiation.
+"""Ops that return a result and its vector-Jacobian product; `favorsharp.vjp` and the backends call this module.
 
-The references ask the arrays' own library to differentiate; for a library that cannot, a backend has to.
+The references let the arrays' own library differentiate. For a library that cannot do that, a backend must implement
+the op.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,7 +19,7 @@ from favorsharp.ops.kernel_matvec import kernel_matvec
 from favorsharp.ops.state import empty_state, update
 
 Pullback = Callable[[Array], tuple[Array, ...]]
-"""From the gradient of a result to the gradients of what it was made of."""
+"""A function from the gradient of a result to the gradients of the arguments."""
 
 
 @Op
@@ -40,7 +41,7 @@ def attention_vjp(
     q, k, v, feature_map, key_mask, window
         As in `attention` and `causal_attention`.
     is_causal : bool
-        Which of the two.
+        Whether attention is causal.
     of_map : bool
         Whether the pullback also gives the gradients of the map's rows and log_weight; for dense-exponential maps.
 
@@ -48,7 +49,7 @@ def attention_vjp(
     -------
     out : array, shape (*b, n, e)
     pullback : callable
-        (*b, n, e) -> (dq, dk, dv) or (dq, dk, dv, drows, dlog_weight), in the shapes and dtypes of what they belong to.
+        (*b, n, e) -> (dq, dk, dv) or (dq, dk, dv, drows, dlog_weight), in the shapes and dtypes of the arguments.
     """
 
     def result(*arrays: Array) -> Array:
@@ -77,7 +78,7 @@ def kernel_matvec_vjp(
     -------
     out : array, shape (*b, n, e)
     pullback : callable
-        (*b, n, e) -> (dx, dy, dv) or (dx, dy, dv, drows, dlog_weight), in the shapes and dtypes of what they belong to.
+        (*b, n, e) -> (dx, dy, dv) or (dx, dy, dv, drows, dlog_weight), in the shapes and dtypes of the arguments.
     """
 
     def result(*arrays: Array) -> Array:
@@ -100,7 +101,7 @@ def exponential_features_vjp(u: Array, rows: Array, row: Array, column: Array) -
     -------
     out : array, shape (*b, n, m)
     pullback : callable
-        (*b, n, m) -> (du, drows, drow, dcolumn), in the shapes and dtypes of what they belong to.
+        (*b, n, m) -> (du, drows, drow, dcolumn), in the shapes and dtypes of the arguments.
     """
     return differentiate(exponential_features.reference, (u, rows, row, column))
 
@@ -108,9 +109,9 @@ def exponential_features_vjp(u: Array, rows: Array, row: Array, column: Array) -
 def state_gradients(
     feature_map: Any, key_mask: Array | None, window: int, k: Array, v: Array, gradients: tuple[Array | None, ...]
 ) -> tuple[Array, ...]:
-    """The gradients that reach k, v and the arrays of a map (`MAP_ARRAYS`) through the kv, z and c of a state.
+    """Gradients of k, v and the arrays of a map (`MAP_ARRAYS`), from the gradients of the kv, z and c of a state.
 
-    By the reference, for backends whose kernels differentiate results alone.
+    The reference is differentiated, for backends whose kernels differentiate only results.
     """
 
     def result(*arrays: Array) -> Array:
@@ -141,10 +142,10 @@ def attention_gradients(
     causal: bool,
     bounds: Sequence[int] | None = None,
 ) -> list[Array | None]:
-    """The gradients of q, k, v and the arrays of a map (`MAP_ARRAYS`), recorded themselves: for second derivatives.
+    """Gradients of q, k, v and the arrays of a map (`MAP_ARRAYS`) that can be differentiated again.
 
-    By the reference, for backends whose kernels differentiate once. `gradients` are those of the result and, for causal
-    attention without bounds, of the kv, z and c of its state.
+    The reference is differentiated, for backends whose kernels differentiate once. `gradients` are those of the result
+    and, for causal attention without bounds, those of the kv, z and c of its state.
     """
 
     def results(own: Any, q: Array, k: Array, v: Array) -> tuple[Array, ...]:
@@ -165,7 +166,7 @@ def attention_gradients(
 
 
 def kernel_matvec_gradients(feature_map: Any, arrays: Sequence[Array], gradient: Array) -> list[Array | None]:
-    """The gradients of x, y, v and the arrays of a map, recorded themselves; as `attention_gradients`."""
+    """Gradients of x, y, v and the arrays of a map that can be differentiated again; as `attention_gradients`."""
 
     def product(own: Any, x: Array, y: Array, v: Array) -> tuple[Array]:
         return (kernel_matvec.reference(x, y, v, own),)
@@ -179,9 +180,9 @@ def gradients_through_map(
     arrays: Sequence[Array],
     gradients: Sequence[Array | None],
 ) -> list[Array | None]:
-    """The gradients of arrays, of which the last six are those of a map (`MAP_ARRAYS`), recorded themselves.
+    """Gradients of arrays, the last six of which belong to a map (`MAP_ARRAYS`), that can be differentiated again.
 
-    Those that reach them through `function(map, *others)`.
+    They are the gradients through `function(map, *others)`.
     """
 
     def results(*own: Array) -> tuple[Array, ...]:
@@ -191,17 +192,17 @@ def gradients_through_map(
 
 
 def features_gradients(arrays: Sequence[Array], gradient: Array) -> list[Array | None]:
-    """The gradients of what `exponential_features` takes, recorded themselves; as `attention_gradients`."""
+    """Gradients of the arguments of `exponential_features` that can be differentiated again."""
     return recorded_gradients(lambda *own: (exponential_features.reference(*own),), arrays, (gradient,))
 
 
 def _arrays_of(feature_map: Any, of_map: bool) -> tuple[Array, ...]:
-    """What `of_map` wants gradients of."""
+    """The arrays of the map whose gradients `of_map` asks for."""
     return (feature_map.rows, feature_map.log_weight) if of_map else ()
 
 
 def _points_and_map(feature_map: Any, arrays: tuple[Array, ...]) -> tuple[tuple[Array, Array, Array], Any]:
-    """The three arrays of points and values, and the map with those that follow, if any do."""
+    """The three arrays of points and values, and the map, with the rows and log_weight that follow, if any do."""
     first, second, values, *own = arrays
     if own:
         feature_map = replace(feature_map, rows=own[0], log_weight=own[1])
@@ -211,6 +212,6 @@ def _points_and_map(feature_map: Any, arrays: tuple[Array, ...]) -> tuple[tuple[
 def _with_arrays(
     feature_map: Any, rows: Array, log_weight: Array, g1: Array, g2: Array, center_x: Array, center_y: Array
 ) -> Any:
-    """A map with other arrays."""
+    """The map with other arrays in place of its own."""
     parameters = replace(feature_map.parameters, g1=g1, g2=g2, center_x=center_x, center_y=center_y)
     return replace(feature_map, parameters=parameters, rows=rows, log_weight=log_weight)
