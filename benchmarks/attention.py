@@ -1,4 +1,4 @@
-"""Bidirectional attention, and where exact attention stops being faster."""
+"""Time bidirectional attention, and find the length from which it is faster than exact attention."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -16,7 +16,7 @@ GOALS = {(4096, 64): 1.6, (4096, 128): 1.7, (4096, 256): 1.8, (65_536, 64): 3.3,
 
 
 def problem(n: int, m: int) -> tuple:
-    """Arrays of (1, 8, n, 64) and a FAVOR+ map in float32; small enough for peers without maxima."""
+    """Arrays of (1, 8, n, 64) and a FAVOR+ map in float32, small enough for the peers that take no maxima."""
     rng = np.random.default_rng(0)
     q, k, v = (rng.standard_normal((1, H, n, D)).astype(np.float32) for _ in range(3))
     fm = astype(fs.feature_map(fs.fit(q[0, 0], k[0, 0], method="posrf"), m, rng=0, draw="iid"), np.float32)
@@ -24,14 +24,14 @@ def problem(n: int, m: int) -> tuple:
 
 
 def compare_long(work: str, n: int, sides: dict[str, Callable[[], Any]], **options: Any) -> Table:
-    """Compare: past 4096 tokens by what is written to an array that is there, before by what makes a new one."""
+    """Compare peers with ours, which writes to an existing array above 4096 tokens and else to a new one."""
     first, second = ("favorsharp, out=", "favorsharp") if n > 4096 else ("favorsharp", "favorsharp, out=")
     work = f"{work}, out=" if n > 4096 else work
     return compare(work, {first: sides[first]} | sides, beside=(second,), **options)
 
 
 def tables(*, quick: bool = False) -> Iterator[Table]:
-    """Bidirectional attention, with a window too, and the crossover."""
+    """Bidirectional attention, with and without a window, and the crossover with exact attention."""
     root = D**-0.25
     for n, m in ((256, 64),) if quick else GOALS:
         q, k, v, fm = problem(n, m)

@@ -1,4 +1,4 @@
-"""Causal attention: forward, with a window, and forward with backward."""
+"""Time causal attention: forward, with a window, and forward with backward."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -22,7 +22,7 @@ def gradients(function: Any, leaves: list[Any], weights: Any) -> Any:
 
 
 def tables(*, quick: bool = False) -> Iterator[Table]:
-    """Forward; with a window against without; training."""
+    """Forward; with a window against without one; training."""
     root = D**-0.25
     for n, m in ((256, 64),) if quick else GOALS:
         q, k, v, fm = problem(n, m)
@@ -54,7 +54,7 @@ def tables(*, quick: bool = False) -> Iterator[Table]:
             flops=2.0 * H * n * (4 * m * D + 32 * (m + D)),
         )  # fmt: skip
         yield table
-        if (goal := GOALS.get((n, m))) is not None:  # set against chunked torch
+        if (goal := GOALS.get((n, m))) is not None:  # the goal is relative to chunked torch
             seconds = {name: x for i, (name, x) in enumerate(table.seconds.items()) if i == 0 or "torch" in name}
             seconds.pop("performer-pytorch", None)
             yield replace(table, work=f"{table.work}, against chunked torch", seconds=seconds, goal=goal, flops=None)

@@ -1,4 +1,4 @@
-"""One token: the state takes a key and a value, and a query reads it."""
+"""Time one token: the state takes a key and a value, then a query reads it."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -14,20 +14,20 @@ GOALS = {1: 4.0, 64: 1.7}
 
 
 def torch_step(q: Any, k: Any, v: Any, rows: Any, kv: Any, z: Any, root: float) -> Any:
-    """Without maxima, and with fresh states, as ours."""
+    """One step without maxima, which returns a new state as ours does."""
     pq, pk = (torch.exp((x * root) @ rows.mT - (x * x).sum(-1, keepdim=True) * (root * root / 2)) for x in (q, k))
     kv, z = kv + pk.mT * v, z + pk
     return (pq @ kv) / (pq * z).sum(-1, keepdim=True), kv, z
 
 
 def decode(step: Any, state: tuple, tokens: int) -> None:
-    """Some tokens, each with the state that the one before left: `step` of a state gives a result and the next."""
+    """Decode some tokens, each with the state that the one before left: `step` returns a result and the next state."""
     for _ in range(tokens):
         _, *state = step(*state)
 
 
 def tables(*, quick: bool = False) -> Iterator[Table]:
-    """A batch of 1 and of 64, eight heads, m = 64."""
+    """Batches of 1 and of 64, eight heads, m = 64."""
     m, root = 64, D**-0.25
     for batch, goal in GOALS.items():
         *_, fm = problem(64, m)

@@ -1,4 +1,4 @@
-"""Features of 131,072 points."""
+"""Time the features of 131,072 points."""
 
 from collections.abc import Iterator
 
@@ -13,7 +13,7 @@ GOALS = {"fresh": 1.7, "out": 2.2}
 
 
 def tables(*, quick: bool = False) -> Iterator[Table]:
-    """Fresh against fresh; into `out` against the best fresh; against the matrix product alone."""
+    """New arrays against new arrays; `out` against the fastest new array; ours against the matrix product alone."""
     n, d = (1024 if quick else 131_072), 64
     rng = np.random.default_rng(0)
     u = (rng.standard_normal((n, d)) * 0.3).astype(np.float32)

@@ -1,4 +1,4 @@
-"""Attention on a GPU, beside its floors and what else a GPU can run: `python -m benchmarks.gpu` writes a dated page."""
+"""Time attention on a GPU, its floors and its peers; `python -m benchmarks.gpu` writes a dated page."""
 
 import contextlib
 import datetime
@@ -23,16 +23,16 @@ from favorsharp.parameters import astype, map_arrays
 ROOT = Path(__file__).parents[1]
 OURS = "favorsharp"
 GOAL = 0.6
-"""The part of the floor's speed that is wanted on an H100."""
+"""The part of the floor's speed that is the goal on an H100."""
 
 TOLERANCES = {"bfloat16": 4e-2, "float16": 1e-2, "float32": 1e-3}
 CHECKED = 4096
-"""Tokens up to which a result is compared with float64."""
+"""Number of tokens up to which a result is compared with float64."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """A batch of heads of one length."""
+    """A batch of heads of equal length."""
 
     batch: int
     heads: int
@@ -45,17 +45,17 @@ class Case:
 
     @property
     def tokens(self) -> int:
-        """Of all heads together."""
+        """The number of tokens of all heads together."""
         return self.batch * self.heads * self.n
 
     @property
     def work(self) -> Work:
-        """One token of it; with the backward pass, forward and backward."""
+        """The work of the forward pass for one token of a head."""
         return Work(self.d, self.m, self.d, self.is_causal, itemsize=4 if self.dtype == "float32" else 2)
 
     @property
     def floor(self) -> float:
-        """Seconds."""
+        """The least time in seconds, that of the backward pass included if there is one."""
         seconds = self.work.floor
         if self.backward:
             seconds += Work(self.d, self.m, self.d, self.is_causal, True, self.work.itemsize).floor
@@ -83,23 +83,23 @@ class Token:
 
     @property
     def tokens(self) -> int:
-        """Of all heads together."""
+        """The number of tokens of all heads together."""
         return self.batch * self.heads
 
     @property
     def recent(self) -> int:
-        """The keys that a window keeps before the token: half way from one that lets keys leave to the next."""
+        """The keys that a window keeps before the token: halfway from a step in which keys leave to the next."""
         return self.window + self.window // 2
 
     @property
     def work(self) -> TokenWork:
-        """That of a head."""
+        """The work of one token of a head."""
         itemsize = 4 if self.dtype == "float32" else 2
         return TokenWork(self.d, self.m, self.d, self.recent if self.window else None, itemsize)
 
     @property
     def floor(self) -> float:
-        """Seconds."""
+        """The least time in seconds."""
         return self.work.floor * self.tokens
 
     def __str__(self) -> str:
@@ -126,7 +126,7 @@ QUICK = (
 
 @dataclass
 class Row:
-    """What was measured of a case: seconds of each peer, and why others are left out."""
+    """The measurements of a case: seconds of each peer, and why others are left out."""
 
     case: Case | Token
     seconds: dict[str, float] = field(default_factory=dict)
@@ -137,7 +137,7 @@ class Row:
 
 
 def problem(case: Case | Token, device: str) -> tuple[Any, Any, Any, Any]:
-    """Tensors (batch, heads, n, d), and a FAVOR+ map in float32, small enough for peers without maxima."""
+    """Tensors (batch, heads, n, d), and a FAVOR+ map in float32, small enough for the peers that take no maxima."""
     rng = np.random.default_rng(0)
     dtype = getattr(torch, case.dtype)
     shape = (case.batch, case.heads, case.n, case.d)
@@ -150,7 +150,7 @@ def problem(case: Case | Token, device: str) -> tuple[Any, Any, Any, Any]:
 
 
 def forward_peers(case: Case, device: str, feature_map: Any) -> dict[str, Callable[..., Any]]:
-    """Functions of (q, k, v), one a peer; ours first."""
+    """Functions of (q, k, v), one for each peer; ours first."""
     root = case.d**-0.25
     rows = feature_map.rows.to(getattr(torch, case.dtype))
     formula = peers.torch_causal_chunked if case.is_causal else peers.torch_attention
@@ -169,7 +169,7 @@ def forward_peers(case: Case, device: str, feature_map: Any) -> dict[str, Callab
 
 
 def token_peers(case: Token, device: str, feature_map: Any) -> tuple[Any, dict[str, Callable[..., Any]]]:
-    """A state after some keys, and functions of (q, k, v), one a peer; ours first."""
+    """A state after some keys, and functions of (q, k, v), one for each peer; ours first."""
     root, dtype = case.d**-0.25, getattr(torch, case.dtype)
     generator = torch.Generator(device).manual_seed(1)
     shape = (case.batch, case.heads, 32 + case.recent, case.d)  # of which, with a window, as many are kept as are said
@@ -192,7 +192,7 @@ def token_peers(case: Token, device: str, feature_map: Any) -> tuple[Any, dict[s
 def torch_window_step(
     q: Any, k: Any, v: Any, rows: Any, kv: Any, z: Any, recent_k: Any, recent_v: Any, root: float
 ) -> tuple[Any, Any, Any]:
-    """Without maxima: the token joins the recent keys, of which none leaves, and sums are read as they are."""
+    """A step without maxima: the token joins the recent keys, none of which leaves, and the sums are read unchanged."""
     recent_k, recent_v = (torch.cat([x, y.to(x.dtype)], -2) for x, y in ((recent_k, k), (recent_v, v)))
     pq = _features(q, rows, root) / rows.shape[-2]
     near = torch.exp(q @ recent_k.to(q.dtype).mT * root**2)
@@ -201,7 +201,7 @@ def torch_window_step(
 
 
 def exact_flash(q: Any, k: Any, v: Any, is_causal: bool) -> Any:
-    """torch's exact attention by its FlashAttention kernel alone."""
+    """Exact attention of torch, with its FlashAttention kernel only."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
@@ -225,7 +225,7 @@ def fla(q: Any, k: Any, v: Any, rows: Any, root: float, is_causal: bool) -> Any:
 
 
 class FlaOnFeatures:
-    """The same kernel without the time that features take: they are made in the first call."""
+    """The kernel of `fla` without the time for the features, which are made in the first call."""
 
     def __init__(self, rows: Any, root: float, is_causal: bool) -> None:
         self.rows, self.root, self.is_causal = rows, root, is_causal
@@ -265,7 +265,7 @@ def cupy_attention(q: Any, k: Any, v: Any, rows: Any, root: float, case: Case) -
 
 
 def with_backward(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Forward and backward in one."""
+    """A function that runs forward and backward."""
 
     def run(q: Any, k: Any, v: Any) -> Any:
         leaves = [x.detach().requires_grad_() for x in (q, k, v)]
@@ -280,7 +280,7 @@ def with_backward(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def seconds_on_gpu(run: Callable[[], Any], rounds: int = 15) -> float:
-    """Median between two events on the stream; the second-level cache is overwritten before each round."""
+    """Median time between two events on the stream; the L2 cache is overwritten before each round."""
     scratch = torch.empty(256 * 2**20, dtype=torch.uint8, device="cuda")
     pairs = []
     for _ in range(rounds):
@@ -295,7 +295,7 @@ def seconds_on_gpu(run: Callable[[], Any], rounds: int = 15) -> float:
 
 
 def seconds_on_cpu(run: Callable[[], Any], rounds: int = 3) -> float:
-    """Median by the clock: for trying this script without a GPU."""
+    """Median wall-clock time, for trying this script without a GPU."""
     times = []
     for _ in range(rounds):
         start = time.perf_counter()
@@ -305,7 +305,7 @@ def seconds_on_cpu(run: Callable[[], Any], rounds: int = 3) -> float:
 
 
 def measure(case: Case | Token, device: str = "cuda") -> Row:
-    """Time every peer whose result is right; exact attention is only checked for running."""
+    """Time every peer whose result is right; for exact attention it is only checked that it runs."""
     q, k, v, feature_map = problem(case, device)
     clock = seconds_on_gpu if device == "cuda" else seconds_on_cpu
     row = Row(case)
@@ -344,7 +344,7 @@ def measure(case: Case | Token, device: str = "cuda") -> Row:
 
 
 class _Graph:
-    """A function captured in a CUDA graph at the first call, replayed later."""
+    """A function that is captured in a CUDA graph at the first call and replayed later."""
 
     def __init__(self, function: Callable[..., Any]) -> None:
         self.function = function
@@ -365,7 +365,7 @@ class _Graph:
 
 
 def machine() -> str:
-    """The card and the versions."""
+    """The card and the versions of the libraries."""
     parts = []
     if torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(0)
@@ -426,7 +426,7 @@ def page(rows: list[Row], day: datetime.date, where: str) -> str:
 
 
 def results(cases: tuple[Case | Token, ...], device: str = "cuda") -> Iterator[Row]:
-    """One row a case, said as it comes."""
+    """One row for each case, printed as it is measured."""
     for case in cases:
         row = measure(case, device)
         said = ", ".join(f"{name} {1e9 * seconds / case.tokens:.2f}" for name, seconds in row.seconds.items())

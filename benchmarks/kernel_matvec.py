@@ -1,4 +1,4 @@
-"""A Gaussian kernel's product with a vector, a million points."""
+"""Time the product of a Gaussian kernel matrix with a vector, for a million points."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -13,7 +13,7 @@ from favorsharp.parameters import astype
 
 
 def torch_matvec(x: Any, v: Any, rows: Any) -> Any:
-    """By positive features of the Gaussian kernel, all of them in memory."""
+    """The product by positive features of the Gaussian kernel, all of them in memory."""
     p = torch.exp(x @ rows.mT - (x * x).sum(-1, keepdim=True)) / len(rows) ** 0.5
     return p @ (p.mT @ v)
 

@@ -1,4 +1,4 @@
-"""Interleaved medians in one process, after a check of every peer's result."""
+"""Interleaved medians of peers in one process, after a check of every peer's result; the benchmark scripts use it."""
 
 import os
 import platform
@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 
 PAUSE = 0.006
-"""Seconds between two calls, for the workers of the last one to go to sleep."""
+"""Seconds between two calls, in which the workers of the last call go to sleep."""
 
 
 @dataclass
 class Table:
-    """Seconds of each peer at one piece of work; the first is ours, and those `beside` it are no rivals."""
+    """Seconds of each peer for one piece of work. The first is ours; those in `beside` are shown, but not compared."""
 
     work: str
     seconds: dict[str, float]
@@ -28,18 +28,18 @@ class Table:
 
     @property
     def best(self) -> tuple[str, float] | None:
-        """The fastest of the others."""
+        """The fastest of the other peers that are compared."""
         _, *others = self.seconds.items()
         return min((x for x in others if x[0] not in self.beside), key=lambda x: x[1], default=None)
 
     @property
     def gflops(self) -> float | None:
-        """Billions of multiplications and additions a second of ours, in the products that the work consists of."""
+        """Our billions of multiplications and additions a second, in the products that the work consists of."""
         return None if self.flops is None else self.flops / next(iter(self.seconds.values())) / 1e9
 
     @property
     def ratio(self) -> float | None:
-        """The best other peer's time over ours."""
+        """The time of the best other peer over ours."""
         return None if self.best is None else self.best[1] / next(iter(self.seconds.values()))
 
 
@@ -56,7 +56,7 @@ def compare(
     unchecked: str = "performer-pytorch",
     beside: tuple[str, ...] = (),
 ) -> Table:
-    """Time the peers in turn, round by round; a peer whose result is wrong or that fails is left out and named."""
+    """Time the peers in turn, round by round; a peer that fails or whose result is wrong is left out and named."""
     left_out = {}
     runs: dict[str, Callable[[], Any]] = {}
     for name, peer in peers.items():
@@ -87,7 +87,7 @@ def compare(
 
 
 def peak_fma(seconds: float = 1.0) -> float:
-    """GFLOP/s of float32 multiply-adds from the fastest cache on all threads: what no product can exceed."""
+    """GFLOP/s of float32 multiply-adds from the L1 cache on all threads: an upper bound for any matrix product."""
     from favorsharp_numba.compiling import TAGS, jit
     from favorsharp_numba.primitives import product
     from favorsharp_numba.run import num_threads, share

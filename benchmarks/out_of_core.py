@@ -1,6 +1,7 @@
-"""A Nadaraya-Watson fit from memory-mapped files that are larger than what it may hold: rows a second, and memory.
+"""A Nadaraya-Watson fit from memory-mapped files that exceed the memory it may use: rows a second, and memory.
 
-`python -m benchmarks.out_of_core`: files of a million rows in a temporary folder, removed afterwards.
+`python -m benchmarks.out_of_core` writes files of a million rows each to a temporary folder, and removes them
+afterwards.
 """
 
 import resource
@@ -25,7 +26,7 @@ def values_at(x: np.ndarray) -> np.ndarray:
 
 
 def main(shards: int = 20, size: int = 32, features: int = 256, slice_rows: int = 500_000) -> None:
-    """Fit `shards` million rows; then RBFSampler with SGD, and exact sums for 100 queries, on a slice."""
+    """Fit `shards` million rows; on a slice also fit RBFSampler with SGD, and take exact sums for 100 queries."""
     console = Console()
     gamma = 0.5 / size
     with tempfile.TemporaryDirectory() as folder:

@@ -1,6 +1,6 @@
-"""What else a user of a CPU could run: the formulas in NumPy, torch and JAX. Inputs are contiguous, gradients off.
+"""Other implementations for a CPU user: the formulas in NumPy, torch and JAX. Inputs are contiguous, gradients off.
 
-All are stabilised by row and feature maxima as ours are, except where the name says "plain".
+All are stabilised by row and feature maxima as ours are, except for those that are called "plain" or say so.
 """
 
 import functools
@@ -19,7 +19,7 @@ def numpy_features(u: Any, rows: Any, row: Any, column: Any) -> Any:
 
 
 def numpy_features_tiled(u: Any, rows: Any, row: Any, column: Any, tile: int = 1024) -> Any:
-    """Tiles of rows that stay in the cache, into one result."""
+    """The formula in tiles of rows that stay in the cache, written to one result."""
     out = np.empty((len(u), len(rows)), u.dtype)
     for start in range(0, len(u), tile):
         part = out[start : start + tile]
@@ -30,12 +30,12 @@ def numpy_features_tiled(u: Any, rows: Any, row: Any, column: Any, tile: int = 1
 
 
 def torch_features(u: Any, rows: Any, row: Any, column: Any) -> Any:
-    """The formula, fresh."""
+    """The formula with a new array for each step."""
     return torch.exp(u @ rows.T + row + column)
 
 
 def torch_features_in_place(u: Any, rows: Any, row: Any, column: Any) -> Any:
-    """One temporary less at each step."""
+    """The formula with one temporary array less at each step."""
     return torch.addmm(column.expand(len(u), -1), u, rows.T).add_(row).exp_()
 
 
@@ -55,13 +55,13 @@ def torch_attention(q: Any, k: Any, v: Any, rows: Any, root: float) -> Any:
 
 
 def torch_attention_plain(q: Any, k: Any, v: Any, rows: Any, root: float) -> Any:
-    """Without maxima: what a user would write, and what overflows on other inputs than these."""
+    """Bidirectional FAVOR+ without maxima: what a user would write; it overflows on larger inputs than these."""
     pq, pk = torch.exp(_logs(q, rows, root)), torch.exp(_logs(k, rows, root))
     return (pq @ (pk.mT @ v)) / (pq @ pk.sum(-2, keepdim=True).mT)
 
 
 def numpy_attention_tiled(q: Any, k: Any, v: Any, rows: Any, root: float, tile: int = 512) -> Any:
-    """Head by head, tile by tile; without maxima."""
+    """Bidirectional FAVOR+ head by head, tile by tile, without maxima."""
     out = np.empty_like(v)
     for head in np.ndindex(q.shape[:-2]):
         s, z = 0.0, 0.0
@@ -77,7 +77,7 @@ def numpy_attention_tiled(q: Any, k: Any, v: Any, rows: Any, root: float, tile: 
 
 
 def torch_causal_chunked(q: Any, k: Any, v: Any, rows: Any, root: float, chunk: int = TILE) -> Any:
-    """Chunks of 64: pairs inside, cumulative sums before; without maxima (their cost would be added)."""
+    """Causal FAVOR+ in chunks of 64: pairs inside, cumulative sums before; without maxima, which would cost more."""
     pq, pk = torch.exp(_logs(q, rows, root)), torch.exp(_logs(k, rows, root))
     *batch, n, _ = q.shape
     pq, pk, v = (x.reshape(*batch, n // chunk, chunk, x.shape[-1]) for x in (pq, pk, v))
@@ -92,13 +92,13 @@ def torch_causal_chunked(q: Any, k: Any, v: Any, rows: Any, root: float, chunk: 
 
 @functools.cache
 def compiled(function: Any) -> Any:
-    """The function under torch.compile, for the shapes it is given."""
+    """The function under torch.compile, compiled for fixed shapes."""
     return torch.compile(function, dynamic=False)
 
 
 @functools.cache
 def jitted(name: str) -> Any:
-    """The bidirectional formula, causal chunks of 64 or the features under jax.jit."""
+    """The bidirectional formula, causal chunks of 64, or the features, under jax.jit."""
     import jax
     import jax.numpy as jnp
 
@@ -140,14 +140,14 @@ def jitted(name: str) -> Any:
 
 
 def exact(q: Any, k: Any, v: Any, *, is_causal: bool = False) -> Any:
-    """torch's exact attention."""
+    """Exact attention of torch."""
     return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=is_causal)
 
 
 def performer(m: int, d: int, *, causal: bool = False) -> Any:
-    """performer-pytorch's FastAttention, where it is installed; None elsewhere."""
+    """FastAttention of performer-pytorch; None if it is not installed."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of what it imports
+        warnings.simplefilter("ignore")  # warnings of the modules that it imports
         try:
             from performer_pytorch import FastAttention
         except ImportError:

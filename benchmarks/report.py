@@ -1,4 +1,4 @@
-"""Run the benchmarks and write the page and the picture: `python -m benchmarks.report`."""
+"""Run the benchmarks, and write the page and the picture: `python -m benchmarks.report`."""
 
 import datetime
 import time
@@ -31,7 +31,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def peak() -> float:
-    """GFLOP/s of a square float32 product: the machine at this moment."""
+    """GFLOP/s of a square float32 product: the speed of the machine at this moment."""
     a = torch.randn(2048, 2048)
     best = min(_seconds(lambda: a @ a) for _ in range(7))
     return 2 * 2048**3 / best / 1e9
@@ -67,7 +67,7 @@ processor named above:
 
 Not measured: AMX tiles (this processor has none), bfloat16 peers, ARM.
 """
-"""Written by hand: what is known of each miss. To be looked at again with every new table."""
+"""Written by hand: what is known of each missed goal. Check it again with every new table."""
 
 
 def page(found: list[measure.Table], memory: dict[str, float], flops: float, fma: float) -> str:

@@ -1,4 +1,4 @@
-"""The first call in a new process, with an empty cache and with a filled one; and the memory of a long call."""
+"""The first call in a new process, with an empty and with a filled cache; and the memory of a long call."""
 
 import os
 import subprocess
@@ -33,7 +33,7 @@ print(memory("VmHWM") - before - (0 if {into} else result.nbytes / 2**20))
 
 
 def run(code: str, **environment: str) -> float:
-    """What the code prints."""
+    """The number that the code prints."""
     done = subprocess.run(
         [sys.executable, "-c", code], env={**os.environ, **environment}, capture_output=True, text=True, check=True
     )
@@ -50,7 +50,7 @@ def tables(*, quick: bool = False) -> Iterator[Table]:
 
 
 def scratch(*, quick: bool = False) -> dict[str, float]:
-    """MiB beyond inputs and output at L = 65,536."""
+    """MiB that a call needs beyond inputs and output at L = 65,536."""
     n = 2048 if quick else 65_536
     return {
         f"{name}, L={n}{', out=' if into else ''}": run(MEMORY.format(n=n, causal=causal, into=into))

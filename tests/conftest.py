@@ -1,9 +1,9 @@
 """The array libraries that every law is tested on, and the switch that reruns the suite through a named backend.
 
-`pytest --backend loopback` wraps each test in `favorsharp.use("loopback")`: a backend that comes through the real entry
-point door, runs the references and counts its calls (tests/loopback). `make test` reruns the tests of attention,
-streaming and regression that way, and the run fails if the backend never ran. Tests that choose backends themselves
-carry the marker `own_backend`.
+`pytest --backend loopback` wraps each test in `favorsharp.use("loopback")`. That backend is found through a real entry
+point, runs the references and counts its calls (tests/loopback). `make test` reruns the tests of attention, streaming
+and regression that way, and the run fails if the backend never ran. Tests that choose backends themselves carry the
+marker `own_backend`.
 """
 
 import os
@@ -14,7 +14,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-# Workers have more threads than there are cores; one that spins while it waits takes the core of the one it waits for.
+# The test workers have more threads than there are cores. A thread that spins while it waits takes the core of the
+# thread that it waits for.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "16")  # 2^16 cycles
 
@@ -30,7 +31,7 @@ sys.path.insert(0, str(TESTS / "loopback"))
 
 @dataclass(frozen=True)
 class Library:
-    """One way to hold arrays: a library, a device, and how to get there and back."""
+    """An array library and device to test on, with conversions from NumPy and back."""
 
     name: str
     namespace: ModuleType
@@ -138,7 +139,7 @@ def xp(request: pytest.FixtureRequest) -> Any:
 
 @pytest.fixture(params=["numpy-readonly-strided", "torch", "strict-device1"])
 def few_xp(request: pytest.FixtureRequest) -> Library:
-    """The most demanding of the eager libraries, where a test runs over many cases and JAX would compile each."""
+    """One of the most demanding eager libraries: for tests of many cases, each of which JAX would compile."""
     return MAKERS[request.param]()
 
 
@@ -170,7 +171,7 @@ def pytest_testnodedown(node: Any) -> None:
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    """Fail a rerun through the loopback backend in which it never ran."""
+    """Fail a run with `--backend loopback` in which that backend never ran."""
     if session.config.getoption("--backend") != "loopback":
         return
     import favorsharp_loopback

@@ -1,6 +1,6 @@
-"""What each rank of a process group runs; tests/test_distributed.py spawns them and reads what they found.
+"""The checks that each rank of a process group runs; tests/test_distributed.py spawns the ranks and reads the results.
 
-In a module of its own, so that a spawned process can import it.
+They are a module of their own, so that a spawned process can import it.
 """
 
 import datetime
@@ -23,11 +23,11 @@ from favorsharp.parameters import map_arrays
 
 LENGTHS = {2: ([5, 12], [0, 9], [7, 0]), 3: ([5, 0, 12], [1, 7, 9], [0, 0, 6])}
 BLOCKS = {2: ([8, 5], [4, 9], [0, 7]), 3: ([8, 4, 5], [4, 0, 12], [4, 8, 2])}
-"""Of a window of 4: whole blocks, and the last shard as it comes."""
+"""Lengths of shards for a window of 4: multiples of 4, except for the last shard that holds anything."""
 
 
 def run(rank: int, world: int, folder: str) -> None:
-    """Every check in turn; the first that fails on a rank ends that rank."""
+    """Run every check in turn; a rank ends at its first failure."""
     dist.init_process_group(
         "gloo",
         init_method=f"file://{folder}/meet",
@@ -52,7 +52,7 @@ def run(rank: int, world: int, folder: str) -> None:
 
 
 def tensors(seed: int, batch: tuple[int, ...], n: int, dtype: torch.dtype, heads: int = 0) -> list[torch.Tensor]:
-    """The same whole q, k and v on every rank; with `heads` times the heads for q."""
+    """The same whole q, k and v on every rank; with `heads`, q has that many times the heads of k."""
     q, k, v = (torch.from_numpy(x).to(dtype) for x in attention_problem(seed, batch, n=n))
     if heads:
         q = torch.cat([q * (1 + 0.1 * i) for i in range(heads)], 1)
@@ -68,7 +68,7 @@ def close(name: str, ours: torch.Tensor, theirs: torch.Tensor, tolerance: float)
 
 
 def equal_to_one_process(rank, lengths, *, dtype=torch.float64, tolerance=1e-10, kind="none", heads=0, **options):
-    """Outputs and gradients against the whole sequence in one process."""
+    """Check outputs and gradients against the whole sequence in one process."""
     whole = sum(lengths)
     q, k, v = tensors(whole, (2, 3), whole, dtype, heads)
     mask = key_mask(7, (2, 3, whole), kind)
@@ -138,7 +138,7 @@ def check_any_implementation(rank, world):
 
 
 def check_gradients_of_a_map(rank, world):
-    """Each rank has its own share of them."""
+    """Each rank has its own share of these gradients; the sum of the shares is the whole gradient."""
     q, k, v = tensors(2, (3,), 5 * world, torch.float64)
     drawn = fs.feature_map(fs.fit(q, k), 16, rng=0)
     here = slice(5 * rank, 5 * rank + 5)
@@ -206,7 +206,7 @@ def check_fit_over_shards(rank, world):
     q, k, v = tensors(5, (3,), 8 * world + 1, torch.float64)
     stop = None if rank == world - 1 else 8 * rank + 8
     own_q, own_k, own_v = (x[:, 8 * rank : stop] for x in (q, k, v))
-    own_q = own_q[:, :0] if rank == 0 else own_q  # nothing on a rank counts for nothing
+    own_q = own_q[:, :0] if rank == 0 else own_q  # an empty shard changes nothing
     total = fsd.all_combine(fs.moments(own_q, own_k))
     whole = fs.moments(q[:, 8:], k)
     for name in ("count_x", "count_y", "mean_x", "mean_y", "covariance_x", "covariance_y"):
@@ -267,7 +267,7 @@ def check_a_group_of_some(rank, world):
 
 
 def check_dtensors(rank, world):
-    """Cut along the sequence, the heads, or the batch: equal to one process, gradients too."""
+    """Sharded along the sequence, the heads or the batch, outputs and gradients equal those of one process."""
     mesh = init_device_mesh("cpu", (1, world), mesh_dim_names=("heads", "sequence"))
     q, k, v = tensors(5, (2, 6), 5 * world - 1, torch.float64)
     feature_map = fs.feature_map(fs.fit(q, k, axis=(0, -2)), 16, rng=0)

@@ -1,7 +1,7 @@
 """Random calls of the public functions with one or two spoiled arguments: `python tests/fuzz.py SEED CALLS`.
 
-Run by test_trust.py in a process of its own, under a time limit: a crash, a hang, an exception that is no answer to an
-argument, or a result of another shape or dtype than was promised ends it with a report.
+test_trust.py runs it in a separate process, under a time limit. It ends with a report at a crash, a hang, an exception
+that does not refuse an argument, or a result whose shape or dtype is not the promised one.
 """
 
 import faulthandler
@@ -15,11 +15,11 @@ import favorsharp as fs
 
 N, S, D, E, M = 6, 7, 3, 2, 8
 ANSWERS = (TypeError, ValueError, MemoryError, OverflowError)
-"""What a bad argument may raise. The last two: a number of features that no memory holds."""
+"""Exceptions that a bad argument may raise; the last two if a number of features does not fit into memory."""
 
 
 def arrays(rng):
-    """Arrays that are not what any argument is, or that are one in an odd form."""
+    """Arrays that no argument accepts, and acceptable arrays in an unusual form."""
     x = rng.standard_normal((S, D))
     odd = [
         np.float64(2.0), np.array(1.0), np.zeros(0), np.zeros(D), np.zeros((0, D)), np.zeros((S, 0)), np.zeros((1, D)),
@@ -50,7 +50,7 @@ PLAIN = [
 
 
 def problem(rng):
-    """Good arguments, of which a case takes what it names."""
+    """Valid arguments by name; each case takes those that it names."""
     dtype = rng.choice(["float32", "float64", "float16"])
     batch = [(), (2,), (2, 4)][rng.integers(3)]
     q, k, v = (rng.standard_normal((*batch, *shape)).astype(dtype) for shape in ((N, D), (S, D), (S, E)))
@@ -66,7 +66,7 @@ def problem(rng):
 
 
 def cases(g):
-    """Name: function, good positional arguments, good options, and the promised shape of the result or None."""
+    """For each name: a function, valid positional arguments, valid options, and the promised shape or None."""
     batch = g["q"].shape[:-2]
     out, square = (*batch, N, E), (*batch, S, E)
     fit = {"method": "optimal", "kernel": "gaussian", "scale": 0.5, "ridge": 1e-3, "axis": -2}
@@ -160,7 +160,7 @@ def main(seed: int, calls: int) -> int:
 
 
 def promised(name, positional):
-    """The shape that the arguments as they are ask for, where a function of three arrays was called."""
+    """The promised shape of the result for these arguments, if the function takes three arrays; else None."""
     if name not in ("attention", "linear_attention", "softmax_attention", "kernel_matvec", "nadaraya_watson", "vjp"):
         return None
     q, k, v = (tuple(x.shape) for x in positional[:3])

@@ -27,7 +27,7 @@ def visible_pairs(n: int, s: int, mask: np.ndarray | None, is_causal: bool) -> n
 
 
 def near_pairs(n: int, window: int, is_causal: bool) -> np.ndarray:
-    """Which pairs a window scores exactly (CONTRACT, `window`)."""
+    """Which pairs a window scores exactly, as `linear_attention` describes `window`."""
     block = np.arange(n) // window
     apart = block[:, None] - block[None, :]
     return (apart == 0) | (apart == 1) | ((apart == -1) & (not is_causal))
@@ -58,11 +58,11 @@ def log_scores(
 def log_feature(
     w: np.ndarray, x: np.ndarray, a: np.ndarray, g: np.ndarray, center: np.ndarray, other: np.ndarray, kernel: str
 ) -> np.ndarray:
-    """THEORY section 1 and 4, feature by feature: one side's log features of scaled points, without 1/sqrt(m)."""
+    """One side's log features of scaled points, feature by feature from the definition, without 1/sqrt(m)."""
     u = (x - center) @ np.swapaxes(g, -1, -2)
     quadratic = (a * w * w).sum(-1)
     linear = u @ np.swapaxes(np.sqrt(1 - 4 * a) * w, -1, -2)
-    shift = (x * other).sum(-1) - 0.5 * (center * other).sum(-1)  # exp(b2.x) exp(b1.y) exp(-b1.b2), half each
+    shift = (x * other).sum(-1) - 0.5 * (center * other).sum(-1)  # half of exp(b2.x) exp(b1.y) exp(-b1.b2)
     if kernel == "gaussian":
         shift = shift - 0.5 * (x * x).sum(-1)
     row = shift - 0.5 * (u * u).sum(-1) + 0.25 * np.log(1 - 4 * a).sum(-1)
