@@ -1,1 +1,1 @@
-"""The papers' experiments, from the library's public functions: each module is a command, a table and a picture."""
+"""The papers' experiments with the library's public functions: each module is a command for one page."""

@@ -1,8 +1,9 @@
 """Kernel classification on eight UCI sets: `python -m benchmarks.paper.classification`.
 
-Nadaraya-Watson on the Gaussian kernel: the class of the largest kernel-weighted sum of one-hot labels. Rows are
-permuted from seed 42; the last 5 % are the test, the 5 % before them the validation, the rest is trained on; columns
-are standardised by the training rows. A bandwidth is chosen on the validation rows, for each method by itself.
+Nadaraya-Watson estimates with the Gaussian kernel: the class with the largest kernel-weighted sum of one-hot labels.
+Rows are permuted with seed 42. The last 5 % are the test rows, the 5 % before them the validation rows, and the others
+are the training rows. Columns are standardised by the training rows. Each method gets its own bandwidth, which is
+chosen on the validation rows.
 """
 
 import time
@@ -24,10 +25,10 @@ METHODS = ("trig", "poisson", "geometric", "posrf", "hyperbolic", "oprf", "sader
            "relu", "elu")  # fmt: skip
 DRAWS = ("orthogonal", "iid", "simplex", "sobol", "antithetic")
 WIDTHS = tuple(2.0 ** np.arange(-4, 2.51, 0.5))
-"""What standardised points are multiplied by: the candidates for the bandwidth."""
+"""Factors of the standardised points: the candidates for the bandwidth."""
 
 PUBLISHED_WIDTHS = dict(zip(NAMES, (0.4133, 1.0645, 0.7766, 0.9092, 0.4839, 0.1879, 0.2200, 0.2575), strict=True))
-"""Of the authors of the simplex draw (arXiv 2301.13856), for the protocol without validation."""
+"""The widths of the authors of the simplex draw (arXiv 2301.13856), for the protocol without validation."""
 
 INDEPENDENT = {
     "abalone": (18.8, 13.0, 17.8, 17.4, 17.5, 17.7, 18.0, 18.1, 18.0),
@@ -39,13 +40,13 @@ INDEPENDENT = {
     "wifi": (94.0, 15.0, 93.1, 85.5, 87.5, 90.7, 86.1, 88.8, 87.9),
     "chess": (20.9, 16.5, 21.7, 20.1, 20.2, 19.3, 20.3, 21.3, 21.1),
 }
-"""Per cent right in a run by other code, 20 draws: exact, majority, then COMPARED (the last: not centred)."""
+"""Per cent right, measured by other code with 20 draws: exact, majority, then COMPARED (the last one not centred)."""
 COMPARED = ("trig", "posrf", "oprf", "saderf", "aderf", "sderf", "optimal")
 
 
 @dataclass(frozen=True)
 class Split:
-    """Points to learn from and to ask for, float32, with class indices and the one-hot labels of the former."""
+    """Training and test points in float32, their class indices, and the one-hot labels of the training points."""
 
     x: np.ndarray
     labels: np.ndarray
@@ -59,7 +60,7 @@ class Split:
 
 
 def splits(name: str) -> tuple[Split, Split, Split]:
-    """For tuning, for the test, and for the test with the validation rows trained on, too."""
+    """The splits for tuning, for the test, and for the test with the validation rows in the training set."""
     data = getattr(datasets, f"fetch_{name}")()
     order = np.random.default_rng(42).permutation(len(data.data))
     points, classes = data.data[order], np.searchsorted(data.target_names, data.target)[order]
@@ -81,21 +82,21 @@ def splits(name: str) -> tuple[Split, Split, Split]:
 
 
 def exact(split: Split, width: float) -> float:
-    """Share right, in per cent, by exact sums."""
+    """Share of right answers, in per cent, by exact sums."""
     model = NadarayaWatsonClassifier(method="exact", gamma=width**2 / 2)
     return 100 * float(model.fit(split.y, split.known).score(split.x, split.labels))
 
 
 def by_features(split: Split, method: str, width: float, seeds: range, *, draw: str = "orthogonal", m: int = 128,
                 ridge: float | None = None) -> np.ndarray:  # fmt: skip
-    """Shares right, in per cent, one a seed."""
+    """Shares of right answers, in per cent, one for each seed."""
     dtype = np.float64 if method in ("trig", "poisson", "geometric") else np.float32
     x, y = split.x.astype(dtype), split.y.astype(dtype)
     parameters = fs.fit(x, y, method=method, kernel="gaussian", scale=width**2, ridge=ridge)
     found = []
     for seed in seeds:
         feature_map = fs.feature_map(parameters, m, draw=draw, rng=seed)
-        # what counts is the order of a row's sums, all that a signed map has; means of a positive one never underflow
+        # only the order of a row's sums counts; signed maps give sums, positive ones give means, which never underflow
         estimate = fs.nadaraya_watson if feature_map.positive else fs.kernel_matvec
         sums = estimate(x, y, split.shares.astype(x.dtype), feature_map)
         found.append(100 * np.mean(np.argmax(sums, axis=1) == split.labels))

@@ -1,7 +1,8 @@
-"""The draws at equal numbers of features: `python -m benchmarks.paper.draws`.
+"""Compare the draws at equal numbers of features: `python -m benchmarks.paper.draws`.
 
-Two errors: of single kernel values, the root mean square over draws of estimate / kernel - 1, median over pairs, as a
-mean over pairs would be that of the few largest; and of attention on six real heads, relative to the exact output.
+There are two errors. That of single kernel values is the root mean square over draws of estimate / kernel - 1, and then
+the median over pairs, because a mean would be dominated by a few large values. That of attention is measured on six
+real heads, relative to the exact output.
 """
 
 import time
@@ -19,7 +20,7 @@ from favorsharp.diagnostics import load_sample, relative_error
 DRAWS = {"iid": "#999999", "antithetic": "#ccbb44", "orthogonal": "#4477aa", "simplex": "#228833", "sobol": "#cc3311"}
 METHODS = ("posrf", "oprf", "sderf", "optimal", "trig")
 SCALE = 0.25
-"""Of the made-up problem: with N(0, I) points at d = 16 the excess of `optimal` is 2."""
+"""The scale of the synthetic problem: with N(0, I) points at d = 16, the excess of `optimal` is then 2."""
 
 
 def kernel_error(q: np.ndarray, k: np.ndarray, method: str, draw: str, m: int, seeds: int) -> float:
@@ -33,7 +34,7 @@ def kernel_error(q: np.ndarray, k: np.ndarray, method: str, draw: str, m: int, s
 
 
 def attention_errors(heads: tuple[np.ndarray, ...], method: str, draw: str, m: int, seeds: int) -> np.ndarray:
-    """Means over heads, one a seed."""
+    """Means over heads, one for each seed."""
     q, k, v = heads
     parameters, exact = fs.fit(q, k, method=method), fs.softmax_attention(q, k, v)
     found = []
@@ -61,7 +62,7 @@ def main(
             for draw in DRAWS:
                 for m in sizes:
                     single[method, draw, m] = kernel_error(q, k, method, draw, m, 4 * seeds)
-                    if method != "trig":  # signed: refused by attention
+                    if method != "trig":  # its features are signed, so attention refuses it
                         whole[method, draw, m] = attention_errors(heads, method, draw, m, seeds)
                     progress.advance(task)
     lines = ["**Error of single kernel values (d = 16, N(0, I), softmax kernel of scale 1/4)**", ""]

@@ -1,4 +1,4 @@
-"""What the four reports share: where tables and pictures go, the stamp above a table, and how a picture looks."""
+"""What the reports share: where tables and pictures go, the stamp above a table, and the style of pictures."""
 
 import datetime
 from collections.abc import Iterable, Iterator, Sequence
@@ -14,7 +14,7 @@ from matplotlib import pyplot as plt
 from benchmarks.measure import machine
 
 DOCS = Path(__file__).parents[2] / "docs"
-"""Tables go to paper/_NAME.md there, which the written page NAME.md includes; pictures to _static/paper-NAME.png."""
+"""Tables go to paper/_NAME.md there, which the page NAME.md includes; pictures go to _static/paper-NAME.png."""
 
 COLOURS = {
     "posrf": "#bbbbbb", "hyperbolic": "#999999", "oprf": "#4477aa", "trig": "#ccbb44", "poisson": "#ddaa99",
@@ -22,24 +22,24 @@ COLOURS = {
     "relu": "#dddddd", "elu": "#cccccc",
 }  # fmt: skip
 FITTED = ("saderf", "aderf", "sderf")
-"""FAVOR#."""
+"""The methods of FAVOR#."""
 
 
 def stamp(seconds: float) -> str:
-    """When, on what and with which versions."""
+    """A line that says when, on what machine and with which versions the numbers were measured."""
     kept = ("processor", "python", "favorsharp", "numpy", "numba")
     found = ", ".join(f"{name} {value}" for name, value in machine().items() if name in kept)
     return f"Run {datetime.date.today().isoformat()} in {seconds / 60:.0f} min: {found}."
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> list[str]:
-    """Lines of a Markdown table, and an empty one."""
+    """Lines of a Markdown table, followed by an empty line."""
     lines = ["| " + " | ".join(header) + " |", "|" + " --- |" * len(header)]
     return [*lines, *("| " + " | ".join(str(cell) for cell in row) + " |" for row in rows), ""]
 
 
 def emphasised(cells: Sequence[float], form: str, *, least: bool = True) -> list[str]:
-    """Numbers as text, the best in bold; None and NaN are a dash."""
+    """Numbers as text, the best in bold; None and NaN become a dash."""
     known = [cell for cell in cells if cell is not None and cell == cell]
     best = (min if least else max)(known, default=None)
     texts = []
@@ -50,14 +50,14 @@ def emphasised(cells: Sequence[float], form: str, *, least: bool = True) -> list
 
 
 def write(name: str, lines: Iterable[str], folder: Path) -> None:
-    """Leave the tables of a page."""
+    """Write the tables of a page."""
     (folder / "paper").mkdir(parents=True, exist_ok=True)
     (folder / "paper" / f"_{name}.md").write_text("\n".join(lines).rstrip() + "\n")
 
 
 @contextmanager
 def picture(name: str, folder: Path, **options: Any) -> Iterator[Any]:
-    """A figure's axes; what is drawn on them is saved."""
+    """The axes of a figure; the figure is saved at the end of the block."""
     plain = {"axes.spines.top": False, "axes.spines.right": False, "font.size": 9, "axes.titlelocation": "left"}
     with plt.rc_context(plain):
         figure, axes = plt.subplots(layout="constrained", **options)
@@ -68,7 +68,7 @@ def picture(name: str, folder: Path, **options: Any) -> Iterator[Any]:
 
 
 def powers(ax: Any, label: str, ticks: Sequence[float]) -> None:
-    """A logarithmic axis of x whose ticks are plain numbers."""
+    """Give the x axis a logarithmic scale with plain numbers as ticks."""
     ax.set_xscale("log", base=2)
     ax.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     ax.set_xlabel(label)

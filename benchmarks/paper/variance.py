@@ -1,7 +1,7 @@
-"""Log-variance of every method on made-up data and on real heads: `python -m benchmarks.paper.variance`.
+"""Log-variance of every method on synthetic data and on real heads: `python -m benchmarks.paper.variance`.
 
-Excess throughout: the mean over pairs of log E[(f1 f2)^2], less 2 log K, in nats. A difference of 10 is a variance e^10
-times lower.
+All numbers are excess: the mean over pairs of log E[(f1 f2)^2], minus 2 log K, in nats. If the excess is lower by 10,
+the variance is lower by a factor of e^10.
 """
 
 import time
@@ -26,11 +26,11 @@ SETTINGS = {
 SCALES = 2.0 ** np.arange(-2, 2.01, 0.5)
 LARGEST = 16.0
 PAIRS = 128
-"""Points a side that averages over pairs are taken of, where no closed form is known."""
+"""Number of queries and of keys in averages over pairs, where no closed form is known."""
 
 
 def data(setting: str, size: int, t: float, *, points: int = 1024, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Queries and keys for s = 1, shape (points, size); other s by the scale of the kernel."""
+    """Queries and keys for s = 1, shape (points, size); the scale of the kernel stands for other values of s."""
     rng = np.random.default_rng(seed)
     q, k = rng.standard_normal((2, points, size))
     if setting in ("axes", "turned"):
@@ -46,7 +46,7 @@ def data(setting: str, size: int, t: float, *, points: int = 1024, seed: int = 0
 
 
 def excess(q: np.ndarray, k: np.ndarray, method: str, scale: float) -> float:
-    """The mean over heads."""
+    """The mean excess over heads."""
     parameters = fs.fit(q, k, method=method, scale=scale)
     if method not in ("trig", "geometric"):
         return float(np.mean(fs.excess(parameters, q, k)))
@@ -56,12 +56,12 @@ def excess(q: np.ndarray, k: np.ndarray, method: str, scale: float) -> float:
 
 
 def scale_of(s: float, size: int) -> float:
-    """The kernel's scale that stands for s times larger queries and keys, and attention's 1 / sqrt d."""
+    """The scale of the kernel that stands for s times larger queries and keys, including attention's 1 / sqrt d."""
     return s * s / size**0.5
 
 
 def reached(q: np.ndarray, k: np.ndarray, better: tuple[str, ...], than: tuple[str, ...]) -> float | None:
-    """The least s, to 1 %, from which on the excess of the best of `better` is 10 lower; None up to LARGEST."""
+    """The least s, to 1 %, above which the excess of the best of `better` is 10 lower; None if it exceeds LARGEST."""
 
     def enough(s: float) -> bool:
         scale = scale_of(s, q.shape[-1])
@@ -85,7 +85,7 @@ def curves(size: int, t: float) -> dict[str, dict[str, list[float]]]:
 
 
 def gains(size: int, spreads: np.ndarray, scales: np.ndarray) -> dict[str, np.ndarray]:
-    """What FAVOR# and `optimal` take from the excess of `oprf`, (spreads, scales), on turned data."""
+    """The reduction of the excess of `oprf` by FAVOR# and by `optimal`, (spreads, scales), on rotated data."""
     found = {"FAVOR#": np.zeros((len(spreads), len(scales))), "optimal": np.zeros((len(spreads), len(scales)))}
     for i, t in enumerate(track(spreads, "map of gains")):
         q, k = data("turned", size, t)

