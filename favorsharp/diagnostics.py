@@ -76,6 +76,12 @@ def load_sample() -> tuple[Any, Any, Any]:
     -------
     q, k, v : numpy.ndarray, shape (6, 512, 32), float16
         As recorded; data/PROVENANCE.md says where they come from.
+
+    Examples
+    --------
+    >>> from favorsharp.diagnostics import load_sample
+    >>> [x.shape for x in load_sample()]
+    [(6, 512, 32), (6, 512, 32), (6, 512, 32)]
     """
     from importlib.resources import as_file, files  # imported here, to keep the import of this module fast
 
@@ -95,6 +101,14 @@ def relative_error(approximate: Array, exact: Array) -> Array:
     Returns
     -------
     array, shape (*b)
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from favorsharp.diagnostics import relative_error
+    >>> exact = np.ones((2, 8, 4))
+    >>> relative_error(1.5 * exact, exact)
+    array([0.5, 0.5])
     """
     xp = namespace_of(approximate, exact)
     difference = xp.sum((approximate - exact) ** 2, axis=(-2, -1))
@@ -149,6 +163,15 @@ def predicted_error(
     ------
     ValueError
         If the method is not a dense-exponential one.
+
+    Examples
+    --------
+    >>> import numpy as np, favorsharp as fs
+    >>> from favorsharp.diagnostics import predicted_error
+    >>> q, k, v = np.random.default_rng(0).standard_normal((3, 256, 8))
+    >>> few, many = (predicted_error(fs.fit(q, k), q, k, v, m) for m in (64, 1024))
+    >>> many < few
+    True
     """
     heads = _heads(parameters, q, k, v, window, is_causal, rows)
     return _relative(heads, num_features)
@@ -387,6 +410,17 @@ def compare(
     Yields
     ------
     Comparison
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from favorsharp.diagnostics import compare, recommend
+    >>> q, k, v = np.random.default_rng(0).standard_normal((3, 256, 8))
+    >>> rows = list(compare(q, k, v, methods=["posrf", "optimal"], num_features=[64, 512], windows=[0], repeats=1))
+    >>> [(row.method, row.num_features) for row in rows]
+    [('posrf', 64), ('posrf', 512), ('optimal', 64), ('optimal', 512)]
+    >>> recommend(rows, target=1e-9) is None
+    True
     """
     methods, windows, draws, num_features = tuple(methods), tuple(windows), tuple(draws), tuple(num_features)
     half = q.shape[-2] // 2 if is_causal else 0

@@ -448,6 +448,17 @@ def watch() -> Iterator[list[tuple[str, str]]]:
     """Record which implementations run: each call of an op inside the block appends (op, implementation) to the list.
 
     Compiled or jitted calls are recorded when they are traced.
+
+    Examples
+    --------
+    >>> import numpy as np, favorsharp as fs
+    >>> from favorsharp.dispatch import watch
+    >>> q, k, v = np.random.default_rng(0).standard_normal((3, 16, 4))
+    >>> feature_map = fs.feature_map(fs.fit(q, k), 32, rng=0)
+    >>> with fs.use("reference"), watch() as calls:
+    ...     out = fs.linear_attention(q, k, v, feature_map)
+    >>> calls
+    [('attention', 'reference')]
     """
     calls: list[tuple[str, str]] = []
     token = _calls.set(calls)
