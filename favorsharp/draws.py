@@ -1,7 +1,7 @@
 """Random rows w, each distributed as N(0, I), drawn on the host in float64; `feature_map` calls `draw_rows`.
 
 The rows of one draw may depend on each other: that keeps every estimate unbiased and lowers its variance. The same seed
-gives the same draw for every array library and device; the caller casts and moves it. Only this module draws features.
+gives the same draw for every array library and device; the caller casts and moves it. All random rows are drawn here.
 """
 
 import math
