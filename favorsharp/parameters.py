@@ -18,6 +18,7 @@ from favorsharp._arrays import (
     named_dtype,
     namespace_of,
     on_device_of,
+    statistics_dtype,
 )
 from favorsharp._checks import (
     check_broadcast,
@@ -29,7 +30,7 @@ from favorsharp._checks import (
 from favorsharp._chunks import is_chunked
 from favorsharp._typing import Array, Elementwise
 from favorsharp.attention_moments import attention_moments
-from favorsharp.exact import kernel_scale, log_kernel
+from favorsharp.exact import kernel_scale, log_gaussian, log_softmax_kernel
 from favorsharp.moments import Moments, moments
 
 Method = str | Elementwise
@@ -294,33 +295,30 @@ def log_second_moment(parameters: Parameters, x: Array, y: Array) -> Array:
         If an argument is not as described, or the method does not estimate the kernel.
     """
     xp = check_data(parameters, x=x, y=y)
-    p = astype(parameters, compute_dtype(xp, x, y))
-    root = math.sqrt(p.scale)
-    x, y = cast(x, p.g1.dtype) * root, cast(y, p.g1.dtype) * root
-    gaussian = 0.0
-    if p.kernel == "gaussian":
-        squared = [xp.sum(z * z, axis=-1, keepdims=True) for z in (x, y)]
-        gaussian = -squared[0] - xp.matrix_transpose(squared[1])
+    p = astype(parameters, statistics_dtype(x))
+    x, y, dtype = cast(x, p.g1.dtype), cast(y, p.g1.dtype), compute_dtype(xp, x, y)
+    u, v = x * math.sqrt(p.scale), y * math.sqrt(p.scale)
+    squares = xp.sum(u * u, axis=-1)[..., :, None] + xp.sum(v * v, axis=-1)[..., None, :]
+    gaussian = -squares if p.kernel == "gaussian" else 0.0
     if p.method in DENSE_EXPONENTIAL:
         shrink = 1 / xp.sqrt(1 - 8 * p.a)
-        u = _apply(p.g1, x - p.center_x) * shrink
-        v = _apply(p.g2, y - p.center_y) * shrink
+        sums = -2 * log_gaussian(_apply(p.g1, u - p.center_x) * shrink, -_apply(p.g2, v - p.center_y) * shrink, 1.0)
         constant = _sum(_log_variance(p.a, xp.zeros_like(p.a)))
-        pairs = log_kernel(u, -v, "gaussian") * -2  # |u + v|^2
-        return constant + pairs + 2 * log_kernel(x, y, "softmax") + gaussian
-    if p.method == "trig":
-        distance = -2 * log_kernel(x, y, "gaussian")  # |x - y|^2
-        grown = xp.sum(x * x, axis=-1)[..., :, None] + xp.sum(y * y, axis=-1)[..., None, :]
-        return xp.log1p(xp.exp(-2 * distance)) - math.log(2) + grown + gaussian
-    if p.method == "poisson":
-        return p.size * p.rate + (x * x) @ xp.matrix_transpose(y * y) / p.rate + gaussian
-    if p.method == "geometric":
-        products = xp.abs(x)[..., :, None, :] * xp.abs(y)[..., None, :, :]
+        value = constant + sums + 2 * log_kernel_of(p, x, y)
+    elif p.method == "trig":
+        value = xp.log1p(xp.exp(4 * log_gaussian(x, y, p.scale))) - math.log(2)
+        value = value + (0.0 if p.kernel == "gaussian" else squares)
+    elif p.method == "poisson":
+        value = p.size * p.rate + (u * u) @ xp.matrix_transpose(v * v) / p.rate + gaussian
+    elif p.method == "geometric":
+        products = xp.abs(u)[..., :, None, :] * xp.abs(v)[..., None, :, :]
         total = xp.sum(_log_i0(2 * products / xp.sqrt(1 - p.rate)[..., None]), axis=-1)
-        return total - p.size * xp.log(p.rate) + gaussian
-    raise ValueError(
-        f"method {p.method_name!r} does not estimate the kernel: its features have no second moment to give"
-    )
+        value = total - p.size * xp.log(p.rate) + gaussian
+    else:
+        raise ValueError(
+            f"method {p.method_name!r} does not estimate the kernel: its features have no second moment to give"
+        )
+    return cast(value, dtype)
 
 
 def check_data(parameters: Parameters, **named: Array) -> Any:
@@ -351,11 +349,10 @@ def embed_key(p: Parameters, y: Array) -> tuple[Array, Array]:
 
 def log_kernel_of(p: Parameters, x: Array, y: Array) -> Array:
     """The exact log kernel that the parameters' features estimate, (*b, n, d), (*b, s, d) -> (*b, n, s)."""
+    if p.kernel == "gaussian":
+        return cast(log_gaussian(x, y, p.scale), compute_dtype(namespace_of(x, y), x, y))
     root = math.sqrt(p.scale)
-    x, y = x * root, y * root
-    if p.kernel == "gaussian":  # distances do not change
-        x, y = x - p.center_y, y - p.center_y
-    return log_kernel(x, y, p.kernel)
+    return log_softmax_kernel(x * root, y * root)
 
 
 def map_arrays(value: Any, change: Callable[[Array], Array]) -> Any:

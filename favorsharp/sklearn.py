@@ -26,7 +26,7 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 
 from favorsharp._arrays import cast, from_host, named_dtype, namespace_of, on_device_of, to_host
 from favorsharp._checks import check_choice, check_integer
-from favorsharp.exact import kernel_matrix, softmax_attention
+from favorsharp.exact import gaussian_means, kernel_matrix
 from favorsharp.features import feature_map
 from favorsharp.moments import combine
 from favorsharp.parameters import METHODS, fit
@@ -218,13 +218,8 @@ class _NadarayaWatson(_KernelEstimator):
 
 
 def _exact(x: Any, y: Any, v: Any, gamma: float) -> Any:
-    """The exact estimate, which never underflows: softmax attention over 2 gamma (x.y - |y|^2 / 2)."""
-    xp, _ = get_namespace(y)
-    centre = xp.mean(y, axis=0, keepdims=True)
-    x, y = x - centre, y - centre
-    queries = xp.concat([x, xp.ones_like(x[:, :1])], axis=1)
-    keys = xp.concat([y, -0.5 * xp.sum(y * y, axis=1, keepdims=True)], axis=1)
-    return softmax_attention(queries, keys, v, scale=2 * gamma)
+    """The exact estimate."""
+    return gaussian_means(x, y, v, 2 * gamma)
 
 
 def _exact_leave_one_out(x: Any, v: Any, gamma: float) -> Any:
