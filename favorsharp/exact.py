@@ -1,6 +1,8 @@
 """The yardsticks: exact kernels and exact softmax attention, quadratic in length."""
 
 import math
+from collections.abc import Callable
+from functools import partial
 
 from favorsharp._arrays import (
     broadcast_shapes,
@@ -50,60 +52,78 @@ def log_softmax_kernel(x: Array, y: Array) -> Array:
 def log_gaussian(x: Array, y: Array, scale: float) -> Array:
     """-scale |x - y|^2 / 2 of inputs that are not scaled, (*b, n, d), (*b, s, d) -> (*b, n, s).
 
-    In float64 wherever the device has it. Products x.y are fast, but lose what |x|^2 and |y|^2 have in common; they
-    serve where that is less than `_ROUNDING`. Elsewhere differences are taken before squares.
+    In the dtype of the inputs, float32 at least, or in float64. Never above 0; NaN for points that are not finite.
+    """
+    logs = gaussian_rows(x, y, scale)(0, x.shape[-2])
+    above = without_gradient(logs)  # the derivatives at equal points, the second ones too, are those of logs
+    return logs - namespace_of(logs).where(above > 0, above, 0.0)
 
-    Never above 0. NaN for points that are not finite.
+
+def gaussian_rows(x: Array, y: Array, scale: float) -> Callable[[int, int], Array]:
+    """The function that gives rows start to stop of the log kernel, where rounding may be above 0.
+
+    Products x.y are fast, but lose what |x|^2 and |y|^2 have in common: they serve in a dtype where that is less than
+    `_ROUNDING`. Where there is none, differences are taken before squares.
     """
     xp = namespace_of(x, y)
-    dtype = statistics_dtype(x)
-    x, y, given = cast(x, dtype), cast(y, dtype), compute_dtype(xp, x, y)
+    given, wide = compute_dtype(xp, x, y), statistics_dtype(x)
+    x, y = cast(x, wide), cast(y, wide)
     finite_x, finite_y = (xp.all(xp.isfinite(z), axis=-1, keepdims=True) for z in (x, y))
     centre = 0.0 if y.shape[-2] == 0 else xp.mean(xp.where(finite_y, y, 0.0), axis=-2, keepdims=True)
-    near_x, near_y = x - centre, y - centre
+    near_x, near_y = x - centre, y - centre  # distances do not change
     if is_traced(x) or is_traced(y):  # no number can be read
-        harmless = dtype != given
+        serving = [] if wide == given else [wide]
     else:
         reach = scale * max(_half_square(near_x), _half_square(near_y))
-        harmless = 4 * float(xp.finfo(dtype).eps) * reach <= _ROUNDING
-    logs = (_by_products if harmless else _by_differences)(*((near_x, near_y) if harmless else (x, y)), scale)
-    return xp.where(finite_x & xp.matrix_transpose(finite_y), logs, xp.nan)
+        serving = [dtype for dtype in (given, wide) if 4 * float(xp.finfo(dtype).eps) * reach <= _ROUNDING]
+    if serving:
+        queries, keys = (cast(_with_square(z * math.sqrt(scale)), serving[0]) for z in (near_x, near_y))
+        keys = xp.concat([keys[..., :-2], keys[..., -1:], keys[..., -2:-1]], axis=-1)
+        logs = partial(_products, queries, xp.matrix_transpose(keys))
+    else:
+        logs = partial(_differences, x, y, scale)
+    if serving and not is_traced(x):  # what is not finite has no reach
+        return logs
+    return lambda a, b: xp.where(finite_x[..., a:b, :] & xp.matrix_transpose(finite_y), logs(a, b), xp.nan)
 
 
 def _half_square(x: Array) -> float:
     """The largest |x|^2 / 2 of points that may be of any size; NaN where one is not finite."""
     if 0 in x.shape:
         return 0.0
-    xp = namespace_of(x)
+    xp, x = namespace_of(x), without_gradient(x)
     size = float(xp.max(xp.abs(x))) or 1.0
     return 0.5 * float(xp.max(xp.sum((x / size) ** 2, axis=-1))) * size * size
 
 
-def _by_products(x: Array, y: Array, scale: float) -> Array:
-    xp = namespace_of(x, y)
-    x, y = x * math.sqrt(scale), y * math.sqrt(scale)
-    half_x, half_y = (0.5 * xp.sum(z * z, axis=-1, keepdims=True) for z in (x, y))
-    logs = log_softmax_kernel(x, y) - half_x - xp.matrix_transpose(half_y)
-    above = without_gradient(logs)  # the derivatives at equal points, the second ones too, are those of logs
-    return logs - xp.where(above > 0, above, 0.0)
+def _with_square(x: Array) -> Array:
+    """(x, -|x|^2 / 2, 1)."""
+    xp = namespace_of(x)
+    return xp.concat([x, -0.5 * xp.sum(x * x, axis=-1, keepdims=True), xp.ones_like(x[..., :1])], axis=-1)
 
 
-def _by_differences(x: Array, y: Array, scale: float) -> Array:
+def _products(queries: Array, keys: Array, start: int, stop: int) -> Array:
+    return queries[..., start:stop, :] @ keys
+
+
+def _differences(x: Array, y: Array, scale: float, start: int, stop: int) -> Array:
+    """-scale |x - y|^2 / 2 of some rows, a coordinate at a time."""
     xp = namespace_of(x, y)
     fraction, exponent = math.frexp(scale)
     power = exponent // 2
     rest = -0.5 * math.ldexp(fraction, exponent - 2 * power)  # scale is -2 rest 4^power
+    x = x[..., start:stop, :]
     if is_traced(x) or is_traced(y):  # compilers form no difference in memory
         return rest * xp.sum(_doubled(x[..., :, None, :] - y[..., None, :, :], power) ** 2, axis=-1)
     columns = xp.matrix_transpose(y)
     width = y.shape[-2] * math.prod(broadcast_shapes(x.shape[:-2], y.shape[:-2]))
     rows = max(1, _TILE_ELEMENTS // 8 // max(1, width))
     tiles = []
-    for start in range(0, x.shape[-2], rows) or (0,):
-        tile = x[..., start : start + rows, :]
-        squares: Array = 0.0
+    for a in range(0, x.shape[-2], rows) or (0,):
+        tile, squares = x[..., a : min(a + rows, x.shape[-2]), :], 0.0
         for axis in range(x.shape[-1]):
-            squares = squares + _doubled(tile[..., axis : axis + 1] - columns[..., axis : axis + 1, :], power) ** 2
+            apart = tile[..., axis : axis + 1] - columns[..., axis : axis + 1, :]
+            squares = squares + _doubled(apart, power) ** 2
         tiles.append(rest * squares)
     return tiles[0] if len(tiles) == 1 else xp.concat(tiles, axis=-2)
 
@@ -174,13 +194,13 @@ def gaussian_means(x: Array, y: Array, v: Array, scale: float, log_weight: Array
         In the dtype of v.
     """
     xp = namespace_of(x, y, v)
-    rows = max(1, _TILE_ELEMENTS // max(1, y.shape[-2] * math.prod(broadcast_shapes(x.shape[:-2], y.shape[:-2]))))
+    logs_of = gaussian_rows(x, y, scale)
+    step = max(1, _TILE_ELEMENTS // max(1, y.shape[-2] * math.prod(broadcast_shapes(x.shape[:-2], y.shape[:-2]))))
     tiles = []
-    for start in range(0, x.shape[-2], rows) or (0,):
-        logs = log_gaussian(x[..., start : start + rows, :], y, scale)
+    for start in range(0, x.shape[-2], step) or (0,):
+        logs = finite_or_nan(logs_of(start, min(start + step, x.shape[-2])))
         if log_weight is not None:
             logs = logs + cast(log_weight, logs.dtype)[..., None, :]
-        logs = finite_or_nan(logs)
         weights = xp.exp(cast(logs - xp.max(logs, axis=-1, keepdims=True), v.dtype))
         tiles.append(weights @ v / xp.sum(weights, axis=-1, keepdims=True))
     return tiles[0] if len(tiles) == 1 else xp.concat(tiles, axis=-2)
