@@ -114,7 +114,7 @@ def _differences(x: Array, y: Array, scale: float, start: int, stop: int) -> Arr
     rest = -0.5 * math.ldexp(fraction, exponent - 2 * power)  # scale is -2 rest 4^power
     x = x[..., start:stop, :]
     if is_traced(x) or is_traced(y):  # compilers form no difference in memory
-        return rest * xp.sum(_doubled(x[..., :, None, :] - y[..., None, :, :], power) ** 2, axis=-1)
+        return rest * xp.sum(times_power(x[..., :, None, :] - y[..., None, :, :], power) ** 2, axis=-1)
     columns = xp.matrix_transpose(y)
     width = y.shape[-2] * math.prod(broadcast_shapes(x.shape[:-2], y.shape[:-2]))
     rows = max(1, _TILE_ELEMENTS // 8 // max(1, width))
@@ -123,12 +123,12 @@ def _differences(x: Array, y: Array, scale: float, start: int, stop: int) -> Arr
         tile, squares = x[..., a : min(a + rows, x.shape[-2]), :], 0.0
         for axis in range(x.shape[-1]):
             apart = tile[..., axis : axis + 1] - columns[..., axis : axis + 1, :]
-            squares = squares + _doubled(apart, power) ** 2
+            squares = squares + times_power(apart, power) ** 2
         tiles.append(rest * squares)
     return tiles[0] if len(tiles) == 1 else xp.concat(tiles, axis=-2)
 
 
-def _doubled(x: Array, power: int) -> Array:
+def times_power(x: Array, power: int) -> Array:
     """2^power x, without rounding, and by steps that every dtype has numbers for."""
     while power:
         step = max(-100, min(100, power))

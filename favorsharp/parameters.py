@@ -26,11 +26,12 @@ from favorsharp._checks import (
     check_floats,
     check_points,
     check_same_size,
+    check_scale,
 )
 from favorsharp._chunks import is_chunked
 from favorsharp._typing import Array, Elementwise
 from favorsharp.attention_moments import attention_moments
-from favorsharp.exact import kernel_scale, log_gaussian, log_softmax_kernel
+from favorsharp.exact import kernel_scale, log_gaussian, log_softmax_kernel, times_power
 from favorsharp.moments import Moments, moments
 
 Method = str | Elementwise
@@ -124,9 +125,9 @@ def fit(
     axis, mask_x, mask_y, enable_gqa
         As in `moments`.
     ridge : float, optional
-        A multiple of tr(S)/d added to the diagonal of a second moment S before it is inverted, so that constant
-        columns, one-hot data or fewer points than coordinates can be fitted. None: 1e-6, more where only float32 is to
-        be had; 0: none.
+        A multiple of tr(S)/d, and for each coordinate up to a half more, added to the diagonal of a second moment S, so
+        that constant columns, one-hot data or fewer points than coordinates can be fitted. None: 1e-6, more where only
+        float32 is to be had; 0: none.
     weighting : float, optional
         A pair of query and key counts as much as its attention to this power, 0.5 to 1 being good choices, in place of
         as much as any other: the fit is then best where attention goes. Takes O(n s d), so pass a calibration sample;
@@ -185,16 +186,19 @@ def fit_named(
         if given:
             raise TypeError(f"fit(moments) takes no {', '.join(given)}: the moments have them in")
         data = _known(x)
+        near = scale
     elif y is None:
         raise TypeError("fit takes queries and keys, or one Moments: y is missing")
-    elif weighting is not None:
-        data = attention_moments(
-            x, y, weighting=weighting, kernel=kernel, scale=scale, is_causal=is_causal, **gathering
-        )
-    elif is_causal:
-        raise ValueError("is_causal=True says which pairs a weighting counts; accepted with weighting=...")
     else:
-        data = _known(moments(x, y, **gathering))
+        x, y, near = _in_range(x, y, scale)
+        if weighting is not None:
+            data = attention_moments(
+                x, y, weighting=weighting, kernel=kernel, scale=near, is_causal=is_causal, **gathering
+            )
+        elif is_causal:
+            raise ValueError("is_causal=True says which pairs a weighting counts; accepted with weighting=...")
+        else:
+            data = _known(moments(x, y, **gathering))
     for name, mean, covariance in zip(
         names, (data.mean_x, data.mean_y), (data.covariance_x, data.covariance_y), strict=True
     ):
@@ -204,12 +208,25 @@ def fit_named(
                 raise ValueError(
                     f"{name} holds values that are not finite (or whose squares are not): cannot fit to them"
                 )
-    scale = kernel_scale(kernel, scale, data.size)
-    cross = None if data.cross is None else data.cross * scale
-    statistics = _Statistics(*_scaled(data, scale), ridge=_ridge(ridge, data), cross=cross)
+    scale, near = kernel_scale(kernel, scale, data.size), kernel_scale(kernel, near, data.size)
+    cross = None if data.cross is None else data.cross * near
+    statistics = _Statistics(*_scaled(data, near), ridge=_ridge(ridge, data), cross=cross)
     solve = _FITS[method] if isinstance(method, str) else _plain
     values = {name: _restore(value, data) for name, value in solve(statistics).items()}
     return Parameters(method=method, kernel=kernel, scale=scale, **values)
+
+
+def _in_range(x: Array, y: Array, scale: float | None) -> tuple[Array, Array, float | None]:
+    """Points and scale; where only float32 is to be had, in a unit in which their squares have numbers."""
+    if scale is None or is_chunked(x, y):
+        return x, y, scale
+    check_floats(x=x, y=y)
+    wide = statistics_dtype(x)
+    if dtype_name(wide) == "float64":
+        return x, y, scale
+    scale = check_scale(scale, 1.0)
+    power = math.frexp(scale)[1] // 2
+    return times_power(cast(x, wide), power), times_power(cast(y, wide), power), math.ldexp(scale, -2 * power)
 
 
 def _known(data: Moments) -> Moments:
@@ -250,26 +267,25 @@ def excess(parameters: Parameters, x: Array, y: Array) -> Array:
         If an argument is not as described; if the method's second moment has no mean in closed form (`trig`,
         `geometric`) or the method does not estimate the kernel.
     """
-    check_data(parameters, x=x, y=y)
-    data = moments(x, y)
-    wide = data.mean_x.dtype
-    p = astype(parameters, wide)
-    root = math.sqrt(p.scale)
+    xp = check_data(parameters, x=x, y=y)
+    near_x, near_y, near = _in_range(x, y, parameters.scale)
+    scale = check_scale(near, 1.0)
+    data, root = moments(near_x, near_y), math.sqrt(scale)
+    p = astype(parameters, data.mean_x.dtype)
     if p.method == "poisson":
-        squares = _diagonal(data.second_x) * _diagonal(data.second_y) * p.scale**2
-        products = data.mean_x * data.mean_y * p.scale
+        squares = _diagonal(data.second_x) * _diagonal(data.second_y) * scale**2
+        products = data.mean_x * data.mean_y * scale
         value = p.size * p.rate + _sum(squares) / p.rate - 2 * _sum(products)
     elif p.method in DENSE_EXPONENTIAL:
         mean_u, mean_v = _apply(p.g1, data.mean_x * root - p.center_x), _apply(p.g2, data.mean_y * root - p.center_y)
-        second_u = _congruence(p.g1, data.covariance_x * p.scale) + mean_u * mean_u
-        second_v = _congruence(p.g2, data.covariance_y * p.scale) + mean_v * mean_v
+        second_u = _congruence(p.g1, data.covariance_x * scale) + mean_u * mean_u
+        second_v = _congruence(p.g2, data.covariance_y * scale) + mean_v * mean_v
         value = _sum(_log_variance(p.a, second_u + second_v + 2 * mean_u * mean_v))
     else:
         raise ValueError(
             f"excess is known in closed form for {', '.join(DENSE_EXPONENTIAL)} and poisson, got method "
             f"{p.method_name!r}; for trig and geometric average log_second_moment over a sample"
         )
-    xp = namespace_of(x)
     return cast(value[..., 0, 0], compute_dtype(xp, x, y))
 
 
@@ -452,7 +468,7 @@ def _sderf(data: _Statistics) -> _Values:
     xp = namespace_of(data.mean_x)
     cross = _outer(data.mean_x, data.mean_y)
     cross = cross if data.cross is None else cross + data.cross
-    sums, g = _principal(data.second_x + data.second_y + cross + xp.matrix_transpose(cross))
+    sums, g = _principal(data.second_x + data.second_y + cross + xp.matrix_transpose(cross), data.ridge)
     return _values(g, g, _best_a(sums))
 
 
@@ -465,7 +481,7 @@ def _optimal(data: _Statistics) -> _Values:
         xp = namespace_of(g1)
         mixed = g1 @ data.cross @ xp.matrix_transpose(g2)
         own = [g @ s @ xp.matrix_transpose(g) for g, s in ((g1, data.covariance_x), (g2, data.covariance_y))]
-        sums, axes = _principal(own[0] + own[1] + mixed + xp.matrix_transpose(mixed))
+        sums, axes = _principal(own[0] + own[1] + mixed + xp.matrix_transpose(mixed), data.ridge)
         g1, g2 = axes @ g1, axes @ g2
     return {**_values(g1, g2, _best_a(sums)), "center_x": data.mean_x, "center_y": data.mean_y}
 
@@ -591,9 +607,10 @@ def _pair_sums(data: _Statistics, g1: Array, g2: Array) -> Array:
     return sums + 2 * xp.matrix_transpose(xp.sum((g1 @ data.cross) * g2, axis=-1, keepdims=True))
 
 
-def _principal(matrix: Array) -> tuple[Array, Array]:
+def _principal(matrix: Array, ridge: float) -> tuple[Array, Array]:
     """The eigenvalues (*b, 1, d) of a second moment, largest first and none below zero, and its axes as rows."""
     xp = namespace_of(matrix)
+    matrix = matrix + _untied(matrix) * (ridge * _trace(matrix) / matrix.shape[-1])
     values, axes = xp.linalg.eigh(matrix)
     axes = xp.flip(xp.matrix_transpose(axes), axis=-2)
     values = xp.flip(values, axis=-1)[..., None, :]
@@ -619,7 +636,17 @@ def _regular(s: Array, other: Array, ridge: float) -> Array:
     size = s.shape[-1]
     measure = xp.where(own > 0, own, xp.where(borrowed > 0, borrowed, float(size))) / size
     added = xp.where(own > 0, ridge * measure, (ridge or 1.0) * measure)
-    return s + _identity(s, s) * added
+    return s + _untied(s) * added
+
+
+def _untied(s: Array) -> Array:
+    """A diagonal matrix of entries from 1 to 1.5, all different.
+
+    Where points do not span the space, the axes outside of their span are tied; a ridge of equal entries would leave
+    their choice to rounding.
+    """
+    entries = from_host([1 + 0.5 * ((_GOLDEN * axis) % 1) for axis in range(s.shape[-1])], like=s)
+    return _identity(s, s) * entries
 
 
 def _square_root(s: Array) -> tuple[Array, Array]:
@@ -633,14 +660,16 @@ def _square_root(s: Array) -> tuple[Array, Array]:
     return (axes * root) @ transposed, (axes / root) @ transposed
 
 
+_GOLDEN = (math.sqrt(5) - 1) / 2
+
+
 def _signs(g: Array) -> Array:
     """Signs, shape (*b, d, 1), that make each row's product with a fixed irrational direction positive.
 
     The largest entry, the usual choice, is tied in data as plain as (1, -1) and then decided by rounding.
     """
     xp = namespace_of(g)
-    golden = (math.sqrt(5) - 1) / 2
-    direction = from_host([[0.5 + (golden * (axis + 1)) % 1] for axis in range(g.shape[-1])], like=g)
+    direction = from_host([[0.5 + (_GOLDEN * (axis + 1)) % 1] for axis in range(g.shape[-1])], like=g)
     ones = xp.ones_like(g[..., :1])
     return xp.where(g @ direction < 0, -ones, ones)
 
