@@ -15,7 +15,7 @@ from favorsharp._arrays import (
 from favorsharp._checks import check_flag, check_floats, check_group
 from favorsharp._chunks import is_chunked
 from favorsharp._typing import Array
-from favorsharp.exact import kernel_scale, log_kernel
+from favorsharp.exact import kernel_scale, log_gaussian, log_softmax_kernel
 from favorsharp.moments import Moments, averaged_axes, moments, pool_heads
 
 _TILE_ELEMENTS = 1 << 20
@@ -97,12 +97,14 @@ def attention_moments(
     x, y = xp.where(visible_x[..., None], x, 0.0), xp.where(visible_y[..., None], y, 0.0)
     batch = broadcast_shapes(x.shape[:-2], y.shape[:-2])
     shift = 0.0 if kernel == "gaussian" else xp.matrix_transpose(factor * (y @ xp.matrix_transpose(data.mean_x)))
-    gap = factor**0.5 * (data.mean_x - data.mean_y) if kernel == "gaussian" else 0.0
     rows, columns, cross = [], xp.zeros((*batch, 1, s), dtype=dtype, **on_device_of(x)), 0.0
     step = max(1, _TILE_ELEMENTS // max(1, s * math.prod(batch)))
     for start in range(0, x.shape[-2], step):
         part = slice(start, min(start + step, x.shape[-2]))
-        logits = log_kernel(factor**0.5 * x[..., part, :] + gap, factor**0.5 * y, kernel) + shift
+        if kernel == "gaussian":
+            logits = log_gaussian(x[..., part, :] + (data.mean_x - data.mean_y), y, factor)
+        else:
+            logits = log_softmax_kernel(factor**0.5 * x[..., part, :], factor**0.5 * y) + shift
         visible = visible_x[..., part, None] & visible_y[..., None, :]
         if is_causal:
             visible = visible & (positions[part, None] >= positions[None, :s])

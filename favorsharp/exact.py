@@ -1,8 +1,20 @@
 """The yardsticks: exact kernels and exact softmax attention, quadratic in length."""
 
 import math
+from collections.abc import Callable
+from functools import partial
 
-from favorsharp._arrays import broadcast_shapes, cast, compute_dtype, namespace_of, on_device_of, result_dtype
+from favorsharp._arrays import (
+    broadcast_shapes,
+    cast,
+    compute_dtype,
+    is_traced,
+    namespace_of,
+    on_device_of,
+    result_dtype,
+    statistics_dtype,
+    without_gradient,
+)
 from favorsharp._checks import (
     check_broadcast,
     check_choice,
@@ -22,6 +34,9 @@ KERNELS = ("softmax", "gaussian")
 _TILE_ELEMENTS = 1 << 20
 """Scores held at once: 8 MiB of float64."""
 
+_ROUNDING = 1e-6
+"""How much of a log kernel may be rounding before differences take the place of products."""
+
 
 def kernel_scale(kernel: str, scale: float | None, size: int) -> float:
     """The scale meant by None: d**-0.5 for softmax, as in scaled dot-product attention, and 1 for Gaussian."""
@@ -29,14 +44,96 @@ def kernel_scale(kernel: str, scale: float | None, size: int) -> float:
     return check_scale(scale, size**-0.5 if kernel == "softmax" else 1.0)
 
 
-def log_kernel(x: Array, y: Array, kernel: str) -> Array:
-    """The exact log kernel of inputs that are scaled already, (*b, n, d), (*b, s, d) -> (*b, n, s)."""
+def log_softmax_kernel(x: Array, y: Array) -> Array:
+    """x.y of inputs that are scaled already, (*b, n, d), (*b, s, d) -> (*b, n, s)."""
+    return x @ namespace_of(x, y).matrix_transpose(y)
+
+
+def log_gaussian(x: Array, y: Array, scale: float) -> Array:
+    """-scale |x - y|^2 / 2 of inputs that are not scaled, (*b, n, d), (*b, s, d) -> (*b, n, s).
+
+    In the dtype of the inputs, float32 at least, or in float64. Never above 0; NaN for points that are not finite.
+    """
+    logs = gaussian_rows(x, y, scale)(0, x.shape[-2])
+    above = without_gradient(logs)  # the derivatives at equal points, the second ones too, are those of logs
+    return logs - namespace_of(logs).where(above > 0, above, 0.0)
+
+
+def gaussian_rows(x: Array, y: Array, scale: float) -> Callable[[int, int], Array]:
+    """The function that gives rows start to stop of the log kernel, where rounding may be above 0.
+
+    Products x.y are fast, but lose what |x|^2 and |y|^2 have in common: they serve in a dtype where that is less than
+    `_ROUNDING`. Where there is none, differences are taken before squares.
+    """
     xp = namespace_of(x, y)
-    dots = x @ xp.matrix_transpose(y)
-    if kernel == "softmax":
-        return dots
-    half_norms_y = xp.matrix_transpose(0.5 * xp.sum(y * y, axis=-1, keepdims=True))
-    return dots - 0.5 * xp.sum(x * x, axis=-1, keepdims=True) - half_norms_y
+    given, wide = compute_dtype(xp, x, y), statistics_dtype(x)
+    x, y = cast(x, wide), cast(y, wide)
+    finite_x, finite_y = (xp.all(xp.isfinite(z), axis=-1, keepdims=True) for z in (x, y))
+    centre = 0.0 if y.shape[-2] == 0 else xp.mean(xp.where(finite_y, y, 0.0), axis=-2, keepdims=True)
+    near_x, near_y = x - centre, y - centre  # distances do not change
+    if is_traced(x) or is_traced(y):  # no number can be read
+        serving = [] if wide == given else [wide]
+    else:
+        reach = scale * max(_half_square(near_x), _half_square(near_y))
+        serving = [dtype for dtype in (given, wide) if 4 * float(xp.finfo(dtype).eps) * reach <= _ROUNDING]
+    if serving:
+        queries, keys = (cast(_with_square(z * math.sqrt(scale)), serving[0]) for z in (near_x, near_y))
+        keys = xp.concat([keys[..., :-2], keys[..., -1:], keys[..., -2:-1]], axis=-1)
+        logs = partial(_products, queries, xp.matrix_transpose(keys))
+    else:
+        logs = partial(_differences, x, y, scale)
+    if serving and not is_traced(x):  # what is not finite has no reach
+        return logs
+    return lambda a, b: xp.where(finite_x[..., a:b, :] & xp.matrix_transpose(finite_y), logs(a, b), xp.nan)
+
+
+def _half_square(x: Array) -> float:
+    """The largest |x|^2 / 2 of points that may be of any size; NaN where one is not finite."""
+    if 0 in x.shape:
+        return 0.0
+    xp, x = namespace_of(x), without_gradient(x)
+    size = float(xp.max(xp.abs(x))) or 1.0
+    return 0.5 * float(xp.max(xp.sum((x / size) ** 2, axis=-1))) * size * size
+
+
+def _with_square(x: Array) -> Array:
+    """(x, -|x|^2 / 2, 1)."""
+    xp = namespace_of(x)
+    return xp.concat([x, -0.5 * xp.sum(x * x, axis=-1, keepdims=True), xp.ones_like(x[..., :1])], axis=-1)
+
+
+def _products(queries: Array, keys: Array, start: int, stop: int) -> Array:
+    return queries[..., start:stop, :] @ keys
+
+
+def _differences(x: Array, y: Array, scale: float, start: int, stop: int) -> Array:
+    """-scale |x - y|^2 / 2 of some rows, a coordinate at a time."""
+    xp = namespace_of(x, y)
+    fraction, exponent = math.frexp(scale)
+    power = exponent // 2
+    rest = -0.5 * math.ldexp(fraction, exponent - 2 * power)  # scale is -2 rest 4^power
+    x = x[..., start:stop, :]
+    if is_traced(x) or is_traced(y):  # compilers form no difference in memory
+        return rest * xp.sum(times_power(x[..., :, None, :] - y[..., None, :, :], power) ** 2, axis=-1)
+    columns = xp.matrix_transpose(y)
+    width = y.shape[-2] * math.prod(broadcast_shapes(x.shape[:-2], y.shape[:-2]))
+    rows = max(1, _TILE_ELEMENTS // 8 // max(1, width))
+    tiles = []
+    for a in range(0, x.shape[-2], rows) or (0,):
+        tile, squares = x[..., a : min(a + rows, x.shape[-2]), :], 0.0
+        for axis in range(x.shape[-1]):
+            apart = tile[..., axis : axis + 1] - columns[..., axis : axis + 1, :]
+            squares = squares + times_power(apart, power) ** 2
+        tiles.append(rest * squares)
+    return tiles[0] if len(tiles) == 1 else xp.concat(tiles, axis=-2)
+
+
+def times_power(x: Array, power: int) -> Array:
+    """2^power x, without rounding, and by steps that every dtype has numbers for."""
+    while power:
+        step = max(-100, min(100, power))
+        x, power = x * 2.0**step, power - step
+    return x
 
 
 def kernel_matrix(x: Array, y: Array, *, kernel: str = "softmax", scale: float | None = None) -> Array:
@@ -54,7 +151,8 @@ def kernel_matrix(x: Array, y: Array, *, kernel: str = "softmax", scale: float |
     Returns
     -------
     array, shape (*b, n, s)
-        In the dtype that x and y promote to.
+        In the dtype that x and y promote to. A Gaussian kernel is at most 1; its logarithm is right to 1e-6 and to
+        rounding relative to itself, wherever the points lie and in whatever unit.
 
     Raises
     ------
@@ -66,14 +164,46 @@ def kernel_matrix(x: Array, y: Array, *, kernel: str = "softmax", scale: float |
     check_points("y", y, "(*b, s, d)")
     check_same_size("d", x=(-1, x.shape[-1]), y=(-1, y.shape[-1]))
     check_broadcast("x (*b, n, d), y (*b, s, d)", x=x.shape[:-2], y=y.shape[:-2])
-    factor = math.sqrt(kernel_scale(kernel, scale, x.shape[-1]))
+    scale = kernel_scale(kernel, scale, x.shape[-1])
     dtype = compute_dtype(xp, x, y)
-    wide_x, wide_y = cast(x, dtype), cast(y, dtype)
-    if kernel == "gaussian" and y.shape[-2] > 0:
-        # distances do not change, and far from the origin they are then not a difference of large numbers
-        centre = xp.mean(wide_y, axis=-2, keepdims=True)
-        wide_x, wide_y = wide_x - centre, wide_y - centre
-    return cast(xp.exp(log_kernel(wide_x * factor, wide_y * factor, kernel)), result_dtype(xp, x, y))
+    if kernel == "gaussian":
+        logs = cast(log_gaussian(x, y, scale), dtype)
+    else:
+        logs = log_softmax_kernel(*(cast(z, dtype) * math.sqrt(scale) for z in (x, y)))
+    return cast(xp.exp(logs), result_dtype(xp, x, y))
+
+
+def gaussian_means(x: Array, y: Array, v: Array, scale: float, log_weight: Array | None = None) -> Array:
+    """Exact means of v at each x, weighted by the Gaussian kernel, a tile of x at a time.
+
+    Far from all points it is the value of the nearest one, as weights are relative to the largest of their row.
+
+    Parameters
+    ----------
+    x : array, shape (*b, n, d)
+    y : array, shape (*b, s, d)
+        One point or more.
+    v : array, shape (*b, s, e)
+    scale : float
+    log_weight : array, shape (*b, s), optional
+        Logarithms of further weights of the points y.
+
+    Returns
+    -------
+    array, shape (*b, n, e)
+        In the dtype of v.
+    """
+    xp = namespace_of(x, y, v)
+    logs_of = gaussian_rows(x, y, scale)
+    step = max(1, _TILE_ELEMENTS // max(1, y.shape[-2] * math.prod(broadcast_shapes(x.shape[:-2], y.shape[:-2]))))
+    tiles = []
+    for start in range(0, x.shape[-2], step) or (0,):
+        logs = finite_or_nan(logs_of(start, min(start + step, x.shape[-2])))
+        if log_weight is not None:
+            logs = logs + cast(log_weight, logs.dtype)[..., None, :]
+        weights = xp.exp(cast(logs - xp.max(logs, axis=-1, keepdims=True), v.dtype))
+        tiles.append(weights @ v / xp.sum(weights, axis=-1, keepdims=True))
+    return tiles[0] if len(tiles) == 1 else xp.concat(tiles, axis=-2)
 
 
 def softmax_attention(
@@ -126,7 +256,7 @@ def softmax_attention(
     tiles = []
     for start in range(0, n, rows) or (0,):
         stop = min(start + rows, n)
-        logits = log_kernel(cast(q[..., start:stop, :], dtype) * factor, k, "softmax")
+        logits = log_softmax_kernel(cast(q[..., start:stop, :], dtype) * factor, k)
         visible = None if key_mask is None else key_mask[..., None, :]
         if is_causal:
             positions = xp.arange(n, **on_device_of(logits))

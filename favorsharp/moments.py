@@ -141,6 +141,21 @@ def moments(
     )
 
 
+def weighted_moments(x: Array, weight: Array) -> Moments:
+    """Moments of points (n, d) that are queries and keys alike, each counted as often as its weight (n,) says."""
+    xp, wide = namespace_of(x, weight), statistics_dtype(x)
+    sides = []
+    for start in range(0, x.shape[0], _TILE):
+        stop = min(start + _TILE, x.shape[0])
+        tile, counts = cast(x[start:stop, :], wide), cast(weight[start:stop], wide)[:, None]
+        count = xp.sum(counts, axis=-2, keepdims=True)
+        mean = xp.sum(counts * tile, axis=-2, keepdims=True) / count
+        centred = tile - mean
+        sides.append((count, mean, xp.matrix_transpose(counts * centred) @ centred / count))
+    side = reduce(_merge, sides)
+    return Moments(*side, *side, dtype=dtype_name(compute_dtype(xp, x)))
+
+
 @singledispatch
 def combine(a: Any, b: Any) -> Any:
     """Join the moments or states of two sets of points; associative.
@@ -271,7 +286,7 @@ def _merge(a: _Side, b: _Side) -> _Side:
     (count_a, mean_a, covariance_a), (count_b, mean_b, covariance_b) = a, b
     xp = namespace_of(mean_a)
     count = count_a + count_b
-    share = count_b / xp.maximum(count, xp.ones_like(count))
+    share = count_b / xp.where(count > 0, count, 1.0)
     step = mean_b - mean_a
     mean = mean_a + share * step
     # an empty side has share 0 or 1, so its zeros have no effect

@@ -18,6 +18,7 @@ from favorsharp._arrays import (
     named_dtype,
     namespace_of,
     on_device_of,
+    statistics_dtype,
 )
 from favorsharp._checks import (
     check_broadcast,
@@ -25,11 +26,12 @@ from favorsharp._checks import (
     check_floats,
     check_points,
     check_same_size,
+    check_scale,
 )
 from favorsharp._chunks import is_chunked
 from favorsharp._typing import Array, Elementwise
 from favorsharp.attention_moments import attention_moments
-from favorsharp.exact import kernel_scale, log_kernel
+from favorsharp.exact import kernel_scale, log_gaussian, log_softmax_kernel, times_power
 from favorsharp.moments import Moments, moments
 
 Method = str | Elementwise
@@ -123,9 +125,9 @@ def fit(
     axis, mask_x, mask_y, enable_gqa
         As in `moments`.
     ridge : float, optional
-        A multiple of tr(S)/d added to the diagonal of a second moment S before it is inverted, so that constant
-        columns, one-hot data or fewer points than coordinates can be fitted. None: 1e-6, more where only float32 is to
-        be had; 0: none.
+        A multiple of tr(S)/d, and for each coordinate up to a half more, added to the diagonal of a second moment S, so
+        that constant columns, one-hot data or fewer points than coordinates can be fitted. None: 1e-6, more where only
+        float32 is to be had; 0: none.
     weighting : float, optional
         A pair of query and key counts as much as its attention to this power, 0.5 to 1 being good choices, in place of
         as much as any other: the fit is then best where attention goes. Takes O(n s d), so pass a calibration sample;
@@ -184,16 +186,19 @@ def fit_named(
         if given:
             raise TypeError(f"fit(moments) takes no {', '.join(given)}: the moments have them in")
         data = _known(x)
+        near = scale
     elif y is None:
         raise TypeError("fit takes queries and keys, or one Moments: y is missing")
-    elif weighting is not None:
-        data = attention_moments(
-            x, y, weighting=weighting, kernel=kernel, scale=scale, is_causal=is_causal, **gathering
-        )
-    elif is_causal:
-        raise ValueError("is_causal=True says which pairs a weighting counts; accepted with weighting=...")
     else:
-        data = _known(moments(x, y, **gathering))
+        x, y, near = _in_range(x, y, scale)
+        if weighting is not None:
+            data = attention_moments(
+                x, y, weighting=weighting, kernel=kernel, scale=near, is_causal=is_causal, **gathering
+            )
+        elif is_causal:
+            raise ValueError("is_causal=True says which pairs a weighting counts; accepted with weighting=...")
+        else:
+            data = _known(moments(x, y, **gathering))
     for name, mean, covariance in zip(
         names, (data.mean_x, data.mean_y), (data.covariance_x, data.covariance_y), strict=True
     ):
@@ -203,12 +208,25 @@ def fit_named(
                 raise ValueError(
                     f"{name} holds values that are not finite (or whose squares are not): cannot fit to them"
                 )
-    scale = kernel_scale(kernel, scale, data.size)
-    cross = None if data.cross is None else data.cross * scale
-    statistics = _Statistics(*_scaled(data, scale), ridge=_ridge(ridge, data), cross=cross)
+    scale, near = kernel_scale(kernel, scale, data.size), kernel_scale(kernel, near, data.size)
+    cross = None if data.cross is None else data.cross * near
+    statistics = _Statistics(*_scaled(data, near), ridge=_ridge(ridge, data), cross=cross)
     solve = _FITS[method] if isinstance(method, str) else _plain
     values = {name: _restore(value, data) for name, value in solve(statistics).items()}
     return Parameters(method=method, kernel=kernel, scale=scale, **values)
+
+
+def _in_range(x: Array, y: Array, scale: float | None) -> tuple[Array, Array, float | None]:
+    """Points and scale; where only float32 is to be had, in a unit in which their squares have numbers."""
+    if scale is None or is_chunked(x, y):
+        return x, y, scale
+    check_floats(x=x, y=y)
+    wide = statistics_dtype(x)
+    if dtype_name(wide) == "float64":
+        return x, y, scale
+    scale = check_scale(scale, 1.0)
+    power = math.frexp(scale)[1] // 2
+    return times_power(cast(x, wide), power), times_power(cast(y, wide), power), math.ldexp(scale, -2 * power)
 
 
 def _known(data: Moments) -> Moments:
@@ -249,26 +267,25 @@ def excess(parameters: Parameters, x: Array, y: Array) -> Array:
         If an argument is not as described; if the method's second moment has no mean in closed form (`trig`,
         `geometric`) or the method does not estimate the kernel.
     """
-    check_data(parameters, x=x, y=y)
-    data = moments(x, y)
-    wide = data.mean_x.dtype
-    p = astype(parameters, wide)
-    root = math.sqrt(p.scale)
+    xp = check_data(parameters, x=x, y=y)
+    near_x, near_y, near = _in_range(x, y, parameters.scale)
+    scale = check_scale(near, 1.0)
+    data, root = moments(near_x, near_y), math.sqrt(scale)
+    p = astype(parameters, data.mean_x.dtype)
     if p.method == "poisson":
-        squares = _diagonal(data.second_x) * _diagonal(data.second_y) * p.scale**2
-        products = data.mean_x * data.mean_y * p.scale
+        squares = _diagonal(data.second_x) * _diagonal(data.second_y) * scale**2
+        products = data.mean_x * data.mean_y * scale
         value = p.size * p.rate + _sum(squares) / p.rate - 2 * _sum(products)
     elif p.method in DENSE_EXPONENTIAL:
         mean_u, mean_v = _apply(p.g1, data.mean_x * root - p.center_x), _apply(p.g2, data.mean_y * root - p.center_y)
-        second_u = _congruence(p.g1, data.covariance_x * p.scale) + mean_u * mean_u
-        second_v = _congruence(p.g2, data.covariance_y * p.scale) + mean_v * mean_v
+        second_u = _congruence(p.g1, data.covariance_x * scale) + mean_u * mean_u
+        second_v = _congruence(p.g2, data.covariance_y * scale) + mean_v * mean_v
         value = _sum(_log_variance(p.a, second_u + second_v + 2 * mean_u * mean_v))
     else:
         raise ValueError(
             f"excess is known in closed form for {', '.join(DENSE_EXPONENTIAL)} and poisson, got method "
             f"{p.method_name!r}; for trig and geometric average log_second_moment over a sample"
         )
-    xp = namespace_of(x)
     return cast(value[..., 0, 0], compute_dtype(xp, x, y))
 
 
@@ -294,33 +311,30 @@ def log_second_moment(parameters: Parameters, x: Array, y: Array) -> Array:
         If an argument is not as described, or the method does not estimate the kernel.
     """
     xp = check_data(parameters, x=x, y=y)
-    p = astype(parameters, compute_dtype(xp, x, y))
-    root = math.sqrt(p.scale)
-    x, y = cast(x, p.g1.dtype) * root, cast(y, p.g1.dtype) * root
-    gaussian = 0.0
-    if p.kernel == "gaussian":
-        squared = [xp.sum(z * z, axis=-1, keepdims=True) for z in (x, y)]
-        gaussian = -squared[0] - xp.matrix_transpose(squared[1])
+    p = astype(parameters, statistics_dtype(x))
+    x, y, dtype = cast(x, p.g1.dtype), cast(y, p.g1.dtype), compute_dtype(xp, x, y)
+    u, v = x * math.sqrt(p.scale), y * math.sqrt(p.scale)
+    squares = xp.sum(u * u, axis=-1)[..., :, None] + xp.sum(v * v, axis=-1)[..., None, :]
+    gaussian = -squares if p.kernel == "gaussian" else 0.0
     if p.method in DENSE_EXPONENTIAL:
         shrink = 1 / xp.sqrt(1 - 8 * p.a)
-        u = _apply(p.g1, x - p.center_x) * shrink
-        v = _apply(p.g2, y - p.center_y) * shrink
+        sums = -2 * log_gaussian(_apply(p.g1, u - p.center_x) * shrink, -_apply(p.g2, v - p.center_y) * shrink, 1.0)
         constant = _sum(_log_variance(p.a, xp.zeros_like(p.a)))
-        pairs = log_kernel(u, -v, "gaussian") * -2  # |u + v|^2
-        return constant + pairs + 2 * log_kernel(x, y, "softmax") + gaussian
-    if p.method == "trig":
-        distance = -2 * log_kernel(x, y, "gaussian")  # |x - y|^2
-        grown = xp.sum(x * x, axis=-1)[..., :, None] + xp.sum(y * y, axis=-1)[..., None, :]
-        return xp.log1p(xp.exp(-2 * distance)) - math.log(2) + grown + gaussian
-    if p.method == "poisson":
-        return p.size * p.rate + (x * x) @ xp.matrix_transpose(y * y) / p.rate + gaussian
-    if p.method == "geometric":
-        products = xp.abs(x)[..., :, None, :] * xp.abs(y)[..., None, :, :]
+        value = constant + sums + 2 * log_kernel_of(p, x, y)
+    elif p.method == "trig":
+        value = xp.log1p(xp.exp(4 * log_gaussian(x, y, p.scale))) - math.log(2)
+        value = value + (0.0 if p.kernel == "gaussian" else squares)
+    elif p.method == "poisson":
+        value = p.size * p.rate + (u * u) @ xp.matrix_transpose(v * v) / p.rate + gaussian
+    elif p.method == "geometric":
+        products = xp.abs(u)[..., :, None, :] * xp.abs(v)[..., None, :, :]
         total = xp.sum(_log_i0(2 * products / xp.sqrt(1 - p.rate)[..., None]), axis=-1)
-        return total - p.size * xp.log(p.rate) + gaussian
-    raise ValueError(
-        f"method {p.method_name!r} does not estimate the kernel: its features have no second moment to give"
-    )
+        value = total - p.size * xp.log(p.rate) + gaussian
+    else:
+        raise ValueError(
+            f"method {p.method_name!r} does not estimate the kernel: its features have no second moment to give"
+        )
+    return cast(value, dtype)
 
 
 def check_data(parameters: Parameters, **named: Array) -> Any:
@@ -351,11 +365,10 @@ def embed_key(p: Parameters, y: Array) -> tuple[Array, Array]:
 
 def log_kernel_of(p: Parameters, x: Array, y: Array) -> Array:
     """The exact log kernel that the parameters' features estimate, (*b, n, d), (*b, s, d) -> (*b, n, s)."""
+    if p.kernel == "gaussian":
+        return cast(log_gaussian(x, y, p.scale), compute_dtype(namespace_of(x, y), x, y))
     root = math.sqrt(p.scale)
-    x, y = x * root, y * root
-    if p.kernel == "gaussian":  # distances do not change
-        x, y = x - p.center_y, y - p.center_y
-    return log_kernel(x, y, p.kernel)
+    return log_softmax_kernel(x * root, y * root)
 
 
 def map_arrays(value: Any, change: Callable[[Array], Array]) -> Any:
@@ -455,7 +468,7 @@ def _sderf(data: _Statistics) -> _Values:
     xp = namespace_of(data.mean_x)
     cross = _outer(data.mean_x, data.mean_y)
     cross = cross if data.cross is None else cross + data.cross
-    sums, g = _principal(data.second_x + data.second_y + cross + xp.matrix_transpose(cross))
+    sums, g = _principal(data.second_x + data.second_y + cross + xp.matrix_transpose(cross), data.ridge)
     return _values(g, g, _best_a(sums))
 
 
@@ -468,7 +481,7 @@ def _optimal(data: _Statistics) -> _Values:
         xp = namespace_of(g1)
         mixed = g1 @ data.cross @ xp.matrix_transpose(g2)
         own = [g @ s @ xp.matrix_transpose(g) for g, s in ((g1, data.covariance_x), (g2, data.covariance_y))]
-        sums, axes = _principal(own[0] + own[1] + mixed + xp.matrix_transpose(mixed))
+        sums, axes = _principal(own[0] + own[1] + mixed + xp.matrix_transpose(mixed), data.ridge)
         g1, g2 = axes @ g1, axes @ g2
     return {**_values(g1, g2, _best_a(sums)), "center_x": data.mean_x, "center_y": data.mean_y}
 
@@ -549,12 +562,17 @@ def _scaled(data: Moments, scale: float) -> tuple[Array, Array, Array, Array]:
 def _ridge(ridge: Any, data: Moments) -> float:
     """The relative ridge: the caller's, or one that the arithmetic can tell from rounding."""
     if ridge is None:
-        return max(1e-6, 8 * data.size * float(namespace_of(data.mean_x).finfo(data.mean_x.dtype).eps))
+        return _least_ridge(data.covariance_x)
     if isinstance(ridge, bool) or not isinstance(ridge, int | float):
         raise TypeError(f"ridge must be None or a finite number of 0 or more, got {type(ridge).__name__}")
     if not (math.isfinite(ridge) and ridge >= 0):
         raise ValueError(f"ridge must be None or a finite number of 0 or more, got {ridge}")
     return float(ridge)
+
+
+def _least_ridge(s: Array) -> float:
+    """The relative ridge that the arithmetic of s can tell from rounding."""
+    return max(1e-6, 8 * s.shape[-1] * float(namespace_of(s).finfo(s.dtype).eps))
 
 
 def _restore(value: Array, data: Moments) -> Array:
@@ -594,9 +612,10 @@ def _pair_sums(data: _Statistics, g1: Array, g2: Array) -> Array:
     return sums + 2 * xp.matrix_transpose(xp.sum((g1 @ data.cross) * g2, axis=-1, keepdims=True))
 
 
-def _principal(matrix: Array) -> tuple[Array, Array]:
+def _principal(matrix: Array, ridge: float) -> tuple[Array, Array]:
     """The eigenvalues (*b, 1, d) of a second moment, largest first and none below zero, and its axes as rows."""
     xp = namespace_of(matrix)
+    matrix = matrix + _tie_break(matrix, ridge) * (_trace(matrix) / matrix.shape[-1])
     values, axes = xp.linalg.eigh(matrix)
     axes = xp.flip(xp.matrix_transpose(axes), axis=-2)
     values = xp.flip(values, axis=-1)[..., None, :]
@@ -622,7 +641,17 @@ def _regular(s: Array, other: Array, ridge: float) -> Array:
     size = s.shape[-1]
     measure = xp.where(own > 0, own, xp.where(borrowed > 0, borrowed, float(size))) / size
     added = xp.where(own > 0, ridge * measure, (ridge or 1.0) * measure)
-    return s + _identity(s, s) * added
+    return s + _identity(s, s) * added + _tie_break(s, ridge) * measure
+
+
+def _tie_break(s: Array, ridge: float) -> Array:
+    """A diagonal matrix of different entries, at most half of the default ridge; zeros without a ridge.
+
+    If the points do not span the space, the eigenvalues off their span are all equal to the ridge. Rounding would then
+    choose the axes there.
+    """
+    largest = 0.5 * min(ridge, _least_ridge(s))
+    return _identity(s, s) * from_host([largest * ((_GOLDEN * axis) % 1) for axis in range(s.shape[-1])], like=s)
 
 
 def _square_root(s: Array) -> tuple[Array, Array]:
@@ -636,14 +665,16 @@ def _square_root(s: Array) -> tuple[Array, Array]:
     return (axes * root) @ transposed, (axes / root) @ transposed
 
 
+_GOLDEN = (math.sqrt(5) - 1) / 2
+
+
 def _signs(g: Array) -> Array:
     """Signs, shape (*b, d, 1), that make each row's product with a fixed irrational direction positive.
 
     The largest entry, the usual choice, is tied in data as plain as (1, -1) and then decided by rounding.
     """
     xp = namespace_of(g)
-    golden = (math.sqrt(5) - 1) / 2
-    direction = from_host([[0.5 + (golden * (axis + 1)) % 1] for axis in range(g.shape[-1])], like=g)
+    direction = from_host([[0.5 + (_GOLDEN * (axis + 1)) % 1] for axis in range(g.shape[-1])], like=g)
     ones = xp.ones_like(g[..., :1])
     return xp.where(g @ direction < 0, -ones, ones)
 

@@ -1,7 +1,7 @@
 """Kernel operators through features: K(x, y) @ v, and the Nadaraya-Watson estimate."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 from typing import Any
 
@@ -177,15 +177,23 @@ def check_products(x: Array, y: Array, v: Array, feature_map: Any) -> Any:
     return compute_dtype(xp, x, y, v)
 
 
-def gather(y: Array, v: Array, feature_map: Any) -> Sums:
-    """The sums of a block of points and values, checked already, for a map in the dtype to compute in."""
+def gather(y: Array, v: Array, feature_map: Any, weight: Array | None = None) -> Sums:
+    """The sums of a block of points and values, checked already, for a map in the dtype to compute in.
+
+    A point counts as often as its positive weight (*b, s) says.
+    """
     xp = namespace_of(y, v)
+    if weight is not None or not isinstance(feature_map, PositiveFeatureMap):
+        ones = xp.ones_like(v[..., :1]) if weight is None else weight[..., None]
+        v = xp.concat([v * ones, ones], axis=-1)
     dtype = compute_dtype(xp, y, v)
     batch = broadcast_shapes(y.shape[:-2], v.shape[:-2], feature_map.batch_shape)
     if isinstance(feature_map, PositiveFeatureMap):
         empty = empty_state(feature_map, batch, y.shape[-1], v.shape[-1], 0, cast(y[..., :0, :], dtype))
-        return update_op(empty, y, v, feature_map)
-    v = xp.concat([v, xp.ones_like(v[..., :1])], axis=-1)
+        state = update_op(empty, y, v, feature_map)
+        if weight is None:
+            return state
+        return replace(state, kv=state.kv[..., :-1], z=xp.matrix_transpose(state.kv[..., -1:]))
     m = feature_map.num_features
     sums = SignedSums(
         xp.zeros((*batch, m, v.shape[-1]), dtype=dtype, **on_device_of(y)),
@@ -254,11 +262,16 @@ def leave_one_out(x: Array, v: Array, feature_map: FeatureMap) -> Array:
     TypeError, ValueError
         If an argument is not as described.
     """
+    return left_out(x, v, feature_map)
+
+
+def left_out(x: Array, v: Array, feature_map: FeatureMap, weight: Array | None = None) -> Array:
+    """`leave_one_out` of points that count as often as their positive weights (*b, n) say, and leave as a whole."""
     v, single = columns("v", v)
     dtype = check_products(x, x, v, feature_map)
     xp = namespace_of(x, v)
     prepared: Any = astype(feature_map, dtype)
-    sums = gather(x, v, prepared)
+    sums = gather(x, v, prepared, weight)
     least = 1e-4 if dtype == xp.float32 else 1e-10
     outs = []
     batch = broadcast_shapes(x.shape[:-2], v.shape[:-2], prepared.batch_shape)
@@ -275,6 +288,8 @@ def leave_one_out(x: Array, v: Array, feature_map: FeatureMap) -> Array:
             both = query @ sums.total
             num, den = both[..., :-1], both[..., -1:]
             own = xp.sum(query * key, axis=-1, keepdims=True) * xp.exp(log_factor - sums.top)
+        if weight is not None:
+            own = own * weight[..., a:b, None]
         left = xp.where(den - own > least * den, den - own, 0.0 * den)
         outs.append(cast(_divided(num - own * values, left), result_dtype(xp, x, v)))
     out = outs[0] if len(outs) == 1 else xp.concat(outs, axis=-2)

@@ -18,23 +18,36 @@ from sklearn.utils import check_random_state
 from sklearn.utils._array_api import (  # private, and imported nowhere else
     check_same_namespace,
     get_namespace,
+    get_namespace_and_device,
     supported_float_dtypes,
 )
 from sklearn.utils.metaestimators import available_if
 from sklearn.utils.multiclass import check_classification_targets
-from sklearn.utils.validation import check_is_fitted, validate_data
+from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
 
-from favorsharp._arrays import cast, from_host, named_dtype, namespace_of, on_device_of, to_host
+from favorsharp._arrays import (
+    cast,
+    dtype_name,
+    from_host,
+    named_dtype,
+    namespace_of,
+    on_device_of,
+    statistics_dtype,
+    to_host,
+)
 from favorsharp._checks import check_choice, check_integer
-from favorsharp.exact import kernel_matrix, softmax_attention
+from favorsharp.exact import gaussian_means, kernel_matrix
 from favorsharp.features import feature_map
-from favorsharp.moments import combine
+from favorsharp.moments import combine, weighted_moments
 from favorsharp.parameters import METHODS, fit
-from favorsharp.regression import gather, leave_one_out, means, products
+from favorsharp.regression import gather, left_out, means, products
 
 __all__ = ["NadarayaWatsonClassifier", "NadarayaWatsonRegressor", "RandomFeatures"]
 
 SIGNED = ("trig", "poisson", "geometric")
+
+NARROW = ("float16", "bfloat16", "float32", "bool", "int8", "uint8", "int16", "uint16")
+"""Dtypes of values that float32 holds without loss."""
 
 GRID = tuple(2.0**power for power in range(-4, 7))
 """What `gamma="auto_cv"` multiplies the value of "scale" by, in turn."""
@@ -44,14 +57,18 @@ class _KernelEstimator(BaseEstimator):
     """What the three estimators share: checks of points, the bandwidth, the map, the tags."""
 
     def _points(self, x: Any, *, reset: bool, **options: Any) -> Any:
-        xp, _ = get_namespace(x)
-        return validate_data(self, x, dtype=supported_float_dtypes(xp), reset=reset, **options)
+        xp, _, device = get_namespace_and_device(x)
+        # as elsewhere in scikit-learn, what is neither float32 nor float64 is taken as the widest there is
+        dtypes = [dtype for dtype in supported_float_dtypes(xp, device) if dtype_name(dtype) != "float16"]
+        return validate_data(self, x, dtype=dtypes, reset=reset, **options)
 
-    def _bandwidth(self, x: Any) -> float:
+    def _bandwidth(self, x: Any, weight: Any = None) -> float:
         """The number that gamma stands for: "scale" is 1 / (d var(x)), 1 where x does not vary."""
         if isinstance(self.gamma, str):
             check_choice("gamma", self.gamma, self._GAMMAS, also=", or a positive number")
-            spread = float(to_host(x).astype(np.float64).var())
+            host = to_host(x).astype(np.float64)
+            counts = None if weight is None else np.broadcast_to(to_host(weight)[:, None], host.shape)
+            spread = float(np.average((host - np.average(host, weights=counts)) ** 2, weights=counts))
             return 1.0 / (x.shape[1] * spread) if spread > 0 else 1.0
         if isinstance(self.gamma, bool) or not isinstance(self.gamma, int | float | np.number):
             raise TypeError(f"gamma must be {self._accepted()}, got {type(self.gamma).__name__}")
@@ -62,9 +79,10 @@ class _KernelEstimator(BaseEstimator):
     def _accepted(self) -> str:
         return f"{' or '.join(map(repr, self._GAMMAS))} or a positive finite number"
 
-    def _map(self, x: Any, gamma: float, seed: int) -> Any:
+    def _map(self, x: Any, gamma: float, seed: int, weight: Any = None) -> Any:
         check_integer("n_components", self.n_components, 1)
-        parameters = fit(x, x, method=self.method, kernel="gaussian", scale=2 * gamma)
+        data = (x, x) if weight is None else (weighted_moments(x, weight),)
+        parameters = fit(*data, method=self.method, kernel="gaussian", scale=2 * gamma)
         return feature_map(parameters, self.n_components, draw=self.draw, rng=seed)
 
     def _seed(self) -> int:
@@ -162,80 +180,86 @@ class _NadarayaWatson(_KernelEstimator):
         self.random_state = random_state
         self.verbose = verbose
 
-    def _start(self, x: Any, v: Any) -> None:
+    def _start(self, x: Any, v: Any, weight: Any) -> None:
         if not callable(self.method):
             check_choice("method", self.method, ("exact", *METHODS), also=", or a callable")
         seed = self._seed()
-        self.gamma_ = self._bandwidth(x)
+        self.gamma_ = self._bandwidth(x, weight)
         if isinstance(self.gamma, str) and self.gamma == "auto_cv":
-            self.gamma_ = self._tuned(x, v, seed)
-        self.feature_map_ = None if self.method == "exact" else self._map(x, self.gamma_, seed)
+            self.gamma_ = self._tuned(x, v, seed, weight)
+        self.feature_map_ = None if self.method == "exact" else self._map(x, self.gamma_, seed, weight)
         self._reference = x[:1, ...]  # the library, device and dtype of the fit
         self._sums: Any = None
 
-    def _tuned(self, x: Any, v: Any, seed: int) -> float:
+    def _tuned(self, x: Any, v: Any, seed: int, weight: Any) -> float:
         """The candidate whose leave-one-out estimates are closest to v, in one pass each."""
         from tqdm import tqdm
 
         host = to_host(v).astype(np.float64)
-        others = (host.sum(axis=0) - host) / max(len(host) - 1, 1)
+        size = float(np.abs(host).max()) or 1.0  # whose square may be out of range
+        counts = np.ones((len(host), 1)) if weight is None else to_host(weight).astype(np.float64)[:, None]
+        own = counts * host
+        rest = counts.sum() - counts
+        others = (own.sum(axis=0) - own) / np.where(rest > 0, rest, 1.0)
         errors: dict[float, float] = {}
         for gamma in tqdm([factor * self.gamma_ for factor in GRID], desc="bandwidth", disable=not self.verbose):
             if self.method == "exact":
-                out = to_host(_exact_leave_one_out(x, v, gamma))
+                out = to_host(_exact_leave_one_out(x, v, gamma, weight))
             else:
-                out = to_host(leave_one_out(x, v, self._map(x, gamma, seed)))
+                out = to_host(left_out(x, v, self._map(x, gamma, seed, weight), weight))
             out = np.where(np.isnan(out), others, out)  # a point without neighbours is guessed from all
-            errors[gamma] = float(((out - host) ** 2).mean())
+            errors[gamma] = float(np.average(((out / size - host / size) ** 2).mean(axis=1), weights=counts[:, 0]))
         return min(errors, key=lambda gamma: errors[gamma])
 
-    def _absorb(self, x: Any, v: Any) -> None:
+    def _take(self, x: Any, v: Any, sample_weight: Any) -> None:
+        """Take in points, their values and weights, checked but for the weights; the first block chooses the map."""
+        xp, first = namespace_of(x), not self.__sklearn_is_fitted__()
+        weight = None
+        if sample_weight is not None:
+            weight = _check_sample_weight(
+                sample_weight, x, dtype=statistics_dtype(x), ensure_non_negative=True, allow_all_zero_weights=not first
+            )
+            counted, range_of = weight > 0, xp.finfo(v.dtype)
+            x, v, weight = x[counted], v[counted], weight[counted]
+            if bool(xp.any((weight < float(range_of.smallest_normal)) | (weight > float(range_of.max)))):
+                raise ValueError(f"sample_weight leaves the range of {dtype_name(v)}, the dtype of the fit; divide it")
+            if x.shape[0] == 0:
+                return
+        if first:
+            self._start(x, v, weight)
+        x, v, weight = (None if a is None else cast(a, self._reference.dtype) for a in (x, v, weight))
+        held = self._sums
         if self.method == "exact":
-            held = self._sums
-            xp, _ = get_namespace(x)
-            self._sums = (x, v) if held is None else tuple(xp.concat(pair) for pair in zip(held, (x, v), strict=True))
+            points = (x, v, xp.zeros_like(v[:, 0]) if weight is None else xp.log(weight))
+            self._sums = points if held is None else tuple(map(xp.concat, zip(held, points, strict=True)))
             return
-        block = gather(x, v, self.feature_map_)
-        self._sums = block if self._sums is None else combine(self._sums, block)
+        sums = gather(x, v, self.feature_map_, weight)
+        self._sums = sums if held is None else combine(held, sums)
 
     def _estimate(self, x: Any, method: str, finish: Any = means) -> Any:
         check_is_fitted(self)
         check_same_namespace(x, self, attribute="_reference", method=method)
-        x = self._points(x, reset=False)
-        like = cast(x, self._reference.dtype)
+        x = cast(self._points(x, reset=False), self._reference.dtype)
         if self.method == "exact":
-            y, v = self._sums
-            out = _exact(like, y, v, self.gamma_)
-        else:
-            out = finish(self._sums, like, self.feature_map_)
-        return cast(out, x.dtype)
-
-    def _like_first(self, x: Any) -> Any:
-        return cast(x, self._reference.dtype)
+            y, v, log_weight = self._sums
+            weighted = bool(namespace_of(x).any(log_weight != 0))
+            return gaussian_means(x, y, v, 2 * self.gamma_, log_weight if weighted else None)
+        return finish(self._sums, x, self.feature_map_)
 
     def __sklearn_is_fitted__(self) -> bool:
         return getattr(self, "_sums", None) is not None
 
 
-def _exact(x: Any, y: Any, v: Any, gamma: float) -> Any:
-    """The exact estimate, which never underflows: softmax attention over 2 gamma (x.y - |y|^2 / 2)."""
-    xp, _ = get_namespace(y)
-    centre = xp.mean(y, axis=0, keepdims=True)
-    x, y = x - centre, y - centre
-    queries = xp.concat([x, xp.ones_like(x[:, :1])], axis=1)
-    keys = xp.concat([y, -0.5 * xp.sum(y * y, axis=1, keepdims=True)], axis=1)
-    return softmax_attention(queries, keys, v, scale=2 * gamma)
-
-
-def _exact_leave_one_out(x: Any, v: Any, gamma: float) -> Any:
-    xp, _ = get_namespace(x)
+def _exact_leave_one_out(x: Any, v: Any, gamma: float, weight: Any) -> Any:
+    xp = namespace_of(x, v)
     n = x.shape[0]
     rows = max(1, (1 << 20) // n)
     where = xp.arange(n, **on_device_of(x))
     outs = []
     for a in range(0, n, rows):
-        weights = kernel_matrix(x[a : a + rows, :], x, kernel="gaussian", scale=2 * gamma)
-        weights = xp.where(where[a : a + rows, None] == where[None, :], 0.0, weights)
+        b = min(a + rows, n)
+        weights = cast(kernel_matrix(x[a:b, :], x, kernel="gaussian", scale=2 * gamma), v.dtype)
+        weights = xp.where(where[a:b, None] == where[None, :], 0.0, weights if weight is None else weights * weight)
         total = xp.sum(weights, axis=1, keepdims=True)
         outs.append(xp.where(total > 0, (weights @ v) / xp.where(total > 0, total, 1.0), xp.nan))
     return xp.concat(outs)
@@ -243,6 +267,8 @@ def _exact_leave_one_out(x: Any, v: Any, gamma: float) -> Any:
 
 class NadarayaWatsonRegressor(RegressorMixin, _NadarayaWatson):
     """Kernel-weighted means of the training values, in time linear in the number of points.
+
+    Computes and predicts in float32 where X is float32 and float32 holds the dtype of y, and else in float64.
 
     Parameters
     ----------
@@ -266,24 +292,26 @@ class NadarayaWatsonRegressor(RegressorMixin, _NadarayaWatson):
     n_features_in_ : int
     """
 
-    def fit(self, X: Any, y: Any) -> Self:  # noqa: N803
-        """Forget what was seen, and take in points X, shape (n, d), with values y, shape (n,) or (n, e)."""
-        self._sums = None
-        return self.partial_fit(X, y)
+    def fit(self, X: Any, y: Any, sample_weight: Any = None) -> Self:  # noqa: N803
+        """Forget what was seen, and take in points X, shape (n, d), with values y, shape (n,) or (n, e).
 
-    def partial_fit(self, X: Any, y: Any) -> Self:  # noqa: N803
+        sample_weight, shape (n,), of 0 or more: a point counts as often as its weight says.
+        """
+        self._sums = None
+        return self.partial_fit(X, y, sample_weight=sample_weight)
+
+    def partial_fit(self, X: Any, y: Any, sample_weight: Any = None) -> Self:  # noqa: N803
         """Take in a further block; the first one chooses bandwidth and features."""
         first = not self.__sklearn_is_fitted__()
-        xp, _ = get_namespace(X)
         X, y = self._points(  # noqa: N806
             X, reset=first, y=y, multi_output=True, y_numeric=True
         )
-        values = xp.asarray(y, dtype=X.dtype, **on_device_of(X))
-        values = values[:, None] if values.ndim == 1 else values
         if first:
             self._single = y.ndim == 1
-            self._start(X, values)
-        self._absorb(self._like_first(X), self._like_first(values))
+        values = namespace_of(X).asarray(y, **on_device_of(X))
+        dtype = X.dtype if dtype_name(values) in NARROW else statistics_dtype(X)
+        values = cast(values, dtype)
+        self._take(cast(X, dtype), values[:, None] if values.ndim == 1 else values, sample_weight)
         return self
 
     def predict(self, X: Any) -> Any:  # noqa: N803
@@ -311,12 +339,15 @@ class NadarayaWatsonClassifier(ClassifierMixin, _NadarayaWatson):
     n_features_in_ : int
     """
 
-    def fit(self, X: Any, y: Any) -> Self:  # noqa: N803
-        """Forget what was seen, and take in points X, shape (n, d), with labels y, shape (n,)."""
-        self._sums = None
-        return self.partial_fit(X, y)
+    def fit(self, X: Any, y: Any, sample_weight: Any = None) -> Self:  # noqa: N803
+        """Forget what was seen, and take in points X, shape (n, d), with labels y, shape (n,).
 
-    def partial_fit(self, X: Any, y: Any, classes: Any = None) -> Self:  # noqa: N803
+        sample_weight, shape (n,), of 0 or more: a point counts as often as its weight says.
+        """
+        self._sums = None
+        return self.partial_fit(X, y, sample_weight=sample_weight)
+
+    def partial_fit(self, X: Any, y: Any, classes: Any = None, sample_weight: Any = None) -> Self:  # noqa: N803
         """Take in a further block; the first one chooses bandwidth and features, and names all classes."""
         first = not self.__sklearn_is_fitted__()
         X, y = self._points(X, reset=first, y=y)  # noqa: N806
@@ -334,9 +365,7 @@ class NadarayaWatsonClassifier(ClassifierMixin, _NadarayaWatson):
             unknown = np.unique(labels[~known])
             raise ValueError(f"y has labels {unknown}; accepted: those of the first block or of classes, {named}")
         shares = from_host(np.eye(len(named))[index], X)
-        if first:
-            self._start(X, shares)
-        self._absorb(self._like_first(X), self._like_first(shares))
+        self._take(X, shares, sample_weight)
         return self
 
     def predict(self, X: Any) -> Any:  # noqa: N803

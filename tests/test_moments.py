@@ -5,6 +5,7 @@ import pytest
 from problems import attention_problem
 
 import favorsharp as fs
+from favorsharp.moments import weighted_moments
 
 
 def assert_moments(a, b, to_host=np.asarray, rtol=1e-10):
@@ -89,3 +90,16 @@ def test_axis_must_hold_the_point_axis(axis):
     q, k, _ = attention_problem(8, (2,), n=4)
     with pytest.raises((TypeError, ValueError), match="axis"):
         fs.moments(q, k, axis=axis)
+
+
+@pytest.mark.parametrize("total", [1e-3, 1.0, 1e3])
+def test_weighted_moments_are_those_of_repeated_points(few_xp, monkeypatch, total):
+    monkeypatch.setitem(weighted_moments.__globals__, "_TILE", 7)
+    x, _, _ = attention_problem(5, n=20)
+    weight = 1 + np.arange(20) % 3
+    got = weighted_moments(few_xp(x), few_xp(weight * total))
+    repeated = np.repeat(x, weight, axis=0)
+    want = fs.moments(repeated, repeated)
+    for name in ("mean_x", "covariance_x", "mean_y", "covariance_y"):
+        np.testing.assert_allclose(few_xp.back(getattr(got, name)), getattr(want, name), rtol=1e-10, atol=1e-12)
+    np.testing.assert_allclose(few_xp.back(got.count_x), total * want.count_x)

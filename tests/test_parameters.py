@@ -293,3 +293,16 @@ def test_gradients_stay_finite_where_a_is_flat():
         jax.numpy.asarray(q)
     )
     assert np.isfinite(np.asarray(gradient)).all()
+
+
+@pytest.mark.parametrize("method", ["aderf", "sderf", "optimal"])
+def test_axes_off_the_span_of_the_points_follow_from_the_data(rng, method):
+    """The same points in another order round otherwise; features elsewhere must not notice."""
+    x = rng.standard_normal((6, 10))
+    maps = [
+        fs.feature_map(fs.fit(z, z, method=method, kernel="gaussian", scale=0.1), 16, rng=0)
+        for z in (x, x[::-1], np.concatenate([x, x, x]))
+    ]
+    elsewhere = rng.standard_normal((5, 10))
+    for fm in maps[1:]:
+        np.testing.assert_allclose(fm.log_query(elsewhere), maps[0].log_query(elsewhere), rtol=1e-6, atol=1e-6)

@@ -5,6 +5,8 @@ import pytest
 from problems import attention_problem
 
 import favorsharp as fs
+from favorsharp.parameters import astype
+from favorsharp.regression import left_out
 
 METHODS = ["optimal", "posrf", "hyperbolic", "trig", "poisson", "geometric", "relu"]
 
@@ -79,3 +81,75 @@ def test_signed_factors_do_not_overflow():
     fm = fs.feature_map(fs.fit(x, y, method="trig"), 64, rng=0)
     out = fs.nadaraya_watson(30 * x, 30 * y, v, fm)
     assert not np.isinf(out).any()
+
+
+@pytest.mark.parametrize("method", ["optimal", "trig"])
+def test_weighted_points_are_left_out_as_a_whole(few_xp, method):
+    x, _, v = attention_problem(10, n=15, d=2)
+    weight = 1 + np.arange(15) % 3
+    parameters = fs.fit(few_xp(x), few_xp(x), method=method, kernel="gaussian", scale=0.1)
+    fm = fs.feature_map(parameters, 64, rng=0)
+    got = few_xp.back(left_out(few_xp(x), few_xp(v), fm, few_xp(weight.astype(float))))
+    for i in range(15):
+        others = (few_xp(np.repeat(np.delete(a, i, 0), np.delete(weight, i), axis=0)) for a in (x, v))
+        want = few_xp.back(fs.nadaraya_watson(few_xp(x[i : i + 1]), *others, fm))
+        np.testing.assert_allclose(got[i : i + 1], want, rtol=1e-8)
+
+
+@pytest.mark.parametrize("window", [0, 16])
+@pytest.mark.parametrize(("offset", "spread", "scale"), [(2010.0, 6.0, 0.1), (1e3, 1.0, 0.5)])
+def test_gaussian_features_far_from_the_origin(offset, spread, scale, window, rng):
+    """As right as float32 inputs are, beside the same map in float64."""
+    x = (offset + spread * rng.standard_normal((200, 3))).astype(np.float32)
+    v = rng.standard_normal((200, 2)).astype(np.float32)
+    fm = fs.feature_map(fs.fit(x, x, kernel="gaussian", scale=scale), 512, rng=0)
+    got = fs.linear_attention(x, x, v, fm, window=window)
+    wide = fs.linear_attention(*(z.astype(float) for z in (x, x, v)), astype(fm, np.float64), window=window)
+    np.testing.assert_allclose(got, wide, atol=5 * np.spacing(np.float32(offset)) * scale**0.5)
+
+
+@pytest.mark.parametrize("method", ["posrf", "optimal"])
+def test_exact_scores_far_from_the_origin(method, rng):
+    """The reference's; with a window as long as the sequence, all scores are exact."""
+    x = (1e3 + rng.standard_normal((20, 3))).astype(np.float32)
+    v = rng.standard_normal((20, 2)).astype(np.float32)
+    fm = fs.feature_map(fs.fit(x, x, method=method, kernel="gaussian", scale=0.5), 8, rng=0)
+    weights = fs.kernel_matrix(x.astype(float), x.astype(float), kernel="gaussian", scale=0.5)
+    with fs.use("reference"):
+        got = fs.linear_attention(x, x, v, fm, window=20)
+    np.testing.assert_allclose(got, weights @ v / weights.sum(1, keepdims=True), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("method", "unit"), [("optimal", 1e-30), ("optimal", 1e30), ("trig", 1e-30)])
+@pytest.mark.parametrize("library", ["numpy", "jax without float64"])
+def test_estimates_and_diagnoses_in_any_unit(method, unit, library):
+    jax = pytest.importorskip("jax")
+    asarray = np.asarray if library == "numpy" else jax.numpy.asarray
+    x, _, v = (a.astype(np.float32) for a in attention_problem(8, n=40, d=3))
+
+    def numbers(unit):
+        with jax.enable_x64(False):
+            points, scale = asarray(x * np.float32(unit)), 0.3 / unit**2
+            options = {"method": method, "kernel": "gaussian", "scale": scale}
+            p, values = fs.fit(points, points, **options), asarray(v)
+            fm = fs.feature_map(p, 64, rng=0)
+            out = [fs.nadaraya_watson(points, points, values, fm), fs.leave_one_out(points, values, fm)]
+            out += [fs.log_second_moment(p, points, points), fs.fit(points, points, weighting=0.5, **options).g1]
+            out += [] if method == "trig" else [fs.excess(p, points, points)]
+            return [np.asarray(a) for a in out]
+
+    for got, want in zip(numbers(unit), numbers(1.0), strict=True):
+        assert got.dtype == np.float32
+        np.testing.assert_allclose(got, want, rtol=2e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("method", ["optimal", "trig"])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_half_precision_points_with_wide_values(method, dtype):
+    x, y, v = attention_problem(9, n=20, s=30, d=3)
+    x, y, v = x.astype(np.float16), y.astype(np.float16), (1e6 + 1e6 * v).astype(dtype)
+    fm = fs.feature_map(fs.fit(x, y, method=method, kernel="gaussian", scale=0.3), 64, rng=0)
+    got = fs.nadaraya_watson(x, y, v, fm)
+    want = fs.nadaraya_watson(*(a.astype(float) for a in (x, y, v)), fm)
+    assert got.dtype == dtype
+    np.testing.assert_allclose(got, want, rtol=1e-3 if dtype == "float32" else 1e-12)

@@ -8,10 +8,13 @@ import pytest
 
 pytest.importorskip("sklearn")
 from scipy.sparse import csr_array
+from sklearn import config_context
+from sklearn.base import clone
 from sklearn.datasets import load_diabetes, load_iris
+from sklearn.ensemble import AdaBoostClassifier, AdaBoostRegressor, VotingRegressor
 from sklearn.linear_model import Ridge
 from sklearn.metrics.pairwise import rbf_kernel
-from sklearn.model_selection import GridSearchCV
+from sklearn.model_selection import GridSearchCV, cross_validate
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.utils.estimator_checks import check_estimator
@@ -134,3 +137,170 @@ def test_iris():
     x, y = load_iris(return_X_y=True, as_frame=False)
     names = np.array(["a", "b", "c"])[y]
     assert NadarayaWatsonClassifier(gamma="auto_cv", random_state=0).fit(x, names).score(x, names) > 0.9
+
+
+def exact_means(x, y, v, gamma, weight=1.0):
+    """From differences, in float64, relative to the largest of each row."""
+    x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
+    logs = -gamma * ((x[:, None] - y[None]) ** 2).sum(-1)
+    weights = weight * np.exp(logs - logs.max(1, keepdims=True))
+    return weights @ v / weights.sum(1)
+
+
+@pytest.mark.parametrize("unit", [1e-30, 1e-23, 1.0, 1e30])
+def test_exact_smoothing_in_any_unit(unit):
+    rng = np.random.default_rng(0)
+    x = (rng.standard_normal((200, 4)) * unit).astype(np.float32)
+    y = np.sin(x[:, 0] / np.float32(unit))
+    model = NadarayaWatsonRegressor(method="exact").fit(x, y)
+    assert model.predict(x).dtype == np.float32
+    np.testing.assert_allclose(model.predict(x), exact_means(x, x, y, model.gamma_), atol=2e-6)
+    signs = NadarayaWatsonRegressor(method="exact", gamma="auto_cv").fit(x, y)
+    assert signs.gamma_ * unit**2 == pytest.approx(
+        NadarayaWatsonRegressor(method="exact", gamma="auto_cv").fit(x / np.float32(unit), y).gamma_, rel=1e-4
+    )
+
+
+@pytest.mark.parametrize("method", ["exact", "optimal", "trig"])
+@pytest.mark.parametrize("dtypes", [("float16", "float64"), ("float16", "float32"), ("float32", "float64")])
+def test_targets_keep_their_range(method, dtypes):
+    """A target's dtype decides, where that of the points is narrower."""
+    rng = np.random.default_rng(1)
+    x = rng.standard_normal((500, 2)).astype(dtypes[0])
+    top = 1e300 if dtypes[1] == "float64" else 1e30
+    y = ((5 + np.cos(x[:, 0].astype(float))) * top).astype(dtypes[1])
+    model = NadarayaWatsonRegressor(method=method, gamma=0.5, n_components=2048, random_state=0)
+    got = model.fit(x[:250], y[:250]).partial_fit(x[250:], y[250:]).predict(x[:20])
+    assert got.dtype == np.float64
+    want = exact_means(x[:20], x, y.astype(float) / top, 0.5)
+    np.testing.assert_allclose(got / top, want, rtol=1e-12 if method == "exact" else 0.1)
+
+
+def test_half_precision_points_are_taken_as_float64():
+    rng = np.random.default_rng(2)
+    x = np.rint(255 * rng.random((60, 300))).astype(np.float16)
+    labels = np.arange(60) % 3
+    for model in (
+        RandomFeatures(n_components=16, random_state=0),
+        NadarayaWatsonRegressor(method="exact", gamma=1e-6),
+        NadarayaWatsonClassifier(method="exact", gamma=1e-6),
+        NadarayaWatsonClassifier(method="optimal", gamma="auto_cv", random_state=0),
+    ):
+        narrow, wide = (clone(model).fit(z, labels) for z in (x, x.astype(np.float64)))
+        names = [name for name in ("transform", "predict", "predict_proba") if hasattr(narrow, name)]
+        for name in names:
+            got = getattr(narrow, name)(x)
+            np.testing.assert_array_equal(got, getattr(wide, name)(x.astype(np.float64)))
+            assert got.dtype in (np.float64, labels.dtype)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_tensors(dtype, monkeypatch):
+    torch = pytest.importorskip("torch")
+    monkeypatch.setenv("SCIPY_ARRAY_API", "1")
+    x = torch.asarray(np.random.default_rng(3).standard_normal((50, 2))).to(getattr(torch, dtype))
+    y = 1e5 * x[:, 0].double()
+    with config_context(array_api_dispatch=True):
+        got = NadarayaWatsonRegressor(method="exact", gamma=0.5).fit(x, y).predict(x)
+    assert got.dtype == torch.float64
+    np.testing.assert_allclose(got, exact_means(x.double(), x.double(), y.numpy(), 0.5), rtol=1e-9)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("method", ["exact", "optimal", "posrf", "trig"])
+def test_weights_are_repetitions(method, dtype):
+    rng = np.random.default_rng(4)
+    x = rng.standard_normal((300, 2)).astype(dtype)
+    y = np.stack([np.sin(x[:, 0]), x[:, 1] ** 2], axis=1)
+    labels, weight = (x[:, 0] > 0.3).astype(int), rng.integers(0, 4, 300)
+    options = {"method": method, "n_components": 128, "random_state": 0}
+    halves = np.arange(300) < 150
+    tolerance = {"rtol": 1e-7, "atol": 1e-9} if dtype == "float64" else {"rtol": 2e-3, "atol": 2e-4}
+    for estimator, values, read in (
+        (NadarayaWatsonRegressor, y, "predict"),
+        (NadarayaWatsonClassifier, labels, "predict" if method == "trig" else "predict_proba"),
+    ):
+        repeated = [np.repeat(a, weight, axis=0) for a in (x, values)]
+        want = getattr(estimator(**options).fit(*repeated), read)(x[:40])
+        got = getattr(estimator(**options).fit(x, values, sample_weight=weight), read)(x[:40])
+        np.testing.assert_allclose(got, want, **tolerance)
+        ours, theirs = estimator(**options), estimator(**options)
+        for half in (halves, ~halves):
+            ours.partial_fit(x[half], values[half], sample_weight=weight[half] * 0.5)
+            theirs.partial_fit(*(np.repeat(a[half], weight[half], axis=0) for a in (x, values)))
+        np.testing.assert_allclose(getattr(ours, read)(x[:40]), getattr(theirs, read)(x[:40]), **tolerance)
+
+
+@pytest.mark.parametrize("method", ["exact", "optimal"])
+def test_blocks_with_and_without_weights(method):
+    x = np.random.default_rng(5).standard_normal((90, 2))
+    y, options = x[:, 0], {"method": method, "gamma": 1.0, "random_state": 0}
+    plain, mixed = NadarayaWatsonRegressor(**options), NadarayaWatsonRegressor(**options)
+    for start in (0, 30, 60):
+        part = slice(start, start + 30)
+        plain.partial_fit(x[part], y[part])
+        mixed.partial_fit(x[part], y[part], sample_weight=np.ones(30) if start == 30 else None)
+    mixed.partial_fit(x, y, sample_weight=np.zeros(90))
+    np.testing.assert_allclose(mixed.predict(x), plain.predict(x), rtol=1e-10)
+
+
+@pytest.mark.parametrize("method", ["exact", "optimal", "trig"])
+def test_a_weighted_point_is_left_out_as_a_whole(method):
+    """As RidgeCV has it: leave-one-out of all repetitions of a point, whose error counts as often."""
+    rng = np.random.default_rng(6)
+    x, weight = rng.standard_normal((40, 1)), rng.integers(0, 4, 40)
+    y = np.sin(2 * x[:, 0]) + 0.1 * rng.standard_normal(40)
+    options = {"method": method, "n_components": 32, "random_state": 0}
+    whole = NadarayaWatsonRegressor(gamma="scale", **options).fit(x, y, sample_weight=weight)
+    found, kept = {}, weight > 0
+    for power in range(-4, 7):
+        gamma = whole.gamma_ * 2.0**power
+        model = NadarayaWatsonRegressor(gamma=gamma, **options).fit(x, y, sample_weight=weight)
+        errors = np.zeros(40)
+        for i in np.flatnonzero(kept):
+            others = (np.arange(40) != i) & kept
+            if method == "exact":
+                out = exact_means(x[i : i + 1], x[others], y[others], gamma, weight[others])[0]
+            else:
+                repeated = (np.repeat(a[others], weight[others], axis=0) for a in (x, y))
+                out = fs.nadaraya_watson(x[i : i + 1], *repeated, model.feature_map_)[0]
+                out = np.average(y[others], weights=weight[others]) if np.isnan(out) else out
+            errors[i] = (out - y[i]) ** 2
+        found[gamma] = np.average(errors, weights=weight)
+    tuned = NadarayaWatsonRegressor(gamma="auto_cv", **options).fit(x, y, sample_weight=weight)
+    assert tuned.gamma_ == pytest.approx(min(found, key=found.get))
+
+
+@pytest.mark.parametrize(
+    ("weight", "message"),
+    [
+        (np.r_[-1.0, np.ones(19)], "[Nn]egative"),
+        (np.r_[np.nan, np.ones(19)], "sample_weight contains NaN"),
+        (np.ones(19), r"sample_weight.shape == \(19,\), expected \(20,\)"),
+        (np.zeros(20), "at least one non-zero"),
+        (np.full(20, 1e-60), "sample_weight leaves the range of float32"),
+    ],
+)
+@pytest.mark.parametrize("estimator", [NadarayaWatsonRegressor, NadarayaWatsonClassifier])
+def test_bad_weights_are_refused(estimator, weight, message):
+    x = np.random.default_rng(7).standard_normal((20, 3)).astype(np.float32)
+    with pytest.raises(ValueError, match=message):
+        estimator().fit(x, (np.arange(20) % 2).astype(np.float32), sample_weight=weight)
+
+
+def test_weights_reach_the_estimators_of_ensembles_and_searches():
+    x, y = load_diabetes(return_X_y=True)
+    weight = np.random.default_rng(8).integers(0, 3, len(y)).astype(float)
+    model = NadarayaWatsonRegressor(method="exact", gamma=50.0)
+    direct = model.fit(x, y, sample_weight=weight)
+    voted = VotingRegressor([("a", clone(model)), ("b", clone(model))]).fit(x, y, sample_weight=weight)
+    np.testing.assert_allclose(voted.predict(x), direct.predict(x))
+    assert direct.score(x, y, sample_weight=weight) > direct.score(x, y)
+    search = GridSearchCV(clone(model), {"gamma": [50.0]}, cv=3).fit(x, y, sample_weight=weight)
+    np.testing.assert_allclose(search.predict(x), direct.predict(x))
+    assert AdaBoostRegressor(clone(model), n_estimators=3, random_state=0).fit(x, y).score(x, y) > 0.3
+    boosted = AdaBoostClassifier(NadarayaWatsonClassifier(method="exact", gamma=50.0), n_estimators=3, random_state=0)
+    assert boosted.fit(x, y > 100).score(x, y > 100) > 0.7
+    with config_context(enable_metadata_routing=True):
+        routed = clone(model).set_fit_request(sample_weight=True).set_score_request(sample_weight=True)
+        assert len(cross_validate(routed, x, y, params={"sample_weight": weight}, cv=3)["test_score"]) == 3
