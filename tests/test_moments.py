@@ -89,3 +89,14 @@ def test_axis_must_hold_the_point_axis(axis):
     q, k, _ = attention_problem(8, (2,), n=4)
     with pytest.raises((TypeError, ValueError), match="axis"):
         fs.moments(q, k, axis=axis)
+
+
+def test_joined_moments_are_given_back_in_the_wider_dtype():
+    x = np.random.default_rng(0).standard_normal((20, 3))
+    narrow, wide = fs.moments(x.astype(np.float32), x.astype(np.float32)), fs.moments(x, x)
+    assert (narrow.dtype, wide.dtype) == ("float32", "float64")
+    for pair in ((narrow, wide), (wide, narrow)):
+        joined = fs.combine(*pair)
+        assert joined.dtype == "float64"
+        assert fs.fit(joined).g1.dtype == np.float64
+    assert fs.combine(narrow, narrow).dtype == "float32"

@@ -52,3 +52,14 @@ def test_no_points_are_refused():
     for x, y in ((none, some), (some, none), (none, none)):
         with pytest.raises(ValueError, match="suggest needs points"):
             fs.suggest(x, y, target_error=0.5)
+
+
+def test_exact_is_cheaper_until_the_products_of_features_are_fewer():
+    """n s multiplications a coordinate against (n + s) m."""
+    rng = np.random.default_rng(0)
+    y = rng.standard_normal((200, 4))
+    m = fs.suggest(y, y, target_error=0.3).num_features
+    for n in range(max(1, 2 * m - 60), 2 * m + 60, 20):
+        x = rng.standard_normal((n, 4))
+        found = fs.suggest(x, x, target_error=0.3)
+        assert found.exact_is_cheaper == (n * n <= 2 * n * found.num_features)
