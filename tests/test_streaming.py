@@ -264,8 +264,10 @@ def test_what_a_mask_hides_may_be_anything(window):
 def test_a_masked_token_changes_nothing(window):
     """The op takes a mask, which the public function does not offer."""
     q, k, v, fm = problem(np.asarray, n=30)
-    before = fs.update(fs.init_state(fm, 5, like=k, window=window), k[:, :20], v[:, :20], fm)
-    token = [x[:, 20:21] for x in (q, k, v)]
+    before = fs.update(
+        fs.init_state(fm, 5, like=k, window=window), k[:, :21], v[:, :21], fm
+    )  # in a block of the window that has room
+    token = [x[:, 21:22] for x in (q, k, v)]
     out, after = decode_step(*token, before, fm, key_mask=np.zeros((2, 1), bool))
     np.testing.assert_allclose(out, fs.read(before, token[0], fm), rtol=1e-12)
     np.testing.assert_allclose(fs.read(after, q, fm), fs.read(before, q, fm), rtol=1e-12)
