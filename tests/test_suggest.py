@@ -54,12 +54,10 @@ def test_no_points_are_refused():
             fs.suggest(x, y, target_error=0.5)
 
 
-def test_exact_is_cheaper_until_the_products_of_features_are_fewer():
-    """n s multiplications a coordinate against (n + s) m."""
+def test_exact_is_cheaper_until_the_products_of_features_are_fewer(monkeypatch):
+    """n s products of points against (n + s) m of points and rows."""
+    monkeypatch.setattr("favorsharp.diagnostics._SIZES", (64,))
     rng = np.random.default_rng(0)
-    y = rng.standard_normal((200, 4))
-    m = fs.suggest(y, y, target_error=0.3).num_features
-    for n in range(max(1, 2 * m - 60), 2 * m + 60, 20):
-        x = rng.standard_normal((n, 4))
-        found = fs.suggest(x, x, target_error=0.3)
-        assert found.exact_is_cheaper == (n * n <= 2 * n * found.num_features)
+    for n, s, cheaper in ((128, 128, True), (129, 128, False), (64, 10_000, True), (65, 10_000, False)):
+        x, y = rng.standard_normal((n, 4)), rng.standard_normal((s, 4))
+        assert fs.suggest(x, y, target_error=0.3).exact_is_cheaper == cheaper
