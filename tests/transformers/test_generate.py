@@ -183,7 +183,7 @@ def test_rows_of_the_batch_are_repeated_and_chosen(implementation):
 
     def after(change, chosen):
         cache = StateCache()
-        model(ids, attention_mask=mask, past_key_values=cache, use_cache=True)
+        model(ids, attention_mask=mask, position_ids=(mask.cumsum(-1) - 1).clamp(min=0), cache=cache, use_cache=True)
         change(cache)
         longer = torch.cat([mask[chosen], torch.ones(len(chosen), 2, dtype=torch.long)], dim=1)
         positions = (longer.cumsum(-1) - 1).clamp(min=0)
@@ -191,7 +191,7 @@ def test_rows_of_the_batch_are_repeated_and_chosen(implementation):
             later[:1].expand(len(chosen), -1),
             attention_mask=longer,
             position_ids=positions[:, -2:],
-            past_key_values=cache,
+            cache=cache,
             use_cache=True,
         ).logits
         whole = torch.cat([ids[chosen], later[:1].expand(len(chosen), -1)], dim=1)
