@@ -148,3 +148,32 @@ def test_refusals():
     ):
         with pytest.raises(error, match=message):
             call()
+
+
+def weighted_second_moments(p, x, y, weights):
+    """Mean over weighted pairs of (u + v)(u + v)^T, by every pair."""
+    root = p.scale**0.5
+    u, v = (root * x - p.center_x) @ p.g1.T, (root * y - p.center_y) @ p.g2.T
+    sums = u[:, None] + v[None]
+    return np.einsum("ij,ijd,ije->de", weights, sums, sums) / weights.sum()
+
+
+@pytest.mark.parametrize("method", ["sderf", "optimal"])
+def test_the_axes_of_weighted_pairs_are_their_own(method):
+    """Sums u + v do not correlate, though queries and the keys that they attend to do."""
+    x, y, _ = attention_problem(6, n=60, d=4)
+    p = fs.fit(x, y, method=method, weighting=1, ridge=0)
+    moment = weighted_second_moments(p, x, y, attention_weights(x, y, 1.0))
+    np.testing.assert_allclose(moment, np.diag(np.diag(moment)), atol=1e-9)
+
+
+@pytest.mark.parametrize("method", ["oprf", "saderf", "aderf"])
+def test_one_a_is_the_best_for_weighted_pairs(method):
+    from dataclasses import replace
+
+    x, y, _ = attention_problem(7, n=60, d=4)
+    weights = attention_weights(x, y, 1.0)
+    p = fs.fit(x, y, method=method, weighting=1)
+    best = weighted_objective(p, x, y, weights)
+    for factor in (0.98, 1.02):
+        assert weighted_objective(replace(p, a=factor * p.a), x, y, weights) > best

@@ -103,3 +103,14 @@ def test_weighted_moments_are_those_of_repeated_points(few_xp, monkeypatch, tota
     for name in ("mean_x", "covariance_x", "mean_y", "covariance_y"):
         np.testing.assert_allclose(few_xp.back(getattr(got, name)), getattr(want, name), rtol=1e-10, atol=1e-12)
     np.testing.assert_allclose(few_xp.back(got.count_x), total * want.count_x)
+
+
+def test_joined_moments_are_given_back_in_the_wider_dtype():
+    x = np.random.default_rng(0).standard_normal((20, 3))
+    narrow, wide = fs.moments(x.astype(np.float32), x.astype(np.float32)), fs.moments(x, x)
+    assert (narrow.dtype, wide.dtype) == ("float32", "float64")
+    for pair in ((narrow, wide), (wide, narrow)):
+        joined = fs.combine(*pair)
+        assert joined.dtype == "float64"
+        assert fs.fit(joined).g1.dtype == np.float64
+    assert fs.combine(narrow, narrow).dtype == "float32"

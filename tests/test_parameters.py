@@ -306,3 +306,14 @@ def test_axes_off_the_span_of_the_points_follow_from_the_data(rng, method):
     elsewhere = rng.standard_normal((5, 10))
     for fm in maps[1:]:
         np.testing.assert_allclose(fm.log_query(elsewhere), maps[0].log_query(elsewhere), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("method", ["saderf", "aderf", "optimal"])
+@pytest.mark.parametrize("side", [0, 1])
+def test_a_side_without_spread_takes_the_measure_of_the_other(side, method):
+    """Its ridge is a share of the other's second moment, so that the balance does not depend on the unit of both."""
+    q, k, _ = attention_problem(17, n=40)
+    flat = np.zeros((5, 8))
+    x, y = (flat, k) if side == 0 else (q, flat)
+    here, there = (fs.fit(unit * x, unit * y, method=method, scale=0.5, ridge=1e-2) for unit in (1.0, 1e3))
+    np.testing.assert_allclose(there.g1, here.g1, rtol=1e-8, atol=1e-12)

@@ -9,6 +9,7 @@ torch = pytest.importorskip("torch")
 import favorsharp as fs  # noqa: E402
 from favorsharp.diagnostics import load_sample, relative_error  # noqa: E402
 from favorsharp.torch import LinearAttention, refine  # noqa: E402
+from favorsharp.torch.refinement import _Steps  # noqa: E402
 
 NAMES = ("a", "g1", "g2", "center_x", "center_y")
 
@@ -129,3 +130,43 @@ def test_bad_arguments():
     ):
         with pytest.raises(error, match=message):
             call()
+
+
+def test_padding_that_looks_like_data_has_no_influence_either():
+    """Values a model could have made, where a missing mask is no catastrophe but a slightly other result."""
+    q, k, v = (torch.from_numpy(x) for x in attention_problem(0, (2,), n=24))
+    mask = torch.arange(24) < 16
+    start = fs.fit(q[:, :16], k[:, :16])
+    options = {"steps": 5, "num_features": 8, "rng": 0}
+    short = refine(start, [tuple(x[:, :16] for x in (q, k, v))] * 2, **options)
+    padded = refine(start, [(q, k, v, mask)] * 2, **options)
+    torch.testing.assert_close(padded.parameters.g1, short.parameters.g1)
+    torch.testing.assert_close(padded.after, short.after)
+
+
+def test_grouped_heads_have_a_mask_each():
+    """Rows of padding ask nothing: query head h has the mask of key head h // g."""
+    q, k, v = (torch.from_numpy(x) for x in attention_problem(0, (4,), n=24))
+    k, v = k[:2], v[:2]
+    mask = torch.arange(24) < torch.tensor([[20], [11]])
+    start = fs.fit(q, k, enable_gqa=True)
+    options = {"steps": 3, "num_features": 8, "rng": 0}
+    refined = refine(start, [(q, k, v, mask)] * 2, enable_gqa=True, **options)
+    for head, length in enumerate((20, 11)):
+        own = fs.fit(q, k, enable_gqa=True)
+        own = type(own)(**{n: x[head : head + 1] if isinstance(x, torch.Tensor) else x for n, x in vars(own).items()})
+        pieces = (q[2 * head : 2 * head + 2, :length], k[head : head + 1, :length], v[head : head + 1, :length])
+        alone = refine(own, [pieces] * 2, enable_gqa=True, **options)
+        torch.testing.assert_close(refined.before[head], alone.before[0])
+
+
+def test_a_stays_where_second_moments_are_finite():
+    """A step of any length that would make `a` positive ends at 0."""
+    q, k, _ = (torch.from_numpy(x) for x in attention_problem(0, (3,), n=24))
+    steps = _Steps(fs.fit(q, k))
+    optimizer = torch.optim.SGD([steps.spread], lr=10.0)
+    steps.spread.sum().backward()  # its descent raises `a`
+    optimizer.step()
+    assert float(steps.parameters().a.detach().max()) > 0
+    steps.project()
+    assert float(steps.parameters().a.detach().max()) == 0

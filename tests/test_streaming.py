@@ -8,6 +8,7 @@ import pytest
 from problems import attention_problem, key_mask
 
 import favorsharp as fs
+from favorsharp.ops.state import decode_step
 
 WINDOWS = [0, 1, 5, 16, 64]
 
@@ -230,3 +231,56 @@ def test_a_token_of_arrays_of_any_layout(layout):
         got, further = fs.decode_step(*(laid_out(x) for x in token), replace(state, **arrays), fm)
         np.testing.assert_allclose(got, want, rtol=1e-12)
         np.testing.assert_allclose(further.kv, after.kv, rtol=1e-12)
+
+
+@pytest.fixture(params=["reference", "numba"])
+def implementation(request):
+    """The references, and the kernels where they are installed."""
+    if request.param == "numba":
+        pytest.importorskip("numba")
+    with fs.use(request.param):
+        yield request.param
+
+
+@pytest.mark.own_backend
+@pytest.mark.parametrize("window", [0, 4])
+@pytest.mark.usefixtures("implementation")
+def test_what_a_mask_hides_may_be_anything(window):
+    """Also in the last two blocks, whose values a state keeps as they are."""
+    q, k, v, fm = problem(np.asarray, n=30)
+    mask = np.ones((2, 30), bool)
+    mask[:, [3, 17, 26, 29]] = False
+    spoiled = np.where(mask[..., None], v, np.nan)
+    want, got = (
+        fs.read(fs.update(fs.init_state(fm, 5, like=k, window=window), k, x, fm, key_mask=mask), q, fm)
+        for x in (v, spoiled)
+    )
+    np.testing.assert_array_equal(got, want)
+
+
+@pytest.mark.own_backend
+@pytest.mark.parametrize("window", [0, 4])
+@pytest.mark.usefixtures("implementation")
+def test_a_masked_token_changes_nothing(window):
+    """The op takes a mask, which the public function does not offer."""
+    q, k, v, fm = problem(np.asarray, n=30)
+    before = fs.update(
+        fs.init_state(fm, 5, like=k, window=window), k[:, :21], v[:, :21], fm
+    )  # in a block of the window that has room
+    token = [x[:, 21:22] for x in (q, k, v)]
+    out, after = decode_step(*token, before, fm, key_mask=np.zeros((2, 1), bool))
+    np.testing.assert_allclose(out, fs.read(before, token[0], fm), rtol=1e-12)
+    np.testing.assert_allclose(fs.read(after, q, fm), fs.read(before, q, fm), rtol=1e-12)
+    seen, _ = decode_step(*token, before, fm, key_mask=np.ones((2, 1), bool))
+    assert np.abs(seen - out).max() > 1e-4
+
+
+def test_a_combined_state_knows_the_map_of_either_side():
+    q, k, v, fm = problem(np.asarray)
+    state = fs.update(fs.init_state(fm, 5, like=k), k, v, fm)
+    anonymous = replace(fs.init_state(fm, 5, like=k), fingerprint=None)
+    other = fs.feature_map(fm.parameters, 16, rng=1)
+    for joined in (fs.combine(state, anonymous), fs.combine(anonymous, state)):
+        assert joined.fingerprint == state.fingerprint is not None
+        with pytest.raises(ValueError, match="state comes from another feature map"):
+            fs.read(joined, q, other)

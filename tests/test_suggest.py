@@ -52,3 +52,12 @@ def test_no_points_are_refused():
     for x, y in ((none, some), (some, none), (none, none)):
         with pytest.raises(ValueError, match="suggest needs points"):
             fs.suggest(x, y, target_error=0.5)
+
+
+def test_exact_is_cheaper_until_the_products_of_features_are_fewer(monkeypatch):
+    """n s products of points against (n + s) m of points and rows."""
+    monkeypatch.setattr("favorsharp.diagnostics._SIZES", (64,))
+    rng = np.random.default_rng(0)
+    for n, s, cheaper in ((128, 128, True), (129, 128, False), (64, 10_000, True), (65, 10_000, False)):
+        x, y = rng.standard_normal((n, 4)), rng.standard_normal((s, 4))
+        assert fs.suggest(x, y, target_error=0.3).exact_is_cheaper == cheaper

@@ -459,3 +459,11 @@ def test_data_parallel_training(tmp_path):
     module(x, x, x)[0].square().mean().backward()
     torch.testing.assert_close(first["gradient"], module.in_proj_weight.grad)
     torch.testing.assert_close(second["gradient"], module.in_proj_weight.grad)
+
+
+def test_a_padding_mask_without_a_batch_is_for_one_sequence():
+    module = MultiheadAttention(32, 4, batch_first=True, num_features=16, rng=0)
+    x = torch.randn(2, 9, 32)
+    module.calibrate(x)
+    with pytest.raises(ValueError, match=r"key_padding_mask has shape \(9,\); accepted: \(batch, s\) = \(2, 9\)"):
+        module(x, x, x, key_padding_mask=torch.arange(9) > 6)

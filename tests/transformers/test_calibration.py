@@ -264,3 +264,19 @@ def test_a_caller_s_rows_serve_every_layer():
     model = with_maps(llama(), "llama")
     fm = model.model.layers[1].self_attn.favorsharp.by_name["favorsharp"]
     assert torch.equal(fm.projection, rows)
+
+
+def test_the_padding_of_a_decoder_is_no_query_of_its_cross_attention():
+    """Whatever stands there, the maps are the same."""
+    maps = []
+    for filler in (3, 40):
+        model = whisper()
+        model.set_attn_implementation("favorsharp")
+        batch = inputs("whisper")
+        mask = torch.arange(12)[None] < torch.tensor([12, 7, 3])[:, None]
+        ids = torch.where(mask, batch["decoder_input_ids"], filler)
+        maps.append(calibrate(model, [batch | {"decoder_input_ids": ids, "decoder_attention_mask": mask.long()}]))
+    assert any("encoder_attn" in name for name in maps[0])
+    for name, fm in maps[0].items():
+        for field in ("a", "g1", "center_x", "center_y"):
+            torch.testing.assert_close(getattr(fm.parameters, field), getattr(maps[1][name].parameters, field))

@@ -171,3 +171,33 @@ def test_a_static_cache_is_refused():
     model = made("llama", "favorsharp")
     with pytest.raises(ValueError, match="static cache"):
         model.generate(inputs("llama")["input_ids"], cache_implementation="static", max_new_tokens=3)
+
+
+@pytest.mark.parametrize("implementation", NAMES)
+def test_rows_of_the_batch_are_repeated_and_chosen(implementation):
+    """Padding among the keys of a window goes with its row."""
+    model = made("llama", implementation)
+    ids, mask = left_padded(inputs("llama")["input_ids"], (12, 9, 2))
+    later = inputs("llama", n=2, seed=3)["input_ids"]
+    rows = torch.tensor([2, 0])
+
+    def after(change, chosen):
+        cache = StateCache()
+        model(ids, attention_mask=mask, position_ids=(mask.cumsum(-1) - 1).clamp(min=0), cache=cache, use_cache=True)
+        change(cache)
+        longer = torch.cat([mask[chosen], torch.ones(len(chosen), 2, dtype=torch.long)], dim=1)
+        positions = (longer.cumsum(-1) - 1).clamp(min=0)
+        found = model(
+            later[:1].expand(len(chosen), -1),
+            attention_mask=longer,
+            position_ids=positions[:, -2:],
+            cache=cache,
+            use_cache=True,
+        ).logits
+        whole = torch.cat([ids[chosen], later[:1].expand(len(chosen), -1)], dim=1)
+        want = model(whole, attention_mask=longer, position_ids=positions, use_cache=False).logits[:, -2:]
+        torch.testing.assert_close(found, want, rtol=1e-6, atol=1e-8)
+
+    after(lambda cache: cache.batch_select_indices(rows), rows)
+    after(lambda cache: cache.batch_repeat_interleave(2), torch.tensor([0, 0, 1, 1, 2, 2]))
+    after(lambda cache: cache.reorder_cache(torch.tensor([1, 2, 0])), torch.tensor([1, 2, 0]))

@@ -367,3 +367,43 @@ def test_importing_the_backend_imports_nothing():
         check=True,
     )
     assert result.stdout.strip() == "False"
+
+
+@pytest.mark.parametrize("threads", ["1", "2", "7"])
+def test_packed_sequences_are_their_pieces_at_any_number_of_threads(threads):
+    """Values with a window, and the gradients of points and map, of heads and sequences that threads share."""
+    pytest.importorskip("torch")
+    code = """
+    from dataclasses import replace
+    from itertools import pairwise
+    import torch
+    bounds = [0, 7, 300, 333, 334, 700, 1000]
+    points = [torch.from_numpy(x).double() for x in (q, k, v)]
+    fm = fs.feature_map(fs.fit(*points[:2]), 64, rng=0)
+    own = [getattr(fm.parameters, name).clone().requires_grad_() for name in ("g1", "g2", "center_x", "center_y")]
+    g1, g2, center_x, center_y = own
+    parameters = replace(fm.parameters, g1=g1, g2=g2, center_x=center_x, center_y=center_y)
+    fm = replace(fm, parameters=parameters)
+    def gradients(options, pieces):
+        leaves = [x.clone().requires_grad_() for x in points]
+        with fs.use("numba"):
+            if pieces:
+                out = torch.cat(
+                    [
+                        fs.linear_attention(*(x[:, a:b] for x in leaves), fm, **options)
+                        for a, b in pairwise(bounds)
+                    ],
+                    dim=1,
+                )
+            else:
+                out = fs.linear_attention(*leaves, fm, cu_seqlens=bounds, **options)
+        weights = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).reshape(out.shape)
+        return [out, *torch.autograd.grad((out * weights).sum(), [*leaves, *own])]
+    for options in ({}, {"is_causal": True}, {"window": 16}, {"is_causal": True, "window": 16}):
+        want = gradients(options, True)
+        for _ in range(3):
+            for got, right in zip(gradients(options, False), want, strict=True):
+                assert float((got - right).abs().max()) < 1e-9 * float(right.abs().max()), options
+    print("same")
+    """
+    assert python(code, NUMBA_NUM_THREADS=threads) == "same"
