@@ -143,8 +143,9 @@ def test_state_dict_loads_after_a_call(attention):
 
 
 def test_state_dicts_that_do_not_fit_are_refused(attention):
+    earlier = {"projection": attention.projection}  # of an earlier version, not calibrated
     with pytest.raises(RuntimeError, match=r"Missing key.*g1"):
-        attention.load_state_dict(LinearAttention(8, 4, num_features=16).state_dict())
+        attention.load_state_dict(earlier)
     other = LinearAttention(8, 2, num_features=16)
     with pytest.raises(RuntimeError, match="size mismatch for g1"):
         other.load_state_dict(attention.state_dict())
