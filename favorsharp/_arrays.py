@@ -205,6 +205,17 @@ def cast(x: Array, dtype: DType) -> Array:
     return x if x.dtype == dtype else namespace_of(x).astype(x, dtype)
 
 
+def nearest_dtype(name: str, like: Array) -> DType:
+    """The dtype of that name, or what like's library and device have in its place.
+
+    float32 for the narrow ones, which holds the same numbers; for float64 the dtype of statistics.
+    """
+    xp = namespace_of(like)
+    if name == "float64":
+        return statistics_dtype(like)
+    return named_dtype(xp, name if hasattr(xp, name) or name not in FLOATS else "float32")
+
+
 def named_dtype(xp: Namespace, name: str) -> DType:
     """The library's dtype object of that name."""
     return getattr(xp, name)
@@ -224,7 +235,7 @@ def on_device_of(x: Array) -> dict[str, Any]:
 
 
 def to_host(x: Array) -> Any:
-    """The values of x as a NumPy array; a copy unless they are on the host already."""
+    """The values of x as a NumPy array, bfloat16 in float32; a copy unless they are on the host already."""
     import numpy as np
 
     if array_api_compat.is_torch_array(x):
@@ -234,7 +245,8 @@ def to_host(x: Array) -> Any:
         return x.get()
     if library_of(x) == "array_api_strict":
         x = array_api_compat.to_device(x, sys.modules["array_api_strict"].Device("CPU_DEVICE"))
-    return np.asarray(x)
+    host = np.asarray(x)
+    return host.astype(np.float32) if dtype_name(host) == "bfloat16" else host  # JAX brings NumPy a dtype of its own
 
 
 def device_label(x: Array) -> Any:
