@@ -70,8 +70,7 @@ def test_every_value_comes_back_into_every_library(tmp_path, library, dtype, lik
     q, k, v = (make(x) for x in attention_problem(1, n=12))
     fm = fs.feature_map(fs.fit(q, k), 8, rng=0)
     values = [fs.moments(q, k), fm.parameters, fm]
-    for window in (0, 4):
-        values.append(fs.linear_attention(q, k, v, fm, is_causal=True, window=window, return_state=True)[1])
+    values += [fs.update(fs.init_state(fm, 5, like=k, window=window), k, v, fm) for window in (0, 4)]
     for value in values:
         fs.save(tmp_path / "value", value)
         again = fs.load(tmp_path / "value", like=None if like is None else into([0.0]))
