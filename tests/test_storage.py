@@ -101,6 +101,16 @@ def test_foreign_and_damaged_files_are_refused(tmp_path):
             continue
         assert again.fingerprint is not None  # a bit that nothing reads: a date, a flag
         np.testing.assert_array_equal(again.projection, fs.feature_map(fs.fit(q, k), 8, rng=0).projection)
+    entry = good.index(b"PK\x01\x02")
+    for offset in (8, 10, 42, 45):  # flags, among them encryption; the kind of compression; where the entry begins
+        for bit in range(8):
+            bad = bytearray(good)
+            bad[entry + offset] ^= 1 << bit
+            path.write_bytes(bytes(bad))
+            try:
+                fs.load(path)
+            except ValueError:
+                continue
     for size in range(0, len(good), 97):
         path.write_bytes(good[:size])
         with pytest.raises(ValueError, match="not a file that favorsharp"):
