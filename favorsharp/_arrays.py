@@ -6,12 +6,15 @@ array library: whoever hands us an array has imported its library already.
 
 import sys
 from collections.abc import Callable, Iterable
-from functools import lru_cache
-from typing import Any
+from functools import lru_cache, wraps
+from typing import Any, ParamSpec, TypeVar
 
 import array_api_compat
 
 from favorsharp._typing import Array, DType, Namespace
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 FLOATS = ("float16", "bfloat16", "float32", "float64")
 """Accepted dtypes, narrow to wide. The first two are widened to float32 before anything is summed."""
@@ -198,6 +201,28 @@ def statistics_dtype(x: Array) -> DType:
     device = None if library_of(x) == "jax" else array_api_compat.device(x)
     known = xp.__array_namespace_info__().dtypes(device=device, kind="real floating")
     return known.get("float64", xp.float32)
+
+
+def under_own_settings(function: Callable[P, R]) -> Callable[P, R]:
+    """The function under the settings that its arithmetic is written for, whatever the caller's are.
+
+    exp of a large negative number is 0 to rounding, so `numpy.errstate(under="raise")` must not reach it; overflow and
+    invalid results are the caller's to hear of. Arrays of different ranks broadcast, as the standard has it, so
+    `jax.numpy_rank_promotion("raise")` must not either.
+    """
+
+    @wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        np, jax = sys.modules.get("numpy"), sys.modules.get("jax")
+        if np is None or is_compiling():
+            return function(*args, **kwargs)
+        with np.errstate(under="ignore"):
+            if jax is None or jax.config.jax_numpy_rank_promotion == "allow":
+                return function(*args, **kwargs)
+            with jax.numpy_rank_promotion("allow"):
+                return function(*args, **kwargs)
+
+    return call
 
 
 def cast(x: Array, dtype: DType) -> Array:

@@ -2,7 +2,15 @@
 
 import math
 
-from favorsharp._arrays import broadcast_shapes, cast, compute_dtype, namespace_of, on_device_of, result_dtype
+from favorsharp._arrays import (
+    broadcast_shapes,
+    cast,
+    compute_dtype,
+    namespace_of,
+    on_device_of,
+    result_dtype,
+    under_own_settings,
+)
 from favorsharp._checks import (
     check_broadcast,
     check_choice,
@@ -39,6 +47,7 @@ def log_kernel(x: Array, y: Array, kernel: str) -> Array:
     return dots - 0.5 * xp.sum(x * x, axis=-1, keepdims=True) - half_norms_y
 
 
+@under_own_settings
 def kernel_matrix(x: Array, y: Array, *, kernel: str = "softmax", scale: float | None = None) -> Array:
     """The exact kernel matrix; for small inputs.
 
@@ -76,6 +85,7 @@ def kernel_matrix(x: Array, y: Array, *, kernel: str = "softmax", scale: float |
     return cast(xp.exp(log_kernel(wide_x * factor, wide_y * factor, kernel)), result_dtype(xp, x, y))
 
 
+@under_own_settings
 def softmax_attention(
     q: Array,
     k: Array,

@@ -4,7 +4,15 @@ from dataclasses import dataclass
 from functools import reduce, singledispatch
 from typing import Any
 
-from favorsharp._arrays import broadcast_shapes, cast, compute_dtype, dtype_name, namespace_of, statistics_dtype
+from favorsharp._arrays import (
+    broadcast_shapes,
+    cast,
+    compute_dtype,
+    dtype_name,
+    namespace_of,
+    statistics_dtype,
+    under_own_settings,
+)
 from favorsharp._checks import (
     check_broadcast,
     check_flag,
@@ -69,6 +77,7 @@ class Moments:
         return f"Moments(d={self.size}, batch={batch}, dtype={self.dtype!r})"
 
 
+@under_own_settings
 def moments(
     x: Array,
     y: Array,
@@ -126,6 +135,7 @@ def moments(
 
 
 @singledispatch
+@under_own_settings
 def combine(a: Any, b: Any) -> Any:
     """Join what was gathered from two sets of points; associative.
 

@@ -18,6 +18,7 @@ from favorsharp._arrays import (
     named_dtype,
     namespace_of,
     on_device_of,
+    under_own_settings,
 )
 from favorsharp._checks import (
     check_broadcast,
@@ -160,6 +161,7 @@ def fit(
     )
 
 
+@under_own_settings
 def fit_named(
     names: tuple[str, str],
     x: Array | Moments,
@@ -227,6 +229,7 @@ def check_method(method: Any) -> None:
         check_choice("method", method, METHODS, also=", or a callable")
 
 
+@under_own_settings
 def excess(parameters: Parameters, x: Array, y: Array) -> Array:
     """Mean over all pairs of log E[(f1 f2)^2], minus 2 mean log K: how far a feature is from having no variance.
 
@@ -272,6 +275,7 @@ def excess(parameters: Parameters, x: Array, y: Array) -> Array:
     return cast(value[..., 0, 0], compute_dtype(xp, x, y))
 
 
+@under_own_settings
 def log_second_moment(parameters: Parameters, x: Array, y: Array) -> Array:
     """Logarithm of the second moment E[(f1(x) f2(y))^2] of one feature, for every pair; for small inputs.
 

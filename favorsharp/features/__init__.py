@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from favorsharp._arrays import cast, from_host, is_array, library_of, namespace_of
+from favorsharp._arrays import cast, from_host, is_array, library_of, namespace_of, under_own_settings
 from favorsharp._checks import check_array, check_floats, check_integer
 from favorsharp._typing import Array
 from favorsharp.features.base import FeatureMap, PositiveFeatureMap
@@ -18,6 +18,7 @@ _PAIRED = ("hyperbolic", "trig")
 """Methods that make two features of each row, and so take the first ceil(m / 2) rows of a draw."""
 
 
+@under_own_settings
 def feature_map(
     parameters: Parameters,
     num_features: int,
