@@ -66,6 +66,7 @@ class MapBuffers(torch.nn.Module):
     g2: torch.Tensor
     center_x: torch.Tensor
     center_y: torch.Tensor
+    _last_fault: str | None
 
     def __init__(
         self,
@@ -359,7 +360,8 @@ class MapBuffers(torch.nn.Module):
         held = tuple(self._buffers[name] for name in _NUMBERS)
         if not _are_readable(*held):  # numbers of another's are taken on trust, stand-ins have the fault last seen
             return self._last_fault if any(_is_subclass(x) for x in held) else None
-        fault = self._last_fault = self._fault_of_rows() or self._fault_of_parameters()
+        fault: str | None = self._fault_of_rows() or self._fault_of_parameters()
+        self._last_fault = fault
         if fault is None and not any(is_traced(x) for x in held):
             with torch.inference_mode(False):
                 self._held = (held, stamps_of(held), self._built())
