@@ -6,12 +6,15 @@ array library: whoever hands us an array has imported its library already.
 
 import sys
 from collections.abc import Callable, Iterable
-from functools import lru_cache
-from typing import Any
+from functools import lru_cache, wraps
+from typing import Any, ParamSpec, TypeVar
 
 import array_api_compat
 
 from favorsharp._typing import Array, DType, Namespace
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 FLOATS = ("float16", "bfloat16", "float32", "float64")
 """Accepted dtypes, narrow to wide. The first two are widened to float32 before anything is summed."""
@@ -200,9 +203,42 @@ def statistics_dtype(x: Array) -> DType:
     return known.get("float64", xp.float32)
 
 
+def under_own_settings(function: Callable[P, R]) -> Callable[P, R]:
+    """The function under the settings that its arithmetic is written for, whatever the caller's are.
+
+    exp of a large negative number is 0 to rounding, so `numpy.errstate(under="raise")` must not reach it; overflow and
+    invalid results are the caller's to hear of. Arrays of different ranks broadcast, as the standard has it, so
+    `jax.numpy_rank_promotion("raise")` must not either.
+    """
+
+    @wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        np, jax = sys.modules.get("numpy"), sys.modules.get("jax")
+        if np is None or is_compiling():
+            return function(*args, **kwargs)
+        with np.errstate(under="ignore"):
+            if jax is None or jax.config.jax_numpy_rank_promotion == "allow":
+                return function(*args, **kwargs)
+            with jax.numpy_rank_promotion("allow"):
+                return function(*args, **kwargs)
+
+    return call
+
+
 def cast(x: Array, dtype: DType) -> Array:
     """The values of x in the given dtype; x itself where nothing changes."""
     return x if x.dtype == dtype else namespace_of(x).astype(x, dtype)
+
+
+def nearest_dtype(name: str, like: Array) -> DType:
+    """The dtype of that name, or what like's library and device have in its place.
+
+    float32 for the narrow ones, which holds the same numbers; for float64 the dtype of statistics.
+    """
+    xp = namespace_of(like)
+    if name == "float64":
+        return statistics_dtype(like)
+    return named_dtype(xp, name if hasattr(xp, name) or name not in FLOATS else "float32")
 
 
 def named_dtype(xp: Namespace, name: str) -> DType:
@@ -224,7 +260,7 @@ def on_device_of(x: Array) -> dict[str, Any]:
 
 
 def to_host(x: Array) -> Any:
-    """The values of x as a NumPy array; a copy unless they are on the host already."""
+    """The values of x as a NumPy array, bfloat16 in float32; a copy unless they are on the host already."""
     import numpy as np
 
     if array_api_compat.is_torch_array(x):
@@ -234,7 +270,8 @@ def to_host(x: Array) -> Any:
         return x.get()
     if library_of(x) == "array_api_strict":
         x = array_api_compat.to_device(x, sys.modules["array_api_strict"].Device("CPU_DEVICE"))
-    return np.asarray(x)
+    host = np.asarray(x)
+    return host.astype(np.float32) if dtype_name(host) == "bfloat16" else host  # JAX brings NumPy a dtype of its own
 
 
 def device_label(x: Array) -> Any:

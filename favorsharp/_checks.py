@@ -38,11 +38,22 @@ def check_floats(**named: Any) -> Namespace:
     return namespace_of(*arrays.values())
 
 
+def check_in_memory(**named: Any) -> None:
+    """Raise if any of the named arrays is dask's, where only arrays in memory will do."""
+    lazy = [name for name, x in named.items() if library_of(x) == "dask"]
+    if lazy:
+        raise TypeError(
+            f"{', '.join(lazy)}: dask arrays, which moments, fit, kernel_matvec and nadaraya_watson take, the latter "
+            "two with a NumPy feature map; accepted here: arrays in memory, such as .compute() gives"
+        )
+
+
 def check_together(**named: Any) -> None:
     """Check that the named arrays belong to one library and live on one device; None entries are skipped."""
     arrays = {name: x for name, x in named.items() if x is not None}
     libraries = {name: library_of(x) for name, x in arrays.items()}
     if len(set(libraries.values())) > 1:
+        check_in_memory(**arrays)
         raise TypeError(f"all arrays must come from one library, got {_listing(libraries)}")
     spread = {name: "a DTensor" if type(x).__name__ == "DTensor" else "not one" for name, x in arrays.items()}
     if len(set(spread.values())) > 1:

@@ -11,6 +11,7 @@ from favorsharp._arrays import (
     namespace_of,
     on_device_of,
     statistics_dtype,
+    under_own_settings,
 )
 from favorsharp._checks import check_flag, check_floats, check_group
 from favorsharp._chunks import is_chunked
@@ -22,6 +23,7 @@ _TILE_ELEMENTS = 1 << 20
 """Number of weights held at once: 8 MiB of float64."""
 
 
+@under_own_settings
 def attention_moments(
     x: Array,
     y: Array,

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from favorsharp._arrays import cast, is_traced, library_of, namespace_of, to_host
+from favorsharp._arrays import cast, is_traced, library_of, namespace_of, to_host, under_own_settings
 from favorsharp._checks import check_floats, check_points, check_same_size
 from favorsharp._typing import Array
 from favorsharp.exact import softmax_attention
@@ -91,6 +91,7 @@ def load_sample() -> tuple[Any, Any, Any]:
         return archive["q"], archive["k"], archive["v"]
 
 
+@under_own_settings
 def relative_error(approximate: Array, exact: Array) -> Array:
     """Frobenius norm of the difference relative to that of the exact output, for each leading index.
 
@@ -115,6 +116,7 @@ def relative_error(approximate: Array, exact: Array) -> Array:
     return xp.sqrt(difference / xp.sum(exact**2, axis=(-2, -1)))
 
 
+@under_own_settings
 def predicted_error(
     parameters: Parameters,
     q: Array,
@@ -291,6 +293,7 @@ class Suggestion:
     exact_is_cheaper: bool
 
 
+@under_own_settings
 def suggest(
     x: Array,
     y: Array,

@@ -49,6 +49,7 @@ from favorsharp._arrays import (
     needs_gradient,
     signature_of,
     stamps_of,
+    under_own_settings,
 )
 from favorsharp._typing import Array
 
@@ -610,7 +611,7 @@ class Op(Generic[P, R]):
     def __init__(self, reference: Callable[P, R]) -> None:
         functools.update_wrapper(self, reference)
         self.name = reference.__name__
-        self.reference = reference
+        self.reference = under_own_settings(reference)
         other = OPS.setdefault(self.name, self)
         if other.reference.__module__ != reference.__module__:
             raise ValueError(

@@ -13,6 +13,7 @@ from favorsharp._arrays import (
     on_device_of,
     result_dtype,
     statistics_dtype,
+    under_own_settings,
     without_gradient,
 )
 from favorsharp._checks import (
@@ -136,6 +137,7 @@ def times_power(x: Array, power: int) -> Array:
     return x
 
 
+@under_own_settings
 def kernel_matrix(x: Array, y: Array, *, kernel: str = "softmax", scale: float | None = None) -> Array:
     """The exact kernel matrix; for small inputs.
 
@@ -173,6 +175,7 @@ def kernel_matrix(x: Array, y: Array, *, kernel: str = "softmax", scale: float |
     return cast(xp.exp(logs), result_dtype(xp, x, y))
 
 
+@under_own_settings
 def gaussian_means(x: Array, y: Array, v: Array, scale: float, log_weight: Array | None = None) -> Array:
     """Exact means of v at each x, weighted by the Gaussian kernel, a tile of x at a time.
 
@@ -206,6 +209,7 @@ def gaussian_means(x: Array, y: Array, v: Array, scale: float, log_weight: Array
     return tiles[0] if len(tiles) == 1 else xp.concat(tiles, axis=-2)
 
 
+@under_own_settings
 def softmax_attention(
     q: Array,
     k: Array,

@@ -26,6 +26,7 @@ from favorsharp._checks import (
     check_broadcast,
     check_flag,
     check_floats,
+    check_in_memory,
     check_integer,
     check_mask,
     check_points,
@@ -106,6 +107,7 @@ def attention(
     (2, 64, 8)
     """
     check_attention(q, k, v, is_causal=is_causal, key_mask=key_mask, enable_gqa=enable_gqa)
+    check_in_memory(q=q, k=k, v=v)
     check_method(method)
     if calibration is not None and not (isinstance(calibration, tuple | list) and len(calibration) == 2):
         raise TypeError(f"calibration must be a pair (queries, keys) of arrays, got {type(calibration).__name__}")

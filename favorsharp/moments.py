@@ -4,7 +4,15 @@ from dataclasses import dataclass
 from functools import reduce, singledispatch
 from typing import Any
 
-from favorsharp._arrays import broadcast_shapes, cast, compute_dtype, dtype_name, namespace_of, statistics_dtype
+from favorsharp._arrays import (
+    broadcast_shapes,
+    cast,
+    compute_dtype,
+    dtype_name,
+    namespace_of,
+    statistics_dtype,
+    under_own_settings,
+)
 from favorsharp._checks import (
     check_broadcast,
     check_flag,
@@ -78,6 +86,7 @@ class Moments:
         return f"Moments(d={self.size}, batch={batch}, dtype={self.dtype!r})"
 
 
+@under_own_settings
 def moments(
     x: Array,
     y: Array,
@@ -141,6 +150,7 @@ def moments(
     )
 
 
+@under_own_settings
 def weighted_moments(x: Array, weight: Array) -> Moments:
     """Moments of points (n, d) that are queries and keys alike, each counted as often as its weight (n,) says."""
     xp, wide = namespace_of(x, weight), statistics_dtype(x)
@@ -188,6 +198,7 @@ def combine(a: Any, b: Any) -> Any:
 
 
 @combine.register
+@under_own_settings
 def _combine_moments(a: Moments, b: Any) -> Moments:
     if not isinstance(b, Moments):
         raise TypeError(f"combine takes two Moments or two States, got Moments and {type(b).__name__}")

@@ -19,6 +19,7 @@ from favorsharp._arrays import (
     namespace_of,
     on_device_of,
     statistics_dtype,
+    under_own_settings,
 )
 from favorsharp._checks import (
     check_broadcast,
@@ -162,6 +163,7 @@ def fit(
     )
 
 
+@under_own_settings
 def fit_named(
     names: tuple[str, str],
     x: Array | Moments,
@@ -245,6 +247,7 @@ def check_method(method: Any) -> None:
         check_choice("method", method, METHODS, also=", or a callable")
 
 
+@under_own_settings
 def excess(parameters: Parameters, x: Array, y: Array) -> Array:
     """Mean over all pairs of log E[(f1 f2)^2], minus 2 mean log K: how far a feature is from having no variance.
 
@@ -289,6 +292,7 @@ def excess(parameters: Parameters, x: Array, y: Array) -> Array:
     return cast(value[..., 0, 0], compute_dtype(xp, x, y))
 
 
+@under_own_settings
 def log_second_moment(parameters: Parameters, x: Array, y: Array) -> Array:
     """Logarithm of the second moment E[(f1(x) f2(y))^2] of one feature, for every pair; for small inputs.
 

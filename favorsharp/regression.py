@@ -5,7 +5,15 @@ from dataclasses import dataclass, replace
 from functools import reduce
 from typing import Any
 
-from favorsharp._arrays import broadcast_shapes, cast, compute_dtype, namespace_of, on_device_of, result_dtype
+from favorsharp._arrays import (
+    broadcast_shapes,
+    cast,
+    compute_dtype,
+    namespace_of,
+    on_device_of,
+    result_dtype,
+    under_own_settings,
+)
 from favorsharp._checks import check_array, check_broadcast, check_floats, check_points, check_same_size
 from favorsharp._chunks import as_chunked, is_chunked, point_blocks, tree_reduce
 from favorsharp._typing import Array
@@ -40,6 +48,7 @@ Sums = State | SignedSums
 
 
 @combine.register
+@under_own_settings
 def _combine_sums(a: SignedSums, b: Any) -> SignedSums:
     if not isinstance(b, SignedSums) or a.total.shape[-2:] != b.total.shape[-2:]:
         raise ValueError(f"combine needs sums of one map and one value size, got {a} and {b}")
@@ -49,6 +58,7 @@ def _combine_sums(a: SignedSums, b: Any) -> SignedSums:
     return SignedSums(a.total * xp.exp(a.top - safe) + b.total * xp.exp(b.top - safe), top)
 
 
+@under_own_settings
 def kernel_matvec(x: Array, y: Array, v: Array, feature_map: FeatureMap) -> Array:
     """An unbiased estimate of K(x, y) @ v in O((n + s) m (d + e)).
 
@@ -81,6 +91,7 @@ def kernel_matvec(x: Array, y: Array, v: Array, feature_map: FeatureMap) -> Arra
     return out[..., 0] if single else out
 
 
+@under_own_settings
 def nadaraya_watson(x: Array, y: Array, v: Array, feature_map: FeatureMap) -> Array:
     """The kernel-weighted mean of v at each x: K(x, y) @ v with rows normalised.
 
@@ -177,6 +188,7 @@ def check_products(x: Array, y: Array, v: Array, feature_map: Any) -> Any:
     return compute_dtype(xp, x, y, v)
 
 
+@under_own_settings
 def gather(y: Array, v: Array, feature_map: Any, weight: Array | None = None) -> Sums:
     """The sums of a block of points and values, checked already, for a map in the dtype to compute in.
 
@@ -209,6 +221,7 @@ def gather(y: Array, v: Array, feature_map: Any, weight: Array | None = None) ->
     return sums
 
 
+@under_own_settings
 def products(sums: Sums, x: Array, feature_map: Any) -> Array:
     """K(x, y) @ v of the y and v that were gathered, in the dtype of the sums."""
     if isinstance(sums, State):
@@ -225,6 +238,7 @@ def products(sums: Sums, x: Array, feature_map: Any) -> Array:
     return _by_tiles(rows, sums, x, feature_map)
 
 
+@under_own_settings
 def means(sums: Sums, x: Array, feature_map: Any) -> Array:
     """The kernel-weighted mean of the v that were gathered, in the dtype of the sums; see `nadaraya_watson`."""
     if isinstance(sums, State):
@@ -265,6 +279,7 @@ def leave_one_out(x: Array, v: Array, feature_map: FeatureMap) -> Array:
     return left_out(x, v, feature_map)
 
 
+@under_own_settings
 def left_out(x: Array, v: Array, feature_map: FeatureMap, weight: Array | None = None) -> Array:
     """`leave_one_out` of points that count as often as their positive weights (*b, n) say, and leave as a whole."""
     v, single = columns("v", v)

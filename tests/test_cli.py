@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from problems import attention_problem
 
+import favorsharp as fs
 from favorsharp.cli import main
 
 pytestmark = pytest.mark.own_backend
@@ -109,6 +110,13 @@ def bad_files(folder, arrays):
     tensors.write_text("no tensors")
     pickled = folder / "pickled.npz"
     np.savez(pickled, q=np.array([{}], dtype=object), k=good, v=good)
+    squeezed = folder / "squeezed.npz"
+    np.savez_compressed(squeezed, **arrays)
+    content = bytearray(squeezed.read_bytes())
+    content[200:300] = bytes(100)
+    squeezed.write_bytes(content)
+    named = folder / "named.npz"
+    named.mkdir()
     return {
         folder / "absent.npz": "no such file",
         folder / "notes.txt": "no such file",
@@ -124,6 +132,10 @@ def bad_files(folder, arrays):
         save("nan.npz", q=np.full((3, 40, 8), np.nan)): "q holds values that are not finite",
         save("sizes.npz", q=np.ones((3, 40, 7))): "shapes do not fit",
         save("scale.npz", scale=np.float32(-1)): "scale must be one positive number",
+        save("word.npz", scale=np.array("half")): "scale must be one positive number",
+        save("imaginary.npz", scale=np.complex64(1)): "scale must be one positive number",
+        squeezed: "cannot be read as .npz",
+        named: "no q.npy, k.npy, v.npy",
     }
 
 
@@ -154,13 +166,81 @@ def test_bad_files_get_one_clear_line(tmp_path, capsys, monkeypatch, arrays):
         (["--target", "-1"], "--target must be a positive number"),
         (["--output", "picture.docx"], "--output must end in .png"),
         (["--output", "no/such/folder/a.png"], "no such folder to write to"),
+        (["--output", "{folder}"], "--output must end in .png"),
+        (["--output", "{folder}/taken.png"], "taken.png: cannot be written: Is a directory"),
+        (["--json", "{folder}"], "cannot be written: Is a directory"),
+        (["--json", "no/such/folder/a.json"], "no such folder to write to"),
+        (["--methods", ","], "--methods names none, got ','; accepted: posrf"),
+        (["--draws", " "], "--draws names none, got ' '; accepted: iid"),
+        (["--heads", ""], "--heads takes integers of 0 or more"),
+        (["--target", "nan"], "--target must be a positive number"),
+        (["--seeds", "-1"], "Invalid value for '--seeds'"),
+        (["--features", "9" * 5000], "favorsharp compare: "),
+        (["--speed", "9"], "No such option: --speed"),
+        (["a", "b"], "unexpected extra argument"),
     ],
 )
-def test_bad_options_get_one_clear_line(capsys, monkeypatch, words, message):
-    code, _, err = run(capsys, monkeypatch, "compare", *words)
+def test_bad_options_get_one_clear_line(tmp_path, capsys, monkeypatch, words, message):
+    (tmp_path / "taken.png").mkdir()
+    code, _, err = run(capsys, monkeypatch, "compare", *(word.format(folder=tmp_path) for word in words))
     assert code == 2
-    assert message in " ".join(err.split())
-    assert "Traceback" not in err
+    assert message in err
+    assert err.count("\n") == 1
+
+
+def test_a_backend_that_is_not_there_gets_one_clear_line(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("FAVORSHARP_BACKEND", "triton")
+    code, _, err = run(capsys, monkeypatch, "compare", "--output", str(tmp_path / "a.png"), *FAST)
+    assert (code, err.count("\n")) == (2, 1)
+    assert "FAVORSHARP_BACKEND='triton': backend 'triton' is unknown" in err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("error", [ZeroDivisionError("by none"), OSError(28, "No space left"), RuntimeError()], ids=str)
+def test_what_nobody_expected_is_one_line_or_a_traceback_on_demand(capsys, monkeypatch, error):
+    def fail():
+        raise error
+
+    monkeypatch.setattr("favorsharp.cli.info._processor", fail)
+    code, _, err = run(capsys, monkeypatch, "info")
+    assert (code, err.count("\n")) == (2, 1)
+    assert str(error) in err
+    assert ("FAVORSHARP_TRACEBACK=1" in err) != isinstance(error, OSError)
+    monkeypatch.setenv("FAVORSHARP_TRACEBACK", "1")
+    with pytest.raises(type(error)):
+        main()
+
+
+def test_interruption_is_one_line(capsys, monkeypatch):
+    def interrupted():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("favorsharp.cli.info._processor", interrupted)
+    assert run(capsys, monkeypatch, "info") == (130, "", "favorsharp: interrupted\n")
+
+
+@pytest.mark.parametrize("words", [["--version"], ["--version", "info"]], ids=str)
+def test_version(capsys, monkeypatch, words):
+    assert run(capsys, monkeypatch, *words) == (0, f"favorsharp {fs.__version__}\n", "")
+
+
+def test_no_command_shows_the_help(capsys, monkeypatch):
+    code, out, _ = run(capsys, monkeypatch)
+    assert code == 0
+    assert "compare" in out
+    assert "--version" in out
+    code, _, err = run(capsys, monkeypatch, "measure")
+    assert (code, err) == (2, "favorsharp: No such command 'measure'; see favorsharp --help\n")
+
+
+def test_the_package_runs_as_a_module_into_a_pipe_that_closes():
+    got = subprocess.run([sys.executable, "-m", "favorsharp", "--version"], capture_output=True, text=True, check=False)
+    assert (got.returncode, got.stdout, got.stderr) == (0, f"favorsharp {fs.__version__}\n", "")
+    with subprocess.Popen(
+        [sys.executable, "-m", "favorsharp", "info"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        process.stdout.close()
+        assert process.stderr.read() == ""
 
 
 def test_numbers_too_large_for_the_dtype(tmp_path, capsys, monkeypatch, arrays):
@@ -196,12 +276,18 @@ def test_info(capsys, monkeypatch):
         assert word in out
 
 
-def test_without_the_extra_one_line_says_what_to_install():
-    code = (
-        "import sys; sys.modules['typer'] = None\n"
-        "from favorsharp.cli import main\n"
-        "sys.argv = ['favorsharp', 'info']; main()"
-    )
-    got = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert got.returncode == 2
-    assert got.stderr == "favorsharp's command line needs typer: pip install 'favorsharp[cli]'\n"
+@pytest.mark.parametrize("absent", ["typer", "matplotlib"])
+def test_without_the_extra_one_line_says_what_to_install(capsys, monkeypatch, absent):
+    monkeypatch.setitem(sys.modules, absent, None)
+    line = f"favorsharp's command line needs {absent}: pip install 'favorsharp[cli]'\n"
+    assert run(capsys, monkeypatch, "info") == (2, "", line)
+    assert run(capsys, monkeypatch, "--version")[0] == 0
+
+
+def test_without_safetensors_one_line_says_what_to_install(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    path = tmp_path / "a.safetensors"
+    path.touch()
+    code, _, err = run(capsys, monkeypatch, "compare", str(path))
+    assert (code, err.count("\n")) == (2, 1)
+    assert "reading it needs safetensors: pip install 'favorsharp[cli]'" in err

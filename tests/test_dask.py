@@ -57,3 +57,19 @@ def test_values_of_one_axis_and_errors():
         fs.kernel_matvec(da.from_array(x), da.from_array(y), da.from_array(v[:-1]), fm)
     with pytest.raises(ValueError, match="unknown size"):
         fs.kernel_matvec(da.from_array(x)[da.from_array(x[:, 0] > 0)], y, v, fm)
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_attention_says_what_takes_dask_arrays(is_causal):
+    q, k, v = np.random.default_rng(0).normal(size=(3, 2, 40, 8))
+    lazy = [da.from_array(x, chunks=(1, 20, 8)) for x in (q, k, v)]
+    fm = fs.feature_map(fs.fit(q, k), 16, rng=0)
+    with pytest.raises(TypeError, match="q, k, v: dask arrays.*accepted here: arrays in memory"):
+        fs.attention(*lazy, is_causal=is_causal, calibration=(q, k))
+    for call in (
+        lambda: fs.linear_attention(*lazy, fm, is_causal=is_causal),
+        lambda: fm.query(lazy[0]),
+        lambda: fs.excess(fm.parameters, *lazy[:2]),
+    ):
+        with pytest.raises(TypeError, match="dask arrays.*accepted here: arrays in memory"):
+            call()

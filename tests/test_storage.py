@@ -2,12 +2,15 @@
 
 import io
 import json
+from dataclasses import fields
 
 import numpy as np
 import pytest
 from problems import attention_problem
 
 import favorsharp as fs
+from favorsharp._arrays import FLOATS, dtype_name, library_of, to_host
+from favorsharp.testing import make_array
 
 METHODS = ["optimal", "hyperbolic", "trig", "poisson", "relu"]
 
@@ -40,6 +43,47 @@ def test_a_stream_goes_on_with_its_saved_state(tmp_path, window):
         fs.read(state2, q, other)
 
 
+LIBRARIES = ("numpy", "torch", "jax", "array_api_strict")
+
+
+def arrays_of(value):
+    """The arrays of a saved value by name, those of its parameters included."""
+    found = {}
+    for field in fields(value):
+        entry = getattr(value, field.name)
+        if isinstance(entry, fs.Parameters):
+            found |= arrays_of(entry)
+        elif hasattr(entry, "shape"):
+            found[field.name] = entry
+    return found
+
+
+@pytest.mark.parametrize("like", [None, *LIBRARIES])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
+@pytest.mark.parametrize("library", LIBRARIES)
+@pytest.mark.filterwarnings("ignore:Explicitly requested dtype float64")
+def test_every_value_comes_back_into_every_library(tmp_path, library, dtype, like):
+    """With the same numbers and the same dtype, or float32 where the library has no such dtype."""
+    make, into = make_array(library, dtype), make_array(like or "numpy", "float32")
+    if make is None or into is None:
+        pytest.skip("no such arrays here")
+    q, k, v = (make(x) for x in attention_problem(1, n=12))
+    fm = fs.feature_map(fs.fit(q, k), 8, rng=0)
+    values = [fs.moments(q, k), fm.parameters, fm]
+    values += [fs.update(fs.init_state(fm, 5, like=k, window=window), k, v, fm) for window in (0, 4)]
+    for value in values:
+        fs.save(tmp_path / "value", value)
+        again = fs.load(tmp_path / "value", like=None if like is None else into([0.0]))
+        assert type(again) is type(value)
+        for name, x in arrays_of(value).items():
+            y = arrays_of(again)[name]
+            kept = dtype_name(x).rstrip("_")
+            if kept in FLOATS and make_array(like or "numpy", kept) is None:
+                kept = "float32"
+            assert (library_of(y), dtype_name(y).rstrip("_")) == (like or "numpy", kept)
+            np.testing.assert_array_equal(to_host(y), to_host(x).astype(to_host(y).dtype))
+
+
 def test_foreign_and_damaged_files_are_refused(tmp_path):
     q, k, _ = attention_problem(2)
     path = tmp_path / "map"
@@ -57,6 +101,16 @@ def test_foreign_and_damaged_files_are_refused(tmp_path):
             continue
         assert again.fingerprint is not None  # a bit that nothing reads: a date, a flag
         np.testing.assert_array_equal(again.projection, fs.feature_map(fs.fit(q, k), 8, rng=0).projection)
+    entry = good.index(b"PK\x01\x02")
+    for offset in (8, 10, 42, 45):  # flags, among them encryption; the kind of compression; where the entry begins
+        for bit in range(8):
+            bad = bytearray(good)
+            bad[entry + offset] ^= 1 << bit
+            path.write_bytes(bytes(bad))
+            try:
+                fs.load(path)
+            except ValueError:
+                continue
     for size in range(0, len(good), 97):
         path.write_bytes(good[:size])
         with pytest.raises(ValueError, match="not a file that favorsharp"):

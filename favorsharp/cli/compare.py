@@ -13,7 +13,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 import favorsharp as fs
-from favorsharp.cli.files import read_attention
+from favorsharp.cli.files import check_writable, read_attention
 from favorsharp.diagnostics import Comparison, load_sample, recommend
 from favorsharp.diagnostics import compare as measure
 
@@ -48,27 +48,23 @@ def compare(
 ) -> None:
     """Measure error, time and memory of the methods, and recommend a setting."""
     console = Console()
-    try:
-        options = _options(methods, features, window, draws, causal, target)
-        q, k, v, scale = (*load_sample(), None) if file is None else read_attention(file)
-        q, k, v = (_select(x, heads) for x in (q, k, v))
-        if q.shape[-2] != k.shape[-2] and window == DEFAULT_WINDOWS:
-            options["windows"] = [0]  # nobody asked for one
-        if any(options["windows"]) and q.shape[-2] != k.shape[-2]:
-            raise ValueError(
-                f"--window needs as many queries as keys, got {q.shape[-2]} and {k.shape[-2]}: use --window 0"
-            )
-        if causal and (q.shape[-2] != k.shape[-2] or q.shape[-2] < 4):
-            raise ValueError("--causal needs as many queries as keys, and at least 4")
-        _check_writable(output, json_file)
-        to = _library(array, dtype)
-        arrays = [_converted(name, x, to, dtype) for name, x in zip("qkv", (q, k, v), strict=True)]
-        with fs.use(backend) if backend else nullcontext():
-            rows = _measure(arrays, console, seeds=seeds, scale=scale, is_causal=causal, **options)
-        _draw(rows, output, target, f"{file.name if file else 'sentence encoder'}, {k.shape[-2]} keys")
-    except (ValueError, TypeError, ImportError) as error:
-        typer.echo(f"favorsharp compare: {' '.join(str(error).split())}", err=True)
-        raise typer.Exit(2) from None
+    options = _options(methods, features, window, draws, causal, target)
+    q, k, v, scale = (*load_sample(), None) if file is None else read_attention(file)
+    q, k, v = (_select(x, heads) for x in (q, k, v))
+    if q.shape[-2] != k.shape[-2] and window == DEFAULT_WINDOWS:
+        options["windows"] = [0]  # nobody asked for one
+    if any(options["windows"]) and q.shape[-2] != k.shape[-2]:
+        raise ValueError(f"--window needs as many queries as keys, got {q.shape[-2]} and {k.shape[-2]}: use --window 0")
+    if causal and (q.shape[-2] != k.shape[-2] or q.shape[-2] < 4):
+        raise ValueError("--causal needs as many queries as keys, and at least 4")
+    if output.suffix not in (".png", ".svg", ".pdf"):
+        raise ValueError(f"--output must end in .png, .svg or .pdf, got {output}")
+    check_writable(output, json_file)
+    to = _library(array, dtype)
+    arrays = [_converted(name, x, to, dtype) for name, x in zip("qkv", (q, k, v), strict=True)]
+    with fs.use(backend) if backend else nullcontext():
+        rows = _measure(arrays, console, seeds=seeds, scale=scale, is_causal=causal, **options)
+    _draw(rows, output, target, f"{file.name if file else 'sentence encoder'}, {k.shape[-2]} keys")
     name = file.name if file else "the shipped sample (six heads of a sentence encoder)"
     console.print(_table(rows, f"{name}: {q.shape[-2]} queries, {k.shape[-2]} keys, d={q.shape[-1]}, {array} {dtype}"))
     if causal:
@@ -89,6 +85,10 @@ def _options(methods: str, features: str, window: str, draws: str, causal: bool,
 
     names, ways = _words(methods), _words(draws)
     positive = [name for name in fs.METHODS if name not in ("trig", "poisson", "geometric")]
+    if not names:
+        raise ValueError(f"--methods names none, got {methods!r}; accepted: {', '.join(positive)}")
+    if not ways:
+        raise ValueError(f"--draws names none, got {draws!r}; accepted: {', '.join(DRAWS)}")
     for name in names:
         if name not in positive:
             raise ValueError(f"--methods: {name!r} is unknown or signed; accepted: {', '.join(positive)}")
@@ -124,14 +124,6 @@ def _select(x: Any, heads: str | None) -> Any:
         has = f"the leading index has {x.shape[0]} entries" if x.ndim > 2 else "the arrays have no leading index"
         raise ValueError(f"--heads: {has}, got {heads}")
     return x[chosen]
-
-
-def _check_writable(*paths: Path | None) -> None:
-    for path in paths:
-        if path is not None and not path.absolute().parent.is_dir():
-            raise ValueError(f"{path}: no such folder to write to")
-    if paths[0] is not None and paths[0].suffix not in (".png", ".svg", ".pdf"):
-        raise ValueError(f"--output must end in .png, .svg or .pdf, got {paths[0]}")
 
 
 def _library(array: str, dtype: str) -> Callable[[Any], Any]:

@@ -1,7 +1,6 @@
 """Reading queries, keys and values from files. Whatever is wrong with a file is one `ValueError` that names it."""
 
 import contextlib
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +29,30 @@ def read_attention(path: Path) -> tuple[Any, Any, Any, float | None]:
     return q, k, v, _scale(path, arrays.get("scale"))
 
 
+def check_writable(*paths: Path | None) -> None:
+    """Raise unless files can be written, before the work that they are for. What is there stays as it is."""
+    for path in paths:
+        if path is None:
+            continue
+        if not path.absolute().parent.is_dir():
+            raise ValueError(f"{path}: no such folder to write to")
+        existed = path.exists()
+        try:
+            with path.open("ab"):
+                pass
+            if not existed:
+                path.unlink()
+        except OSError as error:
+            raise ValueError(f"{path}: cannot be written: {error.strerror}") from None
+
+
 def _read_triple(folder: Path) -> dict[str, Any]:
     absent = [f"{name}.npy" for name in "qkv" if not (folder / f"{name}.npy").exists()]
     if absent:
         raise ValueError(f"{folder}: no {', '.join(absent)}; accepted: {ACCEPTED}")
     try:
         return {name: np.load(folder / f"{name}.npy", allow_pickle=False) for name in "qkv"}
-    except (ValueError, OSError, EOFError) as error:
+    except Exception as error:  # a damaged file can raise anything
         raise ValueError(f"{folder}: cannot be read as .npy: {error}") from None
 
 
@@ -47,7 +63,7 @@ def _read_npz(path: Path) -> dict[str, Any]:
             if not isinstance(archive, np.lib.npyio.NpzFile):
                 raise ValueError("it holds one array, not an archive")
             return {name: archive[name] for name in archive.files if name in ("q", "k", "v", "scale")}
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+    except Exception as error:
         raise ValueError(f"{path}: cannot be read as .npz: {error}") from None
 
 
@@ -55,14 +71,14 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
     with contextlib.suppress(ImportError):
         import ml_dtypes  # noqa: F401  lets NumPy hold bfloat16
     try:
-        from safetensors import SafetensorError, safe_open
+        from safetensors import safe_open
     except ImportError:
         raise ValueError(f"{path}: reading it needs safetensors: pip install 'favorsharp[cli]'") from None
     try:
         with safe_open(path, framework="numpy") as file:
             names = list(file.keys())
             arrays = {name: file.get_tensor(name) for name in names if name in ("q", "k", "v", "scale")}
-    except (SafetensorError, OSError, TypeError, AttributeError) as error:
+    except Exception as error:
         raise ValueError(f"{path}: cannot be read as .safetensors: {error}") from None
     return {name: x.astype(np.float32) if x.dtype.name == "bfloat16" else x for name, x in arrays.items()}
 
@@ -83,6 +99,6 @@ def _check(path: Path, q: Any, k: Any, v: Any) -> None:
 def _scale(path: Path, scale: Any) -> float | None:
     if scale is None:
         return None
-    if np.ndim(scale) != 0 or not np.isfinite(scale) or not scale > 0:
+    if scale.ndim != 0 or scale.dtype.kind not in "fiu" or not np.isfinite(scale) or not scale > 0:
         raise ValueError(f"{path}: scale must be one positive number, got {scale}")
     return float(scale)

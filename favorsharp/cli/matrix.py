@@ -10,6 +10,7 @@ from rich.table import Table
 
 import favorsharp as fs
 from favorsharp._arrays import device_of
+from favorsharp.cli.files import check_writable
 from favorsharp.dispatch import OPS, watch
 from favorsharp.testing import TOLERANCES, Row, cases, make_array, relative_error, wanted
 
@@ -22,6 +23,7 @@ def matrix(
 ) -> None:
     """Run every op on every library and dtype found here: what ran, and its largest error against float64."""
     console = Console()
+    check_writable(markdown)
     rows = support()
     table = Table("op", "library", "device", "dtype", "implementation", "largest error", title_justify="left")
     previous = rows[0][0].op if rows else ""

@@ -5,7 +5,7 @@ The public function `feature_map` is here; each family of maps has its own file.
 
 from typing import Any
 
-from favorsharp._arrays import cast, from_host, is_array, library_of, namespace_of
+from favorsharp._arrays import cast, from_host, is_array, library_of, namespace_of, under_own_settings
 from favorsharp._checks import check_array, check_floats, check_integer
 from favorsharp._typing import Array
 from favorsharp.features.base import FeatureMap, PositiveFeatureMap
@@ -21,6 +21,7 @@ _PAIRED = ("hyperbolic", "trig")
 """Methods that make two features from each row, so that they take the first ceil(m / 2) rows of a draw."""
 
 
+@under_own_settings
 def feature_map(
     parameters: Parameters,
     num_features: int,

@@ -13,6 +13,7 @@ from favorsharp._arrays import (
     is_traced,
     namespace_of,
     to_host,
+    under_own_settings,
 )
 from favorsharp._typing import Array
 from favorsharp.parameters import Parameters, astype, check_data, log_kernel_of, map_arrays
@@ -52,10 +53,12 @@ class FeatureMap:
     family: ClassVar[str] = "signed"
     """The kind of computation: "exponential", "elementwise" or "signed"; kernels accelerate the first."""
 
+    @under_own_settings
     def query(self, x: Array) -> Array:
         """Features of queries, (*b, n, d) -> (*b, n, m), in the dtype of x."""
         raise NotImplementedError
 
+    @under_own_settings
     def key(self, y: Array) -> Array:
         """Features of keys, (*b, s, d) -> (*b, s, m), in the dtype of y."""
         raise NotImplementedError
@@ -131,6 +134,7 @@ class PositiveFeatureMap(FeatureMap):
     positive: ClassVar[bool] = True
     family: ClassVar[str] = "elementwise"
 
+    @under_own_settings
     def log_query(self, x: Array) -> Array:
         """Logarithms of query features, 1/sqrt(m) included.
 
@@ -147,21 +151,25 @@ class PositiveFeatureMap(FeatureMap):
         prepared, wide = self._prepared("x", x)
         return cast(prepared._log_query(wide), x.dtype)
 
+    @under_own_settings
     def log_key(self, y: Array) -> Array:
         """Logarithms of key features, 1/sqrt(m) included, (*b, s, d) -> (*b, s, m), as `log_query`."""
         prepared, wide = self._prepared("y", y)
         return cast(prepared._log_key(wide), y.dtype)
 
+    @under_own_settings
     def query(self, x: Array) -> Array:
         """Features of queries, exp(log_query(x)), in the dtype of x."""
         prepared, wide = self._prepared("x", x)
         return cast(prepared._query(wide), x.dtype)
 
+    @under_own_settings
     def key(self, y: Array) -> Array:
         """Features of keys, exp(log_key(y)), in the dtype of y."""
         prepared, wide = self._prepared("y", y)
         return cast(prepared._key(wide), y.dtype)
 
+    @under_own_settings
     def log_kernel(self, x: Array, y: Array) -> Array:
         """The exact log kernel that the features stand for, (*b, n, d), (*b, s, d) -> (*b, n, s)."""
         return log_kernel_of(self.parameters, x, y)
@@ -191,12 +199,14 @@ class SignedFeatureMap(FeatureMap):
         """Features of keys without their common factor, and its logarithm, (*b, s, m) and (*b, s, 1)."""
         return self.query_parts(y)
 
+    @under_own_settings
     def query(self, x: Array) -> Array:
         """Features of queries, (*b, n, d) -> (*b, n, m), in the dtype of x."""
         prepared, wide = self._prepared("x", x)
         features, log_factor = prepared.query_parts(wide)
         return cast(features * namespace_of(x).exp(log_factor), x.dtype)
 
+    @under_own_settings
     def key(self, y: Array) -> Array:
         """Features of keys, (*b, s, d) -> (*b, s, m), in the dtype of y."""
         prepared, wide = self._prepared("y", y)

@@ -14,7 +14,7 @@ from collections.abc import Hashable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
-from favorsharp._arrays import broadcast_shapes, cast, compute_dtype, namespace_of, on_device_of
+from favorsharp._arrays import broadcast_shapes, cast, compute_dtype, namespace_of, on_device_of, under_own_settings
 from favorsharp._checks import check_broadcast, check_together
 from favorsharp._typing import Array, PositiveMap
 from favorsharp.dispatch import Op
@@ -341,6 +341,7 @@ def tile_length(width: int, batch: tuple[int, ...], most: int) -> int:
     return min(most, max(16, 1 << (points.bit_length() - 1 if points else 0)))
 
 
+@under_own_settings
 def _merged(state: State, kv: Array, z: Array, c: Array) -> State:
     """The state merged with the (kv, z, c) of further keys."""
     xp = namespace_of(c)

@@ -1,29 +1,41 @@
 """A feature map as the buffers of a module: it moves, is saved and is loaded with the model it serves."""
 
+import copy
+import math
 from typing import Any, Self
 
 import torch
+from torch.nn import functional
 
-from favorsharp._arrays import is_array, is_traced, stamps_of
+from favorsharp._arrays import is_array, is_traced, stamps_of, statistics_dtype
 from favorsharp._checks import check_choice, check_flag, check_integer
 from favorsharp.attention_moments import attention_moments
 from favorsharp.draws import DRAWS, draw_rows
 from favorsharp.exact import kernel_scale
 from favorsharp.features import FeatureMap, feature_map
 from favorsharp.moments import Moments, moments
-from favorsharp.parameters import Method, Parameters, check_method, fit, is_fitted, map_arrays
+from favorsharp.parameters import DENSE_EXPONENTIAL, Method, Parameters, check_method, fit, is_fitted, map_arrays
 
 _PARAMETERS = ("a", "g1", "g2", "center_x", "center_y")
+_NUMBERS = ("projection", *_PARAMETERS)
 _SIGNED = ("trig", "poisson", "geometric")
+_ROUNDING = 1e-3
+"""How far g1^T g2 may be from I, relative to |g1|^T |g2|: float32 averages of one map with itself drift by 6e-4."""
+_ANGLE = 5e-3
+"""The largest cosine of two rows that count as orthogonal: bfloat16 rounds rows by less."""
 
 
 class MapBuffers(torch.nn.Module):
     """A feature map whose numbers are buffers; the base of `LinearAttention`, and of use to adapters.
 
-    Buffers are `projection`, the random rows, and from calibration on `a`, `g1`, `g2`, `center_x`, `center_y`. They
-    stay in float32 at least, whatever `half()` or `to(torch.bfloat16)` make of the rest of the model: a map that is
-    rounded is not unbiased any more. What is kept is made outside `torch.inference_mode()`, whose tensors training
-    refuses.
+    Buffers are `projection`, the random rows, and the parameters `a`, `g1`, `g2`, `center_x`, `center_y`, which are NaN
+    before calibration. They have their final shapes from the start, so every loader of checkpoints and every broadcast
+    finds them. They stay in float32 at least, whatever `half()` or `to(torch.bfloat16)` make of the rest of the model:
+    a map that is rounded is not unbiased any more. What is kept is made outside `torch.inference_mode()`, whose tensors
+    training refuses.
+
+    Numbers that changed are looked at before they are used: a call refuses parameters that are not calibrated, memory
+    that nobody filled, and averages of different maps.
 
     Parameters
     ----------
@@ -44,10 +56,17 @@ class MapBuffers(torch.nn.Module):
     enable_gqa : bool
         Queries have g times the heads of the keys.
     device, dtype : optional
-        Of the buffers; float32 at least.
+        Of the buffers; float32 at least. "meta" defers the memory: `to_empty` and `reset_parameters`, or a load, fill
+        it.
     """
 
     projection: torch.Tensor
+    a: torch.Tensor
+    g1: torch.Tensor
+    g2: torch.Tensor
+    center_x: torch.Tensor
+    center_y: torch.Tensor
+    _last_fault: str | None
 
     def __init__(
         self,
@@ -80,40 +99,65 @@ class MapBuffers(torch.nn.Module):
         elif tuple(draw.shape) != (self.num_features, self.size):
             raise ValueError(f"draw has shape {tuple(draw.shape)}; accepted: (m, d) = {(self.num_features, self.size)}")
         self.draw = draw if isinstance(draw, str) else None
+        self._source = copy.deepcopy(rng) if isinstance(draw, str) else _own(draw)
+        self._orthogonal = self.draw == "orthogonal"
         dtype = torch.promote_types(dtype or torch.get_default_dtype(), torch.float32)
         rows = self._rows(rng) if isinstance(draw, str) else draw
         self.register_buffer("projection", torch.as_tensor(rows).to(device=device, dtype=dtype))
         for name in _PARAMETERS:
             self.register_buffer(name, None)
         self._held: tuple[tuple[torch.Tensor, ...], Any, FeatureMap] | None = None
-        if not is_fitted(method):
-            none = torch.zeros((*self._batch, 0, self.size), device=self.projection.device, dtype=dtype)
-            self.set_parameters(fit(none, none, method=method, scale=self.scale))
+        self._set_initial_parameters()
 
     @property
     def is_calibrated(self) -> bool:
-        """Whether there are parameters: from calibration, from a state dict, or because the method reads no data."""
-        return self.g1 is not None
+        """Whether a map can be made of the buffers: by calibration, by a load, or as the method reads no data."""
+        if torch.compiler.is_compiling():
+            return self._fault_while_compiling() is None
+        return not self.projection.is_meta and self._fault() is None
 
     @property
     def feature_map(self) -> FeatureMap:
-        """The map: a frozen value that every function of `favorsharp` takes."""
-        if not self.is_calibrated:
-            raise RuntimeError(
-                f"{type(self).__name__} with the fitted method {self.method!r} is not calibrated: call calibrate(q, k) "
-                "on sample data or load a state dict; or use method='posrf', which fits nothing"
-            )
+        """The map: a frozen value that every function of `favorsharp` takes.
+
+        Raises
+        ------
+        RuntimeError
+            If the buffers hold no map: the message says why, and what to do.
+        """
         if torch.compiler.is_compiling():
-            return self._built()
-        held = tuple(x for x in self._buffers.values() if x is not None)
-        if any(is_traced(x) for x in held):
-            return self._built()
-        stamps = stamps_of(held)
-        known = self._held
-        if known is None or known[1] != stamps or any(a is not b for a, b in zip(known[0], held, strict=True)):
-            with torch.inference_mode(False):
-                self._held = known = (held, stamps, self._built())
-        return known[2]
+            fault = self._fault_while_compiling()
+        else:
+            known = self._current()
+            if known is not None:
+                return known
+            fault = self._fault()
+        if fault is not None:
+            raise RuntimeError(fault)
+        return self._built()
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Go back to how the module was made: the same random rows if it had a seed, and not calibrated.
+
+        Fills the memory of a module that was made on the "meta" device. Without a seed, new rows are drawn; rows that
+        the caller gave come back.
+
+        Raises
+        ------
+        RuntimeError
+            If the caller's rows were on the "meta" device themselves.
+        """
+        if self.draw is None and self._source.is_meta:
+            raise RuntimeError(
+                f"draw was an array on the 'meta' device, so {type(self).__name__} has no rows to go back to; "
+                "accepted: an array with numbers, a draw by name, or a state dict"
+            )
+        rows = self._source if self.draw is None else self._rows(copy.deepcopy(self._source))
+        self._orthogonal = self.draw == "orthogonal"
+        self.projection = torch.as_tensor(rows, device="cpu").to(self.projection, copy=True)
+        self._set_initial_parameters()
 
     @torch.no_grad()
     def calibrate(
@@ -152,6 +196,8 @@ class MapBuffers(torch.nn.Module):
         ------
         TypeError, ValueError
             If an argument is not as described, or holds values that are not finite.
+        RuntimeError
+            If the module has no random rows yet.
         """
         if isinstance(q, Moments):
             if any(x is not None for x in (k, key_mask, query_mask, weighting)) or is_causal:
@@ -161,6 +207,9 @@ class MapBuffers(torch.nn.Module):
             raise TypeError("calibrate takes queries and keys, or one Moments: k is missing")
         else:
             data = self._gathered(q, k, key_mask, query_mask, weighting, is_causal)
+        fault = self._fault_of_rows() if _are_readable(self.projection) else None
+        if fault is not None:
+            raise RuntimeError(fault)
         parameters = fit(data, method=self.method, scale=self.scale, ridge=ridge)
         self.set_parameters(map_arrays(parameters, self._without_averaged_axes))
         return self
@@ -173,7 +222,7 @@ class MapBuffers(torch.nn.Module):
         Raises
         ------
         ValueError
-            If they are of another method, scale or shape.
+            If they are of another method, scale or shape, or g1^T g2 is not I.
         """
         if parameters.method != self.method or parameters.kernel != "softmax" or parameters.scale != self.scale:
             raise ValueError(
@@ -190,7 +239,13 @@ class MapBuffers(torch.nn.Module):
                     f"parameters.{name} is on {value.device}; accepted: the device of the module, "
                     f"{self.projection.device}"
                 )
-            setattr(self, name, value.detach().to(self.projection.dtype, copy=True))
+        if self.method in DENSE_EXPONENTIAL and _are_readable(parameters.g1, parameters.g2):
+            distance = float(_distance_from_inverse(parameters.g1, parameters.g2))
+            if not distance < _ROUNDING:
+                raise ValueError(f"parameters.g1^T parameters.g2 differs from I by {distance:.2g}; accepted: rounding")
+        for name in _PARAMETERS:
+            setattr(self, name, getattr(parameters, name).detach().to(self.projection.dtype, copy=True))
+        self._last_fault = None
         return self
 
     @torch.inference_mode(False)
@@ -214,8 +269,8 @@ class MapBuffers(torch.nn.Module):
         """
         if self.draw is None:
             raise ValueError("redraw needs a draw by name, and this module was given its rows as an array")
-        rows = torch.as_tensor(self._rows(rng))
-        self.projection = rows.to(device=self.projection.device, dtype=self.projection.dtype)
+        self._orthogonal = self.draw == "orthogonal"
+        self.projection = torch.as_tensor(self._rows(rng), device="cpu").to(self.projection)
         return self
 
     def extra_repr(self) -> str:
@@ -268,26 +323,171 @@ class MapBuffers(torch.nn.Module):
             )
         return x.reshape(x.shape[averaged:])
 
+    def _set_initial_parameters(self) -> None:
+        """NaN before calibration; those of a method that reads no data."""
+        if is_fitted(self.method):
+            for name in _PARAMETERS:
+                setattr(self, name, self.projection.new_full(self._shape(name), torch.nan))
+            self._last_fault = None if self.projection.is_meta else self._not_calibrated()
+        else:
+            none = self.projection.new_zeros((*self._batch, 0, self.size))
+            self.set_parameters(fit(none, none, method=self.method, scale=self.scale))
+
+    def _not_calibrated(self) -> str:
+        return (
+            f"{type(self).__name__} with the fitted method {self.method!r} is not calibrated: call calibrate(q, k) on "
+            "sample data or load a state dict; or use method='posrf', which fits nothing"
+        )
+
     def _built(self) -> FeatureMap:
         """The map of the buffers as they are."""
         values = {name: getattr(self, name) for name in _PARAMETERS}
         parameters = Parameters(method=self.method, kernel="softmax", scale=self.scale, **values)
         return feature_map(parameters, self.num_features, draw=self.projection)
 
+    def _current(self) -> FeatureMap | None:
+        """The map that was made of the buffers, if they are the same tensors and were not written to since."""
+        held = tuple(self._buffers[name] for name in _NUMBERS)
+        known = self._held
+        if known is None or any(is_traced(x) for x in held) or known[1] != stamps_of(held):
+            return None
+        return known[2] if all(a is b for a, b in zip(known[0], held, strict=True)) else None
+
+    def _fault(self) -> str | None:
+        """Why no map can be made of the buffers, or None. Waits for the device only where they changed."""
+        if self._current() is not None:
+            return None
+        held = tuple(self._buffers[name] for name in _NUMBERS)
+        if not _are_readable(*held):  # numbers of another's are taken on trust, stand-ins have the fault last seen
+            return self._last_fault if any(_is_subclass(x) for x in held) else None
+        fault: str | None = self._fault_of_rows() or self._fault_of_parameters()
+        self._last_fault = fault
+        if fault is None and not any(is_traced(x) for x in held):
+            with torch.inference_mode(False):
+                self._held = (held, stamps_of(held), self._built())
+        return fault
+
+    @torch.compiler.assume_constant_result
+    def _fault_while_compiling(self) -> str | None:
+        """`_fault` at the time of tracing."""
+        return self._fault()
+
+    @torch.no_grad()
+    def _fault_of_rows(self) -> str | None:
+        """Why the random rows cannot be used, or None."""
+        rows = self.projection.to(statistics_dtype(self.projection))
+        square, cosine = torch.stack([rows.square().mean(), _largest_cosine(rows)]).tolist()
+        name = type(self).__name__
+        if not math.isfinite(square):
+            return (
+                f"{name} has no random rows: nobody filled its memory (to_empty, or a load without that key); call "
+                "reset_parameters() or redraw(), or load a state dict"
+            )
+        if self.draw is None or (_may_be_normal(square, rows.numel()) and (cosine < _ANGLE or not self._orthogonal)):
+            return None
+        return (
+            f"the rows of {name} are not those of any draw {self.draw!r} (mean square {square:.3g}, largest cosine "
+            f"{cosine:.3g}): averages of different rows are like that, and memory that nobody filled. Average only "
+            "copies that share their rows, and leave out buffers otherwise; call redraw() or load a state dict"
+        )
+
+    @torch.no_grad()
+    def _fault_of_parameters(self) -> str | None:
+        """Why the parameters cannot be used, or None."""
+        values = [getattr(self, name).to(statistics_dtype(self.projection)) for name in _PARAMETERS]
+        distance = _distance_from_inverse(values[1], values[2])
+        flags = [torch.stack([test(x).all() for x in values]).all() for test in (torch.isnan, torch.isfinite)]
+        blank, finite, distance = torch.stack([*(x.to(distance) for x in flags), distance]).tolist()
+        if blank:
+            return self._not_calibrated()
+        if finite and (distance < _ROUNDING or self.method not in DENSE_EXPONENTIAL):
+            return None
+        return (
+            f"the parameters of {type(self).__name__} are not those of one fit (g1^T g2 differs from I by "
+            f"{distance:.2g}): averages of different calibrations are like that, numbers rounded to half precision, "
+            "and memory that nobody filled. Average only copies that share one calibration, and leave out buffers "
+            "otherwise; call calibrate(q, k) or load a state dict"
+        )
+
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
-        before = {name: x for name, x in self._buffers.items() if x is not None}
+        before = dict(self._buffers)
         super()._apply(fn, recurse)
         for name, x in before.items():
-            moved = self._buffers[name]
-            if moved is not None and moved.dtype in (torch.float16, torch.bfloat16):
-                self._buffers[name] = x.to(device=moved.device)
+            self._buffers[name] = _moved(x, self._buffers[name])
+        if any(x is not None and x.is_meta for x in before.values()):
+            self._last_fault = None
         return self
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
-        for name in _PARAMETERS:  # NaN, so that a load that fails leaves nothing that works
-            if prefix + name in state_dict and getattr(self, name) is None:
-                setattr(self, name, self.projection.new_full(self._shape(name), torch.nan))
+        rows = state_dict.get(prefix + "projection")
+        parameters = [prefix + name for name in _PARAMETERS]
+        if rows is not None and not any(name in state_dict for name in parameters) and not self.is_calibrated:
+            # of an earlier version, in which modules that are not calibrated had no parameters
+            state_dict.update({prefix + name: rows.new_full(self._shape(name), torch.nan) for name in _PARAMETERS})
         super()._load_from_state_dict(state_dict, prefix, *rest)
+        self._last_fault = None
+        if _are_readable(*(self._buffers[name] for name in _NUMBERS)):
+            self._orthogonal = self._orthogonal and float(_largest_cosine(self.projection)) < _ANGLE
+            self._fault()
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_held": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if "_source" not in state:  # of an earlier version
+            self._source = None if self.draw is not None else _own(self.projection)
+            self._orthogonal, self._last_fault = False, None
+            for name in _PARAMETERS:
+                if self._buffers[name] is None:
+                    self._buffers[name] = self.projection.new_full(self._shape(name), torch.nan)
+
+
+def _own(rows: Any) -> torch.Tensor:
+    """A copy of the caller's rows, wherever torch would make new tensors."""
+    rows = rows if isinstance(rows, torch.Tensor) else torch.as_tensor(rows, device="cpu")
+    return rows.detach().clone()
+
+
+def _moved(x: torch.Tensor | None, moved: torch.Tensor | None) -> torch.Tensor | None:
+    """The numbers of a buffer x where a change has moved it to: never rounded, NaN where there are none."""
+    if x is None or moved is None or moved is x or type(moved) is not type(x) or not x.is_floating_point():
+        return moved
+    dtype = x.dtype if moved.dtype in (torch.float16, torch.bfloat16) else moved.dtype
+    with torch.inference_mode(False), torch.no_grad():
+        if x.is_meta and not moved.is_meta:  # to_empty: anything may be there
+            return torch.full(x.shape, torch.nan, dtype=dtype, device=moved.device)
+        return x.to(device=moved.device, dtype=dtype, copy=True)
+
+
+def _is_subclass(x: torch.Tensor) -> bool:
+    """Whether x carries its numbers elsewhere, as fake tensors do."""
+    return type(x).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__
+
+
+def _are_readable(*arrays: torch.Tensor) -> bool:
+    """Whether tensors have numbers that can be looked at here."""
+    wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+    return not any(x.is_meta or _is_subclass(x) or wrapped(x) for x in arrays)
+
+
+def _largest_cosine(rows: torch.Tensor) -> torch.Tensor:
+    """The largest cosine, whatever its sign, of two rows in one block of d."""
+    m, d = rows.shape
+    blocks = functional.pad(rows, (0, 0, 0, -m % d)).reshape(-1, d, d)
+    units = functional.normalize(blocks, dim=-1)
+    return (units @ units.mT).abs().triu(1).amax()
+
+
+def _may_be_normal(square: float, count: int) -> bool:
+    """Whether half as many independent normal numbers as count have this mean square with a chance above 1e-13.
+
+    Half, because rows may come in pairs w and -w. The bound is Chernoff's.
+    """
+    return square > 0 and 0.25 * count * (square - 1 - math.log(square)) < 30
+
+
+def _distance_from_inverse(g1: torch.Tensor, g2: torch.Tensor) -> torch.Tensor:
+    """The largest entry of g1^T g2 - I, relative to |g1|^T |g2| where that is above 1."""
+    identity = torch.eye(g1.shape[-1], dtype=g1.dtype, device=g1.device)
+    return ((g1.mT @ g2 - identity).abs() / (g1.abs().mT @ g2.abs()).clamp(min=1)).amax()

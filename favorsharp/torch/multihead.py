@@ -22,7 +22,8 @@ class MultiheadAttention(torch.nn.Module):
     Parameters
     ----------
     embed_dim, num_heads, dropout, bias, add_bias_kv, add_zero_attn, kdim, vdim, batch_first, device, dtype
-        As in `torch.nn.MultiheadAttention`; `dropout` 0 only.
+        As in `torch.nn.MultiheadAttention`; `dropout` 0 only. On the "meta" device `to_empty` and `reset_parameters`,
+        or a load, fill the memory.
     method : str or callable
         As in `favorsharp.fit`, one fit a head; a positive one. Fitted methods need `calibrate` before the first call.
         "exact": softmax attention, the yardstick.
@@ -97,7 +98,7 @@ class MultiheadAttention(torch.nn.Module):
         }.items():
             self.register_parameter(name, None if shape is None else weights(*shape))
         self.out_proj = torch.nn.Linear(embed_dim, embed_dim, bias=bias, **made)
-        self.reset_parameters()
+        self._reset_weights()
         self.attention: LinearAttention | None = None
         if method != "exact":
             self.attention = LinearAttention(
@@ -147,7 +148,13 @@ class MultiheadAttention(torch.nn.Module):
         return made
 
     def reset_parameters(self) -> None:
-        """Initialise the weights as torch's module does."""
+        """Initialise everything as it was made: weights as torch's module does, the map as in `LinearAttention`."""
+        self.out_proj.reset_parameters()
+        self._reset_weights()
+        if self.attention is not None:
+            self.attention.reset_parameters()
+
+    def _reset_weights(self) -> None:
         for name, parameter in self.named_parameters(recurse=False):
             if name in ("bias_k", "bias_v"):
                 torch.nn.init.xavier_normal_(parameter)
