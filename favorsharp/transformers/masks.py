@@ -43,7 +43,7 @@ has in it, the dtype of eager's mask, and the model's config."""
 
 _MOVES = frozenset(
     {
-        *("__get__", "__set__", "__getitem__", "__len__", "__hash__", "__repr__", "__format__", "__deepcopy__"),
+        *("__get__", "__set__", "__getitem__", "__len__", "__hash__", "__repr__", "__format__"),
         *("__reduce_ex__", "to", "cpu", "cuda", "type", "contiguous", "clone", "detach", "requires_grad_"),
         *("pin_memory", "record_stream", "share_memory_", "as_subclass", "repeat", "reshape", "dim", "size", "stride"),
         *("storage_offset", "numel", "nelement", "element_size", "get_device", "data_ptr", "untyped_storage"),
@@ -80,6 +80,9 @@ class CompactMask(torch.Tensor):
             "models whose attention goes through transformers' attention interface and passes its mask on as it is, or "
             "attn_implementation='eager' for this model"
         )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "CompactMask":
+        return memo.setdefault(id(self), self.clone())
 
     def plain(self) -> Tensor:
         """The same numbers as an ordinary tensor."""

@@ -129,9 +129,17 @@ def _reaches(kind: type) -> bool:
         if package == "transformers":
             if base.__name__ in _layers_of_file(base.__module__)[1]:
                 return True
-        elif package not in ("torch", "favorsharp", "builtins") and not issubclass(base, PreTrainedModel):
+        elif package not in ("torch", "favorsharp", "builtins") and _may_reach(base):
             return True
     return False
+
+
+def _may_reach(kind: type) -> bool:
+    """Whether a class that is not of transformers may look its attention up: a layer may, by way of other files."""
+    try:
+        return not issubclass(kind, PreTrainedModel) or bool(_INTERFACE.search(inspect.getsource(kind)))
+    except (OSError, TypeError):
+        return True
 
 
 @lru_cache(maxsize=1024)
