@@ -10,6 +10,8 @@ needs one bit a key and one bit in all, so that is what `compact_mask` returns, 
     a stride of 0         no key is padding
 
 Nobody else knows what these numbers mean, so they come as a `CompactMask`, which lets itself be moved and not be read.
+While a graph is recorded, a tensor cannot be of a class of ours: there the mask has two more axes, of lengths 2 and 3
+and strides 0, with which nobody else's scores broadcast.
 A caller's own dense mask passes transformers unchanged, and is compared, value by value, with the two patterns.
 """
 
@@ -48,9 +50,14 @@ _MOVES = frozenset(
         *("pin_memory", "record_stream", "share_memory_", "as_subclass", "repeat", "reshape", "dim", "size", "stride"),
         *("storage_offset", "numel", "nelement", "element_size", "get_device", "data_ptr", "untyped_storage"),
         *("is_contiguous", "is_floating_point", "is_complex", "is_pinned", "is_shared", "is_inference", "_is_view"),
+        *("is_conj", "is_neg", "is_same_size", "is_signed", "_is_zerotensor"),
     }
 )
 """What may be done with a mask without knowing what it means."""
+
+
+_RECORDED = (2, 3)
+"""What the last axes of a mask are while a graph is recorded."""
 
 
 class CompactMask(torch.Tensor):
@@ -101,7 +108,7 @@ def _keeps_queries(index: Any) -> bool:
 def _reader() -> str:
     """The class of the layer that a call comes from; else the name of the function."""
     if torch.compiler.is_compiling():
-        return "a layer of the model"
+        return "the model"
     frame: Any = sys._getframe(2)
     first = frame.f_code.co_name
     while frame is not None:
@@ -139,7 +146,7 @@ def compact_mask(
     device: Any = "cpu",
     use_vmap: bool = False,
     **keywords: Any,
-) -> CompactMask:
+) -> Tensor:
     """The mask of one forward, in the form above; what transformers calls for a registered name.
 
     Parameters
@@ -155,7 +162,7 @@ def compact_mask(
 
     Returns
     -------
-    CompactMask
+    CompactMask, or a tensor with two more axes
         One that stands for a pattern which is neither bidirectional nor causal raises where a layer reads it: models
         make masks that no layer of theirs uses.
 
@@ -194,8 +201,9 @@ def compact_mask(
         mask = torch.ones(1, dtype=dtype, device=device).as_strided((batch_size, 1, 1, kv_length), (0, 0, 0, 0))
     else:
         mask = padding[:, None, None, :].to(dtype).clone(memory_format=torch.contiguous_format)
-    compact: CompactMask = mask.as_subclass(CompactMask)
-    return compact
+    if torch.compiler.is_compiling() or type(mask) is not torch.Tensor:
+        return mask[..., None, None].expand(*mask.shape, *_RECORDED)
+    return mask.as_subclass(CompactMask)
 
 
 def read_mask(mask: Any, n: int, s: int, is_causal: bool) -> Visible:
@@ -216,7 +224,9 @@ def read_mask(mask: Any, n: int, s: int, is_causal: bool) -> Visible:
         If the mask is something else.
     """
     if isinstance(mask, CompactMask):
-        return _read_compact(mask, n, s, is_causal)
+        return _read_compact(mask.plain(), n, s, is_causal)
+    if isinstance(mask, torch.Tensor) and mask.ndim == 4 + len(_RECORDED):
+        return _read_compact(mask[..., 0, 0], n, s, is_causal)
     if mask is None:
         if is_causal and 1 < n < s:
             raise ValueError(
@@ -233,8 +243,7 @@ def read_mask(mask: Any, n: int, s: int, is_causal: bool) -> Visible:
     return _read_dense(mask, n, s, is_causal)
 
 
-def _read_compact(mask: CompactMask, n: int, s: int, is_causal: bool) -> Visible:
-    mask = mask.plain()
+def _read_compact(mask: Tensor, n: int, s: int, is_causal: bool) -> Visible:
     if mask.dtype in _REFUSED:
         raise ValueError(_REFUSED[mask.dtype])
     if mask.ndim != 4 or mask.shape[-1] != s:

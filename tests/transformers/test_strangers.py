@@ -211,13 +211,41 @@ def test_doge_adds_a_bias_of_its_own_and_siglip2_reads_a_boolean_mask():
 
 
 @pytest.mark.slow
-def test_compiled_strangers_are_refused_too():
+@pytest.mark.parametrize("use", ["add", "masked_fill", "attend", "bool"])
+def test_compiled_strangers_are_refused_too(use):
+    """By an axis more, with which no scores broadcast."""
     torch._dynamo.reset()
     config = hf.LlamaConfig(**SMALL, attn_implementation="exact")
     for fullgraph in (True, False):
-        model = torch.compile(OwnModel(config, USES["add"]), backend="eager", fullgraph=fullgraph)
-        with pytest.raises(Exception, match="computes with its attention mask itself"):
+        model = torch.compile(OwnModel(config, USES[use]), backend="eager", fullgraph=fullgraph)
+        with pytest.raises(RuntimeError):
             model(torch.ones(2, 10, 32), MASK)
+
+
+class Break(torch.nn.Module):
+    """A layer that ends a graph."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, *args, **kwargs):
+        torch._dynamo.graph_break()
+        return self.layer(*args, **kwargs)
+
+
+@pytest.mark.slow
+def test_masks_pass_the_end_of_a_graph_and_exports():
+    model = llama()
+    model.set_attn_implementation("favorsharp")
+    batch = inputs("llama") | {"attention_mask": torch.arange(12)[None] < torch.tensor([12, 9, 5])[:, None]}
+    batch["attention_mask"] = batch["attention_mask"].long()
+    expected = output(model, **batch, use_cache=False)
+    exported = torch.export.export(model, (), batch | {"use_cache": False}).module()
+    torch.testing.assert_close(output(exported, **batch, use_cache=False), expected)
+    model.model.layers[1] = Break(model.model.layers[1])
+    torch._dynamo.reset()
+    torch.testing.assert_close(output(torch.compile(model, backend="aot_eager"), **batch, use_cache=False), expected)
 
 
 # Keywords -------------------------------------------------------------------------------------------------------------
