@@ -8,7 +8,7 @@ import copy
 import pytest
 import torch
 import transformers as hf
-from tiny import inputs, llama, output
+from tiny import bert, inputs, llama, output
 
 from favorsharp.transformers import StateCache, calibrate, register
 from favorsharp.transformers.attention import REGISTERED, attend
@@ -222,30 +222,23 @@ def test_compiled_strangers_are_refused_too(use):
             model(torch.ones(2, 10, 32), MASK)
 
 
-class Break(torch.nn.Module):
-    """A layer that ends a graph."""
-
-    def __init__(self, layer):
-        super().__init__()
-        self.layer = layer
-
-    def forward(self, *args, **kwargs):
-        torch._dynamo.graph_break()
-        return self.layer(*args, **kwargs)
-
-
 @pytest.mark.slow
 def test_masks_pass_the_end_of_a_graph_and_exports():
-    model = llama()
-    model.set_attn_implementation("favorsharp")
-    batch = inputs("llama") | {"attention_mask": torch.arange(12)[None] < torch.tensor([12, 9, 5])[:, None]}
-    batch["attention_mask"] = batch["attention_mask"].long()
-    expected = output(model, **batch, use_cache=False)
-    exported = torch.export.export(model, (), batch | {"use_cache": False}).module()
-    torch.testing.assert_close(output(exported, **batch, use_cache=False), expected)
-    model.model.layers[1] = Break(model.model.layers[1])
+    def run(x, padding):
+        mask = compact_mask(2, 10, 10, attention_mask=padding)
+        torch._dynamo.graph_break()
+        seen = read_mask(mask[..., :10].to(x.device), 10, 10, is_causal=True)
+        return torch.where(seen.key_mask, x, 0.0) if seen.is_causal else x
+
     torch._dynamo.reset()
-    torch.testing.assert_close(output(torch.compile(model, backend="aot_eager"), **batch, use_cache=False), expected)
+    x = torch.ones(2, 1, 10)
+    for backend in ("eager", "aot_eager"):
+        torch.testing.assert_close(torch.compile(run, backend=backend)(x, MASK), torch.where(MASK[:, None], x, 0.0))
+    model = bert()
+    model.set_attn_implementation("favorsharp")
+    batch = {"input_ids": IDS, "attention_mask": MASK.long()}
+    exported = torch.export.export(model, (), batch).module()
+    torch.testing.assert_close(output(exported, **batch), output(model, **batch))
 
 
 # Keywords -------------------------------------------------------------------------------------------------------------
