@@ -81,12 +81,12 @@ def causal_attention(
 
 
 def _packed(
-    q: Any, k: Any, v: Any, feature_map: Any, bounds: list[int], *, causal: bool, out: Any = None, **options: Any
-) -> Any:
+    q: Any, k: Any, v: Any, feature_map: Any, bounds: list[int], *, causal: bool, out: Any = None,
+    key_mask: Any = None, window: int = 0,
+) -> Any:  # fmt: skip
     arrays = _arrays_of(feature_map)
     if not _recorded(q, k, v, out, *arrays):
-        return packed_attention(q, k, v, feature_map, bounds, causal=causal, out=out, **options)
-    key_mask, window = options.get("key_mask"), options.get("window", 0)
+        return packed_attention(q, k, v, feature_map, bounds, causal=causal, out=out, key_mask=key_mask, window=window)
     return _Attention.apply(feature_map, key_mask, window, causal, bounds, q, k, v, *arrays)
 
 

@@ -14,23 +14,30 @@ from favorsharp.linear_attention import decode_step, init_state, linear_attentio
 from favorsharp.parameters import METHODS, Method, fit, is_fitted
 from favorsharp.transformers.cache import StateLayer, layer_of
 from favorsharp.transformers.masks import Visible, compact_mask, read_mask
+from favorsharp.transformers.models import guard, label
 
 Tensor = Any
 
 EXACT = "exact"
 """The method that is softmax attention itself: the yardstick."""
 
-_REFUSED = (
-    "softcap",
-    "position_bias",
-    "s_aux",
-    "sinks",
-    "head_mask",
-    "output_attentions",
-    "cu_seq_lens_q",
-    "cu_seq_lens_k",
+_HARMLESS = frozenset(
+    {
+        # positions and kinds of tokens: queries and keys have them in already, and masks are made of them before
+        *("position_ids", "cache_position", "position_embeddings", "token_type_ids", "mm_token_type_ids"),
+        # what the model is to return or count
+        *("use_cache", "return_dict", "output_hidden_states", "output_router_logits", "num_items_in_batch"),
+        *("labels", "logits_to_keep", "return_loss"),
+        # how kernels of others go about it: lengths of packed sequences, whose bounds are refused; determinism
+        *("max_length_q", "max_length_k", "deterministic", "use_top_left_mask"),
+        # where the layer stands, and its cache, which it has used before
+        *("layer_idx", "cache", "past_key_values"),
+    }
 )
-"""What some models add to the call, and features do not serve."""
+"""Keywords of the call that change nothing in its result."""
+
+_FLAGS = frozenset({"output_attentions", "softcap", "head_mask"})
+"""Keywords that ask for nothing where they are False."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -134,6 +141,7 @@ def register(
     REGISTERED[name] = registration
     AttentionInterface.register(name, partial(attend, registration))
     AttentionMaskInterface.register(name, compact_mask)
+    guard(REGISTERED)
 
 
 def attend(
@@ -146,28 +154,28 @@ def attend(
     scaling: float | None = None,
     dropout: float = 0.0,
     is_causal: bool | None = None,
+    sliding_window: int | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attention of one layer, (B, H, n, d) with keys and values of (B, Hkv, s, d) -> (B, n, H, d).
 
     What a layer cannot be given is refused: dropout of attention weights, which do not exist; patterns other than
-    bidirectional and causal; biases.
+    bidirectional and causal; biases; keywords that are not known to change nothing.
     """
     if dropout:
         raise ValueError(
             f"attention dropout is {dropout}: there are no attention weights to drop; accepted: 0 (in the config: "
             "attention_probs_dropout_prob, attn_pdrop or attention_dropout), or model.eval()"
         )
-    for name in _REFUSED:
-        if kwargs.get(name) is not None and kwargs[name] is not False:
-            raise ValueError(f"{name} is not served by attn_implementation={registration.name!r}")
-    layer = layer_of(key)
+    _check_keywords(registration, module, kwargs)
+    layer = layer_of(module, key, value)
     n, s = query.shape[-2], key.shape[-2]
     if layer is not None and s == 0:  # cross-attention after its first step
         seen = Visible(None, False)
     else:
         causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
         seen = read_mask(attention_mask, n, s, causal)
+    _check_sliding(registration, module, sliding_window, seen, s if layer is None else layer.seen + s)
     grouped = query.shape[1] != key.shape[1]
     if _collector is not None and _collector.wants(module):
         _collector.collect(registration, module, query, key, seen, scaling, grouped)
@@ -182,6 +190,28 @@ def attend(
         run = approximate if layer is None else partial(remember, layer)
         out = run(query, key, value, fm, seen, window, grouped)
     return out.transpose(1, 2).contiguous(), None
+
+
+def _check_keywords(registration: Registration, module: Any, keywords: dict[str, Any]) -> None:
+    unknown = [
+        name
+        for name, value in keywords.items()
+        if value is not None and name not in _HARMLESS and not (name in _FLAGS and value is False)
+    ]
+    if unknown:
+        raise ValueError(
+            f"{', '.join(unknown)} is not served by attn_implementation={registration.name!r}, and {label(module)} "
+            f"passes it to its attention; accepted beside the mask: {', '.join(sorted(_HARMLESS))}"
+        )
+
+
+def _check_sliding(registration: Registration, module: Any, window: int | None, seen: Visible, length: int) -> None:
+    """A sliding window passes where it hides no key; the mask of such a model was checked before, where it has one."""
+    if window is not None and length > window + (0 if seen.is_causal else 1):
+        raise ValueError(
+            f"{label(module)} has a sliding window of {window}, and {length} keys: the window is not served by "
+            f"attn_implementation={registration.name!r}; accepted: sequences no longer than the window"
+        )
 
 
 def exact(query: Tensor, key: Tensor, value: Tensor, seen: Visible, scaling: float | None, grouped: bool) -> Tensor:
@@ -365,12 +395,6 @@ def is_cross(module: Any) -> bool:
         return True
     # the decoders of encoder-decoder models have one class for both, and mark the self-attention as causal
     return bool(getattr(module, "is_decoder", False)) and not getattr(module, "is_causal", True)
-
-
-def label(module: Any) -> str:
-    """A layer as messages call it."""
-    index = getattr(module, "layer_idx", None)
-    return type(module).__name__ + ("" if index is None else f" (layer {index})")
 
 
 _collector: Any = None

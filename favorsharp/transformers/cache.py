@@ -1,18 +1,25 @@
 """Generation in constant memory: a transformers cache that holds states in place of keys and values."""
 
+import sys
 from dataclasses import fields, replace
+from types import FrameType
 from typing import Any
 
 import torch
+from transformers import AttentionMaskInterface
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from favorsharp._arrays import is_array
 from favorsharp.ops.state import State
+from favorsharp.transformers.masks import compact_mask
+from favorsharp.transformers.models import label
 
 Tensor = Any
 
 _MARK = "_favorsharp_layer"
 """Attribute of the keys that a layer of the cache returns: how the attention function finds it."""
+
+_INSTEAD = "accepted for such a layer: a DynamicCache, or no cache"
 
 
 class StateLayer(CacheLayerMixin):
@@ -20,40 +27,95 @@ class StateLayer(CacheLayerMixin):
 
     `update` passes the new keys and values on, marked; the attention function takes them into the state. For
     cross-attention, `keys` and `values` are empty after the first step, and marked too.
+
+    What the attention function gets must be the very tensors that `update` returned, once: a state cannot tell keys
+    that it has from those that it has not.
     """
 
     is_sliding = False
 
-    def __init__(self, **unused: Any) -> None:
+    def __init__(self) -> None:
         super().__init__()
         self.state: State | None = None
         self.seen = 0
-        self._awaited = 0
+        self._given: tuple[Tensor, Tensor] | None = None
+        self._received = False
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Nothing to allocate: a state is made by the first keys."""
         self.is_initialized = True
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Pass new keys and values on to the attention function, which is to take them into the state."""
-        if self._awaited:
-            raise RuntimeError(
-                "a StateCache was passed to a model whose attention is not favorsharp's: keys that it was given were "
-                "never taken into its state; accepted: attn_implementation registered by favorsharp.transformers"
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, kwargs: Any = None, **unknown: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Pass new keys and values on to the attention function, which is to take them into the state.
+
+        What comes beside them says how other caches keep keys, and changes nothing here: positions and rotations
+        (`args`), and `kwargs`, which paged caches read.
+        """
+        unknown = {name: value for name, value in unknown.items() if name != "cache_kwargs" and value is not None}
+        caller = _caller()
+        if unknown:
+            raise ValueError(
+                f"{_name_of(caller)} gives its cache {', '.join(unknown)}, which a StateCache does not serve; "
+                f"{_INSTEAD}"
             )
+        if self._given is not None:
+            _hand_out(None, None)
+            raise ValueError(self._why_not_taken(caller))
         self.is_initialized = True
-        self._awaited = int(key_states.shape[-2])
+        self._given = (key_states, value_states)
         setattr(key_states, _MARK, self)
+        _hand_out(self, caller)
         return key_states, value_states
+
+    def receive(self, module: Any, key: Tensor, value: Tensor) -> None:
+        """Check that the attention function got what `update` gave out last, or the empty keys that stand for it."""
+        _hand_out(None, None)
+        if key is self.keys and self.keys is not None:
+            given = self.values
+        elif self._given is not None and key is self._given[0] and not self._received:
+            given = self._given[1]
+        else:
+            raise ValueError(
+                f"{label(module)} attends again to keys that its cache gave out before (in a second call, or shared "
+                f"by another layer), and a StateCache would count them twice; {_INSTEAD}"
+            )
+        if value is not given:
+            raise ValueError(
+                f"{label(module)} changes its values between cache and attention: {_shapes(given, value)}; {_INSTEAD}"
+            )
+        self._received = self._given is not None
 
     def take(self, state: State, *, keep: tuple[Tensor, Tensor] | None = None) -> None:
         """Keep a state in place of the keys handed out last; `keep` are empty keys and values that stand for them."""
         self.state = _compact(state)
-        self.seen += self._awaited
-        self._awaited = 0
+        if self._given is not None:
+            self.seen += int(self._given[0].shape[-2])
+        self._given, self._received = None, False
         if keep is not None:
             self.keys, self.values = keep
             setattr(self.keys, _MARK, self)
+
+    def _why_not_taken(self, caller: FrameType | None) -> str:
+        if self._received:
+            return (
+                "a StateCache was used again after a call that raised an error: some layers hold its tokens and others "
+                "do not; accepted: reset() it, or a new one"
+            )
+        name = _name_of(caller)
+        config = getattr(caller.f_locals["self"], "config", None) if caller is not None else None
+        registered = getattr(config, "_attn_implementation", None)
+        if AttentionMaskInterface._global_mapping.get(registered) is not compact_mask:
+            return (
+                f"a StateCache was passed to a model whose attention is not favorsharp's: keys that {name} gave it "
+                f"were never taken into its state, as its attn_implementation is {registered!r}; accepted: a name "
+                "registered by favorsharp.transformers"
+            )
+        return (
+            f"{name} did not pass the keys of its cache on to attention as they were (it repeats, splits or rebuilds "
+            f"them, or calls update twice), so they were never taken into the state of a StateCache; {_INSTEAD}"
+        )
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Length and offset of the keys a call sees as keys: the new ones."""
@@ -71,7 +133,8 @@ class StateLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         """Forget everything."""
-        self.state, self.keys, self.values, self.seen, self._awaited = None, None, None, 0, 0
+        self.state, self.keys, self.values, self.seen = None, None, None, 0
+        self._given, self._received = None, False
         self.is_initialized = False
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -121,6 +184,16 @@ class StateCache(Cache):
     def __init__(self) -> None:
         super().__init__(layer_class_to_replicate=StateLayer)
 
+    def _refuse_other_memory(self, *args: Any, **kwargs: Any) -> Any:
+        raise ValueError(
+            f"{_name_of(_caller())} keeps another memory than keys and values in its cache (of a convolution, a "
+            "recurrence or an indexer), which a StateCache does not hold; accepted: a "
+            "DynamicCache(config=model.config), or no cache"
+        )
+
+    has_previous_state = get_conv_state = update_conv_state = _refuse_other_memory
+    get_recurrent_state = update_recurrent_state = update_indexer = _refuse_other_memory
+
     @property
     def num_bytes(self) -> int:
         """Memory of all states, in bytes."""
@@ -133,9 +206,63 @@ class StateCache(Cache):
         )
 
 
-def layer_of(key: Tensor) -> StateLayer | None:
-    """The layer of a `StateCache` that handed out these keys; None for keys from elsewhere."""
-    return getattr(key, _MARK, None)
+def layer_of(module: Any, key: Tensor, value: Tensor) -> StateLayer | None:
+    """The layer of a `StateCache` that handed out these keys and values; None for keys from elsewhere.
+
+    Raises
+    ------
+    ValueError
+        If the module asked its cache for keys and passes others on, or the same ones again, or other values.
+    """
+    layer: StateLayer | None = getattr(key, _MARK, None)
+    if layer is not None:
+        layer.receive(module, key, value)
+    elif _handed_out is not None and not torch.compiler.is_compiling() and _is_below(_handed_out[1]):
+        given = _handed_out[0]._given
+        if given is not None:
+            raise ValueError(
+                f"{label(module)} changes its keys between cache and attention: {_shapes(given[0], key)}; {_INSTEAD}"
+            )
+    return layer
+
+
+_handed_out: tuple[StateLayer, FrameType] | None = None
+"""The layer whose keys are on their way to attention, and the running call of the module that has them."""
+
+
+def _hand_out(layer: StateLayer | None, caller: FrameType | None) -> None:
+    global _handed_out
+    _handed_out = None if layer is None or caller is None else (layer, caller)
+
+
+def _caller() -> FrameType | None:
+    """The running call of the module that uses the cache."""
+    frame: FrameType | None = sys._getframe(2)
+    while frame is not None and not isinstance(frame.f_locals.get("self"), torch.nn.Module):
+        frame = frame.f_back
+    return frame
+
+
+def _name_of(caller: FrameType | None) -> str:
+    return "the model" if caller is None else label(caller.f_locals["self"])
+
+
+def _is_below(caller: FrameType) -> bool:
+    """Whether a call is still running, and called what runs now."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame is not caller:
+        frame = frame.f_back
+    return frame is not None
+
+
+def _shapes(given: Tensor, received: Tensor) -> str:
+    """What was changed, as far as shapes tell."""
+    if given.shape == received.shape:
+        return f"the cache gave shape {tuple(given.shape)}, and attention gets other numbers of that shape"
+    return (
+        f"the cache gave shape {tuple(given.shape)}, and attention gets {tuple(received.shape)}, repeated, split or "
+        "rebuilt, which a state cannot follow"
+    )
 
 
 def _compact(state: State) -> State:

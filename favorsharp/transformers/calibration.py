@@ -19,10 +19,10 @@ from favorsharp.transformers.attention import (
     FrozenMaps,
     Registration,
     is_cross,
-    label,
     set_collector,
 )
 from favorsharp.transformers.masks import Visible
+from favorsharp.transformers.models import label
 
 Tensor = Any
 

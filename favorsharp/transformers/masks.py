@@ -1,15 +1,21 @@
 """What the models' masks say: which keys are padding, and whether the future is hidden.
 
 transformers asks a registered mask function for a mask once a forward, and hands it to every layer. Linear attention
-needs one bit a key and one bit in all, so that is what `mask_function_of` returns, and no n by n mask is ever made:
+needs one bit a key and one bit in all, so that is what `compact_mask` returns, and no n by n mask is ever made:
 
-    bool  (B, 1, 1, s)    every query sees the keys that are True
-    int8  (B, 1, 1, s)    query i sees the keys that are 1, up to its own
-    a last axis of 1      no key is padding
+    bool   (B, 1, 1, s)   every query sees the keys that are True
+    int8   (B, 1, 1, s)   query i sees the keys that are 1, up to its own
+    int16  (B, 1, 1, s)   a pattern that is not served: the layer that reads it raises
+    int32  (B, 1, 1, s)   a pattern that is not known under torch.compile: likewise
+    a stride of 0         no key is padding
 
+Nobody else knows what these numbers mean, so they come as a `CompactMask`, which lets itself be moved and not be read.
+While a graph is recorded, a tensor cannot be of a class of ours: there the mask has two more axes, of lengths 2 and 3
+and strides 0, with which nobody else's scores broadcast.
 A caller's own dense mask passes transformers unchanged, and is compared, value by value, with the two patterns.
 """
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +28,95 @@ Tensor = Any
 _ACCEPTED = (
     "accepted: key padding, causal, or both (bidirectional and causal models with attention_mask of shape (B, s))"
 )
+
+
+_REFUSED = {
+    torch.int16: "the model asks for another attention pattern (a sliding window, chunks, packed sequences, a prefix); "
+    + _ACCEPTED,
+    torch.int32: "the model composes its attention mask of several parts, whose values are not known under "
+    "torch.compile; pass attention_mask (all ones, where nothing is padding): without it packed sequences are looked "
+    "for",
+}
+"""What the masks say that stand for a pattern which is not served."""
+
+_HARMLESS = frozenset({"allow_is_causal_skip", "allow_is_bidirectional_skip", "local_size", "dtype", "config"})
+"""Keywords of mask functions that change nothing here: whether a mask may be left out, a window that `mask_function`
+has in it, the dtype of eager's mask, and the model's config."""
+
+_MOVES = frozenset(
+    {
+        *("__get__", "__set__", "__getitem__", "__len__", "__hash__", "__repr__", "__format__"),
+        *("__reduce_ex__", "to", "cpu", "cuda", "type", "contiguous", "clone", "detach", "requires_grad_"),
+        *("pin_memory", "record_stream", "share_memory_", "as_subclass", "repeat", "reshape", "dim", "size", "stride"),
+        *("storage_offset", "numel", "nelement", "element_size", "get_device", "data_ptr", "untyped_storage"),
+        *("is_contiguous", "is_floating_point", "is_complex", "is_pinned", "is_shared", "is_inference", "_is_view"),
+        *("is_conj", "is_neg", "is_same_size", "is_signed", "_is_zerotensor"),
+    }
+)
+"""What may be done with a mask without knowing what it means."""
+
+
+_RECORDED = (2, 3)
+"""What the last axes of a mask are while a graph is recorded."""
+
+
+class CompactMask(torch.Tensor):
+    """What `compact_mask` returns: a tensor that may be moved, cut and copied, and that only `read_mask` reads.
+
+    A layer that computes with its mask by itself knows nothing of the form above: it would add the ones to its scores,
+    and attend to padding or to the future. Here it gets an error that names it. One use by others is right, and
+    served: the boolean mask as the condition of `torch.where`, as it means what a boolean mask means everywhere.
+    """
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name, own = func.__name__, bool(args) and isinstance(args[0], CompactMask)
+        if own and name in _MOVES and (name != "__getitem__" or _keeps_queries(args[1])):
+            out = super().__torch_function__(func, types, args, kwargs)
+            if not isinstance(out, torch.Tensor) or out.dtype == args[0].dtype:
+                return out
+        others = (*args[1:], *kwargs.values())
+        is_condition = own and func is torch.where and not any(isinstance(x, CompactMask) for x in others)
+        if is_condition and args[0].dtype is torch.bool:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
+        raise ValueError(
+            f"{_reader()} computes with its attention mask itself ({name}). The mask is one that only the attention "
+            "registered by favorsharp.transformers reads, so the layer would see padding or the future; accepted: "
+            "models whose attention goes through transformers' attention interface and passes its mask on as it is, or "
+            "attn_implementation='eager' for this model"
+        )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "CompactMask":
+        return memo.setdefault(id(self), self.clone())
+
+    def plain(self) -> Tensor:
+        """The same numbers as an ordinary tensor."""
+        with torch._C.DisableTorchFunctionSubclass():
+            return self.detach()
+
+
+def _keeps_queries(index: Any) -> bool:
+    """Whether an index leaves the axis of queries alone, which is of length 1 and stands for all of them."""
+    entries = index if isinstance(index, tuple) else (index,)
+    if any(entry is Ellipsis for entry in entries):
+        return entries[0] is Ellipsis and (len(entries) < 3 or entries[-2] == slice(None)) and len(entries) < 4
+    return len(entries) < 3 or entries[2] == slice(None)
+
+
+def _reader() -> str:
+    """The class of the layer that a call comes from; else the name of the function."""
+    if torch.compiler.is_compiling():
+        return "the model"
+    frame: Any = sys._getframe(2)
+    first = frame.f_code.co_name
+    while frame is not None:
+        owner = frame.f_locals.get("self")
+        if isinstance(owner, torch.nn.Module):
+            return type(owner).__name__
+        frame = frame.f_back
+    return f"the function {first}"
 
 
 @dataclass(frozen=True)
@@ -49,7 +144,8 @@ def compact_mask(
     mask_function: Callable[..., Any] = causal_mask_function,
     attention_mask: Tensor = None,
     device: Any = "cpu",
-    **unused: Any,
+    use_vmap: bool = False,
+    **keywords: Any,
 ) -> Tensor:
     """The mask of one forward, in the form above; what transformers calls for a registered name.
 
@@ -61,12 +157,26 @@ def compact_mask(
         (batch, head, query position, key position) -> bool; what transformers composes a model's pattern of.
     attention_mask : boolean tensor, shape (B, positions), optional
         True where a position is no padding.
+    use_vmap : bool
+        How transformers evaluates a pattern of several parts: by vmap where a part is the model's own.
+
+    Returns
+    -------
+    CompactMask, or a tensor with two more axes
+        One that stands for a pattern which is neither bidirectional nor causal raises where a layer reads it: models
+        make masks that no layer of theirs uses.
 
     Raises
     ------
     ValueError
-        If the pattern is neither bidirectional nor causal, or the cache holds room for keys that do not exist yet.
+        If the cache holds room for keys that do not exist yet, or a keyword is unknown.
     """
+    unknown = [name for name, value in keywords.items() if name not in _HARMLESS and value is not None]
+    if unknown:
+        raise ValueError(
+            f"transformers asks for a mask with {', '.join(unknown)}, which {_reader()} gives a meaning that is not "
+            f"known here; accepted: {', '.join(sorted(_HARMLESS))}"
+        )
     is_causal = mask_function is not bidirectional_mask_function
     if is_causal and not _same_end(q_offset, q_length, kv_offset, kv_length):
         raise ValueError(
@@ -83,14 +193,17 @@ def compact_mask(
         padding = attention_mask[:, kv_offset : kv_offset + kv_length]
         if not torch.compiler.is_compiling() and bool(padding.all()):
             padding = None
-    if is_causal and mask_function is not causal_mask_function:
-        is_causal = _recognised(
-            mask_function, attention_mask, batch_size, q_length, q_offset, kv_offset + kv_length, device
-        )
     dtype = torch.int8 if is_causal else torch.bool
+    if is_causal and mask_function is not causal_mask_function:
+        whole = kv_offset + kv_length
+        dtype = _recognised(mask_function, attention_mask, batch_size, q_length, q_offset, whole, use_vmap, device)
     if padding is None:
-        return torch.ones((1, 1, 1, 1), dtype=dtype, device=device)
-    return padding[:, None, None, :].to(dtype)
+        mask = torch.ones(1, dtype=dtype, device=device).as_strided((batch_size, 1, 1, kv_length), (0, 0, 0, 0))
+    else:
+        mask = padding[:, None, None, :].to(dtype).clone(memory_format=torch.contiguous_format)
+    if torch.compiler.is_compiling() or type(mask) is not torch.Tensor:
+        return mask[..., None, None].expand(*mask.shape, *_RECORDED)
+    return mask.as_subclass(CompactMask)
 
 
 def read_mask(mask: Any, n: int, s: int, is_causal: bool) -> Visible:
@@ -110,6 +223,10 @@ def read_mask(mask: Any, n: int, s: int, is_causal: bool) -> Visible:
     TypeError, ValueError
         If the mask is something else.
     """
+    if isinstance(mask, CompactMask):
+        return _read_compact(mask.plain(), n, s, is_causal)
+    if isinstance(mask, torch.Tensor) and mask.ndim == 4 + len(_RECORDED):
+        return _read_compact(mask[..., 0, 0], n, s, is_causal)
     if mask is None:
         if is_causal and 1 < n < s:
             raise ValueError(
@@ -120,21 +237,26 @@ def read_mask(mask: Any, n: int, s: int, is_causal: bool) -> Visible:
         raise TypeError(f"attention mask is a {type(mask).__name__}; {_ACCEPTED}")
     if mask.ndim != 4 or mask.shape[-2] not in (1, n) or mask.shape[-1] not in (1, s):
         raise ValueError(f"attention mask has shape {tuple(mask.shape)} for n={n}, s={s}; accepted: (B, 1, n, s)")
-    if mask.dtype is torch.int8:
-        if not is_causal:
-            raise ValueError("attention mask of int8 says causal, and its layer says it is not")
-        return Visible(_keys(mask, s), True)
     if mask.dtype is torch.bool and mask.shape[1] == 1 and mask.shape[2] == 1:
         # one row for all queries; a single query sees the same keys whether or not its layer is causal
-        return Visible(_keys(mask, s), is_causal and n == 1)
+        return Visible(mask.expand(-1, -1, -1, s)[:, :, 0, :], is_causal and n == 1)
     return _read_dense(mask, n, s, is_causal)
 
 
-def _keys(mask: Tensor, s: int) -> Tensor:
-    """(B, 1, 1, s) -> boolean (B, 1, s); None where the last axis says that nothing is padding."""
-    if mask.shape[-1] == 1 and s != 1:
-        return None
-    return mask[:, :, 0, :].bool()
+def _read_compact(mask: Tensor, n: int, s: int, is_causal: bool) -> Visible:
+    if mask.dtype in _REFUSED:
+        raise ValueError(_REFUSED[mask.dtype])
+    if mask.ndim != 4 or mask.shape[-1] != s:
+        raise ValueError(
+            f"attention mask is for {mask.shape[-1]} keys, and its layer has {s}; accepted: as many as the model's "
+            "mask has, with those that its cache holds"
+        )
+    key_mask = None if mask.stride(-1) == 0 else mask[:, :1, 0, :].bool()
+    if mask.dtype is torch.int8:
+        if not is_causal:
+            raise ValueError("the model's attention mask is causal, and its layer says it is not")
+        return Visible(key_mask, True)
+    return Visible(key_mask, is_causal and n == 1)
 
 
 def _read_dense(mask: Tensor, n: int, s: int, is_causal: bool) -> Visible:
@@ -181,20 +303,18 @@ def _recognised(
     q_length: int,
     q_offset: int,
     length: int,
+    use_vmap: bool,
     device: Any,
-) -> bool:
-    """Whether a composed pattern comes to plain causal (True) or bidirectional (False) here; or an error.
+) -> torch.dtype:
+    """The dtype that says what a composed pattern comes to here: plain causal, bidirectional, or another.
 
     A sliding window over a shorter sequence is plain causal. What a cache has seen counts: a window that hides a past
     key is another pattern, however short the block of new ones is.
     """
     if torch.compiler.is_compiling():
-        raise ValueError(
-            "the model composes its attention mask of several parts, whose values are not known under torch.compile; "
-            "pass attention_mask (all ones, where nothing is padding): without it packed sequences are looked for"
-        )
+        return torch.int32
 
-    def dense(function: Callable[..., Any]) -> Tensor:
+    def dense(function: Callable[..., Any], **options: Any) -> Tensor:
         return sdpa_mask(
             batch_size=batch_size,
             q_length=q_length,
@@ -204,14 +324,12 @@ def _recognised(
             attention_mask=attention_mask,
             allow_is_causal_skip=False,
             device=device,
+            **options,
         )
 
-    asked = dense(mask_function)
+    asked = dense(mask_function, **({"use_vmap": True} if use_vmap else {}))
     if torch.equal(asked, dense(causal_mask_function)):
-        return True
+        return torch.int8
     if torch.equal(asked, dense(bidirectional_mask_function)):
-        return False
-    raise ValueError(
-        "the model asks for another attention pattern (a sliding window, chunks, packed sequences, a prefix); "
-        f"{_ACCEPTED}"
-    )
+        return torch.bool
+    return torch.int16

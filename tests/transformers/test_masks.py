@@ -6,7 +6,7 @@ from tiny import MODELS, bert, gpt2, inputs, llama, output
 from transformers import MistralConfig, MistralForCausalLM
 
 from favorsharp.transformers import StateCache, calibrate, register
-from favorsharp.transformers.masks import read_mask
+from favorsharp.transformers.masks import CompactMask, read_mask
 
 
 @pytest.fixture(autouse=True)
@@ -74,7 +74,9 @@ def test_other_patterns_are_refused(pattern, implementation):
         (torch.ones(2, 6, dtype=torch.bool), ValueError, r"shape \(2, 6\)"),
         (torch.ones(1, 1, 5, 6, dtype=torch.bool), ValueError, "n=6, s=6"),
         ("causal", TypeError, "str"),
-        (torch.ones(1, 1, 1, 6, dtype=torch.int8), ValueError, "says it is not"),
+        (torch.ones(1, 1, 1, 6, dtype=torch.int8), TypeError, "int8"),
+        (torch.ones(1, 1, 1, 6, dtype=torch.int8).as_subclass(CompactMask), ValueError, "says it is not"),
+        (torch.ones(1, 1, 1, 5, dtype=torch.bool).as_subclass(CompactMask), ValueError, "5 keys, and its layer has 6"),
     ],
 )
 def test_what_is_no_mask_is_refused(mask, error, message):
