@@ -89,7 +89,8 @@ class CompactMask(torch.Tensor):
         )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "CompactMask":
-        return memo.setdefault(id(self), self.clone())
+        twin: CompactMask = memo.setdefault(id(self), self.clone())
+        return twin
 
     def plain(self) -> Tensor:
         """The same numbers as an ordinary tensor."""

@@ -185,6 +185,7 @@ def test_padding_that_repeats_one_number_is_padding():
     for n in (1, 10):
         seen = read_mask(compact_mask(2, n, n, attention_mask=row[:, :n]), n, n, is_causal=True)
         assert torch.equal(seen.key_mask, row[:, None, :n])
+        assert read_mask(compact_mask(2, n, n), n, n, is_causal=True).key_mask is None  # one token takes a step by this
 
 
 def test_doge_adds_a_bias_of_its_own_and_siglip2_reads_a_boolean_mask():
