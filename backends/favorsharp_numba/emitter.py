@@ -110,6 +110,17 @@ class Emitter:
         reduce = cgutils.get_or_insert_function(self.b.module, ir.FunctionType(self.scalar, [self.vector]), name)
         return self.b.call(reduce, [x], fastmath=("nnan",))
 
+    def add_with_low(self, x, low, value):
+        """x + low + value as a sum and what its rounding takes off, which is 0 where the sum is not finite.
+
+        Exact where value is below x; else off by its own rounding.
+        """
+        value = self.b.fadd(value, low)
+        total = self.b.fadd(x, value)
+        lost = self.b.fsub(value, self.b.fsub(total, x))
+        nothing = ir.Constant(lost.type, [0.0] * self.lanes if isinstance(lost.type, ir.VectorType) else 0.0)
+        return total, self.b.select(self.b.fcmp_ordered("ord", lost, lost), lost, nothing)
+
     def exp2(self, y, *, above=False):
         """2**y; NaN where y is. Exactly 0 below the range of normal numbers.
 

@@ -16,8 +16,8 @@ from favorsharp_numba.primitives import (
     exp_block,
     max_block,
     product,
-    product_add_ahead,
     product_ahead,
+    product_take,
     product_terms_ahead,
     scale_block,
     sum_block,
@@ -33,6 +33,7 @@ from favorsharp_numba.rows import (
     quadratic_rows,
     scale_rows,
     store_rows,
+    take_row,
     take_tops,
     total_of,
     transpose_block,
@@ -267,10 +268,26 @@ def raise_top(one, s, side, p, p_step, count, top, new_top, safe):
 
 
 @inlined
-def rescale(one, s, top, new_top, kv, z, transposed, factors, ones):
+def lows_of(one, s, p, task, scratch):
+    """The low parts of kv and then of z: those that a state keeps, or zeros in scratch."""
+    if p.lows != 0:
+        return p.lows + task * (p.kv_size + s.m_pad)
+    fill(one, scratch, p.kv_size + s.m_pad, one - one)
+    return scratch
+
+
+@register_jitable
+def lows_size(s):
+    """Items of scratch that low parts need."""
+    return max(s.m * s.e_pad, s.e * s.m_pad) + s.m_pad
+
+
+@inlined
+def rescale(one, s, top, new_top, kv, z, lows, z_lows, transposed, factors, ones):
     """Divide the sums by the rise of the top, feature by feature, and take the new top; factors keep what it was."""
     take_tops(one, s.m_pad, top, new_top, factors)
     scale_sums(one, s, kv, z, transposed, factors, ones)
+    scale_sums(one, s, lows, z_lows, transposed, factors, ones)
 
 
 @inlined
@@ -284,26 +301,32 @@ def scale_sums(one, s, kv, z, transposed, factors, ones):
 
 
 @inlined
-def add_keys(one, s, p, p_step, values, v_step, count, kv, transposed, ahead):
-    """Add features times values, rows `v_step` apart, to kv, (m, e_pad), or transposed (e, m_pad)."""
+def add_keys(one, s, p, p_step, values, v_step, count, kv, lows, transposed, ahead):
+    """Add features times values, rows `v_step` apart, to kv, (m, e_pad), or transposed (e, m_pad).
+
+    A tile is added up by itself and then taken with the low parts of kv: errors do not grow with the number of keys.
+    """
     width = panel(one)
     if transposed:
-        product_add_ahead(one, s.e, s.m_pad, count, values, 1, v_step, p, width, p_step, kv, s.m_pad, ahead)
+        product_take(one, s.e, s.m_pad, count, values, 1, v_step, p, width, p_step, kv, s.m_pad, lows, ahead)
     else:
-        product_add_ahead(one, s.m, s.e_pad, count, p, 1, p_step, values, width, v_step, kv, s.e_pad, ahead)
+        product_take(one, s.m, s.e_pad, count, p, 1, p_step, values, width, v_step, kv, s.e_pad, lows, ahead)
 
 
 @inlined
-def take_keys(one, s, side, p, p_step, values, v_step, count, kv, z, top, transposed, scratch, ahead):
+def take_keys(one, s, side, p, p_step, values, v_step, count, kv, z, top, lows, z_lows, transposed, scratch, ahead):
     """Take keys into the sums (kv, z) relative to 2**top: their log features become features."""
     new_top = scratch
     safe = new_top + s.m_pad
     scales = safe + s.m_pad
     ones = scales + s.m_pad
     if raise_top(one, s, side, p, p_step, count, top, new_top, safe) > 0:
-        rescale(one, s, top, new_top, kv, z, transposed, scales, ones)
-    exp_block(one, p, p_step, count, s.m_pad, side + ZERO, 0, safe, ones, 0, z)
-    add_keys(one, s, p, p_step, values, v_step, count, kv, transposed, ahead)
+        rescale(one, s, top, new_top, kv, z, lows, z_lows, transposed, scales, ones)
+    new_z = scales
+    fill(one, new_z, s.m_pad, one - one)
+    exp_block(one, p, p_step, count, s.m_pad, side + ZERO, 0, safe, ones, 0, new_z)
+    take_row(one, s.m_pad, new_z, z, z_lows)
+    add_keys(one, s, p, p_step, values, v_step, count, kv, lows, transposed, ahead)
 
 
 @register_jitable
@@ -313,7 +336,7 @@ def take_keys_scratch(s):
 
 
 @inlined
-def absorb(one, s, side, k, v, mask, b, start, stop, kv, z, top, transposed, scratch):
+def absorb(one, s, side, k, v, mask, b, start, stop, kv, z, top, lows, z_lows, transposed, scratch):
     """Take the keys start .. stop into the sums (kv, z) relative to 2**top."""
     p_step = s.m_pad + lanes(one)
     points = scratch
@@ -333,7 +356,9 @@ def absorb(one, s, side, k, v, mask, b, start, stop, kv, z, top, transposed, scr
             next_values = ahead_of(v, b, first + count, after, s.e)
             log_keys(one, s, side, points, count, factors, p, p_step, next_values)
             next_keys = ahead_of(k, b, first + count, after, s.d)
-            take_keys(one, s, side, p, p_step, values, v_step, count, kv, z, top, transposed, rest, next_keys)
+            take_keys(
+                one, s, side, p, p_step, values, v_step, count, kv, z, top, lows, z_lows, transposed, rest, next_keys
+            )  # fmt: skip
 
 
 def absorb_scratch(one, s):
