@@ -6,7 +6,7 @@ SPAN tokens the state is made anew from these: an error has no more than SPAN to
 """
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -32,9 +32,6 @@ class Kept:
         self.steps = self.keys.strides[0], self.values.strides[0]
         self.owners: dict[int, object] = {}
 
-    def __reduce__(self) -> Any:
-        return type(None), ()  # a copy or a pickle of a state goes without
-
     def rows_at(self, position: int) -> tuple[int, int] | None:
         """The addresses of a row of keys and one of values, for the first who asks."""
         if position == SPAN:
@@ -50,6 +47,16 @@ class Kept:
         arrays = (np.moveaxis(x[:count], 0, -2) for x in (self.keys, self.values))
         k, v = (numpy_or_torch(self.since.kv, x.reshape(*batch, count, x.shape[-1])) for x in arrays)
         return k, v
+
+
+class After(NamedTuple):
+    """What a state after some of these tokens remembers: them all, and how many of the first it has taken."""
+
+    kept: Kept
+    count: int
+
+    def __reduce__(self) -> Any:
+        return type(None), ()  # a copy or a pickle of a state goes without
 
 
 def settled(state: State, feature_map: Any) -> State:

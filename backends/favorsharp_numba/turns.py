@@ -24,7 +24,7 @@ from favorsharp_numba.arguments import (
 )
 from favorsharp_numba.decode_kernel import PLAN_SIZE, turn, turn_scratch
 from favorsharp_numba.run import SMALL, aligned, share
-from favorsharp_numba.single_tokens import Kept, settled
+from favorsharp_numba.single_tokens import After, Kept, settled
 
 _NOTHING_KEPT, _NO_ROWS = (None, 0), (0, 0)
 
@@ -79,7 +79,7 @@ class Turn:
             share(turn, self.heads, self.work, self.scratch, self.one, self.plan, *places, *rows)
         new = State(kv, z, c, state.window, state.recent_k, state.recent_v, state.recent_mask, state.fingerprint)
         if self.keeps:
-            object.__setattr__(new, "single_tokens", (kept, position + 1))
+            object.__setattr__(new, "single_tokens", After(kept, position + 1))
         return out, new
 
     def _scratch(self) -> int:

@@ -6,7 +6,7 @@ keys. So nothing is subtracted, and everything else is as if the shard continued
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ import torch
 from favorsharp._arrays import cast
 from favorsharp._typing import Array
 from favorsharp.moments import combine
-from favorsharp.ops.state import State, update
+from favorsharp.ops.state import State, update, with_sums
 
 WHOLE, BUT_LAST, BUT_FIRST = 0, 1, 2
 """Which keys of a shard a state is of: all, or all but those of the last or first block."""
@@ -106,7 +106,7 @@ def taken_in(empty: State, rows: Array) -> State:
     # what a query reads does not depend on the reference of the sums, so that no gradient belongs to it
     top = rows[..., -1:].detach().amax(0)
     sums = (rows[..., :-1] * torch.exp(rows[..., -1:] - finite(top))).sum(0)
-    return replace(empty, kv=sums[..., :-1], z=sums[..., -1:].mT, c=top.mT)
+    return with_sums(empty, sums[..., :-1], sums[..., -1:].mT, top.mT)
 
 
 def packed_keys(shard: Shard, start: int, stop: int) -> Array:
