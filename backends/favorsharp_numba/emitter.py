@@ -111,15 +111,13 @@ class Emitter:
         return self.b.call(reduce, [x], fastmath=("nnan",))
 
     def add_with_low(self, x, low, value):
-        """x + low + value as a sum and what its rounding takes off, which is 0 where the sum is not finite.
+        """x + low + value as a sum and what its rounding takes off; NaN where the sum is not finite.
 
-        Exact where value is below x; else off by its own rounding.
+        Exact where value is below x; else off by the rounding of value.
         """
         value = self.b.fadd(value, low)
         total = self.b.fadd(x, value)
-        lost = self.b.fsub(value, self.b.fsub(total, x))
-        nothing = ir.Constant(lost.type, [0.0] * self.lanes if isinstance(lost.type, ir.VectorType) else 0.0)
-        return total, self.b.select(self.b.fcmp_ordered("ord", lost, lost), lost, nothing)
+        return total, self.b.fsub(value, self.b.fsub(total, x))
 
     def exp2(self, y, *, above=False):
         """2**y; NaN where y is. Exactly 0 below the range of normal numbers.

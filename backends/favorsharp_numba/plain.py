@@ -44,9 +44,8 @@ def product_take(one, m, n, k, a, a_row, a_step, b, b_panel, b_step, c, c_row, l
             value = get(one, low_place) + _sum(one, i, j, k, a, a_row, a_step, b, b_panel, b_step)
             held = get(one, place)
             total = held + value
-            lost = value - (total - held)
             put(one, place, total)
-            put(one, low_place, lost if lost == lost else one - one)
+            put(one, low_place, value - (total - held))
 
 
 @outlined

@@ -14,7 +14,7 @@ from favorsharp.ops.state import State
 from favorsharp_numba.arguments import numpy_or_torch
 from favorsharp_numba.problem import absorbed
 
-SPAN = 128
+SPAN = 256
 """How many tokens are kept."""
 
 
