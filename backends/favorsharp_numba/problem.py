@@ -144,7 +144,7 @@ class AttentionProblem:
         s, batch = self.s, self.key_batch
         first = self.sums.reshape(self.heads, self.segments, -1)[:, 0]
         c = first[:, self.kv_size + s.m_pad : self.kv_size + s.m_pad + s.m] / LOG2E
-        kv, z = self._taken_out(first)
+        kv, z = (np.ascontiguousarray(x) for x in self._taken_out(first))
         kv_low, z_low = (None, None) if self.lows is None else self._taken_out(self.lows)
         c = c.astype(self.packed.dtype).reshape(*batch, 1, s.m)
         return {"kv": kv, "z": z, "c": c, "kv_low": kv_low, "z_low": z_low}
@@ -154,11 +154,11 @@ class AttentionProblem:
         return {name: None if x is None else numpy_or_torch(like, x) for name, x in self.state_arrays().items()}
 
     def _taken_out(self, sums: Any) -> tuple[Any, Any]:
-        """Arrays of a state from sums, or from their low parts."""
+        """Arrays of a state in sums, or in their low parts: not copied."""
         s, batch = self.s, self.key_batch
         kv = sums[:, : self.kv_size].reshape(self.heads, s.m, s.e_pad)[:, :, : s.e]
         z = sums[:, self.kv_size : self.kv_size + s.m]
-        return np.ascontiguousarray(kv).reshape(*batch, s.m, s.e), np.ascontiguousarray(z).reshape(*batch, 1, s.m)
+        return kv.reshape(*batch, s.m, s.e), z.reshape(*batch, 1, s.m)
 
     def keep_stats(self) -> Any:
         """Have the kernels put aside what a backward pass needs: (query heads, n, 2), 1 / total and reference."""
