@@ -169,6 +169,12 @@ def test_low_parts_are_part_of_a_state(tmp_path):
     assert fs.update(double, *doubled(k, v), fm).z_low is None
 
 
+def assert_gradients(single, double):
+    """The last is that of log_weight: terms of both signs, which for the most part cancel."""
+    for got, want, limit in zip(single, double, [2e-5] * 4 + [1e-4], strict=True):
+        assert_close(got, want, limit)
+
+
 @pytest.mark.parametrize(
     "options", [{"is_causal": True}, {}, {"window": WINDOW}, {"is_causal": True, "window": WINDOW}]
 )
@@ -179,8 +185,7 @@ def test_gradients(options):
             attention_vjp(*arrays, astype(fm, arrays[0].dtype), of_map=True, **options)[1](1 + arrays[1][:, :2])
             for arrays in ((q, k, v), doubled(q, k, v))
         )
-    for got, want in zip(single, double, strict=True):
-        assert_close(got, want, 2e-5)
+    assert_gradients(single, double)
 
 
 def test_gradients_of_products():
@@ -190,5 +195,4 @@ def test_gradients_of_products():
             kernel_matvec_vjp(*arrays, astype(fm, arrays[0].dtype), of_map=True)[1](1 + arrays[1][:, :2])
             for arrays in ((q, k, v), doubled(q, k, v))
         )
-    for got, want in zip(single, double, strict=True):
-        assert_close(got, want, 2e-5)
+    assert_gradients(single, double)
