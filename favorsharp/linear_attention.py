@@ -477,7 +477,8 @@ def decode_step(
         out, state = run(q, k, v, state, prepared)
         if q.dtype == k.dtype == v.dtype:
             settle(feature_map, signature, (run, _layout_of(state)), prepared)
-    return cast(out, result_dtype(xp, q, k, v)), replace(state, fingerprint=fingerprint)
+    signed = state if state.fingerprint == fingerprint else replace(state, fingerprint=fingerprint)
+    return cast(out, result_dtype(xp, q, k, v)), signed
 
 
 def _layout_of(state: State) -> Hashable:
@@ -628,15 +629,19 @@ def _repeat_heads(mask: Array, q: Array, k: Array) -> Array:
     return namespace_of(mask).repeat(mask, q.shape[-3] // k.shape[-3], axis=-2)
 
 
-_BATCHED = ("kv", "z", "c", "recent_k", "recent_v")
+_BATCHED = ("kv", "z", "c", "recent_k", "recent_v", "kv_low", "z_low")
 
 
 def _with_group_axis(state: State) -> State:
     """The state with a further axis after the key heads, for the query heads that read each of them."""
-    values = {name: getattr(state, name)[..., None, :, :] for name in _BATCHED}
+    values = {name: x[..., None, :, :] for name, x in _batched(state)}
     return replace(state, **values, recent_mask=state.recent_mask[..., None, :])
 
 
 def _without_group_axis(state: State) -> State:
-    values = {name: getattr(state, name)[..., 0, :, :] for name in _BATCHED}
+    values = {name: x[..., 0, :, :] for name, x in _batched(state)}
     return replace(state, **values, recent_mask=state.recent_mask[..., 0, :])
+
+
+def _batched(state: State) -> list[tuple[str, Array]]:
+    return [(name, x) for name in _BATCHED if (x := getattr(state, name)) is not None]

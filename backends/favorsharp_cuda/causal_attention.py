@@ -1,10 +1,9 @@
 """Causal attention."""
 
-from dataclasses import replace
 from typing import Any
 
 from favorsharp._arrays import broadcast_shapes, namespace_of
-from favorsharp.ops.state import State, num_leaving, with_recent
+from favorsharp.ops.state import State, num_leaving, with_recent, with_sums
 from favorsharp_cuda import arrays, plain, tiles
 from favorsharp_cuda.packed import packed
 from favorsharp_cuda.problem import key_batch_of, sums_of
@@ -72,7 +71,7 @@ def _attend(
             xp = namespace_of(k)
             key_mask = xp.ones_like(k[..., 0], dtype=xp.bool)
         recent = recent_of(k[..., limit:, :], v[..., limit:, :], key_mask[..., limit:])
-    return arrays.cast(out, dtype), replace(state, kv=kv, z=z, c=c, **recent)
+    return arrays.cast(out, dtype), with_sums(state, kv, z, c, **recent)
 
 
 def _nothing(k: Any, v: Any, batch: tuple[int, ...]) -> dict[str, Any]:

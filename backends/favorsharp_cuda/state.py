@@ -5,7 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 from favorsharp._arrays import broadcast_shapes, namespace_of
-from favorsharp.ops.state import State, num_leaving, with_recent
+from favorsharp.ops.state import State, num_leaving, with_recent, with_sums
 from favorsharp_cuda import arrays, plain, tiles
 from favorsharp_cuda.problem import key_batch_of, sums_of
 
@@ -91,7 +91,7 @@ def _decoded(q: Any, k: Any, v: Any, feature_map: Any, key_mask: Any, state: Sta
     if decoded is None:
         return None
     out, (kv, z, c), kept = decoded
-    after = replace(state, kv=kv, z=z, c=c)
+    after = with_sums(state, kv, z, c)
     if kept is not None:
         after = replace(after, recent_k=kept[0], recent_v=kept[1], recent_mask=kept[2])
     return arrays.cast(out, arrays.name_of(q)), after
@@ -124,4 +124,4 @@ def _absorbed(state: State, k: Any, v: Any, key_mask: Any, feature_map: Any) -> 
     k, v, sums = fitting(k, wide), fitting(v, wide), sums_of(state)
     served = k.shape[-2] >= FEW and tiles.fit(k, v.shape[-1])
     kv, z, c = (tiles if served else plain).absorb(k, v, feature_map, key_mask, sums)
-    return replace(state, kv=kv, z=z, c=c)
+    return with_sums(state, kv, z, c)

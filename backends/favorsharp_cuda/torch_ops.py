@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 
 from favorsharp._arrays import is_traced
-from favorsharp.ops.state import State, empty_state, num_leaving, with_recent
+from favorsharp.ops.state import State, empty_state, num_leaving, with_recent, with_sums
 from favorsharp.ops.state import decode_step as decode_op
 from favorsharp.ops.state import read as reading_op
 from favorsharp.ops.state import update as updating_op
@@ -99,7 +99,7 @@ def causal_attention(
         # no slices: torch's take a guard of the device, which fake tensors of a machine without a GPU do not have
         state = empty_state(feature_map, tuple(new[0].shape[:-2]), k.shape[-1], v.shape[-1], window, k.narrow(-2, 0, 0))
     recent = _recent_from(left, k, v, key_mask) if window else {}
-    return out.to(dtype), replace(state, **dict(zip(("kv", "z", "c"), new, strict=True)), **recent)
+    return out.to(dtype), with_sums(state, *new, **recent)
 
 
 def update(state: State, k: Any, v: Any, feature_map: Any, *, key_mask: Any = None) -> State:
@@ -118,7 +118,7 @@ def update(state: State, k: Any, v: Any, feature_map: Any, *, key_mask: Any = No
             return state
     wide = memory.name_of(state.kv)
     sums = _absorbed(fitting(k, wide), fitting(v, wide), key_mask, sums_of(state), feature_map)
-    return replace(state, **dict(zip(("kv", "z", "c"), sums, strict=True)))
+    return with_sums(state, *sums)
 
 
 def read(state: State, q: Any, feature_map: Any) -> Any:
@@ -188,7 +188,8 @@ def _recent_from(left: Any, k: Any, v: Any, key_mask: Any) -> dict[str, Any]:
 
 
 def _after(state: State, k: Any, changed: Any) -> State:
-    return replace(state, **dict(zip(changes(state, k.shape[-2]), changed, strict=True)))
+    new = dict(zip(changes(state, k.shape[-2]), changed, strict=True))
+    return with_sums(state, **new) if "kv" in new else replace(state, **new)
 
 
 def _by_reference(*arrays: Any) -> bool:

@@ -17,7 +17,7 @@ from favorsharp_numba.primitives import (
     product_add_ahead,
     sum_block,
 )
-from favorsharp_numba.rows import add_rows, copy, fill, invert
+from favorsharp_numba.rows import add_rows, copy, fill, invert, take_row, take_tops
 from favorsharp_numba.tiles import (
     GROUP,
     ONE,
@@ -25,6 +25,7 @@ from favorsharp_numba.tiles import (
     TILE,
     ZERO,
     absorb,
+    absorb_scratch,
     add_keys,
     ahead_of,
     get,
@@ -38,6 +39,8 @@ from favorsharp_numba.tiles import (
     load_values,
     log_keys,
     log_queries,
+    lows_of,
+    lows_size,
     panel,
     put,
     raise_top,
@@ -62,7 +65,8 @@ class Problem(NamedTuple):
 
     Maps: packed constants of queries and keys (places) with the map of each key head at an address. Queries of key head
     b: `members[member_starts[b]] ...`; q and out are indexed by query head, k, v and mask by key head.
-    `stats`, where it is not 0, takes 1 / total and the reference of every query, for a backward pass.
+    `stats`, where it is not 0, takes 1 / total and the reference of every query, for a backward pass. `lows`, where it
+    is not 0, are the low parts of kv and z of each head, kv_size + m_pad items, which go on in a state.
     """
 
     num_keys: int
@@ -82,6 +86,7 @@ class Problem(NamedTuple):
     sums_size: int
     kv_size: int
     stats: int
+    lows: int
 
 
 @inlined
@@ -113,12 +118,16 @@ def gather_keys(one, s, p, k, v, mask, low, high, scratch):
         start, stop = p.num_keys * segment // p.segments, p.num_keys * (segment + 1) // p.segments
         kv = p.sums + task * p.sums_size
         z = kv + p.kv_size
-        absorb(one, s, key_side(s, p, head), k, v, mask, head, start, stop, kv, z, z + s.m_pad, p.transposed, scratch)
+        lows = lows_of(one, s, p, task, scratch)
+        absorb(
+            one, s, key_side(s, p, head), k, v, mask, head, start, stop, kv, z, z + s.m_pad, lows, lows + p.kv_size,
+            p.transposed, scratch + lows_size(s),
+        )  # fmt: skip
 
 
 @jit
 def merge_segments(one, s, p, low, high, scratch):
-    """Merge the segments of key heads low .. high into the first of each."""
+    """Merge the segments of key heads low .. high into the first of each: too few of them to need low parts."""
     new_top, scales, ones = scratch, scratch + s.m_pad, scratch + 2 * s.m_pad
     fill(one, ones, max(s.m_pad, s.e_pad), one)
     for head in range(low, high):
@@ -130,8 +139,10 @@ def merge_segments(one, s, p, low, high, scratch):
             other_z = other + p.kv_size
             for j in range(s.m_pad):
                 put(one, new_top + j, max(get(one, top + j), get(one, other_z + s.m_pad + j)))
-            rescale(one, s, top, new_top, kv, z, p.transposed, scales, ones)
-            rescale(one, s, other_z + s.m_pad, new_top, other, other_z, p.transposed, scales, ones)
+            take_tops(one, s.m_pad, top, new_top, scales)
+            scale_sums(one, s, kv, z, p.transposed, scales, ones)
+            take_tops(one, s.m_pad, other_z + s.m_pad, new_top, scales)
+            scale_sums(one, s, other, other_z, p.transposed, scales, ones)
             add_rows(one, kv, p.kv_size + s.m_pad, other, 0, 1, one)
 
 
@@ -239,6 +250,7 @@ def causal(one, s, p, q, k, v, mask, out, low, high, scratch):
     safe = reference + TILE
     total = safe + TILE
     numerator = total + TILE
+    own_lows = numerator + TILE * s.e_pad
     fill(one, ones, max(s.m_pad, s.e_pad), one)
     width = panel(one)
     usable = usable_values(one, s, v, mask, False)
@@ -247,6 +259,8 @@ def causal(one, s, p, q, k, v, mask, out, low, high, scratch):
         kv = p.sums + head * p.sums_size
         z = kv + p.kv_size
         top = z + s.m_pad
+        lows = lows_of(one, s, p, head, own_lows)
+        z_lows = lows + p.kv_size
         keys, queries = key_side(s, p, head), query_side(s, p, head)
         seen = has_seen(one, s, top)
         first_member, last_member = integer_at(p.member_starts + 8 * head), integer_at(p.member_starts + 8 * head + 8)
@@ -264,7 +278,7 @@ def causal(one, s, p, q, k, v, mask, out, low, high, scratch):
                 size = max(1, count // 4)
                 continue
             if rise > 0:
-                rescale(one, s, top, new_top, kv, z, 0, scales, ones)
+                rescale(one, s, top, new_top, kv, z, lows, z_lows, 0, scales, ones)
             fill(one, new_z, s.m_pad, one - one)
             exp_block(one, features, p_step, count, s.m_pad, keys + ZERO, 0, safe_top, ones, 0, new_z)
             after = min(p.num_keys, start + count + TILE)
@@ -306,12 +320,12 @@ def causal(one, s, p, q, k, v, mask, out, low, high, scratch):
                 store_points(one, out, f, start, count, s.e, s.e_pad, total, numerator)
             if not exact:
                 if rise > 0:
-                    undo_rise(one, s, kv, z, top, scales, ones)
+                    undo_rise(one, s, kv, z, top, lows, z_lows, scales, ones)
                 size = max(1, count // 4)
                 continue
             next_keys = ahead_of(k, head, start + count, after, s.d)
-            add_keys(one, s, features, p_step, values, v_step, count, kv, 0, next_keys)
-            add_rows(one, z, s.m_pad, new_z, s.m_pad, 1, one)
+            add_keys(one, s, features, p_step, values, v_step, count, kv, lows, 0, next_keys)
+            take_row(one, s.m_pad, new_z, z, z_lows)
             seen = seen or some
             start += count
             size = TILE if size == TILE or start % TILE == 0 else size
@@ -337,7 +351,7 @@ def score_pairs(one, s, side, features, p_step, weights, count, scores, total):
 
 
 @inlined
-def undo_rise(one, s, kv, z, top, scales, ones):
+def undo_rise(one, s, kv, z, top, lows, z_lows, scales, ones):
     """Take back what `rescale` did."""
     for j in range(s.m_pad):
         factor = get(one, scales + j)
@@ -348,9 +362,15 @@ def undo_rise(one, s, kv, z, top, scales, ones):
             factor = one
         put(one, scales + j, one / factor)
     scale_sums(one, s, kv, z, 0, scales, ones)
+    scale_sums(one, s, lows, z_lows, 0, scales, ones)
 
 
 def causal_scratch(one, s):
     """Items of scratch that `causal` needs."""
     keys = TILE * (2 * s.d_pad + 2 + s.e_pad + s.m_pad + lanes_of(one)) + 4 * s.m_pad + max(s.m_pad, s.e_pad)
-    return keys + TILE * (s.d + s.m + TILE + 3 + s.e_pad)
+    return keys + TILE * (s.d + s.m + TILE + 3 + s.e_pad) + lows_size(s)
+
+
+def gather_scratch(one, s):
+    """Items of scratch that `gather_keys` needs."""
+    return lows_size(s) + absorb_scratch(one, s)

@@ -5,8 +5,9 @@ from functools import partial
 from typing import Any
 
 from favorsharp.ops.state import State, empty_state, num_leaving, with_recent
-from favorsharp_numba.arguments import numpy_or_torch, target
+from favorsharp_numba.arguments import target
 from favorsharp_numba.problem import AttentionProblem, packed_attention
+from favorsharp_numba.single_tokens import settled
 
 
 def causal_attention(
@@ -21,6 +22,7 @@ def causal_attention(
     out: Any = None,
 ) -> tuple[Any, State]:
     """As `favorsharp.ops.causal_attention.causal_attention`, in `out` where that shares no memory with the inputs."""
+    state = None if state is None else settled(state, feature_map)
     n, before, keys, values, mask = q.shape[-2], 0, k, v, key_mask
     if state is not None and state.recent_k.shape[-2] > 0:
         before = state.recent_k.shape[-2]
@@ -31,12 +33,13 @@ def causal_attention(
         state = empty_state(feature_map, problem.key_batch, k.shape[-1], v.shape[-1], window, k[..., :0, :])
     else:
         problem.load_state(state)
+        problem.load_lows(state)
     out = target(out, (q, k, v, key_mask), (*problem.batch, n, v.shape[-1]), problem.result)
     if window:
         problem.windowed(out, causal=True, first_query=before)
     else:
         problem.causal(out)
-    state = replace(state, **{name: numpy_or_torch(q, x) for name, x in problem.state_arrays().items()})
+    state = replace(state, **problem.state_arrays_like(q))
     return out, replace(state, **recent(state, k, v, key_mask)) if window else state
 
 

@@ -57,11 +57,12 @@ def points_at(plan, number, base):
 
 
 @jit
-def turn(one, plan, q, k, v, out, kv, z, c, new_kv, new_z, new_c, low, high, scratch):
+def turn(one, plan, q, k, v, out, kv, z, c, new_kv, new_z, new_c, kept_k, kept_v, low, high, scratch):
     """One token for heads low .. high.
 
     `plan` is the address of PLAN_SIZE integers, the same for every token; the others are addresses. State arrays are
-    contiguous, their logarithms natural. Integers one by one are what a call takes the least time to pass.
+    contiguous, their logarithms natural; the token is kept in rows of kept_k and kept_v, a head after the other, where
+    these are not 0. Integers one by one are what a call takes the least time to pass.
     """
     s = sizes_at(plan)
     queries_from, keys_from = points_at(plan, 0, q), points_at(plan, 1, k)
@@ -70,6 +71,7 @@ def turn(one, plan, q, k, v, out, kv, z, c, new_kv, new_z, new_c, low, high, scr
     map_of = integer_at(plan + 8 * (MAPS + 2))
     kv, z, c = place_of(one, kv), place_of(one, z), place_of(one, c)
     new_kv, new_z, new_c = place_of(one, new_kv), place_of(one, new_z), place_of(one, new_c)
+    kept_k, kept_v = place_of(one, kept_k), place_of(one, kept_v)
     points = scratch
     dense = points + HEADS * s.d_pad
     factors = dense + HEADS * s.d_pad
@@ -96,6 +98,10 @@ def turn(one, plan, q, k, v, out, kv, z, c, new_kv, new_z, new_c, low, high, scr
         zeros = side + s.total - s.e_pad
         load_token(one, keys_from, first, count, s.d, s.d_pad, side + ALPHA, side + s.center, points)
         load_token(one, values_from, first, count, s.e, s.e_pad, side + ONE, zeros, values)
+        if kept_k != 0:
+            zeros = side + s.total - max(s.d_pad, s.e_pad)
+            load_token(one, keys_from, first, count, s.d, s.d, side + ONE, zeros, kept_k + first * s.d)
+            load_token(one, values_from, first, count, s.e, s.e, side + ONE, zeros, kept_v + first * s.e)
         log_factors(one, s, side, points, count, dense, factors)
         log_keys(one, s, side, points, count, factors, keys, s.m_pad, NOTHING)
         side = query_side + number * s.total

@@ -110,6 +110,15 @@ class Emitter:
         reduce = cgutils.get_or_insert_function(self.b.module, ir.FunctionType(self.scalar, [self.vector]), name)
         return self.b.call(reduce, [x], fastmath=("nnan",))
 
+    def add_with_low(self, x, low, value):
+        """x + low + value as a sum and what its rounding takes off; NaN where the sum is not finite.
+
+        Exact where value is below x; else off by the rounding of value.
+        """
+        value = self.b.fadd(value, low)
+        total = self.b.fadd(x, value)
+        return total, self.b.fsub(value, self.b.fsub(total, x))
+
     def exp2(self, y, *, above=False):
         """2**y; NaN where y is. Exactly 0 below the range of normal numbers.
 

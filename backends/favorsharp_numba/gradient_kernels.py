@@ -10,6 +10,7 @@ what they read is the gradient of v. Features are computed again, never stored.
 from typing import NamedTuple
 
 import numpy as np
+from numba.extending import register_jitable
 
 from favorsharp_numba.attention_kernels import SMALL_RISE, query_side
 from favorsharp_numba.compiling import inlined, jit
@@ -22,11 +23,12 @@ from favorsharp_numba.primitives import (
     product,
     product_add,
     product_ahead,
+    product_take,
     product_terms,
     scale_block,
 )
 from favorsharp_numba.products import NOTHING
-from favorsharp_numba.rows import add_rows, dot_rows, fill, scale_rows, total_of
+from favorsharp_numba.rows import add_rows, dot_rows, fill, scale_rows, take_row, total_of
 from favorsharp_numba.tiles import (
     ALPHA,
     BETA,
@@ -66,7 +68,7 @@ class Backward(NamedTuple):
     """What `sweep` and `near_gradients` take. All arrays are indexed by query head; gradients are contiguous places.
 
     `causal` 1: keys up to the query's own; `window` > 0: only blocks that are not near. `maps`, where it is not 0,
-    takes the gradients of the maps' constants, `maps_size` items a head and side.
+    takes the gradients of the maps' constants and their low parts, `maps_size` items in all a head and side.
     """
 
     num_keys: int
@@ -161,7 +163,8 @@ def sweep(
     ones = trash + max(s.m_pad, TILE)
     top = ones + max(s.m_pad, max(s.e_pad, TILE))
     sums = top + s.m_pad
-    reader_points = sums + s.m * s.e_pad
+    lows = sums + s.m * s.e_pad
+    reader_points = lows + s.m * s.e_pad
     reader_factors = reader_points + TILE * s.d_pad
     reader_rows = reader_factors + 2 * TILE
     reader_columns = reader_rows + TILE * s.e_pad
@@ -190,7 +193,7 @@ def sweep(
         mine = key_constants if keys_read else query_constants
         theirs = query_constants if keys_read else key_constants
         stats = p.stats + 2 * f * p.num_queries
-        fill(one, sums, s.m * s.e_pad, one - one)
+        fill(one, sums, 2 * s.m * s.e_pad, one - one)  # with their low parts
         fill(one, top, s.m_pad, -np.inf * one)
         for number in range(num_blocks):
             current = num_blocks - 1 - number if backwards else number
@@ -206,9 +209,9 @@ def sweep(
                         )  # fmt: skip
                         log_keys(one, s, theirs, points, count, factors, features, p_step, NOTHING)
                         if raise_top(one, s, theirs, features, p_step, count, top, new_top, safe_top) > 0:
-                            rescale(one, s, top, new_top, sums, trash, 0, scales, ones)
+                            rescale(one, s, top, new_top, sums, trash, lows, trash, 0, scales, ones)
                         exp_block(one, features, p_step, count, s.m_pad, theirs + ZERO, 0, safe_top, ones, 0, trash)
-                        add_keys(one, s, features, p_step, values, s.e_pad, count, sums, 0, NOTHING)
+                        add_keys(one, s, features, p_step, values, s.e_pad, count, sums, lows, 0, NOTHING)
             begin, end = current * block, min(num_readers, (current + 1) * block)
             done, size = 0, TILE
             while done < end - begin:
@@ -251,7 +254,7 @@ def sweep(
                         if rise > SMALL_RISE:
                             size = max(1, count // 4)
                             continue
-                    rescale(one, s, top, new_top, sums, trash, 0, scales, ones)
+                    rescale(one, s, top, new_top, sums, trash, lows, trash, 0, scales, ones)
                     exp_block(one, features, p_step, count, s.m_pad, theirs + ZERO, 0, safe_top, ones, 0, trash)
                 exp_block(one, weights, TILE, s.m, n, top, 1, zeros, theirs + ZERO, 0, trash)
                 product(one, s.m, n, s.e, sums, s.e_pad, 1, reader_columns, width, TILE, slopes, TILE)
@@ -288,7 +291,7 @@ def sweep(
                 fill(one, zeros, TILE, one - one)
                 if pairwise:
                     ahead = ahead_of(taken_values, f, coming, behind, s.e - 1)
-                    add_keys(one, s, features, p_step, values, s.e_pad, count, sums, 0, ahead)
+                    add_keys(one, s, features, p_step, values, s.e_pad, count, sums, lows, 0, ahead)
                 done += count
                 size = TILE if size == TILE or done % TILE == 0 else size
 
@@ -349,28 +352,41 @@ def add_factor_gradients(one, s, constants, z, dense, slopes, count, gradient, e
 
 @inlined
 def add_map_gradients(one, s, slopes, z, factor_slopes, count, maps, weighted, with_factors):
-    """Add sums of slopes: times z (m, d_pad), alone (m_pad); of factor slopes: alone, times z, times z z^T."""
+    """Add sums of slopes: times z (m, d_pad), alone (m_pad); of factor slopes: alone, times z, times z z^T.
+
+    Their low parts lie behind them.
+    """
     width = panel(one)
-    product_add(one, s.m, s.d_pad, count, slopes, TILE, 1, z, width, s.d_pad, maps, s.d_pad)
-    column = maps + s.m * s.d_pad
+    lows = maps + map_sums_size(s)
+    product_take(one, s.m, s.d_pad, count, slopes, TILE, 1, z, width, s.d_pad, maps, s.d_pad, lows, NOTHING)
+    column = s.m * s.d_pad
     for i in range(s.m):
-        put(one, column + i, get(one, column + i) + total_of(one, slopes + i * TILE, count))
+        put(one, weighted, total_of(one, slopes + i * TILE, count))
+        take_row(one, 1, weighted, maps + column + i, lows + column + i)
     if with_factors:
         first = column + s.m_pad
         second = first + s.d_pad
+        alone = second + s.d * s.d_pad
+        sums = weighted + TILE * s.d_pad
+        fill(one, sums, s.d_pad, one - one)
         for t in range(count):
             slope = get(one, factor_slopes + t)
             for j in range(s.d_pad):
                 value = slope * get(one, z + t * s.d_pad + j)
                 put(one, weighted + t * s.d_pad + j, value)
-                put(one, first + j, get(one, first + j) + value)
-        product_add(one, s.d, s.d_pad, count, weighted, 1, s.d_pad, z, width, s.d_pad, second, s.d_pad)
-        alone = second + s.d * s.d_pad
-        put(one, alone, get(one, alone) + total_of(one, factor_slopes, count))
+                put(one, sums + j, get(one, sums + j) + value)
+        take_row(one, s.d_pad, sums, maps + first, lows + first)
+        product_take(
+            one, s.d, s.d_pad, count, weighted, 1, s.d_pad, z, width, s.d_pad, maps + second, s.d_pad, lows + second,
+            NOTHING,
+        )  # fmt: skip
+        put(one, sums, total_of(one, factor_slopes, count))
+        take_row(one, 1, sums, maps + alone, lows + alone)
 
 
+@register_jitable
 def map_sums_size(s):
-    """Items that `add_map_gradients` adds to."""
+    """Items that `add_map_gradients` adds to; as many low parts lie behind them."""
     return s.m * s.d_pad + s.m_pad + s.d_pad + s.d * s.d_pad + 8
 
 
@@ -378,8 +394,10 @@ def sweep_scratch(one, s):
     """Items of scratch that `sweep` needs."""
     p_step = s.m_pad + lanes_of(one)
     wide = max(s.m_pad, max(s.e_pad, TILE))
-    taken = TILE * (2 * s.d_pad + 2 + 2 * s.e_pad + p_step) + 3 * s.m_pad + 2 * wide + s.m_pad + s.m * s.e_pad
-    reader = TILE * (s.d_pad + 2 + s.e_pad + s.e + s.d + 2 * s.m + 2 * TILE + 1 + max(s.d_pad, s.e_pad) + s.d_pad)
+    taken = TILE * (2 * s.d_pad + 2 + 2 * s.e_pad + p_step) + 3 * s.m_pad + 2 * wide + s.m_pad + 2 * s.m * s.e_pad
+    reader = (
+        TILE * (s.d_pad + 2 + s.e_pad + s.e + s.d + 2 * s.m + 2 * TILE + 1 + max(s.d_pad, s.e_pad) + s.d_pad) + s.d_pad
+    )
     return taken + reader
 
 
@@ -534,4 +552,4 @@ def read_gradients(one, s, p, readers, values, of_points, of_values, maps, maps_
 
 def read_gradients_scratch(s):
     """Items of scratch that `read_gradients` needs."""
-    return TILE * (3 * s.d_pad + s.d + 2 * s.m + s.e_pad + s.e + 5 + max(s.d_pad, s.e_pad))
+    return TILE * (3 * s.d_pad + s.d + 2 * s.m + s.e_pad + s.e + 5 + max(s.d_pad, s.e_pad)) + s.d_pad

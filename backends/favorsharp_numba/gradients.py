@@ -89,7 +89,7 @@ def attention_backward(
     dtype, heads = problem.packed.dtype, problem.query_heads
     n, length = problem.num_queries, problem.num_keys
     dq, dk, dv = (np.zeros((heads, size, width), dtype) for size, width in ((n, s.d), (length, s.d), (length, s.e - 1)))
-    maps_size = kernels.map_sums_size(s) if of_map else 0
+    maps_size = 2 * kernels.map_sums_size(s) if of_map else 0
     maps = np.zeros((heads, 2, maps_size), dtype)
     given, result = held.points(gradient, problem.batch), held.points(exact, problem.batch)
     fixed = problem.arguments_fixed()

@@ -53,7 +53,7 @@ def _read_gradients(
     s, heads, n, held = problem.s, problem.query_heads, problem.num_queries, Held()
     work = float(heads * n * s.m * 2 * (s.d + s.e))
     per_head = problem.pieces(heads, n, work)
-    size = kernels.map_sums_size(s) if of_map else 0
+    size = 2 * kernels.map_sums_size(s) if of_map else 0
     points, own, maps = (
         np.zeros(shape, problem.packed.dtype)
         for shape in ((heads, n, s.d), (heads, n, s.e if of_values else 0), (heads, per_head, size))

@@ -7,6 +7,7 @@ from favorsharp_numba.attention_kernels import (
     causal,
     causal_scratch,
     gather_keys,
+    gather_scratch,
     read_queries,
     read_scratch,
 )
@@ -18,7 +19,7 @@ from favorsharp_numba.gradient_kernels import (
     sweep,
     sweep_scratch,
 )
-from favorsharp_numba.tiles import Mask, Points, absorb_scratch, fill, integer_at
+from favorsharp_numba.tiles import Mask, Points, fill, integer_at
 from favorsharp_numba.window_kernel import windowed, windowed_scratch
 
 
@@ -54,7 +55,7 @@ def empty_problem(one, s, p, head, start, stop, query_heads, scratch):
     own = Problem(
         stop - start, stop - start, 0, p.window, p.causal, p.transposed, 1, p.query_side, p.key_side, p.map_of,
         p.members, p.member_starts, p.key_head_of, scratch - head * p.sums_size, p.sums_size, p.kv_size,
-        p.stats + 2 * query_heads * start if p.stats else 0,
+        p.stats + 2 * query_heads * start if p.stats else 0, 0,
     )  # fmt: skip
     return own, scratch + (p.sums_size + 15) // 16 * 16
 
@@ -109,7 +110,7 @@ def packed_windowed(one, s, p, q, k, v, mask, out, bounds, sequences, query_head
 def packed_scratch(one, s, sums_size):
     """Items of scratch that the forward kernels need."""
     whole = max(
-        max(absorb_scratch(one, s), read_scratch(one, s)), max(causal_scratch(one, s), windowed_scratch(one, s))
+        max(gather_scratch(one, s), read_scratch(one, s)), max(causal_scratch(one, s), windowed_scratch(one, s))
     )
     return whole + (sums_size + 15) // 16 * 16
 

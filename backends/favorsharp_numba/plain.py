@@ -37,6 +37,18 @@ def product_add(one, m, n, k, a, a_row, a_step, b, b_panel, b_step, c, c_row):
 
 
 @outlined
+def product_take(one, m, n, k, a, a_row, a_step, b, b_panel, b_step, c, c_row, low, ahead):
+    for i in range(m):
+        for j in range(n):
+            place, low_place = c + i * c_row + j, low + i * c_row + j
+            value = get(one, low_place) + _sum(one, i, j, k, a, a_row, a_step, b, b_panel, b_step)
+            held = get(one, place)
+            total = held + value
+            put(one, place, total)
+            put(one, low_place, value - (total - held))
+
+
+@outlined
 def product_terms(one, m, n, k, a, a_row, a_step, b, b_panel, b_step, c, c_row, row, column):
     for i in range(m):
         for j in range(n):

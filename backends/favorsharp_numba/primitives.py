@@ -9,6 +9,7 @@ product = _products.product
 product_ahead = _products.product_ahead
 product_add = _products.product_add
 product_add_ahead = _products.product_add_ahead
+product_take = _products.product_take
 product_terms = _products.product_terms
 product_terms_ahead = _products.product_terms_ahead
 product_exp = _products.product_exp

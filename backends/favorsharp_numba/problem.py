@@ -1,10 +1,12 @@
 """One problem for the attention kernels: batches, packed map and sums, ready to be run."""
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
+from favorsharp.ops.state import has_low_parts
 from favorsharp_numba import attention_kernels as kernels
 from favorsharp_numba import single_column
 from favorsharp_numba.arguments import (
@@ -15,6 +17,7 @@ from favorsharp_numba.arguments import (
     indices,
     members,
     name_of,
+    numpy_or_torch,
     pack,
     promoted,
     target,
@@ -22,7 +25,7 @@ from favorsharp_numba.arguments import (
 )
 from favorsharp_numba.packed_kernel import packed, packed_causal, packed_scratch, packed_windowed
 from favorsharp_numba.run import num_threads, share
-from favorsharp_numba.tiles import TILE, absorb_scratch
+from favorsharp_numba.tiles import TILE
 from favorsharp_numba.window_kernel import windowed, windowed_scratch
 
 
@@ -84,6 +87,7 @@ class AttentionProblem:
         self.mask = self.held.mask(key_mask, self.key_batch)
         self.window = window
         self.stats: Any = None
+        self.lows: Any = None
         self._fixed = {
             "query_side": self.held.place(query_constants),
             "key_side": self.held.place(key_constants),
@@ -93,39 +97,68 @@ class AttentionProblem:
             "key_head_of": self.held.constant(key_head_of),
         }
 
-    def new_sums(self, *, segments: int = 1, transposed: bool = False) -> Any:
+    def new_sums(self, *, segments: int = 1, transposed: bool = False, empty: Any = np.zeros) -> Any:
         """Sums of no keys: (heads * segments, kv, z and top)."""
         s = self.s
         self.segments, self.transposed = segments, transposed
         self.kv_size = s.e * s.m_pad if transposed else s.m * s.e_pad
         # padded rows of kv are read by nobody, and z and top are as long as a padded row
-        sums = np.zeros((self.heads * segments, self.kv_size + 2 * s.m_pad), self.packed.dtype)
+        sums = empty((self.heads * segments, self.kv_size + 2 * s.m_pad), self.packed.dtype)
         sums[:, self.kv_size + s.m_pad :] = -np.inf
         self.sums = sums
         return sums
 
     def load_state(self, state: Any) -> None:
         """The sums of a state."""
-        s, batch = self.s, self.key_batch
-        sums = self.new_sums()
-        for name, place in (("z", self.kv_size), ("c", self.kv_size + s.m_pad)):
-            value = np.broadcast_to(host(getattr(state, name)), (*batch, 1, s.m)).reshape(self.heads, s.m)
-            sums[:, place : place + s.m] = value * LOG2E if name == "c" else value
-        kv = sums[:, : self.kv_size].reshape(self.heads, s.m, s.e_pad)
-        kv[:, :, : s.e] = np.broadcast_to(host(state.kv), (*batch, s.m, s.e)).reshape(self.heads, s.m, s.e)
+        s = self.s
+        empty = np.empty if (s.m, s.e) == (s.m_pad, s.e_pad) else np.zeros  # kernels read what pads hold
+        sums = self.new_sums(empty=empty)
+        top = self.kv_size + s.m_pad
+        sums[:, top : top + s.m] = self._of_state(state.c, 1, s.m) * LOG2E
+        self._fill(sums, state.kv, state.z)
+
+    def load_lows(self, state: Any) -> None:
+        """The low parts of a state, which go on in the next."""
+        if not has_low_parts(state.kv):
+            return
+        known = state.kv_low is not None and state.z_low is not None
+        self.lows = (np.empty if known and (self.s.m, self.s.e) == (self.s.m_pad, self.s.e_pad) else np.zeros)(
+            (self.heads, self.kv_size + self.s.m_pad), self.packed.dtype
+        )
+        if known:
+            self._fill(self.lows, state.kv_low, state.z_low)
+
+    def _fill(self, sums: Any, kv: Any, z: Any) -> None:
+        """Put arrays of a state into sums, or into their low parts."""
+        s = self.s
+        sums[:, self.kv_size : self.kv_size + s.m] = self._of_state(z, 1, s.m)
+        sums[:, : self.kv_size].reshape(self.heads, s.m, s.e_pad)[:, :, : s.e] = self._of_state(kv, s.m, s.e)
+
+    def _of_state(self, x: Any, rows: int, columns: int) -> Any:
+        """An array of a state, for each head."""
+        whole = np.broadcast_to(host(x), (*self.key_batch, rows, columns))
+        return whole.reshape((self.heads, rows, columns) if rows > 1 else (self.heads, columns))
 
     def state_arrays(self) -> dict[str, Any]:
-        """The sums as the arrays of a state: kv (*b, m, e), z and c (*b, 1, m)."""
+        """The sums as the arrays of a state: kv (*b, m, e), z and c (*b, 1, m), and their low parts."""
         s, batch = self.s, self.key_batch
         first = self.sums.reshape(self.heads, self.segments, -1)[:, 0]
-        kv = first[:, : self.kv_size].reshape(self.heads, s.m, s.e_pad)[:, :, : s.e]
-        z = first[:, self.kv_size : self.kv_size + s.m]
         c = first[:, self.kv_size + s.m_pad : self.kv_size + s.m_pad + s.m] / LOG2E
-        return {
-            "kv": np.ascontiguousarray(kv).reshape(*batch, s.m, s.e),
-            "z": np.ascontiguousarray(z).reshape(*batch, 1, s.m),
-            "c": c.astype(self.packed.dtype).reshape(*batch, 1, s.m),
-        }
+        kv, z = (np.ascontiguousarray(x) for x in self._taken_out(first))
+        kv_low, z_low = (None, None) if self.lows is None else self._taken_out(self.lows)
+        c = c.astype(self.packed.dtype).reshape(*batch, 1, s.m)
+        return {"kv": kv, "z": z, "c": c, "kv_low": kv_low, "z_low": z_low}
+
+    def state_arrays_like(self, like: Any) -> dict[str, Any]:
+        """As `state_arrays`, in the library of an array."""
+        return {name: None if x is None else numpy_or_torch(like, x) for name, x in self.state_arrays().items()}
+
+    def _taken_out(self, sums: Any) -> tuple[Any, Any]:
+        """Arrays of a state in sums, or in their low parts: not copied."""
+        s, batch = self.s, self.key_batch
+        kv = sums[:, : self.kv_size].reshape(self.heads, s.m, s.e_pad)[:, :, : s.e]
+        z = sums[:, self.kv_size : self.kv_size + s.m]
+        return kv.reshape(*batch, s.m, s.e), z.reshape(*batch, 1, s.m)
 
     def keep_stats(self) -> Any:
         """Have the kernels put aside what a backward pass needs: (query heads, n, 2), 1 / total and reference."""
@@ -150,6 +183,7 @@ class AttentionProblem:
             sums_size=self.sums.shape[-1],
             kv_size=self.kv_size,
             stats=0 if self.stats is None else self.held.place(self.stats),
+            lows=0 if self.lows is None else self.held.place(self.lows),
             **self._fixed,
         )
 
@@ -169,7 +203,7 @@ class AttentionProblem:
                 single_column.gather_column, tasks, work, single_column.column_scratch(s), *given, int(normalised)
             )  # fmt: skip
         else:
-            share(kernels.gather_keys, tasks, work, absorb_scratch(self.one, s), *given)
+            share(kernels.gather_keys, tasks, work, kernels.gather_scratch(self.one, s), *given)
         if segments > 1:
             small = 2 * s.m_pad + max(s.m_pad, s.e_pad)
             share(kernels.merge_segments, self.heads, 0.0, small, self.one, s, p)
@@ -182,7 +216,7 @@ class AttentionProblem:
         """Take all keys into sums that are there already."""
         s = self.s
         work = float(self.heads * self.num_keys * s.m * (s.d + s.e))
-        scratch = absorb_scratch(self.one, s)
+        scratch = kernels.gather_scratch(self.one, s)
         p = self.arguments()
         share(kernels.gather_keys, self.heads, work, scratch, self.one, s, p, self.k, self.v, self.mask)
 
@@ -249,6 +283,15 @@ class AttentionProblem:
         if work < 4e6 or heads == 0 or heads >= 2 * threads:
             return 1
         return max(1, min(-(-4 * threads // heads), length // (4 * TILE)))
+
+
+def absorbed(state: Any, k: Any, v: Any, key_mask: Any, feature_map: Any) -> Any:
+    """A state with further keys in its features."""
+    problem = AttentionProblem(feature_map, None, k, v, key_mask=key_mask, state=state)
+    problem.load_state(state)
+    problem.load_lows(state)
+    problem.absorb()
+    return replace(state, **problem.state_arrays_like(k))
 
 
 def packed_attention(

@@ -14,8 +14,10 @@ from numba.extending import intrinsic
 from favorsharp_numba.compiling import inlined, outlined
 from favorsharp_numba.emitter import CACHE_LINE, I64, LOG2E, VECTORS, Emitter, function_in, prefetch
 
-SET, ADD, TERMS = 0, 1, 2
-"""Where the sums of a product begin: at 0, at what the result holds, at row[i] + column[j]."""
+SET, ADD, TERMS, TAKE = 0, 1, 2, 3
+"""Where the sums of a product begin: at 0, at what the result holds, at row[i] + column[j]; at 0, and then the result
+takes them with its low parts, which lie like it from `row` on.
+"""
 STORE, EXP, STREAM, SUMS, SUM = 0, 1, 2, 3, 4
 """What becomes of them: stored, exp stored, exp stored past the caches, 2** of them added up and not stored, with two
 weights or the second alone."""
@@ -135,9 +137,16 @@ def _product(
             if finish_by in (SUMS, SUM):
                 add_up(found, i, j)
                 return
+            if start_at == TAKE:
+                lows = e.pointer(builder.add(row, builder.add(builder.mul(i, c_row), j)))
+                low_rows = [e.at(lows, builder.mul(number(r), c_row)) for r in range(rows)]
             for r in range(rows):
                 for v in range(vectors):
                     value = e.get(found[r][v])
+                    if start_at == TAKE:
+                        place, low_place = (e.at(x[r], v * e.lanes) for x in (result_rows, low_rows))
+                        value, low = e.add_with_low(e.load(place), e.load(low_place), value)
+                        e.store(low, low_place)
                     if finish_by != STORE:
                         value = e.exp2(builder.fmul(value, e.constant(LOG2E)), above=True)
                     e.store(value, e.at(result_rows[r], v * e.lanes), stream=finish_by == STREAM)
@@ -211,6 +220,12 @@ def product_add(one, m, n, k, a, a_row, a_step, b, b_panel, b_step, c, c_row):
 def product_add_ahead(one, m, n, k, a, a_row, a_step, b, b_panel, b_step, c, c_row, ahead):
     """C = C + A B."""
     _multiplied(one, ADD, m, n, k, a, a_row, a_step, b, b_panel, b_step, c, c_row, c, c, ahead)
+
+
+@inlined
+def product_take(one, m, n, k, a, a_row, a_step, b, b_panel, b_step, c, c_row, low, ahead):
+    """C = C + A B, with the low parts of C: what its rounding took off so far is added, and kept anew."""
+    _multiplied(one, TAKE, m, n, k, a, a_row, a_step, b, b_panel, b_step, c, c_row, low, low, ahead)
 
 
 @inlined

@@ -339,6 +339,33 @@ def add_rows(one, target, size, x, step, count, factor):
 
 
 @intrinsic
+def _take_row(context, one, n, x, target, low):
+    def emit(context, builder, signature, args):
+        _, n, x, target, low = args
+        e = Emitter(builder, signature.args[0])
+        source, result, lows = (e.pointer(place) for place in (x, target, low))
+
+        def body(j, shape):
+            kind = shape(e.scalar)
+            value, held, lost = (builder.load(e.at(place, j), typ=kind) for place in (source, result, lows))
+            value.align = held.align = lost.align = e.item
+            total, lost = e.add_with_low(held, lost, value)
+            builder.store(total, e.at(result, j)).align = e.item
+            builder.store(lost, e.at(lows, j)).align = e.item
+
+        rows_loop(builder, e, n, body)
+        return context.get_dummy_value()
+
+    return types.void(one, *[types.int64] * 4), emit
+
+
+@outlined
+def take_row(one, n, x, target, low):
+    """target = target + x, of n items each, with the low parts of target: as `product_take`."""
+    _take_row(one, n, x, target, low)
+
+
+@intrinsic
 def _scale_rows(context, one, x, step, rows, n, factors):
     def emit(context, builder, signature, args):
         _, x, step, rows, n, factors = args

@@ -19,7 +19,7 @@ from favorsharp_numba.primitives import (
     scale_block,
 )
 from favorsharp_numba.products import NOTHING, Sums
-from favorsharp_numba.rows import add_rows, compare_tops, copy, fill, invert, take_tops
+from favorsharp_numba.rows import add_rows, compare_tops, copy, fill, invert, take_row, take_tops
 from favorsharp_numba.tiles import (
     ROWS,
     TILE,
@@ -75,8 +75,13 @@ def begin_keys(one, s, side, top, scratch):
 
 
 @inlined
-def take_column(one, s, side, points, count, factors, values, v_step, normalised, kv, z, top, ones, scratch, ahead):
-    """Take keys into the sums (kv, and z where `normalised`) relative to 2**top; the first keys set it."""
+def take_column(
+    one, s, side, points, count, factors, values, v_step, normalised, kv, z, top, lows, ones, scratch, ahead
+):  # fmt: skip
+    """Take keys into the sums (kv, and z where `normalised`) relative to 2**top; the first keys set it.
+
+    `lows` are the low parts of kv, and then of z.
+    """
     width = panel(one)
     shifted, bounds, total = scratch, scratch + s.m_pad, scratch + 2 * s.m_pad
     largest, new_top, scales = total + 2 * s.m_pad, total + 3 * s.m_pad, total + 4 * s.m_pad
@@ -89,21 +94,23 @@ def take_column(one, s, side, points, count, factors, values, v_step, normalised
             shifted, sums, ahead,
         )  # fmt: skip
         if not compare_tops(one, s.m_pad, bounds, largest, new_top) > 0:
-            add_rows(one, z, s.m_pad, total, 0, 1, one)
-            add_rows(one, kv, s.m_pad, total + s.m_pad, 0, 1, one)
+            take_row(one, s.m_pad, total, z, lows + s.m_pad)
+            take_row(one, s.m_pad, total + s.m_pad, kv, lows)
             return
         for j in range(s.m_pad):
             value, above = get(one, top + j), get(one, largest + j)
             if above > get(one, bounds + j):
                 value = value + above if value > -np.inf else above
             put(one, new_top + j, value)
-        rescale(one, s, top, new_top, kv, z, 1, scales, ones)
+        rescale(one, s, top, new_top, kv, z, lows, lows + s.m_pad, 1, scales, ones)
         begin_keys(one, s, side, top, scratch)
     p, p_step = scratch + 7 * s.m_pad, s.m_pad + lanes(one)
     log_keys(one, s, side, points, count, factors, p, p_step, NOTHING)
     rest = p + TILE * p_step
     fill(one, rest + 3 * s.m_pad, max(s.m_pad, s.e_pad), one)
-    take_keys(one, s, side, p, p_step, values, v_step, count, kv, z, top, 1, rest, NOTHING)
+    take_keys(
+        one, s, side, p, p_step, values, v_step, count, kv, z, top, lows, lows + s.m_pad, 1, rest, NOTHING
+    )  # fmt: skip
     begin_keys(one, s, side, top, scratch)
 
 
@@ -163,7 +170,8 @@ def gather_column(one, s, p, k, v, mask, normalised, low, high, scratch):
     factors = dense + TILE * s.d_pad
     loaded = factors + 2 * TILE
     ones = loaded + TILE * s.e_pad
-    rest = ones + s.m_pad
+    lows = ones + s.m_pad
+    rest = lows + 2 * s.m_pad
     fill(one, ones, s.m_pad, one)
     usable = usable_values(one, s, v, mask, True)
     v_step = v.row // v.item if usable else s.e_pad
@@ -173,6 +181,7 @@ def gather_column(one, s, p, k, v, mask, normalised, low, high, scratch):
         side, kv = key_side(s, p, head), p.sums + task * p.sums_size
         z = kv + p.kv_size
         top = z + s.m_pad
+        fill(one, lows, 2 * s.m_pad, one - one)
         begin_keys(one, s, side, top, rest)
         for first in range(start, stop, TILE):
             count = min(TILE, stop - first)
@@ -180,7 +189,8 @@ def gather_column(one, s, p, k, v, mask, normalised, low, high, scratch):
                 values = values_at(one, s, side, v, mask, head, first, count, usable, loaded)
                 coming = ahead_of(k, head, first + count, min(stop, first + count + TILE), s.d)
                 take_column(
-                    one, s, side, points, count, factors, values, v_step, normalised, kv, z, top, ones, rest, coming
+                    one, s, side, points, count, factors, values, v_step, normalised, kv, z, top, lows, ones, rest,
+                    coming,
                 )  # fmt: skip
 
 
@@ -241,4 +251,4 @@ def to_scale(one, side, count, reference, numerator, ones, constants, factors):
 @register_jitable
 def column_scratch(s):
     """Items of scratch that either kernel needs."""
-    return TILE * (2 * s.d_pad + s.d + s.e_pad + s.m_pad + ROWS + 33) + 12 * s.m_pad + max(s.m_pad, s.e_pad)
+    return TILE * (2 * s.d_pad + s.d + s.e_pad + s.m_pad + ROWS + 33) + 14 * s.m_pad + max(s.m_pad, s.e_pad)

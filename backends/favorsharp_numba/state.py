@@ -4,19 +4,21 @@ from dataclasses import replace
 from typing import Any
 
 from favorsharp.ops.state import State, num_leaving, with_recent
-from favorsharp_numba.arguments import broadcast, empty, expanded, name_of, numpy_or_torch
-from favorsharp_numba.problem import AttentionProblem
+from favorsharp_numba.arguments import broadcast, empty, expanded, name_of
+from favorsharp_numba.problem import AttentionProblem, absorbed
+from favorsharp_numba.single_tokens import settled
 from favorsharp_numba.turns import turn_of
 
 
 def update(state: State, k: Any, v: Any, feature_map: Any, *, key_mask: Any = None) -> State:
     """As `favorsharp.ops.state.update`."""
+    state = settled(state, feature_map)
     if state.window == 0:
-        return _absorbed(state, k, v, key_mask, feature_map)
+        return absorbed(state, k, v, key_mask, feature_map)
     k, v, mask = with_recent(state, k, v, key_mask)
     left = num_leaving(k.shape[-2], state.window)
     if left:
-        state = _absorbed(state, k[..., :left, :], v[..., :left, :], mask[..., :left], feature_map)
+        state = absorbed(state, k[..., :left, :], v[..., :left, :], mask[..., :left], feature_map)
     batch = broadcast(k.shape[:-2], v.shape[:-2], mask.shape[:-1])
     kept = {"recent_k": k[..., left:, :], "recent_v": v[..., left:, :], "recent_mask": mask[..., left:, None]}
     return replace(
@@ -45,13 +47,6 @@ def decode_step(q: Any, k: Any, v: Any, state: State, feature_map: Any, *, key_m
 
 
 decode_step.plan = turn_of  # type: ignore[attr-defined]
-
-
-def _absorbed(state: State, k: Any, v: Any, key_mask: Any, feature_map: Any) -> State:
-    problem = AttentionProblem(feature_map, None, k, v, key_mask=key_mask, state=state)
-    problem.load_state(state)
-    problem.absorb()
-    return replace(state, **{name: numpy_or_torch(k, x) for name, x in problem.state_arrays().items()})
 
 
 def _read(state: State, q: Any, feature_map: Any, dtype: str) -> Any:

@@ -18,6 +18,7 @@ from favorsharp_numba.primitives import (
     product,
     product_add_ahead,
     product_ahead,
+    product_take,
     product_terms_ahead,
     scale_block,
     sum_block,
@@ -33,6 +34,7 @@ from favorsharp_numba.rows import (
     quadratic_rows,
     scale_rows,
     store_rows,
+    take_row,
     take_tops,
     total_of,
     transpose_block,
@@ -41,6 +43,10 @@ from favorsharp_numba.vectors import byte_at, get, integer_at, item_size, lanes,
 
 TILE = 64
 """Points worked on at once."""
+PART = 8
+"""Tiles of keys that nobody reads between that are added up by themselves: less often than sums take keys, as low parts
+cost as much as they.
+"""
 GROUP = 16
 """Keys that are scored at once where later ones have fewer queries."""
 ROWS = 6
@@ -267,10 +273,26 @@ def raise_top(one, s, side, p, p_step, count, top, new_top, safe):
 
 
 @inlined
-def rescale(one, s, top, new_top, kv, z, transposed, factors, ones):
+def lows_of(one, s, p, task, scratch):
+    """The low parts of kv and then of z: those that a state keeps, or zeros in scratch."""
+    if p.lows != 0:
+        return p.lows + task * (p.kv_size + s.m_pad)
+    fill(one, scratch, p.kv_size + s.m_pad, one - one)
+    return scratch
+
+
+@register_jitable
+def lows_size(s):
+    """Items of scratch that low parts need."""
+    return max(s.m * s.e_pad, s.e * s.m_pad) + s.m_pad
+
+
+@inlined
+def rescale(one, s, top, new_top, kv, z, lows, z_lows, transposed, factors, ones):
     """Divide the sums by the rise of the top, feature by feature, and take the new top; factors keep what it was."""
     take_tops(one, s.m_pad, top, new_top, factors)
     scale_sums(one, s, kv, z, transposed, factors, ones)
+    scale_sums(one, s, lows, z_lows, transposed, factors, ones)
 
 
 @inlined
@@ -284,26 +306,32 @@ def scale_sums(one, s, kv, z, transposed, factors, ones):
 
 
 @inlined
-def add_keys(one, s, p, p_step, values, v_step, count, kv, transposed, ahead):
-    """Add features times values, rows `v_step` apart, to kv, (m, e_pad), or transposed (e, m_pad)."""
+def add_keys(one, s, p, p_step, values, v_step, count, kv, lows, transposed, ahead):
+    """Add features times values, rows `v_step` apart, to kv, (m, e_pad), or transposed (e, m_pad).
+
+    A tile is added up by itself and then taken with the low parts of kv: errors do not grow with the number of keys.
+    """
     width = panel(one)
     if transposed:
-        product_add_ahead(one, s.e, s.m_pad, count, values, 1, v_step, p, width, p_step, kv, s.m_pad, ahead)
+        product_take(one, s.e, s.m_pad, count, values, 1, v_step, p, width, p_step, kv, s.m_pad, lows, ahead)
     else:
-        product_add_ahead(one, s.m, s.e_pad, count, p, 1, p_step, values, width, v_step, kv, s.e_pad, ahead)
+        product_take(one, s.m, s.e_pad, count, p, 1, p_step, values, width, v_step, kv, s.e_pad, lows, ahead)
 
 
 @inlined
-def take_keys(one, s, side, p, p_step, values, v_step, count, kv, z, top, transposed, scratch, ahead):
+def take_keys(one, s, side, p, p_step, values, v_step, count, kv, z, top, lows, z_lows, transposed, scratch, ahead):
     """Take keys into the sums (kv, z) relative to 2**top: their log features become features."""
     new_top = scratch
     safe = new_top + s.m_pad
     scales = safe + s.m_pad
     ones = scales + s.m_pad
     if raise_top(one, s, side, p, p_step, count, top, new_top, safe) > 0:
-        rescale(one, s, top, new_top, kv, z, transposed, scales, ones)
-    exp_block(one, p, p_step, count, s.m_pad, side + ZERO, 0, safe, ones, 0, z)
-    add_keys(one, s, p, p_step, values, v_step, count, kv, transposed, ahead)
+        rescale(one, s, top, new_top, kv, z, lows, z_lows, transposed, scales, ones)
+    new_z = scales
+    fill(one, new_z, s.m_pad, one - one)
+    exp_block(one, p, p_step, count, s.m_pad, side + ZERO, 0, safe, ones, 0, new_z)
+    take_row(one, s.m_pad, new_z, z, z_lows)
+    add_keys(one, s, p, p_step, values, v_step, count, kv, lows, transposed, ahead)
 
 
 @register_jitable
@@ -313,7 +341,7 @@ def take_keys_scratch(s):
 
 
 @inlined
-def absorb(one, s, side, k, v, mask, b, start, stop, kv, z, top, transposed, scratch):
+def absorb(one, s, side, k, v, mask, b, start, stop, kv, z, top, lows, z_lows, transposed, scratch):
     """Take the keys start .. stop into the sums (kv, z) relative to 2**top."""
     p_step = s.m_pad + lanes(one)
     points = scratch
@@ -322,9 +350,15 @@ def absorb(one, s, side, k, v, mask, b, start, stop, kv, z, top, transposed, scr
     loaded = factors + 2 * TILE
     p = loaded + TILE * s.e_pad
     rest = p + TILE * p_step
-    fill(one, rest + 3 * s.m_pad, max(s.m_pad, s.e_pad), one)
+    new_top, safe, scales, ones = rest, rest + s.m_pad, rest + 2 * s.m_pad, rest + 3 * s.m_pad
+    part = rest + take_keys_scratch(s)
+    size = z - kv
+    part_z = part + size
+    fill(one, ones, max(s.m_pad, s.e_pad), one)
+    fill(one, part_z, s.m_pad, one - one)
     usable = usable_values(one, s, v, mask, transposed)
     v_step = v.row // v.item if usable else s.e_pad
+    width, held = panel(one), 0
     for first in range(start, stop, TILE):
         count = min(TILE, stop - first)
         if load_keys(one, s, side, k, mask, b, first, count, points, dense, factors):
@@ -333,12 +367,40 @@ def absorb(one, s, side, k, v, mask, b, start, stop, kv, z, top, transposed, scr
             next_values = ahead_of(v, b, first + count, after, s.e)
             log_keys(one, s, side, points, count, factors, p, p_step, next_values)
             next_keys = ahead_of(k, b, first + count, after, s.d)
-            take_keys(one, s, side, p, p_step, values, v_step, count, kv, z, top, transposed, rest, next_keys)
+            if raise_top(one, s, side, p, p_step, count, top, new_top, safe) > 0:
+                rescale(one, s, top, new_top, kv, z, lows, z_lows, transposed, scales, ones)
+                if held > 0:
+                    scale_sums(one, s, part, part_z, transposed, scales, ones)
+            exp_block(one, p, p_step, count, s.m_pad, side + ZERO, 0, safe, ones, 0, part_z)
+            if held == 0:
+                fill(one, part, size, one - one)
+            if transposed:
+                product_add_ahead(
+                    one, s.e, s.m_pad, count, values, 1, v_step, p, width, p_step, part, s.m_pad, next_keys
+                )  # fmt: skip
+            else:
+                product_add_ahead(
+                    one, s.m, s.e_pad, count, p, 1, p_step, values, width, v_step, part, s.e_pad, next_keys
+                )  # fmt: skip
+            held += 1
+            if held == PART:
+                take_part(one, s, size, part, kv, z, lows, z_lows)
+                held = 0
+    if held > 0:
+        take_part(one, s, size, part, kv, z, lows, z_lows)
+
+
+@inlined
+def take_part(one, s, size, part, kv, z, lows, z_lows):
+    """Take the sums of some tiles, of which those of the weights begin anew."""
+    take_row(one, size, part, kv, lows)
+    take_row(one, s.m_pad, part + size, z, z_lows)
+    fill(one, part + size, s.m_pad, one - one)
 
 
 def absorb_scratch(one, s):
     """Items of scratch that `absorb` needs."""
-    return TILE * (2 * s.d_pad + 2 + s.e_pad + s.m_pad + lanes_of(one)) + take_keys_scratch(s)
+    return TILE * (2 * s.d_pad + 2 + s.e_pad + s.m_pad + lanes_of(one)) + take_keys_scratch(s) + lows_size(s)
 
 
 @inlined

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from favorsharp.ops.state import State
+from favorsharp.ops.state import State, has_low_parts
 from favorsharp_numba.arguments import (
     Held,
     broadcast,
@@ -24,6 +24,9 @@ from favorsharp_numba.arguments import (
 )
 from favorsharp_numba.decode_kernel import PLAN_SIZE, turn, turn_scratch
 from favorsharp_numba.run import SMALL, aligned, share
+from favorsharp_numba.single_tokens import After, Kept, settled
+
+_NOTHING_KEPT, _NO_ROWS = (None, 0), (0, 0)
 
 
 class Turn:
@@ -36,7 +39,8 @@ class Turn:
         batch, size = tuple(state.kv.shape[:-2]), state.kv.shape[-1]
         packed, sizes, query, key = pack(feature_map, name_of(state.kv), size)
         self.one = packed.one
-        self.heads = math.prod(batch)
+        self.heads, self.d = math.prod(batch), sizes.d
+        self.keeps = has_low_parts(state.kv)
         self.work = float(self.heads * sizes.m * (4 * size + 2 * sizes.d))
         self.scratch = turn_scratch(sizes)
         out = empty(q, (*batch, 1, size), name_of(q))
@@ -58,14 +62,25 @@ class Turn:
 
     def __call__(self, q: Any, k: Any, v: Any, state: State, feature_map: Any) -> tuple[Any, State]:
         """The result and the state after it."""
+        kept, position = state.single_tokens or _NOTHING_KEPT
+        rows = _NO_ROWS
+        if self.keeps:
+            rows = kept and kept.rows_at(position)
+            if rows is None:
+                state = settled(state, feature_map)
+                kept, position = Kept(state, self.heads, self.d, self.one.dtype), 0
+                rows = kept.rows_at(0)
         old = state.kv, state.z, state.c
         out, kv, z, c = map(self.empty_like, (self.out, *old))
         places = map(self.start_of, (q, k, v, out, *old, kv, z, c))
         if self.work < SMALL:
-            turn(self.one, self.plan, *places, 0, self.heads, self._scratch())
+            turn(self.one, self.plan, *places, *rows, 0, self.heads, self._scratch())
         else:
-            share(turn, self.heads, self.work, self.scratch, self.one, self.plan, *places)
-        return out, State(kv, z, c, state.window, state.recent_k, state.recent_v, state.recent_mask, state.fingerprint)
+            share(turn, self.heads, self.work, self.scratch, self.one, self.plan, *places, *rows)
+        new = State(kv, z, c, state.window, state.recent_k, state.recent_v, state.recent_mask, state.fingerprint)
+        if self.keeps:
+            object.__setattr__(new, "single_tokens", After(kept, position + 1))
+        return out, new
 
     def _scratch(self) -> int:
         """Where this thread's scratch is."""

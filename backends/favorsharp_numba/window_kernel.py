@@ -25,6 +25,8 @@ from favorsharp_numba.tiles import (
     load_points,
     log_keys,
     log_queries,
+    lows_of,
+    lows_size,
     place_of,
     put,
     read_sums,
@@ -157,6 +159,7 @@ def windowed(one, s, p, q, k, v, mask, out, work, low, high, scratch):
     slots = loaded + SLOTS * TILE * s.e_pad
     of_keys = slots + SLOTS * of.size
     of_near = of_keys + take_keys_scratch(s)
+    own_lows = of_near + TILE * (2 * TILE + 3) + s.e_pad
     ones = of_keys + 3 * s.m_pad
     fill(one, ones, max(s.m_pad, s.e_pad), one)
     w = p.window
@@ -166,6 +169,8 @@ def windowed(one, s, p, q, k, v, mask, out, work, low, high, scratch):
         kv = p.sums + head * p.sums_size
         z = kv + p.kv_size
         top = z + s.m_pad
+        lows = lows_of(one, s, p, head, own_lows)
+        z_lows = lows + p.kv_size
         keys, queries = key_side(s, p, head), query_side(s, p, head)
         members, members_end = integer_at(p.member_starts + 8 * head), integer_at(p.member_starts + 8 * head + 8)
         cut = cut_of(one, p, members_end - members <= SLOTS)
@@ -176,6 +181,7 @@ def windowed(one, s, p, q, k, v, mask, out, work, low, high, scratch):
             after = step >= cut.tiles
             if step == cut.tiles:
                 fill(one, kv, p.kv_size + s.m_pad, one - one)
+                fill(one, lows, p.kv_size + s.m_pad, one - one)
                 fill(one, top, s.m_pad, -np.inf * one)
                 entered, logged = -1, -1
             tile = 2 * cut.tiles - 1 - step if after else step
@@ -232,7 +238,8 @@ def windowed(one, s, p, q, k, v, mask, out, work, low, high, scratch):
                             values = place_of(v, head, start) if usable else values
                             take_keys(
                                 one, s, keys, features + (begin - start) * p_step, p_step,
-                                values + (begin - start) * v_step, v_step, end - begin, kv, z, top, 0, of_keys,
+                                values + (begin - start) * v_step, v_step, end - begin, kv, z, top, lows, z_lows, 0,
+                                of_keys,
                                 ahead_of(v, head, first + part * w, min(last, first + part * w + w), s.e),
                             )  # fmt: skip
                     begin, end = bounds(p, first, last, part)
@@ -441,4 +448,4 @@ def windowed_scratch(one, s):
     """Items of scratch that `windowed` needs."""
     tiles = SLOTS * (store_of(s).size + TILE * s.e_pad + slot_of(s).size + 1)
     tiles += TILE * (2 * s.d_pad + s.m_pad + lanes_of(one) + 1)
-    return tiles + take_keys_scratch(s) + TILE * (2 * TILE + 3) + s.e_pad
+    return tiles + take_keys_scratch(s) + TILE * (2 * TILE + 3) + s.e_pad + lows_size(s)

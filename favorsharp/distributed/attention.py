@@ -26,7 +26,7 @@ from favorsharp.linear_attention import check_map
 from favorsharp.ops.attention import windowed_rows
 from favorsharp.ops.blocks import join_rows, rows_between
 from favorsharp.ops.causal_attention import causal_attention
-from favorsharp.ops.state import State, empty_state, read
+from favorsharp.ops.state import State, empty_state, read, with_sums
 from favorsharp.ops.state import finish as finished
 from favorsharp.parameters import astype
 
@@ -192,7 +192,7 @@ def _as_a_whole(shard: Shard, group: Any) -> tuple[Array, Array]:
     dist.all_reduce(top, dist.ReduceOp.MAX, group=group)
     sums = torch.cat([state.kv, state.z.mT], -1) * torch.exp(state.c - finite(top)).mT
     total = Sum.apply(group, sums, *shard.inputs)
-    state = replace(state, kv=total[..., :-1], z=total[..., -1:].mT, c=top)
+    state = with_sums(state, total[..., :-1], total[..., -1:].mT, top)
     return read(state, shard.q, shard.feature_map), total
 
 

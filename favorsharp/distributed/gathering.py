@@ -56,8 +56,9 @@ def all_combine(value: Moments | State, *, group: Any = None) -> Any:
     like = value.mean_x if isinstance(value, Moments) else value.kv
     xp = namespace_of(like)
     placed = {
-        name: from_host(getattr(total, name), like, named_dtype(xp, dtype_name(x).rstrip("_")))
-        for name, x in vars(value).items()
+        name: from_host(x, like, named_dtype(xp, dtype_name(own if is_array(own) else like).rstrip("_")))
+        for name, x in vars(total).items()
         if is_array(x)
+        for own in (getattr(value, name),)
     }
     return replace(total, **placed)

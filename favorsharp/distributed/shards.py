@@ -7,7 +7,7 @@ shard continued. `favorsharp.distributed.attention` uses this module.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ import torch
 from favorsharp._arrays import cast
 from favorsharp._typing import Array
 from favorsharp.moments import combine
-from favorsharp.ops.state import State, update
+from favorsharp.ops.state import State, update, with_sums
 
 WHOLE, BUT_LAST, BUT_FIRST = 0, 1, 2
 """Which keys of a shard a state covers: all, all but the last block, or all but the first block."""
@@ -107,7 +107,7 @@ def taken_in(empty: State, rows: Array) -> State:
     # the output does not depend on the reference of the sums, so the reference needs no gradient
     top = rows[..., -1:].detach().amax(0)
     sums = (rows[..., :-1] * torch.exp(rows[..., -1:] - finite(top))).sum(0)
-    return replace(empty, kv=sums[..., :-1], z=sums[..., -1:].mT, c=top.mT)
+    return with_sums(empty, sums[..., :-1], sums[..., -1:].mT, top.mT)
 
 
 def packed_keys(shard: Shard, start: int, stop: int) -> Array:

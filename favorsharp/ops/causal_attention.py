@@ -49,8 +49,8 @@ def causal_attention(
         k.shape[:-2], v.shape[:-2], feature_map.batch_shape, () if key_mask is None else key_mask.shape[:-1]
     )
     if state is None:
-        state = empty_state(feature_map, batch, k.shape[-1], v.shape[-1], window, k[..., :0, :])
-        state = replace(state, **{name: cast(getattr(state, name), dtype) for name in ("kv", "z", "c")})
+        state = empty_state(feature_map, batch, k.shape[-1], v.shape[-1], window, cast(k[..., :0, :], dtype))
+        state = replace(state, recent_k=cast(state.recent_k, k.dtype), recent_v=cast(state.recent_v, k.dtype))
     full_batch = broadcast_shapes(q.shape[:-2], batch, state.kv.shape[:-2])
     before = state.recent_k.shape[-2]
     keys, values, mask = with_recent(state, k, v, key_mask)

@@ -23,6 +23,8 @@ from favorsharp.moments import combine
 
 TILE_ELEMENTS = 1 << 20
 """Number of log features held at once, over all heads: 4 MiB of float32."""
+PART = 512
+"""Keys that are summed separately: a float32 sum over many more keys, one after the other, would lose digits."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -44,6 +46,10 @@ class State:
     recent_mask : boolean array, shape (*b, r)
     fingerprint : str or None
         The fingerprint of the feature map that made the state.
+    kv_low, z_low : array or None, shapes of kv and z
+        Low parts: the rounding errors of kv and z, at most half a unit in their last place. Whoever adds keys to kv and z
+        adds these too, so that the error does not grow with the number of keys; reading a state may ignore them. None
+        stands for zeros. A float64 state has none.
 
     Examples
     --------
@@ -64,9 +70,13 @@ class State:
     recent_v: Array
     recent_mask: Array
     fingerprint: str | None
+    kv_low: Array | None = None
+    z_low: Array | None = None
 
     known_layout: ClassVar[Hashable] = None
     """The part of a call signature that stands for the state; set on results of `decode_step`, else None."""
+    single_tokens: ClassVar[Any] = None
+    """What a backend keeps beside a state that grows token by token, to correct its rounding; None if nothing."""
 
     @property
     def num_features(self) -> int:
@@ -103,9 +113,11 @@ def empty_state(feature_map: PositiveMap, batch: tuple[int, ...], d: int, e: int
     dtype = compute_dtype(xp, like)
     m = feature_map.num_features
     device = on_device_of(like)
+    kv = xp.zeros((*batch, m, e), dtype=dtype, **device)
     none = xp.zeros((*batch, 1, m), dtype=dtype, **device)
+    low = has_low_parts(kv)
     return State(
-        kv=xp.zeros((*batch, m, e), dtype=dtype, **device),
+        kv=kv,
         z=none,
         c=none - xp.inf,
         window=window,
@@ -113,7 +125,19 @@ def empty_state(feature_map: PositiveMap, batch: tuple[int, ...], d: int, e: int
         recent_v=xp.zeros((*batch, 0, e), dtype=like.dtype, **device),
         recent_mask=xp.zeros((*batch, 0), dtype=xp.bool, **device),
         fingerprint=None,
+        kv_low=xp.zeros_like(kv) if low else None,
+        z_low=xp.zeros_like(none) if low else None,
     )
+
+
+def has_low_parts(kv: Array) -> bool:
+    """Whether a state with these sums keeps low parts: the rounding of float64 is never felt."""
+    return bool(kv.dtype != namespace_of(kv).float64)
+
+
+def with_sums(state: State, kv: Array, z: Array, c: Array, **others: Any) -> State:
+    """The state with other sums, of which no low parts are known."""
+    return replace(state, kv=kv, z=z, c=c, kv_low=None, z_low=None, **others)
 
 
 @Op
@@ -219,7 +243,7 @@ def _combine_states(a: State, b: Any) -> State:
     check_together(a=a.kv, b=b.kv)
     check_broadcast("states", a=a.kv.shape[:-2], b=b.kv.shape[:-2])
     last = b if b.recent_k.shape[-2] else a
-    merged = _merged(a, b.kv, b.z, b.c)
+    merged = _merged(a, b.kv, b.z, b.c, (b.kv_low, b.z_low))
     return replace(
         merged,
         recent_k=last.recent_k,
@@ -246,7 +270,7 @@ def absorb_features(state: State, lk: Array, v: Array) -> State:
     xp = namespace_of(lk)
     c = xp.max(lk, axis=-2, keepdims=True)
     p = xp.exp(lk - _finite(c))
-    return _merged(state, xp.matrix_transpose(p) @ v, xp.sum(p, axis=-2, keepdims=True), c)
+    return _merged(state, *_sums_of(p, v), c)
 
 
 def read_partial(state: State, lq: Array) -> Partial:
@@ -341,15 +365,51 @@ def tile_length(width: int, batch: tuple[int, ...], most: int) -> int:
     return min(most, max(16, 1 << (points.bit_length() - 1 if points else 0)))
 
 
+def _sums_of(p: Array, v: Array) -> tuple[Array, Array]:
+    """p^T v and the sum of p over the keys, computed as a sum of sums of parts."""
+    xp = namespace_of(p)
+    length = p.shape[-2]
+    if not isinstance(length, int) or length < 2 * PART:  # a symbolic one is not known yet
+        return xp.matrix_transpose(p) @ v, xp.sum(p, axis=-2, keepdims=True)
+    whole = length // PART * PART
+    parts, values = (xp.reshape(x[..., :whole, :], (*x.shape[:-2], whole // PART, PART, x.shape[-1])) for x in (p, v))
+    kv = xp.sum(xp.matrix_transpose(parts) @ values, axis=-3)
+    z = xp.sum(xp.sum(parts, axis=-2), axis=-2, keepdims=True)
+    if whole < length:
+        rest, rest_z = _sums_of(p[..., whole:, :], v[..., whole:, :])
+        kv, z = kv + rest, z + rest_z
+    return kv, z
+
+
 @under_own_settings
-def _merged(state: State, kv: Array, z: Array, c: Array) -> State:
-    """The state merged with the (kv, z, c) of further keys."""
+def _merged(
+    state: State, kv: Array, z: Array, c: Array, low: tuple[Array | None, Array | None] = (None, None)
+) -> State:
+    """The state merged with the (kv, z, c) of further keys and the low parts of these kv and z."""
     xp = namespace_of(c)
     top = xp.maximum(state.c, c)
     safe = _finite(top)
     old, new = xp.exp(state.c - safe), xp.exp(c - safe)
-    kv = xp.matrix_transpose(old) * state.kv + xp.matrix_transpose(new) * kv
-    return replace(state, kv=kv, z=old * state.z + new * z, c=top)
+    scales = xp.matrix_transpose(old), xp.matrix_transpose(new)
+    kv, kv_low = _added(scales, (state.kv, kv), (state.kv_low, low[0]))
+    z, z_low = _added((old, new), (state.z, z), (state.z_low, low[1]))
+    return replace(state, kv=kv, z=z, c=top, kv_low=kv_low, z_low=z_low)
+
+
+def _added(
+    scales: tuple[Array, Array], sums: tuple[Array, Array], lows: tuple[Array | None, Array | None]
+) -> tuple[Array, Array | None]:
+    """Sums times their scales added, and what rounding takes off; 0 where they are not finite."""
+    old, new = (scale * x for scale, x in zip(scales, sums, strict=True))
+    if not (has_low_parts(old) and has_low_parts(new)):
+        return old + new, None
+    for scale, low in zip(scales, lows, strict=True):
+        if low is not None:
+            new = new + scale * low
+    xp = namespace_of(new)
+    total = old + new
+    lost = new - (total - old)
+    return total, xp.where(xp.isnan(lost), 0.0, lost)
 
 
 def _finite(reference: Array) -> Array:
