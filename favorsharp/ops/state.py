@@ -47,9 +47,9 @@ class State:
     fingerprint : str or None
         The fingerprint of the feature map that made the state.
     kv_low, z_low : array or None, shapes of kv and z
-        Low parts: the rounding errors of kv and z, at most half a unit in their last place. Whoever adds keys to kv and z
-        adds these too, so that the error does not grow with the number of keys; reading a state may ignore them. None
-        stands for zeros. A float64 state has none.
+        Low parts: the rounding errors of kv and z, at most half a unit in their last place. Whoever adds keys to kv and
+        z adds these too, so that the error does not grow with the number of keys; reading a state may ignore them.
+        None stands for zeros. A float64 state has none.
 
     Examples
     --------
