@@ -576,7 +576,8 @@ def _ridge(ridge: Any, data: Moments) -> float:
 
 def _least_ridge(s: Array) -> float:
     """The relative ridge that the arithmetic of s can tell from rounding."""
-    return max(1e-6, 8 * s.shape[-1] * float(namespace_of(s).finfo(s.dtype).eps))
+    eps = float(namespace_of(s).finfo(s.dtype).eps)
+    return max(1e-6, 8 * int(s.shape[-1]) * eps)
 
 
 def _restore(value: Array, data: Moments) -> Array:
