@@ -12,9 +12,10 @@ What this room promises:
 - A backend that is named (by `use` or by the environment variable ``FAVORSHARP_BACKEND``) runs, or the call raises
   `BackendUnavailable` with every reason. A fallback is wanted only where it is written: ``use("numba", "reference")``.
 
-Traced arrays (`torch.compile`, `torch.func` and `jax.jit` transforms, fake tensors) have no values for a kernel to
-read, so only kernels that say ``traceable=True`` and the reference take them. A name that cannot be honoured is an
-error there too, at tracing time. `torch.compile` cannot see context variables; it asks for the names while it traces
+Traced arrays (`torch.compile`, `make_fx`, `torch.func` and `jax.jit` transforms, fake tensors) have no values for a
+kernel to read, and modes of torch that follow operations (counters of flops, selective checkpoints) would not see it.
+Only kernels that say ``traceable=True`` and the reference run there. A name that cannot be honoured is an error there
+too, at tracing time. `torch.compile` cannot see context variables; it asks for the names while it traces
 and traces again when they change, provided they change in one thread: put `use` around the compiled call, not inside
 the compiled function.
 
@@ -39,7 +40,7 @@ from favorsharp._arrays import (
     device_of,
     dtype_name,
     is_array,
-    is_traced,
+    is_followed,
     library_of,
     mode_of_library,
     needs_gradient,
@@ -104,7 +105,7 @@ class Request:
     gradient : bool
         Whether the library records the call for a backward pass.
     traced : bool
-        Whether an argument stands for values that are not known yet.
+        Whether an argument stands for values that are not known yet, or a mode of torch follows what is done to it.
     """
 
     op: str
@@ -144,7 +145,7 @@ def request_of(op: str, *arguments: object) -> Request:
         dtype=_common_dtype(arrays or inner),
         family=family,
         gradient=any(needs_gradient(x) for x in everything),
-        traced=any(is_traced(x) for x in everything),
+        traced=any(is_followed(x) for x in everything),
     )
 
 
@@ -188,7 +189,8 @@ class Kernel:
     differentiable : bool
         Whether it records a backward pass where the arrays need one.
     traceable : bool
-        Whether it runs on arrays without values, under `torch.compile`, `torch.func` transforms or `jax.jit`.
+        Whether it runs on arrays without values, under `torch.compile`, `torch.func` transforms or `jax.jit`, and as
+        operations that modes of torch see.
     """
 
     op: str
@@ -216,7 +218,7 @@ class Kernel:
         if request.library not in self.libraries:
             return f"library {request.library}"
         if request.traced and not self.traceable:
-            return "traced arrays"
+            return "traced arrays, or a mode of torch that follows operations"
         if request.device not in self.devices and not (request.traced and request.device == "traced"):
             return f"device {request.device}"
         if request.dtype not in self.dtypes:

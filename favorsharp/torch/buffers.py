@@ -4,7 +4,7 @@ from typing import Any, Self
 
 import torch
 
-from favorsharp._arrays import is_array, is_traced, stamps_of
+from favorsharp._arrays import is_array, is_followed, stamps_of
 from favorsharp._checks import check_choice, check_flag, check_integer
 from favorsharp.attention_moments import attention_moments
 from favorsharp.draws import DRAWS, draw_rows
@@ -82,7 +82,7 @@ class MapBuffers(torch.nn.Module):
         self.draw = draw if isinstance(draw, str) else None
         dtype = torch.promote_types(dtype or torch.get_default_dtype(), torch.float32)
         rows = self._rows(rng) if isinstance(draw, str) else draw
-        self.register_buffer("projection", torch.as_tensor(rows).to(device=device, dtype=dtype))
+        self.register_buffer("projection", torch.as_tensor(rows, device=device).to(dtype))
         for name in _PARAMETERS:
             self.register_buffer(name, None)
         self._held: tuple[tuple[torch.Tensor, ...], Any, FeatureMap] | None = None
@@ -106,7 +106,7 @@ class MapBuffers(torch.nn.Module):
         if torch.compiler.is_compiling():
             return self._built()
         held = tuple(x for x in self._buffers.values() if x is not None)
-        if any(is_traced(x) for x in held):
+        if any(is_followed(x) for x in held):
             return self._built()
         stamps = stamps_of(held)
         known = self._held
@@ -214,8 +214,8 @@ class MapBuffers(torch.nn.Module):
         """
         if self.draw is None:
             raise ValueError("redraw needs a draw by name, and this module was given its rows as an array")
-        rows = torch.as_tensor(self._rows(rng))
-        self.projection = rows.to(device=self.projection.device, dtype=self.projection.dtype)
+        rows = torch.as_tensor(self._rows(rng), device=self.projection.device)
+        self.projection = rows.to(self.projection.dtype)
         return self
 
     def extra_repr(self) -> str:
