@@ -4,7 +4,7 @@ from typing import Any, Self
 
 import torch
 
-from favorsharp._arrays import is_array, is_followed, stamps_of
+from favorsharp._arrays import is_array, is_followed, is_traced, stamps_of
 from favorsharp._checks import check_choice, check_flag, check_integer
 from favorsharp.attention_moments import attention_moments
 from favorsharp.draws import DRAWS, draw_rows
@@ -234,7 +234,8 @@ class MapBuffers(torch.nn.Module):
 
     def _rows(self, rng: Any) -> Any:
         if rng is None:
-            rng = int(torch.randint(0, 2**62, (), device="cpu"))
+            seed = torch.randint(0, 2**62, (), device="cpu")
+            rng = 0 if is_traced(seed) else int(seed)  # rows of a fake module are fake
         assert self.draw is not None
         return draw_rows(self.draw, self.num_features, self.size, rng)
 
