@@ -47,8 +47,8 @@ def check_floats(**named: Any) -> Namespace:
     """
     if is_scripting():
         raise TypeError(
-            "torch.jit.trace (and torch.onnx.export with dynamo=False, which uses it) takes sizes for constants, so that "
-            "its graph would be wrong at other lengths; accepted: torch.export, torch.compile, make_fx, and "
+            "torch.jit.trace (and torch.onnx.export with dynamo=False, which uses it) takes sizes for constants, so "
+            "that its graph would be wrong at other lengths; accepted: torch.export, torch.compile, make_fx, and "
             "torch.onnx.export with dynamo=True"
         )
     arrays = named

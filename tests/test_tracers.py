@@ -54,7 +54,8 @@ def test_every_verb_under_every_mode(modes):
         [sys.executable, str(tests / "mode_checks.py"), *modes],
         capture_output=True, text=True, env={**os.environ, "PYTHONPATH": paths},
     )  # fmt: skip
-    assert run.returncode == 0 and run.stdout.endswith("done\n"), f"{run.stdout[-300:]}\n{run.stderr[-3000:]}"
+    assert run.returncode == 0, f"{run.stdout[-300:]}\n{run.stderr[-3000:]}"
+    assert run.stdout.endswith("done\n")
 
 
 def graph_of(tracer, call, *example):
@@ -73,8 +74,11 @@ def graph_of(tracer, call, *example):
 TRACERS = ["real", "fake", "symbolic", "real pre-dispatch", "symbolic pre-dispatch", "compile", "non-strict export"]
 
 
-@pytest.mark.parametrize("options", MODES, ids=str)
-@pytest.mark.parametrize("tracer", TRACERS)
+@pytest.mark.parametrize(
+    ("tracer", "options"),
+    [*(("real", options) for options in MODES), *((tracer, MODES[-1]) for tracer in TRACERS[1:])],
+    ids=str,
+)
 def test_a_traced_function_equals_the_formula_on_new_input(tracer, options):
     q, k, v = inputs()
     fm = fs.feature_map(fs.fit(q, k), 16, rng=0)
@@ -120,8 +124,9 @@ def test_a_traced_call_of_attention_fits_anew(tracer):
     np.testing.assert_allclose(graph_of(tracer, call, q, k, v)(*new), want, rtol=1e-6, atol=1e-9)
 
 
-@pytest.mark.parametrize("tracer", ["real", "symbolic", "real pre-dispatch"])
-@pytest.mark.parametrize("options", MODES, ids=str)
+@pytest.mark.parametrize(
+    ("tracer", "options"), [("real", MODES[0]), ("real", MODES[3]), ("symbolic", MODES[1])], ids=str
+)
 def test_traced_gradients_are_those_of_new_input(tracer, options):
     q, k, v = inputs()
     fm = fs.feature_map(fs.fit(q, k), 16, rng=0)
@@ -195,7 +200,8 @@ def test_a_backward_pass_alone_is_followed():
                 assert mode.get_total_flops() > 0
                 assert x.grad_fn is None
             else:
-                assert type(x).__name__ == "FakeTensor" and x.shape == want.shape
+                assert type(x).__name__ == "FakeTensor"
+                assert x.shape == want.shape
 
 
 def test_a_pullback_is_not_followed_where_its_call_was_not():

@@ -1,9 +1,9 @@
 """The operations that torch differentiates and compiles, with the backward kernels as their gradients.
 
 Eager calls run the kernels inside a Function that holds the feature map itself (`torch_eager`). Traced calls
-(`torch.compile`, `torch.func`, fake tensors), and those that a mode of torch follows, cannot: they see functional custom
-operators of tensors alone (`operators`), inside a Function of their own (`torch_traced`). Gradients flow to q, k, v and to every array of a
-feature map. Forward-mode derivatives raise: no kernel computes them.
+(`torch.compile`, `torch.func`, fake tensors), and those that a mode of torch follows, cannot: they see functional
+custom operators of tensors alone (`operators`), inside a Function of their own (`torch_traced`). Gradients flow to q,
+k, v and to every array of a feature map. Forward-mode derivatives raise: no kernel computes them.
 """
 
 from dataclasses import replace
