@@ -161,10 +161,13 @@ def signature_of(x: Any, *, with_layout: bool = False) -> Any:
             return None
         return (x.shape, x.dtype, x.strides, x.flags.aligned) if with_layout else (x.shape, x.dtype)
     if module == "torch":
-        if kind.__name__ != "Tensor" or x.is_nested:
+        if kind.__name__ != "Tensor":
             return None
-        told = (kind, x.shape, x.dtype, x.device, x.layout, x.requires_grad)
-        return (*told, x.stride(), x.is_neg()) if with_layout else told
+        try:
+            told = (kind, x.shape, x.dtype, x.device, x.layout, x.requires_grad)
+            return (*told, x.stride(), x.is_neg()) if with_layout else told
+        except RuntimeError:  # nested tensors have no shape, and some layouts no strides
+            return None
     return (kind, x) if x is None or kind is bool or kind is int or kind is str else None
 
 
@@ -188,10 +191,11 @@ def mode_of_library() -> Any:
         return False
     if (
         torch.compiler.is_compiling()
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or in_forward_mode(torch)
-        or torch._C._is_tracing()
-        or _has_modes(torch)
+        or (inner := torch._C)._functorch.peek_interpreter_stack() is not None
+        or torch.autograd.forward_ad._current_level >= 0
+        or inner._len_torch_dispatch_stack()
+        or inner._is_tracing()
+        or (inner._len_torch_function_stack() and _has_modes(torch))
     ):
         return None
     return bool(torch.is_grad_enabled()), bool(torch.is_inference_mode_enabled())

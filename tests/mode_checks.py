@@ -63,6 +63,7 @@ def pulled_back(p: SimpleNamespace, name: str, *arrays: Any, **options: Any) -> 
 def verbs(p: SimpleNamespace) -> dict[str, Callable[[], Any]]:
     """Every verb on the inputs of `problem`, by name."""
     q, k, v, fm, mask = p.q, p.k, p.v, p.fm, p.mask
+    options: Any = {"num_features": 16, "rng": 0, "device": "cpu", "dtype": q.dtype}
 
     def attend(**options: Any) -> Callable[[], Any]:
         return lambda: fs.linear_attention(q, k, v, fm, **options)
@@ -136,8 +137,8 @@ def verbs(p: SimpleNamespace) -> dict[str, Callable[[], Any]]:
         "refine": lambda: refine(fm.parameters, (q, k, v), num_features=8, steps=1, rng=0).parameters,
         "module": lambda: p.head(q, k, v),
         "module backward": lambda: with_gradients(lambda *x: p.head(*x), q, k, v),
-        "calibrate": lambda: LinearAttention(8, 2, num_features=16, rng=0, device="cpu", dtype=q.dtype).calibrate(q, k).feature_map,
-        "redraw": lambda: LinearAttention(8, 2, num_features=16, rng=0, device="cpu", dtype=q.dtype).redraw(1).projection,
+        "calibrate": lambda: LinearAttention(8, 2, **options).calibrate(q, k).feature_map,
+        "redraw": lambda: LinearAttention(8, 2, **options).redraw(1).projection,
         "multihead": lambda: p.layer(p.x, p.x, p.x)[0],
         "multihead causal": lambda: p.layer(p.x, p.x, p.x, is_causal=True, attn_mask=None)[0],
     }  # fmt: skip
