@@ -73,9 +73,9 @@ def _numpy_label(dtype: DType) -> str:
 def is_traced(x: Array) -> bool:
     """Whether x stands for values that are not known yet, so that no decision may depend on them.
 
-    torch arrays under `torch.compile`, functorch transforms, `meta` tensors, and subclasses that carry their numbers
-    elsewhere (fake tensors, DTensors: a kernel would read through a pointer to nothing), and those with a tangent,
-    which a kernel would lose; JAX tracers; lazy arrays.
+    torch arrays under `torch.compile`, functorch transforms, and modes that trace or fake (`make_fx`, FakeTensorMode),
+    `meta` tensors, and subclasses that carry their numbers elsewhere (fake tensors, DTensors: a kernel would read
+    through a pointer to nothing), and those with a tangent, which a kernel would lose; JAX tracers; lazy arrays.
     """
     if array_api_compat.is_torch_array(x):
         torch = sys.modules["torch"]
@@ -85,11 +85,65 @@ def is_traced(x: Array) -> bool:
             x.device.type == "meta"
             or type(x).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__
             or torch._C._functorch.peek_interpreter_stack() is not None
+            or is_traced_by_mode()
             or (in_forward_mode(torch) and torch.autograd.forward_ad.unpack_dual(x).tangent is not None)
         )
     if array_api_compat.is_jax_array(x):
         return isinstance(x, sys.modules["jax"].core.Tracer)
     return bool(array_api_compat.is_lazy_array(x))
+
+
+def is_followed(x: Array) -> bool:
+    """Whether each operation on x has to go through its library: x is traced, or a mode of torch follows operations.
+
+    Such modes count, log, keep or replace what each operation gives (`FlopCounterMode`, selective checkpoints), and
+    know nothing of a kernel that they do not see.
+    """
+    if is_traced(x):
+        return True
+    return bool(array_api_compat.is_torch_array(x)) and _has_modes(sys.modules["torch"])
+
+
+def tensor_fault(x: Any) -> str | None:
+    """Why a tensor does not hold its items one by one in memory, and what would; None where it does."""
+    if x.is_nested:
+        return "a nested one; accepted: a padded tensor with key_mask, or a packed one with cu_seqlens"
+    if x.layout != sys.modules["torch"].strided:
+        return f"layout {x.layout}; accepted: torch.strided, as to_dense() gives"
+    if is_followed(x) or x.numel() == 0 or x._is_zerotensor():
+        return None
+    last = x.storage_offset() + sum((size - 1) * step for size, step in zip(x.shape, x.stride(), strict=True))
+    if x.untyped_storage().nbytes() < (last + 1) * x.element_size():
+        return f"one of shape {tuple(x.shape)} whose storage was freed; accepted: one with its memory"
+    return None
+
+
+def _has_modes(torch: Any) -> bool:
+    """Whether a mode of torch sees operations; one that only says where new tensors go does not count."""
+    if torch._C._len_torch_dispatch_stack():
+        return True
+    count = torch._C._len_torch_function_stack()
+    return count > 0 and any(type(torch._C._get_function_stack_at(i)).__name__ != "DeviceContext" for i in range(count))
+
+
+def _modes_trace(torch: Any) -> bool:
+    """Whether one of the modes gives tensors without numbers, or records operations in place of numbers."""
+    keys = torch._C._TorchDispatchModeKey
+    if any(torch._C._get_dispatch_mode(key) is not None for key in (keys.FAKE, keys.PROXY, keys.FUNCTIONAL)):
+        return True
+    return bool(torch._ops._len_torch_dispatch_stack_pre_dispatch())
+
+
+def is_traced_by_mode() -> bool:
+    """Whether a mode of torch records or fakes operations (`make_fx`, FakeTensorMode), so that none gives numbers."""
+    torch = sys.modules.get("torch")
+    return torch is not None and _has_modes(torch) and _modes_trace(torch)
+
+
+def is_scripting() -> bool:
+    """Whether `torch.jit.trace`, or an exporter that uses it, records operations."""
+    torch = sys.modules.get("torch")
+    return torch is not None and not torch.compiler.is_compiling() and bool(torch._C._is_tracing())
 
 
 def is_compiling() -> bool:
@@ -118,8 +172,11 @@ def signature_of(x: Any, *, with_layout: bool = False) -> Any:
     if module == "torch":
         if kind.__name__ != "Tensor":
             return None
-        told = (kind, x.shape, x.dtype, x.device, x.requires_grad)
-        return (*told, x.stride(), x.is_neg()) if with_layout else told
+        try:
+            told = (kind, x.shape, x.dtype, x.device, x.layout, x.requires_grad)
+            return (*told, x.stride(), x.is_neg()) if with_layout else told
+        except RuntimeError:  # nested tensors have no shape, and some layouts no strides
+            return None
     return (kind, x) if x is None or kind is bool or kind is int or kind is str else None
 
 
@@ -137,14 +194,17 @@ def stamps_of(arrays: Iterable[Array]) -> tuple[Any, ...]:
 
 
 def mode_of_library() -> Any:
-    """What torch's results depend on besides its tensors; None where it traces or transforms."""
+    """What torch's results depend on besides its tensors; None where it traces, transforms or follows operations."""
     torch = sys.modules.get("torch")
     if torch is None:
         return False
     if (
         torch.compiler.is_compiling()
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or in_forward_mode(torch)
+        or (inner := torch._C)._functorch.peek_interpreter_stack() is not None
+        or torch.autograd.forward_ad._current_level >= 0
+        or inner._len_torch_dispatch_stack()
+        or inner._is_tracing()
+        or (inner._len_torch_function_stack() and _has_modes(torch))
     ):
         return None
     return bool(torch.is_grad_enabled()), bool(torch.is_inference_mode_enabled())
@@ -264,6 +324,13 @@ def to_host(x: Array) -> Any:
     import numpy as np
 
     if array_api_compat.is_torch_array(x):
+        if is_traced(x):
+            raise TypeError(
+                "the numbers of a tensor are needed, and it is traced or faked (torch.compile, make_fx, a fake or meta "
+                "tensor, torch.func); accepted: a tensor with numbers, outside of these"
+            )
+        if (fault := tensor_fault(x)) is not None:
+            raise TypeError(f"the numbers of a tensor are needed, and it is {fault}")
         x = x.detach().cpu()
         return np.asarray((x.float() if dtype_name(x) == "bfloat16" else x).numpy())
     if array_api_compat.is_cupy_array(x):
@@ -298,11 +365,12 @@ def broadcast_shapes(*shapes: Iterable[int]) -> tuple[int, ...]:
 def recorded_gradients(
     function: Callable[..., tuple[Array, ...]], arrays: Iterable[Array], gradients: Iterable[Array | None]
 ) -> list[Array | None]:
-    """The gradients that reach torch tensors through function's results, recorded so as to be differentiated again.
+    """The gradients that reach torch tensors through function's results; None for a tensor that needs none.
 
-    None for a tensor that needs none.
+    Where torch records, they are recorded too, so as to be differentiated again.
     """
     torch = sys.modules["torch"]
+    again = torch.is_grad_enabled()
     with torch.enable_grad():
         own = [x.view_as(x) for x in arrays]  # gradients stop here, and what is recorded goes on
         reached = [
@@ -314,8 +382,15 @@ def recorded_gradients(
         if not reached:
             return [None] * len(own)
         results, given = zip(*reached, strict=True)
-        found = iter(torch.autograd.grad(results, wanted, given, create_graph=True, allow_unused=True))
+        found = iter(torch.autograd.grad(results, wanted, given, create_graph=again, allow_unused=True))
     return [next(found) if x.requires_grad else None for x in own]
+
+
+def recorded_or_followed(*gradients: Array | None) -> bool:
+    """Whether kernels cannot take torch's gradients further: these are recorded themselves, traced or followed."""
+    if sys.modules["torch"].is_grad_enabled():
+        return True
+    return any(x is not None and is_followed(x) for x in gradients)
 
 
 def differentiate(

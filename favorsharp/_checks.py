@@ -5,18 +5,36 @@ import operator
 from collections.abc import Iterable
 from typing import Any
 
-from favorsharp._arrays import FLOATS, broadcast_shapes, device_label, dtype_name, is_array, library_of, namespace_of
+from favorsharp._arrays import (
+    FLOATS,
+    broadcast_shapes,
+    device_label,
+    dtype_name,
+    is_array,
+    is_followed,
+    is_scripting,
+    library_of,
+    namespace_of,
+    tensor_fault,
+)
 from favorsharp._typing import Array, Namespace
 
 
 def check_array(name: str, x: Any) -> None:
-    """Raise unless x is an array; NumPy's masked arrays and matrices are refused, as their operators differ."""
+    """Raise unless x is an array whose items lie in memory; NumPy's masked arrays and matrices are refused too."""
+    if type(x).__module__.startswith("torch.fx."):
+        raise TypeError(
+            f"{name} is a {_kind(x)} of torch.fx.symbolic_trace, which has no shape; accepted there: a function that "
+            "torch.fx.wrap makes a leaf; or use torch.export or make_fx, which trace with example tensors"
+        )
     if not is_array(x):
         raise TypeError(
             f"{name} must be an array of an array API library (NumPy, torch, CuPy, JAX, ...), got {_kind(x)}"
         )
     if library_of(x) == "numpy" and type(x).__name__ in ("MaskedArray", "matrix"):
         raise TypeError(f"{name} must be a plain array, got {_kind(x)}, whose mask or operators would be ignored")
+    if library_of(x) == "torch" and (fault := tensor_fault(x)) is not None:
+        raise TypeError(f"{name} must be a dense tensor, got {fault}")
 
 
 def check_floats(**named: Any) -> Namespace:
@@ -27,6 +45,12 @@ def check_floats(**named: Any) -> Namespace:
     namespace
         The functions of the library that the arrays share.
     """
+    if is_scripting():
+        raise TypeError(
+            "torch.jit.trace (and torch.onnx.export with dynamo=False, which uses it) takes sizes for constants, so "
+            "that its graph would be wrong at other lengths; accepted: torch.export, torch.compile, make_fx, and "
+            "torch.onnx.export with dynamo=True"
+        )
     arrays = named
     for name, x in arrays.items():
         check_array(name, x)
@@ -45,6 +69,15 @@ def check_in_memory(**named: Any) -> None:
         raise TypeError(
             f"{', '.join(lazy)}: dask arrays, which moments, fit, kernel_matvec and nadaraya_watson take, the latter "
             "two with a NumPy feature map; accepted here: arrays in memory, such as .compute() gives"
+        )
+
+
+def check_unfollowed(name: str, x: Array) -> None:
+    """Raise where kernels cannot read an array that is given to a call later on: it is traced, or followed by modes."""
+    if is_followed(x):
+        raise TypeError(
+            f"{name} is traced, or a mode of torch follows operations, and the call before it was not; accepted: both "
+            "in one, so that the call is traced or followed too"
         )
 
 

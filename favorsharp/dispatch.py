@@ -15,9 +15,10 @@ What this module promises:
   `BackendUnavailable` with all reasons. A call falls back only where the caller asks for it:
   ``use("numba", "reference")``.
 
-Traced arrays (`torch.compile`, `torch.func` and `jax.jit` transforms, fake tensors) have no values for a kernel to
-read, so only kernels that are declared ``traceable=True`` and the reference take them. If a named backend cannot run
-there, tracing raises an error. `torch.compile` cannot see context variables. It reads the names while it traces, and
+Traced arrays (`torch.compile`, `make_fx`, `torch.func` and `jax.jit` transforms, fake tensors) have no values for a
+kernel to read. Modes of torch that follow operations (counters of flops, selective checkpoints) would not notice a
+kernel. So only kernels that are declared ``traceable=True`` and the reference run there. If a named backend cannot run
+there, the call raises an error. `torch.compile` cannot see context variables. It reads the names while it traces, and
 traces again when they change, provided that only one thread changes them: put `use` around the compiled call, not
 inside the compiled function.
 
@@ -43,7 +44,7 @@ from favorsharp._arrays import (
     device_of,
     dtype_name,
     is_array,
-    is_traced,
+    is_followed,
     library_of,
     mode_of_library,
     needs_gradient,
@@ -109,7 +110,7 @@ class Request:
     gradient : bool
         Whether the library records the call for a backward pass.
     traced : bool
-        Whether any argument is traced, so that its values are not known yet.
+        Whether any argument is traced, so that its values are not known yet, or a mode of torch follows operations.
     """
 
     op: str
@@ -149,7 +150,7 @@ def request_of(op: str, *arguments: object) -> Request:
         dtype=_common_dtype(arrays or inner),
         family=family,
         gradient=any(needs_gradient(x) for x in everything),
-        traced=any(is_traced(x) for x in everything),
+        traced=any(is_followed(x) for x in everything),
     )
 
 
@@ -193,7 +194,8 @@ class Kernel:
     differentiable : bool
         Whether the kernel records a backward pass for arrays that need gradients.
     traceable : bool
-        Whether the kernel runs on arrays without values, under `torch.compile`, `torch.func` transforms or `jax.jit`.
+        Whether the kernel runs on arrays without values, under `torch.compile`, `torch.func` transforms or `jax.jit`,
+        and as operations that modes of torch see.
     """
 
     op: str
@@ -221,7 +223,7 @@ class Kernel:
         if request.library not in self.libraries:
             return f"library {request.library}"
         if request.traced and not self.traceable:
-            return "traced arrays"
+            return "traced arrays, or a mode of torch that follows operations"
         if request.device not in self.devices and not (request.traced and request.device == "traced"):
             return f"device {request.device}"
         if request.dtype not in self.dtypes:

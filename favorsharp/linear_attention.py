@@ -12,6 +12,7 @@ from favorsharp._arrays import (
     dtype_name,
     is_array,
     is_compiling,
+    is_followed,
     is_traced,
     library_of,
     namespace_of,
@@ -236,7 +237,7 @@ def linear_attention(
         if state is not None or return_state:
             raise ValueError("cu_seqlens with state or return_state is not supported: run the sequences one by one")
         bounds = check_bounds(cu_seqlens, n, s)
-        if n > 0 and not is_traced(q):
+        if n > 0 and not is_followed(q):
             prepared = astype(feature_map, compute_dtype(xp, q, k, v))
             run = op.implementation(q, k, v, prepared, key_mask=key_mask, window=window)
             packed = getattr(run, "packed", None)
@@ -606,7 +607,7 @@ def _check_out(
 
 def _into(run: Any, out: Array | None, group: int) -> dict[str, Array]:
     """The keyword argument `out` for an implementation that can write its result there; else nothing."""
-    if out is None or not getattr(run, "takes_out", False):
+    if out is None or not getattr(run, "takes_out", False) or is_followed(out):
         return {}
     return {"out": split_heads(out, group) if group > 1 else out}
 

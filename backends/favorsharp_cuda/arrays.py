@@ -51,7 +51,13 @@ def device_number(x: Any) -> int:
 def place_of(x: Any) -> tuple[int, tuple[int, ...]]:
     """The address of the first item, and the strides in items."""
     if is_torch(x):
-        return int(x.data_ptr()), tuple(x.stride())
+        place = int(x.data_ptr())
+        if not place and x.numel() > 0:
+            raise TypeError(
+                f"a tensor of shape {tuple(x.shape)} on {x.device} has no memory that a kernel can use: it is fake, or "
+                "its storage was freed; accepted: tensors with their numbers, outside of torch's fake modes"
+            )
+        return place, tuple(x.stride())
     start = x.__array_interface__["data"][0] if is_numpy(x) else x.data.ptr
     item = x.dtype.itemsize
     if any(step % item for step in x.strides):

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from favorsharp._arrays import recorded_or_followed
 from favorsharp.features.map_gradients import map_gradients
 from favorsharp.ops.attention import attention
 from favorsharp.ops.causal_attention import causal_attention
@@ -37,7 +38,7 @@ class Features(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Any) -> Any:
-        if torch.is_grad_enabled():
+        if recorded_or_followed(gradient):
             return tuple(features_gradients(ctx.saved_tensors, gradient))
         return exponential_features_backward(gradient, *ctx.saved_tensors)
 
@@ -69,7 +70,7 @@ class Attention(torch.autograd.Function):
         (q, k, v, kv, z, c), arrays, (key_mask, out, stats, *after) = parted(ctx.saved_tensors, 6)
         window, causal = ctx.options
         sums = None if kv is None else (kv, z, c)
-        if torch.is_grad_enabled():
+        if recorded_or_followed(gradient, *of_sums):
             again = _attention_again(key_mask, window, causal)
             given = (q, k, v, *(sums or ()), *arrays)
             found = gradients_through_map(again, ctx.feature_map, given, (gradient, *of_sums))
@@ -118,7 +119,7 @@ class Absorb(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
         (k, v, *sums), arrays, (key_mask, *after) = parted(ctx.saved_tensors, 5)
-        if torch.is_grad_enabled():
+        if recorded_or_followed(*gradients):
 
             def again(own: Any, k: Any, v: Any, *sums: Any) -> Any:
                 state = update.reference(sums_alone(k, v, sums, 0), k, v, own, key_mask=key_mask)
@@ -146,7 +147,7 @@ class Read(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Any) -> Any:
         (q, *tensors), arrays, (recent_mask, out, stats) = parted(ctx.saved_tensors, 6)
-        if torch.is_grad_enabled():
+        if recorded_or_followed(gradient):
 
             def again(own: Any, q: Any, *tensors: Any) -> Any:
                 return (read.reference(_state_to_read(tensors, recent_mask), q, own),)
@@ -172,7 +173,7 @@ class Matvec(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Any) -> Any:
         x, y, v, *arrays = ctx.saved_tensors
-        if torch.is_grad_enabled():
+        if recorded_or_followed(gradient):
             return None, *kernel_matvec_gradients(ctx.feature_map, (x, y, v, *arrays), gradient)
         *found, map_sums = attention_backward(
             memory.cast(gradient, memory.name_of(x)), x, y, v, ctx.feature_map, None, None,

@@ -1,9 +1,9 @@
 """The operations that torch differentiates and compiles, with the backward kernels as their gradients.
 
 Eager calls run the kernels inside a Function that holds the feature map itself (`torch_eager`). Traced calls
-(`torch.compile`, `torch.func`, fake tensors) cannot: they see functional custom operators of tensors alone
-(`operators`), inside a Function of their own (`torch_traced`). Gradients flow to q, k, v and to every array of a
-feature map. Forward-mode derivatives raise: no kernel computes them.
+(`torch.compile`, `torch.func`, fake tensors), and those that a mode of torch follows, cannot: they see functional
+custom operators of tensors alone (`operators`), inside a Function of their own (`torch_traced`). Gradients flow to q,
+k, v and to every array of a feature map. Forward-mode derivatives raise: no kernel computes them.
 """
 
 from dataclasses import replace
@@ -13,7 +13,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 
-from favorsharp._arrays import is_traced
+from favorsharp._arrays import is_followed
 from favorsharp.ops.state import State, empty_state, num_leaving, with_recent, with_sums
 from favorsharp.ops.state import decode_step as decode_op
 from favorsharp.ops.state import read as reading_op
@@ -43,9 +43,9 @@ from favorsharp_cuda.state import fitting, recent_of
 def exponential_features(u: Any, rows: Any, row: Any, column: Any, *, out: Any = None) -> Any:
     """As `favorsharp.ops.exponential_features.exponential_features`."""
     given = (u, rows, row, column)
-    if not (is_traced(u) or _recorded(*given) or (out is not None and _recorded(out))):
+    if not (is_followed(u) or _recorded(*given) or (out is not None and _recorded(out))):
         return plain_features.exponential_features(*given, out=out)
-    result = (torch_traced.Features if is_traced(u) else torch_eager.Features).apply(*given)
+    result = (torch_traced.Features if is_followed(u) else torch_eager.Features).apply(*given)
     if out is None:
         return result
     out[...] = result
@@ -57,7 +57,7 @@ def attention(
 ) -> Any:
     """As `favorsharp.ops.attention.attention`, in `out` where nothing is recorded."""
     arrays = arrays_of(feature_map)
-    if is_traced(q):
+    if is_followed(q):
         return torch_traced.Attention.apply(
             options_of(feature_map, window, False), q, k, v, key_mask, None, None, None, *arrays
         )[0]
@@ -74,7 +74,7 @@ def causal_attention(
 ) -> tuple[Any, State]:  # fmt: skip
     """As `favorsharp.ops.causal_attention.causal_attention`, in `out` where nothing is recorded."""
     arrays = arrays_of(feature_map)
-    traced = is_traced(q)
+    traced = is_followed(q)
     if not traced and not _recorded(q, k, v, *arrays, *_floats_of(state)):
         return plain_causal.causal_attention(
             q, k, v, feature_map, key_mask=key_mask, window=window, state=state, out=_unrecorded(out)
@@ -132,7 +132,7 @@ def read(state: State, q: Any, feature_map: Any) -> Any:
     own = fitting(q, memory.name_of(state.kv))
     recent = state.recent_k.to(own.dtype), state.recent_v.to(own.dtype)
     sums = sums_of(state)
-    if is_traced(q):
+    if is_followed(q):
         options = options_of(feature_map, state.window, True)[:3]
         out = torch_traced.Read.apply(options, own, *sums, *recent, state.recent_mask, *arrays)[0]
     else:
@@ -155,7 +155,7 @@ def decode_step(q: Any, k: Any, v: Any, state: State, feature_map: Any, *, key_m
 def kernel_matvec(x: Any, y: Any, v: Any, feature_map: Any) -> Any:
     """As `favorsharp.ops.kernel_matvec.kernel_matvec`."""
     arrays = arrays_of(feature_map)
-    if is_traced(x):
+    if is_followed(x):
         return torch_traced.Matvec.apply(options_of(feature_map, 0, False)[:2], x, y, v, *arrays)
     if not _recorded(x, y, v, *arrays):
         return plain_matvec.kernel_matvec(x, y, v, feature_map)
@@ -170,7 +170,7 @@ attention.takes_out = causal_attention.takes_out = True  # type: ignore[attr-def
 def _absorbed(k: Any, v: Any, key_mask: Any, sums: Any, feature_map: Any) -> Any:
     """kv, z and c after keys, recorded."""
     arrays = arrays_of(feature_map)
-    if is_traced(k):
+    if is_followed(k):
         return torch_traced.Absorb.apply(options_of(feature_map, 0, True)[:2], k, v, key_mask, *sums, *arrays)
     return torch_eager.Absorb.apply(feature_map, key_mask, k, v, *sums, *arrays)
 
@@ -194,9 +194,11 @@ def _after(state: State, k: Any, changed: Any) -> State:
 
 def _by_reference(*arrays: Any) -> bool:
     """Whether transforms are at work that states' kernels have no rule for: those of `torch.func`, and tangents."""
-    if is_traced(arrays[0]):
-        return not (torch.compiler.is_compiling() or isinstance(arrays[0], FakeTensor))
-    return _has_tangent(*arrays)
+    if torch.compiler.is_compiling() or isinstance(arrays[0], FakeTensor):
+        return False
+    if type(arrays[0]).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
+        return True
+    return torch._C._functorch.peek_interpreter_stack() is not None or _has_tangent(*arrays)
 
 
 def _recorded(*arrays: Any) -> bool:
@@ -212,4 +214,4 @@ def _has_tangent(*arrays: Any) -> bool:
 
 def _unrecorded(out: Any) -> Any:
     """The tensor for a result, unless torch has to follow, or to do by itself, what is written to it."""
-    return None if out is None or is_traced(out) or _recorded(out) else out
+    return None if out is None or is_followed(out) or _recorded(out) else out

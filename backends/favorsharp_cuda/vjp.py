@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+from favorsharp._checks import check_unfollowed
 from favorsharp_cuda import arrays
 from favorsharp_cuda.attention import attention_with_stats
 from favorsharp_cuda.causal_attention import causal_attention_with_stats
@@ -33,6 +34,7 @@ def attention_vjp(
         out, stats = attention_with_stats(q, k, v, feature_map, **options)
 
     def pullback(gradient: Any) -> tuple[Any, ...]:
+        check_unfollowed("gradient", gradient)
         gradient = arrays.cast(gradient, arrays.name_of(q))
         *points, sums = attention_backward(
             gradient, q, k, v, feature_map, out, stats, causal=is_causal, of_map=of_map, **options
@@ -50,6 +52,7 @@ def kernel_matvec_vjp(
     out = kernel_matvec(x, y, v, feature_map)
 
     def pullback(gradient: Any) -> tuple[Any, ...]:
+        check_unfollowed("gradient", gradient)
         gradient = arrays.cast(gradient, arrays.name_of(x))
         *points, sums = attention_backward(gradient, x, y, v, feature_map, None, None, of_map=of_map)
         return (*points, *sums.rows_and_weights(feature_map)) if sums is not None else tuple(points)
@@ -66,6 +69,7 @@ def exponential_features_vjp(u: Any, rows: Any, row: Any, column: Any) -> tuple[
     out = exponential_features(u, rows, row, column)
 
     def pullback(gradient: Any) -> tuple[Any, ...]:
+        check_unfollowed("gradient", gradient)
         return exponential_features_backward(arrays.cast(gradient, arrays.name_of(u)), u, rows, row, column)
 
     return out, pullback

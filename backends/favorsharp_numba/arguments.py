@@ -65,6 +65,9 @@ class Address:
                 x = x.resolve_neg().resolve_conj()
             self.item = x.element_size()
             self.start, self.shape = x.data_ptr(), tuple(x.shape)
+            if not self.start and x.numel() > 0:
+                x = _with_memory(x)
+                self.start = x.data_ptr()
             self.strides = tuple(step * self.item for step in x.stride())
         else:
             if not usable_where_it_lies(x):
@@ -84,6 +87,23 @@ class Address:
         if math.prod(self.shape) == 0:
             return self.start, self.start
         return self.start + sum(min(0, x) for x in reach), self.start + sum(max(0, x) for x in reach) + self.item
+
+
+def _with_memory(x: Any) -> Any:
+    """A tensor that has no address, as zeros where it stands for them; any other would end the process."""
+    if x._is_zerotensor():
+        return x.clone()
+    raise TypeError(
+        f"a tensor of shape {tuple(x.shape)} on {x.device} has no memory that a kernel can use: it is fake, or its "
+        "storage was freed; accepted: tensors with their numbers, outside of torch's fake modes"
+    )
+
+
+def check_memory(arrays: Sequence[Any]) -> None:
+    """Raise where a tensor with items has no address."""
+    for x in arrays:
+        if is_torch(x) and x.numel() > 0 and not x.data_ptr():
+            _with_memory(x)
 
 
 def usable_where_it_lies(x: Any) -> bool:
@@ -155,8 +175,11 @@ class Held:
 
 
 def host(x: Any) -> Any:
-    """An array of the map as a NumPy array, not copied."""
-    return x.detach().numpy() if is_torch(x) else np.asarray(x)
+    """An array of the map or of a state as a NumPy array, not copied."""
+    if not is_torch(x):
+        return np.asarray(x)
+    check_memory((x,))
+    return x.detach().numpy(force=True)
 
 
 # Packed maps ---------------------------------------------------------------------------------------------------------
@@ -294,7 +317,7 @@ def empty(like: Any, shape: tuple[int, ...], dtype: str) -> Any:
     if is_torch(like):
         import torch
 
-        return torch.empty(shape, dtype=getattr(torch, dtype))
+        return torch.empty(shape, dtype=getattr(torch, dtype), device=like.device)
     return np.empty(shape, dtype)
 
 

@@ -1,6 +1,7 @@
 """The operations that torch differentiates, with the backward kernels as their gradients.
 
-Where gradients are to be differentiated again (`create_graph=True`) the reference computes them. Gradients flow to q, k
+Where gradients are to be differentiated again (`create_graph=True`), or are traced or followed by a mode of torch, the
+reference computes them. Gradients flow to q, k
 and v and to every array of a feature map. A state that causal attention returns is differentiable too, through the
 reference; and where a state comes in, the reference computes the call, as only it carries gradients from one call to
 the next.
@@ -12,6 +13,7 @@ from typing import Any
 
 import torch
 
+from favorsharp._arrays import recorded_or_followed
 from favorsharp.ops.causal_attention import causal_attention as causal_op
 from favorsharp.ops.state import State, empty_state
 from favorsharp.ops.vjp import attention_gradients, features_gradients, kernel_matvec_gradients, state_gradients
@@ -113,7 +115,7 @@ class _Features(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Any) -> Any:
-        if torch.is_grad_enabled():
+        if recorded_or_followed(gradient):
             return tuple(features_gradients(ctx.saved_tensors, gradient))
         return plain_features.exponential_features_backward(gradient, *ctx.saved_tensors)
 
@@ -129,7 +131,7 @@ class _Matvec(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Any) -> Any:
         x, y, v, *arrays = ctx.saved_tensors
-        if torch.is_grad_enabled():
+        if recorded_or_followed(gradient):
             return None, *kernel_matvec_gradients(ctx.feature_map, (x, y, v, *arrays), gradient)
         of_map = any(ctx.needs_input_grad[4:])
         *gradients, sums = kernel_matvec_backward(gradient, x, y, v, ctx.feature_map, ctx.problem, of_map=of_map)
@@ -155,7 +157,7 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Any, *of_state: Any) -> Any:
         q, k, v, exact, *arrays = ctx.saved_tensors
-        if torch.is_grad_enabled():
+        if recorded_or_followed(gradient, *of_state):
             given = (q, k, v, *arrays), (gradient, *of_state)
             found = attention_gradients(ctx.feature_map, *given, key_mask=ctx.key_mask, **ctx.options)
             return (None, None, None, None, None, *found)

@@ -14,6 +14,7 @@ from favorsharp.ops.state import State, has_low_parts
 from favorsharp_numba.arguments import (
     Held,
     broadcast,
+    check_memory,
     empty,
     indices,
     is_torch,
@@ -72,7 +73,9 @@ class Turn:
                 rows = kept.rows_at(0)
         old = state.kv, state.z, state.c
         out, kv, z, c = map(self.empty_like, (self.out, *old))
-        places = map(self.start_of, (q, k, v, out, *old, kv, z, c))
+        places = tuple(map(self.start_of, (q, k, v, out, *old, kv, z, c)))
+        if not all(places):  # as of arrays without items too
+            check_memory((q, k, v, *old))
         if self.work < SMALL:
             turn(self.one, self.plan, *places, *rows, 0, self.heads, self._scratch())
         else:

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+from favorsharp._checks import check_unfollowed
 from favorsharp_numba.exponential_features import exponential_features, exponential_features_backward
 from favorsharp_numba.gradients import attention_backward, attention_with_stats, of_arrays_of_map
 from favorsharp_numba.kernel_matvec import with_sums
@@ -40,6 +41,7 @@ def _with_pullback(
     out, exact, stats, _ = attention_with_stats(q, k, v, feature_map, **options)
 
     def pullback(gradient: Any) -> tuple[Any, ...]:
+        check_unfollowed("gradient", gradient)
         *points, sums = attention_backward(gradient, q, k, v, feature_map, exact, stats, of_map=of_map, **options)
         return (*points, *of_arrays_of_map(feature_map, sums)[:2]) if of_map else tuple(points)
 
@@ -53,6 +55,7 @@ def kernel_matvec_vjp(
     out, problem = with_sums(x, y, v, feature_map)
 
     def pullback(gradient: Any) -> tuple[Any, ...]:
+        check_unfollowed("gradient", gradient)
         *points, sums = kernel_matvec_backward(gradient, x, y, v, feature_map, problem, of_map=of_map)
         return (*points, *of_arrays_of_map(feature_map, sums)[:2]) if of_map else tuple(points)
 
@@ -62,4 +65,9 @@ def kernel_matvec_vjp(
 def exponential_features_vjp(u: Any, rows: Any, row: Any, column: Any) -> tuple[Any, Callable[[Any], tuple[Any, ...]]]:
     """As `favorsharp.ops.vjp.exponential_features_vjp`."""
     out = exponential_features(u, rows, row, column)
-    return out, lambda gradient: exponential_features_backward(gradient, u, rows, row, column)
+
+    def pullback(gradient: Any) -> tuple[Any, ...]:
+        check_unfollowed("gradient", gradient)
+        return exponential_features_backward(gradient, u, rows, row, column)
+
+    return out, pullback

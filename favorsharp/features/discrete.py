@@ -30,7 +30,8 @@ class DiscreteMap(SignedFeatureMap):
         """
         if is_traced(parameters.rate):
             raise ValueError(
-                f"method {parameters.method_name!r} draws on the host: build its feature map outside of jit"
+                f"method {parameters.method_name!r} draws on the host, and the parameters are traced: build its "
+                "feature map outside of jit"
             )
         from favorsharp.draws import discrete_rows  # loads NumPy, which `import favorsharp` must not
 

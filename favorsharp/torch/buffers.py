@@ -7,7 +7,7 @@ from typing import Any, Self
 import torch
 from torch.nn import functional
 
-from favorsharp._arrays import is_array, is_traced, stamps_of, statistics_dtype
+from favorsharp._arrays import is_array, is_traced, is_traced_by_mode, stamps_of, statistics_dtype
 from favorsharp._checks import check_choice, check_flag, check_integer
 from favorsharp.attention_moments import attention_moments
 from favorsharp.draws import DRAWS, draw_rows
@@ -103,7 +103,7 @@ class MapBuffers(torch.nn.Module):
         self._orthogonal = self.draw == "orthogonal"
         dtype = torch.promote_types(dtype or torch.get_default_dtype(), torch.float32)
         rows = self._rows(rng) if isinstance(draw, str) else draw
-        self.register_buffer("projection", torch.as_tensor(rows).to(device=device, dtype=dtype))
+        self.register_buffer("projection", torch.as_tensor(rows, device=device).to(dtype))
         for name in _PARAMETERS:
             self.register_buffer(name, None)
         self._held: tuple[tuple[torch.Tensor, ...], Any, FeatureMap] | None = None
@@ -289,7 +289,8 @@ class MapBuffers(torch.nn.Module):
 
     def _rows(self, rng: Any) -> Any:
         if rng is None:
-            rng = int(torch.randint(0, 2**62, (), device="cpu"))
+            seed = torch.randint(0, 2**62, (), device="cpu")
+            rng = 0 if is_traced(seed) else int(seed)  # rows of a fake module are fake
         assert self.draw is not None
         return draw_rows(self.draw, self.num_features, self.size, rng)
 
@@ -359,7 +360,7 @@ class MapBuffers(torch.nn.Module):
             return None
         held = tuple(self._buffers[name] for name in _NUMBERS)
         if not _are_readable(*held):  # numbers of another's are taken on trust, stand-ins have the fault last seen
-            return self._last_fault if any(_is_subclass(x) for x in held) else None
+            return self._last_fault if is_traced_by_mode() or any(_is_subclass(x) for x in held) else None
         fault: str | None = self._fault_of_rows() or self._fault_of_parameters()
         self._last_fault = fault
         if fault is None and not any(is_traced(x) for x in held):
@@ -468,7 +469,7 @@ def _is_subclass(x: torch.Tensor) -> bool:
 def _are_readable(*arrays: torch.Tensor) -> bool:
     """Whether tensors have numbers that can be looked at here."""
     wrapped = torch._C._functorch.is_functorch_wrapped_tensor
-    return not any(x.is_meta or _is_subclass(x) or wrapped(x) for x in arrays)
+    return not (is_traced_by_mode() or any(x.is_meta or _is_subclass(x) or wrapped(x) for x in arrays))
 
 
 def _largest_cosine(rows: torch.Tensor) -> torch.Tensor:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from favorsharp._arrays import is_traced
 from favorsharp._checks import check_integer
 from favorsharp.draws import draw_rows, generator
 from favorsharp.exact import softmax_attention
@@ -264,6 +265,8 @@ def _batches(name: str, value: Any) -> list[tuple[torch.Tensor, ...]]:
         if len(batch) not in (3, 4) or not all(isinstance(x, torch.Tensor) for x in batch):
             kinds = ", ".join(type(x).__name__ for x in batch)
             raise TypeError(f"{name} must hold tuples of tensors (q, k, v) or (q, k, v, key_mask), got ({kinds})")
+        if any(is_traced(x) for x in batch):
+            raise TypeError(f"{name} are trained on: accepted are tensors with numbers, not traced, meta or fake ones")
     if not found:
         raise ValueError(f"{name} holds no batch; accepted: one or more")
     return found
