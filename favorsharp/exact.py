@@ -160,6 +160,13 @@ def kernel_matrix(x: Array, y: Array, *, kernel: str = "softmax", scale: float |
     ------
     TypeError, ValueError
         If an argument is not as described.
+
+    Examples
+    --------
+    >>> import numpy as np, favorsharp as fs
+    >>> x, y = np.random.default_rng(0).standard_normal((2, 3, 4))
+    >>> np.allclose(fs.kernel_matrix(x, y), np.exp(0.5 * x @ y.T))
+    True
     """
     xp = check_floats(x=x, y=y)
     check_points("x", x, "(*b, n, d)")
@@ -245,6 +252,15 @@ def softmax_attention(
     ------
     TypeError, ValueError
         If an argument is not as described.
+
+    Examples
+    --------
+    >>> import numpy as np, favorsharp as fs
+    >>> q, k, v = np.random.default_rng(0).standard_normal((3, 2, 64, 8))
+    >>> exact = fs.softmax_attention(q, k, v)
+    >>> approximate = fs.attention(q, k, v, num_features=4096, rng=0)
+    >>> bool(np.linalg.norm(approximate - exact) < 0.2 * np.linalg.norm(exact))
+    True
     """
     xp, group = check_attention(q, k, v, is_causal=is_causal, key_mask=key_mask, enable_gqa=enable_gqa)
     dtype, out_dtype = compute_dtype(xp, q, k, v), result_dtype(xp, q, k, v)

@@ -59,6 +59,13 @@ class Parameters:
         Subtracted before the transform and put back exactly by scalar factors.
     rate : array, shape (*b, 1, 1), or None
         Of the counts that `poisson` and `geometric` draw.
+
+    Examples
+    --------
+    >>> import numpy as np, favorsharp as fs
+    >>> q, k = np.random.default_rng(0).standard_normal((2, 64, 4))
+    >>> fs.fit(q, k)
+    Parameters(method='optimal', kernel='softmax', scale=0.5, d=4, batch=(), dtype='float64')
     """
 
     method: Method
@@ -145,6 +152,15 @@ def fit(
     ------
     TypeError, ValueError
         If an argument is not as described, or the data hold values that are not finite.
+
+    Examples
+    --------
+    >>> import numpy as np, favorsharp as fs
+    >>> q, k = np.random.default_rng(0).standard_normal((2, 8, 2, 64, 4))
+    >>> fs.fit(q, k, axis=(0, -2))  # one fit for each of two heads
+    Parameters(method='optimal', kernel='softmax', scale=0.5, d=4, batch=(1, 2), dtype='float64')
+    >>> fs.fit(fs.moments(q, k), method="oprf", kernel="gaussian")  # from moments
+    Parameters(method='oprf', kernel='gaussian', scale=1, d=4, batch=(8, 2), dtype='float64')
     """
     return fit_named(
         ("x", "y"),
@@ -269,6 +285,14 @@ def excess(parameters: Parameters, x: Array, y: Array) -> Array:
     TypeError, ValueError
         If an argument is not as described; if the method's second moment has no mean in closed form (`trig`,
         `geometric`) or the method does not estimate the kernel.
+
+    Examples
+    --------
+    >>> import numpy as np, favorsharp as fs
+    >>> q, k = np.random.default_rng(0).standard_normal((2, 64, 4))
+    >>> optimal, posrf = (fs.excess(fs.fit(q, k, method=method), q, k) for method in ("optimal", "posrf"))
+    >>> bool(optimal < posrf)
+    True
     """
     xp = check_data(parameters, x=x, y=y)
     near_x, near_y, near = _in_range(x, y, parameters.scale)
@@ -313,6 +337,16 @@ def log_second_moment(parameters: Parameters, x: Array, y: Array) -> Array:
     ------
     TypeError, ValueError
         If an argument is not as described, or the method does not estimate the kernel.
+
+    Examples
+    --------
+    >>> import numpy as np, favorsharp as fs
+    >>> q, k = np.random.default_rng(0).standard_normal((2, 64, 4))
+    >>> log_moment = fs.log_second_moment(fs.fit(q, k), q, k)
+    >>> log_moment.shape
+    (64, 64)
+    >>> bool((log_moment >= 2 * np.log(fs.kernel_matrix(q, k))).all())  # no variance is negative
+    True
     """
     xp = check_data(parameters, x=x, y=y)
     p = astype(parameters, statistics_dtype(x))

@@ -79,6 +79,16 @@ def kernel_matvec(x: Array, y: Array, v: Array, feature_map: FeatureMap) -> Arra
     ------
     TypeError, ValueError
         If an argument is not as described.
+
+    Examples
+    --------
+    >>> import numpy as np, favorsharp as fs
+    >>> x, y = np.random.default_rng(0).standard_normal((2, 100, 2))
+    >>> feature_map = fs.feature_map(fs.fit(x, y, kernel="gaussian"), 4096, rng=0)
+    >>> estimate = fs.kernel_matvec(x, y, np.ones(100), feature_map)
+    >>> exact = fs.kernel_matrix(x, y, kernel="gaussian").sum(1)
+    >>> bool(abs(estimate / exact - 1).mean() < 0.1)
+    True
     """
     if is_chunked(x, y, v):
         return _chunked(x, y, v, feature_map, products)
@@ -114,6 +124,15 @@ def nadaraya_watson(x: Array, y: Array, v: Array, feature_map: FeatureMap) -> Ar
     ------
     TypeError, ValueError
         If an argument is not as described.
+
+    Examples
+    --------
+    >>> import numpy as np, favorsharp as fs
+    >>> x = np.linspace(-1, 1, 200)[:, None]
+    >>> feature_map = fs.feature_map(fs.fit(x, x, kernel="gaussian", scale=50), 256, rng=0)
+    >>> asked = np.array([[-0.5], [0.0], [0.5]])
+    >>> fs.nadaraya_watson(asked, x, x[:, 0], feature_map).round(1) + 0.0
+    array([-0.5,  0. ,  0.5])
     """
     if is_chunked(x, y, v):
         return _chunked(x, y, v, feature_map, means)
@@ -275,6 +294,19 @@ def leave_one_out(x: Array, v: Array, feature_map: FeatureMap) -> Array:
     ------
     TypeError, ValueError
         If an argument is not as described.
+
+    Examples
+    --------
+    >>> import numpy as np, favorsharp as fs
+    >>> rng = np.random.default_rng(0)
+    >>> x = rng.uniform(-1, 1, (200, 1))
+    >>> v = np.sin(5 * x[:, 0]) + 0.1 * rng.standard_normal(200)
+    >>> errors = {}
+    >>> for scale in (1, 100):
+    ...     feature_map = fs.feature_map(fs.fit(x, x, kernel="gaussian", scale=scale), 256, rng=0)
+    ...     errors[scale] = np.mean((v - fs.leave_one_out(x, v, feature_map)) ** 2)
+    >>> min(errors, key=errors.get)
+    100
     """
     return left_out(x, v, feature_map)
 

@@ -48,6 +48,18 @@ def save(path: "str | Path", value: Moments | Parameters | FeatureMap | State) -
     ------
     TypeError
         If the value is of another type, or its method is a callable, which is code and not data.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> import numpy as np, favorsharp as fs
+    >>> q, k = np.random.default_rng(0).standard_normal((2, 64, 4))
+    >>> feature_map = fs.feature_map(fs.fit(q, k), 32, rng=0)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     fs.save(f"{folder}/map.npz", feature_map)
+    ...     loaded = fs.load(f"{folder}/map.npz")
+    >>> np.array_equal(loaded.query(q), feature_map.query(q))
+    True
     """
     import json
     from pathlib import Path
@@ -81,6 +93,18 @@ def load(path: "str | Path", *, like: Array | None = None) -> Any:
     ------
     ValueError
         If the file is not one that `save` wrote, was written in another version of the format, or is damaged.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> import numpy as np, favorsharp as fs
+    >>> q, k = np.random.default_rng(0).standard_normal((2, 64, 4))
+    >>> feature_map = fs.feature_map(fs.fit(q, k), 32, rng=0)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     fs.save(f"{folder}/map.npz", feature_map)
+    ...     loaded = fs.load(f"{folder}/map.npz")
+    >>> np.array_equal(loaded.query(q), feature_map.query(q))
+    True
     """
     import json
     from pathlib import Path

@@ -151,7 +151,8 @@ def leaves(value: Any) -> Iterator[Any]:
             yield from leaves(x)
     elif is_dataclass(value) and not isinstance(value, type):
         for field in fields(value):
-            yield from leaves(getattr(value, field.name))
+            if field.name not in ("kv_low", "z_low"):  # kernels and references keep low parts after other calls
+                yield from leaves(getattr(value, field.name))
     elif isinstance(value, torch.Tensor | int | float | bool):
         yield value
 
