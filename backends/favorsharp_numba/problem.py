@@ -114,7 +114,7 @@ class AttentionProblem:
         empty = np.empty if (s.m, s.e) == (s.m_pad, s.e_pad) else np.zeros  # kernels read what pads hold
         sums = self.new_sums(empty=empty)
         top = self.kv_size + s.m_pad
-        sums[:, top : top + s.m] = self._of_state(state.c, 1, s.m) * LOG2E
+        sums[:, top : top + s.m] = self._of_state(state.c, 1, s.m)[:, 0] * LOG2E
         self._fill(sums, state.kv, state.z)
 
     def load_lows(self, state: Any) -> None:
@@ -131,13 +131,12 @@ class AttentionProblem:
     def _fill(self, sums: Any, kv: Any, z: Any) -> None:
         """Put arrays of a state into sums, or into their low parts."""
         s = self.s
-        sums[:, self.kv_size : self.kv_size + s.m] = self._of_state(z, 1, s.m)
+        sums[:, self.kv_size : self.kv_size + s.m] = self._of_state(z, 1, s.m)[:, 0]
         sums[:, : self.kv_size].reshape(self.heads, s.m, s.e_pad)[:, :, : s.e] = self._of_state(kv, s.m, s.e)
 
     def _of_state(self, x: Any, rows: int, columns: int) -> Any:
         """An array of a state, for each head."""
-        whole = np.broadcast_to(host(x), (*self.key_batch, rows, columns))
-        return whole.reshape((self.heads, rows, columns) if rows > 1 else (self.heads, columns))
+        return np.broadcast_to(host(x), (*self.key_batch, rows, columns)).reshape(self.heads, rows, columns)
 
     def state_arrays(self) -> dict[str, Any]:
         """The sums as the arrays of a state: kv (*b, m, e), z and c (*b, 1, m), and their low parts."""
