@@ -33,7 +33,18 @@ def check_array(name: str, x: Any) -> None:
         )
     if library_of(x) == "numpy" and type(x).__name__ in ("MaskedArray", "matrix"):
         raise TypeError(f"{name} must be a plain array, got {_kind(x)}, whose mask or operators would be ignored")
-    if library_of(x) == "torch" and (fault := tensor_fault(x)) is not None:
+    if library_of(x) == "torch":
+        _check_tensor(name, x)
+
+
+def _check_tensor(name: str, x: Any) -> None:
+    if is_scripting():
+        raise TypeError(
+            "torch.jit.trace (and torch.onnx.export with dynamo=False, which uses it) takes sizes for constants, so "
+            "that its graph would be wrong at other lengths; accepted: torch.export, torch.compile, make_fx, and "
+            "torch.onnx.export with dynamo=True"
+        )
+    if (fault := tensor_fault(x)) is not None:
         raise TypeError(f"{name} must be a dense tensor, got {fault}")
 
 
@@ -45,12 +56,6 @@ def check_floats(**named: Any) -> Namespace:
     namespace
         The functions of the library that the arrays share.
     """
-    if is_scripting():
-        raise TypeError(
-            "torch.jit.trace (and torch.onnx.export with dynamo=False, which uses it) takes sizes for constants, so "
-            "that its graph would be wrong at other lengths; accepted: torch.export, torch.compile, make_fx, and "
-            "torch.onnx.export with dynamo=True"
-        )
     arrays = named
     for name, x in arrays.items():
         check_array(name, x)

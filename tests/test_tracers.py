@@ -179,6 +179,7 @@ def test_flops_are_counted_as_of_the_reference(options):
         assert own == count() > 0
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # torch's own, of fake copies
 def test_a_backward_pass_alone_is_followed():
     """The forward pass ran kernels; the mode came later."""
     q, k, v = inputs()
@@ -210,7 +211,7 @@ def test_a_pullback_is_not_followed_where_its_call_was_not():
     for name, arguments in (("linear_attention", (q, k, v, fm)), ("kernel_matvec", (q, k, v, fm))):
         out, pullback = fs.vjp(name, *arguments)
         with pytest.raises(TypeError, match="gradient is traced, or a mode of torch follows"):
-            make_fx(lambda gradient, pullback=pullback: pullback(gradient))(torch.ones_like(out))
+            make_fx(pullback)(torch.ones_like(out))
 
 
 def test_selective_checkpoints_keep_and_compute_again():
@@ -241,6 +242,7 @@ def test_selective_checkpoints_keep_and_compute_again():
     assert torch.ops.aten.bmm.default in kept
 
 
+@pytest.mark.filterwarnings("ignore:You are using the legacy TorchScript:DeprecationWarning")
 def test_other_tracers_are_refused():
     """Those that take sizes for constants, or have no example."""
     q, k, v = inputs()
@@ -278,6 +280,7 @@ def test_other_tracers_are_refused():
         torch.onnx.export(Layer(), (q,), io.BytesIO(), dynamo=False)
 
 
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support:UserWarning")
 def test_tensors_that_are_not_dense_are_refused():
     """Also where a dense tensor of the shape came before."""
     q, k, v = (x[0].float() for x in inputs())

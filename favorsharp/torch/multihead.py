@@ -6,7 +6,7 @@ from typing import Any, Self
 import torch
 from torch.nn import functional
 
-from favorsharp._checks import check_flag, check_integer
+from favorsharp._checks import check_array, check_flag, check_integer
 from favorsharp.exact import softmax_attention
 from favorsharp.parameters import Method
 from favorsharp.torch.attention import LinearAttention, without_autocast
@@ -278,6 +278,7 @@ class MultiheadAttention(torch.nn.Module):
             raise TypeError(f"{name} must be a torch tensor, got {type(x).__name__}")
         if x.is_nested:
             raise TypeError(f"{name} is a nested tensor; accepted: padded ones with key_padding_mask")
+        check_array(name, x)
         width = {"query": self.embed_dim, "key": self.kdim, "value": self.vdim}[name]
         if x.ndim not in (2, 3) or x.shape[-1] != width:
             raise ValueError(f"{name} has shape {tuple(x.shape)}; accepted: two or three axes, the last of {width}")
