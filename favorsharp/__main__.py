@@ -1,4 +1,4 @@
-"""`python -m favorsharp`: the command line."""
+"""Runs the command line for `python -m favorsharp`."""
 
 from favorsharp.cli import main
 

@@ -1,7 +1,7 @@
-"""Array plumbing: namespaces, dtypes, devices, host copies.
+"""Namespaces, dtypes, devices and host copies of arrays, for all other modules of the package.
 
-The only importer of array-api-compat, and the only place that knows one library from another. Nothing here imports an
-array library: whoever hands us an array has imported its library already.
+Only this module imports array-api-compat, and only this module distinguishes between array libraries. It imports no
+array library itself: a caller who passes an array has already imported its library.
 """
 
 import sys
@@ -17,17 +17,17 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 FLOATS = ("float16", "bfloat16", "float32", "float64")
-"""Accepted dtypes, narrow to wide. The first two are widened to float32 before anything is summed."""
+"""Accepted dtypes, from narrow to wide. float16 and bfloat16 are widened to float32 before anything is summed."""
 
 
 def is_array(x: object) -> bool:
     """Whether x is an array of a library that implements the standard."""
-    # torch.compile cannot ask a number that it traces (dynamic=True) for its attributes
+    # under torch.compile(dynamic=True) a traced number has no attributes to look up
     return type(x) not in (bool, int, float) and array_api_compat.is_array_api_obj(x)
 
 
 def namespace_of(*arrays: Array | None) -> Namespace:
-    """The namespace that the arrays share; None entries are passed over."""
+    """The namespace that the arrays share; None entries are ignored."""
     return array_api_compat.array_namespace(*(x for x in arrays if x is not None))
 
 
@@ -43,7 +43,7 @@ def library_of(x: Array) -> str:
 
 
 def device_of(x: Array) -> str:
-    """The kind of device x lives on: "cpu", "cuda", or the library's own word for it."""
+    """The kind of device that x is on: "cpu", "cuda", or the library's own name for it."""
     library = library_of(x)
     if library == "numpy":
         return "cpu"
@@ -58,24 +58,25 @@ def device_of(x: Array) -> str:
 
 
 def dtype_name(x: Array | DType) -> str:
-    """The dtype's short name, the same in every library: "float32"."""
+    """The short name of the dtype, which is the same in every library, such as "float32"."""
     if isinstance(x, type):  # NumPy names its dtypes by scalar types
         return x.__name__
     dtype = getattr(x, "dtype", x)
     return _numpy_label(dtype) if type(dtype).__module__.startswith("numpy") else str(dtype).rpartition(".")[2]
 
 
-@lru_cache(maxsize=64)  # NumPy makes the text anew each time, which small calls feel
+@lru_cache(maxsize=64)  # NumPy builds the string at every call, which is a noticeable cost in small calls
 def _numpy_label(dtype: DType) -> str:
     return str(dtype)
 
 
 def is_traced(x: Array) -> bool:
-    """Whether x stands for values that are not known yet, so that no decision may depend on them.
+    """Whether the numbers of x are unknown or must not be read directly, so that no decision may depend on them.
 
-    torch arrays under `torch.compile`, functorch transforms, and modes that trace or fake (`make_fx`, FakeTensorMode),
-    `meta` tensors, and subclasses that carry their numbers elsewhere (fake tensors, DTensors: a kernel would read
-    through a pointer to nothing), and those with a tangent, which a kernel would lose; JAX tracers; lazy arrays.
+    True for torch tensors under `torch.compile`, in functorch transforms and in modes that trace or fake operations
+    (`make_fx`, FakeTensorMode); for `meta` tensors; for subclasses that hold their numbers elsewhere (fake tensors,
+    DTensors), from which a kernel would read an invalid pointer; for tensors with a tangent, which a kernel would lose;
+    for JAX tracers; and for lazy arrays.
     """
     if array_api_compat.is_torch_array(x):
         torch = sys.modules["torch"]
@@ -96,8 +97,8 @@ def is_traced(x: Array) -> bool:
 def is_followed(x: Array) -> bool:
     """Whether each operation on x has to go through its library: x is traced, or a mode of torch follows operations.
 
-    Such modes count, log, keep or replace what each operation gives (`FlopCounterMode`, selective checkpoints), and
-    know nothing of a kernel that they do not see.
+    Such a mode counts, logs, keeps or replaces the result of each operation (`FlopCounterMode`, selective checkpoints).
+    It does not see kernels.
     """
     if is_traced(x):
         return True
@@ -105,7 +106,7 @@ def is_followed(x: Array) -> bool:
 
 
 def tensor_fault(x: Any) -> str | None:
-    """Why a tensor does not hold its items one by one in memory, and what would; None where it does."""
+    """Why the entries of a tensor cannot be read from its memory, and what is accepted; None if they can be read."""
     if x.is_nested:
         return "a nested one; accepted: a padded tensor with key_mask, or a packed one with cu_seqlens"
     if x.layout != sys.modules["torch"].strided:
@@ -119,7 +120,7 @@ def tensor_fault(x: Any) -> str | None:
 
 
 def _has_modes(torch: Any) -> bool:
-    """Whether a mode of torch sees operations; one that only says where new tensors go does not count."""
+    """Whether a mode of torch sees operations; a mode that only sets the device of new tensors does not count."""
     if torch._C._len_torch_dispatch_stack():
         return True
     count = torch._C._len_torch_function_stack()
@@ -127,7 +128,7 @@ def _has_modes(torch: Any) -> bool:
 
 
 def _modes_trace(torch: Any) -> bool:
-    """Whether one of the modes gives tensors without numbers, or records operations in place of numbers."""
+    """Whether one of the active modes returns tensors without numbers, or records operations."""
     keys = torch._C._TorchDispatchModeKey
     if any(torch._C._get_dispatch_mode(key) is not None for key in (keys.FAKE, keys.PROXY, keys.FUNCTIONAL)):
         return True
@@ -135,7 +136,7 @@ def _modes_trace(torch: Any) -> bool:
 
 
 def is_traced_by_mode() -> bool:
-    """Whether a mode of torch records or fakes operations (`make_fx`, FakeTensorMode), so that none gives numbers."""
+    """Whether a mode of torch records or fakes operations (`make_fx`, FakeTensorMode): results have no numbers."""
     torch = sys.modules.get("torch")
     return torch is not None and _has_modes(torch) and _modes_trace(torch)
 
@@ -158,10 +159,10 @@ def in_forward_mode(torch: Any) -> bool:
 
 
 def signature_of(x: Any, *, with_layout: bool = False) -> Any:
-    """All of x that checks and the choice of an implementation look at; None where that is not soon told.
+    """A hashable value of all that the checks and the choice of an implementation read of x; None if it has none.
 
-    Told are plain NumPy arrays, torch tensors and values of exactly these types: bool, int, str, None. The layout is
-    how the items lie in memory.
+    There is one for plain NumPy arrays, for torch tensors, and for values of exactly the types bool, int, str and
+    None. `with_layout` adds the memory layout of an array, such as its strides.
     """
     kind = type(x)
     module = kind.__module__
@@ -181,7 +182,7 @@ def signature_of(x: Any, *, with_layout: bool = False) -> Any:
 
 
 def stamps_of(arrays: Iterable[Array]) -> tuple[Any, ...]:
-    """What changes of arrays that stay the same objects: torch tensors are written to, and begin to need gradients."""
+    """A value that changes when torch tensors are written to in place, or begin or cease to need gradients."""
     torch = sys.modules.get("torch")
     if torch is None:
         return ()
@@ -194,7 +195,7 @@ def stamps_of(arrays: Iterable[Array]) -> tuple[Any, ...]:
 
 
 def mode_of_library() -> Any:
-    """What torch's results depend on besides its tensors; None where it traces, transforms or follows operations."""
+    """The global settings that torch's results depend on; None if torch traces, transforms or follows operations."""
     torch = sys.modules.get("torch")
     if torch is None:
         return False
@@ -226,7 +227,7 @@ def needs_gradient(x: Array) -> bool:
 
 
 def without_gradient(x: Array) -> Array:
-    """The same values, constant as far as differentiation goes."""
+    """The same values, treated as constants in differentiation."""
     if array_api_compat.is_torch_array(x):
         return x.detach()
     if array_api_compat.is_jax_array(x):
@@ -235,7 +236,7 @@ def without_gradient(x: Array) -> Array:
 
 
 def compute_dtype(xp: Namespace, *arrays: Array) -> DType:
-    """The common dtype of the arrays, widened to float32 at least: what sums and states are held in."""
+    """The common dtype of the arrays, widened to at least float32; sums and states have this dtype."""
     dtype = result_dtype(xp, *arrays)
     return xp.float32 if dtype_name(dtype) in ("float16", "bfloat16") else dtype
 
@@ -252,10 +253,10 @@ def result_dtype(xp: Namespace, *arrays: Array) -> DType:
 
 
 def statistics_dtype(x: Array) -> DType:
-    """The widest dtype that x's device has: what moments and fits are computed in.
+    """The widest dtype that the device of x supports; moments and fits are computed in it.
 
-    float64 nearly everywhere; float32 on devices without it (Metal, array-api-strict's no_float64 device) and in JAX
-    unless it is told to use 64 bits.
+    It is float64 nearly everywhere. It is float32 on devices without float64 (Metal, the no_float64 device of
+    array-api-strict) and in JAX, unless 64 bits are enabled there.
     """
     xp = namespace_of(x)
     device = None if library_of(x) == "jax" else array_api_compat.device(x)
@@ -264,11 +265,12 @@ def statistics_dtype(x: Array) -> DType:
 
 
 def under_own_settings(function: Callable[P, R]) -> Callable[P, R]:
-    """The function under the settings that its arithmetic is written for, whatever the caller's are.
+    """Wrap a function so that some global settings of the caller do not affect its arithmetic.
 
-    exp of a large negative number is 0 to rounding, so `numpy.errstate(under="raise")` must not reach it; overflow and
-    invalid results are the caller's to hear of. Arrays of different ranks broadcast, as the standard has it, so
-    `jax.numpy_rank_promotion("raise")` must not either.
+    The functions here rely on exp of a large negative number being 0, so `numpy.errstate(under="raise")` must not apply
+    to them; settings for overflow and invalid results stay as the caller has them. They also rely on broadcasting of
+    arrays of different ranks, which the array API standard allows, so `jax.numpy_rank_promotion("raise")` must not
+    apply either.
     """
 
     @wraps(function)
@@ -286,14 +288,15 @@ def under_own_settings(function: Callable[P, R]) -> Callable[P, R]:
 
 
 def cast(x: Array, dtype: DType) -> Array:
-    """The values of x in the given dtype; x itself where nothing changes."""
+    """The values of x in the given dtype; x itself if it has that dtype already."""
     return x if x.dtype == dtype else namespace_of(x).astype(x, dtype)
 
 
 def nearest_dtype(name: str, like: Array) -> DType:
-    """The dtype of that name, or what like's library and device have in its place.
+    """The dtype of that name, or a substitute if the library or the device of `like` does not have it.
 
-    float32 for the narrow ones, which holds the same numbers; for float64 the dtype of statistics.
+    The substitute for float16 and bfloat16 is float32, which holds the same numbers. The substitute for float64 is
+    `statistics_dtype`.
     """
     xp = namespace_of(like)
     if name == "float64":
@@ -302,7 +305,7 @@ def nearest_dtype(name: str, like: Array) -> DType:
 
 
 def named_dtype(xp: Namespace, name: str) -> DType:
-    """The library's dtype object of that name."""
+    """The dtype object of that name in the library."""
     return getattr(xp, name)
 
 
@@ -313,14 +316,14 @@ def from_host(values: Any, like: Array, dtype: DType | None = None) -> Array:
 
 
 def on_device_of(x: Array) -> dict[str, Any]:
-    """The keyword that makes a creation function put its result beside x; none where x is a JAX tracer."""
+    """The keyword that makes a creation function put its result on the device of x; none if x is a JAX tracer."""
     if array_api_compat.is_jax_array(x) and is_traced(x):
         return {}
     return {"device": array_api_compat.device(x)}
 
 
 def to_host(x: Array) -> Any:
-    """The values of x as a NumPy array, bfloat16 in float32; a copy unless they are on the host already."""
+    """The values of x as a NumPy array, with bfloat16 as float32; a copy unless they are on the host already."""
     import numpy as np
 
     if array_api_compat.is_torch_array(x):
@@ -338,18 +341,18 @@ def to_host(x: Array) -> Any:
     if library_of(x) == "array_api_strict":
         x = array_api_compat.to_device(x, sys.modules["array_api_strict"].Device("CPU_DEVICE"))
     host = np.asarray(x)
-    return host.astype(np.float32) if dtype_name(host) == "bfloat16" else host  # JAX brings NumPy a dtype of its own
+    return host.astype(np.float32) if dtype_name(host) == "bfloat16" else host  # NumPy has no bfloat16 of its own
 
 
 def device_label(x: Array) -> Any:
-    """A value that two arrays share when they live on the same device; None where that cannot be known."""
+    """A value that is equal for two arrays on the same device; None if the device is not known."""
     if library_of(x) == "jax":
         return None if is_traced(x) else frozenset(x.devices())
     return array_api_compat.device(x)
 
 
 def broadcast_shapes(*shapes: Iterable[int]) -> tuple[int, ...]:
-    """The shape that the given ones broadcast to; ValueError where they do not."""
+    """The shape that the given shapes broadcast to; raises ValueError if they do not broadcast."""
     result: list[int] = []
     for shape in shapes:
         sizes = list(shape)
@@ -365,14 +368,14 @@ def broadcast_shapes(*shapes: Iterable[int]) -> tuple[int, ...]:
 def recorded_gradients(
     function: Callable[..., tuple[Array, ...]], arrays: Iterable[Array], gradients: Iterable[Array | None]
 ) -> list[Array | None]:
-    """The gradients that reach torch tensors through function's results; None for a tensor that needs none.
+    """Differentiate a function of torch tensors, given the gradients of its results; None for a tensor that needs none.
 
-    Where torch records, they are recorded too, so as to be differentiated again.
+    If torch records gradients, these are recorded too, so that they can be differentiated again.
     """
     torch = sys.modules["torch"]
     again = torch.is_grad_enabled()
     with torch.enable_grad():
-        own = [x.view_as(x) for x in arrays]  # gradients stop here, and what is recorded goes on
+        own = [x.view_as(x) for x in arrays]  # autograd.grad stops at these views; the graph goes on to the arrays
         reached = [
             (x, gradient)
             for x, gradient in zip(function(*own), gradients, strict=True)
@@ -387,7 +390,7 @@ def recorded_gradients(
 
 
 def recorded_or_followed(*gradients: Array | None) -> bool:
-    """Whether kernels cannot take torch's gradients further: these are recorded themselves, traced or followed."""
+    """Whether kernels cannot process torch's gradients, because these are recorded themselves, traced or followed."""
     if sys.modules["torch"].is_grad_enabled():
         return True
     return any(x is not None and is_followed(x) for x in gradients)
@@ -396,7 +399,10 @@ def recorded_or_followed(*gradients: Array | None) -> bool:
 def differentiate(
     function: Callable[..., Array], arrays: tuple[Array, ...]
 ) -> tuple[Array, Callable[[Array], tuple[Array, ...]]]:
-    """function(*arrays), and the map from a gradient of it to the gradients of the arrays, by the arrays' library."""
+    """The result of function(*arrays), and a function from its gradient to the gradients of the arrays.
+
+    The library of the arrays does the differentiation.
+    """
     library = library_of(arrays[0])
     if library == "torch":
         torch = sys.modules["torch"]

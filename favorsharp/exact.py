@@ -1,4 +1,7 @@
-"""The yardsticks: exact kernels and exact softmax attention, quadratic in length."""
+"""Exact kernels and exact softmax attention in quadratic time, for comparison with the approximations.
+
+`kernel_matrix` and `softmax_attention` are public; the estimators, the modules and the diagnostics call this file too.
+"""
 
 import math
 from collections.abc import Callable
@@ -30,41 +33,42 @@ from favorsharp._checks import (
 from favorsharp._typing import Array, Namespace
 
 KERNELS = ("softmax", "gaussian")
-"""exp(scale x.y) and exp(-scale |x - y|^2 / 2)."""
+"""The kernels exp(scale x.y) and exp(-scale |x - y|^2 / 2)."""
 
 _TILE_ELEMENTS = 1 << 20
-"""Scores held at once: 8 MiB of float64."""
+"""Number of scores held at once: 8 MiB of float64."""
 
 _ROUNDING = 1e-6
-"""How much of a log kernel may be rounding before differences take the place of products."""
+"""The largest rounding error of a log kernel at which products are used; above it, differences are."""
 
 
 def kernel_scale(kernel: str, scale: float | None, size: int) -> float:
-    """The scale meant by None: d**-0.5 for softmax, as in scaled dot-product attention, and 1 for Gaussian."""
+    """Check the scale; None means d**-0.5 for softmax, as in scaled dot-product attention, and 1 for Gaussian."""
     check_choice("kernel", kernel, KERNELS)
     return check_scale(scale, size**-0.5 if kernel == "softmax" else 1.0)
 
 
 def log_softmax_kernel(x: Array, y: Array) -> Array:
-    """x.y of inputs that are scaled already, (*b, n, d), (*b, s, d) -> (*b, n, s)."""
+    """The products x.y of points that are scaled already, (*b, n, d), (*b, s, d) -> (*b, n, s)."""
     return x @ namespace_of(x, y).matrix_transpose(y)
 
 
 def log_gaussian(x: Array, y: Array, scale: float) -> Array:
-    """-scale |x - y|^2 / 2 of inputs that are not scaled, (*b, n, d), (*b, s, d) -> (*b, n, s).
+    """The log kernel -scale |x - y|^2 / 2 of points that are not scaled, (*b, n, d), (*b, s, d) -> (*b, n, s).
 
-    In the dtype of the inputs, float32 at least, or in float64. Never above 0; NaN for points that are not finite.
+    The result is in the dtype of the inputs, widened to at least float32, or in float64. It is never above 0, and NaN
+    for points that are not finite.
     """
     logs = gaussian_rows(x, y, scale)(0, x.shape[-2])
-    above = without_gradient(logs)  # the derivatives at equal points, the second ones too, are those of logs
+    above = without_gradient(logs)  # derivatives at equal points, second ones too, stay those of logs
     return logs - namespace_of(logs).where(above > 0, above, 0.0)
 
 
 def gaussian_rows(x: Array, y: Array, scale: float) -> Callable[[int, int], Array]:
-    """The function that gives rows start to stop of the log kernel, where rounding may be above 0.
+    """A function that computes rows start to stop of the log kernel; rounding may leave entries slightly above 0.
 
-    Products x.y are fast, but lose what |x|^2 and |y|^2 have in common: they serve in a dtype where that is less than
-    `_ROUNDING`. Where there is none, differences are taken before squares.
+    Products x.y are fast, but cancel against |x|^2 and |y|^2. They are used in the first dtype in which the rounding
+    error is at most `_ROUNDING`. If there is no such dtype, coordinates are subtracted before they are squared.
     """
     xp = namespace_of(x, y)
     given, wide = compute_dtype(xp, x, y), statistics_dtype(x)
@@ -72,7 +76,7 @@ def gaussian_rows(x: Array, y: Array, scale: float) -> Callable[[int, int], Arra
     finite_x, finite_y = (xp.all(xp.isfinite(z), axis=-1, keepdims=True) for z in (x, y))
     centre = 0.0 if y.shape[-2] == 0 else xp.mean(xp.where(finite_y, y, 0.0), axis=-2, keepdims=True)
     near_x, near_y = x - centre, y - centre  # distances do not change
-    if is_traced(x) or is_traced(y):  # no number can be read
+    if is_traced(x) or is_traced(y):  # the numbers cannot be read
         serving = [] if wide == given else [wide]
     else:
         reach = scale * max(_half_square(near_x), _half_square(near_y))
@@ -83,13 +87,13 @@ def gaussian_rows(x: Array, y: Array, scale: float) -> Callable[[int, int], Arra
         logs = partial(_products, queries, xp.matrix_transpose(keys))
     else:
         logs = partial(_differences, x, y, scale)
-    if serving and not is_traced(x):  # what is not finite has no reach
+    if serving and not is_traced(x):  # a finite reach means finite points
         return logs
     return lambda a, b: xp.where(finite_x[..., a:b, :] & xp.matrix_transpose(finite_y), logs(a, b), xp.nan)
 
 
 def _half_square(x: Array) -> float:
-    """The largest |x|^2 / 2 of points that may be of any size; NaN where one is not finite."""
+    """The largest |x|^2 / 2 of points, without overflow in the squares; NaN if a point is not finite."""
     if 0 in x.shape:
         return 0.0
     xp, x = namespace_of(x), without_gradient(x)
@@ -98,7 +102,7 @@ def _half_square(x: Array) -> float:
 
 
 def _with_square(x: Array) -> Array:
-    """(x, -|x|^2 / 2, 1)."""
+    """The points with two more coordinates: (x, -|x|^2 / 2, 1)."""
     xp = namespace_of(x)
     return xp.concat([x, -0.5 * xp.sum(x * x, axis=-1, keepdims=True), xp.ones_like(x[..., :1])], axis=-1)
 
@@ -108,13 +112,13 @@ def _products(queries: Array, keys: Array, start: int, stop: int) -> Array:
 
 
 def _differences(x: Array, y: Array, scale: float, start: int, stop: int) -> Array:
-    """-scale |x - y|^2 / 2 of some rows, a coordinate at a time."""
+    """-scale |x - y|^2 / 2 for rows start to stop, one coordinate at a time."""
     xp = namespace_of(x, y)
     fraction, exponent = math.frexp(scale)
     power = exponent // 2
     rest = -0.5 * math.ldexp(fraction, exponent - 2 * power)  # scale is -2 rest 4^power
     x = x[..., start:stop, :]
-    if is_traced(x) or is_traced(y):  # compilers form no difference in memory
+    if is_traced(x) or is_traced(y):  # compilers do not keep the differences in memory
         return rest * xp.sum(times_power(x[..., :, None, :] - y[..., None, :, :], power) ** 2, axis=-1)
     columns = xp.matrix_transpose(y)
     width = y.shape[-2] * math.prod(broadcast_shapes(x.shape[:-2], y.shape[:-2]))
@@ -130,7 +134,7 @@ def _differences(x: Array, y: Array, scale: float, start: int, stop: int) -> Arr
 
 
 def times_power(x: Array, power: int) -> Array:
-    """2^power x, without rounding, and by steps that every dtype has numbers for."""
+    """Multiply x by 2^power without rounding, in steps whose factors every dtype can represent."""
     while power:
         step = max(-100, min(100, power))
         x, power = x * 2.0**step, power - step
@@ -139,7 +143,7 @@ def times_power(x: Array, power: int) -> Array:
 
 @under_own_settings
 def kernel_matrix(x: Array, y: Array, *, kernel: str = "softmax", scale: float | None = None) -> Array:
-    """The exact kernel matrix; for small inputs.
+    """The exact kernel matrix, for small inputs.
 
     Parameters
     ----------
@@ -148,13 +152,13 @@ def kernel_matrix(x: Array, y: Array, *, kernel: str = "softmax", scale: float |
     kernel : {"softmax", "gaussian"}
         exp(scale x.y), or exp(-scale |x - y|^2 / 2).
     scale : float, optional
-        Positive and finite. None: d**-0.5 for softmax, 1 for Gaussian.
+        Positive and finite. None means d**-0.5 for softmax and 1 for Gaussian.
 
     Returns
     -------
     array, shape (*b, n, s)
-        In the dtype that x and y promote to. A Gaussian kernel is at most 1; its logarithm is right to 1e-6 and to
-        rounding relative to itself, wherever the points lie and in whatever unit.
+        In the dtype that x and y promote to. A Gaussian kernel is at most 1. The error of its logarithm is at most
+        1e-6, plus rounding relative to the logarithm, wherever the points lie and whatever their unit is.
 
     Raises
     ------
@@ -184,9 +188,10 @@ def kernel_matrix(x: Array, y: Array, *, kernel: str = "softmax", scale: float |
 
 @under_own_settings
 def gaussian_means(x: Array, y: Array, v: Array, scale: float, log_weight: Array | None = None) -> Array:
-    """Exact means of v at each x, weighted by the Gaussian kernel, a tile of x at a time.
+    """Exact means of v at each x, weighted by the Gaussian kernel, computed for one tile of x at a time.
 
-    Far from all points it is the value of the nearest one, as weights are relative to the largest of their row.
+    The weights of a row are relative to its largest weight, so far from all points y the result is the value of the
+    nearest one.
 
     Parameters
     ----------
@@ -227,7 +232,7 @@ def softmax_attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Array:
-    """Exact attention softmax(scale q k^T) v, a tile of queries at a time.
+    """Exact attention softmax(scale q k^T) v, computed for one tile of queries at a time.
 
     Parameters
     ----------
@@ -246,7 +251,7 @@ def softmax_attention(
     Returns
     -------
     array, shape (*b, n, e)
-        In the dtype that q, k and v promote to. A query that may see no key gets zeros.
+        In the dtype that q, k and v promote to. The output of a query that sees no key is zero.
 
     Raises
     ------
@@ -269,7 +274,7 @@ def softmax_attention(
         q, k, v, key_mask = split_heads(q, group), k[..., None, :, :], v[..., None, :, :], add_group_axis(key_mask)
     n, s = q.shape[-2], k.shape[-2]
     k, v = cast(k, dtype) * factor, cast(v, dtype)
-    if key_mask is not None:  # what is hidden may be anything, and must reach no gradient either
+    if key_mask is not None:  # hidden entries may hold any number, NaN too, and must not enter gradients
         k, v = (xp.where(key_mask[..., None], x, 0.0) for x in (k, v))
     batch = broadcast_shapes(q.shape[:-2], k.shape[:-2], v.shape[:-2], () if key_mask is None else key_mask.shape[:-1])
     rows = max(1, _TILE_ELEMENTS // max(1, s * math.prod(batch)))
@@ -293,7 +298,7 @@ def softmax_attention(
 def check_attention(
     q: Array, k: Array, v: Array, *, is_causal: bool, key_mask: Array | None, enable_gqa: bool
 ) -> tuple[Namespace, int]:
-    """Check what every attention takes; return the namespace and the number of query heads to a key head."""
+    """Check the arguments that all attention functions share; return the namespace and the query heads per key head."""
     xp = check_floats(q=q, k=k, v=v)
     check_points("q", q, "(*b, n, d)")
     check_points("k", k, "(*b, s, d)")
@@ -317,26 +322,26 @@ def check_attention(
 
 
 def split_heads(q: Array, group: int) -> Array:
-    """(*b, h g, n, d) -> (*b, h, g, n, d): query heads beside the key head they read."""
+    """Group the query heads by the key head that they read, (*b, h g, n, d) -> (*b, h, g, n, d)."""
     *batch, heads, n, d = q.shape
     return namespace_of(q).reshape(q, (*batch, heads // group, group, n, d))
 
 
 def merge_heads(out: Array) -> Array:
-    """(*b, h, g, n, e) -> (*b, h g, n, e)."""
+    """Undo `split_heads`, (*b, h, g, n, e) -> (*b, h g, n, e)."""
     *batch, heads, group, n, e = out.shape
     return namespace_of(out).reshape(out, (*batch, heads * group, n, e))
 
 
 def add_group_axis(key_mask: Array | None) -> Array | None:
-    """(*b, s) -> (*b, 1, s): one mask for the query heads that share a key head."""
+    """Add an axis for the query heads that share a key head, (*b, s) -> (*b, 1, s)."""
     return key_mask if key_mask is None or key_mask.ndim < 2 else key_mask[..., None, :]
 
 
 def mix_visible(weights: Array, visible: Array, v: Array) -> Array:
-    """Multiply weights by v, where a value that is not finite reaches only the rows that may see it.
+    """Multiply weights by v, so that a value that is not finite affects only the rows that see it.
 
-    A plain product would not do: a key that a row may not see has weight 0, and 0 times NaN is NaN.
+    A plain product is not enough: a hidden key has weight 0, but 0 times NaN is NaN.
     """
     xp = namespace_of(weights, v)
     finite = xp.isfinite(v)
@@ -346,13 +351,13 @@ def mix_visible(weights: Array, visible: Array, v: Array) -> Array:
 
 
 def finite_or_nan(x: Array) -> Array:
-    """Put NaN in place of infinities: minus infinity would read as a key that nobody may see, and say nothing."""
+    """Replace infinities by NaN: minus infinity would be taken for a hidden key, and the fault would not show."""
     xp = namespace_of(x)
     return xp.where(xp.isfinite(x), x, xp.nan)
 
 
 def _exp_rows(logits: Array, visible: Array | None) -> tuple[Array, Array]:
-    """exp(logits) over what is visible, each row divided by its largest, and the row sums."""
+    """exp(logits) of the visible keys, each row divided by its largest entry, and the row sums."""
     xp = namespace_of(logits)
     logits = finite_or_nan(logits)
     if visible is not None:

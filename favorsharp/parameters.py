@@ -1,6 +1,7 @@
-"""Closed-form fits: from moments to the parameters of a feature map (docs: theory).
+"""The public functions `fit`, `excess` and `log_second_moment`, and `Parameters`, which feature maps are made from.
 
-Everything here is in scaled coordinates: x = sqrt(scale) times the caller's queries, y = sqrt(scale) times the keys.
+`fit` goes from moments to parameters by closed formulas (docs: theory). The formulas use scaled coordinates: x is
+sqrt(scale) times the caller's queries, and y is sqrt(scale) times the keys.
 """
 
 import math
@@ -40,25 +41,26 @@ Method = str | Elementwise
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Parameters:
-    """What a feature map is made of, but for its random rows.
+    """The parameters of a feature map, without its random rows.
 
-    A dense-exponential feature is exp(sum_l a_l w_l^2 + sqrt(1 - 4 a_l) w_l u_l + (1/4) log(1 - 4 a_l) - |u|^2 / 2),
-    u = g1 (x - center_x) for queries, and g2 (y - center_y) for keys; g1^T g2 = I (arXiv 2302.00787, theorem 4.1).
+    A dense-exponential feature is exp(sum_l a_l w_l^2 + sqrt(1 - 4 a_l) w_l u_l + (1/4) log(1 - 4 a_l) - |u|^2 / 2).
+    Here u is g1 (x - center_x) for queries and g2 (y - center_y) for keys, with g1^T g2 = I (arXiv 2302.00787, theorem
+    4.1).
 
     Attributes
     ----------
     method : str or callable
     kernel : {"softmax", "gaussian"}
     scale : float
-        Of the kernel. The arrays below are in coordinates that its square root has been multiplied into.
+        The scale of the kernel. The arrays below refer to points multiplied by its square root.
     a : array, shape (*b, 1, d)
-        At most 0; 0 makes the rows plain Gaussians.
+        At most 0. With 0, the exponent has no quadratic term in w.
     g1, g2 : array, shape (*b, d, d)
-        Transforms of queries and keys.
+        The transforms of queries and of keys.
     center_x, center_y : array, shape (*b, 1, d)
-        Subtracted before the transform and put back exactly by scalar factors.
+        Subtracted before the transforms; scalar factors of each point compensate for this exactly.
     rate : array, shape (*b, 1, 1), or None
-        Of the counts that `poisson` and `geometric` draw.
+        The rate of the counts that `poisson` and `geometric` draw.
 
     Examples
     --------
@@ -85,7 +87,7 @@ class Parameters:
 
     @property
     def method_name(self) -> str:
-        """The method's name, also where it is a callable."""
+        """The name of the method; for a callable, its `__name__`."""
         return self.method if isinstance(self.method, str) else getattr(self.method, "__name__", "callable")
 
     def __repr__(self) -> str:
@@ -111,10 +113,10 @@ def fit(
     weighting: float | None = None,
     is_causal: bool = False,
 ) -> Parameters:
-    """Choose the parameters of a feature map, by the method's closed form.
+    """Compute the parameters of a feature map by the closed formula of the method.
 
-    `fit(x, y, ...)` takes queries and keys, `fit(moments, ...)` moments that were gathered before. The estimate is
-    unbiased whatever the data of the fit; the fit lowers its variance on data like these.
+    `fit(x, y, ...)` takes queries and keys; `fit(moments, ...)` takes moments that were gathered before. The estimate
+    is unbiased for any data; the fit lowers its variance for data like those it was fitted to.
 
     Parameters
     ----------
@@ -123,30 +125,31 @@ def fit(
     y : array, shape (*b, s, d)
         Keys, not scaled.
     method : str or callable
-        `posrf` (FAVOR+), `oprf` (FAVOR++), `saderf`, `aderf`, `sderf` (FAVOR#), `optimal` (least excess of them all);
-        `hyperbolic`, and the signed `trig`, `poisson`, `geometric`; `relu` and `elu`, which do not estimate the kernel;
-        or a callable that maps projected inputs elementwise to non-negative features.
+        `posrf` (FAVOR+), `oprf` (FAVOR++), `saderf`, `aderf`, `sderf` (FAVOR#), or `optimal`, which has the smallest
+        excess of all these; `hyperbolic`; the signed methods `trig`, `poisson` and `geometric`; `relu` and `elu`, which
+        do not estimate the kernel; or a callable that maps projected inputs elementwise to non-negative features.
     kernel : {"softmax", "gaussian"}
         exp(scale x.y), or exp(-scale |x - y|^2 / 2).
     scale : float, optional
-        Positive and finite. None: d**-0.5 for softmax, 1 for Gaussian.
+        Positive and finite. None means d**-0.5 for softmax and 1 for Gaussian.
     axis, mask_x, mask_y, enable_gqa
         As in `moments`.
     ridge : float, optional
-        A multiple of tr(S)/d, and for each coordinate up to a half more, added to the diagonal of a second moment S, so
-        that constant columns, one-hot data or fewer points than coordinates can be fitted. None: 1e-6, more where only
-        float32 is to be had; 0: none.
+        Makes it possible to fit constant columns, one-hot data, or fewer points than coordinates. The diagonal of a
+        second moment S is increased by ridge * tr(S) / d, and by up to half as much again, differently for each
+        coordinate. None means 1e-6, or more if only float32 is available; 0 means no ridge.
     weighting : float, optional
-        A pair of query and key counts as much as its attention to this power, 0.5 to 1 being good choices, in place of
-        as much as any other: the fit is then best where attention goes. Takes O(n s d), so pass a calibration sample;
-        as `fit(attention_moments(x, y, weighting=...))`.
+        If given, each pair of query and key is weighted by its attention to this power, so that the fit is best where
+        attention is large; 0.5 to 1 are good choices. Without it, all pairs have equal weight. The weights take time
+        O(n s d), so pass a calibration sample. The result is that of
+        `fit(attention_moments(x, y, weighting=...))`.
     is_causal : bool
-        With a weighting: pairs in which the key comes after the query count nothing.
+        With a weighting: pairs in which the key comes after the query have weight 0.
 
     Returns
     -------
     parameters : Parameters
-        In the dtype of the data, float32 at least; computed in float64 wherever the device has it.
+        In the dtype of the data, widened to at least float32; computed in float64 if the device has it.
 
     Raises
     ------
@@ -193,7 +196,7 @@ def fit_named(
     is_causal: bool = False,
     **gathering: Any,
 ) -> Parameters:
-    """`fit`, with messages that call the data by the names the caller knows."""
+    """`fit`, with error messages that use the caller's names for the data."""
     check_method(method)
     check_choice("kernel", kernel, ("softmax", "gaussian"))
     if isinstance(x, Moments):
@@ -235,7 +238,7 @@ def fit_named(
 
 
 def _in_range(x: Array, y: Array, scale: float | None) -> tuple[Array, Array, float | None]:
-    """Points and scale; where only float32 is to be had, in a unit in which their squares have numbers."""
+    """The points and the scale; if only float32 is available, in a unit in which squares do not leave its range."""
     if scale is None or is_chunked(x, y):
         return x, y, scale
     check_floats(x=x, y=y)
@@ -248,7 +251,7 @@ def _in_range(x: Array, y: Array, scale: float | None) -> tuple[Array, Array, fl
 
 
 def _known(data: Moments) -> Moments:
-    """The moments as NumPy arrays where they are dask's: a fit needs their values, and they are small."""
+    """The moments, with dask arrays computed to NumPy arrays: a fit needs the values, and they are small."""
     if not is_chunked(data.mean_x):
         return data
     import dask
@@ -265,14 +268,14 @@ def check_method(method: Any) -> None:
 
 @under_own_settings
 def excess(parameters: Parameters, x: Array, y: Array) -> Array:
-    """Mean over all pairs of log E[(f1 f2)^2], minus 2 mean log K: how far a feature is from having no variance.
+    """The mean over all pairs of log E[(f1 f2)^2] - 2 log K; it is 0 for features without variance.
 
-    Computed from moments in O((n + s) d^2), never pair by pair.
+    It is computed from moments in time O((n + s) d^2), without a loop over pairs.
 
     Parameters
     ----------
     parameters : Parameters
-        Of a dense-exponential method, `hyperbolic` or `poisson`.
+        The parameters of a dense-exponential method, `hyperbolic` or `poisson`.
     x : array, shape (*b, n, d)
     y : array, shape (*b, s, d)
 
@@ -283,8 +286,8 @@ def excess(parameters: Parameters, x: Array, y: Array) -> Array:
     Raises
     ------
     TypeError, ValueError
-        If an argument is not as described; if the method's second moment has no mean in closed form (`trig`,
-        `geometric`) or the method does not estimate the kernel.
+        If an argument is not as described; if the mean of the method's second moment has no closed form (`trig`,
+        `geometric`); or if the method does not estimate the kernel.
 
     Examples
     --------
@@ -318,14 +321,15 @@ def excess(parameters: Parameters, x: Array, y: Array) -> Array:
 
 @under_own_settings
 def log_second_moment(parameters: Parameters, x: Array, y: Array) -> Array:
-    """Logarithm of the second moment E[(f1(x) f2(y))^2] of one feature, for every pair; for small inputs.
+    """The logarithm of the second moment E[(f1(x) f2(y))^2] of one feature, for every pair of small inputs.
 
     The variance of one feature's estimate is exp(log_second_moment) - K^2 (arXiv 2302.00787, theorem 4.1).
 
     Parameters
     ----------
     parameters : Parameters
-        Of any method but `relu`, `elu` and callables. For `trig` one feature is a pair of cosine and sine.
+        The parameters of any method except `relu`, `elu` and callables. For `trig`, one feature is a pair of cosine
+        and sine.
     x : array, shape (*b, n, d)
     y : array, shape (*b, s, d)
 
@@ -389,15 +393,15 @@ def check_data(parameters: Parameters, **named: Array) -> Any:
 
 
 def embed_query(p: Parameters, x: Array) -> tuple[Array, Array]:
-    """Return u = g1 (x - center_x) of queries not yet scaled, and the log of a factor of x alone, (*b, n, 1).
+    """Return u = g1 (x - center_x) for unscaled queries, and the log of a factor that depends on x only, (*b, n, 1).
 
-    K(x, y) = exp(u.v + factor_x + factor_y) with v and factor_y of `embed_key`.
+    K(x, y) = exp(u.v + factor_x + factor_y), where `embed_key` returns v and factor_y.
     """
     return _embed(p, x, p.g1, p.center_x, p.center_y)
 
 
 def embed_key(p: Parameters, y: Array) -> tuple[Array, Array]:
-    """Return v = g2 (y - center_y) of keys not yet scaled, and the log of a factor of y alone, (*b, s, 1)."""
+    """Return v = g2 (y - center_y) for unscaled keys, and the log of a factor that depends on y only, (*b, s, 1)."""
     return _embed(p, y, p.g2, p.center_y, p.center_x)
 
 
@@ -410,7 +414,7 @@ def log_kernel_of(p: Parameters, x: Array, y: Array) -> Array:
 
 
 def map_arrays(value: Any, change: Callable[[Array], Array]) -> Any:
-    """A dataclass like value with `change` applied to each of its arrays, those of inner dataclasses included."""
+    """A copy of a dataclass with `change` applied to each of its arrays, including those of an inner `Parameters`."""
     changed = {}
     for field in fields(value):
         entry = getattr(value, field.name)
@@ -422,9 +426,9 @@ def map_arrays(value: Any, change: Callable[[Array], Array]) -> Any:
 
 
 def astype(value: Any, dtype: Any) -> Any:
-    """A dataclass like value with its arrays in the given dtype; value itself where they have it already.
+    """A copy of a dataclass with its arrays in the given dtype; the value itself if they have it already.
 
-    What a backend derives from a frozen value it may keep as long as that very value lives.
+    Returning the value itself matters: backends cache what they derive from a value for as long as that object exists.
     """
     same = True
 
@@ -445,7 +449,7 @@ def _embed(p: Parameters, x: Array, g: Array, own: Array, other: Array) -> tuple
         # x.y = (x - c1).(y - c2) + c2.(x - c1) + c1.(y - c2) + c1.c2
         factor = z @ xp.matrix_transpose(other) + 0.5 * _sum(own * other)
     else:
-        # the same with every term of |x - y|^2 in centred coordinates, so that a common offset never matters
+        # the same identity, with every term of |x - y|^2 in centred coordinates: a common offset causes no rounding
         gap = other - own
         factor = z @ xp.matrix_transpose(gap) - 0.5 * _sum(z * z) - 0.25 * _sum(gap * gap)
     return _apply(g, z), factor
@@ -453,7 +457,7 @@ def _embed(p: Parameters, x: Array, g: Array, own: Array, other: Array) -> tuple
 
 @dataclass(frozen=True)
 class _Statistics:
-    """Scaled moments and the ridge: what the closed forms read."""
+    """The scaled moments and the ridge, from which the closed formulas compute the parameters."""
 
     mean_x: Array
     mean_y: Array
@@ -475,7 +479,7 @@ _Values = dict[str, Array]
 
 
 def _plain(data: _Statistics) -> _Values:
-    """No fit: plain Gaussian rows (FAVOR+, arXiv 2009.14794)."""
+    """Parameters that do not depend on the data: plain Gaussian rows (FAVOR+, arXiv 2009.14794)."""
     identity = _identity(data.covariance_x, data.covariance_y)
     return _values(identity, identity, xp_zeros(identity))
 
@@ -511,11 +515,11 @@ def _sderf(data: _Statistics) -> _Values:
 
 
 def _optimal(data: _Statistics) -> _Values:
-    """Centre, balance, one a for each axis: the least excess of the whole family (docs: theory, `optimal`)."""
+    """Centres, a full balance and one a for each axis: the smallest excess of the family (docs: theory, `optimal`)."""
     g1, g2 = _balance(data.covariance_x, data.covariance_y, data.ridge)
     if data.cross is None:
         sums = _congruence(g1, data.covariance_x) + _congruence(g2, data.covariance_y)
-    else:  # weighted pairs correlate, so the sums u + v have axes of their own
+    else:  # u and v of weighted pairs are correlated, so the axes of u + v differ
         xp = namespace_of(g1)
         mixed = g1 @ data.cross @ xp.matrix_transpose(g2)
         own = [g @ s @ xp.matrix_transpose(g) for g, s in ((g1, data.covariance_x), (g2, data.covariance_y))]
@@ -525,11 +529,11 @@ def _optimal(data: _Statistics) -> _Values:
 
 
 def _poisson(data: _Statistics) -> _Values:
-    """The rate with the least second moment (arXiv 2205.15317, section 3.2)."""
+    """The rate with the smallest second moment (arXiv 2205.15317, section 3.2)."""
     xp = namespace_of(data.mean_x)
     products = _diagonal(data.second_x) * _diagonal(data.second_y)
     rate = xp.sqrt(_sum(products) / products.shape[-1])
-    return {**_plain(data), "rate": xp.where(rate > 0, rate, 1e-6)}  # all zero: the rarer the better
+    return {**_plain(data), "rate": xp.where(rate > 0, rate, 1e-6)}  # data of zeros: the smaller the better
 
 
 def _geometric(data: _Statistics) -> _Values:
@@ -543,8 +547,9 @@ def _geometric(data: _Statistics) -> _Values:
     size = root.shape[-1]
 
     # The derivative vanishes where p / (1 - p) sum_l z_l I1(z_l) / I0(z_l) = 2 d with z = 2 root / sqrt(1 - p), and its
-    # sign changes once: bisection in log(p / (1 - p)) ends at rounding, a search for the least value ends at its root.
-    # The ends keep p away from 1, which data of zeros ask for and float32 would round to.
+    # sign changes once. Bisection for that zero in log(p / (1 - p)) is accurate to rounding; a search for the smallest
+    # value would be accurate only to the square root of rounding. The upper end keeps p below 1: for data of zeros the
+    # best p is 1, and float32 would round to it.
     low, high = xp.zeros_like(root[..., :1]) - 40.0, xp.zeros_like(root[..., :1]) + 13.0
     for _ in range(60):
         middle = 0.5 * (low + high)
@@ -554,7 +559,7 @@ def _geometric(data: _Statistics) -> _Values:
     return {**_plain(data), "rate": _sigmoid(0.5 * (low + high))}
 
 
-# a plain dict: torch.compile does not read a mapping proxy in a function that has written to any dict
+# a plain dict, because torch.compile cannot read a mapping proxy in a function that has written to any dict
 _FITS: Mapping[str, Callable[[_Statistics], _Values]] = {
     "posrf": _plain,
     "oprf": _oprf,
@@ -571,7 +576,7 @@ _FITS: Mapping[str, Callable[[_Statistics], _Values]] = {
 }
 
 METHODS: Sequence[str] = tuple(_FITS)
-"""The names that `fit` knows."""
+"""The names that `fit` accepts."""
 
 DENSE_EXPONENTIAL = ("posrf", "oprf", "saderf", "aderf", "sderf", "optimal", "hyperbolic")
 """Methods whose features are exp(rows.u + row + column)."""
@@ -588,7 +593,7 @@ def _values(g1: Array, g2: Array, a: Array) -> _Values:
 
 
 def xp_zeros(matrix: Array) -> Array:
-    """Zeros of shape (*b, 1, d) beside a (*b, d, d) array."""
+    """Zeros of shape (*b, 1, d) for a (*b, d, d) array, in its dtype and on its device."""
     return namespace_of(matrix).zeros_like(matrix[..., :1, :])
 
 
@@ -598,7 +603,7 @@ def _scaled(data: Moments, scale: float) -> tuple[Array, Array, Array, Array]:
 
 
 def _ridge(ridge: Any, data: Moments) -> float:
-    """The relative ridge: the caller's, or one that the arithmetic can tell from rounding."""
+    """The relative ridge: the one that the caller gave, or else the default of `_least_ridge`."""
     if ridge is None:
         return _least_ridge(data.covariance_x)
     if isinstance(ridge, bool) or not isinstance(ridge, int | float):
@@ -609,18 +614,18 @@ def _ridge(ridge: Any, data: Moments) -> float:
 
 
 def _least_ridge(s: Array) -> float:
-    """The relative ridge that the arithmetic of s can tell from rounding."""
+    """The default relative ridge: 1e-6, or more if 1e-6 would be lost in the rounding of s."""
     eps = float(namespace_of(s).finfo(s.dtype).eps)
     return max(1e-6, 8 * int(s.shape[-1]) * eps)
 
 
 def _restore(value: Array, data: Moments) -> Array:
-    """A fitted value in the dtype that the data came in."""
+    """A fitted value in the dtype of the data."""
     return cast(value, named_dtype(namespace_of(value), data.dtype))
 
 
 def _log_variance(a: Array, s: Array) -> Array:
-    """h(s) of one axis at a given a: its part of the mean log second moment."""
+    """h(s), the contribution of one axis to the mean log second moment at a given a."""
     xp = namespace_of(s)
     return xp.log(1 - 4 * a) - 0.5 * xp.log(1 - 8 * a) + s / (1 - 8 * a)
 
@@ -628,7 +633,7 @@ def _log_variance(a: Array, s: Array) -> Array:
 def _best_a(s: Array) -> Array:
     """The a that minimises h at a mean square s of u + v (docs: theory, eq. 2)."""
     xp = namespace_of(s)
-    # two forms of one root, each free of cancellation on its side; rounding can leave s a little below zero
+    # two forms of the same root, used where each is free of cancellation; rounding can leave s slightly below zero
     s = xp.maximum(s, xp.zeros_like(s))
     small, large = xp.where(s < 0.5, s, 0.0), xp.where(s < 0.5, 0.5, s)
     below = -small / (1 - 2 * small + xp.sqrt((2 * small + 1) ** 2 + 8 * small))
@@ -637,12 +642,12 @@ def _best_a(s: Array) -> Array:
 
 
 def _one_a(sums: Array) -> Array:
-    """The best a that all axes share."""
+    """The best a if all axes share one."""
     return _best_a(_sum(sums) / sums.shape[-1])
 
 
 def _pair_sums(data: _Statistics, g1: Array, g2: Array) -> Array:
-    """Mean over pairs of (u_l + v_l)^2, uncentred, shape (*b, 1, d)."""
+    """The mean over pairs of (u_l + v_l)^2, without centring, shape (*b, 1, d)."""
     shift = _apply(g1, data.mean_x) + _apply(g2, data.mean_y)
     sums = _congruence(g1, data.covariance_x) + _congruence(g2, data.covariance_y) + shift * shift
     if data.cross is None:
@@ -652,7 +657,7 @@ def _pair_sums(data: _Statistics, g1: Array, g2: Array) -> Array:
 
 
 def _principal(matrix: Array, ridge: float) -> tuple[Array, Array]:
-    """The eigenvalues (*b, 1, d) of a second moment, largest first and none below zero, and its axes as rows."""
+    """The eigenvalues (*b, 1, d) of a second moment, largest first and at least zero, and its axes as rows."""
     xp = namespace_of(matrix)
     matrix = matrix + _tie_break(matrix, ridge) * (_trace(matrix) / matrix.shape[-1])
     values, axes = xp.linalg.eigh(matrix)
@@ -662,19 +667,20 @@ def _principal(matrix: Array, ridge: float) -> tuple[Array, Array]:
 
 
 def _balance(s1: Array, s2: Array, ridge: float) -> tuple[Array, Array]:
-    """Return g1, g2 with g1^T g2 = I that turn both second moments into one diagonal matrix, largest entry first."""
+    """Return g1, g2 with g1^T g2 = I that map both second moments to the same diagonal matrix, largest entry first."""
     xp = namespace_of(s1, s2)
     root1, inverse1 = _square_root(_regular(s1, s2, ridge))
     root2, _ = _square_root(_regular(s2, s1, ridge))
     u, sigma, _ = xp.linalg.svd(root1 @ root2, full_matrices=False)
     g1 = xp.sqrt(sigma)[..., :, None] * (xp.matrix_transpose(u) @ inverse1)
     g1 = g1 * _signs(g1)
-    # the formula for g2 has the same value, but the inverse makes g1^T g2 = I, which unbiasedness rests on, to rounding
+    # the formula for g2 gives the same matrix, but with the inverse g1^T g2 = I holds to rounding, and unbiased
+    # estimates need that
     return g1, xp.matrix_transpose(xp.linalg.inv(g1))
 
 
 def _regular(s: Array, other: Array, ridge: float) -> Array:
-    """Add a relative ridge to s; a side without any spread borrows the other side's measure, or 1."""
+    """Add a relative ridge to s; if s is zero, the ridge is relative to the other side, or to 1."""
     own, borrowed = _trace(s), _trace(other)
     xp = namespace_of(own, borrowed)
     size = s.shape[-1]
@@ -697,7 +703,7 @@ def _square_root(s: Array) -> tuple[Array, Array]:
     """The symmetric square root of a positive definite matrix and its inverse."""
     xp = namespace_of(s)
     values, axes = xp.linalg.eigh(s)
-    # rounding can leave an eigenvalue at or below zero: no smaller than what the arithmetic resolves
+    # rounding can leave an eigenvalue at or below zero; raise it to the smallest that the arithmetic resolves
     floor = values[..., -1:] * float(xp.finfo(s.dtype).eps)
     root = xp.sqrt(xp.maximum(values, floor))[..., None, :]
     transposed = xp.matrix_transpose(axes)
@@ -708,9 +714,10 @@ _GOLDEN = (math.sqrt(5) - 1) / 2
 
 
 def _signs(g: Array) -> Array:
-    """Signs, shape (*b, d, 1), that make each row's product with a fixed irrational direction positive.
+    """Signs, shape (*b, d, 1), that make the product of each row with a fixed irrational direction positive.
 
-    The largest entry, the usual choice, is tied in data as plain as (1, -1) and then decided by rounding.
+    The usual choice, the sign of the largest entry, is not used: in a row such as (1, -1) two entries tie, and rounding
+    would decide.
     """
     xp = namespace_of(g)
     direction = from_host([[0.5 + (_GOLDEN * (axis + 1)) % 1] for axis in range(g.shape[-1])], like=g)
@@ -727,7 +734,7 @@ def _identity(s1: Array, s2: Array) -> Array:
 
 
 def _apply(g: Array, x: Array) -> Array:
-    """Return g x for points that are rows."""
+    """Return g x for points given as rows."""
     return x @ namespace_of(g).matrix_transpose(g)
 
 
@@ -765,8 +772,8 @@ def _log_i0(z: Array) -> Array:
 def _bessel(z: Array) -> tuple[Array, Array]:
     """Return log I0(z) and I1(z) / I0(z), z >= 0.
 
-    I0(z) is the mean over t of exp(z cos t) and I1(z) that of cos t exp(z cos t): the trapezoid rule with 64 nodes is
-    exact to rounding up to z = 100, and beyond that the asymptotic series err by less than 1e-8.
+    I0(z) is the mean over t of exp(z cos t), and I1(z) is the mean of cos t exp(z cos t). Up to z = 100 the trapezoid
+    rule with 64 nodes is exact to rounding; beyond that the asymptotic series has an error of less than 1e-8.
     """
     xp = namespace_of(z)
     nodes = [math.cos((2 * j + 1) * math.pi / 128) for j in range(64)]

@@ -1,4 +1,7 @@
-"""Kernel operators through features: K(x, y) @ v, and the Nadaraya-Watson estimate."""
+"""Products with kernel matrices by random features: K(x, y) @ v, and the Nadaraya-Watson estimate.
+
+`kernel_matvec`, `nadaraya_watson` and `leave_one_out` are public; the scikit-learn estimators call the parts.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -29,14 +32,14 @@ from favorsharp.parameters import astype
 
 @dataclass(frozen=True, eq=False)
 class SignedSums:
-    """Sums of signed key features times values, relative to exp(top).
+    """Sums of signed key features times values, divided by exp(top).
 
     Attributes
     ----------
     total : array, shape (*b, m, e + 1)
-        The last column belongs to values of 1.
+        The last column is the sum for values of 1.
     top : array, shape (*b, 1, 1)
-        Largest log factor of a point; -inf before the first.
+        The largest log factor of the points so far; -inf if there are none.
     """
 
     total: Array
@@ -44,7 +47,7 @@ class SignedSums:
 
 
 Sums = State | SignedSums
-"""All that an estimate needs to know of the points y and their values: what each block gives, and `combine` joins."""
+"""The sums over points y and their values that an estimate reads; `gather` makes them, and `combine` joins them."""
 
 
 @combine.register
@@ -60,7 +63,7 @@ def _combine_sums(a: SignedSums, b: Any) -> SignedSums:
 
 @under_own_settings
 def kernel_matvec(x: Array, y: Array, v: Array, feature_map: FeatureMap) -> Array:
-    """An unbiased estimate of K(x, y) @ v in O((n + s) m (d + e)).
+    """An unbiased estimate of K(x, y) @ v in time O((n + s) m (d + e)).
 
     Parameters
     ----------
@@ -103,22 +106,22 @@ def kernel_matvec(x: Array, y: Array, v: Array, feature_map: FeatureMap) -> Arra
 
 @under_own_settings
 def nadaraya_watson(x: Array, y: Array, v: Array, feature_map: FeatureMap) -> Array:
-    """The kernel-weighted mean of v at each x: K(x, y) @ v with rows normalised.
+    """The kernel-weighted mean of v at each x: K(x, y) @ v with the rows of K normalised to sum 1.
 
     Parameters
     ----------
     x : array, shape (*b, n, d)
-        Where to estimate.
+        The points at which to estimate.
     y : array, shape (*b, s, d)
-        Where v is known.
+        The points at which v is known.
     v : array, shape (*b, s, e) or (s,)
     feature_map : FeatureMap
-        With a signed map the estimated denominator of a row can fail to be positive; such a row is NaN.
+        With a signed map the estimated denominator of a row can be zero or negative; such a row is NaN.
 
     Returns
     -------
     array, shape (*b, n, e), or (*b, n) for a v of one axis
-        In the dtype that x, y and v promote to. Zeros where there are no keys.
+        In the dtype that x, y and v promote to. Zeros if there are no points y.
 
     Raises
     ------
@@ -146,13 +149,13 @@ def nadaraya_watson(x: Array, y: Array, v: Array, feature_map: FeatureMap) -> Ar
 
 
 def columns(name: str, v: Any) -> tuple[Array, bool]:
-    """Return v with a value axis, and whether it had none."""
+    """Return v with a value axis, and whether that axis was missing."""
     check_array(name, v)
     return (v[:, None], True) if v.ndim == 1 else (v, False)
 
 
 def _chunked(x: Array, y: Array, v: Array, feature_map: Any, finish: Callable[[Sums, Array, Any], Array]) -> Array:
-    """A lazy dask array: the sums of each chunk of y, merged by a tree, then read by each chunk of x."""
+    """A lazy dask array: each chunk of y gives sums, a tree joins them, and each chunk of x reads the result."""
     import dask
     import dask.array as da
     import numpy as np
@@ -161,7 +164,7 @@ def _chunked(x: Array, y: Array, v: Array, feature_map: Any, finish: Callable[[S
     x, y, v = as_chunked(x=x, y=y, v=v)
     if not isinstance(feature_map, FeatureMap):
         raise TypeError(f"feature_map must be a favorsharp.FeatureMap, got {type(feature_map).__name__}")
-    # the arguments are judged by empty arrays of their shapes and dtypes: nothing is computed here
+    # the checks run on stand-ins of the same shapes and dtypes without data, so nothing is computed here
     hollow = [np.broadcast_to(np.zeros((), dtype=a.dtype), a.shape) for a in (x, y, v)]
     dtype = check_products(hollow[0], hollow[1], hollow[2], feature_map)
     out_dtype = np.result_type(*(a.dtype for a in hollow))
@@ -209,9 +212,10 @@ def check_products(x: Array, y: Array, v: Array, feature_map: Any) -> Any:
 
 @under_own_settings
 def gather(y: Array, v: Array, feature_map: Any, weight: Array | None = None) -> Sums:
-    """The sums of a block of points and values, checked already, for a map in the dtype to compute in.
+    """The sums of a block of points and values.
 
-    A point counts as often as its positive weight (*b, s) says.
+    The arguments have been checked, and the map is in the dtype to compute in. A positive weight (*b, s) multiplies the
+    contribution of its point.
     """
     xp = namespace_of(y, v)
     if weight is not None or not isinstance(feature_map, PositiveFeatureMap):
@@ -242,7 +246,7 @@ def gather(y: Array, v: Array, feature_map: Any, weight: Array | None = None) ->
 
 @under_own_settings
 def products(sums: Sums, x: Array, feature_map: Any) -> Array:
-    """K(x, y) @ v of the y and v that were gathered, in the dtype of the sums."""
+    """K(x, y) @ v for the y and v in the sums, in the dtype of the sums."""
     if isinstance(sums, State):
 
         def rows(tile: Array) -> Array:
@@ -259,7 +263,7 @@ def products(sums: Sums, x: Array, feature_map: Any) -> Array:
 
 @under_own_settings
 def means(sums: Sums, x: Array, feature_map: Any) -> Array:
-    """The kernel-weighted mean of the v that were gathered, in the dtype of the sums; see `nadaraya_watson`."""
+    """The kernel-weighted mean of the v in the sums, in the dtype of the sums; see `nadaraya_watson`."""
     if isinstance(sums, State):
         return read_op(sums, cast(x, sums.kv.dtype), feature_map)
 
@@ -275,8 +279,9 @@ def means(sums: Sums, x: Array, feature_map: Any) -> Array:
 def leave_one_out(x: Array, v: Array, feature_map: FeatureMap) -> Array:
     """The Nadaraya-Watson estimate at each point from all the others, in one pass over the points.
 
-    A point's own share in its estimate is taken out of the sums that all points have made, so that n estimates cost
-    what `nadaraya_watson` costs. Mean square differences from v, for maps of several scales, choose a bandwidth.
+    The sums over all points are computed once, and the contribution of each point is subtracted for its own estimate,
+    so the n estimates cost as much as `nadaraya_watson`. To choose a bandwidth, compare the mean square differences
+    from v for maps of several scales.
 
     Parameters
     ----------
@@ -287,8 +292,9 @@ def leave_one_out(x: Array, v: Array, feature_map: FeatureMap) -> Array:
     Returns
     -------
     array, shape (*b, n, e), or (*b, n) for a v of one axis
-        In the dtype that x and v promote to. NaN where the others have less than 1e-10 (float32: 1e-4) of the weight of
-        all, or with a signed map no positive weight: what is left of the sums is then rounding.
+        In the dtype that x and v promote to. The estimate of a point is NaN if the other points have less than 1e-10
+        (in float32, 1e-4) of the total weight, because the remaining sums are then only rounding errors. With a signed
+        map it is also NaN if the weight of the others is not positive.
 
     Raises
     ------
@@ -313,7 +319,7 @@ def leave_one_out(x: Array, v: Array, feature_map: FeatureMap) -> Array:
 
 @under_own_settings
 def left_out(x: Array, v: Array, feature_map: FeatureMap, weight: Array | None = None) -> Array:
-    """`leave_one_out` of points that count as often as their positive weights (*b, n) say, and leave as a whole."""
+    """`leave_one_out` with positive weights (*b, n) of the points; a point is left out with all its weight."""
     v, single = columns("v", v)
     dtype = check_products(x, x, v, feature_map)
     xp = namespace_of(x, v)
@@ -344,13 +350,13 @@ def left_out(x: Array, v: Array, feature_map: FeatureMap, weight: Array | None =
 
 
 def _divided(num: Array, den: Array) -> Array:
-    """Num / den, NaN where den is not positive."""
+    """Return num / den; NaN where den is not positive."""
     xp = namespace_of(num)
     return xp.where(den > 0, num / xp.where(den > 0, den, 1.0), xp.nan)
 
 
 def _by_tiles(rows: Callable[[Array], Array], sums: Sums, x: Array, feature_map: Any) -> Array:
-    """What `rows` makes of x, a tile of points at a time."""
+    """Apply `rows` to x, one tile of points at a time."""
     xp = namespace_of(x)
     held = sums.kv if isinstance(sums, State) else sums.total
     batch = broadcast_shapes(x.shape[:-2], held.shape[:-2], feature_map.batch_shape)

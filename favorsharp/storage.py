@@ -1,4 +1,7 @@
-"""Feature maps, fits, moments and states in files: arrays and a line of JSON in an .npz, and never a pickle."""
+"""The public functions `save` and `load` for feature maps, fits, moments and states.
+
+A file is an .npz archive of arrays and one JSON header; it never contains a pickle.
+"""
 
 import hashlib
 from dataclasses import fields
@@ -19,7 +22,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 FORMAT = 1
-"""The version of the files that `save` writes; `load` reads this one and none other."""
+"""The version of the format that `save` writes; `load` reads only this version."""
 
 _KINDS: dict[str, Any] = {
     kind.__name__: kind
@@ -36,18 +39,18 @@ _KINDS: dict[str, Any] = {
 
 
 def save(path: "str | Path", value: Moments | Parameters | FeatureMap | State) -> None:
-    """Write a value to a file that `load` reads on any machine and into any array library.
+    """Write a value to a file, which `load` can read on any machine and into any array library.
 
     Parameters
     ----------
     path : str or Path
-        Written as it is named; an existing file is replaced.
+        The file; no extension is added to its name, and an existing file is replaced.
     value : Moments, Parameters, FeatureMap or State
 
     Raises
     ------
     TypeError
-        If the value is of another type, or its method is a callable, which is code and not data.
+        If the value is of another type, or its method is a callable, which cannot be saved as data.
 
     Examples
     --------
@@ -80,14 +83,15 @@ def load(path: "str | Path", *, like: Array | None = None) -> Any:
     ----------
     path : str or Path
     like : array, optional
-        Gives the library and the device of the arrays; NumPy without it. dtypes are those of the saved value; float16
-        and bfloat16 become float32 in a library without them, and float64 becomes float32 where there is none (JAX,
-        unless it is told to use 64 bits).
+        The loaded arrays have the library and the device of this array; without it they are NumPy arrays. Their dtypes
+        are those of the saved value. float16 and bfloat16 become float32 in a library that lacks them, and float64
+        becomes float32 if it is not available (in JAX, unless 64 bits are enabled).
 
     Returns
     -------
     Moments, Parameters, FeatureMap or State
-        With the same numbers: a state goes on with the map that made it, whichever of the two were saved.
+        It has the same numbers as the saved value. So a state and the map that it was made with still fit together,
+        also if only one of them, or both, were saved and loaded.
 
     Raises
     ------
@@ -131,7 +135,7 @@ def load(path: "str | Path", *, like: Array | None = None) -> Any:
 
 
 def _taken_apart(value: Any, prefix: str, arrays: dict[str, Any]) -> dict[str, Any]:
-    """What JSON can hold of a value; its arrays go to `arrays`."""
+    """The fields of a value as JSON can hold them; its arrays are put into `arrays`."""
     if type(value) not in _KINDS.values():
         raise TypeError(f"value must be Moments, Parameters, a FeatureMap or a State, got {type(value).__name__}")
     entries: dict[str, Any] = {}
@@ -140,7 +144,7 @@ def _taken_apart(value: Any, prefix: str, arrays: dict[str, Any]) -> dict[str, A
         if isinstance(entry, Parameters):
             entries[field.name] = _taken_apart(entry, f"{name}.", arrays)
         elif is_array(entry):
-            arrays[name] = to_host(entry)  # bfloat16 in float32
+            arrays[name] = to_host(entry)  # bfloat16 becomes float32
             entries[field.name] = {"array": name, "dtype": dtype_name(entry).rstrip("_")}
         elif entry is None or isinstance(entry, str | int | float):
             entries[field.name] = entry

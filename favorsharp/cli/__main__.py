@@ -1,4 +1,4 @@
-"""`python -m favorsharp.cli`."""
+"""Runs the command line for `python -m favorsharp.cli`."""
 
 from favorsharp.cli import main
 
