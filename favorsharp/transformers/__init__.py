@@ -1,7 +1,8 @@
-"""The Hugging Face edge: `attn_implementation="favorsharp"` for the models of transformers.
+"""The public interface to Hugging Face transformers: `attn_implementation="favorsharp"` for its models.
 
-`register` names an approximation, `calibrate` fits it to a model on sample text, `StateCache` generates in constant
-memory. Masks are decoded or refused (docs: design, masks), and maps live on the attention modules (docs: design, maps).
+`register` gives an approximation a name, `calibrate` fits it to a model on sample inputs, and `StateCache` makes
+generation use constant memory. Masks are decoded or refused (docs: design, masks). Each attention module of a model
+holds its own maps (docs: design, maps).
 """
 
 from favorsharp.transformers.attention import register

@@ -1,4 +1,4 @@
-"""The attention function that transformers calls, and the registrations it is called for."""
+"""The public function `register`, and the attention function that transformers then calls for each layer."""
 
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -19,30 +19,30 @@ from favorsharp.transformers.models import guard, label
 Tensor = Any
 
 EXACT = "exact"
-"""The method that is softmax attention itself: the yardstick."""
+"""The name of the method that computes softmax attention, for comparison."""
 
 _HARMLESS = frozenset(
     {
-        # positions and kinds of tokens: queries and keys have them in already, and masks are made of them before
+        # positions and kinds of tokens: already part of the queries, the keys and the mask
         *("position_ids", "cache_position", "position_embeddings", "token_type_ids", "mm_token_type_ids"),
-        # what the model is to return or count
+        # what the model returns or counts
         *("use_cache", "return_dict", "output_hidden_states", "output_router_logits", "num_items_in_batch"),
         *("labels", "logits_to_keep", "return_loss"),
-        # how kernels of others go about it: lengths of packed sequences, whose bounds are refused; determinism
+        # options of other kernels: determinism, and lengths of packed sequences (their bounds are refused)
         *("max_length_q", "max_length_k", "deterministic", "use_top_left_mask"),
-        # where the layer stands, and its cache, which it has used before
+        # the index of the layer, and its cache, which was used before this call
         *("layer_idx", "cache", "past_key_values"),
     }
 )
-"""Keywords of the call that change nothing in its result."""
+"""Keywords of the call that do not change its result."""
 
 _FLAGS = frozenset({"output_attentions", "softcap", "head_mask"})
-"""Keywords that ask for nothing where they are False."""
+"""Keywords that have no effect if they are False."""
 
 
 @dataclass(frozen=True, eq=False)
 class Registration:
-    """One approximation under one name.
+    """The options of one registered name.
 
     Attributes
     ----------
@@ -50,7 +50,7 @@ class Registration:
     method, num_features, window, draw, calibration
         As in `register`.
     seed : int
-        What every draw is made from.
+        The seed of every draw.
     """
 
     name: str
@@ -62,14 +62,14 @@ class Registration:
     calibration: str
 
     def draw_for(self, size: int, like: Tensor) -> Any:
-        """The random rows for heads of this size, beside an array: one draw serves all layers."""
+        """The random rows for heads of this size, on the device of `like`; all layers use the same draw."""
         if not isinstance(self.draw, str):
             return self.draw
         return _rows(self.draw, self.num_features, size, self.seed, like.device)
 
 
 REGISTERED: dict[str, Registration] = {}
-"""Every registration by name."""
+"""All registrations by name."""
 
 
 def register(
@@ -82,34 +82,38 @@ def register(
     rng: Any = None,
     calibration: str = "input",
 ) -> None:
-    """Make `attn_implementation=name` mean linear attention by random features.
+    """Register linear attention by random features under a name for `attn_implementation`.
 
-    Afterwards `from_pretrained(..., attn_implementation=name)` and `model.set_attn_implementation(name)` take it, for
-    models whose attention goes through transformers' attention interface. Names that were registered before by this
-    function are replaced.
+    Afterwards `from_pretrained(..., attn_implementation=name)` and `model.set_attn_implementation(name)` accept the
+    name, for models whose attention goes through transformers' attention interface. A name that this function
+    registered before is replaced.
 
     Parameters
     ----------
     name : str
     method : str or callable
-        A positive one, as in `favorsharp.fit`; or `"exact"`, softmax attention through the same door: the yardstick.
+        As in `favorsharp.fit`, only methods whose features are positive; or `"exact"` for softmax attention, for
+        comparison.
     num_features : int
         m, 1 or more.
     window : int
-        Block length of exactly scored near keys, as in `favorsharp.linear_attention`; in self-attention only. 0: none.
+        Block length of exactly scored near keys, as in `favorsharp.linear_attention`; 0 means none. It is used in
+        self-attention only.
     draw
         As in `favorsharp.feature_map`.
     rng : None, int, SeedSequence or Generator
-        As in `favorsharp.feature_map`. The rows are drawn once for a registration: the same seed gives the same model.
+        As in `favorsharp.feature_map`. The rows depend only on the seed of the registration, so the same seed gives the
+        same model.
     calibration : {"input", "frozen"}
-        What serves a layer that `calibrate` has not fitted. "input": bidirectional self-attention is fitted to each
-        input, per head and row of the batch; causal and cross-attention raise, as a fit to the sequence would show it
-        its own future. "frozen": every layer raises. Methods that fit nothing (`posrf`) need no calibration.
+        What a layer does that `calibrate` has not fitted. With "input", bidirectional self-attention is fitted to each
+        input, separately for each head and each row of the batch; causal and cross-attention raise an error, because a
+        fit to the sequence would show it its own future. With "frozen", every layer raises an error. Methods that fit
+        nothing (`posrf`) need no calibration.
 
     Raises
     ------
     TypeError, ValueError
-        If an argument is not as described, or the name is one of transformers' own.
+        If an argument is not as described, or transformers itself uses the name.
     """
     from favorsharp.draws import DRAWS, generator
 
@@ -157,10 +161,10 @@ def attend(
     sliding_window: int | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attention of one layer, (B, H, n, d) with keys and values of (B, Hkv, s, d) -> (B, n, H, d).
+    """Compute the attention of one layer, (B, H, n, d) with keys and values of (B, Hkv, s, d) -> (B, n, H, d).
 
-    What a layer cannot be given is refused: dropout of attention weights, which do not exist; patterns other than
-    bidirectional and causal; biases; keywords that are not known to change nothing.
+    transformers calls this for every layer. It refuses dropout of attention weights, which do not exist here; attention
+    patterns other than bidirectional and causal; biases; and keywords that might change the result.
     """
     if dropout:
         raise ValueError(
@@ -206,7 +210,7 @@ def _check_keywords(registration: Registration, module: Any, keywords: dict[str,
 
 
 def _check_sliding(registration: Registration, module: Any, window: int | None, seen: Visible, length: int) -> None:
-    """A sliding window passes where it hides no key; the mask of such a model was checked before, where it has one."""
+    """Refuse a sliding window that hides a key. If such a model has a mask, the mask has been checked before."""
     if window is not None and length > window + (0 if seen.is_causal else 1):
         raise ValueError(
             f"{label(module)} has a sliding window of {window}, and {length} keys: the window is not served by "
@@ -215,7 +219,7 @@ def _check_sliding(registration: Registration, module: Any, window: int | None, 
 
 
 def exact(query: Tensor, key: Tensor, value: Tensor, seen: Visible, scaling: float | None, grouped: bool) -> Tensor:
-    """Softmax attention; causal queries are the last of the keys' positions."""
+    """Softmax attention; causal queries are at the last positions of the keys."""
     n, s = query.shape[-2], key.shape[-2]
     if seen.is_causal and 1 < n < s:
         query = torch.cat([query.new_zeros((*query.shape[:-2], s - n, query.shape[-1])), query], dim=-2)
@@ -229,7 +233,7 @@ def exact(query: Tensor, key: Tensor, value: Tensor, seen: Visible, scaling: flo
 def approximate(
     query: Tensor, key: Tensor, value: Tensor, fm: FeatureMap, seen: Visible, window: int, grouped: bool
 ) -> Tensor:
-    """Linear attention; causal queries are the last of the keys' positions, and the keys before them a prefix."""
+    """Linear attention; causal queries are at the last positions of the keys, and earlier keys enter by a state."""
     n, s = query.shape[-2], key.shape[-2]
     key_mask, state = seen.key_mask, None
     if seen.is_causal and n < s:
@@ -261,7 +265,7 @@ def remember(
     window: int,
     grouped: bool,
 ) -> Tensor:
-    """Linear attention that goes on from the state of a `StateCache`, and leaves the new one there."""
+    """Linear attention that continues from the state of a `StateCache`, and stores the new state there."""
     state = layer.state
     if not seen.is_causal:
         if state is None:
@@ -301,7 +305,7 @@ def map_for(
     scaling: float | None,
     grouped: bool,
 ) -> FeatureMap:
-    """The layer's frozen map; else, where nothing leaks, one fitted to this input."""
+    """The frozen map of the layer; without one, a map fitted to this input, if that shows a query no later keys."""
     frozen = frozen_map(module, registration)
     if frozen is not None:
         expected = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
@@ -340,20 +344,20 @@ def map_for(
     return feature_map(parameters, registration.num_features, draw=registration.draw_for(query.shape[-1], query))
 
 
-# What modules say of themselves ---------------------------------------------------------------------------------------
+# What is stored on modules --------------------------------------------------------------------------------------------
 
 CALIBRATED = "favorsharp_calibrated"
-"""Entry of a model's config: the names it was calibrated for. It is saved with the model, where the maps are not."""
+"""Entry of a model's config: the names it was calibrated for. It is saved with the model; the maps are not."""
 
 CHILD = "favorsharp"
-"""Name of the child module that holds a layer's frozen maps."""
+"""Name of the child module that holds the frozen maps of a layer."""
 
 
 class FrozenMaps(torch.nn.Module):
     """The maps that `calibrate` fitted to one attention layer, by the name of the registration.
 
-    They are no parameters and not in the state dict: a checkpoint stays what every loader expects. They are copied with
-    the model, move with it between devices, and keep their dtype when the model's changes.
+    They are not parameters and not in the state dict, so that any loader can read the model's checkpoints. They are
+    copied with the model, move with it between devices, and keep their dtype when the model's dtype changes.
     """
 
     def __init__(self) -> None:
@@ -371,12 +375,12 @@ class FrozenMaps(torch.nn.Module):
         return super()._apply(fn, recurse)
 
     def extra_repr(self) -> str:
-        """One line a map."""
+        """One line for each map."""
         return "\n".join(f"({name}): {fm!r}" for name, fm in self.by_name.items())
 
 
 def frozen_map(module: Any, registration: Registration) -> FeatureMap | None:
-    """The map that `calibrate` or `load_maps` left on a layer, if it is of this registration."""
+    """The map that `calibrate` or `load_maps` stored on a layer for this registration, or None."""
     holder = getattr(module, CHILD, None)
     fm: FeatureMap | None = None if holder is None else holder.by_name.get(registration.name)
     if fm is None:
@@ -390,19 +394,19 @@ def frozen_map(module: Any, registration: Registration) -> FeatureMap | None:
 
 
 def is_cross(module: Any) -> bool:
-    """Whether a layer's queries come from another sequence than its keys, as far as its class tells."""
+    """Whether the queries of a layer come from another sequence than its keys, judged by its class and attributes."""
     if getattr(module, "is_cross_attention", False) or "Cross" in type(module).__name__:
         return True
-    # the decoders of encoder-decoder models have one class for both, and mark the self-attention as causal
+    # decoders of encoder-decoder models use one class for both, and mark only their self-attention as causal
     return bool(getattr(module, "is_decoder", False)) and not getattr(module, "is_causal", True)
 
 
 _collector: Any = None
-"""What `calibrate` puts in the way of the calls of its model; a plain global, as torch.compile reads it."""
+"""The object of `calibrate` that records the calls of its model; a plain global, which torch.compile can read."""
 
 
 def set_collector(collector: Any) -> Any:
-    """Exchange the collector, and return the one before."""
+    """Set the collector, and return the previous one."""
     global _collector
     before, _collector = _collector, collector
     return before
@@ -417,7 +421,7 @@ def _drawn(draw: str, num_rows: int, size: int, seed: int, device: torch.device)
 
 @torch.library.custom_op("favorsharp::transformers_rows", mutates_args=())
 def _rows(draw: str, num_rows: int, size: int, seed: int, device: torch.device) -> torch.Tensor:
-    """Random rows as an op of torch's, so that torch.compile does not trace how they are drawn on the host."""
+    """Random rows as a custom op of torch, so that torch.compile does not trace the code that draws them."""
     return _drawn(draw, num_rows, size, seed, device).clone()
 
 

@@ -1,4 +1,7 @@
-"""Generation in constant memory: a transformers cache that holds states in place of keys and values."""
+"""The public class `StateCache`: a cache for generation that holds states of constant size instead of all keys.
+
+transformers calls the cache in each layer; the attention function finds the layer's state by `layer_of`.
+"""
 
 import sys
 from dataclasses import fields, replace
@@ -17,19 +20,19 @@ from favorsharp.transformers.models import label
 Tensor = Any
 
 _MARK = "_favorsharp_layer"
-"""Attribute of the keys that a layer of the cache returns: how the attention function finds it."""
+"""Attribute of the keys that the cache returns; through it the attention function finds the layer of the cache."""
 
 _INSTEAD = "accepted for such a layer: a DynamicCache, or no cache"
 
 
 class StateLayer(CacheLayerMixin):
-    """One layer's memory: a state whose size does not grow, and the number of positions it has seen.
+    """The memory of one layer: a state of constant size, and the number of positions it has seen.
 
-    `update` passes the new keys and values on, marked; the attention function takes them into the state. For
-    cross-attention, `keys` and `values` are empty after the first step, and marked too.
+    `update` marks the new keys and returns them with their values; the attention function then adds them to the state.
+    For cross-attention, `keys` and `values` are empty after the first step, and these keys are marked too.
 
-    What the attention function gets must be the very tensors that `update` returned, once: a state cannot tell keys
-    that it has from those that it has not.
+    The attention function must receive exactly the tensors that `update` returned, and only once, because a state
+    cannot tell whether it already contains a key.
     """
 
     is_sliding = False
@@ -42,16 +45,16 @@ class StateLayer(CacheLayerMixin):
         self._received = False
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Nothing to allocate: a state is made by the first keys."""
+        """Allocate nothing: the first keys make the state."""
         self.is_initialized = True
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, kwargs: Any = None, **unknown: Any
     ) -> tuple[Tensor, Tensor]:
-        """Pass new keys and values on to the attention function, which is to take them into the state.
+        """Return new keys and values, marked for the attention function, which adds them to the state.
 
-        What comes beside them says how other caches keep keys, and changes nothing here: positions and rotations
-        (`args`), and `kwargs`, which paged caches read.
+        The other arguments are for other kinds of caches and have no effect here: positions and rotations (`args`), and
+        `kwargs`, which paged caches read.
         """
         unknown = {name: value for name, value in unknown.items() if name != "cache_kwargs" and value is not None}
         caller = _caller()
@@ -70,7 +73,7 @@ class StateLayer(CacheLayerMixin):
         return key_states, value_states
 
     def receive(self, module: Any, key: Tensor, value: Tensor) -> None:
-        """Check that the attention function got what `update` gave out last, or the empty keys that stand for it."""
+        """Check that attention received what `update` returned last, or the empty keys of an earlier step."""
         _hand_out(None, None)
         if key is self.keys and self.keys is not None:
             given = self.values
@@ -88,7 +91,7 @@ class StateLayer(CacheLayerMixin):
         self._received = self._given is not None
 
     def take(self, state: State, *, keep: tuple[Tensor, Tensor] | None = None) -> None:
-        """Keep a state in place of the keys handed out last; `keep` are empty keys and values that stand for them."""
+        """Store the state that contains the last keys; `keep` are empty keys and values to return in later steps."""
         self.state = _compact(state)
         if self._given is not None:
             self.seen += int(self._given[0].shape[-2])
@@ -118,15 +121,15 @@ class StateLayer(CacheLayerMixin):
         )
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Length and offset of the keys a call sees as keys: the new ones."""
+        """The number and the offset of the keys that the mask of a call covers, which are the new ones."""
         return query_length, self.seen
 
     def get_seq_length(self) -> int:
-        """Positions seen."""
+        """The number of positions seen."""
         return self.seen
 
     def get_max_length(self) -> int:
-        """-1: no bound."""
+        """Return -1, which means no limit."""
         return -1
 
     get_max_cache_shape = get_max_length  # its name until transformers 5.12
@@ -150,17 +153,17 @@ class StateLayer(CacheLayerMixin):
         self._rows(lambda x: x[indices])
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Refused: what has entered a sum cannot be told apart again."""
+        """Raise an error, because keys cannot be removed from a state again."""
         if tokens_to_remove:
             raise NotImplementedError(
                 "a StateCache cannot forget its last tokens; assisted decoding needs another cache"
             )
 
     def offload(self) -> None:
-        """Nothing: a state is small, and stays where it is."""
+        """Do nothing: a state is small, and stays on its device."""
 
     def prefetch(self) -> None:
-        """Nothing: a state is small, and stays where it is."""
+        """Do nothing: a state is small, and stays on its device."""
 
     def _rows(self, change: Any) -> None:
         if self.state is None:
@@ -175,10 +178,10 @@ class StateLayer(CacheLayerMixin):
 class StateCache(Cache):
     """A cache of constant size for causal generation: `model.generate(..., cache=StateCache())`.
 
-    Each layer keeps a `favorsharp.State` (with a window also the keys and values of two blocks) and no further keys.
-    An encoder-decoder model takes `EncoderDecoderCache(StateCache(), StateCache())`, one for self- and one for
-    cross-attention. The model's attention must be one that `register` named, and calibrated. Beam search reorders it;
-    it cannot be cropped. One cache serves one generation; `reset` makes it empty again.
+    Each layer keeps a `favorsharp.State` and, with a window, the keys and values of two blocks; it keeps no other keys.
+    An encoder-decoder model takes `EncoderDecoderCache(StateCache(), StateCache())`, with one cache for self-attention
+    and one for cross-attention. The attention of the model must be registered by `register`, and calibrated. Beam
+    search is supported; cropping is not. Use a cache for one generation only; `reset` empties it.
     """
 
     def __init__(self) -> None:
@@ -196,7 +199,7 @@ class StateCache(Cache):
 
     @property
     def num_bytes(self) -> int:
-        """Memory of all states, in bytes."""
+        """The memory of all states in bytes."""
         return sum(
             x.untyped_storage().nbytes()
             for layer in self.layers
@@ -207,12 +210,13 @@ class StateCache(Cache):
 
 
 def layer_of(module: Any, key: Tensor, value: Tensor) -> StateLayer | None:
-    """The layer of a `StateCache` that handed out these keys and values; None for keys from elsewhere.
+    """The layer of a `StateCache` that returned these keys and values; None if they do not come from a `StateCache`.
 
     Raises
     ------
     ValueError
-        If the module asked its cache for keys and passes others on, or the same ones again, or other values.
+        If the module got keys and values from its cache, and then passed other ones to attention, or the same ones a
+        second time.
     """
     layer: StateLayer | None = getattr(key, _MARK, None)
     if layer is not None:
@@ -227,7 +231,7 @@ def layer_of(module: Any, key: Tensor, value: Tensor) -> StateLayer | None:
 
 
 _handed_out: tuple[StateLayer, FrameType] | None = None
-"""The layer whose keys are on their way to attention, and the running call of the module that has them."""
+"""The layer whose keys were returned and not yet attended to, and the running call of the module that has them."""
 
 
 def _hand_out(layer: StateLayer | None, caller: FrameType | None) -> None:
@@ -236,7 +240,7 @@ def _hand_out(layer: StateLayer | None, caller: FrameType | None) -> None:
 
 
 def _caller() -> FrameType | None:
-    """The running call of the module that uses the cache."""
+    """The stack frame of the module that called the cache."""
     frame: FrameType | None = sys._getframe(2)
     while frame is not None and not isinstance(frame.f_locals.get("self"), torch.nn.Module):
         frame = frame.f_back
@@ -248,7 +252,7 @@ def _name_of(caller: FrameType | None) -> str:
 
 
 def _is_below(caller: FrameType) -> bool:
-    """Whether a call is still running, and called what runs now."""
+    """Whether the frame is still on the stack, so that its call led to the current one."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None and frame is not caller:
         frame = frame.f_back
@@ -256,7 +260,7 @@ def _is_below(caller: FrameType) -> bool:
 
 
 def _shapes(given: Tensor, received: Tensor) -> str:
-    """What was changed, as far as shapes tell."""
+    """The part of an error message that describes the change by shapes."""
     if given.shape == received.shape:
         return f"the cache gave shape {tuple(given.shape)}, and attention gets other numbers of that shape"
     return (
@@ -266,6 +270,6 @@ def _shapes(given: Tensor, received: Tensor) -> str:
 
 
 def _compact(state: State) -> State:
-    """The state without views into longer arrays, which would keep the whole prompt in memory."""
+    """A state whose recent keys are copies, because views would keep the arrays of the whole prompt in memory."""
     names = ("recent_k", "recent_v", "recent_mask")
     return replace(state, **{name: getattr(state, name).clone() for name in names})

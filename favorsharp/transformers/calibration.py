@@ -1,4 +1,4 @@
-"""Fitting a model's feature maps on sample text, and keeping them."""
+"""The public functions `calibrate`, `save_maps` and `load_maps`: fit the maps of a model, save them and load them."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -29,7 +29,7 @@ Tensor = Any
 
 @dataclass
 class _Layer:
-    """What the calls of one layer have told so far."""
+    """The moments and options gathered from the calls of one layer."""
 
     registration: Registration
     module: Any
@@ -63,7 +63,7 @@ class _Collector:
             raise ValueError(f"attn_implementation={registration.name!r} is exact: there is nothing to calibrate")
         mask_x = seen.key_mask
         if is_cross(module) or query.shape[-2] != key.shape[-2]:
-            # the padding of its queries is that of the decoder's self-attention before it
+            # the padding of the queries is known from the self-attention before this layer
             fits = self.query_mask is not None and self.query_mask.shape[-1] == query.shape[-2]
             mask_x = self.query_mask if fits and self.query_mask.shape[0] in (1, query.shape[0]) else None
         else:
@@ -81,33 +81,33 @@ class _Collector:
         known.moments = combine(known.moments, found)
 
 
-@torch.inference_mode(False)  # training refuses maps made in that mode
+@torch.inference_mode(False)  # training cannot use tensors made in that mode
 def calibrate(model: Any, batches: Iterable[Any]) -> dict[str, FeatureMap]:
-    """Fit the feature maps of every attention layer on sample inputs, and freeze them.
+    """Fit the feature maps of all attention layers on sample inputs, and freeze them.
 
-    The model runs over the batches with exact attention, without gradients and in evaluation mode; each layer, self-
-    and cross-attention, gets one map a key head, fitted to all positions that are no padding. From then on the layer
-    uses it on every input. Causal and cross-attention need it.
+    The model runs over the batches with exact attention, without gradients and in evaluation mode. Each layer of self-
+    or cross-attention gets one map for each key head, fitted to all positions that are not padding. From then on the
+    layer uses this map for every input. Causal attention and cross-attention need calibration.
 
     Parameters
     ----------
     model : transformers.PreTrainedModel
-        With an `attn_implementation` that `register` named; before `torch.compile`.
+        A model whose `attn_implementation` was registered by `register`. Calibrate it before `torch.compile`.
     batches : iterable
-        Of what the model is called with: mappings (`model(**batch)`), or tensors (`model(batch)`). A few thousand
-        tokens like those to come are enough.
+        Inputs of the model: mappings (called as `model(**batch)`) or tensors (called as `model(batch)`). A few thousand
+        tokens, similar to those of later use, are enough.
 
     Returns
     -------
     dict
-        The maps by the names of the modules.
+        The maps, with the names of the modules as keys.
 
     Raises
     ------
     TypeError
-        If batches are one batch in place of several.
+        If `batches` is a single batch and not an iterable of batches.
     ValueError
-        If no layer calls a registered attention, or the batches are empty.
+        If no layer calls a registered attention, or there are no batches.
     """
     if isinstance(batches, Mapping | torch.Tensor | str):
         raise TypeError(f"batches must be an iterable of batches, got {type(batches).__name__}; accepted: [batch]")
@@ -149,15 +149,16 @@ def calibrate(model: Any, batches: Iterable[Any]) -> dict[str, FeatureMap]:
 
 
 def save_maps(model: Any, directory: str | Path) -> None:
-    """Write the maps that `calibrate` fitted to a directory, one file a layer.
+    """Write the maps that `calibrate` fitted to a directory, with one file for each layer.
 
-    `save_pretrained` does not write them; a calibrated model that is loaded again asks for them.
+    `save_pretrained` does not write them. A calibrated model that is loaded again raises an error at a call, until
+    `load_maps` has loaded them.
 
     Parameters
     ----------
     model : transformers.PreTrainedModel
     directory : str or Path
-        Made where it is missing.
+        It is created if it does not exist.
 
     Raises
     ------
@@ -181,18 +182,18 @@ def load_maps(model: Any, directory: str | Path) -> dict[str, FeatureMap]:
     Parameters
     ----------
     model : transformers.PreTrainedModel
-        Of the architecture that was saved.
+        A model with the architecture of the one that was saved.
     directory : str or Path
 
     Returns
     -------
     dict
-        The maps by the names of the modules.
+        The maps, with the names of the modules as keys.
 
     Raises
     ------
     ValueError
-        If the directory has no maps, or maps of modules that the model lacks.
+        If the directory has no maps, or maps for modules that the model does not have.
     """
     files = sorted(Path(directory).glob("*/*.npz"))
     if not files:
@@ -210,7 +211,7 @@ def _child(module: Any) -> Any:
 
 
 def _freeze(module: Any, name: str, fm: FeatureMap) -> FeatureMap:
-    """Leave a map on a module, and word of it in the model's config."""
+    """Store a map on a module, and record the calibration in the config of the model."""
     if _child(module) is None:
         module.add_module(CHILD, FrozenMaps())
     holder = _child(module)
@@ -223,7 +224,7 @@ def _freeze(module: Any, name: str, fm: FeatureMap) -> FeatureMap:
 
 
 def _without_batch(parameters: Any) -> Any:
-    """Parameters fitted over the batch, (1, heads, ., .) -> (heads, ., .): what serves batches of any size."""
+    """Drop the batch axis of length 1, (1, heads, ., .) -> (heads, ., .), so that any batch size is accepted."""
     from favorsharp.parameters import map_arrays
 
     return map_arrays(parameters, lambda x: x[0] if x.ndim > 3 else x)

@@ -1,18 +1,20 @@
-"""What the models' masks say: which keys are padding, and whether the future is hidden.
+"""Makes and reads attention masks of transformers models: which keys are padding, and whether attention is causal.
 
-transformers asks a registered mask function for a mask once a forward, and hands it to every layer. Linear attention
-needs one bit a key and one bit in all, so that is what `compact_mask` returns, and no n by n mask is ever made:
+transformers calls a registered mask function once in each forward pass, and passes its result to every layer. Linear
+attention needs only one bit for each key and one bit for the whole mask. So `compact_mask` returns one of these, and no
+n by n mask is made:
 
     bool   (B, 1, 1, s)   every query sees the keys that are True
-    int8   (B, 1, 1, s)   query i sees the keys that are 1, up to its own
-    int16  (B, 1, 1, s)   a pattern that is not served: the layer that reads it raises
-    int32  (B, 1, 1, s)   a pattern that is not known under torch.compile: likewise
+    int8   (B, 1, 1, s)   query i sees the keys that are 1, up to its own position
+    int16  (B, 1, 1, s)   a pattern that is not supported: the layer that reads it raises an error
+    int32  (B, 1, 1, s)   a pattern that is unknown under torch.compile: the layer that reads it raises an error
     a stride of 0         no key is padding
 
-Nobody else knows what these numbers mean, so they come as a `CompactMask`, which lets itself be moved and not be read.
-While a graph is recorded, a tensor cannot be of a class of ours: there the mask has two more axes, of lengths 2 and 3
-and strides 0, with which nobody else's scores broadcast.
-A caller's own dense mask passes transformers unchanged, and is compared, value by value, with the two patterns.
+Other code does not know this format. So the mask is a `CompactMask`, a tensor that can be moved but not computed with.
+While a graph is recorded, tensors cannot have a class of their own. There, the mask has two more axes, of lengths 2 and
+3 and strides 0, so that it does not broadcast with the scores of other code.
+A dense mask that the caller made passes through transformers unchanged; `read_mask` compares it, value by value, with
+the bidirectional and the causal pattern.
 """
 
 import sys
@@ -37,11 +39,11 @@ _REFUSED = {
     "torch.compile; pass attention_mask (all ones, where nothing is padding): without it packed sequences are looked "
     "for",
 }
-"""What the masks say that stand for a pattern which is not served."""
+"""The error messages for masks of patterns that are not supported."""
 
 _HARMLESS = frozenset({"allow_is_causal_skip", "allow_is_bidirectional_skip", "local_size", "dtype", "config"})
-"""Keywords of mask functions that change nothing here: whether a mask may be left out, a window that `mask_function`
-has in it, the dtype of eager's mask, and the model's config."""
+"""Keywords of mask functions that have no effect here: whether a mask may be omitted, the length of a window that
+`mask_function` already contains, the dtype of masks for eager attention, and the config of the model."""
 
 _MOVES = frozenset(
     {
@@ -53,19 +55,19 @@ _MOVES = frozenset(
         *("is_conj", "is_neg", "is_same_size", "is_signed", "_is_zerotensor"),
     }
 )
-"""What may be done with a mask without knowing what it means."""
+"""Operations on a mask that do not depend on the meaning of its numbers."""
 
 
 _RECORDED = (2, 3)
-"""What the last axes of a mask are while a graph is recorded."""
+"""The lengths of the two axes that a mask has in addition while a graph is recorded."""
 
 
 class CompactMask(torch.Tensor):
-    """What `compact_mask` returns: a tensor that may be moved, cut and copied, and that only `read_mask` reads.
+    """The result of `compact_mask`: a tensor that may be moved, sliced and copied, and that only `read_mask` reads.
 
-    A layer that computes with its mask by itself knows nothing of the form above: it would add the ones to its scores,
-    and attend to padding or to the future. Here it gets an error that names it. One use by others is right, and
-    served: the boolean mask as the condition of `torch.where`, as it means what a boolean mask means everywhere.
+    A layer that computes with its mask does not know the format above: it would add the ones to its scores, and attend
+    to padding or to the future. So any computation raises an error that names the layer. One use is allowed: a boolean
+    mask as the condition of `torch.where`, because it has the usual meaning of a boolean mask there.
     """
 
     @classmethod
@@ -99,7 +101,7 @@ class CompactMask(torch.Tensor):
 
 
 def _keeps_queries(index: Any) -> bool:
-    """Whether an index leaves the axis of queries alone, which is of length 1 and stands for all of them."""
+    """Whether an index does not slice the axis of queries, which has length 1 and stands for all queries."""
     entries = index if isinstance(index, tuple) else (index,)
     if any(entry is Ellipsis for entry in entries):
         return entries[0] is Ellipsis and (len(entries) < 3 or entries[-2] == slice(None)) and len(entries) < 4
@@ -107,7 +109,7 @@ def _keeps_queries(index: Any) -> bool:
 
 
 def _reader() -> str:
-    """The class of the layer that a call comes from; else the name of the function."""
+    """The class of the layer that made the call; if there is none, the name of the calling function."""
     if torch.compiler.is_compiling():
         return "the model"
     frame: Any = sys._getframe(2)
@@ -127,9 +129,9 @@ class Visible:
     Attributes
     ----------
     key_mask : boolean tensor, shape (B, 1, s), or None
-        True where a key is no padding; None where none is.
+        True where a key is not padding; None if no key is padding.
     is_causal : bool
-        Whether query i of the last n positions sees keys up to its own only.
+        Whether each of the queries, which are at the last n positions, sees only keys up to its own position.
     """
 
     key_mask: Tensor
@@ -148,24 +150,25 @@ def compact_mask(
     use_vmap: bool = False,
     **keywords: Any,
 ) -> Tensor:
-    """The mask of one forward, in the form above; what transformers calls for a registered name.
+    """Make the mask of one forward pass, in the format above; transformers calls this for a registered name.
 
     Parameters
     ----------
     batch_size, q_length, kv_length, q_offset, kv_offset : int
-        Queries are positions q_offset .. q_offset + q_length - 1, keys likewise.
+        Queries are at positions q_offset .. q_offset + q_length - 1, and keys at kv_offset .. kv_offset + kv_length -
+        1.
     mask_function : callable
-        (batch, head, query position, key position) -> bool; what transformers composes a model's pattern of.
+        (batch, head, query position, key position) -> bool; the attention pattern of the model.
     attention_mask : boolean tensor, shape (B, positions), optional
-        True where a position is no padding.
+        True where a position is not padding.
     use_vmap : bool
-        How transformers evaluates a pattern of several parts: by vmap where a part is the model's own.
+        Whether transformers evaluates the pattern by vmap, which it does if the model adds a pattern of its own.
 
     Returns
     -------
     CompactMask, or a tensor with two more axes
-        One that stands for a pattern which is neither bidirectional nor causal raises where a layer reads it: models
-        make masks that no layer of theirs uses.
+        A mask for a pattern that is neither bidirectional nor causal raises an error only when a layer reads it,
+        because some models make masks that none of their layers uses.
 
     Raises
     ------
@@ -208,21 +211,22 @@ def compact_mask(
 
 
 def read_mask(mask: Any, n: int, s: int, is_causal: bool) -> Visible:
-    """Decode the mask that a layer is handed.
+    """Decode the mask that a layer receives.
 
     Parameters
     ----------
     mask : tensor or None
-        Of `compact_mask`, or dense: (B or 1, heads or 1, n or 1, s), boolean or added to the scores.
+        The result of `compact_mask`, or a dense mask (B or 1, heads or 1, n or 1, s), either boolean or added to the
+        scores.
     n, s : int
-        Queries and keys of the call.
+        The numbers of queries and keys in the call.
     is_causal : bool
-        What the layer says of itself; believed where there is no mask.
+        Whether the layer declares itself causal; this decides if there is no mask.
 
     Raises
     ------
     TypeError, ValueError
-        If the mask is something else.
+        If the mask is anything else.
     """
     if isinstance(mask, CompactMask):
         return _read_compact(mask.plain(), n, s, is_causal)
@@ -239,7 +243,7 @@ def read_mask(mask: Any, n: int, s: int, is_causal: bool) -> Visible:
     if mask.ndim != 4 or mask.shape[-2] not in (1, n) or mask.shape[-1] not in (1, s):
         raise ValueError(f"attention mask has shape {tuple(mask.shape)} for n={n}, s={s}; accepted: (B, 1, n, s)")
     if mask.dtype is torch.bool and mask.shape[1] == 1 and mask.shape[2] == 1:
-        # one row for all queries; a single query sees the same keys whether or not its layer is causal
+        # one row for all queries; a single query sees the same keys in causal and bidirectional layers
         return Visible(mask.expand(-1, -1, -1, s)[:, :, 0, :], is_causal and n == 1)
     return _read_dense(mask, n, s, is_causal)
 
@@ -286,13 +290,13 @@ def _read_dense(mask: Tensor, n: int, s: int, is_causal: bool) -> Visible:
 
 
 def _causal_pattern(n: int, s: int, device: Any) -> Tensor:
-    """True where key j is not after query i, the queries being the last n of s positions."""
+    """True where key j is not after query i; the queries are at the last n of s positions."""
     positions = torch.arange(s, device=device)
     return positions[None, :] <= positions[s - n :, None]
 
 
 def _same_end(q_offset: Any, q_length: int, kv_offset: int, kv_length: int) -> bool:
-    if isinstance(q_offset, torch.Tensor):  # of a static cache, whose keys have a fixed length
+    if isinstance(q_offset, torch.Tensor):  # a static cache, whose keys have a fixed length
         return False
     return bool(q_offset + q_length == kv_offset + kv_length)
 
@@ -307,10 +311,10 @@ def _recognised(
     use_vmap: bool,
     device: Any,
 ) -> torch.dtype:
-    """The dtype that says what a composed pattern comes to here: plain causal, bidirectional, or another.
+    """The dtype that tells whether a composed pattern is causal, bidirectional, or another one, for these lengths.
 
-    A sliding window over a shorter sequence is plain causal. What a cache has seen counts: a window that hides a past
-    key is another pattern, however short the block of new ones is.
+    A sliding window that is at least as long as the sequence is causal. Keys that a cache has seen count towards the
+    length: a window that hides a past key is another pattern, even if the block of new keys is short.
     """
     if torch.compiler.is_compiling():
         return torch.int32

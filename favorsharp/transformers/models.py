@@ -1,7 +1,8 @@
-"""Which models call the attention that is registered with transformers; the others are refused before they run.
+"""Refuses models that would accept a registered name and never use it; `register` calls `guard` here.
 
-A model of transformers takes any registered name as its `attn_implementation`, also where its layers never look the
-name up. So the methods by which a model takes the name are wrapped once: they raise for such a model.
+A model of transformers accepts any registered name as its `attn_implementation`, even if its layers never look up their
+attention function by name. So `guard` wraps, once, the methods of transformers that set the name; the wrapped methods
+raise an error for such a model.
 """
 
 import inspect
@@ -14,28 +15,28 @@ from typing import Any
 from transformers import PreTrainedModel
 
 _INTERFACE = re.compile(r"ALL_ATTENTION_FUNCTIONS|get_interface\(|AttentionInterface")
-"""How the source of a layer says that it looks its attention up by name."""
+"""Matches the source of a layer that looks up its attention by name."""
 
 _BUILDS_OTHERS = re.compile(r"\bAuto(Model|Backbone)|\bload_backbone")
-"""How the source of a model says that it is built of models of other files."""
+"""Matches the source of a model that contains models from other files."""
 
 _GUARDED = "_favorsharp_guarded"
-"""Attribute of a wrapped method."""
+"""Attribute that marks a wrapped method."""
 
 
 def label(module: Any) -> str:
-    """A layer as messages call it."""
+    """The name of a layer in error messages."""
     index = getattr(module, "layer_idx", None)
     return type(module).__name__ + ("" if index is None else f" (layer {index})")
 
 
 def guard(names: Any) -> None:
-    """Have transformers' models refuse a registered name that none of their layers would look up.
+    """Make the models of transformers refuse a registered name that none of their layers would look up.
 
     Parameters
     ----------
     names : collection of str
-        The registered names; asked again at every check.
+        The registered names; every check reads the collection again.
     """
     _wrap("get_correct_attn_implementation", partial(_check_class, names), after=False)
     _wrap("post_init", partial(_check_built, names), after=True)
@@ -61,7 +62,7 @@ def _wrap(method: str, check: Callable[..., None], *, after: bool) -> None:
 
 
 def _check_class(names: Any, model: Any, requested: Any = None, *args: Any, **kwargs: Any) -> None:
-    """Before a model is built, when there is its class alone: all attention of its file is of another kind."""
+    """Before a model is built, refuse the name if no attention class in the model's file looks it up."""
     if requested in names and not getattr(model.config, "sub_configs", None) and not _inside_another(model):
         layers, reaching = _layers_of_file(type(model).__module__)
         if layers and not reaching:
@@ -69,14 +70,14 @@ def _check_class(names: Any, model: Any, requested: Any = None, *args: Any, **kw
 
 
 def _check_built(names: Any, model: Any, *args: Any, **kwargs: Any) -> None:
-    """When a model has been built: none of its layers looks the name up."""
+    """After a model is built, refuse the name if none of its layers looks it up."""
     requested = next((name for name in _names_of(model.config) if name in names), None)
     if requested is not None and not _inside_another(model):
         _check_layers(model, requested)
 
 
 def _check_set(names: Any, model: Any, requested: Any = None, *args: Any, **kwargs: Any) -> None:
-    """Before a model takes another name, or one for each of its parts."""
+    """Before the name of a model or of its parts is changed, refuse the new name if no layer looks it up."""
     name = next((name for name in _leaves(requested) if name in names), None)
     if name is not None:
         _check_layers(model, name)
@@ -91,7 +92,7 @@ def _leaves(requested: Any) -> Iterator[Any]:
 
 
 def _names_of(config: Any) -> Iterator[Any]:
-    """The names of a config and its parts."""
+    """The attention names in a config and in its parts."""
     yield getattr(config, "_attn_implementation", None)
     for key in getattr(config, "sub_configs", None) or ():
         part = getattr(config, key, None)
@@ -123,7 +124,7 @@ def _is_of_torch(kind: type) -> bool:
 
 
 def _reaches(kind: type) -> bool:
-    """Whether a layer of this class may look its attention up; True where its source does not tell."""
+    """Whether a layer of this class may look up its attention by name; True if its source is not known."""
     for base in kind.__mro__:
         package = base.__module__.partition(".")[0]
         if package == "transformers":
@@ -135,7 +136,7 @@ def _reaches(kind: type) -> bool:
 
 
 def _may_reach(kind: type) -> bool:
-    """Whether a class that is not of transformers may look its attention up: a layer may, by way of other files."""
+    """Whether a class from outside transformers may look up its attention; True for layers, whose helpers may do so."""
     try:
         return not issubclass(kind, PreTrainedModel) or bool(_INTERFACE.search(inspect.getsource(kind)))
     except (OSError, TypeError):
@@ -144,10 +145,10 @@ def _may_reach(kind: type) -> bool:
 
 @lru_cache(maxsize=1024)
 def _layers_of_file(module: str) -> tuple[tuple[str, ...], frozenset[str]]:
-    """The attention classes of a file of transformers' models, and those of all its classes that use the interface.
+    """The attention classes in a model file of transformers, and the classes in it that use the attention interface.
 
-    A class also uses the interface where it calls a function of the file that does. A file that builds models of other
-    files has no attention classes here, as theirs count.
+    A class also uses the interface if it calls a function of the file that does. For a file that builds models from
+    other files the first result is empty, because the attention classes of those files count.
     """
     try:
         source = inspect.getsource(sys.modules[module])
@@ -165,7 +166,7 @@ def _layers_of_file(module: str) -> tuple[tuple[str, ...], frozenset[str]]:
 
 
 def _inside_another(model: Any) -> bool:
-    """Whether a model is being built as a part of another one, which is checked as a whole."""
+    """Whether a model is being built as part of another model, which is then checked as a whole."""
     frame: Any = sys._getframe(1)
     while frame is not None:
         if frame.f_code.co_name == "__init__":
