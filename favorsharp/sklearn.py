@@ -1,6 +1,7 @@
-"""scikit-learn estimators: random features, and Nadaraya-Watson regression and classification that stream.
+"""The public scikit-learn estimators: random features, and Nadaraya-Watson regression and classification in blocks.
 
-`gamma` is scikit-learn's: the kernel is exp(-gamma |x - y|^2), so the scale of `favorsharp.fit` is twice gamma.
+`gamma` has scikit-learn's meaning: the kernel is exp(-gamma |x - y|^2), so the scale of `favorsharp.fit` is twice
+gamma.
 """
 
 import math
@@ -50,20 +51,20 @@ NARROW = ("float16", "bfloat16", "float32", "bool", "int8", "uint8", "int16", "u
 """Dtypes of values that float32 holds without loss."""
 
 GRID = tuple(2.0**power for power in range(-4, 7))
-"""What `gamma="auto_cv"` multiplies the value of "scale" by, in turn."""
+"""The factors of the "scale" value that `gamma="auto_cv"` tries."""
 
 
 class _KernelEstimator(BaseEstimator):
-    """What the three estimators share: checks of points, the bandwidth, the map, the tags."""
+    """The base of the three estimators: checks of points, the bandwidth, the feature map and the tags."""
 
     def _points(self, x: Any, *, reset: bool, **options: Any) -> Any:
         xp, _, device = get_namespace_and_device(x)
-        # as elsewhere in scikit-learn, what is neither float32 nor float64 is taken as the widest there is
+        # as elsewhere in scikit-learn, other dtypes than float32 and float64 are converted to the widest float dtype
         dtypes = [dtype for dtype in supported_float_dtypes(xp, device) if dtype_name(dtype) != "float16"]
         return validate_data(self, x, dtype=dtypes, reset=reset, **options)
 
     def _bandwidth(self, x: Any, weight: Any = None) -> float:
-        """The number that gamma stands for: "scale" is 1 / (d var(x)), 1 where x does not vary."""
+        """The value of gamma as a number: "scale" is 1 / (d var(x)), or 1 if x does not vary."""
         if isinstance(self.gamma, str):
             check_choice("gamma", self.gamma, self._GAMMAS, also=", or a positive number")
             host = to_host(x).astype(np.float64)
@@ -96,10 +97,11 @@ class _KernelEstimator(BaseEstimator):
 
 
 class RandomFeatures(ClassNamePrefixFeaturesOutMixin, TransformerMixin, _KernelEstimator):
-    """Random features of the Gaussian kernel, positive and fitted to the data; in RBFSampler's place.
+    """Positive random features of the Gaussian kernel, fitted to the data; a replacement for RBFSampler.
 
-    The dot product of two transformed points estimates exp(-gamma |x - y|^2) without bias. Takes NumPy arrays, and with
-    scikit-learn's array API dispatch torch tensors and others; keeps float32.
+    The dot product of two transformed points estimates exp(-gamma |x - y|^2) without bias. The estimator accepts NumPy
+    arrays and, with scikit-learn's array API dispatch, torch tensors and other arrays. float32 points give float32
+    features.
 
     Parameters
     ----------
@@ -119,7 +121,15 @@ class RandomFeatures(ClassNamePrefixFeaturesOutMixin, TransformerMixin, _KernelE
     gamma_ : float
     n_features_in_ : int
     feature_names_in_ : ndarray of str
-        Where the data have names.
+        Only if the data have feature names.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from favorsharp.sklearn import RandomFeatures
+    >>> X = np.random.default_rng(0).standard_normal((100, 3))
+    >>> RandomFeatures(n_components=64, random_state=0).fit_transform(X).shape
+    (100, 64)
     """
 
     _GAMMAS = ("scale",)
@@ -148,7 +158,7 @@ class RandomFeatures(ClassNamePrefixFeaturesOutMixin, TransformerMixin, _KernelE
         return self
 
     def transform(self, X: Any) -> Any:  # noqa: N803
-        """Features of X, shape (n, d) -> (n, n_components), in the dtype of X."""
+        """Compute the features of X, shape (n, d) -> (n, n_components), in the dtype of X."""
         check_is_fitted(self)
         check_same_namespace(X, self, attribute="_projection", method="transform")
         return self.feature_map_.query(self._points(X, reset=False))
@@ -160,7 +170,7 @@ class RandomFeatures(ClassNamePrefixFeaturesOutMixin, TransformerMixin, _KernelE
 
 
 class _NadarayaWatson(_KernelEstimator):
-    """Kernel-weighted means of values, by sums that any number of blocks may enter."""
+    """The base of both Nadaraya-Watson estimators: kernel-weighted means from sums that are added up block by block."""
 
     _GAMMAS = ("scale", "auto_cv")
 
@@ -192,11 +202,11 @@ class _NadarayaWatson(_KernelEstimator):
         self._sums: Any = None
 
     def _tuned(self, x: Any, v: Any, seed: int, weight: Any) -> float:
-        """The candidate whose leave-one-out estimates are closest to v, in one pass each."""
+        """The candidate gamma whose leave-one-out estimates are closest to v; each costs one pass over the data."""
         from tqdm import tqdm
 
         host = to_host(v).astype(np.float64)
-        size = float(np.abs(host).max()) or 1.0  # whose square may be out of range
+        size = float(np.abs(host).max()) or 1.0  # errors are divided by it, as squares could overflow
         counts = np.ones((len(host), 1)) if weight is None else to_host(weight).astype(np.float64)[:, None]
         own = counts * host
         rest = counts.sum() - counts
@@ -207,12 +217,12 @@ class _NadarayaWatson(_KernelEstimator):
                 out = to_host(_exact_leave_one_out(x, v, gamma, weight))
             else:
                 out = to_host(left_out(x, v, self._map(x, gamma, seed, weight), weight))
-            out = np.where(np.isnan(out), others, out)  # a point without neighbours is guessed from all
+            out = np.where(np.isnan(out), others, out)  # a point without neighbours gets the mean of all others
             errors[gamma] = float(np.average(((out / size - host / size) ** 2).mean(axis=1), weights=counts[:, 0]))
         return min(errors, key=lambda gamma: errors[gamma])
 
     def _take(self, x: Any, v: Any, sample_weight: Any) -> None:
-        """Take in points, their values and weights, checked but for the weights; the first block chooses the map."""
+        """Add points, values and weights, of which only the weights are unchecked; the first block chooses the map."""
         xp, first = namespace_of(x), not self.__sklearn_is_fitted__()
         weight = None
         if sample_weight is not None:
@@ -266,19 +276,21 @@ def _exact_leave_one_out(x: Any, v: Any, gamma: float, weight: Any) -> Any:
 
 
 class NadarayaWatsonRegressor(RegressorMixin, _NadarayaWatson):
-    """Kernel-weighted means of the training values, in time linear in the number of points.
+    """Nadaraya-Watson regression: kernel-weighted means of the training values, in time linear in the number of points.
 
-    Computes and predicts in float32 where X is float32 and float32 holds the dtype of y, and else in float64.
+    It computes and predicts in float32 if X is float32 and float32 can represent all values of the dtype of y;
+    otherwise it uses float64.
 
     Parameters
     ----------
     method : str or callable, default="optimal"
-        As in `favorsharp.fit`, or "exact" for the quadratic yardstick. With a signed method (`trig`, `poisson`,
+        As in `favorsharp.fit`, or "exact" for exact sums in quadratic time. With a signed method (`trig`, `poisson`,
         `geometric`) a row whose estimated denominator is not positive is NaN.
     n_components : int, default=256
     gamma : {"scale", "auto_cv"} or float, default="scale"
-        "scale" is 1 / (n_features X.var()); "auto_cv" tries multiples of it from 1/16 to 64 and keeps the one with the
-        least leave-one-out square error, one pass over the data each. `partial_fit` chooses on its first block.
+        "scale" is 1 / (n_features X.var()). "auto_cv" tries multiples of it from 1/16 to 64, one pass over the data
+        for each, and keeps the one with the smallest leave-one-out square error. `partial_fit` chooses gamma on its
+        first block.
     draw : str, default="orthogonal"
     random_state : int, RandomState or None, default=None
     verbose : bool, default=False
@@ -290,18 +302,30 @@ class NadarayaWatsonRegressor(RegressorMixin, _NadarayaWatson):
         None for "exact".
     gamma_ : float
     n_features_in_ : int
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from favorsharp.sklearn import NadarayaWatsonRegressor
+    >>> X = np.linspace(-3, 3, 500)[:, None]
+    >>> model = NadarayaWatsonRegressor(gamma=20.0, random_state=0).fit(X, np.sin(X[:, 0]))
+    >>> model.predict(X).shape
+    (500,)
+    >>> bool(model.score(X, np.sin(X[:, 0])) > 0.9)
+    True
     """
 
     def fit(self, X: Any, y: Any, sample_weight: Any = None) -> Self:  # noqa: N803
-        """Forget what was seen, and take in points X, shape (n, d), with values y, shape (n,) or (n, e).
+        """Fit to points X, shape (n, d), and values y, shape (n,) or (n, e); earlier blocks are discarded.
 
-        sample_weight, shape (n,), of 0 or more: a point counts as often as its weight says.
+        The optional sample_weight, shape (n,), holds weights of 0 or more; a weight of 3 has the same effect as
+        repeating the point three times.
         """
         self._sums = None
         return self.partial_fit(X, y, sample_weight=sample_weight)
 
     def partial_fit(self, X: Any, y: Any, sample_weight: Any = None) -> Self:  # noqa: N803
-        """Take in a further block; the first one chooses bandwidth and features."""
+        """Add a further block of points and values; the first block determines the bandwidth and the features."""
         first = not self.__sklearn_is_fitted__()
         X, y = self._points(  # noqa: N806
             X, reset=first, y=y, multi_output=True, y_numeric=True
@@ -315,7 +339,7 @@ class NadarayaWatsonRegressor(RegressorMixin, _NadarayaWatson):
         return self
 
     def predict(self, X: Any) -> Any:  # noqa: N803
-        """Estimates at X, shape (n, d) -> (n,) or (n, e)."""
+        """Estimate the values at X, shape (n, d) -> (n,) or (n, e)."""
         out = self._estimate(X, "predict")
         return out[:, 0] if self._single else out
 
@@ -327,9 +351,10 @@ class NadarayaWatsonRegressor(RegressorMixin, _NadarayaWatson):
 
 
 class NadarayaWatsonClassifier(ClassifierMixin, _NadarayaWatson):
-    """Kernel-weighted shares of the classes, in time linear in the number of points.
+    """Classification by kernel-weighted shares of the classes, in time linear in the number of points.
 
-    Parameters as in `NadarayaWatsonRegressor`; "auto_cv" scores the shares against the labels by square error.
+    The parameters are those of `NadarayaWatsonRegressor`. "auto_cv" compares the shares with the labels by square
+    error.
 
     Attributes
     ----------
@@ -337,18 +362,33 @@ class NadarayaWatsonClassifier(ClassifierMixin, _NadarayaWatson):
     feature_map_ : FeatureMap or None
     gamma_ : float
     n_features_in_ : int
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from favorsharp.sklearn import NadarayaWatsonClassifier
+    >>> X = np.random.default_rng(0).standard_normal((200, 2))
+    >>> model = NadarayaWatsonClassifier(random_state=0).fit(X, X[:, 0] > 0)
+    >>> bool(model.score(X, X[:, 0] > 0) > 0.9)
+    True
+    >>> model.predict_proba(X).shape
+    (200, 2)
     """
 
     def fit(self, X: Any, y: Any, sample_weight: Any = None) -> Self:  # noqa: N803
-        """Forget what was seen, and take in points X, shape (n, d), with labels y, shape (n,).
+        """Fit to points X, shape (n, d), and labels y, shape (n,); earlier blocks are discarded.
 
-        sample_weight, shape (n,), of 0 or more: a point counts as often as its weight says.
+        The optional sample_weight, shape (n,), holds weights of 0 or more; a weight of 3 has the same effect as
+        repeating the point three times.
         """
         self._sums = None
         return self.partial_fit(X, y, sample_weight=sample_weight)
 
     def partial_fit(self, X: Any, y: Any, classes: Any = None, sample_weight: Any = None) -> Self:  # noqa: N803
-        """Take in a further block; the first one chooses bandwidth and features, and names all classes."""
+        """Add a further block of points and labels; the first block determines the bandwidth and the features.
+
+        All classes must be known at the first block: they are the optional `classes`, or else the labels in that block.
+        """
         first = not self.__sklearn_is_fitted__()
         X, y = self._points(X, reset=first, y=y)  # noqa: N806
         check_classification_targets(y)
@@ -356,7 +396,7 @@ class NadarayaWatsonClassifier(ClassifierMixin, _NadarayaWatson):
         if first:
             named = np.unique(labels if classes is None else np.asarray(classes))
             _, dispatched = get_namespace(X)
-            move = dispatched and named.dtype.kind in "iuf"  # names of classes stay NumPy's: no other library has them
+            move = dispatched and named.dtype.kind in "iuf"  # strings stay NumPy arrays: no other library has them
             self.classes_ = from_host(named, X, dtype=named_dtype(namespace_of(X), named.dtype.name)) if move else named
         named = self._named()
         index = np.minimum(np.searchsorted(named, labels), len(named) - 1)
@@ -369,14 +409,14 @@ class NadarayaWatsonClassifier(ClassifierMixin, _NadarayaWatson):
         return self
 
     def predict(self, X: Any) -> Any:  # noqa: N803
-        """Classes of the largest shares, shape (n, d) -> (n,)."""
-        # a signed map's denominator may fail to be positive; the order of its numerators means something all the same
+        """Predict the classes with the largest shares, shape (n, d) -> (n,)."""
+        # the denominator of a signed map may not be positive, so classes are ordered by the numerators
         shares = self._estimate(X, "predict", products if self.method in SIGNED else means)
         found = self._named()[np.argmax(to_host(shares), axis=1)]
         return found if isinstance(self.classes_, np.ndarray) else from_host(found, shares, dtype=self.classes_.dtype)
 
     def _named(self) -> Any:
-        """The classes on the host."""
+        """The classes as a NumPy array."""
         return to_host(self.classes_)
 
     def _is_positive(self) -> bool:
@@ -386,5 +426,5 @@ class NadarayaWatsonClassifier(ClassifierMixin, _NadarayaWatson):
 
     @available_if(_is_positive)
     def predict_proba(self, X: Any) -> Any:  # noqa: N803
-        """Shares of the classes, shape (n, d) -> (n, classes); not for signed methods."""
+        """Estimate the shares of the classes, shape (n, d) -> (n, classes); signed methods do not have this method."""
         return self._estimate(X, "predict_proba")

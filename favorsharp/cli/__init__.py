@@ -1,4 +1,7 @@
-"""The command line: `favorsharp compare`, `favorsharp info`, `favorsharp matrix`."""
+"""The command line with its commands `favorsharp compare`, `favorsharp info` and `favorsharp matrix`.
+
+The console script `favorsharp` and `python -m favorsharp` call `main`.
+"""
 
 import os
 import sys
@@ -6,13 +9,13 @@ from typing import Any
 
 COMMANDS = ("compare", "info", "matrix")
 TRACEBACK = "FAVORSHARP_TRACEBACK"
-"""The environment variable that asks for tracebacks in place of one line."""
+"""The environment variable that turns on tracebacks; without it, an error is one line."""
 _INTERRUPTED = 130
 
 
 def main() -> None:
-    """Run the command line, or say what to install for it. Whatever goes wrong is one line and exit code 2."""
-    if sys.argv[1:] == ["--version"]:  # needs nothing else
+    """Run the command line. Every error, also a missing package, prints one line and exits with code 2."""
+    if sys.argv[1:] == ["--version"]:  # this needs no other package
         _print_version(True)
     try:
         import matplotlib  # noqa: F401
@@ -67,9 +70,9 @@ def _print_version(asked: bool) -> None:
 
 
 def _line(error: Exception) -> str:
-    """What one line says of an error."""
+    """The line that is printed for an error."""
     command = " ".join(["favorsharp", *(word for word in sys.argv[1:2] if word in COMMANDS)])
-    if hasattr(error, "format_message"):  # of an option or argument that the parser refuses
+    if hasattr(error, "format_message"):  # an option or argument that the parser refuses
         return f"{command}: {' '.join(error.format_message().split()).rstrip('.')}; see {command} --help"
     text = " ".join(str(error).split()) or type(error).__name__
     if isinstance(error, ValueError | TypeError | ImportError | OSError | MemoryError):

@@ -1,4 +1,4 @@
-"""`favorsharp compare`: every setting on your own queries, keys and values."""
+"""The command `favorsharp compare`: measures settings on the user's queries, keys and values."""
 
 import json
 import math
@@ -52,7 +52,7 @@ def compare(
     q, k, v, scale = (*load_sample(), None) if file is None else read_attention(file)
     q, k, v = (_select(x, heads) for x in (q, k, v))
     if q.shape[-2] != k.shape[-2] and window == DEFAULT_WINDOWS:
-        options["windows"] = [0]  # nobody asked for one
+        options["windows"] = [0]  # the user did not ask for a window
     if any(options["windows"]) and q.shape[-2] != k.shape[-2]:
         raise ValueError(f"--window needs as many queries as keys, got {q.shape[-2]} and {k.shape[-2]}: use --window 0")
     if causal and (q.shape[-2] != k.shape[-2] or q.shape[-2] < 4):
@@ -127,7 +127,7 @@ def _select(x: Any, heads: str | None) -> Any:
 
 
 def _library(array: str, dtype: str) -> Callable[[Any], Any]:
-    """What turns NumPy arrays into ones of the library and dtype."""
+    """A function that converts NumPy arrays to the library and dtype."""
     from favorsharp.testing import make_array
 
     if array not in ("numpy", "torch", "cupy"):
@@ -143,8 +143,8 @@ def _library(array: str, dtype: str) -> Callable[[Any], Any]:
 
 
 def _converted(name: str, x: Any, to: Callable[[Any], Any], dtype: str) -> Any:
-    """The array in the library and dtype asked for; an error where its numbers are too large for it."""
-    limit = {"float16": 65504.0}.get(dtype, 1e15)  # squares of what is larger leave float32
+    """Convert the array to the library and dtype of the options; refuse numbers that are too large for the dtype."""
+    limit = {"float16": 65504.0}.get(dtype, 1e15)  # squares of larger numbers overflow in float32
     largest = float(abs(x.astype(float)).max())
     if largest > limit:
         raise ValueError(f"{name} holds numbers up to {largest:.3g}; accepted in {dtype}: up to {limit:g}")
@@ -197,7 +197,7 @@ def _milliseconds(seconds: float) -> str:
 
 
 def _advice(rows: list[Comparison], target: float) -> str:
-    """What to use for the target, or that nothing measured reaches it."""
+    """The setting to use for the target, or a note that no measured setting reaches it."""
     best = recommend(rows, target)
     if best is None:
         closest = min(rows, key=lambda row: row.measured)
@@ -233,7 +233,7 @@ COLOURS = {
 
 
 def _draw(rows: list[Comparison], path: Path, target: float, subject: str) -> None:
-    """Error against features and against time, one line a method, windows dashed."""
+    """Plot the error against features and against time, with one line for each method; other windows are dashed."""
     import matplotlib as mpl
 
     mpl.use("Agg")

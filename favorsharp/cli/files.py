@@ -1,4 +1,4 @@
-"""Reading queries, keys and values from files. Whatever is wrong with a file is one `ValueError` that names it."""
+"""Reads queries, keys and values from files for the commands. Every fault of a file raises `ValueError` naming it."""
 
 import contextlib
 from pathlib import Path
@@ -10,7 +10,7 @@ ACCEPTED = ".npz or .safetensors with arrays q, k, v; or one of q.npy, k.npy, v.
 
 
 def read_attention(path: Path) -> tuple[Any, Any, Any, float | None]:
-    """Queries (*b, n, d), keys (*b, s, d), values (*b, s, e) and, where the file has it, the scale."""
+    """Read queries (*b, n, d), keys (*b, s, d), values (*b, s, e) and the scale, which is None if the file has none."""
     if not path.exists():
         raise ValueError(f"{path}: no such file; accepted: {ACCEPTED}")
     if path.is_dir() or path.suffix == ".npy":
@@ -30,7 +30,7 @@ def read_attention(path: Path) -> tuple[Any, Any, Any, float | None]:
 
 
 def check_writable(*paths: Path | None) -> None:
-    """Raise unless files can be written, before the work that they are for. What is there stays as it is."""
+    """Raise unless the files can be written; called before the work starts. Existing files are not changed."""
     for path in paths:
         if path is None:
             continue
@@ -58,7 +58,7 @@ def _read_triple(folder: Path) -> dict[str, Any]:
 
 def _read_npz(path: Path) -> dict[str, Any]:
     try:
-        with path.open("rb") as file:  # opened here, so that it is closed whatever np.load makes of it
+        with path.open("rb") as file:  # opened here, so that it is closed also if np.load fails
             archive = np.load(file, allow_pickle=False)
             if not isinstance(archive, np.lib.npyio.NpzFile):
                 raise ValueError("it holds one array, not an archive")
@@ -69,7 +69,7 @@ def _read_npz(path: Path) -> dict[str, Any]:
 
 def _read_safetensors(path: Path) -> dict[str, Any]:
     with contextlib.suppress(ImportError):
-        import ml_dtypes  # noqa: F401  lets NumPy hold bfloat16
+        import ml_dtypes  # noqa: F401  importing it gives NumPy a bfloat16 dtype
     try:
         from safetensors import safe_open
     except ImportError:

@@ -1,4 +1,4 @@
-"""`favorsharp info`: what is here, and what of it can be used."""
+"""The command `favorsharp info`: the installed libraries, the backends and the processor."""
 
 import os
 import platform
@@ -57,7 +57,7 @@ def _version(package: str) -> str:
 
 
 def _cpuinfo() -> dict[str, str]:
-    """The first processor's lines of /proc/cpuinfo; empty where there is no such file."""
+    """The entries of the first processor in /proc/cpuinfo; empty if there is no such file."""
     path = Path("/proc/cpuinfo")
     lines = path.read_text().split("\n\n")[0].splitlines() if path.exists() else []
     return {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}

@@ -1,4 +1,4 @@
-"""`favorsharp matrix`: which implementation runs what, and how far from float64 it is."""
+"""The command `favorsharp matrix`: which implementation runs each op, and its error relative to float64."""
 
 import warnings
 from pathlib import Path
@@ -43,9 +43,9 @@ def matrix(
 
 
 def support() -> list[tuple[Row, str]]:
-    """One row for each op, library and dtype, over all cases of the op, and the device."""
+    """One row and a device for each op, library and dtype; a row covers all test cases of the op."""
     rows = []
-    for op in sorted(op for op in OPS if not op.endswith("_vjp")):  # the result of those is a function
+    for op in sorted(op for op in OPS if not op.endswith("_vjp")):  # their results are functions
         truths = [(case, wanted(op, case)) for case in cases(op)]
         for library in LIBRARIES:
             for dtype in DTYPES:
@@ -56,7 +56,7 @@ def support() -> list[tuple[Row, str]]:
 
 
 def page(rows: list[tuple[Row, str]]) -> str:
-    """The table as a Markdown page: bounds in place of errors, so that it is the same on every machine."""
+    """The table as a Markdown page; it gives bounds instead of errors, so that it is the same on every machine."""
     lines = [
         "# Support table",
         "",

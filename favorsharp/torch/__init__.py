@@ -1,6 +1,6 @@
-"""The torch edge: attention as modules, and the refinement of fitted maps by gradient.
+"""The public torch interface: attention as modules, and the refinement of fitted maps by gradient descent.
 
-`favorsharp` itself takes tensors everywhere; what is here holds state between calls, as modules do.
+All functions of `favorsharp` itself accept tensors; this package adds modules, which keep a map between calls.
 """
 
 from favorsharp.torch.attention import LinearAttention

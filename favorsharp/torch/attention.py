@@ -1,4 +1,4 @@
-"""Linear attention as a module over queries, keys and values."""
+"""The public module `LinearAttention`, which computes attention of queries, keys and values."""
 
 from typing import Any
 
@@ -13,34 +13,34 @@ from favorsharp.torch.buffers import MapBuffers
 class LinearAttention(MapBuffers):
     """Attention through random features, with the feature map as buffers.
 
-    Call `calibrate(q, k)` once on sample data, in training or in evaluation. From then on the map is frozen: calls are
-    deterministic, and it changes only by `calibrate`, `set_parameters`, `redraw(rng)` or `load_state_dict`. Gradients
+    Call `calibrate(q, k)` once on sample data, in training or in evaluation mode. From then on the map is frozen: only
+    `calibrate`, `set_parameters`, `redraw(rng)` and `load_state_dict` change it, and calls are deterministic. Gradients
     flow to q, k and v.
 
     Parameters
     ----------
     size : int
-        d, of a query.
+        d, the size of a query.
     heads : int, optional
-        Heads of the keys that get a fit each; None: one fit for all heads.
+        Number of key heads; each has its own fit. None means one fit for all heads.
     method : str or callable
-        As in `favorsharp.fit`; a positive one. `posrf` needs no calibration.
+        As in `favorsharp.fit`; only methods whose features are positive. `posrf` needs no calibration.
     num_features : int
         m.
     draw : str or array, shape (m, d)
         As in `favorsharp.feature_map`. All heads share the rows.
     rng : None, int, SeedSequence or numpy Generator
-        None: seeded by torch's global generator, as the weights of a module are.
+        None means a seed from torch's global generator, as for the weights of a module.
     is_causal : bool
         Query i sees keys 0 .. i.
     window : int
-        Block length of exactly scored keys, as in `favorsharp.linear_attention`; 0 for none.
+        Block length of exactly scored keys, as in `favorsharp.linear_attention`; 0 means none.
     scale : float, optional
-        Of the kernel exp(scale q.k); None means d**-0.5.
+        The scale of the kernel exp(scale q.k); None means d**-0.5.
     enable_gqa : bool
         Queries have g times the heads of keys and values.
     device, dtype : optional
-        Of the buffers; they stay in float32 at least.
+        The device and the dtype of the buffers; the dtype is widened to at least float32.
 
     Examples
     --------
@@ -95,7 +95,7 @@ class LinearAttention(MapBuffers):
         state: Any = None,
         return_state: bool = False,
     ) -> Any:
-        """Attention, as `favorsharp.linear_attention`.
+        """Compute attention as `favorsharp.linear_attention` does.
 
         Parameters
         ----------
@@ -105,21 +105,21 @@ class LinearAttention(MapBuffers):
         key_mask : boolean tensor, shape (*b, s), optional
             True where a key is visible.
         is_causal : bool, optional
-            In place of the module's own.
+            Overrides the option of the module.
         cu_seqlens, state, return_state
             As in `favorsharp.linear_attention`.
 
         Returns
         -------
         tensor, shape (*b, n, e)
-            In the dtype that q, k and v promote to. Computed in float32 at least, under autocast too.
+            In the dtype that q, k and v promote to. It is computed in at least float32, also under autocast.
         state : State
             Only with `return_state`.
 
         Raises
         ------
         RuntimeError
-            If a fitted method is not calibrated.
+            If the method needs calibration and the module is not calibrated.
         TypeError, ValueError
             If an argument is not as described.
         """
@@ -139,14 +139,14 @@ class LinearAttention(MapBuffers):
             )
 
     def extra_repr(self) -> str:
-        """What `repr` shows."""
+        """The part of `repr` inside the parentheses."""
         causal = ", is_causal=True" if self.is_causal else ""
         window = f", window={self.window}" if self.window else ""
         return super().extra_repr() + causal + window
 
 
 def without_autocast(x: torch.Tensor) -> Any:
-    """A context without autocast on the device of x: the exponents of features do not survive half precision."""
+    """A context without autocast on the device of x: the exponents of features need more than half precision."""
     if not isinstance(x, torch.Tensor):
         raise TypeError(f"q must be a torch tensor, got {type(x).__name__}")
     kind = x.device.type

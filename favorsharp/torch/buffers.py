@@ -1,4 +1,7 @@
-"""A feature map as the buffers of a module: it moves, is saved and is loaded with the model it serves."""
+"""The public module `MapBuffers`, the base of `LinearAttention`: a feature map held as buffers of a module.
+
+As buffers, the map is moved, saved and loaded together with the model that uses it.
+"""
 
 import copy
 import math
@@ -20,44 +23,54 @@ _PARAMETERS = ("a", "g1", "g2", "center_x", "center_y")
 _NUMBERS = ("projection", *_PARAMETERS)
 _SIGNED = ("trig", "poisson", "geometric")
 _ROUNDING = 1e-3
-"""How far g1^T g2 may be from I, relative to |g1|^T |g2|: float32 averages of one map with itself drift by 6e-4."""
+"""How far g1^T g2 may be from I, relative to |g1|^T |g2|; averaging a map with itself in float32 gives up to 6e-4."""
 _ANGLE = 5e-3
-"""The largest cosine of two rows that count as orthogonal: bfloat16 rounds rows by less."""
+"""The largest cosine of two rows that count as orthogonal; rounding rows to bfloat16 gives smaller cosines."""
 
 
 class MapBuffers(torch.nn.Module):
-    """A feature map whose numbers are buffers; the base of `LinearAttention`, and of use to adapters.
+    """A feature map held as buffers; the base of `LinearAttention`, and for modules of your own.
 
-    Buffers are `projection`, the random rows, and the parameters `a`, `g1`, `g2`, `center_x`, `center_y`, which are NaN
-    before calibration. They have their final shapes from the start, so every loader of checkpoints and every broadcast
-    finds them. They stay in float32 at least, whatever `half()` or `to(torch.bfloat16)` make of the rest of the model:
-    a map that is rounded is not unbiased any more. What is kept is made outside `torch.inference_mode()`, whose tensors
-    training refuses.
+    The buffers are `projection`, which holds the random rows, and the parameters `a`, `g1`, `g2`, `center_x` and
+    `center_y`, which are NaN before calibration. They have their final shapes from the start, so loading checkpoints
+    and broadcasting work before calibration too. They stay in at least float32 when `half()` or `to(torch.bfloat16)`
+    changes the rest of the model, because a rounded map is no longer unbiased. Buffers are always made outside
+    `torch.inference_mode()`, because training cannot use tensors made inside it.
 
-    Numbers that changed are looked at before they are used: a call refuses parameters that are not calibrated, memory
-    that nobody filled, and averages of different maps.
+    When buffers have changed, they are checked before they are used: a call refuses parameters that are not
+    calibrated, memory that was not filled, and averages of different maps.
 
     Parameters
     ----------
     size : int
-        d, of a query.
+        d, the size of a query.
     heads : int, optional
-        Heads of the keys that get a fit each; None: one fit for all heads.
+        Number of key heads; each has its own fit. None means one fit for all heads.
     method : str or callable
-        As in `favorsharp.fit`; a positive one. A method that reads no data needs no calibration.
+        As in `favorsharp.fit`; only methods whose features are positive. A method that reads no data needs no
+        calibration.
     num_features : int
         m.
     draw : str or array, shape (m, d)
         As in `favorsharp.feature_map`. All heads share the rows.
     rng : None, int, SeedSequence or numpy Generator
-        None: seeded by torch's global generator, as the weights of a module are.
+        None means a seed from torch's global generator, as for the weights of a module.
     scale : float, optional
-        Of the kernel exp(scale q.k); None means d**-0.5.
+        The scale of the kernel exp(scale q.k); None means d**-0.5.
     enable_gqa : bool
         Queries have g times the heads of the keys.
     device, dtype : optional
-        Of the buffers; float32 at least. "meta" defers the memory: `to_empty` and `reset_parameters`, or a load, fill
-        it.
+        The device and the dtype of the buffers; the dtype is widened to at least float32. On "meta" the buffers have no
+        memory until `to_empty` followed by `reset_parameters`, or loading a state dict, fills it.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from favorsharp.torch import MapBuffers
+    >>> q, k = torch.randn(2, 4, 100, 16)
+    >>> buffers = MapBuffers(16, num_features=64, rng=0).calibrate(q, k)
+    >>> buffers.feature_map.query(q).shape
+    torch.Size([4, 100, 64])
     """
 
     projection: torch.Tensor
@@ -111,19 +124,19 @@ class MapBuffers(torch.nn.Module):
 
     @property
     def is_calibrated(self) -> bool:
-        """Whether a map can be made of the buffers: by calibration, by a load, or as the method reads no data."""
+        """Whether the buffers hold a map: they are calibrated or loaded, or the method needs no calibration."""
         if torch.compiler.is_compiling():
             return self._fault_while_compiling() is None
         return not self.projection.is_meta and self._fault() is None
 
     @property
     def feature_map(self) -> FeatureMap:
-        """The map: a frozen value that every function of `favorsharp` takes.
+        """The map as a frozen value, which every function of `favorsharp` accepts.
 
         Raises
         ------
         RuntimeError
-            If the buffers hold no map: the message says why, and what to do.
+            If the buffers hold no map; the message gives the reason and the remedy.
         """
         if torch.compiler.is_compiling():
             fault = self._fault_while_compiling()
@@ -139,15 +152,15 @@ class MapBuffers(torch.nn.Module):
     @torch.inference_mode(False)
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Go back to how the module was made: the same random rows if it had a seed, and not calibrated.
+        """Restore the state in which the module was made, before calibration.
 
-        Fills the memory of a module that was made on the "meta" device. Without a seed, new rows are drawn; rows that
-        the caller gave come back.
+        With a seed, the same random rows are drawn again; without one, new rows are drawn. If the caller passed an
+        array of rows, these rows are restored. This fills the memory of a module that was made on the "meta" device.
 
         Raises
         ------
         RuntimeError
-            If the caller's rows were on the "meta" device themselves.
+            If the rows that the caller passed were on the "meta" device.
         """
         if self.draw is None and self._source.is_meta:
             raise RuntimeError(
@@ -171,10 +184,10 @@ class MapBuffers(torch.nn.Module):
         weighting: float | None = None,
         is_causal: bool = False,
     ) -> Self:
-        """Fit the parameters to sample queries and keys, and keep them; the random rows stay.
+        """Fit the parameters to sample queries and keys, and store them in the buffers; the random rows do not change.
 
-        Works in training and in evaluation, records no gradient, and replaces an earlier fit. To fit to several
-        batches, gather their `favorsharp.moments` with `favorsharp.combine` and pass these.
+        It works in training and in evaluation mode, records no gradient, and replaces an earlier fit. To fit to several
+        batches, join their `favorsharp.moments` with `favorsharp.combine` and pass the result.
 
         Parameters
         ----------
@@ -183,8 +196,8 @@ class MapBuffers(torch.nn.Module):
         k : tensor, shape (*b, s, d)
             With `heads`, (*b, heads, s, d).
         key_mask, query_mask : boolean tensor, shape (*b, s) and (*b, n), optional
-            True where a point counts. Where n == s, without grouped heads, key_mask holds for the queries too, unless
-            query_mask is given.
+            True where a point enters the fit. If n == s and heads are not grouped, key_mask applies to the queries too,
+            unless query_mask is given.
         ridge, weighting, is_causal
             As in `favorsharp.fit`.
 
@@ -217,12 +230,12 @@ class MapBuffers(torch.nn.Module):
     @torch.inference_mode(False)
     @torch.no_grad()
     def set_parameters(self, parameters: Parameters) -> Self:
-        """Take over parameters, such as `refine` gives; the random rows stay.
+        """Replace the parameters, for example by those that `refine` returns; the random rows do not change.
 
         Raises
         ------
         ValueError
-            If they are of another method, scale or shape, or g1^T g2 is not I.
+            If the parameters have another method, scale, shape or device, or if g1^T g2 is not I.
         """
         if parameters.method != self.method or parameters.kernel != "softmax" or parameters.scale != self.scale:
             raise ValueError(
@@ -251,12 +264,13 @@ class MapBuffers(torch.nn.Module):
     @torch.inference_mode(False)
     @torch.no_grad()
     def redraw(self, rng: Any = None) -> Self:
-        """Draw new random rows for the same parameters. Never happens by itself.
+        """Draw new random rows for the same parameters. The module never does this automatically.
 
         Parameters
         ----------
         rng : None, int, SeedSequence or numpy Generator
-            None: seeded by torch's global generator. Under distributed training pass one seed on every process.
+            None means a seed from torch's global generator. In distributed training, pass the same seed on every
+            process.
 
         Returns
         -------
@@ -265,7 +279,7 @@ class MapBuffers(torch.nn.Module):
         Raises
         ------
         ValueError
-            If the rows are the caller's own.
+            If the module was given its rows as an array.
         """
         if self.draw is None:
             raise ValueError("redraw needs a draw by name, and this module was given its rows as an array")
@@ -274,7 +288,7 @@ class MapBuffers(torch.nn.Module):
         return self
 
     def extra_repr(self) -> str:
-        """What `repr` shows."""
+        """The part of `repr` inside the parentheses."""
         method = self.method if isinstance(self.method, str) else getattr(self.method, "__name__", "callable")
         heads = "" if self.heads is None else f"heads={self.heads}, "
         state = "" if self.is_calibrated else ", not calibrated"
@@ -290,7 +304,7 @@ class MapBuffers(torch.nn.Module):
     def _rows(self, rng: Any) -> Any:
         if rng is None:
             seed = torch.randint(0, 2**62, (), device="cpu")
-            rng = 0 if is_traced(seed) else int(seed)  # rows of a fake module are fake
+            rng = 0 if is_traced(seed) else int(seed)  # in a fake module the rows have no numbers, so any seed will do
         assert self.draw is not None
         return draw_rows(self.draw, self.num_features, self.size, rng)
 
@@ -316,7 +330,7 @@ class MapBuffers(torch.nn.Module):
         return attention_moments(q, k, weighting=weighting, scale=self.scale, is_causal=is_causal, **options)
 
     def _without_averaged_axes(self, x: torch.Tensor) -> torch.Tensor:
-        """Drop the leading axes of length 1 that averaging has kept."""
+        """Drop the leading axes of length 1 that averaging has left."""
         averaged = max(0, x.ndim - 2 - len(self._batch))
         if any(size != 1 for size in x.shape[:averaged]):
             raise ValueError(
@@ -325,7 +339,7 @@ class MapBuffers(torch.nn.Module):
         return x.reshape(x.shape[averaged:])
 
     def _set_initial_parameters(self) -> None:
-        """NaN before calibration; those of a method that reads no data."""
+        """Set the parameters to NaN, or, if the method needs no calibration, to those of the method."""
         if is_fitted(self.method):
             for name in _PARAMETERS:
                 setattr(self, name, self.projection.new_full(self._shape(name), torch.nan))
@@ -341,13 +355,13 @@ class MapBuffers(torch.nn.Module):
         )
 
     def _built(self) -> FeatureMap:
-        """The map of the buffers as they are."""
+        """A map made from the current buffers."""
         values = {name: getattr(self, name) for name in _PARAMETERS}
         parameters = Parameters(method=self.method, kernel="softmax", scale=self.scale, **values)
         return feature_map(parameters, self.num_features, draw=self.projection)
 
     def _current(self) -> FeatureMap | None:
-        """The map that was made of the buffers, if they are the same tensors and were not written to since."""
+        """The cached map, if the buffers are still the tensors it was made from and were not written to since."""
         held = tuple(self._buffers[name] for name in _NUMBERS)
         known = self._held
         if known is None or any(is_traced(x) for x in held) or known[1] != stamps_of(held):
@@ -355,11 +369,13 @@ class MapBuffers(torch.nn.Module):
         return known[2] if all(a is b for a, b in zip(known[0], held, strict=True)) else None
 
     def _fault(self) -> str | None:
-        """Why no map can be made of the buffers, or None. Waits for the device only where they changed."""
+        """Why the buffers hold no map, or None. The host waits for the device only if they changed."""
         if self._current() is not None:
             return None
         held = tuple(self._buffers[name] for name in _NUMBERS)
-        if not _are_readable(*held):  # numbers of another's are taken on trust, stand-ins have the fault last seen
+        # Unreadable buffers cannot be checked. In a mode that traces or fakes, and for tensor subclasses, the result is
+        # the fault that was found last. Others (meta tensors, tensors in functorch transforms) are accepted unchecked.
+        if not _are_readable(*held):
             return self._last_fault if is_traced_by_mode() or any(_is_subclass(x) for x in held) else None
         fault: str | None = self._fault_of_rows() or self._fault_of_parameters()
         self._last_fault = fault
@@ -370,7 +386,7 @@ class MapBuffers(torch.nn.Module):
 
     @torch.compiler.assume_constant_result
     def _fault_while_compiling(self) -> str | None:
-        """`_fault` at the time of tracing."""
+        """`_fault`, evaluated once when torch traces the call."""
         return self._fault()
 
     @torch.no_grad()
@@ -423,7 +439,7 @@ class MapBuffers(torch.nn.Module):
         rows = state_dict.get(prefix + "projection")
         parameters = [prefix + name for name in _PARAMETERS]
         if rows is not None and not any(name in state_dict for name in parameters) and not self.is_calibrated:
-            # of an earlier version, in which modules that are not calibrated had no parameters
+            # a state dict of an earlier version, which stored no parameters for modules that were not calibrated
             state_dict.update({prefix + name: rows.new_full(self._shape(name), torch.nan) for name in _PARAMETERS})
         super()._load_from_state_dict(state_dict, prefix, *rest)
         self._last_fault = None
@@ -436,7 +452,7 @@ class MapBuffers(torch.nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        if "_source" not in state:  # of an earlier version
+        if "_source" not in state:  # pickled by an earlier version
             self._source = None if self.draw is not None else _own(self.projection)
             self._orthogonal, self._last_fault = False, None
             for name in _PARAMETERS:
@@ -445,35 +461,35 @@ class MapBuffers(torch.nn.Module):
 
 
 def _own(rows: Any) -> torch.Tensor:
-    """A copy of the caller's rows, wherever torch would make new tensors."""
+    """A copy of the rows that the caller passed; arrays of other libraries become tensors on the CPU."""
     rows = rows if isinstance(rows, torch.Tensor) else torch.as_tensor(rows, device="cpu")
     return rows.detach().clone()
 
 
 def _moved(x: torch.Tensor | None, moved: torch.Tensor | None) -> torch.Tensor | None:
-    """The numbers of a buffer x where a change has moved it to: never rounded, NaN where there are none."""
+    """The buffer x after a module conversion gave `moved`: on that device, but not rounded; NaN if x has no numbers."""
     if x is None or moved is None or moved is x or type(moved) is not type(x) or not x.is_floating_point():
         return moved
     dtype = x.dtype if moved.dtype in (torch.float16, torch.bfloat16) else moved.dtype
     with torch.inference_mode(False), torch.no_grad():
-        if x.is_meta and not moved.is_meta:  # to_empty: anything may be there
+        if x.is_meta and not moved.is_meta:  # to_empty leaves its memory unset
             return torch.full(x.shape, torch.nan, dtype=dtype, device=moved.device)
         return x.to(device=moved.device, dtype=dtype, copy=True)
 
 
 def _is_subclass(x: torch.Tensor) -> bool:
-    """Whether x carries its numbers elsewhere, as fake tensors do."""
+    """Whether x is a tensor subclass with operations of its own, such as a fake tensor."""
     return type(x).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__
 
 
 def _are_readable(*arrays: torch.Tensor) -> bool:
-    """Whether tensors have numbers that can be looked at here."""
+    """Whether the numbers of the tensors can be read here."""
     wrapped = torch._C._functorch.is_functorch_wrapped_tensor
     return not (is_traced_by_mode() or any(x.is_meta or _is_subclass(x) or wrapped(x) for x in arrays))
 
 
 def _largest_cosine(rows: torch.Tensor) -> torch.Tensor:
-    """The largest cosine, whatever its sign, of two rows in one block of d."""
+    """The largest absolute cosine of two rows within a block of d rows."""
     m, d = rows.shape
     blocks = functional.pad(rows, (0, 0, 0, -m % d)).reshape(-1, d, d)
     units = functional.normalize(blocks, dim=-1)
@@ -481,14 +497,14 @@ def _largest_cosine(rows: torch.Tensor) -> torch.Tensor:
 
 
 def _may_be_normal(square: float, count: int) -> bool:
-    """Whether half as many independent normal numbers as count have this mean square with a chance above 1e-13.
+    """Whether count / 2 independent normal numbers have this mean square with a probability above 1e-13.
 
-    Half, because rows may come in pairs w and -w. The bound is Chernoff's.
+    The count is halved, because rows may come in pairs w and -w. The bound is Chernoff's.
     """
     return square > 0 and 0.25 * count * (square - 1 - math.log(square)) < 30
 
 
 def _distance_from_inverse(g1: torch.Tensor, g2: torch.Tensor) -> torch.Tensor:
-    """The largest entry of g1^T g2 - I, relative to |g1|^T |g2| where that is above 1."""
+    """The largest absolute entry of g1^T g2 - I; each entry is divided by that of |g1|^T |g2| if this is above 1."""
     identity = torch.eye(g1.shape[-1], dtype=g1.dtype, device=g1.device)
     return ((g1.mT @ g2 - identity).abs() / (g1.abs().mT @ g2.abs()).clamp(min=1)).amax()

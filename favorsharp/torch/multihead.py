@@ -1,4 +1,4 @@
-"""Multi-head attention with torch's own signature and weights, through random features."""
+"""The public module `MultiheadAttention`: linear attention with the signature and the weights of torch's module."""
 
 import math
 from typing import Any, Self
@@ -13,20 +13,20 @@ from favorsharp.torch.attention import LinearAttention, without_autocast
 
 
 class MultiheadAttention(torch.nn.Module):
-    """`torch.nn.MultiheadAttention` in linear time: the same signature, the same weights.
+    """`torch.nn.MultiheadAttention` in linear time, with the same signature and the same weights.
 
-    A state dict of torch's module loads strictly; the feature map has buffers of its own under `attention.`, which such
-    a dict leaves as they are. Attention weights never exist here, so `need_weights` is False by default and `dropout`,
-    which acts on them, has to be 0.
+    A state dict of torch's module loads with `strict=True`. The buffers of the feature map, whose names begin with
+    `attention.`, keep their values then. Attention weights are never computed, so `need_weights` is False by default,
+    and `dropout`, which acts on them, must be 0.
 
     Parameters
     ----------
     embed_dim, num_heads, dropout, bias, add_bias_kv, add_zero_attn, kdim, vdim, batch_first, device, dtype
-        As in `torch.nn.MultiheadAttention`; `dropout` 0 only. On the "meta" device `to_empty` and `reset_parameters`,
-        or a load, fill the memory.
+        As in `torch.nn.MultiheadAttention`; `dropout` must be 0. A module on the "meta" device gets its memory from
+        `to_empty` followed by `reset_parameters`, or from loading a state dict.
     method : str or callable
-        As in `favorsharp.fit`, one fit a head; a positive one. Fitted methods need `calibrate` before the first call.
-        "exact": softmax attention, the yardstick.
+        As in `favorsharp.fit`, with one fit for each head; only methods whose features are positive. Fitted methods
+        need `calibrate` before the first call. "exact" means softmax attention, for comparison.
     num_features, draw, rng, window
         As in `LinearAttention`.
 
@@ -42,8 +42,8 @@ class MultiheadAttention(torch.nn.Module):
     torch.Size([2, 100, 32])
     """
 
-    # torch.nn.TransformerEncoderLayer looks here before it computes exact attention from the weights without calling
-    # this module at all; it leaves modules alone whose projections are not in one piece.
+    # torch.nn.TransformerEncoderLayer has a fast path that computes exact attention from the weights and does not call
+    # this module. It reads this attribute, and takes that path only if the attribute is True.
     _qkv_same_embed_dim = False
 
     def __init__(
@@ -118,13 +118,14 @@ class MultiheadAttention(torch.nn.Module):
 
     @classmethod
     def from_torch(cls, module: torch.nn.MultiheadAttention, **options: Any) -> Self:
-        """A module with the sizes and a copy of the weights of torch's, on its device and in its dtype.
+        """Make a module with the sizes, the device, the dtype and a copy of the weights of torch's module.
 
         Parameters
         ----------
         module : torch.nn.MultiheadAttention
         **options
-            method, num_features, draw, rng, window; `dropout=0.0` gives up the dropout of attention weights.
+            method, num_features, draw, rng, window. If torch's module has dropout of attention weights, pass
+            `dropout=0.0` to do without it.
         """
         if not isinstance(module, torch.nn.MultiheadAttention):
             raise TypeError(f"module must be a torch.nn.MultiheadAttention, got {type(module).__name__}")
@@ -148,7 +149,7 @@ class MultiheadAttention(torch.nn.Module):
         return made
 
     def reset_parameters(self) -> None:
-        """Initialise everything as it was made: weights as torch's module does, the map as in `LinearAttention`."""
+        """Initialise the weights as torch's module does, and the map as `LinearAttention.reset_parameters` does."""
         self.out_proj.reset_parameters()
         self._reset_weights()
         if self.attention is not None:
@@ -169,15 +170,15 @@ class MultiheadAttention(torch.nn.Module):
     def calibrate(
         self, query: torch.Tensor, key: torch.Tensor | None = None, *, key_padding_mask: torch.Tensor | None = None
     ) -> Self:
-        """Fit every head's map to sample inputs; the layout is that of a call. Does nothing where method is "exact".
+        """Fit the map of every head to sample inputs, in the layout of a call. Does nothing if method is "exact".
 
         Parameters
         ----------
         query : tensor
         key : tensor, optional
-            None: the query, as in self-attention.
+            None means the query, as in self-attention.
         key_padding_mask : tensor, optional
-            As in a call; it holds for the queries too where there are as many.
+            As in a call. If there are as many queries as keys, it applies to the queries too.
 
         Returns
         -------
@@ -193,7 +194,7 @@ class MultiheadAttention(torch.nn.Module):
         return self
 
     def redraw(self, rng: Any = None) -> Self:
-        """Draw new random rows; as in `LinearAttention`."""
+        """Draw new random rows, as in `LinearAttention`."""
         if self.attention is not None:
             self.attention.redraw(rng)
         return self
@@ -209,37 +210,37 @@ class MultiheadAttention(torch.nn.Module):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[torch.Tensor, None]:
-        """Attention of projected queries to projected keys.
+        """Compute attention of the projected queries to the projected keys.
 
         Parameters
         ----------
         query, key, value : tensor
-            (n, batch, embed_dim), (s, batch, kdim), (s, batch, vdim); batch first with `batch_first`; no batch axis at
-            all is taken too.
+            Shapes (n, batch, embed_dim), (s, batch, kdim) and (s, batch, vdim). With `batch_first` the batch axis is
+            the first; it may also be missing.
         key_padding_mask : tensor, shape (batch, s) or (s,), optional
-            True where a key is to be ignored; or floating, 0 and -inf.
+            Boolean, True where a key is to be ignored; or floating, with 0 and -inf.
         need_weights : bool
-            False only: no weights are ever made.
+            Must be False, because attention weights are never computed.
         attn_mask : tensor, shape (n, s) or (batch num_heads, n, s), optional
-            A causal mask, or one that hides nothing; any other is refused. Boolean, True where hidden, or floating, 0
-            and -inf.
+            A causal mask, or one that hides nothing; any other mask is refused. It is boolean, True where hidden, or
+            floating, with 0 and -inf.
         average_attn_weights : bool
-            Without effect: there are no weights.
+            Has no effect, because there are no weights.
         is_causal : bool
-            Query i sees keys 0 .. i; with or without attn_mask. While compiling or exporting, the values of attn_mask
-            cannot choose: pass this.
+            Query i sees keys 0 .. i; attn_mask may be given too. Under a compiler or exporter the values of attn_mask
+            are not known, so pass this instead.
 
         Returns
         -------
         output : tensor
-            In the layout of `query`. A query that may see no key reads zeros, where torch's module gives NaN.
+            In the layout of `query`. The attention of a query that sees no key is zero; torch's module gives NaN.
         None
-            In place of the weights.
+            Instead of the weights.
 
         Raises
         ------
         RuntimeError
-            If a fitted method is not calibrated.
+            If the method needs calibration and the module is not calibrated.
         TypeError, ValueError
             If an argument is not as described.
         """
@@ -270,7 +271,7 @@ class MultiheadAttention(torch.nn.Module):
         return out if self.batch_first else out.transpose(0, 1), None
 
     def extra_repr(self) -> str:
-        """What `repr` shows."""
+        """The part of `repr` inside the parentheses."""
         return f"embed_dim={self.embed_dim}, num_heads={self.num_heads}, batch_first={self.batch_first}"
 
     def _checked(self, name: str, x: Any) -> torch.Tensor:
@@ -290,7 +291,7 @@ class MultiheadAttention(torch.nn.Module):
         return x if self.batch_first else x.transpose(0, 1)
 
     def _projected(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor | None) -> list[Any]:
-        """Queries, keys and values of the heads, (batch, heads, n, head_dim)."""
+        """The queries, keys and values of all heads, each of shape (batch, heads, n, head_dim)."""
         if self.in_proj_weight is not None:
             weights = self.in_proj_weight.chunk(3)
         else:
@@ -305,7 +306,7 @@ class MultiheadAttention(torch.nn.Module):
         return x.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
 
     def _extended(self, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values followed by the trained ones and by zeros."""
+        """Keys and values, with the trained ones (`add_bias_kv`) and zeros (`add_zero_attn`) appended."""
         keys, values = [k], [v]
         shape = (k.shape[0], self.num_heads, 1, self.head_dim)
         if self.bias_k is not None and self.bias_v is not None:
@@ -318,14 +319,14 @@ class MultiheadAttention(torch.nn.Module):
 
 
 def _keep_own_map(module: torch.nn.Module, state_dict: Any, prefix: str, *_: Any) -> None:
-    """Let a state dict without any entry of a map, such as torch's, leave the map as it is."""
+    """Add the module's own map to a state dict that has none, such as torch's, so that loading does not change it."""
     inner = f"{prefix}attention."
     if isinstance(module.attention, LinearAttention) and not any(name.startswith(inner) for name in state_dict):
         state_dict.update({inner + name: x for name, x in module.attention.state_dict().items()})
 
 
 def _hidden(name: str, mask: Any) -> torch.Tensor:
-    """A mask of torch's conventions as a boolean one, True where hidden."""
+    """Convert a mask as torch defines it to a boolean mask that is True where hidden."""
     if not isinstance(mask, torch.Tensor):
         raise TypeError(f"{name} must be a torch tensor, got {type(mask).__name__}")
     if mask.dtype == torch.bool:
@@ -338,7 +339,7 @@ def _hidden(name: str, mask: Any) -> torch.Tensor:
 
 
 def _visible_keys(mask: Any, shape: tuple[int, int]) -> torch.Tensor | None:
-    """key_padding_mask as favorsharp's key_mask, True where visible."""
+    """Convert key_padding_mask to favorsharp's key_mask, which is True where visible."""
     if mask is None:
         return None
     hidden = _hidden("key_padding_mask", mask)
@@ -349,7 +350,7 @@ def _visible_keys(mask: Any, shape: tuple[int, int]) -> torch.Tensor | None:
 
 
 def _asks_causal(mask: Any, is_causal: bool, points: tuple[int, int], heads: int) -> bool:
-    """Whether attention is to be causal; any mask that is neither causal nor empty is refused."""
+    """Whether attention is causal; a mask that is neither causal nor empty is refused."""
     if mask is None:
         return is_causal
     hidden = _hidden("attn_mask", mask)
@@ -372,7 +373,7 @@ def _asks_causal(mask: Any, is_causal: bool, points: tuple[int, int], heads: int
 
 
 def _require(condition: torch.Tensor, message: str) -> None:
-    """Raise unless a condition holds; while compiling, when the compiled code runs."""
+    """Raise unless a condition holds; under a compiler, the check is made when the compiled code runs."""
     if torch.compiler.is_compiling():
         torch._assert_async(condition, message)
     elif not bool(condition):

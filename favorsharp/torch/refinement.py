@@ -1,4 +1,4 @@
-"""Refinement: the parameters of a fitted map, improved by gradient on the attention output itself."""
+"""The public function `refine`: improves a fitted map by gradient descent on the error of the attention output."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -15,24 +15,24 @@ from favorsharp.linear_attention import linear_attention
 from favorsharp.parameters import DENSE_EXPONENTIAL, Parameters, astype
 
 _CHECKS = 10
-"""How often the held-out error is looked at."""
+"""How many times the held-out error is computed."""
 _CHOOSING, _REPORTING = 8, 16
-"""Draws that the best step is chosen by, and others that errors are reported for."""
+"""The number of draws used to choose the best step, and of other draws used to report errors."""
 
 
 @dataclass(frozen=True, eq=False)
 class Refinement:
-    """What `refine` found.
+    """The result of `refine`.
 
     Attributes
     ----------
     parameters : Parameters
-        For `favorsharp.feature_map`, or `set_parameters` of a module.
+        The refined parameters, for `favorsharp.feature_map` or for `set_parameters` of a module.
     before, after : tensor, in the shape of the map's leading axes
-        Relative error of the attention output on the held-out batch, each over the same fresh draws. `after` is at most
-        `before`: a head that did not gain keeps the parameters it had.
+        Relative error of the attention output on the held-out batch. Both are means over the same draws, which were not
+        used before. `after` is at most `before`, because a head that did not improve keeps its parameters.
     history : tuple of (int, float, float)
-        Steps, and the mean over heads of the error in training and of the held-out error by then.
+        For some steps, the number of the step, the training error and the held-out error, averaged over heads.
     """
 
     parameters: Parameters
@@ -59,32 +59,32 @@ def refine(
     window: int = 0,
     enable_gqa: bool = False,
 ) -> Refinement:
-    """Improve fitted parameters by gradient on the error of the attention output.
+    """Improve fitted parameters by gradient descent on the error of the attention output.
 
-    Trained are the transforms, `a` and the centers of every head, each step on a batch and with rows drawn afresh; rows
-    are never trained, so that the map remains one for all draws and numbers of features. Steps are taken in coordinates
-    in which g1^T g2 = I holds by construction: whatever is found is as unbiased as the start.
+    The transforms, `a` and the centers of every head are trained. Each step uses one batch and newly drawn random rows.
+    The rows are never trained, so the result can be used with any draw and any number of features. The steps use
+    coordinates in which g1^T g2 = I always holds, so the result is as unbiased as the start.
 
     Parameters
     ----------
     parameters : Parameters
-        Of a dense-exponential method, as tensors: the start. Leading axes broadcast to those of q and k: one map a head
-        for (heads, ., .) and q of (batch, heads, n, d).
+        The start: parameters of a dense-exponential method, as tensors. Their leading axes broadcast to those of q and
+        k. For one map per head, with q of shape (batch, heads, n, d), the arrays have shape (heads, ., .).
     batches : tuple of tensors, or a sequence of such
-        (q, k, v) or (q, k, v, key_mask), shapes as in `favorsharp.linear_attention`. Steps take them in turn.
+        (q, k, v) or (q, k, v, key_mask), with shapes as in `favorsharp.linear_attention`. The steps use them in turn.
     held_out : tuple of tensors, optional
-        A batch that decides which step was the best. None: the last of several batches; of a single one the second
-        half of its positions, and only the first half is trained on.
+        The batch that decides which step is the best. None means the last of several batches. A single batch is split:
+        its first half of positions is trained on, and its second half is held out.
     num_features : int
-        m in training and in the errors reported. The parameters serve any other number.
+        m in training and in the reported errors. The parameters can be used with any other number.
     steps : int
-        Gradient steps.
+        The number of gradient steps.
     learning_rate : float
-        Of Adam; it falls to zero along a half cosine.
+        The learning rate of Adam at the start; it falls to zero along a half cosine.
     draw : str
         As in `favorsharp.feature_map`.
     rng : None, int, SeedSequence or numpy Generator
-        Of all draws.
+        The source of all draws.
     is_causal, window, enable_gqa
         As in `favorsharp.linear_attention`.
 
@@ -151,10 +151,10 @@ def refine(
 
 
 class _Steps:
-    """Where the search is, in coordinates around its start that keep every constraint.
+    """The trained tensors: coordinates relative to the start, in which every constraint holds.
 
     g1 = exp(E) g1_0 and g2 = exp(-E^T) g2_0, so g1^T g2 does not change; 1 - 4a = exp(r) with r >= 0; and the centers
-    move in the coordinates of u and v, where every direction has a like scale.
+    move in the coordinates of u and v, in which all directions have similar scales.
     """
 
     def __init__(self, start: Parameters) -> None:
@@ -177,19 +177,19 @@ class _Steps:
 
     @torch.no_grad()
     def project(self) -> None:
-        """Keep a at 0 or below, where the second moment of a feature is finite by a wide margin."""
+        """Keep a at 0 or below, where the second moment of a feature is finite."""
         self.spread.clamp_(min=0)
 
     @torch.no_grad()
     def final(self) -> Parameters:
-        """The parameters with g1^T g2 = I to rounding, as fits have it."""
+        """The current parameters, with g1^T g2 = I to rounding as after a fit."""
         found = self.parameters()
         g1 = torch.linalg.matrix_exp(self.turn.double()) @ self.start.g1.double()
         return replace(found, g1=g1.to(found.g1.dtype), g2=torch.linalg.inv(g1).mT.to(found.g2.dtype))
 
 
 class _Problem:
-    """A batch, its exact attention, and errors of maps on it, one for each leading index of the parameters."""
+    """A batch and its exact attention; computes errors of maps, one for each leading index of the parameters."""
 
     def __init__(self, batch: tuple[torch.Tensor, ...], like: Parameters, options: dict[str, Any]) -> None:
         self.arrays, self.options = batch[:3], options
@@ -202,7 +202,7 @@ class _Problem:
         self.batch = tuple(like.g1.shape[:-2])
         self.group = q.shape[-3] // k.shape[-3] if options["enable_gqa"] else 1
         counts = torch.ones_like(self.exact[..., 0], dtype=torch.bool)
-        if self.key_mask is not None and q.shape[-2] == k.shape[-2]:  # padding asks nothing
+        if self.key_mask is not None and q.shape[-2] == k.shape[-2]:  # queries at padding do not count
             mask = self.key_mask
             if self.group > 1 and mask.ndim > 1 and mask.shape[-2] > 1:
                 mask = mask.repeat_interleave(self.group, -2)
@@ -213,7 +213,7 @@ class _Problem:
             raise ValueError("a batch has a head without any visible query or output: its relative error is undefined")
 
     def squared_error(self, parameters: Parameters, rows: torch.Tensor) -> torch.Tensor:
-        """Relative, squared."""
+        """The squared relative error for the given rows."""
         fm = feature_map(parameters, rows.shape[0], draw=rows)
         q, k, v = self.arrays
         out = linear_attention(q, k, v, fm, key_mask=self.key_mask, **self.options)
@@ -221,11 +221,11 @@ class _Problem:
 
     @torch.no_grad()
     def error(self, parameters: Parameters, draws: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Relative, mean over draws."""
+        """The relative error, averaged over draws."""
         return torch.stack([self.squared_error(parameters, rows).sqrt() for rows in draws]).mean(dim=0)
 
     def _sums(self, x: torch.Tensor) -> torch.Tensor:
-        """Sums of squares over everything that one map serves."""
+        """Sums of squares over all entries that share one map."""
         sums = torch.where(self.counts, x, 0.0).square().sum(dim=(-2, -1))
         if self.group > 1:
             sums = sums.unflatten(-1, (-1, self.group)).sum(dim=-1)
@@ -233,7 +233,7 @@ class _Problem:
 
 
 def _chosen(better: torch.Tensor, one: Parameters, other: Parameters) -> Parameters:
-    """One's arrays for the heads where it is better, and other's elsewhere."""
+    """The arrays of `one` for the heads where it is better, and of `other` for the rest."""
     better = better[..., None, None]
     names = ("a", "g1", "g2", "center_x", "center_y")
     return replace(other, **{name: torch.where(better, getattr(one, name), getattr(other, name)) for name in names})
@@ -253,7 +253,7 @@ def _check_parameters(parameters: Any) -> None:
 
 
 def _batches(name: str, value: Any) -> list[tuple[torch.Tensor, ...]]:
-    """A batch or several, as a list of tuples of tensors."""
+    """Convert one batch or several to a list of tuples of tensors."""
     if isinstance(value, tuple) and value and isinstance(value[0], torch.Tensor):
         value = [value]
     if not isinstance(value, Iterable):
@@ -275,7 +275,7 @@ def _batches(name: str, value: Any) -> list[tuple[torch.Tensor, ...]]:
 def _split(
     batches: list[tuple[torch.Tensor, ...]], held_out: Any
 ) -> tuple[list[tuple[torch.Tensor, ...]], tuple[torch.Tensor, ...]]:
-    """The batches to train on, and the one to choose by."""
+    """The batches to train on, and the held-out batch."""
     batches = [tuple(x.detach() for x in batch) for batch in batches]
     if held_out is not None:
         return batches, tuple(x.detach() for x in _batches("held_out", held_out)[0])
