@@ -228,7 +228,8 @@ def gather(y: Array, v: Array, feature_map: Any, weight: Array | None = None) ->
         state = update_op(empty, y, v, feature_map)
         if weight is None:
             return state
-        return replace(state, kv=state.kv[..., :-1], z=xp.matrix_transpose(state.kv[..., -1:]))
+        (kv, z), (kv_low, z_low) = (_last_column_apart(x) for x in (state.kv, state.kv_low))
+        return replace(state, kv=kv, z=z, kv_low=kv_low, z_low=z_low)
     m = feature_map.num_features
     sums = SignedSums(
         xp.zeros((*batch, m, v.shape[-1]), dtype=dtype, **on_device_of(y)),
@@ -242,6 +243,13 @@ def gather(y: Array, v: Array, feature_map: Any, weight: Array | None = None) ->
         weighted = features * xp.exp(log_factor - top)
         sums = combine(sums, SignedSums(xp.matrix_transpose(weighted) @ cast(v[..., a:b, :], dtype), top))
     return sums
+
+
+def _last_column_apart(kv: Array | None) -> tuple[Array | None, Array | None]:
+    """The other columns of kv, and its last one as a row: the sums of weighted values and of weights."""
+    if kv is None:
+        return None, None
+    return kv[..., :-1], namespace_of(kv).matrix_transpose(kv[..., -1:])
 
 
 @under_own_settings
