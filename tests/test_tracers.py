@@ -44,7 +44,12 @@ def explicit(q, k, v, feature_map, mask=None, is_causal=False, window=0):
 
 
 @pytest.mark.parametrize(
-    "modes", [("default device", "device", "fake"), ("dispatch", "function", "flops", "float64", "float16")], ids=str
+    "modes",
+    [
+        ("default device", "device", "fake"),
+        pytest.param(("dispatch", "function", "flops", "float64", "float16"), marks=pytest.mark.slow),
+    ],
+    ids=str,
 )
 def test_every_verb_under_every_mode(modes):
     """In a process of its own: a kernel with a pointer to nothing ends it."""
