@@ -12,7 +12,9 @@ _OPS = ("exponential_features", "attention", "causal_attention", "update", "read
 _EVERYTHING = {
     "libraries": frozenset({"numpy", "torch", "jax", "cupy", "array_api_strict"}),
     "devices": frozenset({"cpu", "cuda", "meta", "device1", "traced"}),
-    "dtypes": frozenset({"float16", "bfloat16", "float32", "float64", "float32+float64", "float16+float32", "float16+float64"}),
+    "dtypes": frozenset(
+        {"float16", "bfloat16", "float32", "float64", "float32+float64", "float16+float32", "float16+float64"}
+    ),
     "families": frozenset({"exponential", "elementwise"}),
     "differentiable": True,
     "traceable": True,
