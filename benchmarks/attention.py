@@ -9,7 +9,7 @@ import torch
 import favorsharp as fs
 from benchmarks import peers
 from benchmarks.measure import Table, compare
-from favorsharp.parameters import astype
+from favorsharp._values import astype
 
 H, D = 8, 64
 GOALS = {(4096, 64): 1.6, (4096, 128): 1.7, (4096, 256): 1.8, (65_536, 64): 3.3, (65_536, 256): 3.3}

@@ -18,7 +18,7 @@ import favorsharp as fs
 from benchmarks import peers
 from benchmarks.decode_step import torch_step
 from benchmarks.gpu_floors import BYTES_A_SECOND, FLOPS_A_SECOND, PLAIN_FLOPS_A_SECOND, TokenWork, Work
-from favorsharp.parameters import astype, map_arrays
+from favorsharp._values import astype, map_arrays
 
 ROOT = Path(__file__).parents[1]
 OURS = "favorsharp"

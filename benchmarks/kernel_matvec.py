@@ -9,7 +9,7 @@ import torch
 import favorsharp as fs
 from benchmarks.measure import Table, compare
 from benchmarks.peers import compiled
-from favorsharp.parameters import astype
+from favorsharp._values import astype
 
 
 def torch_matvec(x: Any, v: Any, rows: Any) -> Any:

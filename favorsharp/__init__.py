@@ -9,11 +9,13 @@ from favorsharp.diagnostics import suggest
 from favorsharp.dispatch import explain, use
 from favorsharp.exact import kernel_matrix, softmax_attention
 from favorsharp.features import FeatureMap, feature_map
+from favorsharp.fitting import excess, fit, log_second_moment
 from favorsharp.gradients import vjp
 from favorsharp.linear_attention import attention, decode_step, init_state, linear_attention, read, update
+from favorsharp.methods import METHODS
 from favorsharp.moments import Moments, combine, moments
 from favorsharp.ops.state import State
-from favorsharp.parameters import METHODS, Parameters, excess, fit, log_second_moment
+from favorsharp.parameters import Parameters
 from favorsharp.regression import kernel_matvec, leave_one_out, nadaraya_watson
 from favorsharp.storage import load, save
 

@@ -8,20 +8,13 @@ from typing import Any
 from favorsharp._arrays import cast, is_traced, library_of, namespace_of, to_host, under_own_settings
 from favorsharp._checks import check_floats, check_points, check_same_size
 from favorsharp._typing import Array
+from favorsharp._values import astype, map_arrays
 from favorsharp.exact import softmax_attention
 from favorsharp.features import feature_map
+from favorsharp.fitting import excess, fit_named
 from favorsharp.linear_attention import linear_attention
-from favorsharp.parameters import (
-    DENSE_EXPONENTIAL,
-    Parameters,
-    astype,
-    embed_key,
-    embed_query,
-    excess,
-    fit_named,
-    log_kernel_of,
-    map_arrays,
-)
+from favorsharp.methods import DENSE_EXPONENTIAL, TAKES_PROPOSALS, method_of
+from favorsharp.parameters import Parameters, embed_key, embed_query, log_kernel_of
 
 __all__ = [
     "Comparison",
@@ -302,7 +295,7 @@ def suggest(
     target_error: float,
     kernel: str = "softmax",
     scale: float | None = None,
-    methods: Iterable[str] = ("posrf", "oprf", "saderf", "aderf", "sderf", "optimal"),
+    methods: Iterable[str] = TAKES_PROPOSALS,
 ) -> Suggestion:
     """The method that is predicted to reach an error with the fewest features, found without drawing any.
 
@@ -381,7 +374,7 @@ def compare(
     k: Array,
     v: Array,
     *,
-    methods: Iterable[str] = ("posrf", "oprf", "saderf", "aderf", "sderf", "optimal"),
+    methods: Iterable[str] = TAKES_PROPOSALS,
     num_features: Iterable[int] = (32, 128, 512),
     windows: Iterable[int] = (0, 16),
     draws: Iterable[str] = ("orthogonal",),
@@ -434,7 +427,7 @@ def compare(
     for method in methods:
         seen = (q[..., :half, :], k[..., :half, :]) if is_causal else (q, k)
         parameters = fit_named(("q", "k"), *seen, method=method, kernel="softmax", scale=scale)
-        spread = _mean(excess(parameters, q[..., half:, :], k)) if method in (*DENSE_EXPONENTIAL, "poisson") else None
+        spread = None if method_of(method).excess is None else _mean(excess(parameters, q[..., half:, :], k))
         for draw in draws:
             for m in num_features:
                 maps = [feature_map(parameters, m, draw=draw, rng=seed) for seed in range(seeds)]

@@ -7,11 +7,12 @@ from typing import Any
 from favorsharp._arrays import cast, compute_dtype, differentiate, namespace_of, result_dtype
 from favorsharp._checks import check_choice, check_floats, check_integer
 from favorsharp._typing import Array
+from favorsharp._values import astype
 from favorsharp.exact import add_group_axis, check_attention, merge_heads, split_heads
 from favorsharp.features import PositiveFeatureMap
 from favorsharp.linear_attention import check_bounds, check_map
+from favorsharp.methods import DENSE_EXPONENTIAL
 from favorsharp.ops.vjp import Pullback, attention_vjp, exponential_features_vjp, kernel_matvec_vjp
-from favorsharp.parameters import DENSE_EXPONENTIAL, astype
 from favorsharp.regression import check_products, columns, gather, products
 
 __all__ = ["vjp"]

@@ -34,17 +34,19 @@ from favorsharp._checks import (
     check_same_size,
 )
 from favorsharp._typing import Array
+from favorsharp._values import astype
 from favorsharp.dispatch import Known, Op, call_signature, recall, settle
 from favorsharp.exact import add_group_axis, check_attention, merge_heads, split_heads
 from favorsharp.features import FeatureMap, PositiveFeatureMap
 from favorsharp.features import feature_map as draw_feature_map
+from favorsharp.fitting import fit_named
+from favorsharp.methods import MethodLike, check_method, method_of
 from favorsharp.ops.attention import attention as attention_op
 from favorsharp.ops.causal_attention import causal_attention
 from favorsharp.ops.state import State, empty_state
 from favorsharp.ops.state import decode_step as decode_step_op
 from favorsharp.ops.state import read as read_op
 from favorsharp.ops.state import update as update_op
-from favorsharp.parameters import Method, astype, check_method, fit_named, is_fitted
 
 
 def attention(
@@ -53,7 +55,7 @@ def attention(
     v: Array,
     *,
     num_features: int = 256,
-    method: Method = "optimal",
+    method: MethodLike = "optimal",
     draw: str | Array | tuple[Array, Array] = "orthogonal",
     rng: Any = None,
     is_causal: bool = False,
@@ -112,7 +114,7 @@ def attention(
     check_method(method)
     if calibration is not None and not (isinstance(calibration, tuple | list) and len(calibration) == 2):
         raise TypeError(f"calibration must be a pair (queries, keys) of arrays, got {type(calibration).__name__}")
-    if is_causal and is_fitted(method) and calibration is None:
+    if is_causal and method_of(method).is_fitted and calibration is None:
         raise ValueError(
             f"attention(is_causal=True) with the fitted method {method!r} needs calibration=(q0, k0): fitting on the "
             "sequence itself would show it its own future; or pass method='posrf', which fits nothing"

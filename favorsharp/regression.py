@@ -20,6 +20,7 @@ from favorsharp._arrays import (
 from favorsharp._checks import check_array, check_broadcast, check_floats, check_points, check_same_size
 from favorsharp._chunks import as_chunked, is_chunked, point_blocks, tree_reduce
 from favorsharp._typing import Array
+from favorsharp._values import astype
 from favorsharp.features import FeatureMap, PositiveFeatureMap
 from favorsharp.moments import combine
 from favorsharp.ops.attention import attention
@@ -27,7 +28,6 @@ from favorsharp.ops.kernel_matvec import kernel_matvec as kernel_matvec_op
 from favorsharp.ops.state import State, empty_state, read_partial, tiles_of
 from favorsharp.ops.state import read as read_op
 from favorsharp.ops.state import update as update_op
-from favorsharp.parameters import astype
 
 
 @dataclass(frozen=True, eq=False)

@@ -39,13 +39,13 @@ from favorsharp._arrays import (
 from favorsharp._checks import check_choice, check_integer
 from favorsharp.exact import gaussian_means, kernel_matrix
 from favorsharp.features import feature_map
+from favorsharp.fitting import fit
+from favorsharp.methods import SIGNED, check_method
 from favorsharp.moments import combine, weighted_moments
-from favorsharp.parameters import METHODS, fit
 from favorsharp.regression import gather, left_out, means, products
 
 __all__ = ["NadarayaWatsonClassifier", "NadarayaWatsonRegressor", "RandomFeatures"]
 
-SIGNED = ("trig", "poisson", "geometric")
 
 NARROW = ("float16", "bfloat16", "float32", "bool", "int8", "uint8", "int16", "uint16")
 """Dtypes of values that float32 holds without loss."""
@@ -192,7 +192,7 @@ class _NadarayaWatson(_KernelEstimator):
 
     def _start(self, x: Any, v: Any, weight: Any) -> None:
         if not callable(self.method):
-            check_choice("method", self.method, ("exact", *METHODS), also=", or a callable")
+            check_method(self.method, also=("exact",))
         seed = self._seed()
         self.gamma_ = self._bandwidth(x, weight)
         if isinstance(self.gamma, str) and self.gamma == "auto_cv":

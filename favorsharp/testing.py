@@ -14,11 +14,12 @@ import numpy as np
 
 from favorsharp._arrays import dtype_name, from_host, named_dtype, namespace_of, to_host
 from favorsharp._typing import Array
+from favorsharp._values import map_arrays
 from favorsharp.dispatch import OPS, Backend, Kernel, backends, request_of, use, watch
 from favorsharp.features import feature_map
+from favorsharp.fitting import fit
 from favorsharp.ops import attention, causal_attention, exponential_features, kernel_matvec, state  # noqa: F401  fill OPS
 from favorsharp.ops.state import State, empty_state
-from favorsharp.parameters import fit, map_arrays
 
 __all__ = ["Case", "Row", "cases", "check_backend", "make_array"]
 

@@ -19,7 +19,7 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor, init_d
 
 import favorsharp as fs
 from favorsharp import distributed as fsd
-from favorsharp.parameters import map_arrays
+from favorsharp._values import map_arrays
 
 LENGTHS = {2: ([5, 12], [0, 9], [7, 0]), 3: ([5, 0, 12], [1, 7, 9], [0, 0, 6])}
 BLOCKS = {2: ([8, 5], [4, 9], [0, 7]), 3: ([8, 4, 5], [4, 0, 12], [4, 8, 2])}

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 import favorsharp as fs
+from favorsharp._values import astype
 from favorsharp.ops.vjp import attention_vjp, kernel_matvec_vjp
-from favorsharp.parameters import astype
 
 N, LAST, WINDOW = 320_000, 40, 32
 LIMIT = 6e-6

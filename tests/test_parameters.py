@@ -13,7 +13,7 @@ from problems import attention_problem, rotated
 from scipy import optimize
 
 import favorsharp as fs
-from favorsharp.parameters import DENSE_EXPONENTIAL
+from favorsharp.methods import DENSE_EXPONENTIAL
 
 EXPECTED = json.loads((Path(__file__).parent / "data" / "expected_excess.json").read_text())["excess"]
 FITTED = ("oprf", "saderf", "aderf", "sderf", "optimal")

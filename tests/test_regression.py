@@ -5,7 +5,7 @@ import pytest
 from problems import attention_problem
 
 import favorsharp as fs
-from favorsharp.parameters import astype
+from favorsharp._values import astype
 from favorsharp.regression import left_out
 
 METHODS = ["optimal", "posrf", "hyperbolic", "trig", "poisson", "geometric", "relu"]

@@ -191,7 +191,7 @@ def fits(text: dict[str, torch.Tensor], features: int, draws: int, report: Any) 
 
 def one(parameters: Any) -> Any:
     """The parameters without the axis of length 1 that the average over pieces keeps."""
-    from favorsharp.parameters import map_arrays
+    from favorsharp._values import map_arrays
 
     return map_arrays(parameters, lambda x: x[0])
 

@@ -1,5 +1,6 @@
 """The command `favorsharp compare`: measures settings on the user's queries, keys and values."""
 
+import itertools
 import json
 import math
 from collections.abc import Callable
@@ -16,8 +17,9 @@ import favorsharp as fs
 from favorsharp.cli.files import check_writable, read_attention
 from favorsharp.diagnostics import Comparison, load_sample, recommend
 from favorsharp.diagnostics import compare as measure
+from favorsharp.methods import POSITIVE, TAKES_PROPOSALS
 
-METHODS = "posrf,oprf,saderf,aderf,sderf,optimal"
+METHODS = ",".join(TAKES_PROPOSALS)
 DEFAULT_WINDOWS = "0,16"
 
 
@@ -84,14 +86,13 @@ def _options(methods: str, features: str, window: str, draws: str, causal: bool,
     from favorsharp.draws import DRAWS
 
     names, ways = _words(methods), _words(draws)
-    positive = [name for name in fs.METHODS if name not in ("trig", "poisson", "geometric")]
     if not names:
-        raise ValueError(f"--methods names none, got {methods!r}; accepted: {', '.join(positive)}")
+        raise ValueError(f"--methods names none, got {methods!r}; accepted: {', '.join(POSITIVE)}")
     if not ways:
         raise ValueError(f"--draws names none, got {draws!r}; accepted: {', '.join(DRAWS)}")
     for name in names:
-        if name not in positive:
-            raise ValueError(f"--methods: {name!r} is unknown or signed; accepted: {', '.join(positive)}")
+        if name not in POSITIVE:
+            raise ValueError(f"--methods: {name!r} is unknown or signed; accepted: {', '.join(POSITIVE)}")
     for name in ways:
         if name not in DRAWS:
             raise ValueError(f"--draws: {name!r} is unknown; accepted: {', '.join(DRAWS)}")
@@ -219,17 +220,8 @@ def _setting(row: Comparison) -> str:
     return f"{row.method} with {row.num_features} {row.draw} features{window}"
 
 
-COLOURS = {
-    "optimal": "#c1272d",
-    "posrf": "#9a9a9a",
-    "oprf": "#5e5e5e",
-    "saderf": "#56b4e9",
-    "aderf": "#0072b2",
-    "sderf": "#009e73",
-    "hyperbolic": "#e69f00",
-    "relu": "#cc79a7",
-    "elu": "#b09030",
-}
+_PALETTE = ("#9a9a9a", "#5e5e5e", "#56b4e9", "#0072b2", "#009e73", "#c1272d", "#e69f00", "#cc79a7", "#b09030")
+COLOURS = dict(zip(POSITIVE, itertools.cycle(_PALETTE), strict=False))
 
 
 def _draw(rows: list[Comparison], path: Path, target: float, subject: str) -> None:
@@ -251,7 +243,7 @@ def _draw(rows: list[Comparison], path: Path, target: float, subject: str) -> No
             groups.setdefault((row.method, row.draw, row.window), []).append(row)
         for (method, _, window), group in groups.items():
             look = {
-                "color": COLOURS.get(method, "black"),
+                "color": COLOURS[method],
                 "linestyle": styles[windows.index(window) % len(styles)],
                 "linewidth": 2.4 if method == "optimal" else 1.3,
                 "marker": "o",

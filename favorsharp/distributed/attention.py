@@ -17,6 +17,7 @@ from favorsharp._arrays import (
 )
 from favorsharp._checks import check_integer
 from favorsharp._typing import Array
+from favorsharp._values import astype
 from favorsharp.distributed.collectives import Exchange, Sum, Tied, on_every_rank
 from favorsharp.distributed.dtensors import is_dtensor, over_dtensors
 from favorsharp.distributed.shards import Routes, Shard, finite, packed_keys, packed_states, taken_in, unpacked_keys
@@ -28,7 +29,6 @@ from favorsharp.ops.blocks import join_rows, rows_between
 from favorsharp.ops.causal_attention import causal_attention
 from favorsharp.ops.state import State, empty_state, read, with_sums
 from favorsharp.ops.state import finish as finished
-from favorsharp.parameters import astype
 
 
 def linear_attention(

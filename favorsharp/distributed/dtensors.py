@@ -6,8 +6,8 @@ from typing import Any
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from favorsharp._typing import Array
+from favorsharp._values import map_arrays
 from favorsharp.linear_attention import linear_attention
-from favorsharp.parameters import map_arrays
 
 
 def is_dtensor(*arrays: Any) -> bool:

@@ -5,10 +5,10 @@ from functools import reduce
 from typing import Any
 
 from favorsharp._arrays import dtype_name, from_host, is_array, named_dtype, namespace_of, to_host
+from favorsharp._values import map_arrays
 from favorsharp.distributed.collectives import on_every_rank
 from favorsharp.moments import Moments, combine
 from favorsharp.ops.state import State
-from favorsharp.parameters import map_arrays
 
 
 def all_combine(value: Moments | State, *, group: Any = None) -> Any:

@@ -3,6 +3,7 @@
 The public function `feature_map` is here; each family of maps has its own file.
 """
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from favorsharp._arrays import cast, from_host, is_array, library_of, namespace_of, under_own_settings
@@ -13,12 +14,10 @@ from favorsharp.features.dense_exponential import DenseExponentialMap
 from favorsharp.features.discrete import DiscreteMap
 from favorsharp.features.elementwise import ElementwiseMap
 from favorsharp.features.trigonometric import TrigonometricMap
-from favorsharp.parameters import DENSE_EXPONENTIAL, Parameters
+from favorsharp.methods import TAKES_PROPOSALS, method_of
+from favorsharp.parameters import Parameters
 
 __all__ = ["FeatureMap", "PositiveFeatureMap", "feature_map"]
-
-_PAIRED = ("hyperbolic", "trig")
-"""Methods that make two features from each row, so that they take the first ceil(m / 2) rows of a draw."""
 
 
 @under_own_settings
@@ -68,42 +67,57 @@ def feature_map(
     if not isinstance(parameters, Parameters):
         raise TypeError(f"parameters must be favorsharp.Parameters (from fit), got {type(parameters).__name__}")
     m = check_integer("num_features", num_features, 1)
-    method, size = parameters.method, parameters.size
-    if method == "trig" and m % 2:
+    method = method_of(parameters.method)
+    if method.kind == "trigonometric" and m % 2:
         raise ValueError(
-            f"num_features must be even for method 'trig', whose features are cosine and sine pairs; got {m}"
+            f"num_features must be even for method {method.name!r}, whose features are cosine and sine pairs; got {m}"
         )
     if isinstance(draw, tuple):
         return _proposed(parameters, m, draw)
-    num_rows = -(-m // 2) if method in _PAIRED else m
+    num_rows = -(-m // 2) if method.paired else m
     if isinstance(draw, str):
         from favorsharp.draws import draw_rows  # loads NumPy, which `import favorsharp` must not
 
-        host: Any = draw_rows(draw, num_rows, size, rng)
+        rows: Any = draw_rows(draw, num_rows, parameters.size, rng)
     elif is_array(draw):
-        host = _given("draw", draw, parameters, (m, size))[:num_rows, :]
+        rows = _given("draw", draw, parameters, (m, parameters.size))[:num_rows, :]
     else:
         raise TypeError(
             "draw must be a name, an (m, d) array of rows or a pair (rows, log_weight) of arrays, "
             f"got {type(draw).__name__}"
         )
-    if method in ("poisson", "geometric"):
-        return DiscreteMap.from_rows(parameters, m, host)
-    rows = _placed(host, parameters)
-    if method == "trig":
-        return TrigonometricMap(parameters, m, rows)
-    if method == "hyperbolic":
-        rows = namespace_of(rows).concat([rows, -rows[: m - num_rows, :]], axis=0)
-    if method in DENSE_EXPONENTIAL:
-        return DenseExponentialMap.from_rows(parameters, m, rows)
-    return ElementwiseMap.from_rows(parameters, m, rows)
+    return _MAPS[method.kind](parameters, m, rows)
+
+
+def _dense_exponential(parameters: Parameters, m: int, rows: Any) -> FeatureMap:
+    rows = _placed(rows, parameters)
+    if method_of(parameters.method).paired:
+        rows = namespace_of(rows).concat([rows, -rows[: m - rows.shape[0], :]], axis=0)
+    return DenseExponentialMap.from_rows(parameters, m, rows)
+
+
+def _trigonometric(parameters: Parameters, m: int, rows: Any) -> FeatureMap:
+    return TrigonometricMap(parameters, m, _placed(rows, parameters))
+
+
+def _elementwise(parameters: Parameters, m: int, rows: Any) -> FeatureMap:
+    return ElementwiseMap.from_rows(parameters, m, _placed(rows, parameters))
+
+
+_MAPS: Mapping[str, Callable[[Parameters, int, Any], FeatureMap]] = {
+    "dense-exponential": _dense_exponential,
+    "trigonometric": _trigonometric,
+    "discrete": DiscreteMap.from_rows,
+    "elementwise": _elementwise,
+}
+"""For each kind of method: from parameters, m and rows, as they were drawn or given, to the map."""
 
 
 def _proposed(parameters: Parameters, m: int, draw: tuple[Any, ...]) -> FeatureMap:
     """A map whose rows the caller drew from a proposal of their own."""
-    if parameters.method not in DENSE_EXPONENTIAL or parameters.method in _PAIRED:
+    if not method_of(parameters.method).takes_proposals:
         raise ValueError(
-            "draw=(rows, log_weight) is for the dense-exponential methods (posrf oprf saderf aderf sderf optimal), "
+            f"draw=(rows, log_weight) is for the dense-exponential methods ({' '.join(TAKES_PROPOSALS)}), "
             f"got method {parameters.method_name!r}"
         )
     if len(draw) != 2:

@@ -16,7 +16,8 @@ from favorsharp._arrays import (
     under_own_settings,
 )
 from favorsharp._typing import Array
-from favorsharp.parameters import Parameters, astype, check_data, log_kernel_of, map_arrays
+from favorsharp._values import astype, map_arrays
+from favorsharp.parameters import Parameters, check_data, log_kernel_of
 
 
 @dataclass(frozen=True, eq=False, repr=False)

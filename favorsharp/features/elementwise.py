@@ -4,13 +4,13 @@ Their products do not estimate the kernel.
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
-from types import MappingProxyType
+from typing import Any
 
 from favorsharp._arrays import is_array, is_traced, namespace_of
 from favorsharp._typing import Array
 from favorsharp.features.base import PositiveFeatureMap
+from favorsharp.methods import method_of
 from favorsharp.parameters import Parameters
 
 
@@ -36,8 +36,9 @@ class ElementwiseMap(PositiveFeatureMap):
 
     def _log_query(self, x: Array) -> Array:
         projected = (x * math.sqrt(self.parameters.scale)) @ namespace_of(x).matrix_transpose(self.projection)
-        method = self.parameters.method
-        logarithm = _LOGARITHMS[method](projected) if isinstance(method, str) else _log(method(projected))
+        method: Any = self.parameters.method
+        known = method_of(method).logarithm
+        logarithm = _log(method(projected)) if known is None else known(projected)
         return logarithm - 0.5 * math.log(self.num_features)
 
     def _log_key(self, y: Array) -> Array:
@@ -50,17 +51,3 @@ def _log(features: Array) -> Array:
     if not is_traced(features) and bool(xp.any(features < 0)):
         raise ValueError("method must return non-negative features; the callable returned negative ones")
     return xp.where(features == 0, -xp.inf, xp.log(xp.where(features == 0, 1.0, features)))
-
-
-def _log_relu(z: Array) -> Array:
-    xp = namespace_of(z)
-    return xp.where(z <= 0, -xp.inf, xp.log(xp.where(z <= 0, 1.0, z)))
-
-
-def _log_elu(z: Array) -> Array:
-    """log(elu(z) + 1): z below zero, log(1 + z) above."""
-    xp = namespace_of(z)
-    return xp.where(z < 0, z, xp.log1p(xp.where(z < 0, 0.0, z)))
-
-
-_LOGARITHMS: MappingProxyType[str, Callable[[Array], Array]] = MappingProxyType({"relu": _log_relu, "elu": _log_elu})

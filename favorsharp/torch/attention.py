@@ -6,7 +6,7 @@ import torch
 
 from favorsharp._checks import check_flag, check_integer
 from favorsharp.linear_attention import linear_attention
-from favorsharp.parameters import Method
+from favorsharp.methods import MethodLike
 from favorsharp.torch.buffers import MapBuffers
 
 
@@ -57,7 +57,7 @@ class LinearAttention(MapBuffers):
         size: int,
         heads: int | None = None,
         *,
-        method: Method = "optimal",
+        method: MethodLike = "optimal",
         num_features: int = 256,
         draw: Any = "orthogonal",
         rng: Any = None,

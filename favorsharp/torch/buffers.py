@@ -12,16 +12,18 @@ from torch.nn import functional
 
 from favorsharp._arrays import is_array, is_traced, is_traced_by_mode, stamps_of, statistics_dtype
 from favorsharp._checks import check_choice, check_flag, check_integer
+from favorsharp._values import map_arrays
 from favorsharp.attention_moments import attention_moments
 from favorsharp.draws import DRAWS, draw_rows
 from favorsharp.exact import kernel_scale
 from favorsharp.features import FeatureMap, feature_map
+from favorsharp.fitting import fit
+from favorsharp.methods import DENSE_EXPONENTIAL, MethodLike, check_method, method_of
 from favorsharp.moments import Moments, moments
-from favorsharp.parameters import DENSE_EXPONENTIAL, Method, Parameters, check_method, fit, is_fitted, map_arrays
+from favorsharp.parameters import Parameters
 
 _PARAMETERS = ("a", "g1", "g2", "center_x", "center_y")
 _NUMBERS = ("projection", *_PARAMETERS)
-_SIGNED = ("trig", "poisson", "geometric")
 _ROUNDING = 1e-3
 """How far g1^T g2 may be from I, relative to |g1|^T |g2|; averaging a map with itself in float32 gives up to 6e-4."""
 _ANGLE = 5e-3
@@ -86,7 +88,7 @@ class MapBuffers(torch.nn.Module):
         size: int,
         heads: int | None = None,
         *,
-        method: Method = "optimal",
+        method: MethodLike = "optimal",
         num_features: int = 256,
         draw: Any = "orthogonal",
         rng: Any = None,
@@ -97,7 +99,7 @@ class MapBuffers(torch.nn.Module):
     ) -> None:
         super().__init__()
         check_method(method)
-        if method in _SIGNED:
+        if method_of(method).signed:
             raise ValueError(f"method {method!r} has signed features, which attention refuses; accepted: positive ones")
         self.size = check_integer("size", size, 1)
         self.heads = None if heads is None else check_integer("heads", heads, 1)
@@ -340,7 +342,7 @@ class MapBuffers(torch.nn.Module):
 
     def _set_initial_parameters(self) -> None:
         """Set the parameters to NaN, or, if the method needs no calibration, to those of the method."""
-        if is_fitted(self.method):
+        if method_of(self.method).is_fitted:
             for name in _PARAMETERS:
                 setattr(self, name, self.projection.new_full(self._shape(name), torch.nan))
             self._last_fault = None if self.projection.is_meta else self._not_calibrated()

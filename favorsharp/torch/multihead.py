@@ -8,7 +8,7 @@ from torch.nn import functional
 
 from favorsharp._checks import check_array, check_flag, check_integer
 from favorsharp.exact import softmax_attention
-from favorsharp.parameters import Method
+from favorsharp.methods import MethodLike
 from favorsharp.torch.attention import LinearAttention, without_autocast
 
 
@@ -60,7 +60,7 @@ class MultiheadAttention(torch.nn.Module):
         device: Any = None,
         dtype: torch.dtype | None = None,
         *,
-        method: Method = "optimal",
+        method: MethodLike = "optimal",
         num_features: int = 256,
         draw: Any = "orthogonal",
         rng: Any = None,

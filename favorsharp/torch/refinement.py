@@ -8,11 +8,13 @@ import torch
 
 from favorsharp._arrays import is_traced
 from favorsharp._checks import check_integer
+from favorsharp._values import astype
 from favorsharp.draws import draw_rows, generator
 from favorsharp.exact import softmax_attention
 from favorsharp.features import feature_map
 from favorsharp.linear_attention import linear_attention
-from favorsharp.parameters import DENSE_EXPONENTIAL, Parameters, astype
+from favorsharp.methods import TAKES_PROPOSALS, method_of
+from favorsharp.parameters import Parameters
 
 _CHECKS = 10
 """How many times the held-out error is computed."""
@@ -242,9 +244,9 @@ def _chosen(better: torch.Tensor, one: Parameters, other: Parameters) -> Paramet
 def _check_parameters(parameters: Any) -> None:
     if not isinstance(parameters, Parameters):
         raise TypeError(f"parameters must be favorsharp.Parameters (from fit), got {type(parameters).__name__}")
-    if parameters.method not in DENSE_EXPONENTIAL or parameters.method == "hyperbolic":
+    if not method_of(parameters.method).takes_proposals:
         raise ValueError(
-            f"refine takes parameters of posrf, oprf, saderf, aderf, sderf and optimal, got {parameters.method_name!r}"
+            f"refine takes parameters of {', '.join(TAKES_PROPOSALS)}, got method {parameters.method_name!r}"
         )
     if parameters.kernel != "softmax":
         raise ValueError(f"refine takes parameters of the softmax kernel, got {parameters.kernel!r}")

@@ -10,8 +10,9 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from favorsharp._checks import check_choice, check_integer
 from favorsharp.exact import softmax_attention
 from favorsharp.features import FeatureMap, feature_map
+from favorsharp.fitting import fit
 from favorsharp.linear_attention import decode_step, init_state, linear_attention, read, update
-from favorsharp.parameters import METHODS, Method, fit, is_fitted
+from favorsharp.methods import MethodLike, check_method, method_of
 from favorsharp.transformers.cache import StateLayer, layer_of
 from favorsharp.transformers.masks import Visible, compact_mask, read_mask
 from favorsharp.transformers.models import guard, label
@@ -54,7 +55,7 @@ class Registration:
     """
 
     name: str
-    method: Method
+    method: MethodLike
     num_features: int
     window: int
     draw: Any
@@ -75,7 +76,7 @@ REGISTERED: dict[str, Registration] = {}
 def register(
     name: str = "favorsharp",
     *,
-    method: Method = "optimal",
+    method: MethodLike = "optimal",
     num_features: int = 256,
     window: int = 0,
     draw: Any = "orthogonal",
@@ -127,9 +128,7 @@ def register(
         or (name in known and name not in REGISTERED)
     ):
         raise ValueError(f"name {name!r} means something to transformers already; accepted: any other, without / | @ :")
-    if method != EXACT and not callable(method):
-        positive = [m for m in METHODS if m not in ("trig", "poisson", "geometric")]
-        check_choice("method", method, (*positive, EXACT), also=", or a callable")
+    check_method(method, positive=True, also=(EXACT,))
     if isinstance(draw, str):
         check_choice("draw", draw, DRAWS, also=", an (m, d) array of rows, or a pair (rows, log_weight)")
     check_choice("calibration", calibration, ("input", "frozen"))
@@ -314,7 +313,7 @@ def map_for(
                 f"{label(module)} was calibrated with scaling {frozen.parameters.scale}, and called with {expected}"
             )
         return frozen
-    if is_fitted(registration.method):
+    if method_of(registration.method).is_fitted:
         why = None
         if registration.name in (getattr(getattr(module, "config", None), CALIBRATED, None) or ()):
             why = "the model was calibrated before it was saved, and its maps are not in the checkpoint: load_maps them"
@@ -365,7 +364,7 @@ class FrozenMaps(torch.nn.Module):
         self.by_name: dict[str, FeatureMap] = {}
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        from favorsharp.parameters import map_arrays
+        from favorsharp._values import map_arrays
 
         def moved(x: Tensor) -> Tensor:
             device = fn(torch.empty(0, device=x.device)).device

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from favorsharp.features import FeatureMap, feature_map
+from favorsharp.fitting import fit
 from favorsharp.moments import Moments, combine, moments
-from favorsharp.parameters import fit
 from favorsharp.storage import load, save
 from favorsharp.transformers.attention import (
     CALIBRATED,
@@ -225,6 +225,6 @@ def _freeze(module: Any, name: str, fm: FeatureMap) -> FeatureMap:
 
 def _without_batch(parameters: Any) -> Any:
     """Drop the batch axis of length 1, (1, heads, ., .) -> (heads, ., .), so that any batch size is accepted."""
-    from favorsharp.parameters import map_arrays
+    from favorsharp._values import map_arrays
 
     return map_arrays(parameters, lambda x: x[0] if x.ndim > 3 else x)

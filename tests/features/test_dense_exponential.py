@@ -6,7 +6,7 @@ import pytest
 from problems import attention_problem
 
 import favorsharp as fs
-from favorsharp.parameters import DENSE_EXPONENTIAL
+from favorsharp.methods import DENSE_EXPONENTIAL
 
 
 @pytest.mark.parametrize("kernel", ["softmax", "gaussian"])

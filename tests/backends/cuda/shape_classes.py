@@ -20,8 +20,8 @@ from host_module import SHARED_LIMITS, HostModule, Schedule, sanitizer, schedule
 from on_host import guarded, installed
 
 import favorsharp as fs
+from favorsharp._values import map_arrays
 from favorsharp.dispatch import OPS
-from favorsharp.parameters import map_arrays
 
 WIDER = {"float16": "float32", "bfloat16": "float32", "float32": "float32", "float64": "float64"}
 

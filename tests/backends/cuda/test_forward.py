@@ -11,12 +11,12 @@ from problems import attention_problem, key_mask
 
 import favorsharp as fs
 from favorsharp import dispatch, testing
+from favorsharp._values import astype
 from favorsharp.ops.attention import attention
 from favorsharp.ops.causal_attention import causal_attention
 from favorsharp.ops.exponential_features import exponential_features
 from favorsharp.ops.kernel_matvec import kernel_matvec
 from favorsharp.ops.state import decode_step, empty_state, read, update
-from favorsharp.parameters import astype
 from favorsharp_cuda import BACKEND, arrays, launch, plain, tiles
 from favorsharp_cuda.source import expression
 

@@ -23,8 +23,8 @@ from shape_classes import (
 )
 
 import favorsharp as fs
+from favorsharp._values import map_arrays
 from favorsharp.dispatch import OPS, watch
-from favorsharp.parameters import map_arrays
 from favorsharp.testing import check_backend, relative_error
 from favorsharp_cuda.launch import shared_room
 

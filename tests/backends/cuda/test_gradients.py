@@ -9,9 +9,9 @@ from problems import attention_problem, key_mask
 from shape_classes import Shape, has_gradients
 
 import favorsharp as fs
+from favorsharp._values import astype
 from favorsharp.features.map_gradients import MAP_ARRAYS, map_gradients
 from favorsharp.ops.vjp import attention_vjp, exponential_features_vjp
-from favorsharp.parameters import astype
 
 torch = pytest.importorskip("torch")
 from favorsharp_cuda import arrays, gradients, launch, vjp  # noqa: E402

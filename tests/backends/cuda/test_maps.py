@@ -9,7 +9,8 @@ import pytest
 from problems import attention_problem
 
 import favorsharp as fs
-from favorsharp.parameters import DENSE_EXPONENTIAL, map_arrays
+from favorsharp._values import map_arrays
+from favorsharp.methods import DENSE_EXPONENTIAL
 
 torch = pytest.importorskip("torch")
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402

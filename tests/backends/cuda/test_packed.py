@@ -8,8 +8,8 @@ from host_module import SCHEDULES, scheduled
 from problems import attention_problem, key_mask
 
 import favorsharp as fs
+from favorsharp._values import map_arrays
 from favorsharp.dispatch import watch
-from favorsharp.parameters import map_arrays
 
 pytestmark = [pytest.mark.own_backend, pytest.mark.usefixtures("used_on_host")]
 pytest.importorskip("cupy")

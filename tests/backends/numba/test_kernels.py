@@ -8,9 +8,9 @@ import pytest
 from problems import attention_problem, key_mask
 
 import favorsharp as fs
+from favorsharp._values import astype
 from favorsharp.dispatch import watch
 from favorsharp.ops.exponential_features import exponential_features
-from favorsharp.parameters import astype
 from favorsharp.testing import check_backend
 
 pytestmark = pytest.mark.own_backend

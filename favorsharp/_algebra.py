@@ -1,0 +1,144 @@
+"""Small matrices for the closed formulas: quadratic forms, balances, axes with fixed signs, Bessel functions."""
+
+import math
+
+from favorsharp._arrays import from_host, namespace_of, on_device_of
+from favorsharp._typing import Array
+
+
+def apply(g: Array, x: Array) -> Array:
+    """Return g x for points given as rows."""
+    return x @ namespace_of(g).matrix_transpose(g)
+
+
+def congruence(g: Array, s: Array) -> Array:
+    """The diagonal of g s g^T, shape (*b, 1, d)."""
+    xp = namespace_of(g)
+    return xp.matrix_transpose(xp.sum((g @ s) * g, axis=-1, keepdims=True))
+
+
+def diagonal(s: Array) -> Array:
+    """The diagonal, shape (*b, 1, d)."""
+    return namespace_of(s).linalg.diagonal(s)[..., None, :]
+
+
+def trace(s: Array) -> Array:
+    """The trace, shape (*b, 1, 1)."""
+    return row_sum(diagonal(s))
+
+
+def outer(x: Array, y: Array) -> Array:
+    """x^T y, shape (*b, d, d) for rows of shape (*b, n, d)."""
+    return namespace_of(x).matrix_transpose(x) @ y
+
+
+def row_sum(x: Array) -> Array:
+    """Sums along the last axis, which stays with length 1."""
+    return namespace_of(x).sum(x, axis=-1, keepdims=True)
+
+
+def identity(s1: Array, s2: Array) -> Array:
+    """The identity in the batch shape that the two sides broadcast to."""
+    xp = namespace_of(s1, s2)
+    like = xp.zeros_like(s1 + s2)
+    indices = xp.arange(s1.shape[-1], **on_device_of(like))
+    return like + xp.astype(indices[:, None] == indices[None, :], like.dtype)
+
+
+def zeros_row(matrix: Array) -> Array:
+    """Zeros of shape (*b, 1, d) for a (*b, d, d) array, in its dtype and on its device."""
+    return namespace_of(matrix).zeros_like(matrix[..., :1, :])
+
+
+def least_ridge(s: Array) -> float:
+    """The default relative ridge: 1e-6, or more if 1e-6 would be lost in the rounding of s."""
+    eps = float(namespace_of(s).finfo(s.dtype).eps)
+    return max(1e-6, 8 * int(s.shape[-1]) * eps)
+
+
+def regular(s: Array, other: Array, ridge: float) -> Array:
+    """Add a relative ridge to s; if s is zero, the ridge is relative to the other side, or to 1."""
+    own, borrowed = trace(s), trace(other)
+    xp = namespace_of(own, borrowed)
+    size = s.shape[-1]
+    measure = xp.where(own > 0, own, xp.where(borrowed > 0, borrowed, float(size))) / size
+    added = xp.where(own > 0, ridge * measure, (ridge or 1.0) * measure)
+    return s + identity(s, s) * added + tie_break(s, ridge) * measure
+
+
+def tie_break(s: Array, ridge: float) -> Array:
+    """A diagonal matrix of different entries, at most half of the default ridge; zeros without a ridge.
+
+    If the points do not span the space, the eigenvalues off their span are all equal to the ridge. Rounding would then
+    choose the axes there.
+    """
+    largest = 0.5 * min(ridge, least_ridge(s))
+    return identity(s, s) * from_host([largest * ((_GOLDEN * axis) % 1) for axis in range(s.shape[-1])], like=s)
+
+
+def principal(matrix: Array, ridge: float) -> tuple[Array, Array]:
+    """The eigenvalues (*b, 1, d) of a second moment, largest first and at least zero, and its axes as rows."""
+    xp = namespace_of(matrix)
+    matrix = matrix + tie_break(matrix, ridge) * (trace(matrix) / matrix.shape[-1])
+    values, axes = xp.linalg.eigh(matrix)
+    axes = xp.flip(xp.matrix_transpose(axes), axis=-2)
+    values = xp.flip(values, axis=-1)[..., None, :]
+    return xp.maximum(values, xp.zeros_like(values)), axes * signs(axes)
+
+
+def balance(s1: Array, s2: Array, ridge: float) -> tuple[Array, Array]:
+    """Return g1, g2 with g1^T g2 = I that map both second moments to the same diagonal matrix, largest entry first."""
+    xp = namespace_of(s1, s2)
+    root1, inverse1 = square_root(regular(s1, s2, ridge))
+    root2, _ = square_root(regular(s2, s1, ridge))
+    u, sigma, _ = xp.linalg.svd(root1 @ root2, full_matrices=False)
+    g1 = xp.sqrt(sigma)[..., :, None] * (xp.matrix_transpose(u) @ inverse1)
+    g1 = g1 * signs(g1)
+    # the formula for g2 gives the same matrix, but with the inverse g1^T g2 = I holds to rounding, and unbiased
+    # estimates need that
+    return g1, xp.matrix_transpose(xp.linalg.inv(g1))
+
+
+def square_root(s: Array) -> tuple[Array, Array]:
+    """The symmetric square root of a positive definite matrix and its inverse."""
+    xp = namespace_of(s)
+    values, axes = xp.linalg.eigh(s)
+    # rounding can leave an eigenvalue at or below zero; raise it to the smallest that the arithmetic resolves
+    floor = values[..., -1:] * float(xp.finfo(s.dtype).eps)
+    root = xp.sqrt(xp.maximum(values, floor))[..., None, :]
+    transposed = xp.matrix_transpose(axes)
+    return (axes * root) @ transposed, (axes / root) @ transposed
+
+
+_GOLDEN = (math.sqrt(5) - 1) / 2
+
+
+def signs(g: Array) -> Array:
+    """Signs, shape (*b, d, 1), that make the product of each row with a fixed irrational direction positive.
+
+    The usual choice, the sign of the largest entry, is not used: in a row such as (1, -1) two entries tie, and rounding
+    would decide.
+    """
+    xp = namespace_of(g)
+    direction = from_host([[0.5 + (_GOLDEN * (axis + 1)) % 1] for axis in range(g.shape[-1])], like=g)
+    ones = xp.ones_like(g[..., :1])
+    return xp.where(g @ direction < 0, -ones, ones)
+
+
+def bessel(z: Array) -> tuple[Array, Array]:
+    """Return log I0(z) and I1(z) / I0(z), z >= 0.
+
+    I0(z) is the mean over t of exp(z cos t), and I1(z) is the mean of cos t exp(z cos t). Up to z = 100 the trapezoid
+    rule with 64 nodes is exact to rounding; beyond that the asymptotic series has an error of less than 1e-8.
+    """
+    xp = namespace_of(z)
+    nodes = [math.cos((2 * j + 1) * math.pi / 128) for j in range(64)]
+    cosines = from_host(nodes, like=z)
+    small, large = xp.where(z < 100, z, 0.0), xp.where(z < 100, 100.0, z)
+    weights = xp.exp(small[..., None] * (cosines - 1))
+    mean = xp.mean(weights, axis=-1)
+    near = xp.log(mean), xp.mean(weights * cosines, axis=-1) / mean
+    x = 1 / large
+    series = xp.log1p(x / 8 + 9 / 128 * x**2 + 75 / 1024 * x**3) - 0.5 * xp.log(2 * math.pi * large)
+    far = series, 1 - x / 2 - x**2 / 8 - x**3 / 8
+    return z + xp.where(z < 100, near[0], far[0]), xp.where(z < 100, near[1], far[1])

@@ -1,0 +1,304 @@
+"""The public functions `fit`, `excess` and `log_second_moment`.
+
+`fit` goes from moments to parameters by the closed formulas of the methods (docs: theory).
+"""
+
+import math
+from dataclasses import fields, replace
+from typing import Any
+
+from favorsharp._algebra import least_ridge
+from favorsharp._arrays import (
+    cast,
+    compute_dtype,
+    dtype_name,
+    is_array,
+    is_traced,
+    named_dtype,
+    namespace_of,
+    statistics_dtype,
+    under_own_settings,
+)
+from favorsharp._checks import check_choice, check_floats, check_scale
+from favorsharp._chunks import is_chunked
+from favorsharp._typing import Array
+from favorsharp._values import astype
+from favorsharp.attention_moments import attention_moments
+from favorsharp.exact import kernel_scale, times_power
+from favorsharp.formulas import Statistics
+from favorsharp.methods import TABLE, MethodLike, check_method, method_of
+from favorsharp.moments import Moments, moments
+from favorsharp.parameters import Parameters, check_data
+
+
+def fit(
+    x: Array | Moments,
+    y: Array | None = None,
+    *,
+    method: MethodLike = "optimal",
+    kernel: str = "softmax",
+    scale: float | None = None,
+    axis: int | tuple[int, ...] = -2,
+    mask_x: Array | None = None,
+    mask_y: Array | None = None,
+    ridge: float | None = None,
+    enable_gqa: bool = False,
+    weighting: float | None = None,
+    is_causal: bool = False,
+) -> Parameters:
+    """Compute the parameters of a feature map by the closed formula of the method.
+
+    `fit(x, y, ...)` takes queries and keys; `fit(moments, ...)` takes moments that were gathered before. The estimate
+    is unbiased for any data; the fit lowers its variance for data like those it was fitted to.
+
+    Parameters
+    ----------
+    x : array, shape (*b, n, d), or Moments
+        Queries, not scaled.
+    y : array, shape (*b, s, d)
+        Keys, not scaled.
+    method : str or callable
+        `posrf` (FAVOR+), `oprf` (FAVOR++), `saderf`, `aderf`, `sderf` (FAVOR#), or `optimal`, which has the smallest
+        excess of all these; `hyperbolic`; the signed methods `trig`, `poisson` and `geometric`; `relu` and `elu`, which
+        do not estimate the kernel; or a callable that maps projected inputs elementwise to non-negative features.
+    kernel : {"softmax", "gaussian"}
+        exp(scale x.y), or exp(-scale |x - y|^2 / 2).
+    scale : float, optional
+        Positive and finite. None means d**-0.5 for softmax and 1 for Gaussian.
+    axis, mask_x, mask_y, enable_gqa
+        As in `moments`.
+    ridge : float, optional
+        Makes it possible to fit constant columns, one-hot data, or fewer points than coordinates. The diagonal of a
+        second moment S is increased by ridge * tr(S) / d, and by up to half as much again, differently for each
+        coordinate. None means 1e-6, or more if only float32 is available; 0 means no ridge.
+    weighting : float, optional
+        If given, each pair of query and key is weighted by its attention to this power, so that the fit is best where
+        attention is large; 0.5 to 1 are good choices. Without it, all pairs have equal weight. The weights take time
+        O(n s d), so pass a calibration sample. The result is that of
+        `fit(attention_moments(x, y, weighting=...))`.
+    is_causal : bool
+        With a weighting: pairs in which the key comes after the query have weight 0.
+
+    Returns
+    -------
+    parameters : Parameters
+        In the dtype of the data, widened to at least float32; computed in float64 if the device has it.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If an argument is not as described, or the data hold values that are not finite.
+
+    Examples
+    --------
+    >>> import numpy as np, favorsharp as fs
+    >>> q, k = np.random.default_rng(0).standard_normal((2, 8, 2, 64, 4))
+    >>> fs.fit(q, k, axis=(0, -2))  # one fit for each of two heads
+    Parameters(method='optimal', kernel='softmax', scale=0.5, d=4, batch=(1, 2), dtype='float64')
+    >>> fs.fit(fs.moments(q, k), method="oprf", kernel="gaussian")  # from moments
+    Parameters(method='oprf', kernel='gaussian', scale=1, d=4, batch=(8, 2), dtype='float64')
+    """
+    return fit_named(
+        ("x", "y"),
+        x,
+        y,
+        method=method,
+        kernel=kernel,
+        scale=scale,
+        ridge=ridge,
+        axis=axis,
+        mask_x=mask_x,
+        mask_y=mask_y,
+        enable_gqa=enable_gqa,
+        weighting=weighting,
+        is_causal=is_causal,
+    )
+
+
+@under_own_settings
+def fit_named(
+    names: tuple[str, str],
+    x: Array | Moments,
+    y: Array | None,
+    *,
+    method: MethodLike,
+    kernel: str,
+    scale: float | None,
+    ridge: float | None = None,
+    weighting: float | None = None,
+    is_causal: bool = False,
+    **gathering: Any,
+) -> Parameters:
+    """`fit`, with error messages that use the caller's names for the data."""
+    check_method(method)
+    check_choice("kernel", kernel, ("softmax", "gaussian"))
+    if isinstance(x, Moments):
+        defaults = {"y": None, "axis": -2, "mask_x": None, "mask_y": None, "enable_gqa": False}
+        defaults |= {"weighting": None, "is_causal": False}
+        values = {"y": y, **gathering, "weighting": weighting, "is_causal": is_causal}
+        given = [name for name, value in values.items() if is_array(value) or value != defaults[name]]
+        if given:
+            raise TypeError(f"fit(moments) takes no {', '.join(given)}: the moments have them in")
+        data = _known(x)
+        near = scale
+    elif y is None:
+        raise TypeError("fit takes queries and keys, or one Moments: y is missing")
+    else:
+        x, y, near = _in_range(x, y, scale)
+        if weighting is not None:
+            data = attention_moments(
+                x, y, weighting=weighting, kernel=kernel, scale=near, is_causal=is_causal, **gathering
+            )
+        elif is_causal:
+            raise ValueError("is_causal=True says which pairs a weighting counts; accepted with weighting=...")
+        else:
+            data = _known(moments(x, y, **gathering))
+    for name, mean, covariance in zip(
+        names, (data.mean_x, data.mean_y), (data.covariance_x, data.covariance_y), strict=True
+    ):
+        if not is_traced(covariance):
+            xp = namespace_of(covariance)
+            if not bool(xp.all(xp.isfinite(mean)) & xp.all(xp.isfinite(covariance))):
+                raise ValueError(
+                    f"{name} holds values that are not finite (or whose squares are not): cannot fit to them"
+                )
+    scale, near = kernel_scale(kernel, scale, data.size), kernel_scale(kernel, near, data.size)
+    cross = None if data.cross is None else data.cross * near
+    statistics = Statistics(*_scaled(data, near), ridge=_ridge(ridge, data), cross=cross)
+    values = {name: _restore(value, data) for name, value in method_of(method).fit(statistics).items()}
+    return Parameters(method=method, kernel=kernel, scale=scale, **values)
+
+
+def _in_range(x: Array, y: Array, scale: float | None) -> tuple[Array, Array, float | None]:
+    """The points and the scale; if only float32 is available, in a unit in which squares do not leave its range."""
+    if scale is None or is_chunked(x, y):
+        return x, y, scale
+    check_floats(x=x, y=y)
+    wide = statistics_dtype(x)
+    if dtype_name(wide) == "float64":
+        return x, y, scale
+    scale = check_scale(scale, 1.0)
+    power = math.frexp(scale)[1] // 2
+    return times_power(cast(x, wide), power), times_power(cast(y, wide), power), math.ldexp(scale, -2 * power)
+
+
+def _known(data: Moments) -> Moments:
+    """The moments, with dask arrays computed to NumPy arrays: a fit needs the values, and they are small."""
+    if not is_chunked(data.mean_x):
+        return data
+    import dask
+
+    names = [field.name for field in fields(data) if field.name != "dtype"]
+    return replace(data, **dict(zip(names, dask.compute(*(getattr(data, name) for name in names)), strict=True)))
+
+
+@under_own_settings
+def excess(parameters: Parameters, x: Array, y: Array) -> Array:
+    """The mean over all pairs of log E[(f1 f2)^2] - 2 log K; it is 0 for features without variance.
+
+    It is computed from moments in time O((n + s) d^2), without a loop over pairs.
+
+    Parameters
+    ----------
+    parameters : Parameters
+        The parameters of a dense-exponential method, `hyperbolic` or `poisson`.
+    x : array, shape (*b, n, d)
+    y : array, shape (*b, s, d)
+
+    Returns
+    -------
+    array, shape (*b)
+
+    Raises
+    ------
+    TypeError, ValueError
+        If an argument is not as described; if the mean of the method's second moment has no closed form (`trig`,
+        `geometric`); or if the method does not estimate the kernel.
+
+    Examples
+    --------
+    >>> import numpy as np, favorsharp as fs
+    >>> q, k = np.random.default_rng(0).standard_normal((2, 64, 4))
+    >>> optimal, posrf = (fs.excess(fs.fit(q, k, method=method), q, k) for method in ("optimal", "posrf"))
+    >>> bool(optimal < posrf)
+    True
+    """
+    xp = check_data(parameters, x=x, y=y)
+    near_x, near_y, near = _in_range(x, y, parameters.scale)
+    data = moments(near_x, near_y)
+    p = replace(astype(parameters, data.mean_x.dtype), scale=check_scale(near, 1.0))
+    formula = method_of(p.method).excess
+    if formula is None:
+        known = [name for name, record in TABLE.items() if record.excess is not None]
+        raise ValueError(
+            f"excess is known in closed form for {', '.join(known)}, got method {p.method_name!r}; for trig and "
+            "geometric average log_second_moment over a sample"
+        )
+    value = formula(p, data)
+    return cast(value[..., 0, 0], compute_dtype(xp, x, y))
+
+
+@under_own_settings
+def log_second_moment(parameters: Parameters, x: Array, y: Array) -> Array:
+    """The logarithm of the second moment E[(f1(x) f2(y))^2] of one feature, for every pair of small inputs.
+
+    The variance of one feature's estimate is exp(log_second_moment) - K^2 (arXiv 2302.00787, theorem 4.1).
+
+    Parameters
+    ----------
+    parameters : Parameters
+        The parameters of any method except `relu`, `elu` and callables. For `trig`, one feature is a pair of cosine
+        and sine.
+    x : array, shape (*b, n, d)
+    y : array, shape (*b, s, d)
+
+    Returns
+    -------
+    array, shape (*b, n, s)
+
+    Raises
+    ------
+    TypeError, ValueError
+        If an argument is not as described, or the method does not estimate the kernel.
+
+    Examples
+    --------
+    >>> import numpy as np, favorsharp as fs
+    >>> q, k = np.random.default_rng(0).standard_normal((2, 64, 4))
+    >>> log_moment = fs.log_second_moment(fs.fit(q, k), q, k)
+    >>> log_moment.shape
+    (64, 64)
+    >>> bool((log_moment >= 2 * np.log(fs.kernel_matrix(q, k))).all())  # no variance is negative
+    True
+    """
+    xp = check_data(parameters, x=x, y=y)
+    p = astype(parameters, statistics_dtype(x))
+    formula = method_of(p.method).log_second_moment
+    if formula is None:
+        raise ValueError(
+            f"method {p.method_name!r} does not estimate the kernel: its features have no second moment to give"
+        )
+    dtype = compute_dtype(xp, x, y)
+    value = formula(p, cast(x, p.g1.dtype), cast(y, p.g1.dtype))
+    return cast(value, dtype)
+
+
+def _scaled(data: Moments, scale: float) -> tuple[Array, Array, Array, Array]:
+    root = math.sqrt(scale)
+    return data.mean_x * root, data.mean_y * root, data.covariance_x * scale, data.covariance_y * scale
+
+
+def _ridge(ridge: Any, data: Moments) -> float:
+    """The relative ridge: the one that the caller gave, or else the default of `least_ridge`."""
+    if ridge is None:
+        return least_ridge(data.covariance_x)
+    if isinstance(ridge, bool) or not isinstance(ridge, int | float):
+        raise TypeError(f"ridge must be None or a finite number of 0 or more, got {type(ridge).__name__}")
+    if not (math.isfinite(ridge) and ridge >= 0):
+        raise ValueError(f"ridge must be None or a finite number of 0 or more, got {ridge}")
+    return float(ridge)
+
+
+def _restore(value: Array, data: Moments) -> Array:
+    """A fitted value in the dtype of the data."""
+    return cast(value, named_dtype(namespace_of(value), data.dtype))

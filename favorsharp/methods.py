@@ -1,0 +1,154 @@
+"""The methods by name, one record each. Every list of methods in the library is derived from these records."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from favorsharp import formulas
+from favorsharp._checks import check_choice
+from favorsharp._typing import Array, Elementwise
+from favorsharp.moments import Moments
+from favorsharp.parameters import Parameters
+
+MethodLike = str | Elementwise
+"""What the public functions take as `method`: a name, or a callable from projected inputs to non-negative features."""
+
+Kind = Literal["dense-exponential", "trigonometric", "discrete", "elementwise"]
+
+
+@dataclass(frozen=True)
+class Method:
+    """What the library knows about a method.
+
+    Attributes
+    ----------
+    name : str
+    title : str
+        The name that papers use.
+    kind : str
+        The kind of features, by which `feature_map` chooses the class of the map.
+    fit : callable
+        From `formulas.Statistics` to the values of `Parameters`.
+    paired : bool
+        Whether each random row makes two features.
+    signed : bool
+        Whether features can be negative. Attention takes only positive ones.
+    log_second_moment : callable, optional
+        From parameters and unscaled points (*b, n, d), (*b, s, d) to log E[(f1 f2)^2] of one feature, (*b, n, s). Only
+        methods that estimate the kernel have it.
+    excess : callable, optional
+        From parameters and the moments of unscaled points to the excess, (*b, 1, 1), if that has a closed form.
+    logarithm : callable, optional
+        Elementwise methods only: from projected inputs to the logarithms of the features.
+    """
+
+    name: str
+    title: str
+    kind: Kind
+    fit: Callable[[formulas.Statistics], formulas.Values]
+    paired: bool = False
+    signed: bool = False
+    log_second_moment: Callable[[Parameters, Array, Array], Array] | None = None
+    excess: Callable[[Parameters, Moments], Array] | None = None
+    logarithm: Callable[[Array], Array] | None = None
+
+    @property
+    def is_fitted(self) -> bool:
+        """Whether the parameters depend on the data."""
+        return self.fit is not formulas.plain
+
+    @property
+    def estimates_kernel(self) -> bool:
+        """Whether the mean of the features' products over draws is the kernel."""
+        return self.log_second_moment is not None
+
+    @property
+    def takes_proposals(self) -> bool:
+        """Whether `feature_map` takes rows and log weights from any proposal."""
+        return self.kind == "dense-exponential" and not self.paired
+
+
+def _dense(
+    name: str, title: str, fit: Callable[[formulas.Statistics], formulas.Values], *, paired: bool = False
+) -> Method:
+    """A method whose features are exp(rows.u + row + column)."""
+    return Method(
+        name,
+        title,
+        "dense-exponential",
+        fit,
+        paired=paired,
+        log_second_moment=formulas.dense_second_moment,
+        excess=formulas.dense_excess,
+    )
+
+
+_RECORDS = (
+    _dense("posrf", "FAVOR+ (arXiv 2009.14794)", formulas.plain),
+    _dense("oprf", "FAVOR++ (arXiv 2205.15317)", formulas.oprf),
+    _dense("saderf", "FAVOR#, SADERF (arXiv 2302.00787)", formulas.saderf),
+    _dense("aderf", "FAVOR#, ADERF (arXiv 2302.00787)", formulas.aderf),
+    _dense("sderf", "FAVOR#, SDERF (arXiv 2302.00787)", formulas.sderf),
+    _dense("optimal", "the best of the dense-exponential family (docs: theory)", formulas.optimal),
+    Method(
+        "trig",
+        "random Fourier features (Rahimi and Recht 2007)",
+        "trigonometric",
+        formulas.plain,
+        paired=True,
+        signed=True,
+        log_second_moment=formulas.trig_second_moment,
+    ),
+    _dense("hyperbolic", "hyperbolic features (arXiv 2009.14794)", formulas.plain, paired=True),
+    Method(
+        "poisson",
+        "Chefs' Random Tables, Poisson (arXiv 2205.15317)",
+        "discrete",
+        formulas.poisson,
+        signed=True,
+        log_second_moment=formulas.poisson_second_moment,
+        excess=formulas.poisson_excess,
+    ),
+    Method(
+        "geometric",
+        "Chefs' Random Tables, geometric (arXiv 2205.15317)",
+        "discrete",
+        formulas.geometric,
+        signed=True,
+        log_second_moment=formulas.geometric_second_moment,
+    ),
+    Method("relu", "relu of projections", "elementwise", formulas.plain, logarithm=formulas.log_relu),
+    Method("elu", "elu + 1 of projections", "elementwise", formulas.plain, logarithm=formulas.log_elu),
+)
+
+_OF_CALLABLES = Method("callable", "a function of the caller", "elementwise", formulas.plain)
+
+# a plain dict, because torch.compile cannot read a mapping proxy in a function that has written to any dict
+TABLE: Mapping[str, Method] = {record.name: record for record in _RECORDS}
+"""The record of each method by name."""
+
+METHODS = tuple(TABLE)
+"""The names that `fit` accepts."""
+
+SIGNED = tuple(name for name, record in TABLE.items() if record.signed)
+"""Methods whose features can be negative; attention refuses them."""
+
+POSITIVE = tuple(name for name, record in TABLE.items() if not record.signed)
+"""Methods that attention takes."""
+
+DENSE_EXPONENTIAL = tuple(name for name, record in TABLE.items() if record.kind == "dense-exponential")
+"""Methods whose features are exp(rows.u + row + column)."""
+
+TAKES_PROPOSALS = tuple(name for name, record in TABLE.items() if record.takes_proposals)
+"""Methods that `compare` and `suggest` try, and that `refine` and proposals of the caller work with."""
+
+
+def method_of(method: MethodLike) -> Method:
+    """The record of a method that was checked: of a name, or the one that all callables share."""
+    return TABLE[method] if isinstance(method, str) else _OF_CALLABLES
+
+
+def check_method(method: Any, *, positive: bool = False, also: tuple[str, ...] = ()) -> None:
+    """Raise unless method is a callable, a known name (of a method with positive features), or one of `also`."""
+    if not callable(method):
+        check_choice("method", method, (*(POSITIVE if positive else METHODS), *also), also=", or a callable")
