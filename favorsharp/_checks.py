@@ -190,6 +190,32 @@ def check_choice(name: str, value: Any, known: Iterable[str], also: str = "") ->
     return value
 
 
+def check_attention(
+    q: Array, k: Array, v: Array, *, is_causal: bool, key_mask: Array | None, enable_gqa: bool
+) -> tuple[Namespace, int]:
+    """Check the arguments that all attention functions share; return the namespace and the query heads per key head."""
+    xp = check_floats(q=q, k=k, v=v)
+    check_points("q", q, "(*b, n, d)")
+    check_points("k", k, "(*b, s, d)")
+    check_points("v", v, "(*b, s, e)")
+    check_same_size("d", q=(-1, q.shape[-1]), k=(-1, k.shape[-1]))
+    check_same_size("s", k=(-2, k.shape[-2]), v=(-2, v.shape[-2]))
+    check_mask("key_mask", key_mask, "(*b, s)", k=k)
+    group = check_group(check_flag("enable_gqa", enable_gqa), q, k)
+    if group > 1 and (v.ndim < 3 or v.shape[-3] not in (1, k.shape[-3])):
+        raise ValueError(
+            f"enable_gqa needs v to have the heads of k: v has shape {tuple(v.shape)}, k has {tuple(k.shape)}"
+        )
+    heads = (*q.shape[:-3], k.shape[-3]) if group > 1 else q.shape[:-2]
+    check_broadcast("q (*b, n, d), k (*b, s, d), v (*b, s, e)", q=heads, k=k.shape[:-2], v=v.shape[:-2])
+    if check_flag("is_causal", is_causal) and q.shape[-2] != k.shape[-2]:
+        raise ValueError(
+            f"is_causal needs as many queries as keys: q has n={q.shape[-2]}, k has s={k.shape[-2]}; "
+            "to go on after a prefix, pass its state"
+        )
+    return xp, group
+
+
 def check_group(enable_gqa: bool, q: Array, k: Array, names: tuple[str, str] = ("q", "k")) -> int:
     """The number of query heads that share a key head; 1 without `enable_gqa`."""
     if not enable_gqa:

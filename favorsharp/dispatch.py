@@ -37,7 +37,6 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, ParamSpec, TypeVar, cast
-from weakref import WeakKeyDictionary
 
 from favorsharp._arrays import (
     FLOATS,
@@ -46,10 +45,7 @@ from favorsharp._arrays import (
     is_array,
     is_followed,
     library_of,
-    mode_of_library,
     needs_gradient,
-    signature_of,
-    stamps_of,
     under_own_settings,
 )
 from favorsharp._typing import Array
@@ -62,6 +58,7 @@ __all__ = [
     "Backend",
     "BackendUnavailable",
     "Explanation",
+    "Implementation",
     "Kernel",
     "Op",
     "Request",
@@ -183,12 +180,7 @@ class Kernel:
     op : str
         The op's name.
     target : str
-        ``"module:function"``; the function has the signature of the op. It may have three attributes. `plan`, for
-        decode_step, takes the arguments of a first call, and returns a function for calls with the same shapes, dtypes
-        and memory layouts, or None. `packed`, for attention, causal attention and attention_vjp, takes the bounds of
-        packed sequences after the map; it returns no state, and is as differentiable as the function. `takes_out`, for
-        attention and causal attention, says that the function and its `packed` take an array for the result as `out`,
-        and return that array if they wrote to it.
+        ``"module:function"``; the function has the signature of the op.
     libraries, devices, dtypes, families : frozenset of str
         The values of a `Request` that the kernel accepts.
     differentiable : bool
@@ -196,6 +188,16 @@ class Kernel:
     traceable : bool
         Whether the kernel runs on arrays without values, under `torch.compile`, `torch.func` transforms or `jax.jit`,
         and as operations that modes of torch see.
+    packed : str, optional
+        For attention, causal_attention and attention_vjp: ``"module:function"``, the same for packed sequences. The
+        function takes their bounds, a list of integers, after the map. It returns no state, and is differentiable if
+        the kernel is.
+    plan : str, optional
+        For decode_step: ``"module:function"``. The function takes the arguments of a first call. It returns a function
+        for calls whose arrays have the same shapes, dtypes and memory layouts, or None if there is none.
+    takes_out : bool
+        For attention and causal_attention: whether the function, and `packed`, take an array for the result as `out`.
+        They return that array if they wrote to it.
     """
 
     op: str
@@ -206,10 +208,15 @@ class Kernel:
     families: frozenset[str] = frozenset({"exponential"})
     differentiable: bool = False
     traceable: bool = False
+    packed: str | None = None
+    plan: str | None = None
+    takes_out: bool = False
 
     def __post_init__(self) -> None:
-        if not all(self.target.partition(":")):
-            raise ValueError(f"target must read 'module:function', got {self.target!r}")
+        for name in ("target", "packed", "plan"):
+            value = getattr(self, name)
+            if value is not None and not all(value.partition(":")):
+                raise ValueError(f"{name} must read 'module:function', got {value!r}")
         for name in ("libraries", "devices", "dtypes", "families"):
             value = getattr(self, name)
             if isinstance(value, str):
@@ -233,6 +240,16 @@ class Kernel:
         if request.gradient and not self.differentiable:
             return "gradients"
         return None
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """What runs an op: a function, and what else its kernel declares (see `Kernel`)."""
+
+    run: Callable[..., Any]
+    packed: Callable[..., Any] | None = None
+    plan: Callable[..., Any] | None = None
+    takes_out: bool = False
 
 
 @dataclass(frozen=True)
@@ -291,23 +308,31 @@ DIFFERENTIABLE = ("exponential_features", "attention", "causal_attention", "kern
 """The ops that the bundled backends implement for torch's autograd, in their modules `torch_ops`."""
 TRACEABLE = ("update", "read", "decode_step")
 """The ops that `torch_ops` of a traceable backend has too: for traced calls, and for calls that record gradients."""
+PACKED = ("attention", "causal_attention", "attention_vjp")
+"""The ops whose modules also have a function for packed sequences, named like the op with `_packed` behind it."""
+WITH_OUT = ("attention", "causal_attention")
+"""The ops whose functions take `out`."""
 
 
 def bundled_kernels(
-    package: str, library: str, device: str, dtypes: Iterable[str], *, traceable: bool = False
+    package: str, library: str, device: str, dtypes: Iterable[str], *, traceable: bool = False, plans: bool = False
 ) -> tuple[Kernel, ...]:
     """The kernels of a bundled backend: for the arrays of one library, and for torch tensors on the same device.
 
     With `traceable`, the kernels for torch's autograd also run on tensors without values, and `torch_ops` also has
-    kernels for the ops of states.
+    kernels for the ops of states. With `plans`, the module of decode_step has a function `decode_step_plan`.
     """
 
     def kernel(
         op: str, module: str, library: str, *, differentiable: bool = False, traceable: bool = False
     ) -> Kernel:  # fmt: skip
+        target = f"{package}.{module}:{op}"
         return Kernel(
             op=op,
-            target=f"{package}.{module}:{op}",
+            target=target,
+            packed=f"{target}_packed" if op in PACKED else None,
+            plan=f"{target}_plan" if op == "decode_step" and plans else None,
+            takes_out=op in WITH_OUT,
             libraries=frozenset({library}),
             devices=frozenset({device}),
             dtypes=frozenset(dtypes),
@@ -371,6 +396,22 @@ def _function(target: str) -> Callable[..., Any] | str:
     return cast(Callable[..., Any], function)
 
 
+@functools.cache
+def _implementation(kernel: Kernel) -> Implementation | str:
+    """What a kernel declares, imported; or the reason why it cannot be imported."""
+    run, packed, plan = (
+        None if target is None else _function(target) for target in (kernel.target, kernel.packed, kernel.plan)
+    )
+    for found in (run, packed, plan):
+        if isinstance(found, str):
+            return found
+    return Implementation(run, packed, plan, kernel.takes_out)  # type: ignore[arg-type]  # none of them is a string
+
+
+_generation = 0
+"""How often `rediscover` was called."""
+
+
 def backends() -> Mapping[str, Backend]:
     """Every installed backend by name: the bundled ones in the order in which they are tried, then the others."""
     return {name: _backend(name) for name in _entry_points()}
@@ -378,9 +419,10 @@ def backends() -> Mapping[str, Backend]:
 
 def rediscover() -> None:
     """Forget which backends were found, loaded and chosen, so that they are looked up again."""
-    for cached in (_entry_points, _backend, _function, _parse, _choose):
+    for cached in (_entry_points, _backend, _function, _implementation, _parse, _choose):
         cached.cache_clear()
-    _settled.clear()
+    global _generation
+    _generation += 1
 
 
 def _is_ours(point: "EntryPoint") -> bool:
@@ -499,12 +541,19 @@ def _check_names(names: Iterable[str], source: str) -> None:
             raise ValueError(f"{source}: backend {name!r} is unknown; known: {', '.join(_known())}")
 
 
+def circumstances() -> Hashable | None:
+    """What a choice depends on apart from the request; None while `watch` records, so that each call is recorded."""
+    if _calls.get() is not None:
+        return None
+    return _wish.get(), os.environ.get(VARIABLE), _generation
+
+
 # The choice ----------------------------------------------------------------------------------------------------------
 
 
 class _Choice(NamedTuple):
     name: str | None
-    target: str | None
+    kernel: Kernel | None
     reasons: tuple[tuple[str, str], ...]
 
 
@@ -521,7 +570,7 @@ def _choose(request: Request, names: tuple[str, ...]) -> _Choice:
             return _Choice(name, None, tuple(reasons))
         kernel, reason = _offer(_backend(name), request)
         if kernel is not None:
-            return _Choice(name, kernel.target, tuple(reasons))
+            return _Choice(name, kernel, tuple(reasons))
         reasons.append((name, reason))
     return _Choice(None, None, tuple(reasons))
 
@@ -536,10 +585,10 @@ def _offer(backend: Backend, request: Request) -> tuple[Kernel | None, str]:
     for kernel in kernels:
         reason = kernel.why_not(request)
         if reason is None:
-            function = _function(kernel.target)
-            if not isinstance(function, str):
+            found = _implementation(kernel)
+            if not isinstance(found, str):
                 return kernel, ""
-            reason = function
+            reason = found
         reasons.append(reason)
     return None, " / ".join(dict.fromkeys(reasons)) or f"op {request.op}"
 
@@ -569,16 +618,17 @@ def _decide_while_tracing(latest_wish: tuple[str, ...], *request: Any) -> tuple[
         choice = _decide(Request(*request))
     except BackendUnavailable as error:
         return None, str(error)
-    if choice.name is not None and choice.target is not None:
-        for target in {kernel.target for kernel in _backend(choice.name).kernels if kernel.traceable}:
-            function = _function(target)
-            if not isinstance(function, str):
-                _loaded[target] = function
-    return choice.target, None
+    if choice.name is None or choice.kernel is None:
+        return None, None
+    for kernel in _backend(choice.name).kernels:
+        found = _implementation(kernel) if kernel.traceable else ""
+        if not isinstance(found, str):
+            _loaded[kernel.target] = found
+    return choice.kernel.target, None
 
 
-_loaded: dict[str, Callable[..., Any]] = {}
-"""The kernels that traced calls run, by target."""
+_loaded: dict[str, Implementation] = {}
+"""The implementations that traced calls run, by target."""
 
 # What torch.compiler.assume_constant_result does, without importing torch.
 _decide_while_tracing._dynamo_marked_constant = True  # type: ignore[attr-defined]
@@ -614,6 +664,7 @@ class Op(Generic[P, R]):
         functools.update_wrapper(self, reference)
         self.name = reference.__name__
         self.reference = under_own_settings(reference)
+        self._own = Implementation(self.reference)
         other = OPS.setdefault(self.name, self)
         if other.reference.__module__ != reference.__module__:
             raise ValueError(
@@ -623,9 +674,9 @@ class Op(Generic[P, R]):
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         """Run the implementation that the arguments, `use` and the environment choose."""
-        return self.implementation(*args, **kwargs)(*args, **kwargs)
+        return cast(R, self.implementation(*args, **kwargs).run(*args, **kwargs))
 
-    def implementation(self, *args: P.args, **kwargs: P.kwargs) -> Callable[P, R]:
+    def implementation(self, *args: P.args, **kwargs: P.kwargs) -> Implementation:
         """The implementation that a call with these arguments runs."""
         request = request_of(self.name, *args, *kwargs.values())
         if request.traced:
@@ -641,85 +692,16 @@ class Op(Generic[P, R]):
             )
             if error is not None:
                 raise BackendUnavailable(error)
-        else:
-            target = _decide(request).target
-        if target is None:
-            return self.reference
-        found = _loaded[target] if request.traced else _function(target)
-        return cast(Callable[P, R], found)  # `_decide` chose it, so it could be imported
+            return self._own if target is None else _loaded[target]
+        kernel = _decide(request).kernel
+        # a kernel that was chosen could be imported
+        return self._own if kernel is None else cast(Implementation, _implementation(kernel))
 
     def __repr__(self) -> str:
         return f"<favorsharp op {self.name}>"
 
     def __reduce__(self) -> str:
         return self.name
-
-
-# Repeated calls ------------------------------------------------------------------------------------------------------
-
-_settled: WeakKeyDictionary[Any, dict[Hashable, Any]] = WeakKeyDictionary()
-"""For each feature map and `call_signature`: the implementation and the prepared map that an earlier call used.
-
-Checks and choice take longer than the arithmetic of one token. A signature holds everything that they depend on, so a
-call with a known signature skips them.
-"""
-
-MOST_SETTLED = 64
-"""Signatures remembered for each map; when there are more, for example as lengths vary, the oldest is forgotten."""
-
-
-class Known:
-    """A part of a signature that one call passes on to the next; its hash is computed once."""
-
-    __slots__ = ("_hash", "parts")
-
-    def __init__(self, parts: Hashable) -> None:
-        self.parts, self._hash = parts, hash(parts)
-
-    def __hash__(self) -> int:
-        return self._hash
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Known) and self.parts == other.parts
-
-
-def call_signature(
-    feature_map: Any, *arguments: object, with_layout: bool = False, known: Hashable = ()
-) -> tuple[Hashable, ...] | None:
-    """A key that holds everything that the checks and the choice of a call depend on; None if there is no such key.
-
-    With `with_layout` it includes how arrays lie in memory. `known` is the signature of further arguments.
-    """
-    mode = mode_of_library()
-    if mode is None or known is None or _calls.get() is not None:
-        return None
-    held = getattr(feature_map, "arrays", None)  # read after the mode: compilers cannot trace a cached property
-    if held is None:
-        return None
-    signature: list[Hashable] = [mode, _wish.get(), os.environ.get(VARIABLE), stamps_of(held), known]
-    for x in arguments:
-        part = signature_of(x, with_layout=with_layout)
-        if part is None:
-            return None
-        signature.append(part)
-    return tuple(signature)
-
-
-def recall(feature_map: Any, signature: tuple[Hashable, ...] | None) -> tuple[Any, Any] | None:
-    """The implementation and the prepared map of an earlier call with this map and signature, or None."""
-    known = _settled.get(feature_map) if signature is not None else None
-    found = None if known is None else known.get(signature)
-    return None if found is None else (found[0], feature_map if found[1] is None else found[1])
-
-
-def settle(feature_map: Any, signature: tuple[Hashable, ...] | None, implementation: Any, prepared: Any) -> None:
-    """Remember the implementation and the prepared map of a call with this map and signature."""
-    if signature is None:
-        return
-    known = _settled.setdefault(feature_map, {})
-    while len(known) >= MOST_SETTLED:
-        known.pop(next(iter(known)), None)
-    known[signature] = implementation, None if prepared is feature_map else prepared  # so that the map can be freed
 
 
 # Explanations --------------------------------------------------------------------------------------------------------

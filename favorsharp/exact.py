@@ -20,17 +20,17 @@ from favorsharp._arrays import (
     without_gradient,
 )
 from favorsharp._checks import (
+    check_attention,
     check_broadcast,
     check_choice,
-    check_flag,
     check_floats,
-    check_group,
-    check_mask,
     check_points,
     check_same_size,
     check_scale,
 )
-from favorsharp._typing import Array, Namespace
+from favorsharp._heads import grouped, merge_heads
+from favorsharp._nonfinite import finite_or_nan, mix_visible
+from favorsharp._typing import Array
 
 KERNELS = ("softmax", "gaussian")
 """The kernels exp(scale x.y) and exp(-scale |x - y|^2 / 2)."""
@@ -270,8 +270,7 @@ def softmax_attention(
     xp, group = check_attention(q, k, v, is_causal=is_causal, key_mask=key_mask, enable_gqa=enable_gqa)
     dtype, out_dtype = compute_dtype(xp, q, k, v), result_dtype(xp, q, k, v)
     factor = math.sqrt(kernel_scale("softmax", scale, q.shape[-1]))
-    if group > 1:
-        q, k, v, key_mask = split_heads(q, group), k[..., None, :, :], v[..., None, :, :], add_group_axis(key_mask)
+    q, k, v, key_mask = grouped(group, q, k, v, key_mask)
     n, s = q.shape[-2], k.shape[-2]
     k, v = cast(k, dtype) * factor, cast(v, dtype)
     if key_mask is not None:  # hidden entries may hold any number, NaN too, and must not enter gradients
@@ -292,68 +291,7 @@ def softmax_attention(
         out = xp.where(total == 0, 0.0, mixed / xp.where(total == 0, 1.0, total))
         tiles.append(cast(xp.broadcast_to(out, (*batch, *out.shape[-2:])), out_dtype))
     out = tiles[0] if len(tiles) == 1 else xp.concat(tiles, axis=-2)
-    return merge_heads(out) if group > 1 else out
-
-
-def check_attention(
-    q: Array, k: Array, v: Array, *, is_causal: bool, key_mask: Array | None, enable_gqa: bool
-) -> tuple[Namespace, int]:
-    """Check the arguments that all attention functions share; return the namespace and the query heads per key head."""
-    xp = check_floats(q=q, k=k, v=v)
-    check_points("q", q, "(*b, n, d)")
-    check_points("k", k, "(*b, s, d)")
-    check_points("v", v, "(*b, s, e)")
-    check_same_size("d", q=(-1, q.shape[-1]), k=(-1, k.shape[-1]))
-    check_same_size("s", k=(-2, k.shape[-2]), v=(-2, v.shape[-2]))
-    check_mask("key_mask", key_mask, "(*b, s)", k=k)
-    group = check_group(check_flag("enable_gqa", enable_gqa), q, k)
-    if group > 1 and (v.ndim < 3 or v.shape[-3] not in (1, k.shape[-3])):
-        raise ValueError(
-            f"enable_gqa needs v to have the heads of k: v has shape {tuple(v.shape)}, k has {tuple(k.shape)}"
-        )
-    heads = (*q.shape[:-3], k.shape[-3]) if group > 1 else q.shape[:-2]
-    check_broadcast("q (*b, n, d), k (*b, s, d), v (*b, s, e)", q=heads, k=k.shape[:-2], v=v.shape[:-2])
-    if check_flag("is_causal", is_causal) and q.shape[-2] != k.shape[-2]:
-        raise ValueError(
-            f"is_causal needs as many queries as keys: q has n={q.shape[-2]}, k has s={k.shape[-2]}; "
-            "to go on after a prefix, pass its state"
-        )
-    return xp, group
-
-
-def split_heads(q: Array, group: int) -> Array:
-    """Group the query heads by the key head that they read, (*b, h g, n, d) -> (*b, h, g, n, d)."""
-    *batch, heads, n, d = q.shape
-    return namespace_of(q).reshape(q, (*batch, heads // group, group, n, d))
-
-
-def merge_heads(out: Array) -> Array:
-    """Undo `split_heads`, (*b, h, g, n, e) -> (*b, h g, n, e)."""
-    *batch, heads, group, n, e = out.shape
-    return namespace_of(out).reshape(out, (*batch, heads * group, n, e))
-
-
-def add_group_axis(key_mask: Array | None) -> Array | None:
-    """Add an axis for the query heads that share a key head, (*b, s) -> (*b, 1, s)."""
-    return key_mask if key_mask is None or key_mask.ndim < 2 else key_mask[..., None, :]
-
-
-def mix_visible(weights: Array, visible: Array, v: Array) -> Array:
-    """Multiply weights by v, so that a value that is not finite affects only the rows that see it.
-
-    A plain product is not enough: a hidden key has weight 0, but 0 times NaN is NaN.
-    """
-    xp = namespace_of(weights, v)
-    finite = xp.isfinite(v)
-    mixed = weights @ xp.where(finite, v, 0.0)
-    seen = cast(visible, v.dtype) @ cast(~finite, v.dtype) > 0
-    return xp.where(seen, xp.nan, mixed)
-
-
-def finite_or_nan(x: Array) -> Array:
-    """Replace infinities by NaN: minus infinity would be taken for a hidden key, and the fault would not show."""
-    xp = namespace_of(x)
-    return xp.where(xp.isfinite(x), x, xp.nan)
+    return merge_heads(group, out)
 
 
 def _exp_rows(logits: Array, visible: Array | None) -> tuple[Array, Array]:

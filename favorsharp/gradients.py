@@ -1,16 +1,15 @@
 """Gradients for callers without automatic differentiation: the public function `vjp`."""
 
-from functools import partial
 from itertools import pairwise
 from typing import Any
 
-from favorsharp._arrays import cast, compute_dtype, differentiate, namespace_of, result_dtype
-from favorsharp._checks import check_choice, check_floats, check_integer
+from favorsharp._arrays import cast, differentiate, namespace_of, result_dtype
+from favorsharp._checks import check_choice, check_floats
+from favorsharp._heads import merge_heads, split_heads
 from favorsharp._typing import Array
 from favorsharp._values import astype
-from favorsharp.exact import add_group_axis, check_attention, merge_heads, split_heads
+from favorsharp.calls import Call, check_bounds, checked
 from favorsharp.features import PositiveFeatureMap
-from favorsharp.linear_attention import check_bounds, check_map
 from favorsharp.methods import DENSE_EXPONENTIAL
 from favorsharp.ops.vjp import Pullback, attention_vjp, exponential_features_vjp, kernel_matvec_vjp
 from favorsharp.regression import check_products, columns, gather, products
@@ -110,63 +109,41 @@ def _linear_attention(
     cu_seqlens: Any = None,
     of_map: bool = False,
 ) -> tuple[Array, Pullback]:
-    xp, group = check_attention(q, k, v, is_causal=is_causal, key_mask=key_mask, enable_gqa=enable_gqa)
-    check_map(feature_map, group, q=q, k=k)
-    window = check_integer("window", window, 0)
-    if window and q.shape[-2] != k.shape[-2]:
-        raise ValueError(f"window needs as many queries as keys: q has n={q.shape[-2]}, k has s={k.shape[-2]}")
+    call = checked(q, k, v, feature_map, is_causal=is_causal, window=window, key_mask=key_mask, enable_gqa=enable_gqa)
     _check_of_map(of_map, feature_map)
-    prepared: Any = astype(feature_map, compute_dtype(xp, q, k, v))
-    run: Any = attention_vjp
-    if cu_seqlens is not None:
-        bounds = check_bounds(cu_seqlens, q.shape[-2], k.shape[-2])
-        packed = getattr(attention_vjp.implementation(q, k, v, prepared, key_mask=key_mask), "packed", None)
-        if packed is None or q.shape[-2] == 0:
-            spans = [(a, b) for a, b in pairwise(bounds) if a < b] or [(0, 0)]
-            pieces = [
-                _linear_attention(
-                    q[..., a:b, :],
-                    k[..., a:b, :],
-                    v[..., a:b, :],
-                    feature_map,
-                    is_causal=is_causal,
-                    window=window,
-                    key_mask=None if key_mask is None else key_mask[..., a:b],
-                    enable_gqa=enable_gqa,
-                    of_map=of_map,
-                )
-                for a, b in spans
-            ]
-            return xp.concat([out for out, _ in pieces], axis=-2), _packed_pullback(pieces, spans, of_map)
-        run = partial(_of_packed, packed, bounds)
-    options: dict[str, Any] = {"window": window, "is_causal": is_causal, "of_map": of_map}
-    if group == 1:
-        found: tuple[Array, Pullback] = run(q, k, v, prepared, key_mask=key_mask, **options)
-        return found
-    out, inner = run(
-        split_heads(q, group),
-        k[..., None, :, :],
-        v[..., None, :, :],
-        prepared.expanded(),
-        key_mask=add_group_axis(key_mask),
-        **options,
-    )
+    bounds = None if cu_seqlens is None else check_bounds(cu_seqlens, q.shape[-2], k.shape[-2])
+    out, inner = _attention_vjp(call, bounds, of_map)
 
     def pullback(gradient: Array) -> tuple[Array, ...]:
-        dq, dk, dv, *of_rows = inner(split_heads(gradient, group))
+        dq, dk, dv, *of_rows = inner(split_heads(call.group, gradient))
         shapes = (feature_map.rows.shape, feature_map.log_weight.shape) if of_map else ()
         return (
-            merge_heads(dq),
-            dk[..., 0, :, :],
-            dv[..., 0, :, :],
-            *(xp.reshape(x, shape) for x, shape in zip(of_rows, shapes, strict=True)),
+            merge_heads(call.group, dq),
+            *(x if call.group == 1 else x[..., 0, :, :] for x in (dk, dv)),
+            *(call.xp.reshape(x, shape) for x, shape in zip(of_rows, shapes, strict=True)),
         )
 
-    return merge_heads(out), pullback
+    return merge_heads(call.group, out), pullback
 
 
-def _of_packed(packed: Any, bounds: list[int], q: Array, k: Array, v: Array, feature_map: Any, **options: Any) -> Any:
-    return packed(q, k, v, feature_map, bounds, **options)
+def _attention_vjp(call: Call, bounds: list[int] | None, of_map: bool) -> tuple[Array, Pullback]:
+    """The result and pullback of a checked call, in which grouped heads have their axis."""
+    options: dict[str, Any] = {"window": call.window, "is_causal": call.is_causal, "of_map": of_map}
+    chosen = attention_vjp.implementation(*call.arguments, key_mask=call.key_mask)
+    found: tuple[Array, Pullback]
+    if bounds is None:
+        found = chosen.run(*call.arguments, key_mask=call.key_mask, **options)
+        return found
+    if chosen.packed is not None and call.q.shape[-2] > 0:
+        found = chosen.packed(*call.arguments, bounds, key_mask=call.key_mask, **options)
+        return found
+    spans = [(a, b) for a, b in pairwise(bounds) if a < b] or [(0, 0)]
+    pieces = []
+    for a, b in spans:
+        mask = None if call.key_mask is None else call.key_mask[..., a:b]
+        points = (x[..., a:b, :] for x in (call.q, call.k, call.v))
+        pieces.append(chosen.run(*points, call.feature_map, key_mask=mask, **options))
+    return call.xp.concat([out for out, _ in pieces], axis=-2), _packed_pullback(pieces, spans, of_map)
 
 
 def _check_of_map(of_map: bool, feature_map: Any) -> None:

@@ -1,29 +1,12 @@
 """Linear attention with random features: the public functions for whole sequences and for streams."""
 
-from collections.abc import Hashable
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
-from favorsharp._arrays import (
-    broadcast_shapes,
-    cast,
-    compute_dtype,
-    dtype_name,
-    is_array,
-    is_compiling,
-    is_followed,
-    is_traced,
-    library_of,
-    namespace_of,
-    records_gradients,
-    result_dtype,
-    signature_of,
-    to_host,
-    without_gradient,
-)
+from favorsharp._arrays import cast, is_followed, namespace_of, result_dtype, without_gradient
 from favorsharp._checks import (
-    check_array,
+    check_attention,
     check_broadcast,
     check_flag,
     check_floats,
@@ -33,20 +16,33 @@ from favorsharp._checks import (
     check_points,
     check_same_size,
 )
+from favorsharp._heads import grouped, merge_heads, split_heads
 from favorsharp._typing import Array
 from favorsharp._values import astype
-from favorsharp.dispatch import Known, Op, call_signature, recall, settle
-from favorsharp.exact import add_group_axis, check_attention, merge_heads, split_heads
-from favorsharp.features import FeatureMap, PositiveFeatureMap
+from favorsharp.calls import (
+    Call,
+    check_bounds,
+    check_continued,
+    check_map,
+    check_out,
+    check_positive,
+    check_state,
+    check_values,
+    checked,
+    state_group,
+)
+from favorsharp.dispatch import Op
+from favorsharp.features import FeatureMap
 from favorsharp.features import feature_map as draw_feature_map
 from favorsharp.fitting import fit_named
 from favorsharp.methods import MethodLike, check_method, method_of
 from favorsharp.ops.attention import attention as attention_op
 from favorsharp.ops.causal_attention import causal_attention
-from favorsharp.ops.state import State, empty_state
+from favorsharp.ops.state import State, empty_state, with_group_axis, without_group_axis
 from favorsharp.ops.state import decode_step as decode_step_op
 from favorsharp.ops.state import read as read_op
 from favorsharp.ops.state import update as update_op
+from favorsharp.plans import Plan, find, keep, key_of, layout_of
 
 
 def attention(
@@ -112,20 +108,15 @@ def attention(
     check_attention(q, k, v, is_causal=is_causal, key_mask=key_mask, enable_gqa=enable_gqa)
     check_in_memory(q=q, k=k, v=v)
     check_method(method)
-    if calibration is not None and not (isinstance(calibration, tuple | list) and len(calibration) == 2):
-        raise TypeError(f"calibration must be a pair (queries, keys) of arrays, got {type(calibration).__name__}")
-    if is_causal and method_of(method).is_fitted and calibration is None:
-        raise ValueError(
-            f"attention(is_causal=True) with the fitted method {method!r} needs calibration=(q0, k0): fitting on the "
-            "sequence itself would show it its own future; or pass method='posrf', which fits nothing"
-        )
     if calibration is None:
-        names, data = ("q", "k"), (q, k)
-        masks: dict[str, Any] = {"mask_x": key_mask if q.shape[-2] == k.shape[-2] else None, "mask_y": key_mask}
-        if masks["mask_x"] is not None and enable_gqa:
-            masks["mask_x"] = _repeat_heads(key_mask, q, k)
+        if is_causal and method_of(method).is_fitted:
+            raise ValueError(
+                f"attention(is_causal=True) with the fitted method {method!r} needs calibration=(q0, k0): fitting on "
+                "the sequence itself would show it its own future; or pass method='posrf', which fits nothing"
+            )
+        names, data, masks = ("q", "k"), (q, k), _masks_of_fit(q, k, key_mask, enable_gqa)
     else:
-        names, data, masks = ("calibration[0]", "calibration[1]"), tuple(calibration), {}
+        names, data, masks = ("calibration[0]", "calibration[1]"), _pair(calibration), {}
         check_floats(**dict(zip(names, data, strict=True)), q=q)
     parameters = fit_named(
         names,
@@ -141,6 +132,23 @@ def attention(
         q, k, v, drawn, is_causal=is_causal, window=window, key_mask=key_mask, enable_gqa=enable_gqa
     )
     return out
+
+
+def _pair(calibration: Any) -> tuple[Array, Array]:
+    """Check that calibration is a pair; `check_floats` looks at its arrays."""
+    if not (isinstance(calibration, tuple | list) and len(calibration) == 2):
+        raise TypeError(f"calibration must be a pair (queries, keys) of arrays, got {type(calibration).__name__}")
+    return calibration[0], calibration[1]
+
+
+def _masks_of_fit(q: Array, k: Array, key_mask: Array | None, enable_gqa: bool) -> dict[str, Any]:
+    """The masks of a fit to q and k; if n == s, queries at the positions of hidden keys are hidden too."""
+    if key_mask is None or q.shape[-2] != k.shape[-2]:
+        return {"mask_y": key_mask}
+    shared = enable_gqa and key_mask.ndim > 1 and key_mask.shape[-2] > 1
+    repeats = q.shape[-3] // k.shape[-3] if shared else 1
+    mask_x = namespace_of(key_mask).repeat(key_mask, repeats, axis=-2) if shared else key_mask
+    return {"mask_x": mask_x, "mask_y": key_mask}
 
 
 def linear_attention(
@@ -210,94 +218,67 @@ def linear_attention(
     >>> state
     State(num_features=128, v_size=8, batch=(2,), window=16, recent=32)
     """
-    signature = None
+    key = None
     if cu_seqlens is None and state is None and out is None and return_state is False and enable_gqa is False:
-        signature = call_signature(feature_map, q, k, v, key_mask, is_causal, window)
-    if (known := recall(feature_map, signature)) is not None:
-        run, prepared = known
-        result = run(q, k, v, prepared, key_mask=key_mask, window=window)
+        key = key_of(feature_map, q, k, v, key_mask, is_causal, window)
+    if (plan := find(feature_map, key)) is not None:
+        result = plan.run(q, k, v, plan.feature_map, key_mask=key_mask, window=window)
         return result[0] if is_causal else result
-    xp, group = check_attention(q, k, v, is_causal=is_causal, key_mask=key_mask, enable_gqa=enable_gqa)
-    check_map(feature_map, group, q=q, k=k)
-    window = check_integer("window", window, 0)
+    call = checked(q, k, v, feature_map, is_causal=is_causal, window=window, key_mask=key_mask, enable_gqa=enable_gqa)
     check_flag("return_state", return_state)
-    n, s = q.shape[-2], k.shape[-2]
-    if window and n != s:
-        raise ValueError(f"window needs as many queries as keys: q has n={n}, k has s={s}")
-    if state is not None:
-        _check_state(state, feature_map, k=k)
-        if v.shape[-1] != state.v_size:
-            raise ValueError(f"state and v must agree in e: state has e={state.v_size}, v has e={v.shape[-1]}")
-        if state.window != window:
-            raise ValueError(f"window must be that of the state, {state.window}, got {window}")
-        if window and not is_causal:
-            raise ValueError("a window with a state needs is_causal=True: a bidirectional window takes no state")
+    before = None if state is None else check_continued(call, state, feature_map, k)
     if out is not None:
-        _check_out(out, q, k, v, feature_map, key_mask, group, state)
-    op: Op[..., Any] = causal_attention if is_causal else attention_op
+        check_out(call, out, before)
     if cu_seqlens is not None:
         if state is not None or return_state:
             raise ValueError("cu_seqlens with state or return_state is not supported: run the sequences one by one")
-        bounds = check_bounds(cu_seqlens, n, s)
-        if n > 0 and not is_followed(q):
-            prepared = astype(feature_map, compute_dtype(xp, q, k, v))
-            run = op.implementation(q, k, v, prepared, key_mask=key_mask, window=window)
-            packed = getattr(run, "packed", None)
-            if packed is not None:
-                if group > 1:
-                    q, k, v = split_heads(q, group), k[..., None, :, :], v[..., None, :, :]
-                    key_mask, prepared = add_group_axis(key_mask), prepared.expanded()
-                place = _into(run, out, group)
-                result = packed(q, k, v, prepared, bounds, key_mask=key_mask, window=window, **place)
-                return _deliver(result, out, group, place)
-        pieces = [
-            linear_attention(
-                q[..., a:b, :],
-                k[..., a:b, :],
-                v[..., a:b, :],
-                feature_map,
-                is_causal=is_causal,
-                window=window,
-                key_mask=None if key_mask is None else key_mask[..., a:b],
-                enable_gqa=enable_gqa,
-            )
-            for a, b in pairwise(bounds)
-            if a < b or n == 0
-        ]
-        return _deliver(pieces[0] if len(pieces) == 1 else xp.concat(pieces, axis=-2), out)
-    fingerprint = feature_map.fingerprint if state is not None or return_state else None
-    dtype = compute_dtype(xp, q, k, v)
-    prepared = astype(feature_map, dtype)
-    into: dict[str, Array] = {}
-    if group > 1:
-        q, k, v, key_mask = split_heads(q, group), k[..., None, :, :], v[..., None, :, :], add_group_axis(key_mask)
-        prepared = prepared.expanded()
-        state = None if state is None else _with_group_axis(state)
-    if is_causal or (state is None and not return_state):
-        options: dict[str, Any] = {"key_mask": key_mask, "window": window, **({"state": state} if is_causal else {})}
-        run = op.implementation(q, k, v, prepared, **options)
-        settle(feature_map, signature, run, prepared)
-        into = _into(run, out, group)
-        result = run(q, k, v, prepared, **options, **into)
-        if is_causal:
-            result, state = result
-    else:
-        if state is None:
-            batch = broadcast_shapes(
-                k.shape[:-2], v.shape[:-2], prepared.batch_shape, () if key_mask is None else key_mask.shape[:-1]
-            )
-            state = empty_state(prepared, batch, k.shape[-1], v.shape[-1], window, k)
-        state = update_op(state, k, v, prepared, key_mask=key_mask)
-        result = (
-            attention_op(q, k, v, prepared, key_mask=key_mask, window=window)
-            if window
-            else cast(read_op(state, q, prepared), result_dtype(xp, q, k, v))
-        )
-    result = _deliver(result, out, group, into)
-    if state is None or not return_state:
+        return _packed(call, check_bounds(cu_seqlens, q.shape[-2], k.shape[-2]), out)
+    result, after = _attend(call, before, return_state, out, (feature_map, key))
+    if after is None or not return_state:
         return result
-    signed = replace(state, fingerprint=fingerprint)
-    return result, _without_group_axis(signed) if group > 1 else signed
+    return result, replace(without_group_axis(call.group, after), fingerprint=feature_map.fingerprint)
+
+
+def _attend(
+    call: Call, state: State | None, return_state: bool, out: Array | None, known: tuple[Any, Any]
+) -> tuple[Array, State | None]:
+    """The result of a call, and the state after it where there is one; `known` is the map and the key of the plan."""
+    if not call.is_causal and (state is not None or return_state):
+        state = call.empty_state(call.window, call.k) if state is None else state
+        state = update_op(state, *call.arguments[1:], key_mask=call.key_mask)
+        result = (
+            attention_op(*call.arguments, **call.options)
+            if call.window
+            else cast(read_op(state, call.q, call.feature_map), call.dtype)
+        )
+        return call.deliver(result, out), state
+    op: Op[..., Any] = causal_attention if call.is_causal else attention_op
+    options = {**call.options, "state": state} if call.is_causal else call.options
+    chosen = op.implementation(*call.arguments, **options)
+    if known[1] is not None:
+        keep(*known, Plan(chosen.run, call.feature_map))
+    place = call.place(chosen, out)
+    result = chosen.run(*call.arguments, **options, **place)
+    result, after = result if call.is_causal else (result, None)
+    return call.deliver(result, out, place), after
+
+
+def _packed(call: Call, bounds: list[int], out: Array | None) -> Array:
+    """Attention within sequences that are packed along the point axis."""
+    op: Op[..., Any] = causal_attention if call.is_causal else attention_op
+    chosen = op.implementation(*call.arguments, **call.options)
+    if chosen.packed is not None and call.q.shape[-2] > 0 and not is_followed(call.q):
+        place = call.place(chosen, out)
+        result = chosen.packed(*call.arguments, bounds, **call.options, **place)
+        return call.deliver(result, out, place)
+    pieces = []
+    for a, b in pairwise(bounds):
+        if a < b or bounds[-1] == 0:
+            mask = None if call.key_mask is None else call.key_mask[..., a:b]
+            points = (x[..., a:b, :] for x in (call.q, call.k, call.v))
+            piece = op(*points, call.feature_map, key_mask=mask, window=call.window)
+            pieces.append(piece[0] if call.is_causal else piece)
+    return call.deliver(pieces[0] if len(pieces) == 1 else call.xp.concat(pieces, axis=-2), out)
 
 
 def init_state(feature_map: FeatureMap, v_size: int, *, like: Array, window: int = 0) -> State:
@@ -326,7 +307,7 @@ def init_state(feature_map: FeatureMap, v_size: int, *, like: Array, window: int
     >>> fs.init_state(feature_map, v_size=8, like=k)
     State(num_features=32, v_size=8, batch=(), window=0, recent=0)
     """
-    positive = _check_positive(feature_map)
+    positive = check_positive(feature_map)
     check_floats(like=like, feature_map=feature_map.projection)
     e, window = check_integer("v_size", v_size, 0), check_integer("window", window, 0)
     own = feature_map.batch_shape
@@ -370,9 +351,8 @@ def update(state: State, k: Array, v: Array, feature_map: FeatureMap, *, key_mas
     check_same_size("s", k=(-2, k.shape[-2]), v=(-2, v.shape[-2]))
     check_mask("key_mask", key_mask, "(*b, s)", k=k)
     check_map(feature_map, 1, k=k)
-    _check_state(state, feature_map, k=k)
-    if v.shape[-1] != state.v_size:
-        raise ValueError(f"state and v must agree in e: state has e={state.v_size}, v has e={v.shape[-1]}")
+    check_state(state, feature_map, k=k)
+    check_values(state, v)
     prepared = astype(feature_map, state.kv.dtype)
     return replace(update_op(state, k, v, prepared, key_mask=key_mask), fingerprint=state.fingerprint)
 
@@ -405,13 +385,13 @@ def read(state: State, q: Array, feature_map: FeatureMap, *, enable_gqa: bool = 
     """
     check_floats(q=q)
     check_points("q", q, "(*b, n, d)")
-    group = _state_group(state, q, enable_gqa)
+    group = state_group(state, q, enable_gqa)
     check_map(feature_map, group, q=q)
-    _check_state(state, feature_map, q=q)
+    check_state(state, feature_map, q=q)
     prepared = astype(feature_map, state.kv.dtype)
-    if group == 1:
-        return read_op(state, q, prepared)
-    return merge_heads(read_op(_with_group_axis(state), split_heads(q, group), prepared.expanded()))
+    if group > 1:
+        prepared = prepared.expanded()
+    return merge_heads(group, read_op(with_group_axis(group, state), split_heads(group, q), prepared))
 
 
 def decode_step(
@@ -448,13 +428,12 @@ def decode_step(
     >>> np.allclose(out, fs.linear_attention(q, k, v, feature_map, is_causal=True)[-1:])
     True
     """
-    signature = None
+    key = None
     if enable_gqa is False and isinstance(state, State):
-        signature = call_signature(feature_map, q, k, v, with_layout=True, known=_layout_of(state))
-    if (known := recall(feature_map, signature)) is not None:
-        (planned, layout), prepared = known
-        result: tuple[Array, State] = planned(q, k, v, state, prepared)
-        object.__setattr__(result[1], "known_layout", layout)
+        key = key_of(feature_map, q, k, v, with_layout=True, state=layout_of(state))
+    if (plan := find(feature_map, key)) is not None:
+        result: tuple[Array, State] = plan.run(q, k, v, state, plan.feature_map)
+        result[1].remember("known_layout", plan.layout)
         return result
     xp, group = check_attention(q, k, v, is_causal=False, key_mask=None, enable_gqa=enable_gqa)
     if q.shape[-2] != 1 or k.shape[-2] != 1:
@@ -462,189 +441,18 @@ def decode_step(
             f"decode_step takes one token: q has n={q.shape[-2]}, k has s={k.shape[-2]}; accepted: 1 and 1"
         )
     check_map(feature_map, group, q=q, k=k)
-    _check_state(state, feature_map, k=k)
-    if v.shape[-1] != state.v_size:
-        raise ValueError(f"state and v must agree in e: state has e={state.v_size}, v has e={v.shape[-1]}")
-    prepared = astype(feature_map, state.kv.dtype)
-    fingerprint = state.fingerprint
+    check_state(state, feature_map, k=k)
+    check_values(state, v)
+    prepared: Any = astype(feature_map, state.kv.dtype)
     if group > 1:
-        grouped = (split_heads(q, group), k[..., None, :, :], v[..., None, :, :], _with_group_axis(state))
-        out, state = decode_step_op(*grouped, prepared.expanded())
-        out, state = merge_heads(out), _without_group_axis(state)
-    else:
-        run: Any = decode_step_op
-        if signature is not None:
-            run = decode_step_op.implementation(q, k, v, state, prepared)
-            plan = getattr(run, "plan", None)
-            run = (None if plan is None else plan(q, k, v, state, prepared)) or run
-        out, state = run(q, k, v, state, prepared)
-        if q.dtype == k.dtype == v.dtype:
-            settle(feature_map, signature, (run, _layout_of(state)), prepared)
-    signed = state if state.fingerprint == fingerprint else replace(state, fingerprint=fingerprint)
-    return cast(out, result_dtype(xp, q, k, v)), signed
-
-
-def _layout_of(state: State) -> Hashable:
-    """The part of a call signature that stands for the state; None if the checks must run each time."""
-    if is_compiling():
-        return None
-    arrays = state.kv, state.z, state.c, state.recent_k, state.recent_v, state.recent_mask
-    if state.known_layout is not None and not records_gradients(arrays):  # a tensor may need gradients by now
-        return state.known_layout
-    parts = [signature_of(x, with_layout=True) for x in arrays]
-    return None if None in parts else Known((*parts, state.window, state.fingerprint))
-
-
-def _check_positive(feature_map: Any) -> PositiveFeatureMap:
-    if not isinstance(feature_map, FeatureMap):
-        raise TypeError(f"feature_map must be a favorsharp.FeatureMap, got {type(feature_map).__name__}")
-    if not isinstance(feature_map, PositiveFeatureMap):
-        raise ValueError(
-            f"feature_map of method {feature_map.parameters.method_name!r} is signed: its denominators can vanish, so "
-            "attention refuses it; accepted: positive maps (kernel_matvec and nadaraya_watson take signed ones)"
-        )
-    return feature_map
-
-
-def check_map(feature_map: Any, group: int, **named: Array) -> None:
-    """Check that a map is positive and fits the library, device and shapes of the points."""
-    _check_positive(feature_map)
-    check_floats(**named, feature_map=feature_map.projection)
-    size = feature_map.parameters.size
-    for name, x in named.items():
-        check_same_size("d", **{name: (-1, x.shape[-1]), "feature_map": (-1, size)})
-    batch = feature_map.batch_shape
-    for name, x in named.items():
-        leading = x.shape[:-2]
-        if name == "q" and group > 1:
-            leading = (*leading[:-1], leading[-1] // group)
-        check_broadcast("(*b, n, d)", **{name: leading, "feature_map": batch})
-
-
-def _check_state(state: Any, feature_map: FeatureMap, **named: Array) -> None:
-    """Check that a state was made by this map, and fits the library, device and leading axes of these arrays."""
-    if not isinstance(state, State):
-        raise TypeError(f"state must be a favorsharp.State, got {type(state).__name__}")
-    check_floats(**named, state=state.kv)
-    own = feature_map.fingerprint if state.fingerprint is not None else None
-    if state.num_features != feature_map.num_features or (own is not None and own != state.fingerprint):
-        raise ValueError(
-            f"state comes from another feature map: it is {state!r}, the map is {feature_map!r}; accepted: the map "
-            "that made it, or one with the same numbers"
-        )
-    for name, x in named.items():
-        if name != "q":
-            check_broadcast("(*b, s, d)", **{name: x.shape[:-2], "state": state.kv.shape[:-2]})
-
-
-def _state_group(state: Any, q: Array, enable_gqa: bool) -> int:
-    if not check_flag("enable_gqa", enable_gqa):
-        if isinstance(state, State):
-            check_broadcast("q (*b, n, d)", q=q.shape[:-2], state=state.kv.shape[:-2])
-        return 1
-    if not isinstance(state, State):
-        raise TypeError(f"state must be a favorsharp.State, got {type(state).__name__}")
-    heads, key_heads = (x.shape[-3] if x.ndim > 2 else 0 for x in (q, state.kv))
-    if key_heads == 0 or heads == 0 or heads % key_heads:
-        raise ValueError(
-            f"enable_gqa needs a multiple of the key heads: q has {heads} heads, the state has {key_heads}"
-        )
-    return int(heads // key_heads)
-
-
-def check_bounds(cu_seqlens: Any, n: int, s: int) -> list[int]:
-    """Check the boundaries of packed sequences, and return them as host integers."""
-    if n != s:
-        raise ValueError(f"cu_seqlens needs as many queries as keys: q has n={n}, k has s={s}")
-    if is_array(cu_seqlens):
-        check_array("cu_seqlens", cu_seqlens)
-        if not dtype_name(cu_seqlens).startswith(("int", "uint")):
-            raise TypeError(f"cu_seqlens must hold integers, got dtype {dtype_name(cu_seqlens)}")
-        if cu_seqlens.ndim != 1:
-            raise ValueError(f"cu_seqlens must have one axis, got shape {tuple(cu_seqlens.shape)}")
-        if is_traced(cu_seqlens):
-            raise TypeError("cu_seqlens must be known while tracing: pass a list or tuple of ints")
-        bounds = [int(bound) for bound in to_host(cu_seqlens)]
-    elif isinstance(cu_seqlens, list | tuple):
-        bounds = [check_integer("cu_seqlens", bound, 0) for bound in cu_seqlens]
-    else:
-        raise TypeError(f"cu_seqlens must be an integer array or a list of ints, got {type(cu_seqlens).__name__}")
-    if len(bounds) < 2 or bounds[0] != 0 or bounds[-1] != n or any(b < a for a, b in pairwise(bounds)):
-        shown = bounds if len(bounds) <= 12 else [*bounds[:6], "...", *bounds[-3:]]
-        raise ValueError(f"cu_seqlens must start at 0, end at n={n} and ascend, got {shown}")
-    return bounds
-
-
-def _check_out(
-    out: Any,
-    q: Array,
-    k: Array,
-    v: Array,
-    feature_map: FeatureMap,
-    key_mask: Array | None,
-    group: int,
-    state: State | None,
-) -> None:
-    """Check that out has the library, device, shape and dtype of the result."""
-    xp = check_floats(q=q, k=k, v=v, out=out)
-    if library_of(out) == "jax":
-        raise TypeError("out must be an array that can be written to; JAX arrays cannot: use the returned value")
-    batches = [k.shape[:-2], v.shape[:-2], feature_map.batch_shape, () if key_mask is None else key_mask.shape[:-1]]
-    if state is not None:
-        batches.append(state.kv.shape[:-2])
-    if group > 1:
-        inner = [(*batch, 1) if batch else batch for batch in batches]
-        batch = broadcast_shapes(split_heads(q, group).shape[:-2], *inner)
-        batch = (*batch[:-2], batch[-2] * batch[-1])
-    else:
-        batch = broadcast_shapes(q.shape[:-2], *batches)
-    shape, dtype = (*batch, q.shape[-2], v.shape[-1]), result_dtype(xp, q, k, v)
-    if tuple(out.shape) != shape or out.dtype != dtype:
-        raise ValueError(
-            f"out has shape {tuple(out.shape)} and dtype {dtype_name(out)}; accepted: {shape} and {dtype_name(dtype)}"
-        )
-    if library_of(out) == "numpy" and not out.flags.writeable:
-        raise ValueError("out must be an array that can be written to, got a read-only one")
-
-
-def _into(run: Any, out: Array | None, group: int) -> dict[str, Array]:
-    """The keyword argument `out` for an implementation that can write its result there; else nothing."""
-    if out is None or not getattr(run, "takes_out", False) or is_followed(out):
-        return {}
-    return {"out": split_heads(out, group) if group > 1 else out}
-
-
-def _deliver(result: Array, out: Array | None, group: int = 1, into: dict[str, Array] | None = None) -> Array:
-    """The result with merged heads, in `out` if it is given; `into` says whether the implementation wrote it there."""
-    if out is not None and into and result is into["out"]:
-        return out
-    result = merge_heads(result) if group > 1 else result
-    if out is None:
-        return result
-    out[...] = result  # the only place where the package writes to an array of the caller
-    return out
-
-
-def _repeat_heads(mask: Array, q: Array, k: Array) -> Array:
-    """Repeat a mask of key heads for the query heads that read them."""
-    if mask.ndim < 2 or mask.shape[-2] == 1:
-        return mask
-    return namespace_of(mask).repeat(mask, q.shape[-3] // k.shape[-3], axis=-2)
-
-
-_BATCHED = ("kv", "z", "c", "recent_k", "recent_v", "kv_low", "z_low")
-
-
-def _with_group_axis(state: State) -> State:
-    """The state with a further axis after the key heads, for the query heads that read each of them."""
-    values = {name: x[..., None, :, :] for name, x in _batched(state)}
-    return replace(state, **values, recent_mask=state.recent_mask[..., None, :])
-
-
-def _without_group_axis(state: State) -> State:
-    values = {name: x[..., 0, :, :] for name, x in _batched(state)}
-    return replace(state, **values, recent_mask=state.recent_mask[..., 0, :])
-
-
-def _batched(state: State) -> list[tuple[str, Array]]:
-    return [(name, x) for name in _BATCHED if (x := getattr(state, name)) is not None]
+        prepared = prepared.expanded()
+    arguments = (*grouped(group, q, k, v, None)[:3], with_group_axis(group, state), prepared)
+    run = decode_step_op.implementation(*arguments)
+    call = (run.plan(*arguments) if key is not None and run.plan is not None else None) or run.run
+    out, after = call(*arguments)
+    if key is not None and q.dtype == k.dtype == v.dtype:
+        keep(feature_map, key, Plan(call, prepared, layout_of(state)))
+    after = without_group_axis(group, after)
+    if after.fingerprint != state.fingerprint:
+        after = replace(after, fingerprint=state.fingerprint)
+    return cast(merge_heads(group, out), result_dtype(xp, q, k, v)), after

@@ -24,8 +24,7 @@ def attention_with_stats(
     return _attend(q, k, v, feature_map, key_mask, window, stats=stats), stats
 
 
-attention.packed = packed(attention)  # type: ignore[attr-defined]
-attention.takes_out = True  # type: ignore[attr-defined]
+attention_packed = packed(attention)
 
 
 def _attend(q: Any, k: Any, v: Any, feature_map: Any, key_mask: Any, window: int, **places: Any) -> Any:

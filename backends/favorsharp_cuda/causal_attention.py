@@ -31,8 +31,7 @@ def causal_attention_with_stats(
     return out, stats, state
 
 
-causal_attention.packed = packed(causal_attention)  # type: ignore[attr-defined]
-causal_attention.takes_out = True  # type: ignore[attr-defined]
+causal_attention_packed = packed(causal_attention)
 
 
 def _attend(

@@ -106,7 +106,7 @@ def packing_of(bounds: tuple[int, ...]) -> Packing:
 
 
 def packed(op: Callable[..., Any]) -> Callable[..., Any]:
-    """`op` for packed sequences, whose bounds it takes after the map: what dispatch knows as its attribute `packed`."""
+    """`op` for packed sequences, whose bounds it takes after the map (`Kernel.packed`)."""
     return partial(_run, op)
 
 

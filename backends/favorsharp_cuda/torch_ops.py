@@ -162,9 +162,8 @@ def kernel_matvec(x: Any, y: Any, v: Any, feature_map: Any) -> Any:
     return torch_eager.Matvec.apply(feature_map, x, y, v, *arrays)
 
 
-attention.packed = packed(attention)  # type: ignore[attr-defined]
-causal_attention.packed = packed(causal_attention)  # type: ignore[attr-defined]
-attention.takes_out = causal_attention.takes_out = True  # type: ignore[attr-defined]
+attention_packed = packed(attention)
+causal_attention_packed = packed(causal_attention)
 
 
 def _absorbed(k: Any, v: Any, key_mask: Any, sums: Any, feature_map: Any) -> Any:

@@ -10,4 +10,6 @@ from favorsharp.dispatch import Backend, bundled_kernels
 
 _DTYPES = ["+".join(names) for count in range(1, len(FLOATS) + 1) for names in combinations(FLOATS, count)]
 
-BACKEND = Backend("numba", requires=("numba",), kernels=bundled_kernels("favorsharp_numba", "numpy", "cpu", _DTYPES))
+BACKEND = Backend(
+    "numba", requires=("numba",), kernels=bundled_kernels("favorsharp_numba", "numpy", "cpu", _DTYPES, plans=True)
+)

@@ -22,5 +22,4 @@ def attention(
     return out
 
 
-attention.packed = partial(packed_attention, causal=False)  # type: ignore[attr-defined]
-attention.takes_out = True  # type: ignore[attr-defined]
+attention_packed = partial(packed_attention, causal=False)

@@ -43,8 +43,7 @@ def causal_attention(
     return out, replace(state, **recent(state, k, v, key_mask)) if window else state
 
 
-causal_attention.packed = partial(packed_attention, causal=True)  # type: ignore[attr-defined]
-causal_attention.takes_out = True  # type: ignore[attr-defined]
+causal_attention_packed = partial(packed_attention, causal=True)
 
 
 def recent(state: State, k: Any, v: Any, key_mask: Any) -> dict[str, Any]:

@@ -46,7 +46,7 @@ def decode_step(q: Any, k: Any, v: Any, state: State, feature_map: Any, *, key_m
     return read(state, q, feature_map), state
 
 
-decode_step.plan = turn_of  # type: ignore[attr-defined]
+decode_step_plan = turn_of
 
 
 def _read(state: State, q: Any, feature_map: Any, dtype: str) -> Any:

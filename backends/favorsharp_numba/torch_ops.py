@@ -92,9 +92,8 @@ def _packed(
     return _Attention.apply(feature_map, key_mask, window, causal, bounds, q, k, v, *arrays)
 
 
-attention.packed = partial(_packed, causal=False)  # type: ignore[attr-defined]
-causal_attention.packed = partial(_packed, causal=True)  # type: ignore[attr-defined]
-attention.takes_out = causal_attention.takes_out = True  # type: ignore[attr-defined]
+attention_packed = partial(_packed, causal=False)
+causal_attention_packed = partial(_packed, causal=True)
 
 
 def _recorded(*arrays: Any) -> bool:

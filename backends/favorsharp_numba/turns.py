@@ -82,7 +82,7 @@ class Turn:
             share(turn, self.heads, self.work, self.scratch, self.one, self.plan, *places, *rows)
         new = State(kv, z, c, state.window, state.recent_k, state.recent_v, state.recent_mask, state.fingerprint)
         if self.keeps:
-            object.__setattr__(new, "single_tokens", After(kept, position + 1))
+            new.remember("single_tokens", After(kept, position + 1))
         return out, new
 
     def _scratch(self) -> int:

@@ -25,14 +25,11 @@ def attention_vjp(
     return _with_pullback(q, k, v, feature_map, key_mask=key_mask, window=window, causal=is_causal, of_map=of_map)
 
 
-def _packed(
+def attention_vjp_packed(
     q: Any, k: Any, v: Any, feature_map: Any, bounds: list[int], *, is_causal: bool = False, **options: Any
 ) -> tuple[Any, Callable[[Any], tuple[Any, ...]]]:
     """Within sequences packed along the point axis."""
     return _with_pullback(q, k, v, feature_map, bounds=bounds, causal=is_causal, **options)
-
-
-attention_vjp.packed = _packed  # type: ignore[attr-defined]
 
 
 def _with_pullback(

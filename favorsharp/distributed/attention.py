@@ -1,6 +1,6 @@
 """Bidirectional and causal attention over several processes: the function that `favorsharp.distributed` exports."""
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
@@ -13,21 +13,18 @@ from favorsharp._arrays import (
     dtype_name,
     library_of,
     needs_gradient,
-    result_dtype,
 )
-from favorsharp._checks import check_integer
+from favorsharp._heads import merge_heads
 from favorsharp._typing import Array
-from favorsharp._values import astype
+from favorsharp.calls import checked
 from favorsharp.distributed.collectives import Exchange, Sum, Tied, on_every_rank
 from favorsharp.distributed.dtensors import is_dtensor, over_dtensors
 from favorsharp.distributed.shards import Routes, Shard, finite, packed_keys, packed_states, taken_in, unpacked_keys
-from favorsharp.exact import add_group_axis, check_attention, merge_heads, split_heads
 from favorsharp.features import FeatureMap
-from favorsharp.linear_attention import check_map
 from favorsharp.ops.attention import windowed_rows
 from favorsharp.ops.blocks import join_rows, rows_between
 from favorsharp.ops.causal_attention import causal_attention
-from favorsharp.ops.state import State, empty_state, read, with_sums
+from favorsharp.ops.state import State, read, with_sums
 from favorsharp.ops.state import finish as finished
 
 
@@ -117,7 +114,7 @@ def linear_attention(
     else:
         out, exchanged = _as_a_whole(shard, group)
     out = Tied.apply(cast(out, shard.dtype), exchanged)
-    return merge_heads(out) if shard.shared > 1 else out
+    return merge_heads(shard.group, out)
 
 
 def _prepared(
@@ -132,36 +129,23 @@ def _prepared(
     enable_gqa: bool,
 ) -> Shard:
     """Check and prepare the arguments of this rank; `told` is what the ranks compare."""
-    xp, shared = check_attention(q, k, v, is_causal=is_causal, key_mask=key_mask, enable_gqa=enable_gqa)
+    call = checked(q, k, v, feature_map, is_causal=is_causal, window=window, key_mask=key_mask, enable_gqa=enable_gqa)
     if library_of(q) != "torch":
         raise TypeError(f"q, k and v must be torch tensors, got arrays of {library_of(q)}")
-    check_map(feature_map, shared, q=q, k=k)
-    window = check_integer("window", window, 0)
-    if window and q.shape[-2] != k.shape[-2]:
-        raise ValueError(f"window needs as many queries as keys: q has n={q.shape[-2]}, k has s={k.shape[-2]}")
-    wide, narrow = compute_dtype(xp, q, k, v), result_dtype(xp, q, k, v)
-    recorded = any(needs_gradient(x) for x in (q, k, v, *feature_map.arrays))
-    prepared: Any = astype(feature_map, wide)
-    if shared > 1:
-        q, k, v, key_mask = split_heads(q, shared), k[..., None, :, :], v[..., None, :, :], add_group_axis(key_mask)
-        prepared = prepared.expanded()
-    batch = broadcast_shapes(
-        k.shape[:-2], v.shape[:-2], prepared.batch_shape, () if key_mask is None else key_mask.shape[:-1]
-    )
-    empty = empty_state(prepared, batch, k.shape[-1], v.shape[-1], 0, cast(k[..., :0, :], wide))
     told = {
         "length": k.shape[-2],
-        "is_causal": is_causal,
-        "window": window,
-        "query heads to a key head": shared,
-        "leading axes of the keys": batch,
+        "is_causal": call.is_causal,
+        "window": call.window,
+        "query heads to a key head": call.group,
+        "leading axes of the keys": call.key_batch,
         "d, the size of a key": k.shape[-1],
         "e, the size of a value": v.shape[-1],
-        "dtype": dtype_name(narrow),
-        "whether gradients are recorded": recorded,
+        "dtype": dtype_name(call.dtype),
+        "whether gradients are recorded": any(needs_gradient(x) for x in (q, k, v, *feature_map.arrays)),
         "feature_map": feature_map.fingerprint,
     }
-    return Shard(q, k, v, key_mask, prepared, window, is_causal, shared, narrow, empty, told)
+    empty = call.empty_state(0, cast(call.k[..., :0, :], compute_dtype(call.xp, q, k, v)))
+    return Shard(**{field.name: getattr(call, field.name) for field in fields(call)}, empty=empty, told=told)
 
 
 def _agreed(told: list[dict[str, Any]]) -> list[int]:

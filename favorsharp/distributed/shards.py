@@ -14,6 +14,7 @@ import torch
 
 from favorsharp._arrays import cast
 from favorsharp._typing import Array
+from favorsharp.calls import Call
 from favorsharp.moments import combine
 from favorsharp.ops.state import State, update, with_sums
 
@@ -21,19 +22,18 @@ WHOLE, BUT_LAST, BUT_FIRST = 0, 1, 2
 """Which keys of a shard a state covers: all, all but the last block, or all but the first block."""
 
 
-@dataclass(frozen=True)
-class Shard:
-    """The checked arguments of a rank; with grouped heads, they have an axis for the query heads of a key head."""
+@dataclass(frozen=True, eq=False)
+class Shard(Call):
+    """The checked call of a rank.
 
-    q: Array
-    k: Array
-    v: Array
-    key_mask: Array | None
-    feature_map: Any
-    window: int
-    is_causal: bool
-    shared: int
-    dtype: Any
+    Attributes
+    ----------
+    empty : State
+        The state of no keys.
+    told : dict
+        What the ranks compare.
+    """
+
     empty: State
     told: dict[str, Any]
 

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from favorsharp._arrays import namespace_of
+from favorsharp._nonfinite import finite_or_nan
 from favorsharp._typing import Array
-from favorsharp.exact import finite_or_nan
 from favorsharp.features.base import PositiveFeatureMap
 from favorsharp.ops.exponential_features import exponential_features
 from favorsharp.parameters import Parameters, embed_key, embed_query

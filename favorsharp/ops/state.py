@@ -16,9 +16,9 @@ from typing import Any, ClassVar
 
 from favorsharp._arrays import broadcast_shapes, cast, compute_dtype, namespace_of, on_device_of, under_own_settings
 from favorsharp._checks import check_broadcast, check_together
+from favorsharp._nonfinite import finite_or_nan, mix_visible
 from favorsharp._typing import Array, PositiveMap
 from favorsharp.dispatch import Op
-from favorsharp.exact import finite_or_nan, mix_visible
 from favorsharp.moments import combine
 
 TILE_ELEMENTS = 1 << 20
@@ -74,9 +74,13 @@ class State:
     z_low: Array | None = None
 
     known_layout: ClassVar[Hashable] = None
-    """The part of a call signature that stands for the state; set on results of `decode_step`, else None."""
+    """What `favorsharp.plans.layout_of` gives for this state, if it is known; set on results of `decode_step`."""
     single_tokens: ClassVar[Any] = None
     """What a backend keeps beside a state that grows token by token, to correct its rounding; None if nothing."""
+
+    def remember(self, name: str, value: Any) -> None:
+        """Attach `known_layout` or `single_tokens`. They are not part of the value: `replace` drops them."""
+        object.__setattr__(self, name, value)
 
     @property
     def num_features(self) -> int:
@@ -127,6 +131,31 @@ def empty_state(feature_map: PositiveMap, batch: tuple[int, ...], d: int, e: int
         fingerprint=None,
         kv_low=xp.zeros_like(kv) if low else None,
         z_low=xp.zeros_like(none) if low else None,
+    )
+
+
+_BATCHED = ("kv", "z", "c", "recent_k", "recent_v", "kv_low", "z_low")
+
+
+def with_group_axis(group: int, state: State) -> State:
+    """The state with a further axis after the key heads, for the query heads that read each of them."""
+    if group == 1:
+        return state
+    return replace(
+        state,
+        **{name: x[..., None, :, :] for name in _BATCHED if (x := getattr(state, name)) is not None},
+        recent_mask=state.recent_mask[..., None, :],
+    )
+
+
+def without_group_axis(group: int, state: State) -> State:
+    """Undo `with_group_axis`."""
+    if group == 1:
+        return state
+    return replace(
+        state,
+        **{name: x[..., 0, :, :] for name in _BATCHED if (x := getattr(state, name)) is not None},
+        recent_mask=state.recent_mask[..., 0, :],
     )
 
 

@@ -1,0 +1,45 @@
+"""Grouped heads: g query heads read one key head, which gets an axis of length g behind its own.
+
+With g = 1 no axis is added, and these functions return what they are given.
+"""
+
+from favorsharp._arrays import namespace_of
+from favorsharp._typing import Array
+
+
+def split_heads(group: int, q: Array) -> Array:
+    """Group the query heads by the key head that they read, (*b, h g, n, d) -> (*b, h, g, n, d)."""
+    if group == 1:
+        return q
+    *batch, heads, n, d = q.shape
+    return namespace_of(q).reshape(q, (*batch, heads // group, group, n, d))
+
+
+def merge_heads(group: int, out: Array) -> Array:
+    """Undo `split_heads`, (*b, h, g, n, e) -> (*b, h g, n, e)."""
+    if group == 1:
+        return out
+    *batch, heads, _, n, e = out.shape
+    return namespace_of(out).reshape(out, (*batch, heads * group, n, e))
+
+
+def add_group_axis(group: int, x: Array) -> Array:
+    """Give an array of the key heads an axis for the query heads that share them, (*b, h, s, d) -> (*b, h, 1, s, d)."""
+    return x if group == 1 else x[..., None, :, :]
+
+
+def add_mask_axis(group: int, mask: Array | None) -> Array | None:
+    """Give a mask of the key heads that axis, (*b, h, s) -> (*b, h, 1, s); a mask (s,) serves all heads as it is."""
+    return mask if mask is None or group == 1 or mask.ndim < 2 else mask[..., None, :]
+
+
+def grouped(
+    group: int, q: Array, k: Array, v: Array, key_mask: Array | None
+) -> tuple[Array, Array, Array, Array | None]:
+    """Queries, keys, values and mask with the group axis."""
+    return (
+        split_heads(group, q),
+        add_group_axis(group, k),
+        add_group_axis(group, v),
+        add_mask_axis(group, key_mask),
+    )

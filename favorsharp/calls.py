@@ -1,0 +1,249 @@
+"""A checked call of attention: what `linear_attention`, `vjp` and `distributed.linear_attention` have in common."""
+
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+from favorsharp._arrays import (
+    broadcast_shapes,
+    compute_dtype,
+    dtype_name,
+    is_array,
+    is_followed,
+    is_traced,
+    library_of,
+    result_dtype,
+    to_host,
+)
+from favorsharp._checks import (
+    check_array,
+    check_attention,
+    check_broadcast,
+    check_flag,
+    check_floats,
+    check_integer,
+    check_same_size,
+)
+from favorsharp._heads import grouped, merge_heads, split_heads
+from favorsharp._typing import Array, DType, Namespace
+from favorsharp._values import astype
+from favorsharp.dispatch import Implementation
+from favorsharp.features import FeatureMap, PositiveFeatureMap
+from favorsharp.ops.state import State, empty_state, with_group_axis
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """Arguments that were checked, in the form in which the ops take them.
+
+    Attributes
+    ----------
+    q, k, v : array
+        As the caller gave them; if heads are grouped, with the group axis of `favorsharp._heads`.
+    key_mask : array or None
+    feature_map : PositiveFeatureMap
+        In the dtype to compute in, and with the group axis.
+    group : int
+        Query heads that share a key head.
+    is_causal : bool
+    window : int
+    xp : namespace
+    dtype : dtype
+        That of the result.
+    """
+
+    q: Array
+    k: Array
+    v: Array
+    key_mask: Array | None
+    feature_map: Any
+    group: int
+    is_causal: bool
+    window: int
+    xp: Namespace
+    dtype: DType
+
+    @property
+    def arguments(self) -> tuple[Array, Array, Array, Any]:
+        """What every op of attention takes first."""
+        return self.q, self.k, self.v, self.feature_map
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The keyword arguments that every op of attention takes."""
+        return {"key_mask": self.key_mask, "window": self.window}
+
+    @property
+    def key_batch(self) -> tuple[int, ...]:
+        """The leading axes of a state of these keys."""
+        mask = () if self.key_mask is None else self.key_mask.shape[:-1]
+        return broadcast_shapes(self.k.shape[:-2], self.v.shape[:-2], self.feature_map.batch_shape, mask)
+
+    def empty_state(self, window: int, like: Array) -> State:
+        """The state of no keys, for these keys."""
+        return empty_state(self.feature_map, self.key_batch, self.k.shape[-1], self.v.shape[-1], window, like)
+
+    def place(self, run: Implementation, out: Array | None) -> dict[str, Array]:
+        """The keyword argument `out` for an implementation that can write its result there; else nothing."""
+        if out is None or not run.takes_out or is_followed(out):
+            return {}
+        return {"out": split_heads(self.group, out)}
+
+    def deliver(self, result: Array, out: Array | None, place: dict[str, Array] | None = None) -> Array:
+        """The result with merged heads, in `out` if that is given; `place` is where the implementation could write."""
+        if place and result is place["out"]:
+            assert out is not None
+            return out
+        result = merge_heads(self.group, result)
+        if out is None:
+            return result
+        out[...] = result  # the only place where the package writes to an array of the caller
+        return out
+
+
+def checked(
+    q: Array,
+    k: Array,
+    v: Array,
+    feature_map: FeatureMap,
+    *,
+    is_causal: bool,
+    window: int,
+    key_mask: Array | None,
+    enable_gqa: bool,
+) -> Call:
+    """Check the arguments that all forms of linear attention share, and prepare them."""
+    xp, group = check_attention(q, k, v, is_causal=is_causal, key_mask=key_mask, enable_gqa=enable_gqa)
+    check_map(feature_map, group, q=q, k=k)
+    window = check_integer("window", window, 0)
+    if window and q.shape[-2] != k.shape[-2]:
+        raise ValueError(f"window needs as many queries as keys: q has n={q.shape[-2]}, k has s={k.shape[-2]}")
+    prepared: Any = astype(feature_map, compute_dtype(xp, q, k, v))
+    if group > 1:
+        prepared = prepared.expanded()
+    return Call(
+        *grouped(group, q, k, v, key_mask),
+        feature_map=prepared,
+        group=group,
+        is_causal=is_causal,
+        window=window,
+        xp=xp,
+        dtype=result_dtype(xp, q, k, v),
+    )
+
+
+def check_positive(feature_map: Any) -> PositiveFeatureMap:
+    """Check that a map has positive features."""
+    if not isinstance(feature_map, FeatureMap):
+        raise TypeError(f"feature_map must be a favorsharp.FeatureMap, got {type(feature_map).__name__}")
+    if not isinstance(feature_map, PositiveFeatureMap):
+        raise ValueError(
+            f"feature_map of method {feature_map.parameters.method_name!r} is signed: its denominators can vanish, so "
+            "attention refuses it; accepted: positive maps (kernel_matvec and nadaraya_watson take signed ones)"
+        )
+    return feature_map
+
+
+def check_map(feature_map: Any, group: int, **named: Array) -> None:
+    """Check that a map is positive and fits the library, device and shapes of the points."""
+    check_positive(feature_map)
+    check_floats(**named, feature_map=feature_map.projection)
+    size = feature_map.parameters.size
+    for name, x in named.items():
+        check_same_size("d", **{name: (-1, x.shape[-1]), "feature_map": (-1, size)})
+    batch = feature_map.batch_shape
+    for name, x in named.items():
+        leading = x.shape[:-2]
+        if name == "q" and group > 1:
+            leading = (*leading[:-1], leading[-1] // group)
+        check_broadcast("(*b, n, d)", **{name: leading, "feature_map": batch})
+
+
+def check_state(state: Any, feature_map: FeatureMap, **named: Array) -> None:
+    """Check that a state was made by this map, and fits the library, device and leading axes of these arrays."""
+    if not isinstance(state, State):
+        raise TypeError(f"state must be a favorsharp.State, got {type(state).__name__}")
+    check_floats(**named, state=state.kv)
+    own = feature_map.fingerprint if state.fingerprint is not None else None
+    if state.num_features != feature_map.num_features or (own is not None and own != state.fingerprint):
+        raise ValueError(
+            f"state comes from another feature map: it is {state!r}, the map is {feature_map!r}; accepted: the map "
+            "that made it, or one with the same numbers"
+        )
+    for name, x in named.items():
+        if name != "q":
+            check_broadcast("(*b, s, d)", **{name: x.shape[:-2], "state": state.kv.shape[:-2]})
+
+
+def check_continued(call: Call, state: Any, feature_map: FeatureMap, k: Array) -> State:
+    """Check the state from which a call goes on, and give it the group axis of the call."""
+    check_state(state, feature_map, k=k)
+    check_values(state, call.v)
+    if state.window != call.window:
+        raise ValueError(f"window must be that of the state, {state.window}, got {call.window}")
+    if call.window and not call.is_causal:
+        raise ValueError("a window with a state needs is_causal=True: a bidirectional window takes no state")
+    return with_group_axis(call.group, state)
+
+
+def check_values(state: State, v: Array) -> None:
+    """Check that values have the size of those in the state."""
+    if v.shape[-1] != state.v_size:
+        raise ValueError(f"state and v must agree in e: state has e={state.v_size}, v has e={v.shape[-1]}")
+
+
+def state_group(state: Any, q: Array, enable_gqa: bool) -> int:
+    """The number of query heads that share a head of the state; 1 without `enable_gqa`."""
+    if not check_flag("enable_gqa", enable_gqa):
+        if isinstance(state, State):
+            check_broadcast("q (*b, n, d)", q=q.shape[:-2], state=state.kv.shape[:-2])
+        return 1
+    if not isinstance(state, State):
+        raise TypeError(f"state must be a favorsharp.State, got {type(state).__name__}")
+    heads, key_heads = (x.shape[-3] if x.ndim > 2 else 0 for x in (q, state.kv))
+    if key_heads == 0 or heads == 0 or heads % key_heads:
+        raise ValueError(
+            f"enable_gqa needs a multiple of the key heads: q has {heads} heads, the state has {key_heads}"
+        )
+    return int(heads // key_heads)
+
+
+def check_bounds(cu_seqlens: Any, n: int, s: int) -> list[int]:
+    """Check the boundaries of packed sequences, and return them as host integers."""
+    if n != s:
+        raise ValueError(f"cu_seqlens needs as many queries as keys: q has n={n}, k has s={s}")
+    if is_array(cu_seqlens):
+        check_array("cu_seqlens", cu_seqlens)
+        if not dtype_name(cu_seqlens).startswith(("int", "uint")):
+            raise TypeError(f"cu_seqlens must hold integers, got dtype {dtype_name(cu_seqlens)}")
+        if cu_seqlens.ndim != 1:
+            raise ValueError(f"cu_seqlens must have one axis, got shape {tuple(cu_seqlens.shape)}")
+        if is_traced(cu_seqlens):
+            raise TypeError("cu_seqlens must be known while tracing: pass a list or tuple of ints")
+        bounds = [int(bound) for bound in to_host(cu_seqlens)]
+    elif isinstance(cu_seqlens, list | tuple):
+        bounds = [check_integer("cu_seqlens", bound, 0) for bound in cu_seqlens]
+    else:
+        raise TypeError(f"cu_seqlens must be an integer array or a list of ints, got {type(cu_seqlens).__name__}")
+    if len(bounds) < 2 or bounds[0] != 0 or bounds[-1] != n or any(b < a for a, b in pairwise(bounds)):
+        shown = bounds if len(bounds) <= 12 else [*bounds[:6], "...", *bounds[-3:]]
+        raise ValueError(f"cu_seqlens must start at 0, end at n={n} and ascend, got {shown}")
+    return bounds
+
+
+def check_out(call: Call, out: Any, state: State | None) -> None:
+    """Check that out has the library, device, shape and dtype of the result; the state has the group axis."""
+    check_floats(q=call.q, out=out)
+    if library_of(out) == "jax":
+        raise TypeError("out must be an array that can be written to; JAX arrays cannot: use the returned value")
+    batch = broadcast_shapes(call.q.shape[:-2], call.key_batch, () if state is None else state.kv.shape[:-2])
+    if call.group > 1:
+        batch = (*batch[:-2], batch[-2] * batch[-1])
+    shape = (*batch, call.q.shape[-2], call.v.shape[-1])
+    if tuple(out.shape) != shape or out.dtype != call.dtype:
+        raise ValueError(
+            f"out has shape {tuple(out.shape)} and dtype {dtype_name(out)}; accepted: {shape} and "
+            f"{dtype_name(call.dtype)}"
+        )
+    if library_of(out) == "numpy" and not out.flags.writeable:
+        raise ValueError("out must be an array that can be written to, got a read-only one")
