@@ -1,0 +1,163 @@
+"""A call with a plan behaves as one that is checked, whichever argument differs from that of the planned call."""
+
+import gc
+from contextlib import nullcontext
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+import favorsharp as fs
+from favorsharp import plans
+
+torch = pytest.importorskip("torch")
+
+N, D, E, M, HEADS = 8, 4, 3, 16, 2
+
+
+def points(library, *, n=N, d=D, e=E, dtype="float32"):
+    rng = np.random.default_rng(1)
+    arrays = [rng.standard_normal((HEADS, n, size)).astype(dtype) for size in (d, d, e)]
+    return arrays if library == "numpy" else [torch.from_numpy(x) for x in arrays]
+
+
+def made(library, **options):
+    q, k, _ = points(library, n=50)
+    return fs.feature_map(fs.fit(q, k, axis=(0, -2), **options), M, rng=0)
+
+
+def outcome(call):
+    """What a call gives: the values, dtype and need of a gradient of its results, or its error."""
+    try:
+        result = call()
+    except Exception as error:
+        return type(error), str(error)
+    if isinstance(result, tuple):
+        out, state = result
+        return (*described(out), *described(state.kv), state.window, state.recent_k.shape)
+    return described(result)
+
+
+def described(x):
+    host = np.asarray(x.detach()) if isinstance(x, torch.Tensor) else np.asarray(x)
+    return type(x).__name__, str(x.dtype), host.round(4).tolist(), getattr(x, "requires_grad", None)
+
+
+class Derived(np.ndarray):
+    """An array of another class."""
+
+
+def changed_points(library):
+    """Other arrays in the place of one argument."""
+    q, k, v = points(library)
+    narrow = points(library, dtype="float64")[0]
+    for place, x in enumerate((q, k, v)):
+        rest = [q, k, v]
+        for other in (x[..., :-1], x[..., :-1, :], x[..., :1, :], x[:1], x[0], x[..., :0], None, x.tolist()):
+            yield [*rest[:place], other, *rest[place + 1 :]]
+        yield [*rest[:place], x.swapaxes(-1, -2), *rest[place + 1 :]]
+        yield [*rest[:place], narrow[..., : x.shape[-1]], *rest[place + 1 :]]
+        if library == "numpy":
+            yield [*rest[:place], x.view(Derived), *rest[place + 1 :]]
+            yield [*rest[:place], (x * 10).astype(int), *rest[place + 1 :]]
+            yield [*rest[:place], torch.from_numpy(x), *rest[place + 1 :]]
+        else:
+            yield [*rest[:place], x.clone().requires_grad_(), *rest[place + 1 :]]
+            yield [*rest[:place], x.to("meta"), *rest[place + 1 :]]
+            yield [*rest[:place], x.numpy(), *rest[place + 1 :]]
+
+
+def changed_options(library):
+    """Other options, as keyword arguments."""
+    mask = np.arange(N) < 5
+    masks = [mask, mask[:-1], mask.astype(np.float32), mask[None, None, None], mask.tolist()]
+    if library == "torch":
+        masks = [torch.from_numpy(x) if isinstance(x, np.ndarray) else x for x in masks]
+    values = {
+        "key_mask": masks,
+        "window": [1, 4, -1, True, 2.0, "4", None, np.int64(4)],
+        "is_causal": [True, 1, None, "yes", np.bool_(True)],
+        "enable_gqa": [True, 1, None],
+        "cu_seqlens": [[0, N], [0, 3, N], [0, N + 1]],
+        "return_state": [True, 1],
+    }
+    return [{name: value} for name, choices in values.items() for value in choices]
+
+
+@pytest.mark.parametrize("library", ["numpy", "torch"])
+@pytest.mark.parametrize("base", [{}, {"is_causal": True}, {"window": 4}])
+def test_one_other_argument_of_linear_attention(library, base):
+    feature_map, own = made(library), points(library)
+    calls = [(arguments, feature_map, base) for arguments in changed_points(library)]
+    calls += [(own, feature_map, {**base, **options}) for options in changed_options(library)]
+    calls += [(own, other, base) for other in (made(library, method="relu"), made(library, method="trig"), None)]
+    for arguments, used_map, options in calls:
+        with np.errstate(all="ignore"):
+            plans._plans.clear()
+            fresh = outcome(lambda: fs.linear_attention(*arguments, used_map, **options))  # noqa: B023
+            plans._plans.clear()
+            fs.linear_attention(*own, feature_map, **base)
+            assert plans._plans, "the first call has no plan"
+            assert outcome(lambda: fs.linear_attention(*arguments, used_map, **options)) == fresh  # noqa: B023
+
+
+@pytest.mark.parametrize("library", ["numpy", "torch"])
+@pytest.mark.parametrize("window", [0, 4])
+def test_one_other_argument_of_decode_step(library, window):
+    feature_map, own = made(library), [x[..., :1, :] for x in points(library)]
+    state = fs.init_state(feature_map, E, like=own[1], window=window)
+    state = fs.update(state, *points(library)[1:], feature_map)
+    of_another_map = replace(state, fingerprint="another")
+    wide = replace(state, kv=state.kv + 0, kv_low=None, z_low=None)
+    calls = [([x if x is None or isinstance(x, list) else x[..., :1, :] for x in arguments], state)
+             for arguments in changed_points(library)]  # fmt: skip
+    calls += [(own, other) for other in (of_another_map, wide, None, fs.init_state(feature_map, E + 1, like=own[1]))]
+    if library == "torch":
+        calls.append((own, replace(state, kv=state.kv.clone().requires_grad_())))
+    for arguments, used in calls:
+        plans._plans.clear()
+        fresh = outcome(lambda: fs.decode_step(*arguments, used, feature_map))  # noqa: B023
+        plans._plans.clear()
+        fs.decode_step(*own, state, feature_map)
+        assert plans._plans, "the first call has no plan"
+        assert outcome(lambda: fs.decode_step(*arguments, used, feature_map)) == fresh  # noqa: B023
+
+
+def test_circumstances_are_part_of_the_key(monkeypatch):
+    feature_map, own = made("numpy"), points("numpy")
+    fs.linear_attention(*own, feature_map)
+    with fs.use("reference"):
+        assert plans.find(feature_map, plans.key_of(feature_map, *own, None, False, 0)) is None
+    monkeypatch.setenv("FAVORSHARP_BACKEND", "no such backend")
+    with pytest.raises(ValueError, match="no such backend"):
+        fs.linear_attention(*own, feature_map)
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode, nullcontext])
+def test_modes_of_torch_are_part_of_the_key(context):
+    feature_map, own = made("torch"), points("torch")
+    own[0].requires_grad_()
+    assert fs.linear_attention(*own, feature_map).requires_grad
+    with context():
+        assert fs.linear_attention(*own, feature_map).requires_grad == (context is nullcontext)
+
+
+def test_a_map_whose_tensors_change_has_no_old_plan():
+    feature_map, own = made("torch"), points("torch")
+    before = fs.linear_attention(*own, feature_map)
+    feature_map.rows.mul_(0.5)
+    after = fs.linear_attention(*own, feature_map)
+    plans._plans.clear()
+    assert torch.equal(after, fs.linear_attention(*own, feature_map))
+    assert not torch.allclose(before, after, atol=1e-3)
+
+
+def test_plans_are_few_and_die_with_their_map():
+    feature_map = made("numpy")
+    for n in range(1, plans.MOST + 10):
+        fs.linear_attention(*points("numpy", n=n), feature_map)
+    assert len(plans._plans[feature_map]) == plans.MOST
+    count = len(plans._plans)
+    del feature_map
+    gc.collect()
+    assert len(plans._plans) == count - 1
