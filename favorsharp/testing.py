@@ -7,47 +7,25 @@ import importlib
 import itertools
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
 
-from favorsharp._arrays import dtype_name, from_host, named_dtype, namespace_of, to_host
+from favorsharp._arrays import dtype_name, from_host, namespace_of, to_host
+from favorsharp._cases import MAKERS, Case, cases, gradient_cases
 from favorsharp._typing import Array
-from favorsharp._values import map_arrays
-from favorsharp.dispatch import OPS, Backend, Kernel, backends, request_of, use, watch
-from favorsharp.features import feature_map
-from favorsharp.fitting import fit
-from favorsharp.ops import attention, causal_attention, exponential_features, kernel_matvec, state  # noqa: F401  fill OPS
-from favorsharp.ops.state import State, empty_state
+from favorsharp.dispatch import OPS, Backend, Implementation, Kernel, backends, request_of, use, watch
+from favorsharp.ops.attention import attention
+from favorsharp.ops.causal_attention import causal_attention
+from favorsharp.ops.exponential_features import exponential_features
+from favorsharp.ops.kernel_matvec import kernel_matvec
+from favorsharp.ops.state import State
 
 __all__ = ["Case", "Row", "cases", "check_backend", "make_array"]
 
 TOLERANCES = {"float16": 4e-3, "bfloat16": 3e-2, "float32": 2e-5, "float64": 1e-10}
 """Largest error allowed for each dtype, relative to the largest entry of the float64 reference."""
-
-
-@dataclass(frozen=True)
-class Case:
-    """One call of an op: a name, and a function that makes the arguments.
-
-    `make(to)` returns (args, kwargs). `to` turns a NumPy array into an array of the library and dtype under test; masks
-    keep their dtype.
-
-    Examples
-    --------
-    >>> import numpy as np
-    >>> from favorsharp.testing import cases
-    >>> case = cases("attention")[0]
-    >>> case.name
-    'plain, window 0'
-    >>> (q, k, v, feature_map), options = case.make(np.asarray)
-    >>> q.shape, v.shape, options
-    ((37, 8), (37, 5), {})
-    """
-
-    name: str
-    make: Callable[[Callable[[Any], Array]], tuple[tuple[Any, ...], dict[str, Any]]]
 
 
 @dataclass(frozen=True)
@@ -69,47 +47,14 @@ class Row:
     error: float
 
 
-SHAPES = {
-    "plain": ((), 37, 8, 5, 12),
-    "tiles": ((2, 3), 300, 16, 16, 64),
-    "multiples": ((1, 2), 128, 32, 32, 32),
-    "one": ((2,), 1, 3, 1, 1),
-    "none": ((2,), 0, 8, 5, 16),
-    "primes": ((2,), 131, 7, 3, 13),
-}
-"""For each name: the leading axes, the number of points n, and the sizes d, e and m."""
-
-
-def cases(op: str) -> tuple[Case, ...]:
-    """The calls on which an implementation of an op is compared with its reference.
-
-    Parameters
-    ----------
-    op : str
-        The op's name.
-
-    Returns
-    -------
-    tuple of Case
-
-    Examples
-    --------
-    >>> from favorsharp.testing import cases
-    >>> [case.name for case in cases("kernel_matvec")]
-    ['plain', 'tiles', 'multiples', 'one', 'none', 'primes']
-    """
-    if op not in _MAKERS:
-        raise ValueError(f"op {op!r} has no cases; known: {', '.join(_MAKERS)}")
-    return tuple(_MAKERS[op]())
-
-
 def check_backend(
     backend: str | Backend, *, ops: Iterable[str] | None = None, libraries: Iterable[str] | None = None
 ) -> list[Row]:
     """Compare every kernel of a backend with the references, which run in float64.
 
-    Each case runs under `use(backend)`; it is also checked that the backend's own implementation ran. The ops that
-    return functions (`attention_vjp`, `kernel_matvec_vjp`, `exponential_features_vjp`) have no cases.
+    Each case runs under `use(backend)`; it is also checked that the backend's own implementation is chosen. What a
+    kernel declares beside its function is compared too: `packed`, `plan` and `out`. Gradients are compared with
+    differences of the reference.
 
     Parameters
     ----------
@@ -146,17 +91,13 @@ def check_backend(
     if fault is not None:
         raise ValueError(f"backend {name!r} cannot be used here: {fault}")
     rows: list[Row] = []
-    cases_of, want = cache(cases), cache(wanted)  # the same for every library and dtype
     for kernel in known[name].kernels:
-        if kernel.op not in _MAKERS or (ops is not None and kernel.op not in tuple(ops)):
+        if ops is not None and kernel.op not in tuple(ops):
             continue
         for library, dtype in itertools.product(sorted(kernel.libraries), sorted(kernel.dtypes)):
-            if libraries is not None and library not in tuple(libraries):
-                continue
-            make = make_array(library, dtype)
+            make = None if libraries is not None and library not in tuple(libraries) else make_array(library, dtype)
             if make is not None:
-                for case in cases_of(kernel.op):
-                    rows += _compare(name, kernel, case, library, dtype, make, want)
+                rows += _rows(name, kernel, library, dtype, make)
     if not rows:
         raise ValueError(f"backend {name!r}: nothing to compare for ops={ops!r}, libraries={libraries!r}")
     return rows
@@ -205,36 +146,131 @@ def relative_error(got: Any, want: Any) -> float:
 
 def wanted(op: str, case: Case) -> Any:
     """The result of the op's reference in float64 NumPy."""
-    args, kwargs = case.make(
-        lambda host: np.asarray(host) if np.asarray(host).dtype == bool else np.asarray(host, float)
-    )
+    args, kwargs = case.make(_wide)
     return OPS[op].reference(*args, **kwargs)
 
 
-def _compare(
-    name: str,
-    kernel: Kernel,
-    case: Case,
-    library: str,
-    dtype: str,
-    make: Callable[[Any], Array],
-    want: Callable[[str, Case], Any],
-) -> Iterator[Row]:
-    args, kwargs = case.make(make)
-    if kernel.why_not(request_of(kernel.op, *args, *kwargs.values())) is not None:
-        return  # another device, or a family that the kernel does not declare
-    with use(name), watch() as calls:
-        got = OPS[kernel.op](*args, **kwargs)
-    place = f"{kernel.op}, case {case.name!r}, {library} {dtype}"
-    if not calls or calls[0] != (kernel.op, name):
-        raise AssertionError(f"{place}: {calls[:1]} ran instead of {name!r}")
+@cache
+def _results(op: str) -> list[tuple[Case, Any]]:
+    """The cases of an op and their results, which are the same for every library and dtype."""
+    return [(case, wanted(op, case)) for case in cases(op)]
+
+
+def _rows(name: str, kernel: Kernel, library: str, dtype: str, make: Callable[[Any], Array]) -> Iterator[Row]:
+    """Compare everything that a kernel offers, on all cases, for one library and dtype."""
+    if kernel.op in MAKERS:
+        compared = ((case, partial(_forward, kernel.op, case=case, want=want)) for case, want in _results(kernel.op))
+    else:
+        compared = ((case, partial(_backward, kernel.op, case=case)) for case in gradient_cases(kernel.op))
+    for case, compare in compared:
+        arguments, options = case.make(make)
+        if kernel.why_not(request_of(kernel.op, *arguments, *options.values())) is not None:
+            continue  # another device, or a family that the kernel does not declare
+        with use(name), watch() as calls:
+            chosen = OPS[kernel.op].implementation(*arguments, **options)
+        place = f"{kernel.op}, case {case.name!r}, {library} {dtype}"
+        if calls[:1] != [(kernel.op, name)]:
+            raise AssertionError(f"{place}: {calls[:1]} ran instead of {name!r}")
+        for part, got, want in compare(chosen, arguments, options):
+            limit = max(TOLERANCES[dtype], _DIFFERENCES if part == _GRADIENTS else 0.0)
+            error = _error(f"{place}{part}", got, want)
+            if not error <= limit:
+                raise AssertionError(f"{place}{part}: error {error:.2g} is above {limit:.2g}")
+            yield Row(kernel.op, f"{case.name}{part}", library, dtype, name, error)
+
+
+def _error(place: str, got: Any, want: Any) -> float:
     try:
-        error = relative_error(got, want(kernel.op, case))
+        return relative_error(got, want)
     except AssertionError as wrong:
         raise AssertionError(f"{place}: {wrong}") from None
-    if not error <= TOLERANCES[dtype]:
-        raise AssertionError(f"{place}: error {error:.2g} is above {TOLERANCES[dtype]:.2g}")
-    yield Row(kernel.op, case.name, library, dtype, name, error)
+
+
+_GRADIENTS = " (gradients)"
+_DIFFERENCES = 1e-8
+"""Largest error allowed for gradients in float64: differences of the reference are no more accurate than that."""
+
+_Compared = Iterator[tuple[str, Any, Any]]
+"""What is compared: its name, the result, and the result that is wanted."""
+
+
+def _forward(op: str, chosen: Implementation, arguments: Any, options: Any, *, case: Case, want: Any) -> _Compared:
+    """The result of an op; in an array of the caller; of packed sequences; and of a planned token."""
+    result = chosen.run(*arguments, **options)
+    yield "", result, want
+    whole = result[0] if isinstance(result, tuple) else result
+    if chosen.takes_out:
+        place = namespace_of(whole).empty_like(whole)
+        again = chosen.run(*arguments, **options, out=place)
+        again = again[0] if isinstance(again, tuple) else again
+        yield " (out)", again, want[0] if isinstance(want, tuple) else want
+    if chosen.packed is not None and arguments[0].shape[-2] == arguments[1].shape[-2]:
+        bounds = _bounds(arguments[0].shape[-2])
+        yield " (packed)", chosen.packed(*arguments, bounds, **options), _of_pieces(op, case, bounds)
+    planned = None if chosen.plan is None else chosen.plan(*arguments, **options)
+    if planned is not None:
+        yield " (plan)", planned(*arguments, **options), want
+
+
+def _bounds(n: int) -> list[int]:
+    """Bounds of packed sequences: an empty one, and lengths that differ."""
+    return [0, n // 3, n // 3, n // 2, n]
+
+
+def _of_pieces(op: str, case: Case, bounds: list[int]) -> Any:
+    """The results of the op's reference in float64 NumPy for each packed sequence alone."""
+    (q, k, v, own_map), options = case.make(_wide)
+    mask = options.pop("key_mask", None)
+    pieces = []
+    for a, b in itertools.pairwise(bounds):
+        masked = {} if mask is None else {"key_mask": mask[..., a:b]}
+        piece = OPS[op].reference(q[..., a:b, :], k[..., a:b, :], v[..., a:b, :], own_map, **options, **masked)
+        pieces.append(piece[0] if isinstance(piece, tuple) else piece)
+    return np.concatenate(pieces, axis=-2)
+
+
+def _wide(host: Any) -> Any:
+    """A NumPy array in float64; masks keep their dtype."""
+    host = np.asarray(host)
+    return host if host.dtype == bool else host.astype(np.float64)
+
+
+def _backward(op: str, chosen: Implementation, arguments: Any, options: Any, *, case: Case) -> _Compared:
+    """The result of an op that returns a pullback; and gradients, by differences of the reference along directions."""
+    wide, wide_options = case.make(_wide)
+    result, pullback = chosen.run(*arguments, **options)
+    want = _REFERENCES[op](*wide, **wide_options)
+    yield "", result, want
+    rng = np.random.default_rng(0)
+    weight = rng.integers(-16, 17, want.shape) / 16  # exact in every dtype
+    gradients = pullback(from_host(weight, like=result))
+    places = [i for i, x in enumerate(wide) if isinstance(x, np.ndarray)]
+    slopes, differences = [], []
+    for place, gradient in zip(places, gradients, strict=True):
+        direction = rng.standard_normal(wide[place].shape)
+        direction = direction / max(1.0, np.linalg.norm(direction))
+
+        def along(t: float, place: int = place, direction: Any = direction) -> Any:
+            moved = (*wide[:place], wide[place] + t * direction, *wide[place + 1 :])
+            return np.sum(weight * _REFERENCES[op](*moved, **wide_options))
+
+        slopes.append(np.sum(direction * np.asarray(to_host(gradient), dtype=np.float64)))
+        differences.append((8 * (along(1e-3) - along(-1e-3)) - (along(2e-3) - along(-2e-3))) / 12e-3)
+    yield _GRADIENTS, np.array(slopes), np.array(differences)
+
+
+def _attention(q: Any, k: Any, v: Any, own_map: Any, *, is_causal: bool, **options: Any) -> Any:
+    if is_causal:
+        return causal_attention.reference(q, k, v, own_map, **options)[0]
+    return attention.reference(q, k, v, own_map, **options)
+
+
+_REFERENCES: dict[str, Callable[..., Any]] = {
+    "attention_vjp": _attention,
+    "kernel_matvec_vjp": kernel_matvec.reference,
+    "exponential_features_vjp": exponential_features.reference,
+}
+"""What the ops that return a pullback differentiate."""
 
 
 def _arrays_of(result: Any) -> list[Array]:
@@ -243,140 +279,3 @@ def _arrays_of(result: Any) -> list[Array]:
     if isinstance(result, State):
         return [result.kv, result.z, result.c, result.recent_k, result.recent_v]
     return [result]
-
-
-def _problem(shape: str) -> tuple[Any, Any, Any]:
-    batch, n, d, e, _ = SHAPES[shape]
-    rng = np.random.default_rng(list(SHAPES).index(shape))
-    # these values are exact in float16 and bfloat16, so that every dtype gets the same problem
-    q, k = (np.round(16 * rng.standard_normal((*batch, n, d)) + 5) / 16 for _ in range(2))
-    return q, k, np.round(16 * rng.standard_normal((*batch, n, e))) / 16
-
-
-def _map(shape: str, to: Callable[[Any], Array]) -> Any:
-    """A map for the problem, in the dtype to compute in; fitted on the host, so that all libraries get the same map."""
-    like = to(np.zeros(1))
-    wide = named_dtype(namespace_of(like), "float64" if dtype_name(like) == "float64" else "float32")
-    return map_arrays(_fitted(shape), lambda x: from_host(np.array(x), like, wide))
-
-
-@cache
-def _fitted(shape: str) -> Any:
-    q, k, _ = _problem(shape)
-    return feature_map(fit(q, k), SHAPES[shape][-1], rng=0)
-
-
-def _mask(shape: tuple[int, ...]) -> Any:
-    mask = np.random.default_rng(1).random(shape) > 0.3
-    if mask.ndim > 1 and mask.shape[0] > 1:
-        mask[0] = False  # rows that see nothing
-    return mask
-
-
-def _strided(host: Any) -> Any:
-    """The same values in a strided, read-only array."""
-    spread = np.zeros((*host.shape[:-1], 2 * host.shape[-1]))
-    spread[..., ::2] = host
-    view = spread[..., ::2]
-    view.flags.writeable = False
-    return view
-
-
-def _exponential_features() -> Iterator[Case]:
-    for shape in SHAPES:
-
-        def make(to: Callable[[Any], Array], shape: str = shape) -> Any:
-            batch, n, d, _, m = SHAPES[shape]
-            rng = np.random.default_rng(0)
-            sizes = ((*batch, n, d), (m, d), (*batch, n, 1), (1, m))
-            return tuple(to(rng.integers(-8, 9, size) / 16) for size in sizes), {}  # exact in every dtype
-
-        yield Case(shape, make)
-
-
-def _attention(masked: bool, windows: tuple[int, ...]) -> Iterator[Case]:
-    for shape, window, hidden in itertools.product(SHAPES, windows, (False, True) if masked else (False,)):
-
-        def make(to: Callable[[Any], Array], shape: str = shape, window: int = window, hidden: bool = hidden) -> Any:
-            q, k, v = _problem(shape)
-            options: dict[str, Any] = {"window": window} if window else {}
-            if hidden:
-                options["key_mask"] = to(_mask(k.shape[:-1]))
-            return (to(_strided(q)), to(k), to(_strided(v)), _map(shape, to)), options
-
-        yield Case(f"{shape}, window {window}{', masked' if hidden else ''}", make)
-
-    def grouped(to: Callable[[Any], Array]) -> Any:
-        q, k, v = _problem("tiles")
-        queries = np.stack([q, q + 0.25], axis=-3)
-        return (to(queries), to(k[..., None, :, :]), to(v[..., None, :, :]), _map("tiles", to).expanded()), {}
-
-    yield Case("grouped heads", grouped)
-
-
-def _unequal() -> Iterator[Case]:
-    def make(to: Callable[[Any], Array]) -> Any:
-        q, k, v = _problem("primes")
-        return (to(q[..., :40, :]), to(k), to(v), _map("primes", to)), {}
-
-    yield Case("unequal lengths", make)
-
-
-def _state(fm: Any, k: Array, v: Array, window: int) -> State:
-    empty = empty_state(fm, tuple(k.shape[:-2]), k.shape[-1], v.shape[-1], window, k)
-    return OPS["update"].reference(empty, k, v, fm)  # type: ignore[no-any-return]
-
-
-def _update() -> Iterator[Case]:
-    for shape, window in itertools.product(SHAPES, (0, 5)):
-
-        def make(to: Callable[[Any], Array], shape: str = shape, window: int = window) -> Any:
-            _, k, v = _problem(shape)
-            fm, keys, values = _map(shape, to), to(k), to(v)
-            return (_state(fm, keys, values, window), keys, values, fm), {"key_mask": to(_mask(k.shape[:-1]))}
-
-        yield Case(f"{shape}, window {window}", make)
-
-
-def _read() -> Iterator[Case]:
-    for shape, window in itertools.product(SHAPES, (0, 5)):
-
-        def make(to: Callable[[Any], Array], shape: str = shape, window: int = window) -> Any:
-            q, k, v = _problem(shape)
-            fm = _map(shape, to)
-            return (_state(fm, to(k), to(v), window), to(q), fm), {}
-
-        yield Case(f"{shape}, window {window}", make)
-
-
-def _decode_step() -> Iterator[Case]:
-    for shape, window in itertools.product(("plain", "tiles", "one"), (0, 5)):
-
-        def make(to: Callable[[Any], Array], shape: str = shape, window: int = window) -> Any:
-            q, k, v = _problem(shape)
-            fm = _map(shape, to)
-            token = tuple(to(x[..., :1, :]) for x in (q, k, v))
-            return (*token, _state(fm, to(k), to(v), window), fm), {}
-
-        yield Case(f"{shape}, window {window}", make)
-
-
-def _kernel_matvec() -> Iterator[Case]:
-    for shape in SHAPES:
-
-        def make(to: Callable[[Any], Array], shape: str = shape) -> Any:
-            q, k, v = _problem(shape)
-            return (to(q / 2), to(k / 2), to(v), _map(shape, to)), {}
-
-        yield Case(shape, make)
-
-
-_MAKERS: dict[str, Callable[[], Iterator[Case]]] = {
-    "exponential_features": _exponential_features,
-    "attention": lambda: itertools.chain(_attention(True, (0, 1, 5, 64)), _unequal()),
-    "causal_attention": lambda: _attention(True, (0, 1, 5, 64)),
-    "update": _update,
-    "read": _read,
-    "decode_step": _decode_step,
-    "kernel_matvec": _kernel_matvec,
-}

@@ -1,0 +1,237 @@
+"""The calls on which implementations of the ops are compared; public as `favorsharp.testing.cases`."""
+
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import numpy as np
+
+from favorsharp._arrays import dtype_name, from_host, named_dtype, namespace_of
+from favorsharp._typing import Array
+from favorsharp._values import map_arrays
+from favorsharp.dispatch import OPS
+from favorsharp.features import feature_map
+from favorsharp.fitting import fit
+from favorsharp.ops import attention, causal_attention, exponential_features, kernel_matvec, state, vjp  # noqa: F401  fill OPS
+from favorsharp.ops.state import State, empty_state
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call of an op: a name, and a function that makes the arguments.
+
+    `make(to)` returns (args, kwargs). `to` turns a NumPy array into an array of the library and dtype under test; masks
+    keep their dtype.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from favorsharp.testing import cases
+    >>> case = cases("attention")[0]
+    >>> case.name
+    'plain, window 0'
+    >>> (q, k, v, feature_map), options = case.make(np.asarray)
+    >>> q.shape, v.shape, options
+    ((37, 8), (37, 5), {})
+    """
+
+    name: str
+    make: Callable[[Callable[[Any], Array]], tuple[tuple[Any, ...], dict[str, Any]]]
+
+
+SHAPES = {
+    "plain": ((), 37, 8, 5, 12),
+    "tiles": ((2, 3), 300, 16, 16, 64),
+    "multiples": ((1, 2), 128, 32, 32, 32),
+    "one": ((2,), 1, 3, 1, 1),
+    "none": ((2,), 0, 8, 5, 16),
+    "primes": ((2,), 131, 7, 3, 13),
+}
+"""For each name: the leading axes, the number of points n, and the sizes d, e and m."""
+
+
+def cases(op: str) -> tuple[Case, ...]:
+    """The calls on which an implementation of an op is compared with its reference.
+
+    Parameters
+    ----------
+    op : str
+        The op's name.
+
+    Returns
+    -------
+    tuple of Case
+
+    Examples
+    --------
+    >>> from favorsharp.testing import cases
+    >>> [case.name for case in cases("kernel_matvec")]
+    ['plain', 'tiles', 'multiples', 'one', 'none', 'primes']
+    """
+    if op not in MAKERS:
+        raise ValueError(f"op {op!r} has no cases; known: {', '.join(MAKERS)}")
+    return tuple(MAKERS[op]())
+
+
+def _problem(shape: str) -> tuple[Any, Any, Any]:
+    batch, n, d, e, _ = SHAPES[shape]
+    rng = np.random.default_rng(list(SHAPES).index(shape))
+    # these values are exact in float16 and bfloat16, so that every dtype gets the same problem
+    q, k = (np.round(16 * rng.standard_normal((*batch, n, d)) + 5) / 16 for _ in range(2))
+    return q, k, np.round(16 * rng.standard_normal((*batch, n, e))) / 16
+
+
+def _map(shape: str, to: Callable[[Any], Array]) -> Any:
+    """A map for the problem, in the dtype to compute in; fitted on the host, so that all libraries get the same map."""
+    like = to(np.zeros(1))
+    wide = named_dtype(namespace_of(like), "float64" if dtype_name(like) == "float64" else "float32")
+    return map_arrays(_fitted(shape), lambda x: from_host(np.array(x), like, wide))
+
+
+@cache
+def _fitted(shape: str) -> Any:
+    q, k, _ = _problem(shape)
+    return feature_map(fit(q, k), SHAPES[shape][-1], rng=0)
+
+
+def _mask(shape: tuple[int, ...]) -> Any:
+    mask = np.random.default_rng(1).random(shape) > 0.3
+    if mask.ndim > 1 and mask.shape[0] > 1:
+        mask[0] = False  # rows that see nothing
+    return mask
+
+
+def _strided(host: Any) -> Any:
+    """The same values in a strided, read-only array."""
+    spread = np.zeros((*host.shape[:-1], 2 * host.shape[-1]))
+    spread[..., ::2] = host
+    view = spread[..., ::2]
+    view.flags.writeable = False
+    return view
+
+
+def _exponential_features() -> Iterator[Case]:
+    for shape in SHAPES:
+
+        def make(to: Callable[[Any], Array], shape: str = shape) -> Any:
+            batch, n, d, _, m = SHAPES[shape]
+            rng = np.random.default_rng(0)
+            sizes = ((*batch, n, d), (m, d), (*batch, n, 1), (1, m))
+            return tuple(to(rng.integers(-8, 9, size) / 16) for size in sizes), {}  # exact in every dtype
+
+        yield Case(shape, make)
+
+
+def _attention(masked: bool, windows: tuple[int, ...]) -> Iterator[Case]:
+    for shape, window, hidden in itertools.product(SHAPES, windows, (False, True) if masked else (False,)):
+
+        def make(to: Callable[[Any], Array], shape: str = shape, window: int = window, hidden: bool = hidden) -> Any:
+            q, k, v = _problem(shape)
+            options: dict[str, Any] = {"window": window} if window else {}
+            if hidden:
+                options["key_mask"] = to(_mask(k.shape[:-1]))
+            return (to(_strided(q)), to(k), to(_strided(v)), _map(shape, to)), options
+
+        yield Case(f"{shape}, window {window}{', masked' if hidden else ''}", make)
+
+    def grouped(to: Callable[[Any], Array]) -> Any:
+        q, k, v = _problem("tiles")
+        queries = np.stack([q, q + 0.25], axis=-3)
+        return (to(queries), to(k[..., None, :, :]), to(v[..., None, :, :]), _map("tiles", to).expanded()), {}
+
+    yield Case("grouped heads", grouped)
+
+
+def _unequal() -> Iterator[Case]:
+    def make(to: Callable[[Any], Array]) -> Any:
+        q, k, v = _problem("primes")
+        return (to(q[..., :40, :]), to(k), to(v), _map("primes", to)), {}
+
+    yield Case("unequal lengths", make)
+
+
+def _state(fm: Any, k: Array, v: Array, window: int) -> State:
+    empty = empty_state(fm, tuple(k.shape[:-2]), k.shape[-1], v.shape[-1], window, k)
+    return OPS["update"].reference(empty, k, v, fm)  # type: ignore[no-any-return]
+
+
+def _update() -> Iterator[Case]:
+    for shape, window in itertools.product(SHAPES, (0, 5)):
+
+        def make(to: Callable[[Any], Array], shape: str = shape, window: int = window) -> Any:
+            _, k, v = _problem(shape)
+            fm, keys, values = _map(shape, to), to(k), to(v)
+            return (_state(fm, keys, values, window), keys, values, fm), {"key_mask": to(_mask(k.shape[:-1]))}
+
+        yield Case(f"{shape}, window {window}", make)
+
+
+def _read() -> Iterator[Case]:
+    for shape, window in itertools.product(SHAPES, (0, 5)):
+
+        def make(to: Callable[[Any], Array], shape: str = shape, window: int = window) -> Any:
+            q, k, v = _problem(shape)
+            fm = _map(shape, to)
+            return (_state(fm, to(k), to(v), window), to(q), fm), {}
+
+        yield Case(f"{shape}, window {window}", make)
+
+
+def _decode_step() -> Iterator[Case]:
+    for shape, window in itertools.product(("plain", "tiles", "one"), (0, 5)):
+
+        def make(to: Callable[[Any], Array], shape: str = shape, window: int = window) -> Any:
+            q, k, v = _problem(shape)
+            fm = _map(shape, to)
+            token = tuple(to(x[..., :1, :]) for x in (q, k, v))
+            return (*token, _state(fm, to(k), to(v), window), fm), {}
+
+        yield Case(f"{shape}, window {window}", make)
+
+
+def _kernel_matvec() -> Iterator[Case]:
+    for shape in SHAPES:
+
+        def make(to: Callable[[Any], Array], shape: str = shape) -> Any:
+            q, k, v = _problem(shape)
+            return (to(q / 2), to(k / 2), to(v), _map(shape, to)), {}
+
+        yield Case(shape, make)
+
+
+MAKERS: dict[str, Callable[[], Iterator[Case]]] = {
+    "exponential_features": _exponential_features,
+    "attention": lambda: itertools.chain(_attention(True, (0, 1, 5, 64)), _unequal()),
+    "causal_attention": lambda: _attention(True, (0, 1, 5, 64)),
+    "update": _update,
+    "read": _read,
+    "decode_step": _decode_step,
+    "kernel_matvec": _kernel_matvec,
+}
+
+
+def gradient_cases(op: str) -> tuple[Case, ...]:
+    """The calls of an op that returns a pullback."""
+    return tuple(_GRADIENTS[op]())
+
+
+def _attention_vjp() -> Iterator[Case]:
+    for base in (*_attention(True, (0, 5)), *_unequal()):
+        for is_causal in (False, True):
+            if is_causal and ("unequal" in base.name or "grouped" in base.name):
+                continue
+
+            def make(to: Callable[[Any], Array], base: Case = base, is_causal: bool = is_causal) -> Any:
+                arguments, options = base.make(to)
+                return arguments, {**options, "is_causal": is_causal}
+
+            yield Case(f"{base.name}, causal" if is_causal else base.name, make)
+
+
+_GRADIENTS: dict[str, Callable[[], Iterator[Case]]] = {
+    "attention_vjp": _attention_vjp,
+    "kernel_matvec_vjp": _kernel_matvec,
+    "exponential_features_vjp": _exponential_features,
+}
