@@ -3,8 +3,8 @@
 from functools import partial
 from typing import Any
 
-from favorsharp_numba.arguments import target
-from favorsharp_numba.problem import AttentionProblem, packed_attention
+from favorsharp_numba.host.arguments import target
+from favorsharp_numba.host.problem import AttentionProblem, packed_attention
 
 
 def attention(

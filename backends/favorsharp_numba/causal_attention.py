@@ -5,9 +5,9 @@ from functools import partial
 from typing import Any
 
 from favorsharp.ops.state import State, empty_state, num_leaving, with_recent
-from favorsharp_numba.arguments import target
-from favorsharp_numba.problem import AttentionProblem, packed_attention
-from favorsharp_numba.single_tokens import settled
+from favorsharp_numba.host.arguments import target
+from favorsharp_numba.host.kept_tokens import settled
+from favorsharp_numba.host.problem import AttentionProblem, packed_attention
 
 
 def causal_attention(

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from favorsharp_numba.arguments import (
+from favorsharp_numba.host.arguments import (
     KINDS,
     Held,
     broadcast,
@@ -18,18 +18,8 @@ from favorsharp_numba.arguments import (
     target,
     widened,
 )
-from favorsharp_numba.compiling import TAGS, inlined, jit
-from favorsharp_numba.emitter import BYTES, VECTORS
-from favorsharp_numba.primitives import (
-    multiply_block,
-    product,
-    product_add,
-    product_exp,
-    product_exp_stream,
-)
-from favorsharp_numba.rows import fill, total_of
-from favorsharp_numba.run import share
-from favorsharp_numba.tiles import (
+from favorsharp_numba.host.threads import share
+from favorsharp_numba.kernels.tiles import (
     NO_MASK,
     ONE,
     TILE,
@@ -40,6 +30,16 @@ from favorsharp_numba.tiles import (
     put,
     store_points,
 )
+from favorsharp_numba.vectors.compiling import TAGS, inlined, jit
+from favorsharp_numba.vectors.emitter import BYTES, VECTORS
+from favorsharp_numba.vectors.primitives import (
+    multiply_block,
+    product,
+    product_add,
+    product_exp,
+    product_exp_stream,
+)
+from favorsharp_numba.vectors.rows import fill, total_of
 
 STREAM_BYTES = 1 << 22
 """Results larger than this are stored past the caches, which they would only sweep empty."""

@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from favorsharp_numba.arguments import empty
-from favorsharp_numba.problem import AttentionProblem
+from favorsharp_numba.host.arguments import empty
+from favorsharp_numba.host.problem import AttentionProblem
 
 
 def kernel_matvec(x: Any, y: Any, v: Any, feature_map: Any) -> Any:

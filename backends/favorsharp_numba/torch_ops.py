@@ -22,10 +22,10 @@ from favorsharp_numba import causal_attention as plain_causal
 from favorsharp_numba import exponential_features as plain_features
 from favorsharp_numba import kernel_matvec as plain_matvec
 from favorsharp_numba.causal_attention import recent
-from favorsharp_numba.gradients import attention_backward, attention_with_stats, of_arrays_of_map
+from favorsharp_numba.host.attention_gradients import attention_backward, attention_with_stats, of_arrays_of_map
+from favorsharp_numba.host.kernel_matvec_gradients import kernel_matvec_backward
+from favorsharp_numba.host.problem import packed_attention
 from favorsharp_numba.kernel_matvec import with_sums
-from favorsharp_numba.matvec_gradients import kernel_matvec_backward
-from favorsharp_numba.problem import packed_attention
 
 
 def exponential_features(u: Any, rows: Any, row: Any, column: Any, *, out: Any = None) -> Any:

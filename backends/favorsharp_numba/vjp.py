@@ -5,9 +5,9 @@ from typing import Any
 
 from favorsharp._checks import check_unfollowed
 from favorsharp_numba.exponential_features import exponential_features, exponential_features_backward
-from favorsharp_numba.gradients import attention_backward, attention_with_stats, of_arrays_of_map
+from favorsharp_numba.host.attention_gradients import attention_backward, attention_with_stats, of_arrays_of_map
+from favorsharp_numba.host.kernel_matvec_gradients import kernel_matvec_backward
 from favorsharp_numba.kernel_matvec import with_sums
-from favorsharp_numba.matvec_gradients import kernel_matvec_backward
 
 
 def attention_vjp(

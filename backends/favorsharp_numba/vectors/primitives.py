@@ -1,9 +1,9 @@
 """The products and blocks in use: vector code, or plain Numba where FAVORSHARP_NUMBA_VECTORS is 0."""
 
-from favorsharp_numba import decode_vectors, plain, products, vectors
-from favorsharp_numba.compiling import vector_bytes
+from favorsharp_numba.vectors import blocks, plain, products, tokens
+from favorsharp_numba.vectors.compiling import vector_bytes
 
-_products, _blocks, _token = (products, vectors, decode_vectors) if vector_bytes() else (plain,) * 3
+_products, _blocks, _token = (products, blocks, tokens) if vector_bytes() else (plain,) * 3
 
 product = _products.product
 product_ahead = _products.product_ahead

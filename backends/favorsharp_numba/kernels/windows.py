@@ -5,12 +5,16 @@ from typing import NamedTuple
 import numpy as np
 from numba.extending import register_jitable
 
-from favorsharp_numba.attention_kernels import has_seen, keep_stats, key_side, query_side
-from favorsharp_numba.compiling import inlined, jit, outlined
-from favorsharp_numba.near import add_near, near_keys, near_queries, raise_references, score_near, weigh_near
-from favorsharp_numba.primitives import max_block, scale_block
-from favorsharp_numba.rows import add_rows, copy, fill, invert, take_tops
-from favorsharp_numba.tiles import (
+from favorsharp_numba.kernels.attention import has_seen, keep_stats, key_side, query_side
+from favorsharp_numba.kernels.near_scores import (
+    add_near,
+    near_keys,
+    near_queries,
+    raise_references,
+    score_near,
+    weigh_near,
+)
+from favorsharp_numba.kernels.tiles import (
     ALPHA,
     NO_MASK,
     TILE,
@@ -39,6 +43,9 @@ from favorsharp_numba.tiles import (
     values_at,
     weigh,
 )
+from favorsharp_numba.vectors.compiling import inlined, jit, outlined
+from favorsharp_numba.vectors.primitives import max_block, scale_block
+from favorsharp_numba.vectors.rows import add_rows, copy, fill, invert, take_tops
 
 SLOTS = 4
 """Heads of queries that are worked on together, and tiles of keys that are kept."""

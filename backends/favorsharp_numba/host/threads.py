@@ -21,7 +21,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from favorsharp_numba.compiling import jit
+from favorsharp_numba.vectors.compiling import jit
 
 SMALL = 4e6
 """Multiplications below which handing work to another thread costs more than it saves: some 40 microseconds."""

@@ -12,9 +12,7 @@ import numpy as np
 
 from favorsharp._arrays import to_host
 from favorsharp.features.folding import FoldedSide, fold
-from favorsharp_numba.compiling import TAGS
-from favorsharp_numba.emitter import BYTES, VECTORS
-from favorsharp_numba.tiles import (
+from favorsharp_numba.kernels.tiles import (
     ALPHA,
     BETA,
     HEADER,
@@ -28,6 +26,8 @@ from favorsharp_numba.tiles import (
     Points,
     Sizes,
 )
+from favorsharp_numba.vectors.compiling import TAGS
+from favorsharp_numba.vectors.emitter import BYTES, VECTORS
 
 LOG2E = 1 / math.log(2)
 KINDS = {"float16": 0, "bfloat16": 1, "float32": 2, "float64": 3}

@@ -7,20 +7,8 @@ where one does by more, it is taken again.
 import numpy as np
 from numba.extending import register_jitable
 
-from favorsharp_numba.attention_kernels import keep_stats, key_side, query_side
-from favorsharp_numba.compiling import inlined, jit, outlined
-from favorsharp_numba.primitives import (
-    exp_block,
-    max_block,
-    product,
-    product_sum,
-    product_sums,
-    product_terms,
-    scale_block,
-)
-from favorsharp_numba.products import NOTHING, Sums
-from favorsharp_numba.rows import add_rows, compare_tops, copy, fill, invert, take_row, take_tops
-from favorsharp_numba.tiles import (
+from favorsharp_numba.kernels.attention import keep_stats, key_side, query_side
+from favorsharp_numba.kernels.tiles import (
     ROWS,
     TILE,
     ZERO,
@@ -42,7 +30,19 @@ from favorsharp_numba.tiles import (
     values_at,
     weigh,
 )
-from favorsharp_numba.vectors import item_size
+from favorsharp_numba.vectors.blocks import item_size
+from favorsharp_numba.vectors.compiling import inlined, jit, outlined
+from favorsharp_numba.vectors.primitives import (
+    exp_block,
+    max_block,
+    product,
+    product_sum,
+    product_sums,
+    product_terms,
+    scale_block,
+)
+from favorsharp_numba.vectors.products import NOTHING, Sums
+from favorsharp_numba.vectors.rows import add_rows, compare_tops, copy, fill, invert, take_row, take_tops
 
 KEYS_ABOVE = 16
 """How far a key's log feature may exceed the top of its sums, and thus how far these, and what is read of them, may

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from favorsharp.ops.state import State
-from favorsharp_numba.arguments import numpy_or_torch
-from favorsharp_numba.problem import absorbed
+from favorsharp_numba.host.arguments import numpy_or_torch
+from favorsharp_numba.host.problem import absorbed
 
 SPAN = 256
 """How many tokens are kept."""

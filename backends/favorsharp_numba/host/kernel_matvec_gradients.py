@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from favorsharp_numba import gradient_kernels as kernels
-from favorsharp_numba.arguments import Held, empty, name_of
-from favorsharp_numba.gradients import in_shape_of, map_sums
-from favorsharp_numba.problem import AttentionProblem
-from favorsharp_numba.run import share
+from favorsharp_numba.host.arguments import Held, empty, name_of
+from favorsharp_numba.host.attention_gradients import in_shape_of, map_sums
+from favorsharp_numba.host.problem import AttentionProblem
+from favorsharp_numba.host.threads import share
+from favorsharp_numba.kernels import attention_gradients as kernels
 
 
 def kernel_matvec_backward(

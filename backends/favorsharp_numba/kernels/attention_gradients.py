@@ -12,24 +12,9 @@ from typing import NamedTuple
 import numpy as np
 from numba.extending import register_jitable
 
-from favorsharp_numba.attention_kernels import SMALL_RISE, query_side
-from favorsharp_numba.compiling import inlined, jit
-from favorsharp_numba.near import load_near
-from favorsharp_numba.primitives import (
-    exp_block,
-    fill_before,
-    max_block,
-    multiply_block,
-    product,
-    product_add,
-    product_ahead,
-    product_take,
-    product_terms,
-    scale_block,
-)
-from favorsharp_numba.products import NOTHING
-from favorsharp_numba.rows import add_rows, dot_rows, fill, scale_rows, take_row, total_of
-from favorsharp_numba.tiles import (
+from favorsharp_numba.kernels.attention import SMALL_RISE, query_side
+from favorsharp_numba.kernels.near_scores import load_near
+from favorsharp_numba.kernels.tiles import (
     ALPHA,
     BETA,
     GROUP,
@@ -58,7 +43,22 @@ from favorsharp_numba.tiles import (
     transpose,
     zero_or_nan,
 )
-from favorsharp_numba.vectors import item_size
+from favorsharp_numba.vectors.blocks import item_size
+from favorsharp_numba.vectors.compiling import inlined, jit
+from favorsharp_numba.vectors.primitives import (
+    exp_block,
+    fill_before,
+    max_block,
+    multiply_block,
+    product,
+    product_add,
+    product_ahead,
+    product_take,
+    product_terms,
+    scale_block,
+)
+from favorsharp_numba.vectors.products import NOTHING
+from favorsharp_numba.vectors.rows import add_rows, dot_rows, fill, scale_rows, take_row, total_of
 
 LARGEST_WEIGHT = 60
 """Log 2 of the weight that a hidden pair may have before a causal tile is cut."""

@@ -9,9 +9,9 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from favorsharp_numba.compiling import outlined
-from favorsharp_numba.emitter import I32, I64, LOG2E, VECTORS, Emitter
-from favorsharp_numba.rows import rows_loop, sum_lanes
+from favorsharp_numba.vectors.compiling import outlined
+from favorsharp_numba.vectors.emitter import I32, I64, LOG2E, VECTORS, Emitter
+from favorsharp_numba.vectors.rows import rows_loop, sum_lanes
 
 
 @intrinsic

@@ -10,9 +10,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from numba.extending import register_jitable
 
-from favorsharp_numba.compiling import inlined, outlined
-from favorsharp_numba.emitter import BYTES
-from favorsharp_numba.primitives import (
+from favorsharp_numba.vectors.blocks import byte_at, get, integer_at, item_size, lanes, panel, put
+from favorsharp_numba.vectors.compiling import inlined, outlined
+from favorsharp_numba.vectors.emitter import BYTES
+from favorsharp_numba.vectors.primitives import (
     exp_block,
     max_block,
     product,
@@ -23,8 +24,8 @@ from favorsharp_numba.primitives import (
     scale_block,
     sum_block,
 )
-from favorsharp_numba.products import Ahead
-from favorsharp_numba.rows import (
+from favorsharp_numba.vectors.products import Ahead
+from favorsharp_numba.vectors.rows import (
     add_rows,
     combine,
     compare_tops,
@@ -39,7 +40,6 @@ from favorsharp_numba.rows import (
     total_of,
     transpose_block,
 )
-from favorsharp_numba.vectors import byte_at, get, integer_at, item_size, lanes, panel, put
 
 TILE = 64
 """Points worked on at once."""

@@ -5,8 +5,8 @@ The environment variable FAVORSHARP_NUMBA_VECTORS=0 selects them.
 
 import numpy as np
 
-from favorsharp_numba.compiling import num_vectors, outlined
-from favorsharp_numba.vectors import get, lanes, put
+from favorsharp_numba.vectors.blocks import get, lanes, put
+from favorsharp_numba.vectors.compiling import num_vectors, outlined
 
 _VECTORS = num_vectors()
 

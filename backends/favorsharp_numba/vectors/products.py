@@ -11,8 +11,8 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from favorsharp_numba.compiling import inlined, outlined
-from favorsharp_numba.emitter import CACHE_LINE, I64, LOG2E, VECTORS, Emitter, function_in, prefetch
+from favorsharp_numba.vectors.compiling import inlined, outlined
+from favorsharp_numba.vectors.emitter import CACHE_LINE, I64, LOG2E, VECTORS, Emitter, function_in, prefetch
 
 SET, ADD, TERMS, TAKE = 0, 1, 2, 3
 """Where the sums of a product begin: at 0, at what the result holds, at row[i] + column[j]; at 0, and then the result

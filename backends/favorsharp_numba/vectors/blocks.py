@@ -13,8 +13,8 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from favorsharp_numba.compiling import outlined
-from favorsharp_numba.emitter import I64, VECTORS, Emitter
+from favorsharp_numba.vectors.compiling import outlined
+from favorsharp_numba.vectors.emitter import I64, VECTORS, Emitter
 
 
 @intrinsic

@@ -90,7 +90,7 @@ def inlined(function: Callable[..., Any]) -> Any:
 @cache
 def _sources_digest() -> str:
     digest = hashlib.blake2b(digest_size=16)
-    for path in sorted(Path(__file__).parent.glob("*.py")):
+    for path in sorted(Path(__file__).parents[1].rglob("*.py")):
         digest.update(path.read_bytes())
     digest.update(f"{vector_bytes()},{num_vectors()}".encode())
     return digest.hexdigest()

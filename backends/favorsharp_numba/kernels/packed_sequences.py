@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from favorsharp_numba.attention_kernels import (
+from favorsharp_numba.kernels.attention import (
     Problem,
     causal,
     causal_scratch,
@@ -11,16 +11,16 @@ from favorsharp_numba.attention_kernels import (
     read_queries,
     read_scratch,
 )
-from favorsharp_numba.compiling import inlined, jit
-from favorsharp_numba.gradient_kernels import (
+from favorsharp_numba.kernels.attention_gradients import (
     Backward,
     near_gradients,
     near_gradients_scratch,
     sweep,
     sweep_scratch,
 )
-from favorsharp_numba.tiles import Mask, Points, fill, integer_at
-from favorsharp_numba.window_kernel import windowed, windowed_scratch
+from favorsharp_numba.kernels.tiles import Mask, Points, fill, integer_at
+from favorsharp_numba.kernels.windows import windowed, windowed_scratch
+from favorsharp_numba.vectors.compiling import inlined, jit
 
 
 @inlined

@@ -9,8 +9,8 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from favorsharp_numba.compiling import outlined
-from favorsharp_numba.emitter import HALVES, I32, I64, MASKS, Emitter
+from favorsharp_numba.vectors.compiling import outlined
+from favorsharp_numba.vectors.emitter import HALVES, I32, I64, MASKS, Emitter
 
 FLOAT16, BFLOAT16, FLOAT32, FLOAT64 = 0, 1, 2, 3
 """What a row may hold."""

@@ -5,11 +5,11 @@ from typing import Any
 import numpy as np
 
 from favorsharp.features.map_gradients import map_gradients
-from favorsharp_numba import gradient_kernels as kernels
-from favorsharp_numba.arguments import empty, like_array, summed_to
-from favorsharp_numba.packed_kernel import packed_gradients, packed_gradients_scratch, packed_near_gradients
-from favorsharp_numba.problem import AttentionProblem
-from favorsharp_numba.run import share
+from favorsharp_numba.host.arguments import empty, like_array, summed_to
+from favorsharp_numba.host.problem import AttentionProblem
+from favorsharp_numba.host.threads import share
+from favorsharp_numba.kernels import attention_gradients as kernels
+from favorsharp_numba.kernels.packed_sequences import packed_gradients, packed_gradients_scratch, packed_near_gradients
 
 
 def attention_with_stats(

@@ -7,9 +7,7 @@ from typing import Any
 import numpy as np
 
 from favorsharp.ops.state import has_low_parts
-from favorsharp_numba import attention_kernels as kernels
-from favorsharp_numba import single_column
-from favorsharp_numba.arguments import (
+from favorsharp_numba.host.arguments import (
     LOG2E,
     Held,
     broadcast,
@@ -23,10 +21,12 @@ from favorsharp_numba.arguments import (
     target,
     widened,
 )
-from favorsharp_numba.packed_kernel import packed, packed_causal, packed_scratch, packed_windowed
-from favorsharp_numba.run import num_threads, share
-from favorsharp_numba.tiles import TILE
-from favorsharp_numba.window_kernel import windowed, windowed_scratch
+from favorsharp_numba.host.threads import num_threads, share
+from favorsharp_numba.kernels import attention as kernels
+from favorsharp_numba.kernels import single_column
+from favorsharp_numba.kernels.packed_sequences import packed, packed_causal, packed_scratch, packed_windowed
+from favorsharp_numba.kernels.tiles import TILE
+from favorsharp_numba.kernels.windows import windowed, windowed_scratch
 
 
 class AttentionProblem:

@@ -5,7 +5,7 @@ from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 
-from favorsharp_numba.compiling import num_vectors, processor_features, vector_bytes
+from favorsharp_numba.vectors.compiling import num_vectors, processor_features, vector_bytes
 
 BYTES = vector_bytes() or 16
 VECTORS = num_vectors()

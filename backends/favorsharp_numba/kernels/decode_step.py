@@ -2,12 +2,7 @@
 
 import numpy as np
 
-from favorsharp_numba.compiling import inlined, jit
-from favorsharp_numba.decode_vectors import turn_sums, turn_tops
-from favorsharp_numba.primitives import exp_block, turn_rows
-from favorsharp_numba.products import NOTHING
-from favorsharp_numba.rows import copy, fill
-from favorsharp_numba.tiles import (
+from favorsharp_numba.kernels.tiles import (
     ALPHA,
     NO_MASK,
     ONE,
@@ -23,7 +18,12 @@ from favorsharp_numba.tiles import (
     store_points,
     zero_or_nan,
 )
-from favorsharp_numba.vectors import item_size
+from favorsharp_numba.vectors.blocks import item_size
+from favorsharp_numba.vectors.compiling import inlined, jit
+from favorsharp_numba.vectors.primitives import exp_block, turn_rows
+from favorsharp_numba.vectors.products import NOTHING
+from favorsharp_numba.vectors.rows import copy, fill
+from favorsharp_numba.vectors.tokens import turn_sums, turn_tops
 
 HEADS = 12
 """Heads of one map whose log features are worked out together: the map is read once for all of them."""

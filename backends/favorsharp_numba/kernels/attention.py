@@ -8,17 +8,15 @@ from typing import NamedTuple
 
 import numpy as np
 
-from favorsharp_numba.compiling import inlined, jit
-from favorsharp_numba.near import add_near, near_keys, near_queries, raise_references, score_near, weigh_near
-from favorsharp_numba.primitives import (
-    exp_block,
-    fill_before,
-    product,
-    product_add_ahead,
-    sum_block,
+from favorsharp_numba.kernels.near_scores import (
+    add_near,
+    near_keys,
+    near_queries,
+    raise_references,
+    score_near,
+    weigh_near,
 )
-from favorsharp_numba.rows import add_rows, copy, fill, invert, take_row, take_tops
-from favorsharp_numba.tiles import (
+from favorsharp_numba.kernels.tiles import (
     GROUP,
     ONE,
     ROWS,
@@ -53,6 +51,15 @@ from favorsharp_numba.tiles import (
     values_at,
     weigh,
 )
+from favorsharp_numba.vectors.compiling import inlined, jit
+from favorsharp_numba.vectors.primitives import (
+    exp_block,
+    fill_before,
+    product,
+    product_add_ahead,
+    sum_block,
+)
+from favorsharp_numba.vectors.rows import add_rows, copy, fill, invert, take_row, take_tops
 
 SMALL_RISE = 40
 """How far the top of a feature may rise within a causal tile before the tile is cut: 2**-40 loses nothing."""

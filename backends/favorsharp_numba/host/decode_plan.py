@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from favorsharp.ops.state import State, has_low_parts
-from favorsharp_numba.arguments import (
+from favorsharp_numba.host.arguments import (
     Held,
     broadcast,
     check_memory,
@@ -23,9 +23,9 @@ from favorsharp_numba.arguments import (
     start_of,
     usable_where_it_lies,
 )
-from favorsharp_numba.decode_kernel import PLAN_SIZE, turn, turn_scratch
-from favorsharp_numba.run import SMALL, aligned, share
-from favorsharp_numba.single_tokens import After, Kept, settled
+from favorsharp_numba.host.kept_tokens import After, Kept, settled
+from favorsharp_numba.host.threads import SMALL, aligned, share
+from favorsharp_numba.kernels.decode_step import PLAN_SIZE, turn, turn_scratch
 
 _NOTHING_KEPT, _NO_ROWS = (None, 0), (0, 0)
 

@@ -5,19 +5,7 @@ Scores are to base 2; a key has a row of them, a query a column.
 
 import numpy as np
 
-from favorsharp_numba.compiling import inlined, outlined
-from favorsharp_numba.primitives import (
-    exp_block,
-    fill_before,
-    max_block,
-    product_add,
-    product_terms,
-    scale_block,
-    shift_block,
-    sum_block,
-)
-from favorsharp_numba.rows import add_rows, combine, compare_tops, fill, quadratic_rows, scale_rows, take_tops
-from favorsharp_numba.tiles import (
+from favorsharp_numba.kernels.tiles import (
     ALPHA,
     GROUP,
     NEAR_ALPHA,
@@ -35,6 +23,18 @@ from favorsharp_numba.tiles import (
     panel,
     rest_of_tile,
 )
+from favorsharp_numba.vectors.compiling import inlined, outlined
+from favorsharp_numba.vectors.primitives import (
+    exp_block,
+    fill_before,
+    max_block,
+    product_add,
+    product_terms,
+    scale_block,
+    shift_block,
+    sum_block,
+)
+from favorsharp_numba.vectors.rows import add_rows, combine, compare_tops, fill, quadratic_rows, scale_rows, take_tops
 
 
 @inlined

@@ -1,0 +1,1 @@
+"""From a call to a kernel: arguments, prepared problems, and the threads that share the work."""

@@ -1,0 +1,1 @@
+"""The compiled kernels, each in a file named like its op, and what they are made of."""

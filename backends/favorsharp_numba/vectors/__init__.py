@@ -1,0 +1,1 @@
+"""The inner loops of the kernels, written in vector instructions, and how functions are compiled."""
