@@ -5,8 +5,7 @@ Importing this package imports nothing: kernels are strings until they are first
 
 from itertools import combinations
 
-from favorsharp._arrays import FLOATS
-from favorsharp.dispatch import Backend, bundled_kernels
+from favorsharp.backend import FLOATS, Backend, bundled_kernels
 
 _DTYPES = ["+".join(names) for count in range(1, len(FLOATS) + 1) for names in combinations(FLOATS, count)]
 

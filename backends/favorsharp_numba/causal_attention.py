@@ -4,7 +4,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from favorsharp.ops.state import State, empty_state, num_leaving, with_recent
+from favorsharp.backend import State, empty_state, num_leaving, with_recent
 from favorsharp_numba.host.arguments import target
 from favorsharp_numba.host.kept_tokens import settled
 from favorsharp_numba.host.problem import AttentionProblem, packed_attention

@@ -3,7 +3,7 @@
 from dataclasses import replace
 from typing import Any
 
-from favorsharp.ops.state import State, num_leaving, with_recent
+from favorsharp.backend import State, num_leaving, with_recent
 from favorsharp_numba.host.arguments import broadcast, empty, expanded, name_of
 from favorsharp_numba.host.decode_plan import turn_of
 from favorsharp_numba.host.kept_tokens import settled

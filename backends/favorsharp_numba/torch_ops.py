@@ -13,10 +13,16 @@ from typing import Any
 
 import torch
 
-from favorsharp._arrays import recorded_or_followed
+from favorsharp.backend import (
+    State,
+    attention_gradients,
+    empty_state,
+    features_gradients,
+    kernel_matvec_gradients,
+    recorded_or_followed,
+    state_gradients,
+)
 from favorsharp.ops.causal_attention import causal_attention as causal_op
-from favorsharp.ops.state import State, empty_state
-from favorsharp.ops.vjp import attention_gradients, features_gradients, kernel_matvec_gradients, state_gradients
 from favorsharp_numba import attention as plain_attention
 from favorsharp_numba import causal_attention as plain_causal
 from favorsharp_numba import exponential_features as plain_features

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
-from favorsharp._checks import check_unfollowed
+from favorsharp.backend import check_unfollowed
 from favorsharp_numba.exponential_features import exponential_features, exponential_features_backward
 from favorsharp_numba.host.attention_gradients import attention_backward, attention_with_stats, of_arrays_of_map
 from favorsharp_numba.host.kernel_matvec_gradients import kernel_matvec_backward

@@ -10,8 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from favorsharp._arrays import to_host
-from favorsharp.features.folding import FoldedSide, fold
+from favorsharp.backend import FoldedSide, fold, to_host
 from favorsharp_numba.kernels.tiles import (
     ALPHA,
     BETA,

@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from favorsharp.features.map_gradients import map_gradients
+from favorsharp.backend import map_gradients
 from favorsharp_numba.host.arguments import empty, like_array, summed_to
 from favorsharp_numba.host.problem import AttentionProblem
 from favorsharp_numba.host.threads import share

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from favorsharp.ops.state import State, has_low_parts
+from favorsharp.backend import State, has_low_parts
 from favorsharp_numba.host.arguments import (
     Held,
     broadcast,

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from favorsharp.ops.state import State
+from favorsharp.backend import State
 from favorsharp_numba.host.arguments import numpy_or_torch
 from favorsharp_numba.host.problem import absorbed
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from favorsharp.ops.state import has_low_parts
+from favorsharp.backend import has_low_parts
 from favorsharp_numba.host.arguments import (
     LOG2E,
     Held,
