@@ -26,7 +26,7 @@ from favorsharp_numba.kernels import attention as kernels
 from favorsharp_numba.kernels import single_column
 from favorsharp_numba.kernels.packed_sequences import packed, packed_causal, packed_scratch, packed_windowed
 from favorsharp_numba.kernels.tiles import TILE
-from favorsharp_numba.kernels.windows import windowed, windowed_scratch
+from favorsharp_numba.kernels.windowed_attention import windowed, windowed_scratch
 
 
 class AttentionProblem:

@@ -19,7 +19,7 @@ from favorsharp_numba.kernels.attention_gradients import (
     sweep_scratch,
 )
 from favorsharp_numba.kernels.tiles import Mask, Points, fill, integer_at
-from favorsharp_numba.kernels.windows import windowed, windowed_scratch
+from favorsharp_numba.kernels.windowed_attention import windowed, windowed_scratch
 from favorsharp_numba.vectors.compiling import inlined, jit
 
 
