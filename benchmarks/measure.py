@@ -90,7 +90,7 @@ def peak_fma(seconds: float = 1.0) -> float:
     """GFLOP/s of float32 multiply-adds from the L1 cache on all threads: an upper bound for any matrix product."""
     from favorsharp_numba.host.threads import num_threads, share
     from favorsharp_numba.vectors.compiling import TAGS, jit
-    from favorsharp_numba.vectors.primitives import product
+    from favorsharp_numba.vectors.products import product
 
     size, repeats = 48, 200
 

@@ -1,4 +1,4 @@
-"""Causal attention."""
+"""The op `causal_attention`: causal attention on the CPU, with and without a state."""
 
 from dataclasses import replace
 from functools import partial
@@ -21,7 +21,10 @@ def causal_attention(
     state: State | None = None,
     out: Any = None,
 ) -> tuple[Any, State]:
-    """As `favorsharp.ops.causal_attention.causal_attention`, in `out` where that shares no memory with the inputs."""
+    """As `favorsharp.ops.causal_attention.causal_attention`.
+
+    The result is written to `out` if that shares no memory with the inputs.
+    """
     state = None if state is None else settled(state, feature_map)
     n, before, keys, values, mask = q.shape[-2], 0, k, v, key_mask
     if state is not None and state.recent_k.shape[-2] > 0:
@@ -48,10 +51,10 @@ causal_attention.takes_out = True  # type: ignore[attr-defined]
 
 
 def recent(state: State, k: Any, v: Any, key_mask: Any) -> dict[str, Any]:
-    """The keys, values and mask that a state keeps beside its features after further ones."""
+    """The recent keys, values and mask of a state with a window, after further keys and values."""
     before = state.recent_k.shape[-2]
     left = num_leaving(before + k.shape[-2], state.window)
-    passed = max(0, left - before)  # further ones that leave at once: no copies of them
+    passed = max(0, left - before)  # of the new ones: they enter the sums at once and are not copied
     mask = None if key_mask is None else key_mask[..., passed:]
     keys, values, mask = with_recent(state, k[..., passed:, :], v[..., passed:, :], mask)
     left -= passed

@@ -1,4 +1,4 @@
-"""Streaming: a state takes keys, and queries read it."""
+"""The ops `update`, `read` and `decode_step`: states on the CPU."""
 
 from dataclasses import replace
 from typing import Any

@@ -1,4 +1,4 @@
-"""Results and their pullbacks, by the backward kernels."""
+"""The ops `attention_vjp`, `kernel_matvec_vjp` and `exponential_features_vjp`: results and pullbacks on the CPU."""
 
 from collections.abc import Callable
 from typing import Any
@@ -28,7 +28,7 @@ def attention_vjp(
 def _packed(
     q: Any, k: Any, v: Any, feature_map: Any, bounds: list[int], *, is_causal: bool = False, **options: Any
 ) -> tuple[Any, Callable[[Any], tuple[Any, ...]]]:
-    """Within sequences packed along the point axis."""
+    """As `attention_vjp`, within packed sequences."""
     return _with_pullback(q, k, v, feature_map, bounds=bounds, causal=is_causal, **options)
 
 

@@ -1,5 +1,6 @@
-"""From arrays and feature maps to what kernels take: addresses, strides, packed constants. Nothing is copied that can
-be read where it lies.
+"""Turns arrays and feature maps into what kernels take: addresses, strides and packed constants.
+
+Arrays are read in place wherever a kernel can read them. Everything else in `host` calls this module.
 """
 
 import math
@@ -11,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from favorsharp.backend import FoldedSide, fold, to_host
-from favorsharp_numba.kernels.tiles import (
+from favorsharp_numba.kernels.arguments import (
     ALPHA,
     BETA,
     HEADER,
@@ -38,13 +39,13 @@ def name_of(x: Any) -> str:
     return _dtype_name(x.dtype)
 
 
-@cache  # NumPy makes the text anew each time, and small calls feel it
+@cache  # NumPy builds the string at every call, which is a noticeable cost in small calls
 def _dtype_name(dtype: Any) -> str:
     return str(dtype).rpartition(".")[2]
 
 
 def is_torch(x: Any) -> bool:
-    """Whether x is a tensor."""
+    """Whether x is a torch tensor."""
     return not isinstance(x, np.ndarray) and hasattr(x, "data_ptr")
 
 
@@ -54,7 +55,7 @@ def start_of(x: Any) -> int:
 
 
 class Address:
-    """Where an array lies: its first address, its shape and its strides in bytes."""
+    """The address of an array's first item, its shape, and its strides in bytes. It keeps the array alive."""
 
     def __init__(self, x: Any) -> None:
         self.kind = name_of(x)
@@ -73,10 +74,10 @@ class Address:
                 x = np.array(x, dtype=x.dtype.newbyteorder("="))
             self.item = x.itemsize
             self.start, self.shape, self.strides = start_of(x), x.shape, x.strides
-        self.owner = x  # lives as long as its address is in use
+        self.owner = x  # the memory must live as long as the address is in use
 
     def offsets(self, batch: tuple[int, ...], trailing: int) -> "Constant":
-        """The offset of each entry of a batch that the leading axes broadcast to."""
+        """The offset of every entry of a batch that the leading axes broadcast to."""
         leading = len(self.shape) - trailing
         return _offsets(self.shape[:leading], self.strides[:leading], batch)
 
@@ -89,7 +90,7 @@ class Address:
 
 
 def _with_memory(x: Any) -> Any:
-    """A tensor that has no address, as zeros where it stands for them; any other would end the process."""
+    """A copy of a tensor that has no address because it stands for zeros. Raise TypeError for any other without one."""
     if x._is_zerotensor():
         return x.clone()
     raise TypeError(
@@ -99,7 +100,7 @@ def _with_memory(x: Any) -> Any:
 
 
 def check_memory(arrays: Sequence[Any]) -> None:
-    """Raise where a tensor with items has no address."""
+    """Raise TypeError if a tensor that has items has no address."""
     for x in arrays:
         if is_torch(x) and x.numel() > 0 and not x.data_ptr():
             _with_memory(x)
@@ -113,7 +114,7 @@ def usable_where_it_lies(x: Any) -> bool:
 
 
 class Constant(NamedTuple):
-    """A flat array of integers that nobody can write to, and its address."""
+    """A flat read-only array of integers, and its address."""
 
     values: Any
     address: int
@@ -121,7 +122,7 @@ class Constant(NamedTuple):
 
 @lru_cache(maxsize=1024)
 def _offsets(shape: tuple[int, ...], strides: tuple[int, ...], batch: tuple[int, ...]) -> Constant:
-    """The distance of each entry of a batch from the first, in bytes, where the leading axes broadcast to it."""
+    """The distance in bytes of every entry of a batch from the first, if the leading axes broadcast to it."""
     missing = len(batch) - len(shape)
     offsets = np.zeros((1,) * len(batch), dtype=np.int64)
     for axis, (size, step) in enumerate(zip(shape, strides, strict=True), missing):
@@ -138,18 +139,18 @@ def _constant(x: Any) -> Constant:
 
 
 class Held:
-    """Arguments of a kernel together with the arrays whose addresses they hold."""
+    """Makes arguments of kernels from arrays, and keeps the arrays alive whose addresses they contain."""
 
     def __init__(self) -> None:
         self.arrays: list[Any] = []
 
     def keep(self, x: Any) -> int:
-        """The address of a NumPy array that is kept alive."""
+        """The address of a NumPy array."""
         self.arrays.append(x)
         return start_of(x)
 
     def constant(self, x: Constant) -> int:
-        """The address of a constant that is kept alive."""
+        """The address of a constant."""
         self.arrays.append(x)
         return x.address
 
@@ -161,7 +162,7 @@ class Held:
         return Points(KINDS[a.kind], a.start, offsets, a.strides[-2], a.strides[-1], a.item)
 
     def mask(self, x: Any, batch: tuple[int, ...]) -> Mask:
-        """A mask (*b, n), or none, as a kernel takes it."""
+        """A mask (*b, n) as a kernel takes it; None is no mask."""
         if x is None:
             return Mask(0, 0, 0)
         a = Address(x)
@@ -169,12 +170,12 @@ class Held:
         return Mask(a.start, self.constant(a.offsets(batch, 1)), a.strides[-1])
 
     def place(self, x: Any) -> int:
-        """The place of a NumPy array that is kept alive."""
+        """The place of a NumPy array."""
         return self.keep(x) // int(x.itemsize)
 
 
 def host(x: Any) -> Any:
-    """An array of the map or of a state as a NumPy array, not copied."""
+    """An array of a map or of a state as a NumPy array, without a copy."""
     if not is_torch(x):
         return np.asarray(x)
     check_memory((x,))
@@ -185,7 +186,7 @@ def host(x: Any) -> Any:
 
 
 class Packed:
-    """The constants of a map's two sides, in the layout of `Sizes`; one row for each map of a batch."""
+    """The constants of a map's two sides, queries and keys, in the layout of `Sizes`: a row for each map of a batch."""
 
     def __init__(self, feature_map: Any, dtype: str) -> None:
         self.dtype = np.dtype(dtype)
@@ -199,7 +200,7 @@ class Packed:
         self.gaussian = feature_map.parameters.kernel == "gaussian"
 
     def layout(self, e: int) -> Sizes:
-        """Where what lies, for values of size e."""
+        """The sizes of a problem with values of size e, and where the constants are."""
         d, m = self.d, self.m
         d_pad, m_pad, e_pad = (self.padded(x) for x in (d, m, e))
         center = -(-HEADER // self.lanes) * self.lanes
@@ -215,10 +216,12 @@ class Packed:
         zeros = dense_back + matrix
         total = self.padded(zeros + max(d_pad, e_pad))
         places = center, linear, near_center, near_scaled, near_shift, column, rows, panels, dense, dense_back
-        return Sizes(d, d_pad, m, m_pad, e, e_pad, *places, int(self.has_dense), int(self.gaussian), total)
+        return Sizes(
+            d, d_pad, m, m_pad, e, e_pad, m_pad + self.lanes, *places, int(self.has_dense), int(self.gaussian), total
+        )
 
     def padded(self, x: int) -> int:
-        """The size in whole vectors, one at least."""
+        """The size rounded up to whole vectors, at least one."""
         return max(1, -(-x // self.lanes)) * self.lanes
 
     def constants(self, s: Sizes) -> tuple[Any, Any]:
@@ -252,7 +255,7 @@ class Packed:
         return out
 
     def _put_panels(self, out: Any, place: int, matrix: Any, columns: int) -> None:
-        """Write a matrix (count, d, n) panel by panel, (panels, d, panel)."""
+        """Write a matrix (count, d, n) into the rows of `out`, panel by panel: (panels, d, panel)."""
         count, d, n = matrix.shape
         panels = -(-columns // self.panel)
         spread = np.zeros((count, d, panels * self.panel), self.dtype)
@@ -262,11 +265,11 @@ class Packed:
 
 
 _packed: "weakref.WeakKeyDictionary[Any, dict[Any, Any]]" = weakref.WeakKeyDictionary()
-"""By feature map: a map is frozen. A tensor changed in place has another version, and is packed again."""
+"""By feature map. Maps are frozen; but if a tensor of a map was written to in place, its version is another one."""
 
 
 def pack(feature_map: Any, dtype: str, e: int) -> tuple[Packed, Sizes, Any, Any]:
-    """The packed map for values of size e; the last results are kept as long as the map is."""
+    """The packed map, its sizes and both sides' constants for values of size e. The last result of each map is kept."""
     known = _packed.setdefault(feature_map, {})
     key = (dtype, e, versions_of(feature_map))
     if key not in known:
@@ -279,7 +282,7 @@ def pack(feature_map: Any, dtype: str, e: int) -> tuple[Packed, Sizes, Any, Any]
 
 
 def versions_of(feature_map: Any) -> tuple[int | None, ...]:
-    """How often each tensor of a map has been written to, where torch counts that."""
+    """How often each tensor of a map has been written to; None for tensors of inference mode, which do not count."""
     return tuple(None if x.is_inference() else x._version for x in feature_map.arrays if is_torch(x))
 
 
@@ -288,13 +291,13 @@ def versions_of(feature_map: Any) -> tuple[int | None, ...]:
 
 @lru_cache(maxsize=1024)
 def indices(batch: tuple[int, ...], whole: tuple[int, ...]) -> Constant:
-    """For each entry of a batch `whole`, the flat index of the entry of `batch` that broadcasts to it."""
+    """The flat index of the entry of `batch` that broadcasts to each entry of `whole`."""
     return _constant(np.broadcast_to(np.arange(math.prod(batch), dtype=np.int64).reshape(batch), whole))
 
 
 @lru_cache(maxsize=1024)
 def members(batch: tuple[int, ...], whole: tuple[int, ...]) -> tuple[Constant, Constant]:
-    """The query heads `whole` of each key head of `batch`: all, sorted by key head, and where each key head's begin."""
+    """The query heads (entries of `whole`) sorted by key head (entry of `batch`), and where each key head's begin."""
     heads = indices(batch, whole).values
     starts = np.zeros(math.prod(batch) + 1, np.int64)
     np.cumsum(np.bincount(heads, minlength=math.prod(batch)), out=starts[1:])
@@ -312,7 +315,7 @@ def broadcast(*shapes: Sequence[int]) -> tuple[int, ...]:
 
 
 def empty(like: Any, shape: tuple[int, ...], dtype: str) -> Any:
-    """A new array of like's library."""
+    """A new array of the library and device of `like`."""
     if is_torch(like):
         import torch
 
@@ -321,7 +324,11 @@ def empty(like: Any, shape: tuple[int, ...], dtype: str) -> Any:
 
 
 def target(out: Any, inputs: Sequence[Any], shape: tuple[int, ...], dtype: str) -> Any:
-    """What a kernel writes its result to: `out`, or a new array where there is none or an input shares its memory."""
+    """The array that a kernel writes its result to: `out`, or a new array if `out` cannot be used.
+
+    That is so if it is None, if a kernel cannot write to it in place, or if it shares memory with an input or with
+    itself.
+    """
     if out is None or not usable_where_it_lies(out):
         return empty(inputs[0], shape, dtype)
     given, places = Address(out), [Address(x).extent() for x in inputs if x is not None]
@@ -332,12 +339,12 @@ def target(out: Any, inputs: Sequence[Any], shape: tuple[int, ...], dtype: str) 
     if is_torch(out) and not out.is_inference():
         import torch
 
-        torch.autograd.graph.increment_version(out)  # as any write to it does
+        torch.autograd.graph.increment_version(out)  # so that autograd knows of the write
     return out
 
 
 def numpy_or_torch(like: Any, x: Any) -> Any:
-    """A NumPy array as an array of like's library, not copied."""
+    """A NumPy array as an array of the library of `like`, without a copy."""
     if is_torch(like):
         import torch
 
@@ -354,7 +361,7 @@ def promoted(*names: str) -> str:
 
 
 def widened(name: str) -> str:
-    """The dtype to compute in."""
+    """The dtype that kernels compute in for arrays of a dtype."""
     return "float64" if name == "float64" else "float32"
 
 
@@ -367,12 +374,12 @@ def summed_to(gradient: Any, shape: tuple[int, ...]) -> Any:
 
 
 def like_array(value: Any, like: Any) -> Any:
-    """A NumPy array in the library and dtype of another."""
+    """A NumPy array as an array of the library and dtype of `like`."""
     if is_torch(like):
         return numpy_or_torch(like, np.ascontiguousarray(value)).to(like.dtype)
     return value.astype(like.dtype, copy=False)
 
 
 def expanded(x: Any, shape: tuple[int, ...]) -> Any:
-    """An array broadcast to a shape, not copied."""
+    """An array broadcast to a shape, without a copy."""
     return x.expand(shape) if is_torch(x) else np.broadcast_to(x, shape)

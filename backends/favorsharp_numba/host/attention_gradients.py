@@ -1,4 +1,4 @@
-"""Gradients of attention, as plain functions of arrays."""
+"""Gradients of attention by the backward kernels, as plain functions of arrays; `vjp` and `torch_ops` call them."""
 
 from typing import Any
 
@@ -7,9 +7,12 @@ import numpy as np
 from favorsharp.backend import map_gradients
 from favorsharp_numba.host.arguments import empty, like_array, summed_to
 from favorsharp_numba.host.problem import AttentionProblem
-from favorsharp_numba.host.threads import share
-from favorsharp_numba.kernels import attention_gradients as kernels
-from favorsharp_numba.kernels.packed_sequences import packed_gradients, packed_gradients_scratch, packed_near_gradients
+from favorsharp_numba.kernels.attention_gradients import sweep
+from favorsharp_numba.kernels.gradient_rows import Backward
+from favorsharp_numba.kernels.packed_sequences import packed_gradients, packed_near_gradients
+from favorsharp_numba.kernels.point_gradients import map_sums_at
+from favorsharp_numba.kernels.window_gradients import near_gradients
+from favorsharp_numba.kernels.workspace import on_host
 
 
 def attention_with_stats(
@@ -22,11 +25,12 @@ def attention_with_stats(
     -------
     out : array, shape (*b, n, e)
     exact : array, shape (*b, n, e)
-        `out` in the dtype computed in: a derivative made of a rounded result is off by that rounding in every feature.
+        `out` in the dtype that was computed in. The backward pass needs it: the rounding of `out` to a narrower dtype
+        would change the gradients of all features.
     stats : array, shape (heads, n, 2)
         1 / total and the reference of every query.
     state : dict of arrays or None
-        Where causal and not packed, those of the state.
+        The arrays of the state after all keys, for causal attention that is not packed.
     """
     problem = AttentionProblem(feature_map, q, k, v, key_mask=key_mask, window=window)
     exact = empty(q, (*problem.batch, q.shape[-2], v.shape[-1]), problem.dtype)
@@ -69,31 +73,29 @@ def attention_backward(
     Parameters
     ----------
     gradient : array, shape (*b, n, e)
-        Of the result.
+        The gradient of the result.
     exact, stats : arrays
         From `attention_with_stats`.
     of_map : bool
         Whether the gradients of the map are wanted.
     bounds : list of int, optional
-        Of packed sequences, as `attention_with_stats` was given them.
+        Where packed sequences begin, as for `attention_with_stats`.
 
     Returns
     -------
     dq, dk, dv : arrays
     maps : dict of arrays or None
-        For each side sums over points of the gradients of its log features: times the point, alone; and of its log
-        factors: alone, times the point, times the point's products. Points are alpha x - center.
+        The sums that `favorsharp.backend.map_gradients` takes.
     """
     problem = AttentionProblem(feature_map, q, k, v, key_mask=key_mask, window=window, backward=True)
     s, held = problem.s, problem.held
     dtype, heads = problem.packed.dtype, problem.query_heads
     n, length = problem.num_queries, problem.num_keys
     dq, dk, dv = (np.zeros((heads, size, width), dtype) for size, width in ((n, s.d), (length, s.d), (length, s.e - 1)))
-    maps_size = 2 * kernels.map_sums_size(s) if of_map else 0
-    maps = np.zeros((heads, 2, maps_size), dtype)
+    maps = np.zeros((heads, 2, map_sums_size(s) if of_map else 0), dtype)
     given, result = held.points(gradient, problem.batch), held.points(exact, problem.batch)
     fixed = problem.arguments_fixed()
-    p = kernels.Backward(
+    p = Backward(
         num_keys=length,
         num_queries=n,
         window=window,
@@ -107,7 +109,7 @@ def attention_backward(
         dk=held.place(dk),
         dv=held.place(dv),
         maps=held.place(maps) if of_map else 0,
-        maps_size=maps_size,
+        maps_size=maps.shape[-1],
     )
     cost = float(heads * max(n, length) * s.m * 6 * (s.d + s.e))
     if bounds is None:
@@ -124,68 +126,56 @@ def attention_backward(
 
 
 def _whole(problem: AttentionProblem, p: Any, given: Any, result: Any, cost: float) -> None:
-    """The sweeps over whole heads."""
-    s, one, heads = problem.s, problem.one, problem.query_heads
-    scratch = kernels.sweep_scratch(one, s)
+    """The backward pass over whole heads."""
+    heads = problem.query_heads
+    queries, keys = (problem.q, given), (problem.k, problem.v)
     both = p.window > 0 and not p.causal
     for backwards in (0, 1):
         if not backwards or both:
-            share(
-                kernels.sweep, heads, cost, scratch, one, s, p, 0, backwards, problem.q, given, problem.k, problem.v,
-                result, problem.mask,
-            )  # fmt: skip
+            problem.run(sweep, heads, cost, p, 0, backwards, *queries, *keys, result, problem.mask)
         if backwards or both:
-            share(
-                kernels.sweep, heads, cost, scratch, one, s, p, 1, backwards, problem.k, problem.v, problem.q, given,
-                result, problem.mask,
-            )  # fmt: skip
+            problem.run(sweep, heads, cost, p, 1, backwards, *keys, *queries, result, problem.mask)
     if p.window > 0:
-        share(
-            kernels.near_gradients, heads, cost, kernels.near_gradients_scratch(s), one, s, p, problem.q, problem.k,
-            problem.v, given, result, problem.mask,
-        )  # fmt: skip
+        problem.run(near_gradients, heads, cost, p, problem.q, *keys, given, result, problem.mask)
 
 
 def _packed(problem: AttentionProblem, p: Any, given: Any, result: Any, cost: float, bounds: list[int]) -> None:
-    """The sweeps within packed sequences."""
-    s, one, heads = problem.s, problem.one, problem.query_heads
-    scratch, sequences = packed_gradients_scratch(one, s), len(bounds) - 1
+    """The backward pass within packed sequences."""
+    heads, sequences = problem.query_heads, len(bounds) - 1
     together = sequences if p.maps else 1
-    arrays = (
-        problem.q, given, problem.k, problem.v, result, problem.mask, problem.held.keep(np.array(bounds, np.int64)),
-    )  # fmt: skip
-    share(
-        packed_gradients, heads * sequences // together, cost, scratch, one, s, p, *arrays, sequences, together, heads
-    )  # fmt: skip
+    starts = problem.held.keep(np.array(bounds, np.int64))
+    arrays = (problem.q, given, problem.k, problem.v, result, problem.mask, starts, sequences)
+    problem.run(packed_gradients, heads * sequences // together, cost, p, *arrays, together, heads)
     if p.window > 0:
-        share(packed_near_gradients, heads * sequences, cost, scratch, one, s, p, *arrays, sequences, heads)
+        problem.run(packed_near_gradients, heads * sequences, cost, p, *arrays, heads)
 
 
 def of_arrays_of_map(feature_map: Any, sums: dict[str, Any]) -> tuple[Any, ...]:
-    """The gradients of a map's arrays, in the order of `favorsharp.features.map_gradients`, from the sums."""
+    """The gradients of a map's arrays, in the order of `favorsharp.backend.map_gradients`, from the sums."""
     return map_gradients(feature_map, {name: like_array(x, feature_map.rows) for name, x in sums.items()})
 
 
+def map_sums_size(s: Any) -> int:
+    """The number of items that the kernels need for the sums of one side of a map, with their low parts."""
+    return 2 * int(on_host(map_sums_at)(s, 0).end)
+
+
 def map_sums(maps: Any, s: Any, batch: tuple[int, ...]) -> dict[str, Any]:
-    """What kernels added up for a map, (heads, sides, items), by name."""
-    sums = {}
-    column = s.m * s.d_pad
-    first = column + s.m_pad
-    second = first + s.d_pad
-    alone = second + s.d * s.d_pad
+    """What the kernels added up for a map, (heads, sides, items), as `favorsharp.backend.map_gradients` names it."""
+    sums, at = {}, on_host(map_sums_at)(s, 0)
     for index, side in enumerate(("query", "key")):
         x = maps[:, index]
         parts = {
-            "points": x[:, :column].reshape(-1, s.m, s.d_pad)[:, :, : s.d],
-            "column": x[:, None, column : column + s.m],
-            "factor_points": x[:, None, first : first + s.d],
-            "factor_products": x[:, second:alone].reshape(-1, s.d, s.d_pad)[:, :, : s.d],
-            "factor": x[:, None, alone : alone + 1],
+            "points": x[:, at.points : at.column].reshape(-1, s.m, s.d_pad)[:, :, : s.d],
+            "column": x[:, None, at.column : at.column + s.m],
+            "factor_points": x[:, None, at.factor_points : at.factor_points + s.d],
+            "factor_products": x[:, at.factor_products : at.factor].reshape(-1, s.d, s.d_pad)[:, :, : s.d],
+            "factor": x[:, None, at.factor : at.factor + 1],
         }
         sums.update({f"{side}_{name}": part.reshape(*batch, *part.shape[-2:]) for name, part in parts.items()})
     return sums
 
 
 def in_shape_of(gradient: Any, x: Any) -> Any:
-    """A gradient of an array that was broadcast, in its shape, library and dtype."""
+    """A gradient of an array that was broadcast, in the shape, library and dtype of the array."""
     return like_array(summed_to(gradient, tuple(x.shape)), x)

@@ -1,6 +1,7 @@
-"""One token in one pass over the state: what tokens of one layout share is worked out once.
+"""The plan of `decode_step`: what all tokens with the same shapes, dtypes and memory layouts share is computed once.
 
-The arithmetic of a token takes microseconds, less than it takes to describe its arrays to a kernel.
+The arithmetic of a token takes microseconds, less time than it takes to describe its arrays to a kernel. `dispatch`
+asks `turn_of` for a plan (the attribute `plan` of `favorsharp_numba.state.decode_step`).
 """
 
 import ctypes
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from favorsharp.backend import State, has_low_parts
+from favorsharp_numba.host import workspace
 from favorsharp_numba.host.arguments import (
     Held,
     broadcast,
@@ -24,16 +26,17 @@ from favorsharp_numba.host.arguments import (
     usable_where_it_lies,
 )
 from favorsharp_numba.host.kept_tokens import After, Kept, settled
-from favorsharp_numba.host.threads import SMALL, aligned, share
-from favorsharp_numba.kernels.decode_step import PLAN_SIZE, turn, turn_scratch
+from favorsharp_numba.host.threads import SMALL, share
+from favorsharp_numba.kernels.decode_step import PLAN_SIZE, turn
+from favorsharp_numba.kernels.workspace import items_of
 
 _NOTHING_KEPT, _NO_ROWS = (None, 0), (0, 0)
 
 
 class Turn:
-    """One token, for arrays laid out as those of a first call: a function of q, k, v, the state and the map.
+    """A plan: a function of q, k, v, the state and the map, for arrays laid out like those of the first call.
 
-    Neither layouts nor the map are looked at again.
+    It does not check layouts or the map again.
     """
 
     def __init__(self, q: Any, k: Any, v: Any, state: State, feature_map: Any) -> None:
@@ -43,7 +46,7 @@ class Turn:
         self.heads, self.d = math.prod(batch), sizes.d
         self.keeps = has_low_parts(state.kv)
         self.work = float(self.heads * sizes.m * (4 * size + 2 * sizes.d))
-        self.scratch = turn_scratch(sizes)
+        self.scratch = items_of(turn, sizes)
         out = empty(q, (*batch, 1, size), name_of(q))
         self.empty_like, self.start_of = np.empty_like, _start_of_whole
         if is_torch(q):
@@ -56,15 +59,17 @@ class Turn:
         plan.append(self.held.constant(indices(packed.batch, batch)))
         for x in (q, k, v, out):
             plan += [part for name, part in self.held.points(x, batch)._asdict().items() if name != "base"]
-        self.held.arrays = [x for x in self.held.arrays if not hasattr(x, "owner")]  # constants, not this call's arrays
+        # constants stay; the arrays of the first call are released
+        self.held.arrays = [x for x in self.held.arrays if not hasattr(x, "owner")]
         assert len(plan) == PLAN_SIZE
         self.plan = self.held.keep(np.array(plan, dtype=np.int64))
         self.threads = threading.local()
 
     def __call__(self, q: Any, k: Any, v: Any, state: State, feature_map: Any) -> tuple[Any, State]:
-        """The result and the state after it."""
+        """The result of a token, and the state after it."""
+        kept: Any
         kept, position = state.single_tokens or _NOTHING_KEPT
-        rows = _NO_ROWS
+        rows: Any = _NO_ROWS
         if self.keeps:
             rows = kept and kept.rows_at(position)
             if rows is None:
@@ -74,7 +79,7 @@ class Turn:
         old = state.kv, state.z, state.c
         out, kv, z, c = map(self.empty_like, (self.out, *old))
         places = tuple(map(self.start_of, (q, k, v, out, *old, kv, z, c)))
-        if not all(places):  # as of arrays without items too
+        if not all(places):  # arrays without items have no address either
             check_memory((q, k, v, *old))
         if self.work < SMALL:
             turn(self.one, self.plan, *places, *rows, 0, self.heads, self._scratch())
@@ -86,17 +91,17 @@ class Turn:
         return out, new
 
     def _scratch(self) -> int:
-        """Where this thread's scratch is."""
+        """The workspace of this thread."""
         try:
             place: int = self.threads.place
         except AttributeError:
-            self.threads.memory = np.empty(self.scratch + 64, self.one.dtype)
-            place = self.threads.place = aligned(self.threads.memory)
+            self.threads.memory = workspace.workspaces(1, self.scratch, self.one.dtype)
+            place = self.threads.place = workspace.place_in(self.threads.memory[0])
         return place
 
 
 def turn_of(q: Any, k: Any, v: Any, state: State, feature_map: Any) -> Turn | None:
-    """The turn for arrays of these layouts; None where the kernel cannot take them."""
+    """The plan for arrays of these layouts, or None if the kernel cannot take them."""
     held = state.kv, state.z, state.c
     batch, dtype = tuple(state.kv.shape[:-2]), state.kv.dtype
     if state.window or q.shape[-2] != 1 or k.shape[-2] != 1:
@@ -111,7 +116,7 @@ def turn_of(q: Any, k: Any, v: Any, state: State, feature_map: Any) -> Turn | No
 
 
 def _start_of_whole(x: Any) -> int:
-    """As `start_of` of NumPy arrays, in a third of the time for those without gaps that can be written to."""
+    """As `start_of` for NumPy arrays, in a third of the time if an array has no gaps and is writable."""
     try:
         return ctypes.addressof(ctypes.c_char.from_buffer(x))
     except (TypeError, ValueError, BufferError):

@@ -1,8 +1,8 @@
-"""Tokens that came one at a time: they are kept for a while, and then added up again with low parts.
+"""Keeps the tokens of `decode_step` for a while, to add them up again without rounding errors.
 
-A token that enters the sums of a state reads and writes all of them, and their low parts would double that. So a token
-is added without low parts. Beside its state are kept an earlier state, which has low parts, and the tokens since. After
-SPAN tokens the state is made anew from these: an error has no more than SPAN tokens to grow.
+A token reads and writes all sums of a state; with low parts it would read and write twice as much. So a single token is
+added without low parts. The state keeps with it an earlier state, which has low parts, and the tokens since then. After
+SPAN tokens it is computed again from these, so that errors accumulate over at most SPAN tokens.
 """
 
 from dataclasses import replace
@@ -15,13 +15,13 @@ from favorsharp_numba.host.arguments import numpy_or_torch
 from favorsharp_numba.host.problem import absorbed
 
 SPAN = 256
-"""How many tokens are kept."""
+"""The number of tokens that are kept."""
 
 
 class Kept:
-    """A state, and the keys and values that states after it have taken since; shared by all of these.
+    """A state, and the keys and values of the tokens since then. All states after these tokens share it.
 
-    Rows are written once. A second state that follows the same one finds its row taken, and is to begin anew.
+    A row is written once. If two states follow the same state, the second one finds its row taken and begins again.
     """
 
     def __init__(self, since: State, heads: int, d: int, dtype: Any) -> None:
@@ -33,7 +33,9 @@ class Kept:
         self.owners: dict[int, object] = {}
 
     def rows_at(self, position: int) -> tuple[int, int] | None:
-        """The addresses of a row of keys and one of values, for the first who asks."""
+        """The addresses of a row of keys and of a row of values; None for all callers but the first, and behind the
+        end.
+        """
         if position == SPAN:
             return None
         own = object()
@@ -42,7 +44,7 @@ class Kept:
         return self.places[0] + position * self.steps[0], self.places[1] + position * self.steps[1]
 
     def tokens(self, count: int) -> tuple[Any, Any]:
-        """The first keys and values, (*b, count, .), not copied."""
+        """The first `count` keys and values, (*b, count, .), without a copy."""
         batch = tuple(self.since.kv.shape[:-2])
         arrays = (np.moveaxis(x[:count], 0, -2) for x in (self.keys, self.values))
         k, v = (numpy_or_torch(self.since.kv, x.reshape(*batch, count, x.shape[-1])) for x in arrays)
@@ -50,18 +52,19 @@ class Kept:
 
 
 class After(NamedTuple):
-    """What a state after some of these tokens remembers: them all, and how many of the first it has taken."""
+    """What a state after single tokens holds: the kept tokens, and the number of the first of them that it contains."""
 
     kept: Kept
-    count: int
+    taken: int
 
     def __reduce__(self) -> Any:
-        return type(None), ()  # a copy or a pickle of a state goes without
+        return type(None), ()  # copies and pickles of a state do not have it
 
 
 def settled(state: State, feature_map: Any) -> State:
-    """The state with the low parts of tokens that came one at a time."""
+    """The state, computed again with low parts if it contains single tokens."""
     if state.single_tokens is None:
         return state
-    kept, count = state.single_tokens
-    return replace(absorbed(kept.since, *kept.tokens(count), None, feature_map), fingerprint=state.fingerprint)
+    kept, taken = state.single_tokens
+    k, v = kept.tokens(taken)
+    return replace(absorbed(kept.since, k, v, None, feature_map), fingerprint=state.fingerprint)

@@ -1,7 +1,7 @@
-"""Gradients of K(x, y) @ v through features, as a plain function of arrays.
+"""Gradients of K(x, y) @ v by the backward kernel, as a plain function of arrays; `vjp` and `torch_ops` call it.
 
-What x gets are reads of the sums that y and v made; what y and v get, reads of the sums that x and the gradient make
-with the map's sides exchanged.
+The gradient of x reads the sums that y and v made in the forward pass. The gradients of y and v read the sums that x
+and the gradient of the result make, with the sides of the map exchanged.
 """
 
 from typing import Any
@@ -9,21 +9,20 @@ from typing import Any
 import numpy as np
 
 from favorsharp_numba.host.arguments import Held, empty, name_of
-from favorsharp_numba.host.attention_gradients import in_shape_of, map_sums
+from favorsharp_numba.host.attention_gradients import in_shape_of, map_sums, map_sums_size
 from favorsharp_numba.host.problem import AttentionProblem
-from favorsharp_numba.host.threads import share
-from favorsharp_numba.kernels import attention_gradients as kernels
+from favorsharp_numba.kernels.kernel_matvec_gradients import read_gradients
 
 
 def kernel_matvec_backward(
     gradient: Any, x: Any, y: Any, v: Any, feature_map: Any, problem: AttentionProblem, *, of_map: bool = False
-) -> tuple[Any, Any, Any, dict[str, Any] | None]:
+) -> tuple[Any, Any, Any, Any]:
     """The gradients of x, y and v, in their shapes and dtypes, and the sums that the gradients of a map are made of.
 
     Parameters
     ----------
     gradient : array, shape (*b, n, e)
-        Of the result.
+        The gradient of the result.
     problem : AttentionProblem
         From `with_sums`.
     of_map : bool
@@ -33,9 +32,9 @@ def kernel_matvec_backward(
     -------
     dx, dy, dv : arrays
     maps : dict of arrays or None
-        As `attention_backward` gives them.
+        As `attention_backward` returns them.
     """
-    if name_of(gradient) != problem.result:  # both halves are computed in one dtype
+    if name_of(gradient) != problem.result:  # both problems are computed in the same dtype
         given, gradient = gradient, empty(gradient, tuple(gradient.shape), problem.result)
         gradient[...] = given
     dx, _, of_queries = _read_gradients(problem, gradient, of_map=of_map)
@@ -49,18 +48,17 @@ def kernel_matvec_backward(
 def _read_gradients(
     problem: AttentionProblem, values: Any, *, of_map: bool, of_values: bool = False
 ) -> tuple[Any, Any, Any]:
-    """The gradients of a problem's queries, of their values, and for each head the sums for the map."""
+    """The gradients of a problem's queries and of their values, and the sums for the map of each head."""
     s, heads, n, held = problem.s, problem.query_heads, problem.num_queries, Held()
     work = float(heads * n * s.m * 2 * (s.d + s.e))
     per_head = problem.pieces(heads, n, work)
-    size = 2 * kernels.map_sums_size(s) if of_map else 0
+    size = map_sums_size(s) if of_map else 0
     points, own, maps = (
         np.zeros(shape, problem.packed.dtype)
         for shape in ((heads, n, s.d), (heads, n, s.e if of_values else 0), (heads, per_head, size))
     )
-    share(
-        kernels.read_gradients, heads * per_head, work, kernels.read_gradients_scratch(s), problem.one, s,
-        problem.arguments(), problem.q, held.points(values, problem.batch), held.place(points),
-        held.place(own) if of_values else 0, held.place(maps) if of_map else 0, size, per_head,
+    problem.run(
+        read_gradients, heads * per_head, work, problem.arguments(), problem.q, held.points(values, problem.batch),
+        held.place(points), held.place(own) if of_values else 0, held.place(maps) if of_map else 0, size, per_head,
     )  # fmt: skip
     return *(x.reshape(*problem.batch, n, x.shape[-1]) for x in (points, own)), maps.sum(axis=1)

@@ -1,4 +1,7 @@
-"""One problem for the attention kernels: batches, packed map and sums, ready to be run."""
+"""One call of attention, of a kernel product or of a state, prepared for the kernels and run in steps.
+
+The functions of the ops and of the gradients make an `AttentionProblem` and call its methods.
+"""
 
 import math
 from dataclasses import replace
@@ -6,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from favorsharp.backend import has_low_parts
+from favorsharp.backend import State, has_low_parts
 from favorsharp_numba.host.arguments import (
     LOG2E,
     Held,
@@ -22,26 +25,33 @@ from favorsharp_numba.host.arguments import (
     widened,
 )
 from favorsharp_numba.host.threads import num_threads, share
-from favorsharp_numba.kernels import attention as kernels
-from favorsharp_numba.kernels import single_column
-from favorsharp_numba.kernels.packed_sequences import packed, packed_causal, packed_scratch, packed_windowed
-from favorsharp_numba.kernels.tiles import TILE
-from favorsharp_numba.kernels.windowed_attention import windowed, windowed_scratch
+from favorsharp_numba.kernels.arguments import TILE, Problem
+from favorsharp_numba.kernels.attention import gather_keys, merge_segments, read_queries
+from favorsharp_numba.kernels.causal_attention import causal
+from favorsharp_numba.kernels.packed_sequences import packed, packed_causal, packed_windowed
+from favorsharp_numba.kernels.single_column import gather_column, read_column
+from favorsharp_numba.kernels.window_rule import NEIGHBOURS
+from favorsharp_numba.kernels.windowed_attention import windowed
+from favorsharp_numba.kernels.workspace import items_of
 
 
 class AttentionProblem:
-    """Queries, keys and values of a call, in the terms of the kernels.
+    """The arguments of a call in the terms of the kernels: batches, packed map, addresses, and sums.
 
     Parameters
     ----------
     feature_map : DenseExponentialMap
     q, k, v : arrays
-        q or k and v may be missing.
+        q may be None, and so may k and v.
     key_mask : array, optional
     state : State, optional
-        Whose batch the sums have too.
+        The sums have its batch axes too.
+    window : int
+        The length of a block, or 0 for no window.
+    backward : bool
+        Whether the problem is for the backward kernels, whose values have a further column.
     exchanged : bool
-        Whether queries have the map's key features, and keys its query features.
+        Whether queries get the key features of the map, and keys its query features.
     """
 
     def __init__(
@@ -61,7 +71,7 @@ class AttentionProblem:
         self.result = promoted(*(name_of(x) for x in given))
         self.dtype = widened(self.result) if state is None else name_of(state.kv)
         e = v.shape[-1] if v is not None else state.kv.shape[-1]
-        # a backward pass has a further value, 1, whose sum is the normaliser, and no heads that share keys
+        # in a backward pass values have a further column of ones, and every query head has keys of its own
         self.packed, self.s, query_constants, key_constants = pack(feature_map, self.dtype, e + backward)
         if exchanged:
             query_constants, key_constants = key_constants, query_constants
@@ -76,7 +86,7 @@ class AttentionProblem:
             self.key_batch = self.batch
         self.heads, self.query_heads = math.prod(self.key_batch), math.prod(self.batch)
         self.held = Held()
-        # an axis that only the queries have makes the key heads repeat: those are the groups of query heads
+        # several query heads read the same key head if only the queries have an axis
         key_head_of = indices(self.key_batch, self.batch)
         order, starts = members(self.key_batch, self.batch)
         self.num_keys = k.shape[-2] if k is not None else 0
@@ -98,27 +108,27 @@ class AttentionProblem:
         }
 
     def new_sums(self, *, segments: int = 1, transposed: bool = False, empty: Any = np.zeros) -> Any:
-        """Sums of no keys: (heads * segments, kv, z and top)."""
+        """Make the sums those of no keys: (heads * segments, items of kv, z and top)."""
         s = self.s
         self.segments, self.transposed = segments, transposed
         self.kv_size = s.e * s.m_pad if transposed else s.m * s.e_pad
-        # padded rows of kv are read by nobody, and z and top are as long as a padded row
+        # kv has m rows and no padded ones; z and top have m_pad items
         sums = empty((self.heads * segments, self.kv_size + 2 * s.m_pad), self.packed.dtype)
         sums[:, self.kv_size + s.m_pad :] = -np.inf
         self.sums = sums
         return sums
 
     def load_state(self, state: Any) -> None:
-        """The sums of a state."""
+        """Make the sums those of a state."""
         s = self.s
-        empty = np.empty if (s.m, s.e) == (s.m_pad, s.e_pad) else np.zeros  # kernels read what pads hold
+        empty = np.empty if (s.m, s.e) == (s.m_pad, s.e_pad) else np.zeros  # kernels read the padding
         sums = self.new_sums(empty=empty)
         top = self.kv_size + s.m_pad
         sums[:, top : top + s.m] = self._of_state(state.c, 1, s.m)[:, 0] * LOG2E
         self._fill(sums, state.kv, state.z)
 
     def load_lows(self, state: Any) -> None:
-        """The low parts of a state, which go on in the next."""
+        """Take over the low parts of a state, which the next state continues. float64 has none."""
         if not has_low_parts(state.kv):
             return
         known = state.kv_low is not None and state.z_low is not None
@@ -129,13 +139,13 @@ class AttentionProblem:
             self._fill(self.lows, state.kv_low, state.z_low)
 
     def _fill(self, sums: Any, kv: Any, z: Any) -> None:
-        """Put arrays of a state into sums, or into their low parts."""
+        """Copy kv and z of a state, or their low parts, into `sums`."""
         s = self.s
         sums[:, self.kv_size : self.kv_size + s.m] = self._of_state(z, 1, s.m)[:, 0]
         sums[:, : self.kv_size].reshape(self.heads, s.m, s.e_pad)[:, :, : s.e] = self._of_state(kv, s.m, s.e)
 
     def _of_state(self, x: Any, rows: int, columns: int) -> Any:
-        """An array of a state, for each head."""
+        """An array of a state, repeated for each head."""
         return np.broadcast_to(host(x), (*self.key_batch, rows, columns)).reshape(self.heads, rows, columns)
 
     def state_arrays(self) -> dict[str, Any]:
@@ -149,28 +159,28 @@ class AttentionProblem:
         return {"kv": kv, "z": z, "c": c, "kv_low": kv_low, "z_low": z_low}
 
     def state_arrays_like(self, like: Any) -> dict[str, Any]:
-        """As `state_arrays`, in the library of an array."""
+        """As `state_arrays`, as arrays of the library of `like`."""
         return {name: None if x is None else numpy_or_torch(like, x) for name, x in self.state_arrays().items()}
 
     def _taken_out(self, sums: Any) -> tuple[Any, Any]:
-        """Arrays of a state in sums, or in their low parts: not copied."""
+        """kv and z in the shapes of a state, from sums or from their low parts, without a copy."""
         s, batch = self.s, self.key_batch
         kv = sums[:, : self.kv_size].reshape(self.heads, s.m, s.e_pad)[:, :, : s.e]
         z = sums[:, self.kv_size : self.kv_size + s.m]
         return kv.reshape(*batch, s.m, s.e), z.reshape(*batch, 1, s.m)
 
     def keep_stats(self) -> Any:
-        """Have the kernels put aside what a backward pass needs: (query heads, n, 2), 1 / total and reference."""
+        """Have the kernels store what a backward pass needs, (query heads, n, 2): 1 / total and the reference."""
         self.stats = np.zeros((self.query_heads, self.num_queries, 2), self.packed.dtype)
         return self.stats
 
     def arguments_fixed(self) -> dict[str, int]:
-        """Addresses that do not depend on the sums."""
+        """The arguments that do not depend on the sums: addresses of constants and of lists of heads."""
         return self._fixed
 
     def arguments(self, *, causal: bool = False, first_query: int = 0) -> Any:
-        """What kernels take besides points."""
-        return kernels.Problem(
+        """The arguments of the forward kernels that are not arrays of points."""
+        return Problem(
             num_keys=self.num_keys,
             num_queries=self.num_queries,
             first_query=first_query,
@@ -186,106 +196,96 @@ class AttentionProblem:
             **self._fixed,
         )
 
-    def gather(self, *, normalised: bool = True) -> None:
-        """Sum up all keys, in segments where there are too few heads for the threads.
+    def run(self, kernel: Any, tasks: int, work: float, *arguments: Any) -> None:
+        """Run a kernel for all tasks, shared among threads; `work` is the number of multiplications in all."""
+        share(kernel, tasks, work, items_of(kernel, self.s), self.one, self.s, *arguments)
 
-        Sums that are not read `normalised` may lack those of the weights.
+    def gather(self, *, normalised: bool = True) -> None:
+        """Add up all keys, in segments if there are fewer heads than the threads need.
+
+        If results are not `normalised`, the sums of weights may be left out.
         """
         s = self.s
         work = float(self.heads * self.num_keys * s.m * (s.d + s.e))
         segments = self.pieces(self.heads, self.num_keys, work)
         self.new_sums(segments=segments, transposed=2 * s.e <= self.packed.lanes)
         p = self.arguments()
-        given, tasks = (self.one, s, p, self.k, self.v, self.mask), self.heads * segments
+        given, tasks = (p, self.k, self.v, self.mask), self.heads * segments
         if self._one_column():
-            share(
-                single_column.gather_column, tasks, work, single_column.column_scratch(s), *given, int(normalised)
-            )  # fmt: skip
+            self.run(gather_column, tasks, work, *given, int(normalised))
         else:
-            share(kernels.gather_keys, tasks, work, kernels.gather_scratch(self.one, s), *given)
+            self.run(gather_keys, tasks, work, *given)
         if segments > 1:
-            small = 2 * s.m_pad + max(s.m_pad, s.e_pad)
-            share(kernels.merge_segments, self.heads, 0.0, small, self.one, s, p)
+            self.run(merge_segments, self.heads, 0.0, p)
 
     def _one_column(self) -> bool:
-        """Whether values are numbers, and their sums a line."""
-        return self.transposed and self.s.e == 1
+        """Whether values have one column, so that their sums are a line."""
+        return bool(self.transposed and self.s.e == 1)
 
     def absorb(self) -> None:
-        """Take all keys into sums that are there already."""
+        """Add all keys to sums that exist already."""
         s = self.s
         work = float(self.heads * self.num_keys * s.m * (s.d + s.e))
-        scratch = kernels.gather_scratch(self.one, s)
-        p = self.arguments()
-        share(kernels.gather_keys, self.heads, work, scratch, self.one, s, p, self.k, self.v, self.mask)
+        self.run(gather_keys, self.heads, work, self.arguments(), self.k, self.v, self.mask)
 
     def read(self, out: Any, *, normalised: bool = True, recent: int = 0) -> None:
-        """Queries read the sums, and `recent` keys exactly."""
+        """Queries read the sums, and the first `recent` keys exactly."""
         s = self.s
         work = float(self.query_heads * self.num_queries * s.m * (s.d + s.e))
         per_head = self.pieces(self.query_heads, self.num_queries, work)
-        target = self.held.points(out, self.batch)
+        tasks, p, target = self.query_heads * per_head, self.arguments(), self.held.points(out, self.batch)
         if self._one_column() and recent == 0:
-            share(
-                single_column.read_column, self.query_heads * per_head, work, single_column.column_scratch(s), self.one,
-                s, self.arguments(), self.q, target, int(normalised), per_head,
-            )  # fmt: skip
+            self.run(read_column, tasks, work, p, self.q, target, int(normalised), per_head)
             return
         k, v = (self.q, self.q) if recent == 0 else (self.k, self.v)
-        share(
-            kernels.read_queries, self.query_heads * per_head, work, kernels.read_scratch(self.one, s), self.one, s,
-            self.arguments(), self.q, k, v, self.mask, recent, target, int(normalised), per_head,
-        )  # fmt: skip
+        self.run(read_queries, tasks, work, p, self.q, k, v, self.mask, recent, target, int(normalised), per_head)
 
     def windowed(self, out: Any, *, causal: bool, first_query: int = 0) -> None:
-        """Near blocks exactly, the others by features."""
+        """Queries read near blocks exactly, and the others by features."""
         s = self.s
-        size = 0 if causal else self.query_heads * self.num_queries * (s.e_pad + 2)
-        work = np.empty(size, self.packed.dtype)
-        cost = float(self.query_heads * self.num_queries * (s.m * (s.d + s.e) + 3 * self.window * s.d))
-        share(
-            windowed, self.heads, cost, windowed_scratch(self.one, s), self.one, s,
-            self.arguments(causal=causal, first_query=first_query), self.q, self.k, self.v, self.mask,
-            self.held.points(out, self.batch), self.held.place(work),
-        )  # fmt: skip
+        near = self.window * (1 + 2 * NEIGHBOURS)
+        cost = float(self.query_heads * self.num_queries * (s.m * (s.d + s.e) + near * s.d))
+        p = self.arguments(causal=causal, first_query=first_query)
+        target, kept = self.held.points(out, self.batch), self._kept_between_passes(causal)
+        self.run(windowed, self.heads, cost, p, self.q, self.k, self.v, self.mask, target, kept)
+
+    def _kept_between_passes(self, causal: bool) -> int:
+        """The place for what queries have read, between the two passes of bidirectional attention with a window."""
+        size = self.query_heads * self.num_queries * (self.s.e_pad + 2) if self.window > 0 and not causal else 0
+        return self.held.place(np.empty(size, self.packed.dtype))
 
     def causal(self, out: Any) -> None:
-        """Every query reads the keys up to its own; the sums take all keys in."""
+        """Every query reads the keys up to its own; the sums take all keys."""
         s = self.s
         cost = float(self.query_heads * self.num_queries * (2 * s.m * (s.d + s.e)))
-        share(
-            kernels.causal, self.heads, cost, kernels.causal_scratch(self.one, s), self.one, s,
-            self.arguments(causal=True), self.q, self.k, self.v, self.mask, self.held.points(out, self.batch),
-        )  # fmt: skip
+        target = self.held.points(out, self.batch)
+        self.run(causal, self.heads, cost, self.arguments(causal=True), self.q, self.k, self.v, self.mask, target)
 
     def each_sequence(self, out: Any, bounds: list[int], *, causal: bool) -> None:
-        """Every sequence alone, from bounds[i] to bounds[i + 1]."""
-        s, size = self.s, 0
+        """Attention within each of the packed sequences, from bounds[i] to bounds[i + 1]."""
+        s = self.s
         self.segments, self.transposed = 1, not causal and self.window == 0 and 2 * s.e <= self.packed.lanes
         self.kv_size = s.e * s.m_pad if self.transposed else s.m * s.e_pad
-        self.sums = np.zeros((1, self.kv_size + 2 * s.m_pad), self.packed.dtype)  # of which each thread has its own
-        if self.window > 0 and not causal:
-            size = self.query_heads * self.num_queries * (s.e_pad + 2)
+        self.sums = np.zeros((1, self.kv_size + 2 * s.m_pad), self.packed.dtype)  # each thread has its own elsewhere
         sequences = len(bounds) - 1
         cost = float(self.query_heads * self.num_queries * 2 * s.m * (s.d + s.e))
         kernel = packed_windowed if self.window > 0 else packed_causal if causal else packed
-        share(
-            kernel, self.heads * sequences, cost, packed_scratch(self.one, s, self.sums.shape[-1]), self.one, s,
-            self.arguments(causal=causal), self.q, self.k, self.v, self.mask, self.held.points(out, self.batch),
-            self.held.keep(np.array(bounds, np.int64)), sequences, self.query_heads,
-            self.held.place(np.empty(size, self.packed.dtype)),
+        self.run(
+            kernel, self.heads * sequences, cost, self.arguments(causal=causal), self.q, self.k, self.v, self.mask,
+            self.held.points(out, self.batch), self.held.keep(np.array(bounds, np.int64)), sequences,
+            self.query_heads, self._kept_between_passes(causal),
         )  # fmt: skip
 
     def pieces(self, heads: int, length: int, work: float) -> int:
-        """Into how many pieces to cut each head, so that the threads have enough to share."""
+        """The number of pieces that each head is cut into, so that there are enough tasks for the threads."""
         threads = num_threads()
         if work < 4e6 or heads == 0 or heads >= 2 * threads:
             return 1
         return max(1, min(-(-4 * threads // heads), length // (4 * TILE)))
 
 
-def absorbed(state: Any, k: Any, v: Any, key_mask: Any, feature_map: Any) -> Any:
-    """A state with further keys in its features."""
+def absorbed(state: State, k: Any, v: Any, key_mask: Any, feature_map: Any) -> State:
+    """The state after further keys and values. Its window is not looked at."""
     problem = AttentionProblem(feature_map, None, k, v, key_mask=key_mask, state=state)
     problem.load_state(state)
     problem.load_lows(state)
@@ -305,7 +305,10 @@ def packed_attention(
     window: int = 0,
     out: Any = None,
 ) -> Any:
-    """Attention within sequences packed along the point axis, in `out` where that shares no memory with the inputs."""
+    """Attention within packed sequences, bounds[i] .. bounds[i + 1] of the point axis each.
+
+    The result is written to `out` if that shares no memory with the inputs.
+    """
     problem = AttentionProblem(feature_map, q, k, v, key_mask=key_mask, window=window)
     out = target(out, (q, k, v, key_mask), (*problem.batch, q.shape[-2], v.shape[-1]), problem.result)
     problem.each_sequence(out, bounds, causal=causal)

@@ -1,7 +1,8 @@
-"""Shares the work of a kernel among threads.
+"""The thread pool: `share` runs a kernel for many tasks, on the calling thread and on worker threads.
 
-Kernels run without the interpreter's lock, on threads of our own: Numba's threading layers end the process where they
-are called from two threads at once (workqueue) or after a fork (OpenMP). Small work stays on the calling thread.
+Kernels run without the interpreter's lock. The pool is our own, because Numba's threading layers crash the process if
+two threads call them at once (workqueue) or after a fork (OpenMP); see docs/design/threads-of-our-own.md. Small work
+stays on the calling thread.
 """
 
 import contextlib
@@ -15,45 +16,47 @@ from collections.abc import Callable
 from typing import Any
 
 import numba
-import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from favorsharp_numba.host import workspace
 from favorsharp_numba.vectors.compiling import jit
 
 SMALL = 4e6
-"""Multiplications below which handing work to another thread costs more than it saves: some 40 microseconds."""
+"""The number of multiplications below which another thread costs more than it saves: some 40 microseconds of work."""
 
 PATIENCE, MOMENT = 4000, 100
-"""How often to look whether others have finished before going to sleep, some 100 microseconds in all: to be woken takes
-30, as long as a share of small work. And how often once they have, for them to hand the interpreter's lock back."""
+"""How often a caller checks whether the workers have finished before it goes to sleep, some 100 microseconds in all:
+being woken takes 30, as long as a share of small work. And how often it still checks once they have finished, so that
+they can release the interpreter's lock."""
 
 PAUSE = "llvm.x86.sse2.pause" if platform.machine().lower() in ("x86_64", "amd64") else None
-"""What tells a processor that a thread only waits; elsewhere its looks are over sooner."""
+"""The instruction that tells a processor that a thread is waiting actively; other processors check faster without
+it."""
 
 _calls: "queue.SimpleQueue[Work]" = queue.SimpleQueue()
-_helpers: list[int] = []
-"""The system's numbers of the helpers."""
+_workers: list[int] = []
+"""The worker threads, by the system's numbers."""
 _places: set[int] = set()
-"""The processors that they have been told to run on; none before that."""
+"""The processors that the workers have been told to run on; empty before that."""
 _lock = threading.Lock()
 
 
-def _forget_helpers() -> None:
-    """Threads do not survive a fork, and a lock may have been held by one of them."""
-    global _calls, _helpers, _places, _lock
-    _calls, _helpers, _places, _lock = queue.SimpleQueue(), [], set(), threading.Lock()
+def _forget_workers() -> None:
+    """Begin again after a fork: threads do not survive it, and one of them may have held a lock."""
+    global _calls, _workers, _places, _lock
+    _calls, _workers, _places, _lock = queue.SimpleQueue(), [], set(), threading.Lock()
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget_helpers)
+    os.register_at_fork(after_in_child=_forget_workers)
 
 
 def num_threads() -> int:
-    """How many threads may work: what Numba, torch and threadpoolctl are told, whichever is least."""
-    limits = [numba.config.NUMBA_NUM_THREADS]
+    """The number of threads that may work: the smallest of the limits of Numba, torch and threadpoolctl."""
+    limits: list[int] = [numba.config.NUMBA_NUM_THREADS]
     parallel = sys.modules.get("numba.np.ufunc.parallel")
     if parallel is not None and parallel._is_initialized:
         limits.append(numba.get_num_threads())
@@ -68,7 +71,7 @@ _controller: Any = None
 
 
 def _controlled() -> list[int]:
-    """The limits that threadpoolctl holds for the libraries it knows."""
+    """The limits of the libraries that threadpoolctl knows."""
     global _controller
     if _controller is None:
         _controller = sys.modules["threadpoolctl"].ThreadpoolController()
@@ -77,7 +80,7 @@ def _controlled() -> list[int]:
 
 @intrinsic
 def _look(context, address):
-    """The integer at an address, which another thread may just have written."""
+    """The integer at an address that another thread may write to (an atomic load)."""
 
     def emit(context, builder, signature, args):
         if PAUSE:
@@ -91,7 +94,7 @@ def _look(context, address):
 
 @jit
 def watch(address, patience):
-    """Wait, without the interpreter's lock, until the integer at an address is 0; return what it is then."""
+    """Wait actively, without the interpreter's lock, until the integer at an address is 0 or patience ends."""
     left = patience
     while left > 0:
         left -= 1
@@ -101,7 +104,7 @@ def watch(address, patience):
 
 
 class Work:
-    """The tasks of a kernel, and who is at them."""
+    """The tasks of a kernel, and the state of their work sharing."""
 
     def __init__(self, kernel: Callable[..., None], given: tuple[Any, ...], tasks: int, memory: Any) -> None:
         self.kernel, self.given, self.tasks, self.memory = kernel, given, tasks, memory
@@ -110,14 +113,14 @@ class Work:
         self.next = self.started = 0
         self.lock, self.ended = threading.Lock(), threading.Lock()
         self.ended.acquire()
-        self.busy = ctypes.c_int64(0)  # helpers, not the caller
+        self.busy = ctypes.c_int64(0)  # the number of workers that are running the kernel
         self.waiting = False
         self.fault: BaseException | None = None
 
     def run(self) -> None:
-        """Take part, wait for the helpers, and raise what went wrong.
+        """Take part as the caller, wait for the workers, and raise what went wrong.
 
-        An interrupt is raised once nobody writes to the caller's memory any more.
+        An interrupt is raised after all workers have finished, because they write to the caller's memory.
         """
         self._take_part()
         while True:
@@ -129,8 +132,8 @@ class Work:
         if self.fault is not None:
             raise self.fault
 
-    def help(self) -> None:
-        """Take part as a helper."""
+    def take_part_as_worker(self) -> None:
+        """Take part as a worker thread."""
         with self.lock:
             if self.next == self.tasks:
                 return
@@ -142,10 +145,10 @@ class Work:
                 self.ended.release()
 
     def _take_part(self) -> None:
-        """Work off shares, large ones first, until none is left."""
+        """Run the kernel for shares of the tasks, large shares first, until none is left."""
         try:
             with self.lock:
-                place = aligned(self.memory[self.started])
+                place = workspace.place_in(self.memory[self.started])
                 self.started += 1
             while True:
                 with self.lock:
@@ -171,19 +174,19 @@ class Work:
             self.ended.acquire()
 
 
-def _help() -> None:
+def _work() -> None:
     calls = _calls
     while True:
-        calls.get().help()
+        calls.get().take_part_as_worker()
 
 
-def _call_helpers(work: Work) -> None:
+def _call_workers(work: Work) -> None:
     global _places
     with _lock:
-        while len(_helpers) < work.threads - 1:
-            helper = threading.Thread(target=_help, name=f"favorsharp_{len(_helpers) + 1}", daemon=True)
-            helper.start()
-            _helpers.append(helper.native_id or 0)
+        while len(_workers) < work.threads - 1:
+            worker = threading.Thread(target=_work, name=f"favorsharp_{len(_workers) + 1}", daemon=True)
+            worker.start()
+            _workers.append(worker.native_id or 0)
             _places = set()
         _keep_apart(work.threads - 1)
     for _ in range(work.threads - 1):
@@ -191,7 +194,7 @@ def _call_helpers(work: Work) -> None:
 
 
 def _own_processor() -> Callable[[], int] | None:
-    """The function that tells on which processor the calling thread runs, where threads can be told where to run."""
+    """The function that returns the processor of the calling thread; None if the system cannot place threads."""
     if not hasattr(os, "sched_setaffinity"):
         return None
     return getattr(ctypes.PyDLL(None), "sched_getcpu", None)
@@ -201,15 +204,15 @@ _processor = _own_processor()
 
 
 def _keep_apart(count: int) -> None:
-    """Keep helpers off the caller's processor, on the others that it may use, where these are enough for so many.
+    """Keep `count` workers off the caller's processor, if the other processors that it may use are enough.
 
-    To the scheduler of a virtual machine a processor that has been idle for some ten milliseconds may look taken. It
-    then wakes helpers on the caller's, where they take turns with it until, milliseconds later, one of them is moved.
+    A processor that has been idle for some ten milliseconds may look busy to the scheduler of a virtual machine. It
+    then wakes workers on the caller's processor, where both take turns until one of them is moved, milliseconds later.
     """
     global _places
     if _processor is None:
         return
-    with contextlib.suppress(OSError):  # not allowed here: helpers run where the system likes
+    with contextlib.suppress(OSError):  # not allowed here: workers run where the system puts them
         places = os.sched_getaffinity(0)
         others = places - {_processor()}
         if len(others) >= count:
@@ -217,41 +220,35 @@ def _keep_apart(count: int) -> None:
         if places == _places:
             return
         _places = places
-        for helper in _helpers:
-            if helper != threading.get_native_id():  # as it is where threads are greenlets
-                os.sched_setaffinity(helper, places)
+        for worker in _workers:
+            if worker != threading.get_native_id():  # it is the caller where threads are greenlets
+                os.sched_setaffinity(worker, places)
 
 
-def share(kernel: Callable[..., None], tasks: int, work: float, scratch: int, one: Any, *arguments: Any) -> None:
-    """Call kernel(one, *arguments, low, high, scratch place) for shares of range(tasks).
+def share(kernel: Callable[..., None], tasks: int, work: float, items: int, one: Any, *arguments: Any) -> None:
+    """Call kernel(one, *arguments, low, high, place) for shares low .. high of the tasks.
 
     Parameters
     ----------
     kernel : compiled function
     tasks : int
-        How many; they do not depend on each other.
+        The number of tasks, which do not depend on each other.
     work : float
-        Multiplications in all, to judge whether threads pay.
-    scratch : int
-        Items of scratch that a thread needs.
+        The number of multiplications in all, from which the number of threads follows.
+    items : int
+        The number of items of a thread's workspace; `place` is its place.
     one : float32 or float64 scalar
-        The dtype to work in.
+        The dtype that the kernel computes in.
     *arguments
-        Of the kernel.
+        Further arguments of the kernel.
     """
     if tasks == 0:
         return
     threads = 1 if work < SMALL else min(num_threads(), tasks)
-    memory = np.empty((threads, scratch + 64), one.dtype)  # a row a thread, of which each uses what is aligned
+    memory = workspace.workspaces(threads, items, one.dtype)
     if threads == 1:
-        kernel(one, *arguments, 0, tasks, aligned(memory[0]))
+        kernel(one, *arguments, 0, tasks, workspace.place_in(memory[0]))
         return
     shared = Work(kernel, (one, *arguments), tasks, memory)
-    _call_helpers(shared)
+    _call_workers(shared)
     shared.run()
-
-
-def aligned(memory: Any) -> int:
-    """The first place of an array that lies on a cache line."""
-    address: int = memory.__array_interface__["data"][0]
-    return -(-address // 64) * 64 // int(memory.itemsize)

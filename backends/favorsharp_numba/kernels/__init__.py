@@ -1,1 +1,1 @@
-"""The compiled kernels, each in a file named like its op, and what they are made of."""
+"""The compiled kernels, in files named like their ops, and the parts that they share."""

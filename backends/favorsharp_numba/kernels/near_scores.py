@@ -1,11 +1,11 @@
-"""Exact scores: what keys that are near add to what queries have read by features.
+"""Exact scores of near keys, and how they are added to what queries have read by features.
 
-Scores are to base 2; a key has a row of them, a query a column.
+Scores are to base 2. They are blocks with a row for each key and a column for each query.
 """
 
 import numpy as np
 
-from favorsharp_numba.kernels.tiles import (
+from favorsharp_numba.kernels.arguments import (
     ALPHA,
     GROUP,
     NEAR_ALPHA,
@@ -16,31 +16,22 @@ from favorsharp_numba.kernels.tiles import (
     ROWS,
     TILE,
     ZERO,
-    get,
     is_hidden,
-    lanes,
-    load_points,
-    panel,
-    rest_of_tile,
 )
+from favorsharp_numba.kernels.tiles import load_points, rest_of_tile
+from favorsharp_numba.vectors.blocks import exp_block, fill_before, max_block, scale_block, shift_block, sum_block
 from favorsharp_numba.vectors.compiling import inlined, outlined
-from favorsharp_numba.vectors.primitives import (
-    exp_block,
-    fill_before,
-    max_block,
-    product_add,
-    product_terms,
-    scale_block,
-    shift_block,
-    sum_block,
-)
+from favorsharp_numba.vectors.items import get, lanes, panel
+from favorsharp_numba.vectors.products import product_add, product_terms
 from favorsharp_numba.vectors.rows import add_rows, combine, compare_tops, fill, quadratic_rows, scale_rows, take_tops
 
 
 @inlined
 def load_near(one, s, side, points, mask, b, start, count, scaled, rows, norms):
-    """Rows alpha x - near_center, times log2(e) where `scaled`, and what norms contribute to scores: 0, or NaN where a
-    row is not finite, and minus half of |row|^2 where `gaussian`. The tile of scratch behind the norms is used too.
+    """Load rows alpha x - near_center, times log2(e) if `scaled`, and what their norms contribute to scores.
+
+    That is minus half of |row|^2 if the kernel is Gaussian, or else 0; NaN if the row is not finite. `norms` has two
+    tiles, of which the second is overwritten.
     """
     factor, center = (NEAR_ALPHA, s.near_scaled) if scaled else (ALPHA, s.near_center)
     load_points(one, points, mask, b, start, count, s.d, s.d_pad, side + factor, side + center, rows)
@@ -53,24 +44,26 @@ def load_near(one, s, side, points, mask, b, start, count, scaled, rows, norms):
 
 @inlined
 def near_norms(one, s, half, squares, factors, count, norms):
-    """`half` times the squares where `gaussian`, else 0; NaN where a factor is not finite."""
+    """norms = `half` times the squares if the kernel is Gaussian, or else 0; NaN if a factor is not finite."""
     nothing = one - one
     combine(one, count, nothing, half if s.gaussian else nothing, squares, nothing, factors, norms)
 
 
 @inlined
 def near_keys(one, s, side, count, factors, norms):
-    """Norms, as of `load_near`, of rows and log factors that `load_keys` made; NaN too for those hidden.
+    """What the norms of keys contribute to scores, from the log factors that `load_keys` made; NaN for hidden keys.
 
-    The center of the keys is the near one too where `gaussian`; where not, `near_queries` puts it back.
+    `load_keys` has centred the rows by the center of the keys. For the Gaussian kernel that is also the near center;
+    for the softmax kernel `near_queries` makes up for it.
     """
     near_norms(one, s, get(one, side + NEAR_HALF), factors + TILE, factors, count, norms)
 
 
 @inlined
 def near_queries(one, s, side, keys, columns, count, factors, norms):
-    """Turn the columns of `load_queries` into log2(e) (alpha x - near_center); norms are what they add to the scores of
-    `near_keys`, NaN where a query is not finite.
+    """Turn the columns of `load_queries` into log2(e) (alpha x - near_center).
+
+    `norms` receives what queries contribute to their scores with rows of `load_keys`; NaN if a query is not finite.
     """
     n = rest_of_tile(count, lanes(one))
     squares = norms + TILE
@@ -82,7 +75,7 @@ def near_queries(one, s, side, keys, columns, count, factors, norms):
 
 @inlined
 def first_seeing(one, before, n):
-    """The first of n columns that a key with `before` queries before it is scored for: that of a whole vector."""
+    """The first of n columns for which a key is scored, if `before` queries come before it, in whole vectors."""
     return min(max(0, before), n) // lanes(one) * lanes(one)
 
 
@@ -90,9 +83,10 @@ def first_seeing(one, before, n):
 def score_near(
     one, s, side, columns, query_norms, n, rows, norms, size, before, mask, b, start, scores, largest
 ):  # fmt: skip
-    """Scores of `size` keys, which start at a position, and n columns of queries; `largest` rises to the largest.
+    """The scores of `size` keys, from the position `start` on, and n columns of queries. `largest` rises to the
+    largest.
 
-    The first before + i columns come before key i and do not see it; none does where that is below 1.
+    The first before + i columns come before key i and do not see it (if that is larger than 0).
     """
     width, partly = panel(one), before + size > 1
     group = GROUP if partly else size
@@ -112,12 +106,12 @@ def score_near(
 
 
 @inlined
-def raise_references(one, s, side, n, largest, numerator, total, reference, scratch):
-    """Take largest scores into the references of n queries, and divide what these have read by the rise.
+def raise_references(one, s, side, n, largest, numerator, total, reference, room):
+    """Raise the references of n queries to their largest scores, and divide what they have read by the rise.
 
-    `scratch`, two tiles, begins with the references then, 0 for -inf.
+    `room` has two tiles; the first one receives the references, with 0 for -inf.
     """
-    safe, factors = scratch, scratch + TILE
+    safe, factors = room, room + TILE
     if compare_tops(one, n, reference, largest, safe) > 0:
         take_tops(one, n, reference, largest, factors)
         scale_block(one, total, n, 1, n, side + ONE, factors, total, n)
@@ -126,25 +120,28 @@ def raise_references(one, s, side, n, largest, numerator, total, reference, scra
 
 @outlined
 def weigh_near(one, side, n, size, before, safe, scores, total):
-    """Scores become weights relative to 2**safe, which are added to the totals."""
+    """Turn scores into weights relative to 2**safe, and add these to the totals."""
     partly = before + size > 1
     group = GROUP if partly else size
     for j in range(0, size, group):
         count, left = min(group, size - j), first_seeing(one, before + j, n)
         line = scores + j * TILE + left
         exp_block(one, line, TILE, count, n - left, side + ZERO, 0, safe + left, side + ONE, 0, total + left)
-        for i in range(min(count, ROWS - 1) if left > 0 else 0):  # for queries that read together with later ones
+        # queries before `left` may be in one register tile with later ones, which reads all keys of the later ones
+        for i in range(min(count, ROWS - 1) if left > 0 else 0):
             fill(one, line + i * TILE - min(left, ROWS), min(left, ROWS), one - one)
 
 
 @outlined
 def add_near(one, s, count, size, before, weights, values, v_step, finite, numerator):
-    """Add the values of keys, rows `v_step` apart, to the numerators of queries. `finite`: all values are."""
+    """Add the weighted values of keys, rows `v_step` apart, to the numerators of queries. `finite`: all values are
+    finite.
+    """
     width = panel(one)
     if before + size <= 1:
         product_add(one, count, s.e_pad, size, weights, 1, TILE, values, width, v_step, numerator, s.e_pad)
         return
-    step = ROWS if finite else 1  # a value that is not finite must not meet the weight 0 of a query before it
+    step = ROWS if finite else 1  # an infinite value times the weight 0 of a query before it would be NaN
     for t in range(0, count, step):
         stop = min(t + step, count)
         seen = min(size, max(0, stop - before))

@@ -1,1 +1,1 @@
-"""The inner loops of the kernels, written in vector instructions, and how functions are compiled."""
+"""The layer of vector instructions: how functions are compiled, and the inner loops of the kernels."""

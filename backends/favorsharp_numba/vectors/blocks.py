@@ -1,11 +1,11 @@
-"""Blocks in vector instructions: maxima, exponentials and sums down their columns. And items one by one.
+"""Functions of blocks, in vector instructions: maxima, exponentials and sums down the columns.
 
-Numba does not use a processor's vectors for such loops by itself; here they are spelled out as LLVM vectors, of the
-width that `compiling.vector_bytes` names. `plain.py` has the same functions in plain Numba.
+Numba does not turn such loops into vector instructions by itself, so the functions of this folder emit LLVM vectors.
 
-An array is a *place*: its address divided by the size of an item, so that places are counted in items. Strides are in
-items too, and block lengths are multiples of `lanes`. The dtype is that of the argument `one`. A block x has `rows`
-rows of n columns, `step` apart.
+These conventions hold for all files of this folder and for the kernels. An array is given by its *place*: its address
+divided by the size of an item, so that places count items. Strides count items too. The dtype is that of the argument
+`one`. A block x has `rows` rows of n columns, `step` items apart; n is a multiple of `lanes`, the number of items in a
+vector.
 """
 
 from llvmlite import ir
@@ -16,43 +16,12 @@ from numba.extending import intrinsic
 from favorsharp_numba.vectors.compiling import outlined
 from favorsharp_numba.vectors.emitter import I64, VECTORS, Emitter
 
-
-@intrinsic
-def lanes(context, one):
-    """How many items a vector holds: what block lengths are multiples of."""
-
-    def emit(context, builder, signature, args):
-        return ir.Constant(I64, Emitter(builder, signature.args[0]).lanes)
-
-    return types.int64(one), emit
-
-
-@intrinsic
-def item_size(context, one):
-    """Bytes of an item."""
-
-    def emit(context, builder, signature, args):
-        return ir.Constant(I64, Emitter(builder, signature.args[0]).item)
-
-    return types.int64(one), emit
-
-
-@intrinsic
-def panel(context, one):
-    """How many columns a panel of B has."""
-
-    def emit(context, builder, signature, args):
-        return ir.Constant(I64, VECTORS * Emitter(builder, signature.args[0]).lanes)
-
-    return types.int64(one), emit
-
-
 WAYS = 4
-"""Rows of one vector that are worked on side by side."""
+"""The number of rows that are worked on side by side where a row is a single vector."""
 
 
 def _blocks(builder, e, n, body):
-    """Emit body(first column, vectors) for columns 0 .. n, VECTORS vectors at a time and then one by one."""
+    """Emit body(first column, number of vectors) for the columns 0 .. n: VECTORS vectors at a time, then one by one."""
     start = ir.Constant(I64, 0)
     for vectors in dict.fromkeys((VECTORS, 1)):
         width = ir.Constant(I64, vectors * e.lanes)
@@ -63,8 +32,10 @@ def _blocks(builder, e, n, body):
 
 
 def _by_rows(builder, e, rows, vectors, found, take, join):
-    """Emit take(row, accumulators) for all rows. One vector of a row waits for that of the row before, so several rows
-    have accumulators of their own, which start as the first of those found and are joined.
+    """Emit take(row, accumulators) for all rows.
+
+    Each row waits for the accumulator of the row before. If a row is a single vector, WAYS rows at a time therefore
+    have accumulators of their own, which begin as copies of `found` and are joined into it at the end.
     """
     ways = WAYS if vectors == 1 else 1
     groups = [found, *([e.accumulator(e.get(x)) for x in found] for _ in range(ways - 1))]
@@ -110,7 +81,7 @@ def _max_block(context, one, x, step, rows, n, shift, shift_step, first, top):
 
 @outlined
 def max_block(one, x, step, rows, n, shift, shift_step, first, top):
-    """top[j] = max(first[j], x[i, j] + shift[i] over i), passing over NaN; shift_step 0 for one shift."""
+    """top[j] = the maximum of first[j] and of x[i, j] + shift[i] over i, without NaN. shift_step 0: one shift."""
     _max_block(one, x, step, rows, n, shift, shift_step, first, top)
 
 
@@ -176,7 +147,7 @@ def _sum_block(context, one, x, step, rows, n, weight, weight_step, total):
 
 @outlined
 def sum_block(one, x, step, rows, n, weight, weight_step, total):
-    """total[j] = total[j] + sum over i of weight[i] x[i, j]; weight_step 0 for one weight."""
+    """total[j] = total[j] + sum over i of weight[i] x[i, j]. weight_step 0: one weight for all."""
     _sum_block(one, x, step, rows, n, weight, weight_step, total)
 
 
@@ -229,7 +200,7 @@ def _fill_before(context, one, x, step, rows, n, first, value):
 
 @outlined
 def fill_before(one, x, step, rows, n, first, value):
-    """x[i, j] = value for the columns j < first + i of n: a triangle."""
+    """x[i, j] = value for the columns j < first + i, a triangle."""
     _fill_before(one, x, step, rows, n, first, value)
 
 
@@ -296,54 +267,5 @@ def _multiply_block(context, one, x, step, rows, n, y, total):
 
 @outlined
 def multiply_block(one, x, step, rows, n, y, total):
-    """x[i, j] = x[i, j] y[i, j], and total[j] = total[j] + sum of x[i, j]; x and y have one step."""
+    """x[i, j] = x[i, j] y[i, j], and total[j] = total[j] + sum of x[i, j]. x and y have the same step."""
     _multiply_block(one, x, step, rows, n, y, total)
-
-
-# Single items --------------------------------------------------------------------------------------------------------
-
-
-@intrinsic
-def get(context, one, place):
-    """The item at a place."""
-
-    def emit(context, builder, signature, args):
-        e = Emitter(builder, signature.args[0])
-        value = builder.load(e.pointer(args[1]), typ=e.scalar)
-        value.align = e.item
-        return value
-
-    return one(one, types.int64), emit
-
-
-@intrinsic
-def put(context, one, place, value):
-    """Store an item at a place."""
-
-    def emit(context, builder, signature, args):
-        e = Emitter(builder, signature.args[0])
-        builder.store(args[2], e.pointer(args[1])).align = e.item
-        return context.get_dummy_value()
-
-    return types.void(one, types.int64, one), emit
-
-
-@intrinsic
-def integer_at(context, address):
-    """The 64-bit integer at an address."""
-
-    def emit(context, builder, signature, args):
-        return builder.load(builder.inttoptr(args[0], ir.PointerType()), typ=I64)
-
-    return types.int64(types.int64), emit
-
-
-@intrinsic
-def byte_at(context, address):
-    """The byte at an address."""
-
-    def emit(context, builder, signature, args):
-        byte = builder.load(builder.inttoptr(args[0], ir.PointerType()), typ=ir.IntType(8))
-        return builder.zext(byte, I64)
-
-    return types.int64(types.int64), emit

@@ -1,7 +1,10 @@
-"""How kernels are compiled: one signature for each dtype, and a disk cache that knows every source of this package.
+"""How the functions of this backend are compiled, and how compiled code is cached on disk.
 
-Numba files a compiled function under the time stamp of the one file it stands in. Kernels here are built from vector
-code in other files, so their stamp is a digest of all sources of the package: an edit anywhere compiles anew.
+`jit`, `outlined` and `inlined` are the decorators of all compiled functions. Every function is compiled once for each
+dtype, which it knows by its argument `one`, the number 1 in that dtype (`TAGS`).
+
+Numba stores compiled code with the time stamp of the file that the function is in. The functions here contain code from
+other files, so their stamp is a digest of all sources of the package: after an edit anywhere, all are compiled again.
 """
 
 import hashlib
@@ -22,15 +25,15 @@ VARIABLE = "FAVORSHARP_NUMBA_VECTORS"
 
 @cache
 def vector_bytes() -> int:
-    """The width of a vector register in bytes: 64, 32 or 16; 0 for plain Numba code.
+    """The width of vectors in bytes: 64, 32 or 16.
 
-    The environment variable FAVORSHARP_NUMBA_VECTORS sets it. A vector wider than the processor's is split by the
-    compiler: no instruction is emitted that the processor lacks.
+    The environment variable FAVORSHARP_NUMBA_VECTORS sets it. If vectors are wider than the processor's registers, the
+    compiler splits them; it emits no instruction that the processor lacks.
     """
     text = os.environ.get(VARIABLE)
     if text is not None:
-        if text not in ("0", "16", "32", "64"):
-            raise ValueError(f"environment variable {VARIABLE} must be 0, 16, 32 or 64 (bytes), got {text!r}")
+        if text not in ("16", "32", "64"):
+            raise ValueError(f"environment variable {VARIABLE} must be 16, 32 or 64 (bytes), got {text!r}")
         return int(text)
     features = processor_features()
     if "avx512f" in features:
@@ -40,7 +43,7 @@ def vector_bytes() -> int:
 
 @cache
 def processor_features() -> frozenset[str]:
-    """The instruction sets that compiled code may use: the host's, or what NUMBA_CPU_FEATURES says."""
+    """The instruction sets that compiled code may use: those of this processor, or of NUMBA_CPU_FEATURES."""
     if numba.config.CPU_FEATURES is not None:
         return frozenset(x[1:] for x in numba.config.CPU_FEATURES.split(",") if x.startswith("+"))
     if numba.config.CPU_NAME == "generic":
@@ -49,23 +52,23 @@ def processor_features() -> frozenset[str]:
 
 
 def num_vectors() -> int:
-    """Vectors side by side in a register tile: as many as leave room for its rows."""
+    """The number of vectors side by side in a register tile: as many as leave enough registers for its rows."""
     many_registers = vector_bytes() == 64 or "neon" in processor_features()
     return 4 if many_registers else 2
 
 
 def jit(function: Callable[..., Any]) -> Any:
-    """Compile a function without the interpreter, releasing its lock, cached on disk where that is possible.
+    """Compile a function that Python may call: without the interpreter's lock, and cached on disk if possible.
 
-    Nothing may be rearranged: `exp2` rounds by adding and subtracting a constant.
+    The compiler must not reorder arithmetic (no fast-math): `exp2` rounds by adding and subtracting a constant.
     """
     return _cached(function, no_cfunc_wrapper=True)
 
 
 def outlined(function: Callable[..., Any]) -> Any:
-    """As `jit`, for what compiled functions alone call: a call from Python would end the process.
+    """Compile a function that only other compiled functions call. A call from Python would crash the process.
 
-    The code for such calls would take a tenth of the time in which kernels compile.
+    Code for calls from Python is left out: it would take a tenth of the time that kernels take to compile.
     """
     return _cached(function, no_cfunc_wrapper=True, no_cpython_wrapper=True)
 
@@ -74,15 +77,15 @@ def _cached(function: Callable[..., Any], **options: bool) -> Any:
     dispatcher = numba.njit(nogil=True, error_model="numpy", **options)(function)
     try:
         dispatcher._cache = _Cache(function)
-    except RuntimeError:  # neither this folder nor the user's cache folder can be written to: compile in every process
+    except RuntimeError:  # neither this folder nor the user's cache folder is writable: every process compiles
         pass
     return dispatcher
 
 
 def inlined(function: Callable[..., Any]) -> Any:
-    """A part of kernels, compiled with each of them and never by itself.
+    """A function that is compiled as a part of each function that calls it, and never by itself.
 
-    A function with code of its own is optimised once for itself and again inside of all that call it, at every level.
+    Other compiled functions are optimised by themselves, and once more inside of each of their callers.
     """
     return numba.njit(nogil=True, error_model="numpy", inline="always")(function)
 
@@ -97,7 +100,7 @@ def _sources_digest() -> str:
 
 
 def _stamped(locator: type) -> type:
-    """A cache locator whose stamp is the digest of the package's sources."""
+    """A cache locator of Numba whose stamp is the digest of the package's sources."""
 
     class Stamped(locator):  # type: ignore[misc]
         def get_source_stamp(self) -> str:
@@ -115,19 +118,20 @@ class _Cache(caching.FunctionCache):  # type: ignore[misc]
 
     def __init__(self, function: Callable[..., Any]) -> None:
         super().__init__(function)
-        # An index names classes of the sources that it was made from, and is read before its stamp is looked at: one of
-        # other sources would raise where a class has gone. The version stands before both.
+        # Numba reads the index of a cache before it compares its stamp. The index names classes of the sources that it
+        # was made from, so that reading it raises if such a class no longer exists. Numba compares the version first.
         self._cache_file._version = f"{self._cache_file._version} {_sources_digest()}"
 
     def load_overload(self, sig: Any, target_context: Any) -> Any:
-        """As Numba's own, but for registering all that a compiler could need: compiled code needs the runtime alone.
+        """As in Numba, but without registering the functions that only a compiler needs.
 
-        That would take longer than all else in a first call. A compilation registers it still.
+        That would take longer than the rest of a first call. If something is to be compiled, Numba still registers
+        them.
         """
         rtsys.initialize(target_context)
         with self._guard_against_spurious_io_errors():
             return self._load_overload(sig, target_context)
 
 
-# float32 and float64 values by which compiled functions know the dtype to work in
-TAGS = {"float32": np.float32(1), "float64": np.float64(1)}
+TAGS: dict[str, Any] = {"float32": np.float32(1), "float64": np.float64(1)}
+"""The argument `one` of compiled functions: the dtype of this number is the dtype that they compute in."""

@@ -1,4 +1,4 @@
-"""LLVM code for vectors of one dtype: what the kernels' inner loops are spelled out with."""
+"""Emits LLVM code for vectors of one dtype. The inner loops in the other files of this folder are written with it."""
 
 import numpy as np
 from llvmlite import ir
@@ -7,19 +7,22 @@ from numba.core import cgutils
 
 from favorsharp_numba.vectors.compiling import num_vectors, processor_features, vector_bytes
 
-BYTES = vector_bytes() or 16
+BYTES = vector_bytes()
+"""The width of a vector."""
 VECTORS = num_vectors()
+"""The number of vectors side by side in a register tile."""
 
 LOG2E = 1 / np.log(2)
 
 HALVES = bool({"f16c", "neon", "fullfp16"} & processor_features())
-"""Whether the processor converts float16; otherwise the backend declines it."""
+"""Whether the processor has instructions that convert float16; loading and storing of float16 is not compiled
+otherwise."""
 
 MASKS = BYTES == 64
-"""Whether a part of a vector is loaded at once: without masks the compiler goes item by item."""
+"""Whether the processor loads parts of vectors under a mask; otherwise the compiler would load item by item."""
 
 CACHE_LINE = 64
-"""Bytes that a prefetch brings."""
+"""The number of bytes that one prefetch loads into the cache."""
 
 I32, I64 = ir.IntType(32), ir.IntType(64)
 
@@ -28,7 +31,7 @@ _MANGLED = {"half": "f16", "i16": "i16", "float": "f32", "double": "f64"}
 
 
 class Emitter:
-    """LLVM code for vectors of one dtype."""
+    """Emits instructions into a builder, for vectors of the dtype of `one`, a Numba type."""
 
     def __init__(self, builder, one):
         self.b = builder
@@ -40,33 +43,33 @@ class Emitter:
         self.integer = ir.VectorType(I32 if self.single else I64, self.lanes)
 
     def constant(self, value):
-        """A value in every lane, known now."""
+        """A constant in every lane."""
         value = float(np.float32(value)) if self.single else float(value)
         return ir.Constant(self.vector, [value] * self.lanes)
 
     def pointer(self, place):
-        """The pointer to a place."""
+        """The pointer to a place (`vectors/blocks.py`)."""
         return self.b.inttoptr(self.b.mul(place, ir.Constant(I64, self.item)), ir.PointerType())
 
     def at(self, pointer, offset):
-        """The pointer some items on."""
+        """The pointer that many items after another one."""
         if isinstance(offset, int):
             offset = ir.Constant(I64, offset)
         return self.b.gep(pointer, [offset], source_etype=self.scalar)
 
     def load(self, pointer):
-        """A vector of items side by side."""
+        """Load a vector of items side by side."""
         value = self.b.load(pointer, typ=self.vector)
         value.align = self.item
         return value
 
     def first(self, count):
-        """A mask of the first lanes."""
+        """The mask of the first `count` lanes."""
         order = ir.Constant(ir.VectorType(I64, self.lanes), list(range(self.lanes)))
         return self.b.icmp_signed("<", order, self.filled(count))
 
     def masked_load(self, pointer, mask, item, align):
-        """A vector of such items where the mask says so, 0 elsewhere."""
+        """Load the lanes of a mask as items of a type; the other lanes are 0."""
         kind = ir.VectorType(item, self.lanes)
         name = f"llvm.masked.load.v{self.lanes}{_MANGLED[str(item)]}.p0"
         signature = ir.FunctionType(kind, [ir.PointerType(), I32, mask.type, kind])
@@ -75,14 +78,14 @@ class Emitter:
         return self.b.call(function, [pointer, ir.Constant(I32, align), mask, nothing])
 
     def store(self, value, pointer, *, stream=False):
-        """Store a vector; past the caches where `stream`, which needs a pointer on a vector's boundary."""
+        """Store a vector. With `stream` it goes past the caches, and the pointer must be a multiple of its width."""
         instruction = self.b.store(value, pointer)
         instruction.align = BYTES if stream else self.item
         if stream:
             instruction.set_metadata("nontemporal", self.b.module.add_metadata([ir.Constant(I32, 1)]))
 
     def broadcast(self, pointer):
-        """One item in every lane."""
+        """Load one item into every lane."""
         value = self.b.load(pointer, typ=self.scalar)
         value.align = self.item
         return self.filled(value)
@@ -95,38 +98,38 @@ class Emitter:
         return self.b.shuffle_vector(first, undefined, order)
 
     def multiply_add(self, x, y, z):
-        """x y + z, in one instruction where there is one."""
+        """x y + z, in one instruction if the processor has it."""
         name = f"llvm.fmuladd.v{self.lanes}f{8 * self.item}"
         function = cgutils.get_or_insert_function(self.b.module, ir.FunctionType(self.vector, [self.vector] * 3), name)
         return self.b.call(function, [x, y, z])
 
     def larger(self, x, y):
-        """The larger one; y where x is NaN, x where y is."""
+        """The larger of x and y in each lane; if one is NaN, the other."""
         return self.b.select(self.b.fcmp_ordered(">", y, x), y, x)
 
     def largest(self, x):
-        """The largest lane; none is NaN."""
+        """The largest lane of a vector without NaN."""
         name = f"llvm.vector.reduce.fmax.v{self.lanes}f{8 * self.item}"
         reduce = cgutils.get_or_insert_function(self.b.module, ir.FunctionType(self.scalar, [self.vector]), name)
         return self.b.call(reduce, [x], fastmath=("nnan",))
 
     def add_with_low(self, x, low, value):
-        """x + low + value as a sum and what its rounding takes off; NaN where the sum is not finite.
+        """x + low + value, as a rounded sum and the part that the rounding took off. NaN if the sum is not finite.
 
-        Exact where value is below x; else off by the rounding of value.
+        That part is exact if value is smaller than x; otherwise it is off by the rounding of value + low.
         """
         value = self.b.fadd(value, low)
         total = self.b.fadd(x, value)
         return total, self.b.fsub(value, self.b.fsub(total, x))
 
     def exp2(self, y, *, above=False):
-        """2**y; NaN where y is. Exactly 0 below the range of normal numbers.
+        """2**y, or NaN if y is NaN. The result is exactly 0 below the range of normal numbers.
 
-        Rounding to the nearest integer by adding 1.5 * 2**23 leaves that integer in the low bits of the sum; with the
-        exponent's bias added to it as well, a shift makes those bits the power of two itself, or 0.
+        Adding 1.5 * 2**23 rounds y to an integer, which is then in the low bits of the sum. With the bias of the
+        exponent added as well, a shift moves these bits to where they are the power of two itself, or 0.
 
-        `above` says that y may be above 0, where a result near the top of the range needs half the power, doubled; the
-        range then ends a factor of 2 higher at the bottom.
+        `above` says that y may be larger than 0. Then half of the power is computed and doubled, because the power
+        itself may leave the range near its top. Results become 0 a factor of 2 earlier at the bottom.
         """
         bits, bias, big = (23, 127, 1.5 * 2**23) if self.single else (52, 1023, 1.5 * 2**52)
         offset = bias - 1 if above else bias
@@ -148,16 +151,16 @@ class Emitter:
         return self.b.fadd(value, value) if above else value
 
     def accumulator(self, value):
-        """A variable that holds a vector."""
+        """A variable that holds a vector or an item."""
         return cgutils.alloca_once_value(self.b, value)
 
     def get(self, accumulator):
-        """What such a variable holds."""
+        """The vector in a variable of `accumulator`."""
         return self.b.load(accumulator, typ=self.vector)
 
 
 def prefetch(builder, address):
-    """Have the cache line at an address brought into the second cache; any address will do."""
+    """Prefetch the cache line at an address into the second-level cache. An invalid address does no harm."""
     kind = ir.FunctionType(ir.VoidType(), [ir.PointerType(), *[I32] * 3])
     function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
     reading, second_cache, data = (ir.Constant(I32, value) for value in (0, 2, 1))
@@ -165,7 +168,9 @@ def prefetch(builder, address):
 
 
 def function_in(module, name, kinds, body):
-    """The function of that name in a module, without a result; body(builder, *arguments) writes it the first time."""
+    """The function of that name in a module; body(builder, *arguments) emits its code the first time. It returns
+    nothing.
+    """
     function = cgutils.get_or_insert_function(module, ir.FunctionType(ir.VoidType(), kinds), name)
     if function.is_declaration:
         function.linkage = "linkonce_odr"
@@ -177,9 +182,10 @@ def function_in(module, name, kinds, body):
 
 
 def _power_series(degree, *, weighted):
-    """Coefficients of a polynomial for 2**r, |r| <= 1/2, that is 1 at 0: by interpolation at Chebyshev nodes.
+    """The coefficients of a polynomial that approximates 2**r for |r| <= 1/2 and is exactly 1 at r = 0.
 
-    The slope from 0 is fitted; its error counts by r where `weighted`, which rounding forbids at high degrees.
+    (2**r - 1) / r is fitted at Chebyshev nodes. If `weighted`, its errors count in proportion to r, as they do in the
+    result; at high degrees rounding makes that fit worse.
     """
     nodes = np.cos(np.pi * (np.arange(400) + 0.5) / 400) / 2
     slope, weights = np.expm1(nodes * np.log(2)) / nodes, np.abs(nodes) if weighted else None
@@ -188,4 +194,4 @@ def _power_series(degree, *, weighted):
 
 
 POWERS = {4: _power_series(5, weighted=True), 8: _power_series(11, weighted=False)}
-"""By item size; the polynomial's own error is one unit in the last place of float32, and two of float64."""
+"""By item size. The error of the polynomial is one unit in the last place for float32, and two for float64."""

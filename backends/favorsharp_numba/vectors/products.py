@@ -1,6 +1,7 @@
-"""Matrix products, a register tile at a time, in vector instructions: the inner loops that take most of the time.
+"""Matrix products, in vector instructions: the inner loops in which kernels spend most of their time.
 
-Places, strides and block lengths are as in `vectors.py`; `plain.py` has the same functions in plain Numba.
+A product is computed by register tiles: some rows by some vectors of the result, whose sums stay in registers. The
+right factor B is stored in *panels* of VECTORS vectors of columns. Places and strides are as in `vectors/blocks.py`.
 """
 
 from typing import NamedTuple
@@ -15,18 +16,18 @@ from favorsharp_numba.vectors.compiling import inlined, outlined
 from favorsharp_numba.vectors.emitter import CACHE_LINE, I64, LOG2E, VECTORS, Emitter, function_in, prefetch
 
 SET, ADD, TERMS, TAKE = 0, 1, 2, 3
-"""Where the sums of a product begin: at 0, at what the result holds, at row[i] + column[j]; at 0, and then the result
-takes them with its low parts, which lie like it from `row` on.
-"""
+"""How a product begins: SET at 0; ADD at the result so far; TERMS at row[i] + column[j]; TAKE at 0, and then the result
+takes the product with its low parts, which are at the place `row`, in rows like those of the result."""
 STORE, EXP, STREAM, SUMS, SUM = 0, 1, 2, 3, 4
-"""What becomes of them: stored, exp stored, exp stored past the caches, 2** of them added up and not stored, with two
-weights or the second alone."""
+"""What is done with a product: STORE it; EXP, store its exponential; STREAM, store that past the caches; SUMS, add up
+the powers of two with two weights and store nothing (`ColumnSums`); SUM, the same with the second weight alone."""
 
 
 class Ahead(NamedTuple):
-    """What is brought nearer while a product runs: some rows of `size` bytes, `step` bytes apart, from an address on.
+    """What is prefetched while a product runs: rows of `size` bytes, `step` bytes apart, from an address on.
 
-    A few lines at a time: a processor drops prefetches that come faster than its memory answers.
+    Each register tile prefetches a few cache lines: a processor drops requests that come faster than its memory answers
+    (docs/design/memory-ahead.md).
     """
 
     address: int
@@ -38,9 +39,11 @@ class Ahead(NamedTuple):
 NOTHING = Ahead(0, 0, 0, 0)
 
 
-class Sums(NamedTuple):
-    """Places of two weights of the rows of a result C, and how far apart they are from row to row; and, column by
-    column, of the sums of 2**C with either weight and of the largest C.
+class ColumnSums(NamedTuple):
+    """Where `product_sums` finds the weights of the rows of its result C, and where it puts sums down the columns.
+
+    `weight` and `other` are the places of two weights for each row, with their strides. `total` and `other_total`
+    receive the sums of weight * 2**C, and `largest` the largest C of each column.
     """
 
     weight: int
@@ -52,16 +55,18 @@ class Sums(NamedTuple):
     largest: int
 
 
-NO_SUMS = Sums(0, 0, 0, 0, 0, 0, 0)
+NO_SUMS = ColumnSums(0, 0, 0, 0, 0, 0, 0)
 
 
 @intrinsic(prefer_literal=True)
 def _product(
     context, one, start, finish, m, n, k, a, a_row, a_step, b, b_panel, b_step, c, c_row, row, column, ahead, sums
 ):
-    """C (m, n) from A (m, k) and B (k, n), a register tile at a time: 6, 4, 2 or 1 rows by some vectors, or 8 by one.
+    """C (m, n) from A (m, k) and B (k, n), by register tiles of 6, 4, 2 or 1 rows and several vectors, or 8 rows and
+    one.
 
-    B lies in panels of VECTORS vectors, `b_panel` items apart; its rows are `b_step` apart inside a panel.
+    The panels of B are `b_panel` items apart, and the rows of a panel `b_step` items. The other strides are those of
+    A's and C's rows and of A's columns.
     """
     start_at, finish_by = start.literal_value, finish.literal_value
 
@@ -70,18 +75,19 @@ def _product(
         address, ahead_step, ahead_rows, ahead_size = cgutils.unpack_tuple(builder, ahead)
         weight, weight_step, other, other_step, total, other_total, largest = cgutils.unpack_tuple(builder, sums)
         e = Emitter(builder, signature.args[0])
-        builder.function.attributes.add("noduplicate")  # a compiler would copy it for calls with a constant in common
+        # the compiler would copy the function for calls that share a constant
+        builder.function.attributes.add("noduplicate")
         number = lambda value: ir.Constant(I64, value)  # noqa: E731
 
         def bring(top, bottom, j):
-            """The rows ahead that fall to the rows top .. bottom of the result, in its first columns."""
+            """Prefetch the share of the rows top .. bottom of the result, in its first columns."""
             some = builder.icmp_signed(">", ahead_rows, number(0))
             with builder.if_then(builder.and_(some, builder.icmp_signed("==", j, number(0)))):
                 low, high = (builder.udiv(builder.mul(x, ahead_rows), m) for x in (top, bottom))
                 builder.call(_bring(builder.module), [address, ahead_step, low, high, ahead_size])
 
         def add_up(found, i, j):
-            """Take a register tile of logarithms into the sums and the maxima of its columns."""
+            """Add a register tile of logarithms to the sums, and to the maxima, of its columns."""
             sides = [(weight, weight_step), (other, other_step)]
             places = [e.pointer(builder.add(x, j)) for x in (total, other_total)]
             if finish_by == SUM:
@@ -105,7 +111,7 @@ def _product(
                     e.store(value, e.at(place, v * e.lanes))
 
         def tile(rows, vectors, i, j):
-            bring(i, builder.add(i, number(rows)), j)  # a call, which vectors in registers would be stored for
+            bring(i, builder.add(i, number(rows)), j)  # first: for a call, vectors in registers would be stored
             panel = builder.mul(builder.udiv(j, number(VECTORS * e.lanes)), b_panel)
             inside = builder.urem(j, number(VECTORS * e.lanes))
             right = e.pointer(builder.add(b, builder.add(panel, inside)))
@@ -172,7 +178,7 @@ def _product(
 
 
 def _bring(module):
-    """The function that brings rows low .. high nearer: one for all the kinds of register tiles."""
+    """The function that prefetches rows low .. high, which all kinds of register tiles share."""
 
     def body(builder, address, step, low, high, size):
         with cgutils.for_range_slice(builder, low, high, ir.Constant(I64, 1)) as (r, _):
@@ -193,7 +199,7 @@ def _multiply(one, start, m, n, k, a, a_row, a_step, b, b_panel, b_step, c, c_ro
 
 @inlined
 def _multiplied(one, start, m, n, k, a, a_row, a_step, b, b_panel, b_step, c, c_row, row, column, ahead):
-    """As `_multiply`, which is compiled for each start and each constant stride of A, but for no other constants."""
+    """As `_multiply`. It is compiled for each start and each constant stride of A, but for no other constants."""
     m, n, k, b_step, c_row = np.int64(m), np.int64(n), np.int64(k), np.int64(b_step), np.int64(c_row)
     _multiply(one, start, m, n, k, a, a_row, a_step, b, b_panel, b_step, c, c_row, row, column, ahead)
 
@@ -224,7 +230,7 @@ def product_add_ahead(one, m, n, k, a, a_row, a_step, b, b_panel, b_step, c, c_r
 
 @inlined
 def product_take(one, m, n, k, a, a_row, a_step, b, b_panel, b_step, c, c_row, low, ahead):
-    """C = C + A B, with the low parts of C: what its rounding took off so far is added, and kept anew."""
+    """C = C + A B with low parts: what rounding took off C so far is added, and what it takes off now is kept."""
     _multiplied(one, TAKE, m, n, k, a, a_row, a_step, b, b_panel, b_step, c, c_row, low, low, ahead)
 
 
@@ -248,17 +254,17 @@ def product_exp(one, m, n, k, a, a_row, a_step, b, b_panel, b_step, c, c_row, ro
 
 @outlined
 def product_exp_stream(one, m, n, k, a, a_row, a_step, b, b_panel, b_step, c, c_row, row, column):
-    """C = exp(A B + row + column), past the caches: C and c_row are multiples of a vector."""
+    """C = exp(A B + row + column), stored past the caches. C and c_row are multiples of a vector."""
     _product(one, TERMS, STREAM, m, n, k, a, a_row, a_step, b, b_panel, b_step, c, c_row, row, column, NOTHING, NO_SUMS)
 
 
 @outlined
 def product_sums(one, m, n, k, a, a_row, a_step, b, b_panel, b_step, row, column, sums, ahead):
-    """Take the logarithms A B + row + column, to base 2, into sums and maxima; right where none is over 127."""
+    """Add the powers of two of A B + row + column to sums, and take maxima; no logarithm may be larger than 127."""
     _product(one, TERMS, SUMS, m, n, k, a, a_row, a_step, b, b_panel, b_step, b, b_step, row, column, ahead, sums)
 
 
 @outlined
 def product_sum(one, m, n, k, a, a_row, a_step, b, b_panel, b_step, row, column, sums, ahead):
-    """As `product_sums`, with the second weight alone."""
+    """As `product_sums`, for the second weight alone."""
     _product(one, TERMS, SUM, m, n, k, a, a_row, a_step, b, b_panel, b_step, b, b_step, row, column, ahead, sums)

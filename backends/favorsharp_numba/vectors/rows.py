@@ -1,6 +1,6 @@
-"""Rows of points, of any floating dtype in and out, and what is done row by row, in vector instructions.
+"""Functions of rows, in vector instructions: loading and storing rows of any floating dtype, sums, and tops.
 
-Places, strides and block lengths are as in `vectors.py`.
+Places, strides and block lengths are as in `vectors/blocks.py`.
 """
 
 import numpy as np
@@ -13,16 +13,18 @@ from favorsharp_numba.vectors.compiling import outlined
 from favorsharp_numba.vectors.emitter import HALVES, I32, I64, MASKS, Emitter
 
 FLOAT16, BFLOAT16, FLOAT32, FLOAT64 = 0, 1, 2, 3
-"""What a row may hold."""
+"""The kinds of items that a row of a caller's array may have."""
 
 _ITEMS = {FLOAT16: ir.HalfType(), BFLOAT16: ir.IntType(16), FLOAT32: ir.FloatType(), FLOAT64: ir.DoubleType()}
 _SIZES = {FLOAT16: 2, BFLOAT16: 2, FLOAT32: 4, FLOAT64: 8}
 
 
 def _widened(builder, e, value, kind, shape):
-    """A loaded value in the dtype to work in; `shape` makes a scalar type the type wanted, a vector or itself."""
+    """A loaded value in the dtype of the kernel. `shape` turns a scalar type into the type of the value: vector or
+    scalar.
+    """
     target = shape(e.scalar)
-    if kind == FLOAT16:  # by way of float32: processors have no other conversion
+    if kind == FLOAT16:  # processors convert float16 only to float32
         value, kind = builder.fpext(value, shape(ir.FloatType())), FLOAT32
     if kind == BFLOAT16:
         integers = builder.zext(value, shape(I32))
@@ -34,7 +36,7 @@ def _widened(builder, e, value, kind, shape):
 
 
 def _narrowed(builder, e, value, kind, shape):
-    """A value in the dtype of a row, rounded to the nearest."""
+    """A value in the dtype of a row, rounded to nearest."""
     if _ITEMS[kind] == e.scalar:
         return value
     if kind == FLOAT16:
@@ -63,7 +65,7 @@ def rows_loop(builder, e, n, body):
 
 
 def _whole_rows(builder, e, n, body):
-    """Emit body(column, shape) for whole vectors; return where they end."""
+    """Emit body(column, shape) for whole vectors. Return the column behind the last one."""
     width = ir.Constant(I64, e.lanes)
     middle = builder.mul(builder.udiv(n, width), width)
     with cgutils.for_range_slice(builder, ir.Constant(I64, 0), middle, width) as (j, _):
@@ -91,7 +93,7 @@ def _load_rows(context, one, kind, address, step, count, n, pad, factor, offset,
         vector = lambda scalar: ir.VectorType(scalar, e.lanes)  # noqa: E731
 
         def line(row):
-            """Where a row is read and written."""
+            """The pointers from which a row is read and to which it is written."""
             source = builder.inttoptr(builder.add(address, builder.mul(row, step)), ir.PointerType())
             return source, e.pointer(builder.add(y, builder.mul(row, pad)))
 
@@ -100,7 +102,7 @@ def _load_rows(context, one, kind, address, step, count, n, pad, factor, offset,
             builder.store(builder.fsub(value, centre), place).align = e.item
 
         def part(start, mask, centre, place):
-            """The first items of a vector, with zeros behind them."""
+            """Load the first items of a vector; the others become 0."""
             finish(e.masked_load(start, mask, _ITEMS[item], _SIZES[item]), centre, wide, place, vector)
 
         def rows_by_item():
@@ -181,9 +183,9 @@ def _store_rows(context, one, kind, address, step, count, n, pad, factor, x):
 
 @outlined
 def load_rows(one, kind, address, step, count, n, pad, factor, offset, y):
-    """y[t, j] = x[t, j] factor[0] - offset[j], and 0 from n to pad.
+    """y[t, j] = x[t, j] factor[0] - offset[j] for `count` rows of n items, and 0 for j = n .. pad.
 
-    x has rows of the given kind, without gaps in them, `step` bytes apart.
+    The rows of x have items of the given kind side by side, and are `step` bytes apart.
     """
     if kind == 2:
         _load_rows(one, 2, address, step, count, n, pad, factor, offset, y)
@@ -197,7 +199,7 @@ def load_rows(one, kind, address, step, count, n, pad, factor, offset, y):
 
 @outlined
 def store_rows(one, kind, address, step, count, n, pad, factor, x):
-    """Store x[t, j] factor[t] to rows of the given kind, without gaps in them, `step` bytes apart."""
+    """Store x[t, j] factor[t] in rows of items of the given kind, side by side; the rows are `step` bytes apart."""
     if kind == 2:
         _store_rows(one, 2, address, step, count, n, pad, factor, x)
     elif kind == 3:
@@ -221,7 +223,7 @@ def _transpose(context, one, x, x_step, rows, columns, y, y_step):
             return builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(I32, e.lanes), order))
 
         def block(i, j):
-            """lanes x lanes items: in each round, pairs of vectors exchange halves, quarters, ..."""
+            """Transpose lanes x lanes items: pairs of vectors exchange halves, then quarters, and so on."""
             line = e.at(source, builder.add(builder.mul(i, x_step), j))
             vectors = [e.load(e.at(line, builder.mul(ir.Constant(I64, r), x_step))) for r in range(e.lanes)]
             half = e.lanes // 2
@@ -281,7 +283,7 @@ def _fill(context, one, place, count, value):
 
 @outlined
 def fill(one, place, count, value):
-    """x = value, for `count` items; none where that is below 1."""
+    """x = value for `count` items; for none if `count` is smaller than 1."""
     _fill(one, place, max(0, count), value)
 
 
@@ -305,7 +307,7 @@ def _copy(context, one, x, n, y):
 
 @outlined
 def copy(one, x, n, y):
-    """y = x; they do not overlap."""
+    """y = x, of n items that do not overlap."""
     _copy(one, x, n, y)
 
 
@@ -334,7 +336,7 @@ def _add_rows(context, one, target, size, x, step, count, factor):
 
 @outlined
 def add_rows(one, target, size, x, step, count, factor):
-    """Add rows x[t] times a factor to rows of `size` items without gaps."""
+    """Add rows x[t], `step` items apart, times a factor to `count` rows of `size` items without gaps between them."""
     _add_rows(one, target, size, x, step, count, factor)
 
 
@@ -361,7 +363,7 @@ def _take_row(context, one, n, x, target, low):
 
 @outlined
 def take_row(one, n, x, target, low):
-    """target = target + x, of n items each, with the low parts of target: as `product_take`."""
+    """target = target + x for n items, with the low parts of target as in `product_take`."""
     _take_row(one, n, x, target, low)
 
 
@@ -391,7 +393,7 @@ def _scale_rows(context, one, x, step, rows, n, factors):
 
 @outlined
 def scale_rows(one, x, step, rows, n, factors):
-    """x[i, j] = x[i, j] factors[i], over n columns in whole vectors; rows of factor 1 are passed over."""
+    """x[i, j] = x[i, j] factors[i] for n columns, in whole vectors. Rows with the factor 1 are skipped."""
     _scale_rows(one, x, step, rows, n, factors)
 
 
@@ -421,7 +423,7 @@ def _combine(context, one, n, constant, first, x, second, y, target):
 
 @outlined
 def combine(one, n, constant, first, x, second, y, target):
-    """target = constant + first x + second y, of n items each."""
+    """target = constant + first x + second y for n items."""
     _combine(one, n, constant, first, x, second, y, target)
 
 
@@ -448,14 +450,15 @@ def _invert(context, one, x, n):
 
 @outlined
 def invert(one, x, n):
-    """x = 1 / x, 0 where it is 0."""
+    """x = 1 / x for n items, or 0 for a 0."""
     _invert(one, x, n)
 
 
 def sum_lanes(builder, e, vectors):
-    """A vector with the sum of the lanes of each of some vectors, a power of two of them and no more than lanes.
+    """A vector of the sums of the lanes of each of the given vectors.
 
-    A pair of vectors becomes one, whose halves are what either gives with its own halves added; and so on.
+    Their number is a power of two and at most the number of lanes. In each round, every vector is replaced by the sum
+    of its halves, and the results of two vectors are joined into one.
     """
     kinds = len(vectors)
     while len(vectors) > 1 or vectors[0].type.count > kinds:
@@ -471,8 +474,10 @@ def sum_lanes(builder, e, vectors):
 
 
 def _products_of_rows(builder, e, count, n, targets, factors):
-    """Store sums over n columns, in whole vectors, of products of two vectors: factors(row, column), one for each
-    target. Several rows at once: the sums of one wait for each other.
+    """Store, for each row and each target, the sum over n columns of the product of a pair of values.
+
+    The pairs are vectors that a function of `factors` loads for a row and a column. Several rows are worked on at once,
+    because the additions to one sum wait for each other.
     """
 
     def body(t, rows):
@@ -510,7 +515,7 @@ def _quadratic_rows(context, one, z, step, count, n, linear, first, second):
 
 @outlined
 def quadratic_rows(one, z, step, count, n, linear, first, second):
-    """first[t] = linear.z[t], second[t] = z[t].z[t] over n columns, in whole vectors."""
+    """first[t] = linear.z[t] and second[t] = z[t].z[t], over n columns in whole vectors."""
     _quadratic_rows(one, z, step, count, n, linear, first, second)
 
 
@@ -532,7 +537,7 @@ def _dot_rows(context, one, x, y, step, count, n, dots):
 
 @outlined
 def dot_rows(one, x, y, step, count, n, dots):
-    """dots[t] = x[t].y[t] over n columns, in whole vectors; they may lie where x or y begins."""
+    """dots[t] = x[t].y[t], over n columns in whole vectors. They may overwrite the beginning of x or y."""
     _dot_rows(one, x, y, step, count, n, dots)
 
 
@@ -585,7 +590,7 @@ def _compare_tops(context, one, n, top, new_top, safe):
 
 @outlined
 def compare_tops(one, n, top, new_top, safe):
-    """Return the largest rise from top to new_top, positive where any rose; safe = new_top with 0 for -inf."""
+    """Return the largest rise from top to new_top, positive if any top rose. safe = new_top with 0 for -inf."""
     return _compare_tops(one, n, top, new_top, safe)
 
 
@@ -608,5 +613,5 @@ def _take_tops(context, one, n, top, new_top, factors):
 
 @outlined
 def take_tops(one, n, top, new_top, factors):
-    """factors = 2**(top - new_top) where it rose, else 1; top = the larger one."""
+    """factors = 2**(top - new_top) for tops that rise, or else 1; top = the larger of both."""
     _take_tops(one, n, top, new_top, factors)

@@ -1,6 +1,6 @@
-"""What a token does to a state and reads of it, in vector instructions.
+"""The inner loops of `decode_step`, in vector instructions: how a token changes a state, and what its query reads.
 
-Places, strides and block lengths are as in `vectors.py`.
+Places, strides and block lengths are as in `vectors/blocks.py`.
 """
 
 import numpy as np
@@ -41,10 +41,10 @@ def _turn_tops(context, one, n, c, keys, queries, new_c, scales):
 
 @outlined
 def turn_tops(one, n, c, keys, queries, new_c, scales):
-    """The tops of a state, c in natural logarithms, take the log features of a key, to base 2.
+    """Raise the tops c of a state, natural logarithms, to the log features of a key, which are to base 2.
 
-    new_c is the larger one; `scales` what the sums are multiplied by, and `keys` the features relative to it; log
-    features of a query become logarithms of its weights, and the largest is returned.
+    new_c receives the larger of both, `scales` the factors for the sums, and `keys` the features relative to the new
+    tops. The log features of a query, `queries`, become the logarithms of its weights. Return the largest of these.
     """
     return _turn_tops(one, n, c, keys, queries, new_c, scales)
 
@@ -76,7 +76,7 @@ def _turn_sums(context, one, n, z, scales, keys, weights, new_z):
 
 @outlined
 def turn_sums(one, n, z, scales, keys, weights, new_z):
-    """new_z = scales z + keys; return the sum of weights new_z."""
+    """new_z = scales z + keys. Return the sum of weights times new_z."""
     return _turn_sums(one, n, z, scales, keys, weights, new_z)
 
 
@@ -89,7 +89,7 @@ def _turn_rows(context, one, kv, new_kv, m, n, old, new, weight, v, numerator):
         scales, features, weights = (e.pointer(x) for x in (old, new, weight))
 
         def body(j, vectors):
-            """Columns of whole vectors; of single items where `vectors` is 0."""
+            """Emit code for the columns from j on: for some vectors of them, or a single item if `vectors` is 0."""
             kind = e.vector if vectors else e.scalar
             parts = [builder.add(j, ir.Constant(I64, v * e.lanes)) for v in range(max(vectors, 1))]
 
@@ -131,5 +131,5 @@ def _turn_rows(context, one, kv, new_kv, m, n, old, new, weight, v, numerator):
 
 @outlined
 def turn_rows(one, kv, new_kv, m, n, old, new, weight, v, numerator):
-    """new_kv[i] = old[i] kv[i] + new[i] v for rows of n items, and numerator = sum of weight[i] new_kv[i]."""
+    """new_kv[i] = old[i] kv[i] + new[i] v for m rows of n items, and numerator = the sum of weight[i] new_kv[i]."""
     _turn_rows(one, kv, new_kv, m, n, old, new, weight, v, numerator)

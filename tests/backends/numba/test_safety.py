@@ -134,13 +134,13 @@ def test_helpers_run_where_their_caller_may_but_not_on_its_processor():
     for own in sorted(allowed):
         os.sched_setaffinity(0, {own})
         share_two(lambda: None)
-        assert os.sched_getaffinity(threads._helpers[0]) == {own}  # there is no other
+        assert os.sched_getaffinity(threads._workers[0]) == {own}  # there is no other
         os.sched_setaffinity(0, allowed)
         before = processor()
         share_two(lambda: None)
         if processor() == before:
-            assert os.sched_getaffinity(threads._helpers[0]) == allowed - {before}
-    threads._helpers.append(threading.get_native_id())  # as where threads are greenlets
+            assert os.sched_getaffinity(threads._workers[0]) == allowed - {before}
+    threads._workers.append(threading.get_native_id())  # as where threads are greenlets
     threads._places = set()
     share_two(lambda: None)
     assert os.sched_getaffinity(0) == allowed
@@ -206,8 +206,8 @@ def test_results_do_not_depend_on_the_number_of_threads(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("width", ["0", "16", "32", "64"])
-def test_every_vector_width_and_plain_code_agree(width, tmp_path):
+@pytest.mark.parametrize("width", ["16", "32", "64"])
+def test_every_vector_width_gives_the_same_results(width, tmp_path):
     code = """
     with fs.use("reference"):
         wide = [x.astype("float64") for x in (q, k, v)]
@@ -229,9 +229,10 @@ def test_every_vector_width_and_plain_code_agree(width, tmp_path):
     assert python(options + textwrap.dedent(code), **other) == width_of_host
 
 
-def test_an_unknown_vector_width_is_refused():
-    with pytest.raises(AssertionError, match="FAVORSHARP_NUMBA_VECTORS must be 0, 16, 32 or 64"):
-        python("import favorsharp_numba.vectors.compiling as c; c.vector_bytes()", FAVORSHARP_NUMBA_VECTORS="48")
+@pytest.mark.parametrize("width", ["0", "48"])
+def test_an_unknown_vector_width_is_refused(width):
+    with pytest.raises(AssertionError, match="FAVORSHARP_NUMBA_VECTORS must be 16, 32 or 64"):
+        python("import favorsharp_numba.vectors.compiling as c; c.vector_bytes()", FAVORSHARP_NUMBA_VECTORS=width)
 
 
 PROCESSORS = {
@@ -246,7 +247,8 @@ PROCESSORS = {
 def test_code_for_a_lesser_processor_has_none_of_the_instructions_it_lacks(name, tmp_path):
     features, width, lacking = PROCESSORS[name]
     code = """
-    from favorsharp_numba.kernels.attention import causal, gather_keys, read_queries
+    from favorsharp_numba.kernels.attention import gather_keys, read_queries
+    from favorsharp_numba.kernels.causal_attention import causal
     from favorsharp_numba.vectors.compiling import vector_bytes
     with fs.use("reference"):
         wide = [x.astype("float64") for x in (q, k, v)]
@@ -298,7 +300,8 @@ def test_a_cache_that_names_classes_of_other_sources_is_of_no_account(tmp_path):
             path.write_text(re.sub(r"\bPoints\b", name, path.read_text()))
         code = f"""
         import numba
-        from favorsharp_numba.kernels.tiles import Mask, {name}, load_points
+        from favorsharp_numba.kernels.arguments import Mask, {name}
+        from favorsharp_numba.kernels.tiles import load_points
         offsets, x = np.zeros(1, "int64"), np.ones(64, "float32")
         points, place = {name}(2, x.ctypes.data, offsets.ctypes.data, 4, 4, 4), x.ctypes.data // 4
         mask = Mask(0, 0, 0)
@@ -324,11 +327,11 @@ def test_a_kernel_is_compiled_anew_when_a_file_it_uses_has_changed(tmp_path):
     environment = {"NUMBA_CACHE_DIR": str(tmp_path / "cache")}
     assert python(code, package=package, **environment) == "True 1.0"
     emitter = package / "favorsharp_numba" / "vectors" / "emitter.py"
-    stamp = os.stat(package / "favorsharp_numba" / "exponential_features.py").st_mtime
+    stamp = os.stat(package / "favorsharp_numba" / "kernels" / "exponential_features.py").st_mtime
     text = emitter.read_text()
     assert text.count("return [1.0, *fitted") == 1
     emitter.write_text(text.replace("return [1.0, *fitted", "return [0.5, *fitted"))
-    assert os.stat(package / "favorsharp_numba" / "exponential_features.py").st_mtime == stamp
+    assert os.stat(package / "favorsharp_numba" / "kernels" / "exponential_features.py").st_mtime == stamp
     assert python(code, package=package, **environment) == "True 0.5"
 
 
@@ -346,7 +349,8 @@ def test_the_second_process_does_not_compile(tmp_path):
 
 def test_layouts_and_lengths_share_one_compilation():
     code = """
-    from favorsharp_numba.kernels.attention import causal, read_queries
+    from favorsharp_numba.kernels.attention import read_queries
+    from favorsharp_numba.kernels.causal_attention import causal
     run(); run(is_causal=True)
     q = q[:, ::-1, ::-1]; k = np.asfortranarray(k); v.flags.writeable = False
     run(); run(is_causal=True); run(key_mask=np.ones(k.shape[:-1], bool))
