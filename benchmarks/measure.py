@@ -88,9 +88,9 @@ def compare(
 
 def peak_fma(seconds: float = 1.0) -> float:
     """GFLOP/s of float32 multiply-adds from the L1 cache on all threads: an upper bound for any matrix product."""
-    from favorsharp_numba.compiling import TAGS, jit
-    from favorsharp_numba.primitives import product
-    from favorsharp_numba.run import num_threads, share
+    from favorsharp_numba.host.threads import num_threads, share
+    from favorsharp_numba.vectors.compiling import TAGS, jit
+    from favorsharp_numba.vectors.products import product
 
     size, repeats = 48, 200
 

@@ -291,63 +291,6 @@ def _can_find(module: str) -> bool:
         return False
 
 
-MODULES = {
-    "exponential_features": "exponential_features",
-    "attention": "attention",
-    "causal_attention": "causal_attention",
-    "update": "state",
-    "read": "state",
-    "decode_step": "state",
-    "kernel_matvec": "kernel_matvec",
-    "attention_vjp": "vjp",
-    "kernel_matvec_vjp": "vjp",
-    "exponential_features_vjp": "vjp",
-}
-"""The module of each op in this package and, under the same name, in the bundled backends."""
-DIFFERENTIABLE = ("exponential_features", "attention", "causal_attention", "kernel_matvec")
-"""The ops that the bundled backends implement for torch's autograd, in their modules `torch_ops`."""
-TRACEABLE = ("update", "read", "decode_step")
-"""The ops that `torch_ops` of a traceable backend has too: for traced calls, and for calls that record gradients."""
-PACKED = ("attention", "causal_attention", "attention_vjp")
-"""The ops whose modules also have a function for packed sequences, named like the op with `_packed` behind it."""
-WITH_OUT = ("attention", "causal_attention")
-"""The ops whose functions take `out`."""
-
-
-def bundled_kernels(
-    package: str, library: str, device: str, dtypes: Iterable[str], *, traceable: bool = False, plans: bool = False
-) -> tuple[Kernel, ...]:
-    """The kernels of a bundled backend: for the arrays of one library, and for torch tensors on the same device.
-
-    With `traceable`, the kernels for torch's autograd also run on tensors without values, and `torch_ops` also has
-    kernels for the ops of states. With `plans`, the module of decode_step has a function `decode_step_plan`.
-    """
-
-    def kernel(
-        op: str, module: str, library: str, *, differentiable: bool = False, traceable: bool = False
-    ) -> Kernel:  # fmt: skip
-        target = f"{package}.{module}:{op}"
-        return Kernel(
-            op=op,
-            target=target,
-            packed=f"{target}_packed" if op in PACKED else None,
-            plan=f"{target}_plan" if op == "decode_step" and plans else None,
-            takes_out=op in WITH_OUT,
-            libraries=frozenset({library}),
-            devices=frozenset({device}),
-            dtypes=frozenset(dtypes),
-            differentiable=differentiable,
-            traceable=traceable,
-        )
-
-    return (
-        *(kernel(op, module, library) for op, module in MODULES.items()),
-        *(kernel(op, "torch_ops", "torch", differentiable=True, traceable=traceable) for op in DIFFERENTIABLE),
-        *(kernel(op, module, "torch") for op, module in MODULES.items() if op not in DIFFERENTIABLE),
-        *(kernel(op, "torch_ops", "torch", differentiable=True, traceable=True) for op in TRACEABLE if traceable),
-    )
-
-
 # Discovery -----------------------------------------------------------------------------------------------------------
 
 

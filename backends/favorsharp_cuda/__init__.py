@@ -4,7 +4,7 @@ Importing this package imports nothing: kernels are strings until they are first
 """
 
 from favorsharp._arrays import FLOATS
-from favorsharp.dispatch import Backend, bundled_kernels
+from favorsharp.backend import Backend, bundled_kernels
 
 BACKEND = Backend(
     "cuda", requires=("cupy",), kernels=bundled_kernels("favorsharp_cuda", "cupy", "cuda", FLOATS, traceable=True)

@@ -1,12 +1,12 @@
-"""CPU kernels for favorsharp, compiled by Numba: for NumPy arrays and torch tensors on the CPU.
+"""CPU kernels for favorsharp, compiled by Numba, for NumPy arrays and for torch tensors on the CPU.
 
-Importing this package imports nothing: kernels are strings until they are first used.
+favorsharp finds `BACKEND` through an entry point. Importing this package imports neither Numba nor torch: kernels are
+declared as strings, and are imported when they are first used.
 """
 
 from itertools import combinations
 
-from favorsharp._arrays import FLOATS
-from favorsharp.dispatch import Backend, bundled_kernels
+from favorsharp.backend import FLOATS, Backend, bundled_kernels
 
 _DTYPES = ["+".join(names) for count in range(1, len(FLOATS) + 1) for names in combinations(FLOATS, count)]
 

@@ -1,13 +1,13 @@
-"""Causal attention."""
+"""The op `causal_attention`: causal attention on the CPU, with and without a state."""
 
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from favorsharp.ops.state import State, empty_state, num_leaving, with_recent
-from favorsharp_numba.arguments import target
-from favorsharp_numba.problem import AttentionProblem, packed_attention
-from favorsharp_numba.single_tokens import settled
+from favorsharp.backend import State, empty_state, num_leaving, with_recent
+from favorsharp_numba.host.arguments import target
+from favorsharp_numba.host.kept_tokens import settled
+from favorsharp_numba.host.problem import AttentionProblem, packed_attention
 
 
 def causal_attention(
@@ -21,7 +21,10 @@ def causal_attention(
     state: State | None = None,
     out: Any = None,
 ) -> tuple[Any, State]:
-    """As `favorsharp.ops.causal_attention.causal_attention`, in `out` where that shares no memory with the inputs."""
+    """As `favorsharp.ops.causal_attention.causal_attention`.
+
+    The result is written to `out` if that shares no memory with the inputs.
+    """
     state = None if state is None else settled(state, feature_map)
     n, before, keys, values, mask = q.shape[-2], 0, k, v, key_mask
     if state is not None and state.recent_k.shape[-2] > 0:
@@ -47,10 +50,10 @@ causal_attention_packed = partial(packed_attention, causal=True)
 
 
 def recent(state: State, k: Any, v: Any, key_mask: Any) -> dict[str, Any]:
-    """The keys, values and mask that a state keeps beside its features after further ones."""
+    """The recent keys, values and mask of a state with a window, after further keys and values."""
     before = state.recent_k.shape[-2]
     left = num_leaving(before + k.shape[-2], state.window)
-    passed = max(0, left - before)  # further ones that leave at once: no copies of them
+    passed = max(0, left - before)  # of the new ones: they enter the sums at once and are not copied
     mask = None if key_mask is None else key_mask[..., passed:]
     keys, values, mask = with_recent(state, k[..., passed:, :], v[..., passed:, :], mask)
     left -= passed

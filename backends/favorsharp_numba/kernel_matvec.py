@@ -1,9 +1,9 @@
-"""K(x, y) @ v through features."""
+"""The op `kernel_matvec`: K(x, y) @ v through features on the CPU."""
 
 from typing import Any
 
-from favorsharp_numba.arguments import empty
-from favorsharp_numba.problem import AttentionProblem
+from favorsharp_numba.host.arguments import empty
+from favorsharp_numba.host.problem import AttentionProblem
 
 
 def kernel_matvec(x: Any, y: Any, v: Any, feature_map: Any) -> Any:
@@ -12,7 +12,7 @@ def kernel_matvec(x: Any, y: Any, v: Any, feature_map: Any) -> Any:
 
 
 def with_sums(x: Any, y: Any, v: Any, feature_map: Any) -> tuple[Any, AttentionProblem]:
-    """The product, and the problem with the sums of y and v, which a backward pass reads again."""
+    """The product, and the problem with the sums of y and v, which the backward pass reads."""
     problem = AttentionProblem(feature_map, x, y, v)
     out = empty(x, (*problem.batch, x.shape[-2], v.shape[-1]), problem.result)
     problem.gather(normalised=False)

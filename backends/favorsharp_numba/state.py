@@ -1,13 +1,13 @@
-"""Streaming: a state takes keys, and queries read it."""
+"""The ops `update`, `read` and `decode_step`: states on the CPU."""
 
 from dataclasses import replace
 from typing import Any
 
-from favorsharp.ops.state import State, num_leaving, with_recent
-from favorsharp_numba.arguments import broadcast, empty, expanded, name_of
-from favorsharp_numba.problem import AttentionProblem, absorbed
-from favorsharp_numba.single_tokens import settled
-from favorsharp_numba.turns import turn_of
+from favorsharp.backend import State, num_leaving, with_recent
+from favorsharp_numba.host.arguments import broadcast, empty, expanded, name_of
+from favorsharp_numba.host.decode_plan import turn_of
+from favorsharp_numba.host.kept_tokens import settled
+from favorsharp_numba.host.problem import AttentionProblem, absorbed
 
 
 def update(state: State, k: Any, v: Any, feature_map: Any, *, key_mask: Any = None) -> State:

@@ -1,10 +1,9 @@
-"""The operations that torch differentiates, with the backward kernels as their gradients.
+"""The ops that torch differentiates on the CPU; the backward kernels compute their gradients.
 
-Where gradients are to be differentiated again (`create_graph=True`), or are traced or followed by a mode of torch, the
-reference computes them. Gradients flow to q, k
-and v and to every array of a feature map. A state that causal attention returns is differentiable too, through the
-reference; and where a state comes in, the reference computes the call, as only it carries gradients from one call to
-the next.
+Gradients flow to q, k and v, and to every array of a feature map. The reference computes them if they are to be
+differentiated again (`create_graph=True`), or if a mode of torch traces or follows them. The state that causal
+attention returns is differentiable too, through the reference. If a call takes a state, the reference computes all of
+it, because only the reference carries gradients from one call to the next.
 """
 
 from dataclasses import replace
@@ -13,19 +12,25 @@ from typing import Any
 
 import torch
 
-from favorsharp._arrays import recorded_or_followed
+from favorsharp.backend import (
+    State,
+    attention_gradients,
+    empty_state,
+    features_gradients,
+    kernel_matvec_gradients,
+    recorded_or_followed,
+    state_gradients,
+)
 from favorsharp.ops.causal_attention import causal_attention as causal_op
-from favorsharp.ops.state import State, empty_state
-from favorsharp.ops.vjp import attention_gradients, features_gradients, kernel_matvec_gradients, state_gradients
 from favorsharp_numba import attention as plain_attention
 from favorsharp_numba import causal_attention as plain_causal
 from favorsharp_numba import exponential_features as plain_features
 from favorsharp_numba import kernel_matvec as plain_matvec
 from favorsharp_numba.causal_attention import recent
-from favorsharp_numba.gradients import attention_backward, attention_with_stats, of_arrays_of_map
+from favorsharp_numba.host.attention_gradients import attention_backward, attention_with_stats, of_arrays_of_map
+from favorsharp_numba.host.kernel_matvec_gradients import kernel_matvec_backward
+from favorsharp_numba.host.problem import packed_attention
 from favorsharp_numba.kernel_matvec import with_sums
-from favorsharp_numba.matvec_gradients import kernel_matvec_backward
-from favorsharp_numba.problem import packed_attention
 
 
 def exponential_features(u: Any, rows: Any, row: Any, column: Any, *, out: Any = None) -> Any:
@@ -50,7 +55,7 @@ def kernel_matvec(x: Any, y: Any, v: Any, feature_map: Any) -> Any:
 def attention(
     q: Any, k: Any, v: Any, feature_map: Any, *, key_mask: Any = None, window: int = 0, out: Any = None
 ) -> Any:
-    """As `favorsharp.ops.attention.attention`, in `out` where nothing is recorded."""
+    """As `favorsharp.ops.attention.attention`; written to `out` if torch records nothing."""
     if not _recorded(q, k, v, out, *_arrays_of(feature_map)):
         return plain_attention.attention(q, k, v, feature_map, key_mask=key_mask, window=window, out=out)
     return _Attention.apply(feature_map, key_mask, window, False, None, q, k, v, *_arrays_of(feature_map))
@@ -67,7 +72,7 @@ def causal_attention(
     state: State | None = None,
     out: Any = None,
 ) -> tuple[Any, State]:
-    """As `favorsharp.ops.causal_attention.causal_attention`, in `out` where nothing is recorded."""
+    """As `favorsharp.ops.causal_attention.causal_attention`; written to `out` if torch records nothing."""
     arrays = _arrays_of(feature_map)
     carried = [] if state is None else [state.kv, state.z, state.c, state.recent_k, state.recent_v]
     if not _recorded(q, k, v, out, *arrays, *carried):
@@ -101,7 +106,7 @@ def _recorded(*arrays: Any) -> bool:
 
 
 def _arrays_of(feature_map: Any) -> list[Any]:
-    """The arrays of a map that its features depend on, in the order of `map_gradients`."""
+    """The arrays of a map that its features depend on, in the order of `favorsharp.backend.map_gradients`."""
     p = feature_map.parameters
     return [feature_map.rows, feature_map.log_weight, p.g1, p.g2, p.center_x, p.center_y]
 
@@ -144,7 +149,7 @@ class _Attention(torch.autograd.Function):
         ctx: Any, feature_map: Any, key_mask: Any, window: int, causal: bool, bounds: list[int] | None,
         q: Any, k: Any, v: Any, *arrays: Any,
     ) -> Any:  # fmt: skip
-        options = {"window": window, "causal": causal, "bounds": bounds}
+        options: dict[str, Any] = {"window": window, "causal": causal, "bounds": bounds}
         out, exact, stats, state = attention_with_stats(q, k, v, feature_map, key_mask=key_mask, **options)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(q, k, v, exact, *arrays)

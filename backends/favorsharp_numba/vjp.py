@@ -1,13 +1,13 @@
-"""Results and their pullbacks, by the backward kernels."""
+"""The ops `attention_vjp`, `kernel_matvec_vjp` and `exponential_features_vjp`: results and pullbacks on the CPU."""
 
 from collections.abc import Callable
 from typing import Any
 
-from favorsharp._checks import check_unfollowed
+from favorsharp.backend import check_unfollowed
 from favorsharp_numba.exponential_features import exponential_features, exponential_features_backward
-from favorsharp_numba.gradients import attention_backward, attention_with_stats, of_arrays_of_map
+from favorsharp_numba.host.attention_gradients import attention_backward, attention_with_stats, of_arrays_of_map
+from favorsharp_numba.host.kernel_matvec_gradients import kernel_matvec_backward
 from favorsharp_numba.kernel_matvec import with_sums
-from favorsharp_numba.matvec_gradients import kernel_matvec_backward
 
 
 def attention_vjp(
@@ -28,7 +28,7 @@ def attention_vjp(
 def attention_vjp_packed(
     q: Any, k: Any, v: Any, feature_map: Any, bounds: list[int], *, is_causal: bool = False, **options: Any
 ) -> tuple[Any, Callable[[Any], tuple[Any, ...]]]:
-    """Within sequences packed along the point axis."""
+    """As `attention_vjp`, within packed sequences."""
     return _with_pullback(q, k, v, feature_map, bounds=bounds, causal=is_causal, **options)
 
 

@@ -278,7 +278,13 @@ def test_packed_and_whole_sequences_share_kernels():
 
     Seen where kernels are compiled, as after every edit of the package; one from the cache brings no others.
     """
-    from favorsharp_numba import attention_kernels, gradient_kernels, window_kernel
+    from favorsharp_numba.kernels import (
+        attention,
+        attention_gradients,
+        causal_attention,
+        window_gradients,
+        windowed_attention,
+    )
 
     torch = pytest.importorskip("torch")
     q, k, v = (torch.asarray(x).requires_grad_() for x in attention_problem(20, n=40))
@@ -287,8 +293,8 @@ def test_packed_and_whole_sequences_share_kernels():
         for bounds in (None, [0, 10, 40]):
             fs.linear_attention(q, k, v, fm, is_causal=is_causal, window=window, cu_seqlens=bounds).sum().backward()
     kernels = (
-        attention_kernels.gather_keys, attention_kernels.read_queries, attention_kernels.causal,
-        window_kernel.windowed, gradient_kernels.sweep, gradient_kernels.near_gradients,
+        attention.gather_keys, attention.read_queries, causal_attention.causal,
+        windowed_attention.windowed, attention_gradients.sweep, window_gradients.near_gradients,
     )  # fmt: skip
     for kernel in kernels:
         dtypes = [str(signature[0]) for signature in kernel.signatures]

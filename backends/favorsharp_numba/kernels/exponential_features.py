@@ -1,0 +1,145 @@
+"""The kernels of `exponential_features`, forward and backward: features exp(u W^T + row + column) and their
+gradients.
+"""
+
+from collections import namedtuple
+from typing import NamedTuple
+
+from favorsharp_numba.kernels.arguments import NO_MASK, ONE, TILE
+from favorsharp_numba.kernels.tiles import load_points, store_points
+from favorsharp_numba.kernels.workspace import kernel
+from favorsharp_numba.vectors.blocks import multiply_block
+from favorsharp_numba.vectors.compiling import inlined
+from favorsharp_numba.vectors.items import get, integer_at, panel, put
+from favorsharp_numba.vectors.products import product, product_add, product_exp, product_exp_stream
+from favorsharp_numba.vectors.rows import fill, total_of
+
+
+class Features(NamedTuple):
+    """The sizes of a call, and the constants that all tasks share.
+
+    `columns` and `rows` are the addresses of the lists of places, one for each head, of the columns' terms and of W in
+    panels. `constants` is the place of a 1 (item ONE) and, from item `ZEROS` on, of zeros. A head is cut into
+    `per_head` tasks. `direct`: the kernel stores features where they belong; `stream`: past the caches.
+    """
+
+    n: int
+    m: int
+    d: int
+    m_pad: int
+    d_pad: int
+    per_head: int
+    rows: int
+    columns: int
+    constants: int
+    direct: int
+    stream: int
+
+
+ZEROS = 8
+
+ForwardSpace = namedtuple("ForwardSpace", "points terms ones tile end")
+
+
+@inlined
+def forward_space(s, points):
+    """The parts of the workspace of `features`; `tile` holds features that are not stored directly."""
+    terms = points + TILE * s.d_pad
+    ones = terms + TILE
+    tile = ones + TILE
+    end = tile + (0 if s.direct else TILE * s.m_pad)
+    return ForwardSpace(points, terms, ones, tile, end)
+
+
+@inlined
+def load_tile(one, s, u, row, head, start, count, w):
+    """Load a tile of points and the terms of their rows."""
+    factor, zeros = s.constants + ONE, s.constants + ZEROS
+    load_points(one, u, NO_MASK, head, start, count, s.d, s.d_pad, factor, zeros, w.points)
+    load_points(one, row, NO_MASK, head, start, count, 1, 1, factor, zeros, w.terms)
+
+
+@kernel(forward_space)
+def features(one, s, u, row, out, low, high, scratch):
+    """The features of tasks low .. high; `s` is a `Features`."""
+    w = forward_space(s, scratch)
+    fill(one, w.ones, TILE, one)
+    width = panel(one)
+    for task in range(low, high):
+        head, piece = task // s.per_head, task % s.per_head
+        stop = s.n * (piece + 1) // s.per_head
+        matrix, terms = integer_at(s.rows + 8 * head), integer_at(s.columns + 8 * head)
+        for start in range(s.n * piece // s.per_head, stop, TILE):
+            count = min(TILE, stop - start)
+            load_tile(one, s, u, row, head, start, count, w)
+            if s.direct:
+                place = (out.base + integer_at(out.offsets + 8 * head) + start * out.row) // out.item
+                step = out.row // out.item
+                if s.stream:
+                    product_exp_stream(
+                        one, count, s.m, s.d, w.points, s.d_pad, 1, matrix, s.d * width, width, place, step, w.terms,
+                        terms,
+                    )  # fmt: skip
+                else:
+                    product_exp(
+                        one, count, s.m, s.d, w.points, s.d_pad, 1, matrix, s.d * width, width, place, step, w.terms,
+                        terms,
+                    )  # fmt: skip
+            else:
+                product_exp(
+                    one, count, s.m_pad, s.d, w.points, s.d_pad, 1, matrix, s.d * width, width, w.tile, s.m_pad,
+                    w.terms, terms,
+                )  # fmt: skip
+                store_points(one, out, head, start, count, s.m, s.m_pad, w.ones, w.tile)
+
+
+BackwardSpace = namedtuple("BackwardSpace", "points terms features slopes result end")
+
+
+@inlined
+def backward_space(s, points):
+    """The parts of the workspace of `features_backward`."""
+    terms = points + TILE * s.d_pad
+    features = terms + TILE
+    slopes = features + TILE * s.m_pad
+    result = slopes + TILE * s.m_pad
+    end = result + TILE * s.d_pad
+    return BackwardSpace(points, terms, features, slopes, result, end)
+
+
+@kernel(backward_space)
+def features_backward(one, s, u, row, gradient, wide_rows, du, drow, drows, dcolumn, low, high, scratch):
+    """The gradients of tasks low .. high, from features that are computed again.
+
+    `wide_rows` is the address of the list of places of W row by row. Every task has its own drows and dcolumn, and adds
+    to them.
+    """
+    w = backward_space(s, scratch)
+    width = panel(one)
+    factor, zeros = s.constants + ONE, s.constants + ZEROS
+    for task in range(low, high):
+        head, piece = task // s.per_head, task % s.per_head
+        stop = s.n * (piece + 1) // s.per_head
+        matrix, terms = integer_at(s.rows + 8 * head), integer_at(s.columns + 8 * head)
+        for start in range(s.n * piece // s.per_head, stop, TILE):
+            count = min(TILE, stop - start)
+            load_tile(one, s, u, row, head, start, count, w)
+            product_exp(
+                one, count, s.m_pad, s.d, w.points, s.d_pad, 1, matrix, s.d * width, width, w.features, s.m_pad,
+                w.terms, terms,
+            )  # fmt: skip
+            load_points(one, gradient, NO_MASK, head, start, count, s.m, s.m_pad, factor, zeros, w.slopes)
+            multiply_block(one, w.slopes, s.m_pad, count, s.m_pad, w.features, dcolumn + task * s.m_pad)
+            product(
+                one, count, s.d_pad, s.m, w.slopes, s.m_pad, 1, integer_at(wide_rows + 8 * head), width, s.d_pad,
+                w.result, s.d_pad,
+            )  # fmt: skip
+            for t in range(count):
+                line = head * s.n + start + t
+                put(one, drow + line, total_of(one, w.slopes + t * s.m_pad, s.m))
+                for j in range(s.d):
+                    put(one, du + line * s.d + j, get(one, w.result + t * s.d_pad + j))
+            product_add(
+                one, s.m, s.d_pad, count, w.slopes, 1, s.m_pad, w.points, width, s.d_pad,
+                drows + task * s.m * s.d_pad, s.d_pad,
+            )  # fmt: skip

@@ -1,0 +1,1 @@
+"""The layer of vector instructions: how functions are compiled, and the inner loops of the kernels."""

@@ -1,0 +1,137 @@
+"""What a backend needs from this package: the public kit for the authors of backends.
+
+A backend is a package of its own, which declares kernels in a `Backend` and never imports a private module of
+favorsharp. The names below are all that the bundled backends use: the declaration of kernels, the facts about arrays of
+any library, the constants of a dense-exponential map, the arrays of a state, and the gradients that the references
+compute where kernels cannot. Each name is documented where it is defined. CONTRIBUTING.md says how a backend is
+added, and `favorsharp.testing.check_backend` compares its kernels with the references.
+
+Examples
+--------
+A backend with one kernel for NumPy arrays on the CPU:
+
+>>> from favorsharp.backend import FLOATS, Backend, Kernel
+>>> kernel = Kernel(
+...     "attention", target="my_backend.attention:attention", libraries={"numpy"}, devices={"cpu"}, dtypes=FLOATS
+... )
+>>> BACKEND = Backend("mine", kernels=(kernel,))
+>>> BACKEND.why_not() is None
+True
+"""
+
+from collections.abc import Iterable
+
+from favorsharp._arrays import (
+    FLOATS,
+    broadcast_shapes,
+    cast,
+    dtype_name,
+    is_followed,
+    library_of,
+    named_dtype,
+    namespace_of,
+    on_device_of,
+    recorded_or_followed,
+    to_host,
+)
+from favorsharp._checks import check_unfollowed
+from favorsharp.dispatch import Backend, Kernel
+from favorsharp.features.folding import FoldedSide, fold
+from favorsharp.features.map_gradients import map_gradients, summed_to
+from favorsharp.ops.state import State, empty_state, has_low_parts, num_leaving, with_recent, with_sums
+from favorsharp.ops.vjp import (
+    attention_gradients,
+    features_gradients,
+    gradients_through_map,
+    kernel_matvec_gradients,
+    state_gradients,
+)
+
+__all__ = [
+    "FLOATS",
+    "Backend",
+    "FoldedSide",
+    "Kernel",
+    "State",
+    "attention_gradients",
+    "broadcast_shapes",
+    "bundled_kernels",
+    "cast",
+    "check_unfollowed",
+    "dtype_name",
+    "empty_state",
+    "features_gradients",
+    "fold",
+    "gradients_through_map",
+    "has_low_parts",
+    "is_followed",
+    "kernel_matvec_gradients",
+    "library_of",
+    "map_gradients",
+    "named_dtype",
+    "namespace_of",
+    "num_leaving",
+    "on_device_of",
+    "recorded_or_followed",
+    "state_gradients",
+    "summed_to",
+    "to_host",
+    "with_recent",
+    "with_sums",
+]
+
+MODULES = {
+    "exponential_features": "exponential_features",
+    "attention": "attention",
+    "causal_attention": "causal_attention",
+    "update": "state",
+    "read": "state",
+    "decode_step": "state",
+    "kernel_matvec": "kernel_matvec",
+    "attention_vjp": "vjp",
+    "kernel_matvec_vjp": "vjp",
+    "exponential_features_vjp": "vjp",
+}
+"""The module of each op in a bundled backend."""
+DIFFERENTIABLE = ("exponential_features", "attention", "causal_attention", "kernel_matvec")
+"""The ops that the bundled backends implement for torch's autograd, in their modules `torch_ops`."""
+TRACEABLE = ("update", "read", "decode_step")
+"""The ops that `torch_ops` of a traceable backend has too: for traced calls, and for calls that record gradients."""
+PACKED = ("attention", "causal_attention", "attention_vjp")
+"""The ops whose modules also have a function for packed sequences, named like the op with `_packed` behind it."""
+WITH_OUT = ("attention", "causal_attention")
+"""The ops whose functions take `out`."""
+
+
+def bundled_kernels(
+    package: str, library: str, device: str, dtypes: Iterable[str], *, traceable: bool = False, plans: bool = False
+) -> tuple[Kernel, ...]:
+    """The kernels of a bundled backend: for the arrays of one library, and for torch tensors on the same device.
+
+    With `traceable`, the kernels for torch's autograd also run on tensors without values, and `torch_ops` also has
+    kernels for the ops of states. With `plans`, the module of decode_step has a function `decode_step_plan`.
+    """
+
+    def kernel(
+        op: str, module: str, library: str, *, differentiable: bool = False, traceable: bool = False
+    ) -> Kernel:  # fmt: skip
+        target = f"{package}.{module}:{op}"
+        return Kernel(
+            op=op,
+            target=target,
+            packed=f"{target}_packed" if op in PACKED else None,
+            plan=f"{target}_plan" if op == "decode_step" and plans else None,
+            takes_out=op in WITH_OUT,
+            libraries=frozenset({library}),
+            devices=frozenset({device}),
+            dtypes=frozenset(dtypes),
+            differentiable=differentiable,
+            traceable=traceable,
+        )
+
+    return (
+        *(kernel(op, module, library) for op, module in MODULES.items()),
+        *(kernel(op, "torch_ops", "torch", differentiable=True, traceable=traceable) for op in DIFFERENTIABLE),
+        *(kernel(op, module, "torch") for op, module in MODULES.items() if op not in DIFFERENTIABLE),
+        *(kernel(op, "torch_ops", "torch", differentiable=True, traceable=True) for op in TRACEABLE if traceable),
+    )
