@@ -9,6 +9,8 @@ from favorsharp._checks import check_choice, check_floats, check_integer
 from favorsharp._typing import Array
 from favorsharp.exact import add_group_axis, check_attention, merge_heads, split_heads
 from favorsharp.features import PositiveFeatureMap
+from favorsharp.landmarks.settings import Landmarks
+from favorsharp.landmarks.verbs import landmark_vjp
 from favorsharp.linear_attention import check_bounds, check_map
 from favorsharp.ops.vjp import Pullback, attention_vjp, exponential_features_vjp, kernel_matvec_vjp
 from favorsharp.parameters import DENSE_EXPONENTIAL, astype
@@ -110,6 +112,11 @@ def _linear_attention(
     of_map: bool = False,
 ) -> tuple[Array, Pullback]:
     xp, group = check_attention(q, k, v, is_causal=is_causal, key_mask=key_mask, enable_gqa=enable_gqa)
+    if isinstance(feature_map, Landmarks):
+        _check_of_map(of_map, feature_map)
+        bounds = None if cu_seqlens is None else check_bounds(cu_seqlens, q.shape[-2], k.shape[-2])
+        shared = {"is_causal": is_causal, "window": window, "key_mask": key_mask, "enable_gqa": enable_gqa}
+        return landmark_vjp(q, k, v, feature_map, bounds=bounds, **shared)
     check_map(feature_map, group, q=q, k=k)
     window = check_integer("window", window, 0)
     if window and q.shape[-2] != k.shape[-2]:
@@ -169,6 +176,8 @@ def _of_packed(packed: Any, bounds: list[int], q: Array, k: Array, v: Array, fea
 
 
 def _check_of_map(of_map: bool, feature_map: Any) -> None:
+    if of_map and isinstance(feature_map, Landmarks):
+        raise ValueError("of_map needs a dense-exponential map, got landmarks, which hold no numbers")
     if of_map and feature_map.parameters.method not in DENSE_EXPONENTIAL:
         raise ValueError(
             f"of_map needs a dense-exponential map ({' '.join(DENSE_EXPONENTIAL)}), "

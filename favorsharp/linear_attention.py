@@ -38,6 +38,15 @@ from favorsharp.dispatch import Known, Op, call_signature, recall, settle
 from favorsharp.exact import add_group_axis, check_attention, merge_heads, split_heads
 from favorsharp.features import FeatureMap, PositiveFeatureMap
 from favorsharp.features import feature_map as draw_feature_map
+from favorsharp.landmarks.settings import Landmarks
+from favorsharp.landmarks.verbs import (
+    landmark_attention,
+    landmark_call,
+    landmark_init,
+    landmark_read,
+    landmark_step,
+    landmark_update,
+)
 from favorsharp.ops.attention import attention as attention_op
 from favorsharp.ops.causal_attention import causal_attention
 from favorsharp.ops.state import State, empty_state
@@ -107,6 +116,10 @@ def attention(
     >>> fs.attention(q, k, v, is_causal=True, calibration=(q[:, :32], k[:, :32]), rng=0).shape
     (2, 64, 8)
     """
+    if isinstance(method, str) and method == "landmarks":
+        shared = {"is_causal": is_causal, "window": window, "key_mask": key_mask, "enable_gqa": enable_gqa}
+        given = {"draw": draw, "calibration": calibration}
+        return landmark_call(q, k, v, num_features, given, scale=scale, rng=rng, **shared)
     check_attention(q, k, v, is_causal=is_causal, key_mask=key_mask, enable_gqa=enable_gqa)
     check_in_memory(q=q, k=k, v=v)
     check_method(method)
@@ -145,14 +158,14 @@ def linear_attention(
     q: Array,
     k: Array,
     v: Array,
-    feature_map: FeatureMap,
+    feature_map: FeatureMap | Landmarks,
     *,
     is_causal: bool = False,
     window: int = 0,
     key_mask: Array | None = None,
     enable_gqa: bool = False,
     cu_seqlens: Any = None,
-    state: State | None = None,
+    state: Any = None,
     return_state: bool = False,
     out: Array | None = None,
 ) -> Any:
@@ -216,6 +229,16 @@ def linear_attention(
         result = run(q, k, v, prepared, key_mask=key_mask, window=window)
         return result[0] if is_causal else result
     xp, group = check_attention(q, k, v, is_causal=is_causal, key_mask=key_mask, enable_gqa=enable_gqa)
+    if isinstance(feature_map, Landmarks):
+        bounds = None if cu_seqlens is None else check_bounds(cu_seqlens, q.shape[-2], k.shape[-2])
+        given: dict[str, Any] = {
+            "is_causal": is_causal,
+            "window": window,
+            "key_mask": key_mask,
+            "enable_gqa": enable_gqa,
+        }
+        given |= {"bounds": bounds, "state": state, "return_state": return_state, "out": out}
+        return landmark_attention(q, k, v, feature_map, **given)
     check_map(feature_map, group, q=q, k=k)
     window = check_integer("window", window, 0)
     check_flag("return_state", return_state)
@@ -298,7 +321,7 @@ def linear_attention(
     return result, _without_group_axis(signed) if group > 1 else signed
 
 
-def init_state(feature_map: FeatureMap, v_size: int, *, like: Array, window: int = 0) -> State:
+def init_state(feature_map: FeatureMap | Landmarks, v_size: int, *, like: Array, window: int = 0) -> Any:
     """The state of no keys: the identity of `combine`.
 
     Parameters
@@ -324,6 +347,8 @@ def init_state(feature_map: FeatureMap, v_size: int, *, like: Array, window: int
     >>> fs.init_state(feature_map, v_size=8, like=k)
     State(num_features=32, v_size=8, batch=(), window=0, recent=0)
     """
+    if isinstance(feature_map, Landmarks):
+        return landmark_init(feature_map, v_size, like=like, window=window)
     positive = _check_positive(feature_map)
     check_floats(like=like, feature_map=feature_map.projection)
     e, window = check_integer("v_size", v_size, 0), check_integer("window", window, 0)
@@ -333,7 +358,14 @@ def init_state(feature_map: FeatureMap, v_size: int, *, like: Array, window: int
     return replace(state, fingerprint=feature_map.fingerprint)
 
 
-def update(state: State, k: Array, v: Array, feature_map: FeatureMap, *, key_mask: Array | None = None) -> State:
+def update(
+    state: Any,
+    k: Array,
+    v: Array,
+    feature_map: FeatureMap | Landmarks,
+    *,
+    key_mask: Array | None = None,
+) -> Any:
     """The state after a further block of keys and values, of any length.
 
     Parameters
@@ -362,6 +394,8 @@ def update(state: State, k: Array, v: Array, feature_map: FeatureMap, *, key_mas
     >>> np.allclose(fs.read(state, q, feature_map), fs.linear_attention(q, k, v, feature_map))
     True
     """
+    if isinstance(feature_map, Landmarks):
+        return landmark_update(state, k, v, feature_map, key_mask=key_mask)
     check_floats(k=k, v=v)
     check_points("k", k, "(*b, s, d)")
     check_points("v", v, "(*b, s, e)")
@@ -375,7 +409,7 @@ def update(state: State, k: Array, v: Array, feature_map: FeatureMap, *, key_mas
     return replace(update_op(state, k, v, prepared, key_mask=key_mask), fingerprint=state.fingerprint)
 
 
-def read(state: State, q: Array, feature_map: FeatureMap, *, enable_gqa: bool = False) -> Array:
+def read(state: Any, q: Array, feature_map: FeatureMap | Landmarks, *, enable_gqa: bool = False) -> Array:
     """Attention of queries to every key that a state has seen.
 
     Parameters
@@ -401,6 +435,8 @@ def read(state: State, q: Array, feature_map: FeatureMap, *, enable_gqa: bool = 
     >>> fs.read(state, q, feature_map).shape
     (64, 8)
     """
+    if isinstance(feature_map, Landmarks):
+        return landmark_read(state, q, feature_map, enable_gqa=enable_gqa)
     check_floats(q=q)
     check_points("q", q, "(*b, n, d)")
     group = _state_group(state, q, enable_gqa)
@@ -413,8 +449,14 @@ def read(state: State, q: Array, feature_map: FeatureMap, *, enable_gqa: bool = 
 
 
 def decode_step(
-    q: Array, k: Array, v: Array, state: State, feature_map: FeatureMap, *, enable_gqa: bool = False
-) -> tuple[Array, State]:
+    q: Array,
+    k: Array,
+    v: Array,
+    state: Any,
+    feature_map: FeatureMap | Landmarks,
+    *,
+    enable_gqa: bool = False,
+) -> tuple[Array, Any]:
     """One token of causal attention: its key and value enter the state, then its query reads the state.
 
     Parameters
@@ -446,6 +488,8 @@ def decode_step(
     >>> np.allclose(out, fs.linear_attention(q, k, v, feature_map, is_causal=True)[-1:])
     True
     """
+    if isinstance(feature_map, Landmarks):
+        return landmark_step(q, k, v, state, feature_map, enable_gqa=enable_gqa)
     signature = None
     if enable_gqa is False and isinstance(state, State):
         signature = call_signature(feature_map, q, k, v, with_layout=True, known=_layout_of(state))
