@@ -9,9 +9,7 @@ random direction. That also puts equal keys next to each other, so that only one
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
-from favorsharp._arrays import broadcast_shapes, cast, from_host, namespace_of, statistics_dtype
+from favorsharp._arrays import broadcast_shapes, cast, from_host, namespace_of, on_device_of, statistics_dtype
 from favorsharp._typing import Array
 
 CANDIDATES = 4
@@ -29,6 +27,8 @@ class Noise:
 
 def noise_of(seed: int, event: int, num_landmarks: int, size: int) -> Noise:
     """The noise of the choice at this event of a stream; whole calls are event 0."""
+    import numpy as np
+
     rng = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(event,)))
     slots = CANDIDATES * num_landmarks
     return Noise(rng.standard_normal(size), rng.random(slots), rng.gumbel(size=slots))
@@ -95,7 +95,7 @@ def _candidates(y: Array, visible: Array, slots: int, noise: Noise) -> tuple[Arr
     first = first & (along < xp.inf)
     count = xp.sum(cast(first, wide), axis=-1, keepdims=True)
     different = xp.argsort(cast(~first, xp.int8), axis=-1, stable=True)
-    slot = from_host(np.arange(slots), y, dtype=wide)
+    slot = xp.arange(slots, dtype=wide, **on_device_of(y))
     offset = xp.where(count > slots, from_host(noise.offsets[:slots], y, dtype=wide), 0.0)
     rank = xp.floor((slot + offset) * xp.maximum(count / slots, xp.ones_like(count)))
     filled = rank < count

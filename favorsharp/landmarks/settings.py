@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from favorsharp._checks import check_choice, check_integer, check_scale
-from favorsharp.draws import generator
 from favorsharp.exact import KERNELS, kernel_scale
 
 
@@ -131,5 +130,7 @@ def _seed_of(rng: Any) -> int:
     """A seed that stands for rng, so that the settings stay a value."""
     if rng is None:
         return 0
+    from favorsharp.draws import generator  # imports NumPy
+
     drawn = generator(rng)  # checks it
     return int(rng) if not hasattr(rng, "spawn") and hasattr(rng, "__index__") else int(drawn.integers(1 << 62))
