@@ -151,7 +151,7 @@ def landmark_map(
     xp = namespace_of(k)
     dtype, scale = log_weight.dtype, settings.scale_of(k.shape[-1])
     metric = metric_of(seen, settings, ridge, dtype)
-    visible = log_weight > -xp.inf
+    visible = log_weight != -xp.inf
     y, log_mass = centred(hide(k, visible), xp.where(visible, log_weight, 0.0), metric, settings.kernel, scale)
     return choose(y, log_mass, visible, metric, settings, scale, event)
 
@@ -164,7 +164,7 @@ def condense(chosen: LandmarkMap, k: Array, log_weight: Array, v: Array) -> tupl
     """
     xp = namespace_of(k, v)
     dtype = chosen.points.dtype
-    visible = log_weight > -xp.inf
+    visible = log_weight != -xp.inf
     k, v, log_weight = hide(k, visible), hide(cast(v, dtype), visible), xp.where(visible, log_weight, 0.0)
     batch = broadcast_shapes(chosen.batch_shape, k.shape[:-2], v.shape[:-2], log_weight.shape[:-1])
     total = None
@@ -199,7 +199,7 @@ def read_landmarks(
     batch = broadcast_shapes(q.shape[:-2], keys.shape[:-2], log_weight.shape[:-1], values.shape[:-2])
     if held == 0:
         return xp.zeros((*batch, n, values.shape[-1]), dtype=dtype, **on_device_of(q))
-    seen = log_weight > -xp.inf
+    seen = log_weight != -xp.inf
     keys, values = hide(cast(keys, dtype), seen), hide(cast(values, dtype), seen)
     bias, seen = xp.where(seen, log_weight, 0.0)[..., None, :], seen[..., None, :]
     q = cast(q, dtype)
