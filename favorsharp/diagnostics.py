@@ -10,6 +10,7 @@ from favorsharp._checks import check_floats, check_points, check_same_size
 from favorsharp._typing import Array
 from favorsharp.exact import softmax_attention
 from favorsharp.features import feature_map
+from favorsharp.landmarks.expected import expected_error
 from favorsharp.linear_attention import linear_attention
 from favorsharp.parameters import (
     DENSE_EXPONENTIAL,
@@ -27,6 +28,7 @@ __all__ = [
     "Comparison",
     "Suggestion",
     "compare",
+    "expected_error",
     "load_sample",
     "predicted_error",
     "recommend",

@@ -93,13 +93,13 @@ def landmarks(
     Examples
     --------
     >>> import numpy as np, favorsharp as fs
-    >>> q, k, v = np.random.default_rng(0).standard_normal((3, 2, 200, 8))
-    >>> lm = fs.landmarks(64)
-    >>> out = fs.linear_attention(q, k, v, lm)
+    >>> from favorsharp.diagnostics import load_sample
+    >>> q, k, v = (x.astype("float32") for x in load_sample())
     >>> exact = fs.softmax_attention(q, k, v)
-    >>> bool(np.linalg.norm(out - exact) < 0.3 * np.linalg.norm(exact))
+    >>> out = fs.linear_attention(q, k, v, fs.landmarks(128))
+    >>> bool(np.linalg.norm(out - exact) < 0.2 * np.linalg.norm(exact))
     True
-    >>> np.allclose(fs.linear_attention(q, k, v, fs.landmarks(200)), exact)
+    >>> np.allclose(fs.linear_attention(q, k, v, fs.landmarks(512)), exact, atol=1e-5)
     True
     """
     m = check_integer("num_landmarks", num_landmarks, 1)
