@@ -85,7 +85,8 @@ def attention(
     num_features : int
         m, 1 or more.
     method : str or callable
-        As in `fit`; only methods whose features are positive.
+        As in `fit`; only methods whose features are positive. Or "landmarks": `num_features` landmarks with the default
+        settings of `landmarks`, which take neither `draw` nor `calibration`, causal or not. They are biased.
     draw, rng
         As in `feature_map`.
     is_causal, window, key_mask, enable_gqa
@@ -176,8 +177,8 @@ def linear_attention(
     q : array, shape (*b, n, d)
     k : array, shape (*b, s, d)
     v : array, shape (*b, s, e)
-    feature_map : FeatureMap
-        A map with positive features.
+    feature_map : FeatureMap or Landmarks
+        A map with positive features, or the settings of landmarks (`landmarks`), which are biased.
     is_causal : bool
         Query i sees keys 0 .. i, and the keys of the state; needs n == s.
     window : int
@@ -191,7 +192,7 @@ def linear_attention(
     cu_seqlens : integers, optional
         Boundaries, from 0 to n, of sequences that are packed along the point axis and do not see each other; needs
         n == s. A list, a tuple or an integer array.
-    state : State, optional
+    state : State or LandmarkState, optional
         The state of keys seen before, made by the same map.
     return_state : bool
         Also return the state of all keys, from which a later call can go on.
@@ -202,7 +203,7 @@ def linear_attention(
     -------
     out : array, shape (*b, n, e)
         In the dtype that q, k and v promote to; sums are in float32 at least. A query that may see no key gets zeros.
-    state : State
+    state : State or LandmarkState
         Only with `return_state`.
 
     Raises
@@ -326,7 +327,7 @@ def init_state(feature_map: FeatureMap | Landmarks, v_size: int, *, like: Array,
 
     Parameters
     ----------
-    feature_map : FeatureMap
+    feature_map : FeatureMap or Landmarks
         A positive one.
     v_size : int
         Size e of a value.
@@ -337,7 +338,7 @@ def init_state(feature_map: FeatureMap | Landmarks, v_size: int, *, like: Array,
 
     Returns
     -------
-    State
+    State or LandmarkState
 
     Examples
     --------
@@ -370,17 +371,17 @@ def update(
 
     Parameters
     ----------
-    state : State
+    state : State or LandmarkState
     k : array, shape (*b, s, d)
     v : array, shape (*b, s, e)
-    feature_map : FeatureMap
+    feature_map : FeatureMap or Landmarks
         The map that made the state.
     key_mask : boolean array, shape (*b, s), optional
         True where a key is visible.
 
     Returns
     -------
-    State
+    State or LandmarkState
         A new state; the given one is unchanged.
 
     Examples
@@ -414,9 +415,9 @@ def read(state: Any, q: Array, feature_map: FeatureMap | Landmarks, *, enable_gq
 
     Parameters
     ----------
-    state : State
+    state : State or LandmarkState
     q : array, shape (*b, n, d)
-    feature_map : FeatureMap
+    feature_map : FeatureMap or Landmarks
         The map that made the state.
     enable_gqa : bool
         q has g times the heads of the state.
@@ -464,8 +465,8 @@ def decode_step(
     q : array, shape (*b, 1, d)
     k : array, shape (*b, 1, d)
     v : array, shape (*b, 1, e)
-    state : State
-    feature_map : FeatureMap
+    state : State or LandmarkState
+    feature_map : FeatureMap or Landmarks
         The map that made the state.
     enable_gqa : bool
         q has g times the heads of k, v and the state.
@@ -474,7 +475,7 @@ def decode_step(
     -------
     out : array, shape (*b, 1, e)
         In the dtype that q, k and v promote to.
-    state : State
+    state : State or LandmarkState
         A new state; the given one is unchanged.
 
     Examples

@@ -117,7 +117,7 @@ def nadaraya_watson(x: Array, y: Array, v: Array, feature_map: FeatureMap | Land
     y : array, shape (*b, s, d)
         The points at which v is known.
     v : array, shape (*b, s, e) or (s,)
-    feature_map : FeatureMap
+    feature_map : FeatureMap or Landmarks
         With a signed map the estimated denominator of a row can be zero or negative; such a row is NaN.
 
     Returns

@@ -49,7 +49,7 @@ def save(path: "str | Path", value: Moments | Parameters | FeatureMap | State | 
     ----------
     path : str or Path
         The file; no extension is added to its name, and an existing file is replaced.
-    value : Moments, Parameters, FeatureMap or State
+    value : Moments, Parameters, FeatureMap, State, Landmarks or LandmarkState
 
     Raises
     ------
@@ -93,7 +93,7 @@ def load(path: "str | Path", *, like: Array | None = None) -> Any:
 
     Returns
     -------
-    Moments, Parameters, FeatureMap or State
+    Moments, Parameters, FeatureMap, State, Landmarks or LandmarkState
         It has the same numbers as the saved value. So a state and the map that it was made with still fit together,
         also if only one of them, or both, were saved and loaded.
 
