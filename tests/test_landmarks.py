@@ -259,15 +259,24 @@ def test_a_stream_is_exact_until_it_compresses(few_xp):
     assert np.abs(windowed[:, 48:] - want[:, 48:]).max() > 1e-4
 
 
-def test_a_compression_sees_what_has_been_seen(few_xp):
-    """The landmarks of a stream are those of all its keys so far, chosen with the moments of its queries so far."""
-    q, k, v = stream_problem(few_xp, n=16)
-    lm = fs.landmarks(8, room=7)
-    _, state = fs.linear_attention(q, k, v, lm, is_causal=True, return_state=True)
-    q, k, v = part((q, k, v), 0, 15)
-    seen = landmark_map(k, log_weights(k, None, k.dtype), moments_of(q, k, None), lm, ridge=1e-3, event=15)
-    points = (few_xp.back(seen.points) + few_xp.back(seen.metric.center)) / lm.scale_of(8) ** 0.5
-    np.testing.assert_allclose(few_xp.back(state.keys)[:, :8], points, rtol=1e-9, atol=1e-10)
+@pytest.mark.parametrize(("kernel", "window"), [("softmax", 0), ("softmax", 4), ("gaussian", 3)])
+def test_stream_is_the_definition(few_xp, kernel, window):
+    q, k, v = attention_problem(19, n=50, d=4)
+    lm = fs.landmarks(6, kernel=kernel, room=4, rng=2)
+    root = lm.scale_of(4) ** 0.5
+    want = landmark_oracle.stream(q * root, k * root, v, lm, window, kernel, lambda t: noise_of(2, t, 6, 4))
+    got = fs.linear_attention(few_xp(q), few_xp(k), few_xp(v), lm, is_causal=True, window=window)
+    np.testing.assert_allclose(few_xp.back(got), want, rtol=1e-7, atol=1e-8)
+
+
+def test_single_precision_devices_choose_alike():
+    strict = pytest.importorskip("array_api_strict")
+    arrays = [x[:2].astype(np.float32) for x in load_sample()]
+    given = [strict.asarray(x, device=strict.Device("no_float64")) for x in arrays]
+    for options in ({"window": 16}, {"is_causal": True, "window": 16}):
+        got = fs.linear_attention(*given, fs.landmarks(32), **options).to_device(strict.Device("CPU_DEVICE"))
+        want = fs.linear_attention(*arrays, fs.landmarks(32), **options)
+        assert (relative(np.asarray(got), want) < 1e-3).all()
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
