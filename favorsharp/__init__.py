@@ -11,6 +11,7 @@ from favorsharp.exact import kernel_matrix, softmax_attention
 from favorsharp.features import FeatureMap, feature_map
 from favorsharp.fitting import excess, fit, log_second_moment
 from favorsharp.gradients import vjp
+from favorsharp.landmarks import Landmarks, LandmarkState, landmarks
 from favorsharp.linear_attention import attention, decode_step, init_state, linear_attention, read, update
 from favorsharp.methods import METHODS
 from favorsharp.moments import Moments, combine, moments
@@ -24,6 +25,8 @@ __version__ = "0.1.0"
 __all__ = [
     "METHODS",
     "FeatureMap",
+    "LandmarkState",
+    "Landmarks",
     "Moments",
     "Parameters",
     "State",
@@ -38,6 +41,7 @@ __all__ = [
     "init_state",
     "kernel_matrix",
     "kernel_matvec",
+    "landmarks",
     "leave_one_out",
     "linear_attention",
     "load",

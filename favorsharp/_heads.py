@@ -23,23 +23,15 @@ def merge_heads(group: int, out: Array) -> Array:
     return namespace_of(out).reshape(out, (*batch, heads * group, n, e))
 
 
-def add_group_axis(group: int, x: Array) -> Array:
-    """Give an array of the key heads an axis for the query heads that share them, (*b, h, s, d) -> (*b, h, 1, s, d)."""
-    return x if group == 1 else x[..., None, :, :]
-
-
-def add_mask_axis(group: int, mask: Array | None) -> Array | None:
-    """Give a mask of the key heads that axis, (*b, h, s) -> (*b, h, 1, s); a mask (s,) serves all heads as it is."""
-    return mask if mask is None or group == 1 or mask.ndim < 2 else mask[..., None, :]
+def add_mask_axis(mask: Array | None) -> Array | None:
+    """Give a mask of the key heads the group axis, (*b, h, s) -> (*b, h, 1, s); a mask (s,) serves all heads."""
+    return mask if mask is None or mask.ndim < 2 else mask[..., None, :]
 
 
 def grouped(
     group: int, q: Array, k: Array, v: Array, key_mask: Array | None
 ) -> tuple[Array, Array, Array, Array | None]:
-    """Queries, keys, values and mask with the group axis."""
-    return (
-        split_heads(group, q),
-        add_group_axis(group, k),
-        add_group_axis(group, v),
-        add_mask_axis(group, key_mask),
-    )
+    """Queries, keys, values and mask with the group axis; keys, values and mask have length 1 there."""
+    if group == 1:
+        return q, k, v, key_mask
+    return split_heads(group, q), k[..., None, :, :], v[..., None, :, :], add_mask_axis(key_mask)

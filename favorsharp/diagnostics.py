@@ -12,6 +12,7 @@ from favorsharp._values import astype, map_arrays
 from favorsharp.exact import softmax_attention
 from favorsharp.features import feature_map
 from favorsharp.fitting import excess, fit_named
+from favorsharp.landmarks.expected import expected_error
 from favorsharp.linear_attention import linear_attention
 from favorsharp.methods import DENSE_EXPONENTIAL, TAKES_PROPOSALS, method_of
 from favorsharp.parameters import Parameters, embed_key, embed_query, log_kernel_of
@@ -20,6 +21,7 @@ __all__ = [
     "Comparison",
     "Suggestion",
     "compare",
+    "expected_error",
     "load_sample",
     "predicted_error",
     "recommend",

@@ -4,12 +4,14 @@ from itertools import pairwise
 from typing import Any
 
 from favorsharp._arrays import cast, differentiate, namespace_of, result_dtype
-from favorsharp._checks import check_choice, check_floats
+from favorsharp._checks import check_attention, check_choice, check_floats
 from favorsharp._heads import merge_heads, split_heads
 from favorsharp._typing import Array
 from favorsharp._values import astype
 from favorsharp.calls import Call, check_bounds, checked
 from favorsharp.features import PositiveFeatureMap
+from favorsharp.landmarks.settings import Landmarks
+from favorsharp.landmarks.verbs import landmark_vjp
 from favorsharp.methods import DENSE_EXPONENTIAL
 from favorsharp.ops.vjp import Pullback, attention_vjp, exponential_features_vjp, kernel_matvec_vjp
 from favorsharp.regression import check_products, columns, gather, products
@@ -109,6 +111,12 @@ def _linear_attention(
     cu_seqlens: Any = None,
     of_map: bool = False,
 ) -> tuple[Array, Pullback]:
+    if isinstance(feature_map, Landmarks):
+        check_attention(q, k, v, is_causal=is_causal, key_mask=key_mask, enable_gqa=enable_gqa)
+        _check_of_map(of_map, feature_map)
+        bounds = None if cu_seqlens is None else check_bounds(cu_seqlens, q.shape[-2], k.shape[-2])
+        shared = {"is_causal": is_causal, "window": window, "key_mask": key_mask, "enable_gqa": enable_gqa}
+        return landmark_vjp(q, k, v, feature_map, bounds=bounds, **shared)
     call = checked(q, k, v, feature_map, is_causal=is_causal, window=window, key_mask=key_mask, enable_gqa=enable_gqa)
     _check_of_map(of_map, feature_map)
     bounds = None if cu_seqlens is None else check_bounds(cu_seqlens, q.shape[-2], k.shape[-2])
@@ -147,6 +155,8 @@ def _attention_vjp(call: Call, bounds: list[int] | None, of_map: bool) -> tuple[
 
 
 def _check_of_map(of_map: bool, feature_map: Any) -> None:
+    if of_map and isinstance(feature_map, Landmarks):
+        raise ValueError("of_map needs a dense-exponential map, got landmarks, which hold no numbers")
     if of_map and feature_map.parameters.method not in DENSE_EXPONENTIAL:
         raise ValueError(
             f"of_map needs a dense-exponential map ({' '.join(DENSE_EXPONENTIAL)}), "

@@ -35,6 +35,15 @@ from favorsharp.dispatch import Op
 from favorsharp.features import FeatureMap
 from favorsharp.features import feature_map as draw_feature_map
 from favorsharp.fitting import fit_named
+from favorsharp.landmarks.settings import Landmarks
+from favorsharp.landmarks.verbs import (
+    landmark_attention,
+    landmark_call,
+    landmark_init,
+    landmark_read,
+    landmark_step,
+    landmark_update,
+)
 from favorsharp.methods import MethodLike, check_method, method_of
 from favorsharp.ops.attention import attention as attention_op
 from favorsharp.ops.causal_attention import causal_attention
@@ -74,7 +83,8 @@ def attention(
     num_features : int
         m, 1 or more.
     method : str or callable
-        As in `fit`; only methods whose features are positive.
+        As in `fit`; only methods whose features are positive. Or "landmarks": `num_features` landmarks with the default
+        settings of `landmarks`, which take neither `draw` nor `calibration`, causal or not. They are biased.
     draw, rng
         As in `feature_map`.
     is_causal, window, key_mask, enable_gqa
@@ -105,6 +115,10 @@ def attention(
     >>> fs.attention(q, k, v, is_causal=True, calibration=(q[:, :32], k[:, :32]), rng=0).shape
     (2, 64, 8)
     """
+    if isinstance(method, str) and method == "landmarks":
+        shared = {"is_causal": is_causal, "window": window, "key_mask": key_mask, "enable_gqa": enable_gqa}
+        given = {"draw": draw, "calibration": calibration}
+        return landmark_call(q, k, v, num_features, given, scale=scale, rng=rng, **shared)
     check_attention(q, k, v, is_causal=is_causal, key_mask=key_mask, enable_gqa=enable_gqa)
     check_in_memory(q=q, k=k, v=v)
     check_method(method)
@@ -155,14 +169,14 @@ def linear_attention(
     q: Array,
     k: Array,
     v: Array,
-    feature_map: FeatureMap,
+    feature_map: FeatureMap | Landmarks,
     *,
     is_causal: bool = False,
     window: int = 0,
     key_mask: Array | None = None,
     enable_gqa: bool = False,
     cu_seqlens: Any = None,
-    state: State | None = None,
+    state: Any = None,
     return_state: bool = False,
     out: Array | None = None,
 ) -> Any:
@@ -173,8 +187,8 @@ def linear_attention(
     q : array, shape (*b, n, d)
     k : array, shape (*b, s, d)
     v : array, shape (*b, s, e)
-    feature_map : FeatureMap
-        A map with positive features.
+    feature_map : FeatureMap or Landmarks
+        A map with positive features, or the settings of landmarks (`landmarks`), which are biased.
     is_causal : bool
         Query i sees keys 0 .. i, and the keys of the state; needs n == s.
     window : int
@@ -188,7 +202,7 @@ def linear_attention(
     cu_seqlens : integers, optional
         Boundaries, from 0 to n, of sequences that are packed along the point axis and do not see each other; needs
         n == s. A list, a tuple or an integer array.
-    state : State, optional
+    state : State or LandmarkState, optional
         The state of keys seen before, made by the same map.
     return_state : bool
         Also return the state of all keys, from which a later call can go on.
@@ -199,7 +213,7 @@ def linear_attention(
     -------
     out : array, shape (*b, n, e)
         In the dtype that q, k and v promote to; sums are in float32 at least. A query that may see no key gets zeros.
-    state : State
+    state : State or LandmarkState
         Only with `return_state`.
 
     Raises
@@ -224,6 +238,12 @@ def linear_attention(
     if (plan := find(feature_map, key)) is not None:
         result = plan.run(q, k, v, plan.feature_map, key_mask=key_mask, window=window)
         return result[0] if is_causal else result
+    if isinstance(feature_map, Landmarks):
+        check_attention(q, k, v, is_causal=is_causal, key_mask=key_mask, enable_gqa=enable_gqa)
+        bounds = None if cu_seqlens is None else check_bounds(cu_seqlens, q.shape[-2], k.shape[-2])
+        given: dict[str, Any] = {"is_causal": is_causal, "window": window, "key_mask": key_mask}
+        given |= {"enable_gqa": enable_gqa, "bounds": bounds, "state": state, "return_state": return_state, "out": out}
+        return landmark_attention(q, k, v, feature_map, **given)
     call = checked(q, k, v, feature_map, is_causal=is_causal, window=window, key_mask=key_mask, enable_gqa=enable_gqa)
     check_flag("return_state", return_state)
     before = None if state is None else check_continued(call, state, feature_map, k)
@@ -281,12 +301,12 @@ def _packed(call: Call, bounds: list[int], out: Array | None) -> Array:
     return call.deliver(pieces[0] if len(pieces) == 1 else call.xp.concat(pieces, axis=-2), out)
 
 
-def init_state(feature_map: FeatureMap, v_size: int, *, like: Array, window: int = 0) -> State:
+def init_state(feature_map: FeatureMap | Landmarks, v_size: int, *, like: Array, window: int = 0) -> Any:
     """The state of no keys: the identity of `combine`.
 
     Parameters
     ----------
-    feature_map : FeatureMap
+    feature_map : FeatureMap or Landmarks
         A positive one.
     v_size : int
         Size e of a value.
@@ -297,7 +317,7 @@ def init_state(feature_map: FeatureMap, v_size: int, *, like: Array, window: int
 
     Returns
     -------
-    State
+    State or LandmarkState
 
     Examples
     --------
@@ -307,6 +327,8 @@ def init_state(feature_map: FeatureMap, v_size: int, *, like: Array, window: int
     >>> fs.init_state(feature_map, v_size=8, like=k)
     State(num_features=32, v_size=8, batch=(), window=0, recent=0)
     """
+    if isinstance(feature_map, Landmarks):
+        return landmark_init(feature_map, v_size, like=like, window=window)
     positive = check_positive(feature_map)
     check_floats(like=like, feature_map=feature_map.projection)
     e, window = check_integer("v_size", v_size, 0), check_integer("window", window, 0)
@@ -316,22 +338,29 @@ def init_state(feature_map: FeatureMap, v_size: int, *, like: Array, window: int
     return replace(state, fingerprint=feature_map.fingerprint)
 
 
-def update(state: State, k: Array, v: Array, feature_map: FeatureMap, *, key_mask: Array | None = None) -> State:
+def update(
+    state: Any,
+    k: Array,
+    v: Array,
+    feature_map: FeatureMap | Landmarks,
+    *,
+    key_mask: Array | None = None,
+) -> Any:
     """The state after a further block of keys and values, of any length.
 
     Parameters
     ----------
-    state : State
+    state : State or LandmarkState
     k : array, shape (*b, s, d)
     v : array, shape (*b, s, e)
-    feature_map : FeatureMap
+    feature_map : FeatureMap or Landmarks
         The map that made the state.
     key_mask : boolean array, shape (*b, s), optional
         True where a key is visible.
 
     Returns
     -------
-    State
+    State or LandmarkState
         A new state; the given one is unchanged.
 
     Examples
@@ -345,6 +374,8 @@ def update(state: State, k: Array, v: Array, feature_map: FeatureMap, *, key_mas
     >>> np.allclose(fs.read(state, q, feature_map), fs.linear_attention(q, k, v, feature_map))
     True
     """
+    if isinstance(feature_map, Landmarks):
+        return landmark_update(state, k, v, feature_map, key_mask=key_mask)
     check_floats(k=k, v=v)
     check_points("k", k, "(*b, s, d)")
     check_points("v", v, "(*b, s, e)")
@@ -357,14 +388,14 @@ def update(state: State, k: Array, v: Array, feature_map: FeatureMap, *, key_mas
     return replace(update_op(state, k, v, prepared, key_mask=key_mask), fingerprint=state.fingerprint)
 
 
-def read(state: State, q: Array, feature_map: FeatureMap, *, enable_gqa: bool = False) -> Array:
+def read(state: Any, q: Array, feature_map: FeatureMap | Landmarks, *, enable_gqa: bool = False) -> Array:
     """Attention of queries to every key that a state has seen.
 
     Parameters
     ----------
-    state : State
+    state : State or LandmarkState
     q : array, shape (*b, n, d)
-    feature_map : FeatureMap
+    feature_map : FeatureMap or Landmarks
         The map that made the state.
     enable_gqa : bool
         q has g times the heads of the state.
@@ -383,6 +414,8 @@ def read(state: State, q: Array, feature_map: FeatureMap, *, enable_gqa: bool = 
     >>> fs.read(state, q, feature_map).shape
     (64, 8)
     """
+    if isinstance(feature_map, Landmarks):
+        return landmark_read(state, q, feature_map, enable_gqa=enable_gqa)
     check_floats(q=q)
     check_points("q", q, "(*b, n, d)")
     group = state_group(state, q, enable_gqa)
@@ -395,8 +428,14 @@ def read(state: State, q: Array, feature_map: FeatureMap, *, enable_gqa: bool = 
 
 
 def decode_step(
-    q: Array, k: Array, v: Array, state: State, feature_map: FeatureMap, *, enable_gqa: bool = False
-) -> tuple[Array, State]:
+    q: Array,
+    k: Array,
+    v: Array,
+    state: Any,
+    feature_map: FeatureMap | Landmarks,
+    *,
+    enable_gqa: bool = False,
+) -> tuple[Array, Any]:
     """One token of causal attention: its key and value enter the state, then its query reads the state.
 
     Parameters
@@ -404,8 +443,8 @@ def decode_step(
     q : array, shape (*b, 1, d)
     k : array, shape (*b, 1, d)
     v : array, shape (*b, 1, e)
-    state : State
-    feature_map : FeatureMap
+    state : State or LandmarkState
+    feature_map : FeatureMap or Landmarks
         The map that made the state.
     enable_gqa : bool
         q has g times the heads of k, v and the state.
@@ -414,7 +453,7 @@ def decode_step(
     -------
     out : array, shape (*b, 1, e)
         In the dtype that q, k and v promote to.
-    state : State
+    state : State or LandmarkState
         A new state; the given one is unchanged.
 
     Examples
@@ -428,6 +467,8 @@ def decode_step(
     >>> np.allclose(out, fs.linear_attention(q, k, v, feature_map, is_causal=True)[-1:])
     True
     """
+    if isinstance(feature_map, Landmarks):
+        return landmark_step(q, k, v, state, feature_map, enable_gqa=enable_gqa)
     key = None
     if enable_gqa is False and isinstance(state, State):
         key = key_of(feature_map, q, k, v, with_layout=True, state=layout_of(state))

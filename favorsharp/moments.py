@@ -172,12 +172,13 @@ def combine(a: Any, b: Any) -> Any:
 
     Parameters
     ----------
-    a, b : Moments, or State
-        Two values of the same type. For states, a's keys come before b's.
+    a, b : Moments, State or LandmarkState
+        Two values of the same type. For states, a's keys come before b's. States of landmarks choose landmarks again
+        if they hold too many keys together: `combine` is associative up to that.
 
     Returns
     -------
-    Moments, or State
+    Moments, State or LandmarkState
 
     Raises
     ------

@@ -22,6 +22,8 @@ from favorsharp._chunks import as_chunked, is_chunked, point_blocks, tree_reduce
 from favorsharp._typing import Array
 from favorsharp._values import astype
 from favorsharp.features import FeatureMap, PositiveFeatureMap
+from favorsharp.landmarks.settings import Landmarks
+from favorsharp.landmarks.verbs import landmark_means
 from favorsharp.moments import combine
 from favorsharp.ops.attention import attention
 from favorsharp.ops.kernel_matvec import kernel_matvec as kernel_matvec_op
@@ -105,7 +107,7 @@ def kernel_matvec(x: Array, y: Array, v: Array, feature_map: FeatureMap) -> Arra
 
 
 @under_own_settings
-def nadaraya_watson(x: Array, y: Array, v: Array, feature_map: FeatureMap) -> Array:
+def nadaraya_watson(x: Array, y: Array, v: Array, feature_map: FeatureMap | Landmarks) -> Array:
     """The kernel-weighted mean of v at each x: K(x, y) @ v with the rows of K normalised to sum 1.
 
     Parameters
@@ -115,7 +117,7 @@ def nadaraya_watson(x: Array, y: Array, v: Array, feature_map: FeatureMap) -> Ar
     y : array, shape (*b, s, d)
         The points at which v is known.
     v : array, shape (*b, s, e) or (s,)
-    feature_map : FeatureMap
+    feature_map : FeatureMap or Landmarks
         With a signed map the estimated denominator of a row can be zero or negative; such a row is NaN.
 
     Returns
@@ -137,6 +139,10 @@ def nadaraya_watson(x: Array, y: Array, v: Array, feature_map: FeatureMap) -> Ar
     >>> fs.nadaraya_watson(asked, x, x[:, 0], feature_map).round(1) + 0.0
     array([-0.5,  0. ,  0.5])
     """
+    if isinstance(feature_map, Landmarks):
+        v, single = columns("v", v)
+        out = landmark_means(x, y, v, feature_map)
+        return out[..., 0] if single else out
     if is_chunked(x, y, v):
         return _chunked(x, y, v, feature_map, means)
     v, single = columns("v", v)

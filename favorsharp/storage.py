@@ -14,6 +14,8 @@ from favorsharp.features.dense_exponential import DenseExponentialMap
 from favorsharp.features.discrete import DiscreteMap
 from favorsharp.features.elementwise import ElementwiseMap
 from favorsharp.features.trigonometric import TrigonometricMap
+from favorsharp.landmarks.settings import Landmarks
+from favorsharp.landmarks.state import LandmarkState
 from favorsharp.moments import Moments
 from favorsharp.ops.state import State
 from favorsharp.parameters import Parameters
@@ -34,18 +36,20 @@ _KINDS: dict[str, Any] = {
         TrigonometricMap,
         DiscreteMap,
         ElementwiseMap,
+        Landmarks,
+        LandmarkState,
     )
 }
 
 
-def save(path: "str | Path", value: Moments | Parameters | FeatureMap | State) -> None:
+def save(path: "str | Path", value: Moments | Parameters | FeatureMap | State | Landmarks | LandmarkState) -> None:
     """Write a value to a file, which `load` can read on any machine and into any array library.
 
     Parameters
     ----------
     path : str or Path
         The file; no extension is added to its name, and an existing file is replaced.
-    value : Moments, Parameters, FeatureMap or State
+    value : Moments, Parameters, FeatureMap, State, Landmarks or LandmarkState
 
     Raises
     ------
@@ -89,7 +93,7 @@ def load(path: "str | Path", *, like: Array | None = None) -> Any:
 
     Returns
     -------
-    Moments, Parameters, FeatureMap or State
+    Moments, Parameters, FeatureMap, State, Landmarks or LandmarkState
         It has the same numbers as the saved value. So a state and the map that it was made with still fit together,
         also if only one of them, or both, were saved and loaded.
 
@@ -141,7 +145,7 @@ def _taken_apart(value: Any, prefix: str, arrays: dict[str, Any]) -> dict[str, A
     entries: dict[str, Any] = {}
     for field in fields(value):
         entry, name = getattr(value, field.name), prefix + field.name
-        if isinstance(entry, Parameters):
+        if type(entry) in _KINDS.values():
             entries[field.name] = _taken_apart(entry, f"{name}.", arrays)
         elif is_array(entry):
             arrays[name] = to_host(entry)  # bfloat16 becomes float32

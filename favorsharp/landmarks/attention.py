@@ -1,0 +1,114 @@
+"""Attention through landmarks: whole sequences, windows, and causal streams (docs: theory, landmarks)."""
+
+from favorsharp._arrays import cast, compute_dtype, namespace_of, result_dtype
+from favorsharp._heads import add_mask_axis
+from favorsharp._typing import Array
+from favorsharp.landmarks.metric import RIDGE
+from favorsharp.landmarks.settings import Landmarks
+from favorsharp.landmarks.state import (
+    LandmarkState,
+    compressed,
+    condense,
+    extended,
+    landmark_map,
+    log_weights,
+    moments_of,
+    positions_until_due,
+    read_landmarks,
+    ready,
+)
+from favorsharp.ops.attention import attention as attention_op
+
+
+def whole(
+    q: Array,
+    k: Array,
+    v: Array,
+    settings: Landmarks,
+    *,
+    key_mask: Array | None = None,
+    window: int = 0,
+    grouped: bool = False,
+) -> Array:
+    """Attention of every query to every visible key; grouped queries have one more axis than k and v.
+
+    Shapes as in `linear_attention`; in the dtype that q, k and v promote to.
+    """
+    xp = namespace_of(q, k, v)
+    dtype, out_dtype = compute_dtype(xp, q, k, v), result_dtype(xp, q, k, v)
+    weights = log_weights(k, key_mask, dtype)
+    if k.shape[-2] <= settings.num_landmarks:  # every key is its own landmark
+        return cast(_read(q, (k, weights, v), settings, grouped), out_dtype)
+    chosen = landmark_map(k, weights, moments_of(q, k, key_mask, grouped=grouped), settings)
+    if window == 0:
+        return cast(_read(q, condense(chosen, k, weights, v), settings, grouped), out_dtype)
+    if grouped:
+        k, v, key_mask, chosen = k[..., None, :, :], v[..., None, :, :], add_mask_axis(key_mask), chosen.expanded()
+    out: Array = attention_op.reference(q, k, v, chosen, key_mask=key_mask, window=window)
+    return out
+
+
+def stream(
+    q: Array, k: Array, v: Array, state: LandmarkState, *, key_mask: Array | None = None, grouped: bool = False
+) -> tuple[Array, LandmarkState]:
+    """Attention of query i to the visible keys 0 .. i and to those of the state, and the state after all of them.
+
+    The result is in the dtype of the state.
+    """
+    xp = namespace_of(q, k, v)
+    start = 0
+    outs: list[Array] = []
+    while start < k.shape[-2] or not outs:
+        state = ready(state)
+        stop = min(k.shape[-2], start + positions_until_due(state))
+        part = slice(start, stop)
+        before = state.held
+        mask = None if key_mask is None else key_mask[..., part]
+        state = extended(state, q[..., part, :], k[..., part, :], v[..., part, :], mask, grouped=grouped)
+        held = state.keys, state.log_weight, state.values
+        outs.append(_read(q[..., part, :], held, state.settings, grouped, causal_from=before))
+        start = stop
+    return outs[0] if len(outs) == 1 else xp.concat(outs, axis=-2), state
+
+
+def absorbed(state: LandmarkState, k: Array, v: Array, key_mask: Array | None) -> LandmarkState:
+    """The state after further keys, whose queries are not known."""
+    start = 0
+    while start < k.shape[-2]:
+        state = ready(state)
+        part = slice(start, min(k.shape[-2], start + positions_until_due(state)))
+        mask = None if key_mask is None else key_mask[..., part]
+        state = extended(state, None, k[..., part, :], v[..., part, :], mask)
+        start = part.stop
+    return state
+
+
+def gathered(
+    q: Array, k: Array, v: Array, state: LandmarkState, *, key_mask: Array | None = None, grouped: bool = False
+) -> LandmarkState:
+    """The state after keys that all of these queries read: compressed once, so that its reading is the whole call."""
+    state = extended(state, q, k, v, key_mask, grouped=grouped)
+    keep = num_recent(state)
+    if state.held - keep <= state.settings.num_landmarks:
+        return state
+    return compressed(state, keep, ridge=RIDGE)
+
+
+def num_recent(state: LandmarkState) -> int:
+    """The number of keys in the current and the previous block of a window."""
+    length, window = state.num_seen, state.window
+    return length - max(0, -(-length // window) - 2) * window if window else 0
+
+
+def read_state(state: LandmarkState, q: Array, *, grouped: bool = False) -> Array:
+    """Attention of queries to all keys of a state, in the dtype of the state."""
+    return _read(q, (state.keys, state.log_weight, state.values), state.settings, grouped)
+
+
+def _read(
+    q: Array, held: tuple[Array, Array, Array], settings: Landmarks, grouped: bool, causal_from: int | None = None
+) -> Array:
+    keys, weight, values = held
+    if grouped:
+        keys, weight, values = keys[..., None, :, :], add_mask_axis(weight), values[..., None, :, :]
+    return read_landmarks(q, keys, weight, values, settings, causal_from)

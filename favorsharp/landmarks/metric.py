@@ -1,0 +1,76 @@
+"""The metric in which two keys are near if the queries cannot tell them apart (docs: theory, landmarks).
+
+Queries are taken as N(mu, S_x), keys have the covariance S_y, and a query's squared error counts in proportion to
+Z^-t, where Z is its denominator. The law of queries is then Gaussian with covariance M = (S_x^-1 + t S_y)^-1 and mean
+mu_t = M S_x^-1 mu, and the inner product of the kernels of two keys y, y' (centred) under it is
+
+    exp( s + s' - |u - u'|^2 / 2 ),    u = L'y,    M = L L',    s = mu_t.y + |u|^2.
+"""
+
+from dataclasses import dataclass
+
+from favorsharp._arrays import broadcast_shapes, namespace_of, on_device_of, without_gradient
+from favorsharp._typing import Array, DType
+from favorsharp.landmarks.settings import Landmarks
+from favorsharp.moments import Moments
+
+RIDGE, STREAM_RIDGE = 1e-6, 1e-3
+"""Multiples of tr(S_x) / d that are added to S_x: for the queries of one call, and where later queries will differ."""
+
+_TINY = 1e-150
+"""Added to S_x too, so that it has a Cholesky factor if all queries are equal."""
+
+
+@dataclass(frozen=True, eq=False)
+class Metric:
+    """The metric of keys, for points that are scaled. All arrays are constants in differentiation.
+
+    Attributes
+    ----------
+    center : array, shape (*b, 1, d)
+        Mean of the keys; y stands for a key minus it.
+    lift : array, shape (*b, d, d)
+        L.
+    direction : array, shape (*b, 1, d)
+        mu_t.
+    """
+
+    center: Array
+    lift: Array
+    direction: Array
+
+    def coordinates(self, y: Array) -> tuple[Array, Array]:
+        """Coordinates u and log norms s, (*b, s, d) -> (*b, s, d) and (*b, s, 1), of centred keys."""
+        xp = namespace_of(y)
+        u = y @ self.lift
+        return u, xp.sum(y * self.direction, axis=-1, keepdims=True) + xp.sum(u * u, axis=-1, keepdims=True)
+
+
+def metric_of(moments: Moments, settings: Landmarks, ridge: float, dtype: DType) -> Metric:
+    """The metric for queries and keys with these moments (of points that are not scaled), in the given dtype.
+
+    If no query has been seen, queries are taken to be distributed as the keys.
+    """
+    xp = namespace_of(moments.mean_x, moments.mean_y)
+    size = moments.size
+    scale = settings.scale_of(size)
+    root = scale**0.5
+    seen = moments.count_x > 0
+    center = without_gradient(moments.mean_y) * root
+    mean = xp.where(seen, without_gradient(moments.mean_x) * root, center)
+    cov_y = without_gradient(moments.covariance_y) * scale
+    cov_x = xp.where(seen, without_gradient(moments.covariance_x) * scale, cov_y)
+    batch = broadcast_shapes(cov_x.shape[:-2], cov_y.shape[:-2])
+    eye = xp.broadcast_to(xp.eye(size, dtype=cov_x.dtype, **on_device_of(cov_x)), (*batch, size, size))
+    if settings.kernel == "gaussian":  # keys weigh exp(-|y|^2 / 2): their covariance is (S_y^-1 + I)^-1
+        mean = mean - center
+        cov_y = xp.linalg.solve(eye + cov_y, xp.broadcast_to(cov_y, eye.shape))
+    relative = max(ridge, 8 * size * float(xp.finfo(cov_x.dtype).eps))
+    trace = xp.sum(xp.linalg.diagonal(cov_x), axis=-1)[..., None, None]
+    tiny = max(_TINY, float(xp.finfo(cov_x.dtype).smallest_normal))
+    a = xp.linalg.cholesky(cov_x + (relative / size * trace + tiny) * eye)
+    at = xp.matrix_transpose(a)
+    inner = xp.linalg.cholesky(eye + settings.tilt * (at @ cov_y @ a))
+    lift = xp.matrix_transpose(xp.linalg.solve(inner, at))  # L L' = A (I + t A' S_y A)^-1 A'
+    direction = mean - settings.tilt * (mean @ cov_y @ lift @ xp.matrix_transpose(lift))  # M S_x^-1 = I - t M S_y
+    return Metric(*(xp.astype(x, dtype) for x in (center, lift, direction)))

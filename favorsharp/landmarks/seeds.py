@@ -1,0 +1,110 @@
+"""The seeds of landmarks: keys drawn one after the other, by what the seeds before leave unexplained.
+
+The next seed is drawn among 4 m keys in proportion to exp(2 s) (1 - exp(-D^2)), where D is the distance to the nearest
+seed: it is the key with the largest logarithm of that plus Gumbel noise, of which each key has one number. All shapes
+are static. Nothing depends on the order of the keys or on hidden ones: keys are numbered by their projection on a
+random direction. That also puts equal keys next to each other, so that only one of them is a candidate.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from favorsharp._arrays import broadcast_shapes, cast, from_host, namespace_of, on_device_of, statistics_dtype
+from favorsharp._typing import Array
+
+CANDIDATES = 4
+"""Candidates for each landmark."""
+
+
+@dataclass(frozen=True, eq=False)
+class Noise:
+    """The random numbers of one choice, on the host: a direction (d,), offsets and Gumbel noise of candidates, (P,)."""
+
+    direction: Any
+    offsets: Any
+    gumbel: Any
+
+
+def noise_of(seed: int, event: int, num_landmarks: int, size: int) -> Noise:
+    """The noise of the choice at this event of a stream; whole calls are event 0."""
+    import numpy as np
+
+    rng = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(event,)))
+    slots = CANDIDATES * num_landmarks
+    return Noise(rng.standard_normal(size), rng.random(slots), rng.gumbel(size=slots))
+
+
+def choose_seeds(
+    u: Array, log_norm: Array, y: Array, visible: Array, num_landmarks: int, noise: Noise
+) -> tuple[Array, Array]:
+    """Positions of the seeds among the keys, and whether each was needed, both (*b, m).
+
+    Parameters
+    ----------
+    u : array, shape (*b, s, d)
+        Coordinates of the keys in which distances are measured.
+    log_norm : array, shape (*b, s)
+        s, with the log masses of the keys added.
+    y : array, shape (*b, s, d)
+        The keys, by which equal ones are recognised.
+    visible : boolean array, shape (*b, s)
+    num_landmarks : int
+    noise : Noise
+    """
+    xp = namespace_of(u)
+    wide = statistics_dtype(u)
+    batch = broadcast_shapes(u.shape[:-2], log_norm.shape[:-1], visible.shape[:-1])
+    length = u.shape[-2]
+    u, log_norm, visible = (
+        xp.broadcast_to(x, (*batch, *rest))
+        for x, rest in ((u, u.shape[-2:]), (log_norm, (length,)), (visible, (length,)))
+    )
+    slots = min(noise.offsets.shape[0], length)
+    index, filled = _candidates(y, visible, slots, noise)
+    points = cast(xp.take_along_axis(u, index[..., None], axis=-2), wide)
+    logs = 2 * cast(xp.take_along_axis(log_norm, index, axis=-1), wide)
+    logs = xp.where(filled, logs + from_host(noise.gumbel[:slots], points), -xp.inf)
+    own = xp.sum(points * points, axis=-1)
+    grain = 16 * float(xp.finfo(wide).eps)  # smaller squared distances are rounding
+    left = xp.zeros_like(own) + xp.inf
+    picks, needed = [], []
+    for _ in range(num_landmarks):
+        scores = logs + _log_unexplained(left)
+        pick = xp.argmax(scores, axis=-1, keepdims=True)
+        chosen = xp.take_along_axis(points, pick[..., None], axis=-2)
+        size = xp.take_along_axis(own, pick, axis=-1)
+        squares = own + size - 2 * (points @ xp.matrix_transpose(chosen))[..., 0]
+        left = xp.minimum(left, xp.where(squares > grain * (own + size), squares, 0.0))
+        picks.append(pick)
+        needed.append(xp.take_along_axis(scores, pick, axis=-1) > -xp.inf)
+    return xp.take_along_axis(index, xp.concat(picks, axis=-1), axis=-1), xp.concat(needed, axis=-1)
+
+
+def _candidates(y: Array, visible: Array, slots: int, noise: Noise) -> tuple[Array, Array]:
+    """Positions of up to `slots` different visible keys, and which of the slots are filled, both (*b, slots).
+
+    All of them if there are no more; otherwise one from each of as many strata along the random direction.
+    """
+    xp = namespace_of(y)
+    wide = statistics_dtype(y)
+    along = xp.sum(cast(y, wide) * from_host(noise.direction, y, dtype=wide), axis=-1)
+    along = xp.where(visible, along, xp.inf)
+    order = xp.argsort(along, axis=-1, stable=True)
+    along = xp.take_along_axis(along, order, axis=-1)
+    first = xp.concat([xp.ones_like(along[..., :1], dtype=xp.bool), along[..., 1:] != along[..., :-1]], axis=-1)
+    first = first & (along < xp.inf)
+    count = xp.sum(cast(first, wide), axis=-1, keepdims=True)
+    different = xp.argsort(cast(~first, xp.int8), axis=-1, stable=True)
+    slot = xp.arange(slots, dtype=wide, **on_device_of(y))
+    offset = xp.where(count > slots, from_host(noise.offsets[:slots], y, dtype=wide), 0.0)
+    rank = xp.floor((slot + offset) * xp.maximum(count / slots, xp.ones_like(count)))
+    filled = rank < count
+    rank = cast(xp.minimum(rank, xp.zeros_like(rank) + (y.shape[-2] - 1)), order.dtype)
+    return xp.take_along_axis(order, xp.take_along_axis(different, rank, axis=-1), axis=-1), filled
+
+
+def _log_unexplained(squares: Array) -> Array:
+    """log(1 - exp(-D^2)); -inf where D is 0."""
+    xp = namespace_of(squares)
+    apart = squares > 0
+    return xp.where(apart, xp.log(-xp.expm1(-xp.where(apart, squares, 1.0))), -xp.inf)

@@ -1,0 +1,306 @@
+"""The state of a stream of landmarks: weighted keys, of which the last are exact, and the moments that choose them.
+
+A key enters with log weight 0, so all keys are exact until the state first compresses. It does so when the keys that
+are not in the window's blocks number m + room: these become m landmarks, chosen with the moments of all queries and
+keys seen so far. Whether it is due depends on the number of keys seen and held only, so that chunks of any length give
+the same stream.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from favorsharp._arrays import (
+    broadcast_shapes,
+    cast,
+    compute_dtype,
+    namespace_of,
+    on_device_of,
+    result_dtype,
+    under_own_settings,
+    without_gradient,
+)
+from favorsharp._checks import check_broadcast, check_together
+from favorsharp._heads import add_mask_axis
+from favorsharp._typing import Array, DType
+from favorsharp.exact import gaussian_rows, log_softmax_kernel
+from favorsharp.landmarks.chosen import LandmarkMap, centred, choose, gather
+from favorsharp.landmarks.metric import RIDGE, STREAM_RIDGE, metric_of
+from favorsharp.landmarks.settings import Landmarks
+from favorsharp.moments import Moments, combine, moments
+from favorsharp.ops.state import exact_partial, finish, hide, tiles_of
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class LandmarkState:
+    """Weighted keys that stand for all keys seen so far; any exact attention that takes a bias can read them.
+
+    The output of a query q is the mean of `values` with the weights exp(log_weight) K(q, keys): for the softmax kernel,
+    attention over `keys` with the bias `log_weight`; for the Gaussian kernel, the same with the bias
+    `log_weight - scale |keys|^2 / 2`.
+
+    Attributes
+    ----------
+    keys : array, shape (*b, m', d)
+        Not scaled. Landmarks first, then exact keys in their order. The dtype is float32 at least.
+    log_weight : array, shape (*b, m')
+        0 for an exact key, -inf for a masked one and for an unused landmark.
+    values : array, shape (*b, m', e)
+    num_seen : int
+        The number of keys seen, masked ones included.
+    window : int
+        Block length of the keys that stay exact; 0 for none.
+    moments : Moments
+        Of the queries and keys seen.
+    settings : Landmarks
+
+    Examples
+    --------
+    >>> import numpy as np, favorsharp as fs
+    >>> q, k, v = np.random.default_rng(0).standard_normal((3, 200, 8))
+    >>> lm = fs.landmarks(32)
+    >>> out, state = fs.linear_attention(q, k, v, lm, is_causal=True, return_state=True)
+    >>> state
+    LandmarkState(num_landmarks=32, held=40, d=8, v_size=8, batch=(), window=0, num_seen=200)
+    >>> logits = q[-1:] @ state.keys.T * 8**-0.5 + state.log_weight
+    >>> weights = np.exp(logits - logits.max())
+    >>> np.allclose(out[-1:], weights @ state.values / weights.sum())
+    True
+    """
+
+    keys: Array
+    log_weight: Array
+    values: Array
+    num_seen: int
+    window: int
+    moments: Moments
+    settings: Landmarks
+
+    @property
+    def v_size(self) -> int:
+        """The size of a value, e."""
+        return int(self.values.shape[-1])
+
+    @property
+    def held(self) -> int:
+        """The number of weighted keys, m'."""
+        return int(self.keys.shape[-2])
+
+    @property
+    def batch_shape(self) -> tuple[int, ...]:
+        """The leading axes."""
+        return broadcast_shapes(self.keys.shape[:-2], self.log_weight.shape[:-1], self.values.shape[:-2])
+
+    def __repr__(self) -> str:
+        return (
+            f"LandmarkState(num_landmarks={self.settings.num_landmarks}, held={self.held}, d={self.keys.shape[-1]}, "
+            f"v_size={self.v_size}, batch={self.batch_shape}, window={self.window}, num_seen={self.num_seen})"
+        )
+
+
+def empty_landmarks(
+    settings: Landmarks, batch: tuple[int, ...], d: int, e: int, window: int, like: Array
+) -> LandmarkState:
+    """The state of no keys, in the library, on the device and in the dtype (float32 at least) of like."""
+    xp = namespace_of(like)
+    kind = {"dtype": compute_dtype(xp, like), **on_device_of(like)}
+    none = xp.zeros((*batch, 0, d), **kind)
+    return LandmarkState(
+        keys=none,
+        log_weight=xp.zeros((*batch, 0), **kind),
+        values=xp.zeros((*batch, 0, e), **kind),
+        num_seen=0,
+        window=window,
+        moments=moments(none, none),
+        settings=settings,
+    )
+
+
+def positions_until_due(state: LandmarkState) -> int:
+    """The number of keys that can still enter before the state has to compress; 0 if it has to before the next one."""
+    block = max(state.window, 1)
+    full = state.settings.num_landmarks + state.settings.room
+    needed = max(0, full - (state.held - state.window))
+    return needed + -(state.num_seen + needed) % block
+
+
+def moments_of(q: Array | None, k: Array, key_mask: Array | None, *, grouped: bool = False) -> Moments:
+    """Moments of queries and keys; masked points do not enter, nor do points that are not finite.
+
+    A mask holds for queries too if there are as many as keys. Grouped queries have one more axis than keys before the
+    last two, for the heads that share a key head; these are pooled.
+    """
+    xp = namespace_of(k)
+    k = without_gradient(k)
+    grouped = grouped and q is not None
+    q = k[..., :0, :] if q is None else without_gradient(q)
+    mask_x, mask_y = (xp.all(xp.isfinite(x), axis=-1) for x in (q, k))
+    if key_mask is not None:
+        mask_y = mask_y & key_mask
+        if q.shape[-2] == k.shape[-2]:
+            mask_x = mask_x & (add_mask_axis(key_mask) if grouped else key_mask)
+    if grouped:
+        *batch, group, n, d = q.shape
+        q, mask_x = xp.reshape(q, (*batch, group * n, d)), xp.reshape(mask_x, (*mask_x.shape[:-2], group * n))
+    return moments(q, k, mask_x=mask_x, mask_y=mask_y)
+
+
+def landmark_map(
+    k: Array, log_weight: Array, seen: Moments, settings: Landmarks, *, ridge: float = RIDGE, event: int = 0
+) -> LandmarkMap:
+    """Choose landmarks for keys with log weights, -inf for hidden ones, (*b, s, d) and (*b, s)."""
+    xp = namespace_of(k)
+    dtype, scale = log_weight.dtype, settings.scale_of(k.shape[-1])
+    metric = metric_of(seen, settings, ridge, dtype)
+    visible = log_weight != -xp.inf
+    y, log_mass = centred(hide(k, visible), xp.where(visible, log_weight, 0.0), metric, settings.kernel, scale)
+    return choose(y, log_mass, visible, metric, settings, scale, event)
+
+
+@under_own_settings
+def condense(chosen: LandmarkMap, k: Array, log_weight: Array, v: Array) -> tuple[Array, Array, Array]:
+    """Landmarks for keys with log weights: points that are not scaled, log weights, and mean values.
+
+    (*b, s, d), (*b, s), (*b, s, e) -> (*b, m, d), (*b, m), (*b, m, e).
+    """
+    xp = namespace_of(k, v)
+    dtype = chosen.points.dtype
+    visible = log_weight != -xp.inf
+    k, v, log_weight = hide(k, visible), hide(cast(v, dtype), visible), xp.where(visible, log_weight, 0.0)
+    batch = broadcast_shapes(chosen.batch_shape, k.shape[:-2], v.shape[:-2], log_weight.shape[:-1])
+    total = None
+    for start, stop in tiles_of(k.shape[-2], chosen.num_features, batch):
+        parts = (k[..., start:stop, :], log_weight[..., start:stop], chosen.metric, chosen.kernel, chosen.scale)
+        logs = xp.where(visible[..., start:stop, None], chosen.weights_of(*centred(*parts)), -xp.inf)
+        total = gather(logs, v[..., start:stop, :], total)
+    points = chosen.points
+    assert total is not None  # there are keys
+    log_mass = total.ref + xp.log(xp.where(total.den > 0, total.den, 1.0))
+    if chosen.kernel == "gaussian":
+        log_mass = log_mass + 0.5 * xp.sum(points * points, axis=-1, keepdims=True)
+    return (points + chosen.metric.center) / chosen.scale**0.5, log_mass[..., 0], finish(total)
+
+
+@under_own_settings
+def read_landmarks(
+    q: Array,
+    keys: Array,
+    log_weight: Array,
+    values: Array,
+    settings: Landmarks,
+    causal_from: int | None = None,
+) -> Array:
+    """Attention of queries to weighted keys, in the dtype of the log weights.
+
+    If causal, the keys from position `causal_from` on are the queries' own, and each query sees them up to its own.
+    """
+    xp = namespace_of(q, keys, values)
+    dtype, scale = log_weight.dtype, settings.scale_of(q.shape[-1])
+    n, held = q.shape[-2], keys.shape[-2]
+    batch = broadcast_shapes(q.shape[:-2], keys.shape[:-2], log_weight.shape[:-1], values.shape[:-2])
+    if held == 0:
+        return xp.zeros((*batch, n, values.shape[-1]), dtype=dtype, **on_device_of(q))
+    seen = log_weight != -xp.inf
+    keys, values = hide(cast(keys, dtype), seen), hide(cast(values, dtype), seen)
+    bias, seen = xp.where(seen, log_weight, 0.0)[..., None, :], seen[..., None, :]
+    q = cast(q, dtype)
+    logs = log_rows(q, keys, settings.kernel, scale)
+    order = xp.arange(held, **on_device_of(q))
+    tiles = []
+    for start, stop in tiles_of(n, held, batch):
+        visible = seen
+        if causal_from is not None:
+            visible = seen & (order[None, :] <= causal_from + order[start:stop, None])
+        part = exact_partial(logs(start, stop) + bias, visible, values, mixed=causal_from is not None)
+        tiles.append(xp.broadcast_to(finish(part), (*batch, stop - start, values.shape[-1])))
+    return tiles[0] if len(tiles) == 1 else xp.concat(tiles, axis=-2)
+
+
+def log_rows(x: Array, y: Array, kernel: str, scale: float) -> Callable[[int, int], Array]:
+    """A function that computes rows start to stop of the log kernel of points that are not scaled."""
+    if kernel == "gaussian":
+        rows = gaussian_rows(x, y, scale)
+        return lambda start, stop: cast(rows(start, stop), y.dtype)
+    root = scale**0.5
+    x, y = x * root, y * root
+    return lambda start, stop: log_softmax_kernel(x[..., start:stop, :], y)
+
+
+def log_weights(k: Array, key_mask: Array | None, dtype: DType) -> Array:
+    """Log weights of exact keys: 0, and -inf for those that a mask hides."""
+    xp = namespace_of(k)
+    weight = xp.zeros(k.shape[:-1], dtype=dtype, **on_device_of(k))
+    return weight if key_mask is None else xp.where(key_mask, weight, -xp.inf)
+
+
+def extended(
+    state: LandmarkState, q: Array | None, k: Array, v: Array, key_mask: Array | None, *, grouped: bool = False
+) -> LandmarkState:
+    """The state with further exact keys, and with the moments of further queries."""
+    dtype = state.log_weight.dtype
+    return replace(
+        state,
+        keys=_joined(state.keys, cast(k, dtype), 2),
+        log_weight=_joined(state.log_weight, log_weights(k, key_mask, dtype), 1),
+        values=_joined(state.values, cast(v, dtype), 2),
+        num_seen=state.num_seen + k.shape[-2],
+        moments=combine(state.moments, moments_of(q, k, key_mask, grouped=grouped)),
+    )
+
+
+def compressed(state: LandmarkState, keep: int, *, ridge: float = STREAM_RIDGE, event: int = 0) -> LandmarkState:
+    """The state with its keys condensed to m landmarks, except for the last `keep`."""
+    old, new = slice(0, state.held - keep), slice(state.held - keep, state.held)
+    k, log_weight, v = state.keys[..., old, :], state.log_weight[..., old], state.values[..., old, :]
+    chosen = landmark_map(k, log_weight, state.moments, state.settings, ridge=ridge, event=event)
+    points, mass, means = condense(chosen, k, log_weight, v)
+    return replace(
+        state,
+        keys=_joined(points, state.keys[..., new, :], 2),
+        log_weight=_joined(mass, state.log_weight[..., new], 1),
+        values=_joined(means, state.values[..., new, :], 2),
+    )
+
+
+def ready(state: LandmarkState) -> LandmarkState:
+    """The state, compressed if it has to be before the next key enters."""
+    if positions_until_due(state) > 0:
+        return state
+    return compressed(state, state.window, event=state.num_seen)
+
+
+@combine.register
+def _combine_landmarks(a: LandmarkState, b: Any) -> LandmarkState:
+    if not isinstance(b, LandmarkState):
+        raise TypeError(f"combine takes two values of one type, got LandmarkState and {type(b).__name__}")
+    if a.settings != b.settings:
+        raise ValueError(f"combine needs states of one feature map: a has {a.settings}, b has {b.settings}")
+    sizes = [(s.window, s.keys.shape[-1], s.v_size) for s in (a, b)]
+    if sizes[0] != sizes[1]:
+        raise ValueError(f"combine needs states of one kind: a is {a!r}, b is {b!r}")
+    if a.window and a.num_seen and b.num_seen:
+        raise ValueError(
+            "states with a window cannot be combined unless one is empty: the blocks of b would move; "
+            "use window=0, or update a with b's keys and values"
+        )
+    check_together(a=a.keys, b=b.keys)
+    check_broadcast("states", a=a.batch_shape, b=b.batch_shape)
+    joined = replace(
+        a,
+        keys=_joined(a.keys, b.keys, 2),
+        log_weight=_joined(a.log_weight, b.log_weight, 1),
+        values=_joined(a.values, b.values, 2),
+        num_seen=a.num_seen + b.num_seen,
+        moments=combine(a.moments, b.moments),
+    )
+    if a.window or joined.held <= a.settings.num_landmarks + a.settings.room:
+        return joined
+    return compressed(joined, 0, event=joined.num_seen)
+
+
+def _joined(a: Array, b: Array, core: int) -> Array:
+    """Arrays joined along the first of their `core` last axes."""
+    xp = namespace_of(a, b)
+    batch = broadcast_shapes(a.shape[:-core], b.shape[:-core])
+    dtype = result_dtype(xp, a, b)
+    return xp.concat([xp.broadcast_to(cast(x, dtype), (*batch, *x.shape[-core:])) for x in (a, b)], axis=-core)

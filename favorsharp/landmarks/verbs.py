@@ -1,0 +1,272 @@
+"""What the public functions run when they are given `Landmarks` in place of a feature map, with its checks."""
+
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any
+
+from favorsharp._arrays import (
+    broadcast_shapes,
+    cast,
+    compute_dtype,
+    differentiate,
+    dtype_name,
+    library_of,
+    namespace_of,
+    result_dtype,
+    under_own_settings,
+)
+from favorsharp._checks import (
+    check_attention,
+    check_broadcast,
+    check_flag,
+    check_floats,
+    check_in_memory,
+    check_integer,
+    check_mask,
+    check_points,
+    check_same_size,
+)
+from favorsharp._heads import merge_heads, split_heads
+from favorsharp._typing import Array
+from favorsharp.landmarks.attention import absorbed, gathered, read_state, stream, whole
+from favorsharp.landmarks.settings import Landmarks, landmarks
+from favorsharp.landmarks.state import LandmarkState, empty_landmarks
+
+
+def landmark_call(q: Array, k: Array, v: Array, num_landmarks: int, given: dict[str, Any], **options: Any) -> Array:
+    """`attention(method="landmarks")`: `given` are its arguments `draw` and `calibration`, which must be left alone."""
+    check_attention(
+        q, k, v, is_causal=options["is_causal"], key_mask=options["key_mask"], enable_gqa=options["enable_gqa"]
+    )
+    check_in_memory(q=q, k=k, v=v)
+    if given["calibration"] is not None:
+        raise ValueError("method='landmarks' takes no calibration: landmarks are chosen anew in each call, causal too")
+    if not isinstance(given["draw"], str) or given["draw"] != "orthogonal":
+        raise ValueError("method='landmarks' takes no draw: it draws no random rows")
+    settings = landmarks(num_landmarks, scale=options.pop("scale"), rng=options.pop("rng"))
+    options |= {"bounds": None, "state": None, "return_state": False, "out": None}
+    out: Array = landmark_attention(q, k, v, settings, **options)
+    return out
+
+
+@under_own_settings
+def landmark_attention(
+    q: Array,
+    k: Array,
+    v: Array,
+    settings: Landmarks,
+    *,
+    is_causal: bool,
+    window: int,
+    key_mask: Array | None,
+    enable_gqa: bool,
+    bounds: list[int] | None,
+    state: LandmarkState | None,
+    return_state: bool,
+    out: Array | None,
+) -> Any:
+    """`linear_attention`, whose arguments `check_attention` and, for `bounds`, `check_bounds` have checked."""
+    xp = namespace_of(q, k, v)
+    window = check_integer("window", window, 0)
+    check_flag("return_state", return_state)
+    if window and q.shape[-2] != k.shape[-2]:
+        raise ValueError(f"window needs as many queries as keys: q has n={q.shape[-2]}, k has s={k.shape[-2]}")
+    if state is not None:
+        _check_state(state, settings, window, is_causal, k=k, v=v)
+    group = q.shape[-3] // k.shape[-3] if enable_gqa else 1
+    batches = [k.shape[:-2], v.shape[:-2], () if key_mask is None else key_mask.shape[:-1]]
+    batches += [] if state is None else [state.batch_shape]
+    if out is not None:
+        _check_out(out, q, k, v, batches, group)
+    options: dict[str, Any] = {"is_causal": is_causal, "window": window, "grouped": group > 1}
+    x = split_heads(group, q)
+    if bounds is not None:
+        if state is not None or return_state:
+            raise ValueError("cu_seqlens with state or return_state is not supported: run the sequences one by one")
+        result = _packed(x, k, v, settings, bounds, key_mask, options)
+    else:
+        if state is None and (is_causal or return_state):
+            like = cast(k[..., :0, :], compute_dtype(xp, q, k, v))
+            state = empty_landmarks(settings, broadcast_shapes(*batches), k.shape[-1], v.shape[-1], window, like)
+        result, state = _run(x, k, v, settings, state, key_mask, **options)
+    result = cast(merge_heads(group, result), result_dtype(xp, q, k, v))
+    if out is not None:
+        out[...] = result
+        result = out
+    return (result, state) if return_state else result
+
+
+def _run(
+    q: Array,
+    k: Array,
+    v: Array,
+    settings: Landmarks,
+    state: LandmarkState | None,
+    key_mask: Array | None,
+    *,
+    is_causal: bool,
+    window: int,
+    grouped: bool,
+) -> tuple[Array, LandmarkState | None]:
+    if state is None:
+        return whole(q, k, v, settings, key_mask=key_mask, window=window, grouped=grouped), None
+    if is_causal:
+        return stream(q, k, v, state, key_mask=key_mask, grouped=grouped)
+    state = gathered(q, k, v, state, key_mask=key_mask, grouped=grouped)
+    if window:  # the state is new: the landmarks of its own call also hold the keys that it keeps exact
+        return whole(q, k, v, settings, key_mask=key_mask, window=window, grouped=grouped), state
+    return read_state(state, q, grouped=grouped), state
+
+
+def _packed(
+    q: Array,
+    k: Array,
+    v: Array,
+    settings: Landmarks,
+    bounds: list[int],
+    key_mask: Array | None,
+    options: dict[str, Any],
+) -> Array:
+    """Each of the packed sequences alone."""
+    xp = namespace_of(q, k, v)
+    pieces = []
+    for a, b in pairwise(bounds):
+        if a == b and bounds[-1] > 0:
+            continue
+        mask = None if key_mask is None else key_mask[..., a:b]
+        x, y, values = (points[..., a:b, :] for points in (q, k, v))
+        state = None
+        if options["is_causal"]:
+            batch = broadcast_shapes(k.shape[:-2], v.shape[:-2], () if mask is None else mask.shape[:-1])
+            like = cast(k[..., :0, :], compute_dtype(xp, q, k, v))
+            state = empty_landmarks(settings, batch, k.shape[-1], v.shape[-1], options["window"], like)
+        pieces.append(_run(x, y, values, settings, state, mask, **options)[0])
+    return pieces[0] if len(pieces) == 1 else xp.concat(pieces, axis=-2)
+
+
+def landmark_init(settings: Landmarks, v_size: int, *, like: Array, window: int) -> LandmarkState:
+    """`init_state`."""
+    check_floats(like=like)
+    check_points("like", like, "(*b, s, d)")
+    e, window = check_integer("v_size", v_size, 0), check_integer("window", window, 0)
+    state: LandmarkState = empty_landmarks(settings, tuple(like.shape[:-2]), like.shape[-1], e, window, like)
+    return state
+
+
+@under_own_settings
+def landmark_update(state: Any, k: Array, v: Array, settings: Landmarks, *, key_mask: Array | None) -> LandmarkState:
+    """`update`."""
+    check_floats(k=k, v=v)
+    check_points("k", k, "(*b, s, d)")
+    check_points("v", v, "(*b, s, e)")
+    check_same_size("s", k=(-2, k.shape[-2]), v=(-2, v.shape[-2]))
+    check_mask("key_mask", key_mask, "(*b, s)", k=k)
+    _check_state(state, settings, k=k, v=v)
+    return absorbed(state, k, v, key_mask)
+
+
+@under_own_settings
+def landmark_read(state: Any, q: Array, settings: Landmarks, *, enable_gqa: bool) -> Array:
+    """`read`."""
+    check_floats(q=q)
+    check_points("q", q, "(*b, n, d)")
+    _check_state(state, settings, q=q)
+    if not check_flag("enable_gqa", enable_gqa):
+        check_broadcast("q (*b, n, d)", q=q.shape[:-2], state=state.batch_shape)
+        return cast(read_state(state, q), q.dtype)
+    heads, key_heads = (shape[-1] if shape else 0 for shape in (q.shape[:-2], state.batch_shape))
+    if key_heads == 0 or heads == 0 or heads % key_heads:
+        raise ValueError(
+            f"enable_gqa needs a multiple of the key heads: q has {heads} heads, the state has {key_heads}"
+        )
+    group = heads // key_heads
+    if group == 1:
+        return cast(read_state(state, q), q.dtype)
+    return cast(merge_heads(group, read_state(state, split_heads(group, q), grouped=True)), q.dtype)
+
+
+@under_own_settings
+def landmark_step(
+    q: Array, k: Array, v: Array, state: Any, settings: Landmarks, *, enable_gqa: bool
+) -> tuple[Array, LandmarkState]:
+    """`decode_step`."""
+    xp, group = check_attention(q, k, v, is_causal=False, key_mask=None, enable_gqa=enable_gqa)
+    if q.shape[-2] != 1 or k.shape[-2] != 1:
+        raise ValueError(
+            f"decode_step takes one token: q has n={q.shape[-2]}, k has s={k.shape[-2]}; accepted: 1 and 1"
+        )
+    _check_state(state, settings, k=k, v=v)
+    out, state = stream(split_heads(group, q), k, v, state, grouped=group > 1)
+    return cast(merge_heads(group, out), result_dtype(xp, q, k, v)), state
+
+
+@under_own_settings
+def landmark_means(x: Array, y: Array, v: Array, settings: Landmarks) -> Array:
+    """`nadaraya_watson`, with a value axis."""
+    check_in_memory(x=x, y=y, v=v)
+    check_floats(x=x, y=y, v=v)
+    for name, points, letters in (("x", x, "(*b, n, d)"), ("y", y, "(*b, s, d)"), ("v", v, "(*b, s, e)")):
+        check_points(name, points, letters)
+    check_same_size("d", x=(-1, x.shape[-1]), y=(-1, y.shape[-1]))
+    check_same_size("s", y=(-2, y.shape[-2]), v=(-2, v.shape[-2]))
+    check_broadcast("*b", x=x.shape[:-2], y=y.shape[:-2], v=v.shape[:-2])
+    return whole(x, y, v, settings)
+
+
+def landmark_vjp(
+    q: Array, k: Array, v: Array, settings: Landmarks, **options: Any
+) -> tuple[Array, Callable[[Array], tuple[Array, ...]]]:
+    """`vjp` of `linear_attention`: the choice of landmarks is held, everything else is differentiated."""
+    if library_of(q) not in ("torch", "jax"):
+        raise TypeError(
+            f"{library_of(q)} arrays: attention through landmarks is differentiated by the library of the arrays; "
+            "accepted: torch tensors and JAX arrays"
+        )
+    options |= {"state": None, "return_state": False, "out": None}
+
+    def function(q: Array, k: Array, v: Array) -> Array:
+        return landmark_attention(q, k, v, settings, **options)
+
+    return differentiate(function, (q, k, v))
+
+
+def _check_state(
+    state: Any, settings: Landmarks, window: int | None = None, is_causal: bool = True, **named: Array
+) -> None:
+    """Check that a state has these settings, and fits the arrays and the call."""
+    if not isinstance(state, LandmarkState):
+        raise TypeError(f"state must be a favorsharp.LandmarkState, as landmarks make it, got {type(state).__name__}")
+    check_floats(**named, state=state.keys)
+    if state.settings != settings:
+        raise ValueError(
+            f"state comes from other landmarks: it has {state.settings}, feature_map is {settings}; accepted: the same"
+        )
+    for name, x in named.items():
+        letter, held = ("e", state.values) if name == "v" else ("d", state.keys)
+        check_same_size(letter, **{"state": (-1, held.shape[-1]), name: (-1, x.shape[-1])})
+        if name != "q":
+            check_broadcast("(*b, s, d)", **{name: x.shape[:-2], "state": state.batch_shape})
+    if window is not None and state.window != window:
+        raise ValueError(f"window must be that of the state, {state.window}, got {window}")
+    if window and not is_causal:
+        raise ValueError("a window with a state needs is_causal=True: a bidirectional window takes no state")
+
+
+def _check_out(out: Any, q: Array, k: Array, v: Array, batches: list[tuple[int, ...]], group: int) -> None:
+    """Check that out has the library, device, shape and dtype of the result."""
+    xp = check_floats(q=q, k=k, v=v, out=out)
+    if library_of(out) == "jax":
+        raise TypeError("out must be an array that can be written to; JAX arrays cannot: use the returned value")
+    if group > 1:
+        inner = [(*batch, 1) if batch else batch for batch in batches]
+        *batch, heads, count = broadcast_shapes((*q.shape[:-3], q.shape[-3] // group, group), *inner)
+        shape = (*batch, heads * count, q.shape[-2], v.shape[-1])
+    else:
+        shape = (*broadcast_shapes(q.shape[:-2], *batches), q.shape[-2], v.shape[-1])
+    dtype = result_dtype(xp, q, k, v)
+    if tuple(out.shape) != shape or out.dtype != dtype:
+        raise ValueError(
+            f"out has shape {tuple(out.shape)} and dtype {dtype_name(out)}; accepted: {shape} and {dtype_name(dtype)}"
+        )
+    if library_of(out) == "numpy" and not out.flags.writeable:
+        raise ValueError("out must be an array that can be written to, got a read-only one")
