@@ -74,6 +74,7 @@ bench: $(VENV)/test
 lint: $(VENV)/test
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
+	$(BIN)/numpydoc lint $$(find favorsharp -name '*.py')
 
 types: $(VENV)/test
 	$(BIN)/mypy

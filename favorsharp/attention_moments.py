@@ -27,6 +27,7 @@ _TILE_ELEMENTS = 1 << 20
 def attention_moments(
     x: Array,
     y: Array,
+    /,
     *,
     weighting: float = 1.0,
     kernel: str = "softmax",

@@ -69,8 +69,8 @@ def load_sample() -> tuple[Any, Any, Any]:
 
     Returns
     -------
-    q, k, v : numpy.ndarray, shape (6, 512, 32), float16
-        As recorded; data/PROVENANCE.md says where they come from.
+    tuple of numpy.ndarray
+        q, k and v, each of shape (6, 512, 32), in float16, as recorded; data/PROVENANCE.md says where they come from.
 
     Examples
     --------
@@ -87,7 +87,7 @@ def load_sample() -> tuple[Any, Any, Any]:
 
 
 @under_own_settings
-def relative_error(approximate: Array, exact: Array) -> Array:
+def relative_error(approximate: Array, exact: Array, /) -> Array:
     """Frobenius norm of the difference relative to that of the exact output, for each leading index.
 
     Parameters
@@ -117,6 +117,7 @@ def predicted_error(
     q: Array,
     k: Array,
     v: Array,
+    /,
     num_features: int,
     *,
     window: int = 0,
@@ -292,6 +293,7 @@ class Suggestion:
 def suggest(
     x: Array,
     y: Array,
+    /,
     v: Array | None = None,
     *,
     target_error: float,
@@ -375,6 +377,7 @@ def compare(
     q: Array,
     k: Array,
     v: Array,
+    /,
     *,
     methods: Iterable[str] = TAKES_PROPOSALS,
     num_features: Iterable[int] = (32, 128, 512),

@@ -142,7 +142,7 @@ def times_power(x: Array, power: int) -> Array:
 
 
 @under_own_settings
-def kernel_matrix(x: Array, y: Array, *, kernel: str = "softmax", scale: float | None = None) -> Array:
+def kernel_matrix(x: Array, y: Array, /, *, kernel: str = "softmax", scale: float | None = None) -> Array:
     """The exact kernel matrix, for small inputs.
 
     Parameters
@@ -226,6 +226,7 @@ def softmax_attention(
     q: Array,
     k: Array,
     v: Array,
+    /,
     *,
     is_causal: bool = False,
     key_mask: Array | None = None,
@@ -241,7 +242,7 @@ def softmax_attention(
     v : array, shape (*b, s, e)
     is_causal : bool
         Query i sees keys 0 .. i; needs n == s.
-    key_mask : boolean array, shape (*b, s), optional
+    key_mask : array of bool, shape (*b, s), optional
         True where a key is visible.
     scale : float, optional
         Positive and finite; None means d**-0.5.

@@ -34,6 +34,7 @@ from favorsharp.parameters import Parameters, check_data
 def fit(
     x: Array | Moments,
     y: Array | None = None,
+    /,
     *,
     method: MethodLike = "optimal",
     kernel: str = "softmax",
@@ -65,12 +66,14 @@ def fit(
         exp(scale x.y), or exp(-scale |x - y|^2 / 2).
     scale : float, optional
         Positive and finite. None means d**-0.5 for softmax and 1 for Gaussian.
-    axis, mask_x, mask_y, enable_gqa
+    axis, mask_x, mask_y
         As in `moments`.
     ridge : float, optional
         Makes it possible to fit constant columns, one-hot data, or fewer points than coordinates. The diagonal of a
         second moment S is increased by ridge * tr(S) / d, and by up to half as much again, differently for each
         coordinate. None means 1e-6, or more if only float32 is available; 0 means no ridge.
+    enable_gqa : bool
+        As in `moments`.
     weighting : float, optional
         If given, each pair of query and key is weighted by its attention to this power, so that the fit is best where
         attention is large; 0.5 to 1 are good choices. Without it, all pairs have equal weight. The weights take time
@@ -81,7 +84,7 @@ def fit(
 
     Returns
     -------
-    parameters : Parameters
+    favorsharp.Parameters
         In the dtype of the data, widened to at least float32; computed in float64 if the device has it.
 
     Raises
@@ -193,7 +196,7 @@ def _known(data: Moments) -> Moments:
 
 
 @under_own_settings
-def excess(parameters: Parameters, x: Array, y: Array) -> Array:
+def excess(parameters: Parameters, x: Array, y: Array, /) -> Array:
     """The mean over all pairs of log E[(f1 f2)^2] - 2 log K; it is 0 for features without variance.
 
     It is computed from moments in time O((n + s) d^2), without a loop over pairs.
@@ -239,7 +242,7 @@ def excess(parameters: Parameters, x: Array, y: Array) -> Array:
 
 
 @under_own_settings
-def log_second_moment(parameters: Parameters, x: Array, y: Array) -> Array:
+def log_second_moment(parameters: Parameters, x: Array, y: Array, /) -> Array:
     """The logarithm of the second moment E[(f1(x) f2(y))^2] of one feature, for every pair of small inputs.
 
     The variance of one feature's estimate is exp(log_second_moment) - K^2 (arXiv 2302.00787, theorem 4.1).

@@ -58,6 +58,7 @@ def attention(
     q: Array,
     k: Array,
     v: Array,
+    /,
     *,
     num_features: int = 256,
     method: MethodLike = "optimal",
@@ -87,11 +88,13 @@ def attention(
         settings of `landmarks`, which take neither `draw` nor `calibration`, causal or not. They are biased.
     draw, rng
         As in `feature_map`.
-    is_causal, window, key_mask, enable_gqa
+    is_causal, window, key_mask
         As in `linear_attention`. Masked keys do not enter the fit; if n == s, neither do the queries at their
         positions.
     scale : float, optional
         Positive and finite; None means d**-0.5.
+    enable_gqa : bool
+        As in `linear_attention`.
     calibration : pair of arrays, optional
         Queries (*b, n0, d) and keys (*b, s0, d) to fit to, instead of q and k. A causal call with a fitted method needs
         it: a fit to the sequence itself would let outputs depend on later keys.
@@ -169,6 +172,7 @@ def linear_attention(
     q: Array,
     k: Array,
     v: Array,
+    /,
     feature_map: FeatureMap | Landmarks,
     *,
     is_causal: bool = False,
@@ -195,7 +199,7 @@ def linear_attention(
         Positions are cut into blocks of this length from the start of each sequence. A query scores the keys of its own
         block and of the two neighbouring blocks exactly, and reads the other keys through features. If causal, these
         are its own block up to itself and the block before. Needs n == s. 0 means features only.
-    key_mask : boolean array, shape (*b, s), optional
+    key_mask : array of bool, shape (*b, s), optional
         True where a key is visible.
     enable_gqa : bool
         q has g times the heads of k and v; query head h reads key head h // g. A batched map has as many heads as k.
@@ -342,6 +346,7 @@ def update(
     state: Any,
     k: Array,
     v: Array,
+    /,
     feature_map: FeatureMap | Landmarks,
     *,
     key_mask: Array | None = None,
@@ -355,7 +360,7 @@ def update(
     v : array, shape (*b, s, e)
     feature_map : FeatureMap or Landmarks
         The map that made the state.
-    key_mask : boolean array, shape (*b, s), optional
+    key_mask : array of bool, shape (*b, s), optional
         True where a key is visible.
 
     Returns
@@ -388,7 +393,7 @@ def update(
     return replace(update_op(state, k, v, prepared, key_mask=key_mask), fingerprint=state.fingerprint)
 
 
-def read(state: Any, q: Array, feature_map: FeatureMap | Landmarks, *, enable_gqa: bool = False) -> Array:
+def read(state: Any, q: Array, /, feature_map: FeatureMap | Landmarks, *, enable_gqa: bool = False) -> Array:
     """Attention of queries to every key that a state has seen.
 
     Parameters
@@ -431,6 +436,7 @@ def decode_step(
     q: Array,
     k: Array,
     v: Array,
+    /,
     state: Any,
     feature_map: FeatureMap | Landmarks,
     *,

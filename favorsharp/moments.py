@@ -90,6 +90,7 @@ class Moments:
 def moments(
     x: Array,
     y: Array,
+    /,
     *,
     axis: int | tuple[int, ...] = -2,
     mask_x: Array | None = None,
@@ -107,7 +108,7 @@ def moments(
     axis : int or tuple of int
         The axes to average over, which are kept with length 1; the point axis -2 must be one of them. `axis=(0, -2)`
         gives one set of moments for each head of a (B, H, n, d) batch.
-    mask_x, mask_y : boolean array, shape (*b, n) and (*b, s), optional
+    mask_x, mask_y : array of bool, shape (*b, n) and (*b, s), optional
         True where a point counts.
     enable_gqa : bool
         x has g times the heads of y; the g query heads of a key head are pooled.
@@ -167,7 +168,7 @@ def weighted_moments(x: Array, weight: Array) -> Moments:
 
 
 @singledispatch
-def combine(a: Any, b: Any) -> Any:
+def combine(a: Any, b: Any, /) -> Any:
     """Join the moments or states of two sets of points; associative.
 
     Parameters

@@ -64,7 +64,7 @@ def _combine_sums(a: SignedSums, b: Any) -> SignedSums:
 
 
 @under_own_settings
-def kernel_matvec(x: Array, y: Array, v: Array, feature_map: FeatureMap) -> Array:
+def kernel_matvec(x: Array, y: Array, v: Array, /, feature_map: FeatureMap) -> Array:
     """An unbiased estimate of K(x, y) @ v in time O((n + s) m (d + e)).
 
     Parameters
@@ -107,7 +107,7 @@ def kernel_matvec(x: Array, y: Array, v: Array, feature_map: FeatureMap) -> Arra
 
 
 @under_own_settings
-def nadaraya_watson(x: Array, y: Array, v: Array, feature_map: FeatureMap | Landmarks) -> Array:
+def nadaraya_watson(x: Array, y: Array, v: Array, /, feature_map: FeatureMap | Landmarks) -> Array:
     """The kernel-weighted mean of v at each x: K(x, y) @ v with the rows of K normalised to sum 1.
 
     Parameters
@@ -290,7 +290,7 @@ def means(sums: Sums, x: Array, feature_map: Any) -> Array:
     return namespace_of(x).where(empty, 0.0, out)
 
 
-def leave_one_out(x: Array, v: Array, feature_map: FeatureMap) -> Array:
+def leave_one_out(x: Array, v: Array, /, feature_map: FeatureMap) -> Array:
     """The Nadaraya-Watson estimate at each point from all the others, in one pass over the points.
 
     The sums over all points are computed once, and the contribution of each point is subtracted for its own estimate,

@@ -275,7 +275,7 @@ def _exact_leave_one_out(x: Any, v: Any, gamma: float, weight: Any) -> Any:
     return xp.concat(outs)
 
 
-class NadarayaWatsonRegressor(RegressorMixin, _NadarayaWatson):
+class NadarayaWatsonRegressor(RegressorMixin, _NadarayaWatson):  # numpydoc ignore=PR02
     """Nadaraya-Watson regression: kernel-weighted means of the training values, in time linear in the number of points.
 
     It computes and predicts in float32 if X is float32 and float32 can represent all values of the dtype of y;

@@ -62,7 +62,7 @@ def linear_attention(
         Length of the blocks of exactly scored keys, counted from the start of the whole sequence; 0 for none. The
         length of each shard must be a multiple of it, except for the last shard that holds any positions. Needs
         n == s.
-    key_mask : boolean tensor, shape (*b, s), optional
+    key_mask : tensor of bool, shape (*b, s), optional
         True where a key of the shard is visible. With DTensors, a DTensor or the whole mask on every rank.
     enable_gqa : bool
         q has g times the heads of k and v; query head h reads key head h // g.

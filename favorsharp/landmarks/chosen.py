@@ -24,7 +24,7 @@ class LandmarkMap:
     ----------
     points : array, shape (*b, m, d)
         The landmarks c, scaled and centred; finite also where they are unused.
-    used : boolean array, shape (*b, 1, m)
+    used : array of bool, shape (*b, 1, m)
     metric : Metric
     kernel : str
     scale : float
@@ -120,7 +120,7 @@ def choose(
     y : array, shape (*b, s, d)
         Keys, scaled and centred.
     log_mass : array, shape (*b, s, 1)
-    visible : boolean array, shape (*b, s)
+    visible : array of bool, shape (*b, s)
     metric : Metric
     settings : Landmarks
     scale : float

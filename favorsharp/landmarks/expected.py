@@ -34,7 +34,7 @@ def expected_error(
     q : array, shape (*b, n, d)
     k : array, shape (*b, s, d)
     settings : Landmarks
-    key_mask : boolean array, shape (*b, s), optional
+    key_mask : array of bool, shape (*b, s), optional
         True where a key is visible.
     enable_gqa : bool
         q has g times the heads of k; the result has the heads of k.

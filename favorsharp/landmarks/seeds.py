@@ -47,7 +47,7 @@ def choose_seeds(
         s, with the log masses of the keys added.
     y : array, shape (*b, s, d)
         The keys, by which equal ones are recognised.
-    visible : boolean array, shape (*b, s)
+    visible : array of bool, shape (*b, s)
     num_landmarks : int
     noise : Noise
     """

@@ -20,7 +20,7 @@ def attention(
     v : array, shape (*b, s, e)
     feature_map : PositiveFeatureMap
         In the dtype to compute in.
-    key_mask : boolean array, shape (*b, s), optional
+    key_mask : array of bool, shape (*b, s), optional
         True where a key is visible.
     window : int
         Block length of exactly scored keys; 0 for none. A window needs n == s.

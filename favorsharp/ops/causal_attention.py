@@ -29,7 +29,7 @@ def causal_attention(
     v : array, shape (*b, n, e)
     feature_map : PositiveFeatureMap
         In the dtype to compute in.
-    key_mask : boolean array, shape (*b, n), optional
+    key_mask : array of bool, shape (*b, n), optional
         True where a key is visible.
     window : int
         Block length of exactly scored keys; 0 for none.

@@ -43,7 +43,7 @@ class State:
     recent_k, recent_v : array, shape (*b, r, d) and (*b, r, e)
         With a window, the last r <= 2 window keys and values: the current block and the one before. They begin on a
         block boundary and are not in kv yet. r = 0 without a window.
-    recent_mask : boolean array, shape (*b, r)
+    recent_mask : array of bool, shape (*b, r)
     fingerprint : str or None
         The fingerprint of the feature map that made the state.
     kv_low, z_low : array or None, shapes of kv and z
@@ -179,7 +179,7 @@ def update(state: State, k: Array, v: Array, feature_map: PositiveMap, *, key_ma
     k : array, shape (*b, s, d)
     v : array, shape (*b, s, e)
     feature_map : PositiveFeatureMap
-    key_mask : boolean array, shape (*b, s), optional
+    key_mask : array of bool, shape (*b, s), optional
         True where a key is visible.
 
     Returns
@@ -245,7 +245,7 @@ def decode_step(
     v : array, shape (*b, 1, e)
     state : State
     feature_map : PositiveFeatureMap
-    key_mask : boolean array, shape (*b, 1), optional
+    key_mask : array of bool, shape (*b, 1), optional
 
     Returns
     -------

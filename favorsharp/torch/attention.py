@@ -102,7 +102,7 @@ class LinearAttention(MapBuffers):
         q : tensor, shape (*b, n, d)
         k : tensor, shape (*b, s, d)
         v : tensor, shape (*b, s, e)
-        key_mask : boolean tensor, shape (*b, s), optional
+        key_mask : tensor of bool, shape (*b, s), optional
             True where a key is visible.
         is_causal : bool, optional
             Overrides the option of the module.

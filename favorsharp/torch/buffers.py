@@ -197,7 +197,7 @@ class MapBuffers(torch.nn.Module):
             With `heads`, (*b, heads, n, d), or (*b, g heads, n, d) with `enable_gqa`.
         k : tensor, shape (*b, s, d)
             With `heads`, (*b, heads, s, d).
-        key_mask, query_mask : boolean tensor, shape (*b, s) and (*b, n), optional
+        key_mask, query_mask : tensor of bool, shape (*b, s) and (*b, n), optional
             True where a point enters the fit. If n == s and heads are not grouped, key_mask applies to the queries too,
             unless query_mask is given.
         ridge, weighting, is_causal

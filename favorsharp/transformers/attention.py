@@ -115,6 +115,18 @@ def register(
     ------
     TypeError, ValueError
         If an argument is not as described, or transformers itself uses the name.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from transformers import BertConfig, BertModel
+    >>> from favorsharp.transformers import register
+    >>> register("favorsharp", num_features=64, rng=0)
+    >>> config = BertConfig(vocab_size=50, hidden_size=32, num_hidden_layers=1, num_attention_heads=4)
+    >>> model = BertModel(config).eval()
+    >>> model.set_attn_implementation("favorsharp")
+    >>> model(torch.arange(40)[None]).last_hidden_state.shape
+    torch.Size([1, 40, 32])
     """
     from favorsharp.draws import DRAWS, generator
 

@@ -182,6 +182,20 @@ class StateCache(Cache):
     An encoder-decoder model takes `EncoderDecoderCache(StateCache(), StateCache())`, with one cache for self-attention
     and one for cross-attention. The attention of the model must be registered by `register`, and calibrated. Beam
     search is supported; cropping is not. Use a cache for one generation only; `reset` empties it.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from transformers import GPT2Config, GPT2LMHeadModel
+    >>> from favorsharp.transformers import StateCache, calibrate, register
+    >>> register("favorsharp", num_features=64, rng=0)
+    >>> model = GPT2LMHeadModel(GPT2Config(vocab_size=50, n_embd=32, n_layer=1, n_head=4)).eval()
+    >>> model.set_attn_implementation("favorsharp")
+    >>> maps = calibrate(model, [torch.randint(50, (2, 64))])
+    >>> prompt = torch.randint(50, (1, 10))
+    >>> out = model.generate(prompt, cache=StateCache(), max_new_tokens=3, do_sample=False, pad_token_id=0)
+    >>> out.shape[0], bool(out.shape[1] <= 13)
+    (1, True)
     """
 
     def __init__(self) -> None:

@@ -108,6 +108,18 @@ def calibrate(model: Any, batches: Iterable[Any]) -> dict[str, FeatureMap]:
         If `batches` is a single batch and not an iterable of batches.
     ValueError
         If no layer calls a registered attention, or there are no batches.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from transformers import GPT2Config, GPT2LMHeadModel
+    >>> from favorsharp.transformers import calibrate, register
+    >>> register("favorsharp", num_features=64, rng=0)
+    >>> model = GPT2LMHeadModel(GPT2Config(vocab_size=50, n_embd=32, n_layer=1, n_head=4)).eval()
+    >>> model.set_attn_implementation("favorsharp")
+    >>> maps = calibrate(model, [torch.randint(50, (2, 64))])
+    >>> list(maps)
+    ['transformer.h.0.attn']
     """
     if isinstance(batches, Mapping | torch.Tensor | str):
         raise TypeError(f"batches must be an iterable of batches, got {type(batches).__name__}; accepted: [batch]")
@@ -164,6 +176,22 @@ def save_maps(model: Any, directory: str | Path) -> None:
     ------
     ValueError
         If the model has no maps.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> import torch
+    >>> from transformers import GPT2Config, GPT2LMHeadModel
+    >>> from favorsharp.transformers import calibrate, load_maps, register, save_maps
+    >>> register("favorsharp", num_features=64, rng=0)
+    >>> model = GPT2LMHeadModel(GPT2Config(vocab_size=50, n_embd=32, n_layer=1, n_head=4)).eval()
+    >>> model.set_attn_implementation("favorsharp")
+    >>> maps = calibrate(model, [torch.randint(50, (2, 64))])
+    >>> with tempfile.TemporaryDirectory() as directory:
+    ...     save_maps(model, directory)
+    ...     loaded = load_maps(model, directory)
+    >>> list(loaded)
+    ['transformer.h.0.attn']
     """
     holders = [(name, _child(m)) for name, m in model.named_modules() if isinstance(_child(m), FrozenMaps)]
     if not holders:
@@ -194,6 +222,16 @@ def load_maps(model: Any, directory: str | Path) -> dict[str, FeatureMap]:
     ------
     ValueError
         If the directory has no maps, or maps for modules that the model does not have.
+
+    Examples
+    --------
+    >>> from transformers import AutoModelForCausalLM
+    >>> from favorsharp.transformers import load_maps, register
+    >>> register("favorsharp")
+    >>> model = AutoModelForCausalLM.from_pretrained(  # doctest: +SKIP
+    ...     "path", attn_implementation="favorsharp"
+    ... )
+    >>> maps = load_maps(model, "path")  # doctest: +SKIP
     """
     files = sorted(Path(directory).glob("*/*.npz"))
     if not files:

@@ -128,7 +128,7 @@ class Visible:
 
     Attributes
     ----------
-    key_mask : boolean tensor, shape (B, 1, s), or None
+    key_mask : tensor of bool, shape (B, 1, s), or None
         True where a key is not padding; None if no key is padding.
     is_causal : bool
         Whether each of the queries, which are at the last n positions, sees only keys up to its own position.
@@ -159,7 +159,7 @@ def compact_mask(
         1.
     mask_function : callable
         (batch, head, query position, key position) -> bool; the attention pattern of the model.
-    attention_mask : boolean tensor, shape (B, positions), optional
+    attention_mask : tensor of bool, shape (B, positions), optional
         True where a position is not padding.
     use_vmap : bool
         Whether transformers evaluates the pattern by vmap, which it does if the model adds a pattern of its own.

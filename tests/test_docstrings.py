@@ -1,0 +1,50 @@
+"""The docstring of each public function says what goes in and what comes out, and has an example.
+
+`make lint` checks the form of all docstrings; the examples run with `make docs`.
+"""
+
+import importlib
+import importlib.util
+import inspect
+
+import pytest
+
+pytest.importorskip("numpydoc")
+from numpydoc.docscrape import NumpyDocString
+
+MODULES = {
+    "favorsharp": None,
+    "favorsharp.distributed": "torch",
+    "favorsharp.sklearn": "sklearn",
+    "favorsharp.torch": "torch",
+    "favorsharp.transformers": "transformers",
+}
+"""The modules that users import, and the library that each needs."""
+RESULTS = {"Refinement"}
+"""Classes that only functions make; these have the examples."""
+
+
+def public():
+    for name, library in MODULES.items():
+        if library is None or importlib.util.find_spec(library):
+            module = importlib.import_module(name)
+            for attribute in sorted(set(module.__all__) - RESULTS):
+                value = getattr(module, attribute)
+                if inspect.isfunction(value) or inspect.isclass(value):
+                    yield pytest.param(value, id=f"{name}.{attribute}")
+
+
+def documented(section):
+    return [name.lstrip("*") for entry in section for name in entry.name.replace(" ", "").split(",")]
+
+
+@pytest.mark.parametrize("value", list(public()))
+def test_public_docstrings(value):
+    parsed = NumpyDocString(inspect.getdoc(value))
+    assert parsed["Summary"]
+    assert any(line.startswith(">>>") for line in parsed["Examples"])
+    if inspect.isfunction(value):
+        signature = inspect.signature(value)
+        assert documented(parsed["Parameters"]) == list(signature.parameters)
+        if signature.return_annotation not in (None, "None") and not hasattr(value, "__wrapped__"):
+            assert parsed["Returns"]
