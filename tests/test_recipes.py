@@ -1,0 +1,146 @@
+"""CONTRIBUTING's three recipes, followed to the letter in a copy of the sources."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def copy(tmp_path):
+    """A copy of the library and of the backends."""
+    if not (ROOT / "backends").is_dir():
+        pytest.skip("needs the sources")
+    for name in ("favorsharp", "backends/favorsharp_numba", "backends/favorsharp_cuda"):
+        shutil.copytree(ROOT / name, tmp_path / Path(name).name, ignore=shutil.ignore_patterns("__pycache__"))
+    return tmp_path
+
+
+def insert(path, before, text):
+    """Put text before the first line that contains `before`."""
+    lines = path.read_text().splitlines(keepends=True)
+    place = next(i for i, line in enumerate(lines) if before in line)
+    path.write_text("".join([*lines[:place], text, *lines[place:]]))
+
+
+def run(copy, code):
+    """Run code with the copy in place of the library."""
+    environment = {**os.environ, "PYTHONPATH": str(copy)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, cwd=copy, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_adding_a_method(copy):
+    with (copy / "favorsharp/formulas.py").open("a") as file:
+        file.write(
+            "\n\ndef mine(data: Statistics) -> Values:\n"
+            '    """The values of oprf, with half of its a."""\n'
+            "    values = oprf(data)\n"
+            '    return {**values, "a": 0.5 * values["a"]}\n'
+        )
+    insert(copy / "favorsharp/methods.py", "    Method(", '    _dense("mine", "a method of a test", formulas.mine),\n')
+    run(
+        copy,
+        """
+import numpy as np, favorsharp as fs
+from favorsharp.cli.compare import _options
+from favorsharp.diagnostics import compare
+from favorsharp.sklearn import NadarayaWatsonRegressor
+
+assert "mine" in fs.METHODS
+q, k, v = np.random.default_rng(0).standard_normal((3, 2, 40, 4))
+fitted = fs.fit(q, k, method="mine")
+assert np.all(fs.excess(fitted, q, k) <= fs.excess(fs.fit(q, k, method="posrf"), q, k))
+exact = fs.kernel_matrix(q, k) @ v
+estimate = np.mean([fs.kernel_matvec(q, k, v, fs.feature_map(fitted, 512, rng=i)) for i in range(40)], axis=0)
+assert np.linalg.norm(estimate - exact) < 0.2 * np.linalg.norm(exact)
+assert fs.attention(q, k, v, method="mine", rng=0).shape == v.shape
+NadarayaWatsonRegressor(method="mine").fit(q[0], v[0, :, 0]).predict(q[0])
+assert {row.method for row in compare(q, k, v, num_features=[8], windows=[0], seeds=1, repeats=1)} >= {"mine"}
+assert _options("mine", "8", "0", "iid", False, 0.3)["methods"] == ["mine"]
+""",
+    )
+
+
+def test_adding_an_op(copy):
+    (copy / "favorsharp/ops/doubled.py").write_text(
+        '"""Twice a value."""\n'
+        "from favorsharp.dispatch import Op\n\n\n"
+        "@Op\n"
+        "def doubled(x):\n"
+        '    """2 x, an array of the shape of x."""\n'
+        "    return 2 * x\n"
+    )
+    insert(copy / "favorsharp/backend.py", '"attention": "attention"', '    "doubled": "doubled",\n')
+    for backend in ("favorsharp_numba", "favorsharp_cuda"):
+        (copy / backend / "doubled.py").write_text("def doubled(x):\n    return x + x\n")
+    cases = copy / "favorsharp/_cases.py"
+    imported = "from favorsharp.ops import "
+    cases.write_text(cases.read_text().replace(imported, f"{imported}doubled, "))
+    made = '    "doubled": lambda: [Case("five", lambda to: ((to(np.arange(5.0)),), {}))],\n'
+    insert(cases, '    "exponential_features": _exponential_features,', made)
+    run(
+        copy,
+        """
+import numpy as np, favorsharp as fs
+from favorsharp.testing import check_backend
+
+rows = check_backend("numba", ops=["doubled"], libraries=["numpy"])
+assert {row.dtype for row in rows} == {"float16", "float32", "float64"}
+assert fs.explain("doubled", like=np.ones(3)).chosen == "numba"
+""",
+    )
+
+
+def test_adding_a_backend(copy):
+    package = copy / "mine"
+    package.mkdir()
+    (package / "__init__.py").write_text(
+        '"""A backend of a test."""\n'
+        "from favorsharp.backend import Backend, Kernel\n\n"
+        "BACKEND = Backend(\n"
+        '    "mine",\n'
+        "    kernels=(\n"
+        '        Kernel("read", "mine.read:read", libraries={"numpy"}, devices={"cpu"}, dtypes={"float64"}),\n'
+        "    ),\n"
+        ")\n"
+    )
+    (package / "read.py").write_text(
+        "from favorsharp.dispatch import OPS\n\n\n"
+        "def read(state, q, feature_map):\n"
+        '    return OPS["read"].reference(state, q, feature_map)\n'
+    )
+    metadata = copy / "mine-0.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: mine\nVersion: 0\n")
+    (metadata / "entry_points.txt").write_text("[favorsharp.backends]\nmine = mine:BACKEND\n")
+    run(
+        copy,
+        """
+import numpy as np, favorsharp as fs
+from favorsharp.testing import check_backend
+
+assert check_backend("mine")
+q, k, v = np.random.default_rng(0).standard_normal((3, 20, 4))
+feature_map = fs.feature_map(fs.fit(q, k), 16, rng=0)
+state = fs.update(fs.init_state(feature_map, 4, like=k), k, v, feature_map)
+with fs.use("mine"):
+    fs.read(state, q, feature_map)
+assert fs.explain("read", like=(state, q, feature_map)).chosen != "mine"
+""",
+    )
+
+
+def test_the_recipes_name_files_that_exist():
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    named = set(re.findall(r"`?((?:favorsharp|backends|tests|docs)/[\w/.]+\.(?:py|md))", text))
+    assert len(named) > 8
+    assert [name for name in named if not (ROOT / name).exists()] == []
