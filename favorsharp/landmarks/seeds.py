@@ -96,7 +96,7 @@ def _candidates(y: Array, visible: Array, slots: int, noise: Noise) -> tuple[Arr
     count = xp.sum(cast(first, wide), axis=-1, keepdims=True)
     different = xp.argsort(cast(~first, xp.int8), axis=-1, stable=True)
     slot = xp.arange(slots, dtype=wide, **on_device_of(y))
-    offset = xp.where(count > slots, from_host(noise.offsets[:slots], y, dtype=wide), 0.0)
+    offset = from_host(noise.offsets[:slots], y, dtype=wide)  # without effect if each candidate has its slot
     rank = xp.floor((slot + offset) * xp.maximum(count / slots, xp.ones_like(count)))
     filled = rank < count
     rank = cast(xp.minimum(rank, xp.zeros_like(rank) + (y.shape[-2] - 1)), order.dtype)
