@@ -155,8 +155,7 @@ def gather(logs: Array, v: Array, total: Partial | None = None) -> Partial:
     xp = namespace_of(logs, v)
     ref = xp.max(logs, axis=-2, keepdims=True)
     p = xp.matrix_transpose(xp.exp(logs - xp.where(ref == -xp.inf, 0.0, ref)))
-    ones = xp.ones((*v.shape[:-1], 1), dtype=v.dtype, **on_device_of(v))
-    sums = p @ xp.concat([v, ones], axis=-1)
+    sums = p @ xp.concat([v, xp.ones_like(v[..., :1])], axis=-1)
     part = Partial(sums[..., :-1], sums[..., -1:], xp.matrix_transpose(ref))
     return part if total is None else merge(total, part)
 
