@@ -792,6 +792,20 @@ def test_bad_arguments_are_named(case):
         call()
 
 
+def test_tiles_do_not_matter(few_xp, monkeypatch):
+    q, k, v = (few_xp(x) for x in attention_problem(20, (2,), n=70))
+    lm = fs.landmarks(6)
+
+    def results():
+        calls = [fs.linear_attention(q, k, v, lm, **options) for options in ({}, {"window": 4}, {"is_causal": True})]
+        return [few_xp.back(x) for x in (*calls, expected_error(q, k, lm))]
+
+    want = results()
+    monkeypatch.setattr("favorsharp.ops.state.TILE_ELEMENTS", 1)  # 16 points
+    for a, b in zip(results(), want, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-11)
+
+
 def test_memory_is_linear():
     import tracemalloc
 
