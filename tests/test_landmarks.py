@@ -12,7 +12,7 @@ from problems import attention_problem
 
 import favorsharp as fs
 from favorsharp.diagnostics import expected_error, load_sample
-from favorsharp.landmarks.seeds import noise_of
+from favorsharp.landmarks.seeds import choose_seeds, noise_of
 from favorsharp.landmarks.state import landmark_map, log_weights, moments_of
 
 KERNELS = ["softmax", "gaussian"]
@@ -81,6 +81,15 @@ def test_as_many_landmarks_as_different_keys_are_exact(xp, kernel):
     other = np.where(hidden[..., None], rng.standard_normal(k.shape), k)
     got = xp.back(fs.linear_attention(xp(q), xp(other), xp(v), fs.landmarks(9, kernel=kernel), key_mask=xp(~hidden)))
     np.testing.assert_allclose(got, exact(q, k, v, kernel, ~hidden), atol=1e-12)
+
+
+def test_no_seed_is_drawn_twice(few_xp, rng):
+    """The distance of a seed from itself is rounded, and other keys may weigh next to nothing."""
+    u, weight = rng.standard_normal((50, 6)), np.linspace(0, -400, 50)
+    visible = np.ones(50, bool)
+    index, needed = choose_seeds(few_xp(u), few_xp(weight), few_xp(u), few_xp(visible), 60, noise_of(0, 0, 60, 6))
+    assert sorted(few_xp.back(index)[:50]) == list(range(50))
+    assert few_xp.back(needed).tolist() == [True] * 50 + [False] * 10
 
 
 def test_one_query_needs_one_landmark(few_xp):
@@ -269,7 +278,7 @@ def test_stream_is_the_definition(few_xp, kernel, window):
     np.testing.assert_allclose(few_xp.back(got), want, rtol=1e-7, atol=1e-8)
 
 
-def test_single_precision_devices_choose_alike():
+def test_single_precision_devices():
     strict = pytest.importorskip("array_api_strict")
     arrays = [x[:2].astype(np.float32) for x in load_sample()]
     given = [strict.asarray(x, device=strict.Device("no_float64")) for x in arrays]
@@ -310,6 +319,15 @@ def test_updates_of_any_length_are_one_stream(few_xp, window):
     short = fs.update(fs.init_state(lm, 5, like=k, window=window), *part((k, v), 0, 12), lm)
     want = exact(*(few_xp.back(x) for x in (q, *part((k, v), 0, 12))))
     np.testing.assert_allclose(few_xp.back(fs.read(short, q, lm)), want, atol=1e-12)
+
+
+def test_without_queries_keys_stand_for_them(few_xp):
+    _, k, v = stream_problem(few_xp, n=16)
+    lm = fs.landmarks(8, room=7)
+    state = fs.update(fs.init_state(lm, 5, like=k), k, v, lm)
+    _, seen = fs.linear_attention(k, k, v, lm, is_causal=True, return_state=True)
+    np.testing.assert_allclose(few_xp.back(state.keys), few_xp.back(seen.keys), rtol=1e-9, atol=1e-10)
+    np.testing.assert_allclose(few_xp.back(state.log_weight), few_xp.back(seen.log_weight), rtol=1e-9, atol=1e-10)
 
 
 def test_combine(few_xp):
@@ -772,6 +790,20 @@ def test_bad_arguments_are_named(case):
     call, kind, message = SPOILED[case]
     with pytest.raises(kind, match=message):
         call()
+
+
+def test_tiles_do_not_matter(few_xp, monkeypatch):
+    q, k, v = (few_xp(x) for x in attention_problem(20, (2,), n=70))
+    lm = fs.landmarks(6)
+
+    def results():
+        calls = [fs.linear_attention(q, k, v, lm, **options) for options in ({}, {"window": 4}, {"is_causal": True})]
+        return [few_xp.back(x) for x in (*calls, expected_error(q, k, lm))]
+
+    want = results()
+    monkeypatch.setattr("favorsharp.ops.state.TILE_ELEMENTS", 1)  # 16 points
+    for a, b in zip(results(), want, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-11)
 
 
 def test_memory_is_linear():

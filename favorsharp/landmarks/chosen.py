@@ -8,7 +8,7 @@ unchanged.
 
 from dataclasses import dataclass, replace
 
-from favorsharp._arrays import broadcast_shapes, cast, namespace_of, under_own_settings, without_gradient
+from favorsharp._arrays import broadcast_shapes, cast, namespace_of, on_device_of, under_own_settings, without_gradient
 from favorsharp._typing import Array
 from favorsharp.landmarks.metric import Metric
 from favorsharp.landmarks.seeds import choose_seeds, noise_of
@@ -90,15 +90,17 @@ def centred(y: Array, log_weight: Array | None, metric: Metric, kernel: str, sca
 
 
 def nearness(points: Array, used: Array, metric: Metric, y: Array) -> tuple[Array, Array]:
-    """u.u_c - |u_c|^2 / 2 of keys and landmarks, and which landmark is nearest to each key, both (*b, s, m)."""
+    """u.u_c - |u_c|^2 / 2 of keys and landmarks, and which landmark is nearest to each key, both (*b, s, m).
+
+    The first is -inf for unused landmarks.
+    """
     xp = namespace_of(points)
     lifted = points @ metric.lift
     toward = lifted @ xp.matrix_transpose(metric.lift)
     squares = xp.matrix_transpose(xp.sum(lifted * lifted, axis=-1, keepdims=True))
-    scores = y @ xp.matrix_transpose(toward) - 0.5 * squares
-    held = xp.where(used, without_gradient(scores), -xp.inf)
-    nearest = xp.argmax(held, axis=-1, keepdims=True)
-    slots = xp.cumulative_sum(xp.ones_like(held[..., :1, :], dtype=nearest.dtype), axis=-1) - 1
+    scores = y @ xp.matrix_transpose(toward) + xp.where(used, -0.5 * squares, -xp.inf)
+    nearest = xp.argmax(without_gradient(scores), axis=-1, keepdims=True)
+    slots = xp.arange(points.shape[-2], dtype=nearest.dtype, **on_device_of(points))
     return scores, nearest == slots
 
 
@@ -153,7 +155,8 @@ def gather(logs: Array, v: Array, total: Partial | None = None) -> Partial:
     xp = namespace_of(logs, v)
     ref = xp.max(logs, axis=-2, keepdims=True)
     p = xp.matrix_transpose(xp.exp(logs - xp.where(ref == -xp.inf, 0.0, ref)))
-    part = Partial(p @ v, xp.sum(p, axis=-1, keepdims=True), xp.matrix_transpose(ref))
+    sums = p @ xp.concat([v, xp.ones_like(v[..., :1])], axis=-1)
+    part = Partial(sums[..., :-1], sums[..., -1:], xp.matrix_transpose(ref))
     return part if total is None else merge(total, part)
 
 

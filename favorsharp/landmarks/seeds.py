@@ -11,6 +11,7 @@ from typing import Any
 
 from favorsharp._arrays import broadcast_shapes, cast, from_host, namespace_of, on_device_of, statistics_dtype
 from favorsharp._typing import Array
+from favorsharp.ops.state import tiles_of
 
 CANDIDATES = 4
 """Candidates for each landmark."""
@@ -87,8 +88,10 @@ def _candidates(y: Array, visible: Array, slots: int, noise: Noise) -> tuple[Arr
     """
     xp = namespace_of(y)
     wide = statistics_dtype(y)
-    along = xp.sum(cast(y, wide) * from_host(noise.direction, y, dtype=wide), axis=-1)
-    along = xp.where(visible, along, xp.inf)
+    direction = from_host(noise.direction, y, dtype=wide)
+    tiles = tiles_of(y.shape[-2], y.shape[-1], y.shape[:-2])
+    parts = [xp.sum(cast(y[..., a:b, :], wide) * direction, axis=-1) for a, b in tiles]  # equal keys have equal sums
+    along = xp.where(visible, parts[0] if len(parts) == 1 else xp.concat(parts, axis=-1), xp.inf)
     order = xp.argsort(along, axis=-1, stable=True)
     along = xp.take_along_axis(along, order, axis=-1)
     first = xp.concat([xp.ones_like(along[..., :1], dtype=xp.bool), along[..., 1:] != along[..., :-1]], axis=-1)
@@ -96,7 +99,7 @@ def _candidates(y: Array, visible: Array, slots: int, noise: Noise) -> tuple[Arr
     count = xp.sum(cast(first, wide), axis=-1, keepdims=True)
     different = xp.argsort(cast(~first, xp.int8), axis=-1, stable=True)
     slot = xp.arange(slots, dtype=wide, **on_device_of(y))
-    offset = xp.where(count > slots, from_host(noise.offsets[:slots], y, dtype=wide), 0.0)
+    offset = from_host(noise.offsets[:slots], y, dtype=wide)  # without effect if each candidate has its slot
     rank = xp.floor((slot + offset) * xp.maximum(count / slots, xp.ones_like(count)))
     filled = rank < count
     rank = cast(xp.minimum(rank, xp.zeros_like(rank) + (y.shape[-2] - 1)), order.dtype)

@@ -131,8 +131,6 @@ def _packed(
     xp = namespace_of(q, k, v)
     pieces = []
     for a, b in pairwise(bounds):
-        if a == b and bounds[-1] > 0:
-            continue
         mask = None if key_mask is None else key_mask[..., a:b]
         x, y, values = (points[..., a:b, :] for points in (q, k, v))
         state = None
