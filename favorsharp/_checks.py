@@ -17,7 +17,7 @@ from favorsharp._arrays import (
     namespace_of,
     tensor_fault,
 )
-from favorsharp._typing import Array, Namespace
+from favorsharp._typing import Array, DType, Namespace
 
 
 def check_array(name: str, x: Any) -> None:
@@ -231,6 +231,32 @@ def check_group(enable_gqa: bool, q: Array, k: Array, names: tuple[str, str] = (
             f"enable_gqa needs a multiple of the key heads: {names[0]} has {heads} heads, {names[1]} has {key_heads}"
         )
     return int(heads // key_heads)
+
+
+def check_group_of_state(enable_gqa: bool, q: Array, batch: tuple[int, ...]) -> int:
+    """The number of query heads that share a head of a state with these leading axes; 1 without `enable_gqa`."""
+    if not check_flag("enable_gqa", enable_gqa):
+        check_broadcast("q (*b, n, d)", q=q.shape[:-2], state=batch)
+        return 1
+    heads, key_heads = (shape[-1] if shape else 0 for shape in (q.shape[:-2], batch))
+    if key_heads == 0 or heads == 0 or heads % key_heads:
+        raise ValueError(
+            f"enable_gqa needs a multiple of the key heads: q has {heads} heads, the state has {key_heads}"
+        )
+    return int(heads // key_heads)
+
+
+def check_out(out: Any, q: Array, shape: tuple[int, ...], dtype: DType) -> None:
+    """Check that out has the library and the device of q, the given shape and dtype, and can be written to."""
+    check_floats(q=q, out=out)
+    if library_of(out) == "jax":
+        raise TypeError("out must be an array that can be written to; JAX arrays cannot: use the returned value")
+    if tuple(out.shape) != shape or out.dtype != dtype:
+        raise ValueError(
+            f"out has shape {tuple(out.shape)} and dtype {dtype_name(out)}; accepted: {shape} and {dtype_name(dtype)}"
+        )
+    if library_of(out) == "numpy" and not out.flags.writeable:
+        raise ValueError("out must be an array that can be written to, got a read-only one")
 
 
 def _kind(x: Any) -> str:

@@ -3,7 +3,7 @@
 With g = 1 no axis is added, and these functions return what they are given.
 """
 
-from favorsharp._arrays import namespace_of
+from favorsharp._arrays import broadcast_shapes, namespace_of
 from favorsharp._typing import Array
 
 
@@ -35,3 +35,9 @@ def grouped(
     if group == 1:
         return q, k, v, key_mask
     return split_heads(group, q), k[..., None, :, :], v[..., None, :, :], add_mask_axis(key_mask)
+
+
+def merged_batch(group: int, *batches: tuple[int, ...]) -> tuple[int, ...]:
+    """The leading axes of a result with merged heads, from the leading axes of arguments with the group axis."""
+    batch = broadcast_shapes(*batches)
+    return batch if group == 1 else (*batch[:-2], batch[-2] * batch[-1])

@@ -11,7 +11,6 @@ from favorsharp._arrays import (
     is_array,
     is_followed,
     is_traced,
-    library_of,
     result_dtype,
     to_host,
 )
@@ -19,12 +18,11 @@ from favorsharp._checks import (
     check_array,
     check_attention,
     check_broadcast,
-    check_flag,
     check_floats,
     check_integer,
     check_same_size,
 )
-from favorsharp._heads import grouped, merge_heads, split_heads
+from favorsharp._heads import grouped, merge_heads, merged_batch, split_heads
 from favorsharp._typing import Array, DType, Namespace
 from favorsharp._values import astype
 from favorsharp.dispatch import Implementation
@@ -78,6 +76,12 @@ class Call:
         """The leading axes of a state of these keys."""
         mask = () if self.key_mask is None else self.key_mask.shape[:-1]
         return broadcast_shapes(self.k.shape[:-2], self.v.shape[:-2], self.feature_map.batch_shape, mask)
+
+    def shape_with(self, state: State | None) -> tuple[int, ...]:
+        """The shape of the result of a call that goes on from a state, which has the group axis too."""
+        held = () if state is None else state.kv.shape[:-2]
+        batch = merged_batch(self.group, self.q.shape[:-2], self.key_batch, held)
+        return (*batch, self.q.shape[-2], self.v.shape[-1])
 
     def empty_state(self, window: int, like: Array) -> State:
         """The state of no keys, for these keys."""
@@ -192,22 +196,6 @@ def check_values(state: State, v: Array) -> None:
         raise ValueError(f"state and v must agree in e: state has e={state.v_size}, v has e={v.shape[-1]}")
 
 
-def state_group(state: Any, q: Array, enable_gqa: bool) -> int:
-    """The number of query heads that share a head of the state; 1 without `enable_gqa`."""
-    if not check_flag("enable_gqa", enable_gqa):
-        if isinstance(state, State):
-            check_broadcast("q (*b, n, d)", q=q.shape[:-2], state=state.kv.shape[:-2])
-        return 1
-    if not isinstance(state, State):
-        raise TypeError(f"state must be a favorsharp.State, got {type(state).__name__}")
-    heads, key_heads = (x.shape[-3] if x.ndim > 2 else 0 for x in (q, state.kv))
-    if key_heads == 0 or heads == 0 or heads % key_heads:
-        raise ValueError(
-            f"enable_gqa needs a multiple of the key heads: q has {heads} heads, the state has {key_heads}"
-        )
-    return int(heads // key_heads)
-
-
 def check_bounds(cu_seqlens: Any, n: int, s: int) -> list[int]:
     """Check the boundaries of packed sequences, and return them as host integers."""
     if n != s:
@@ -229,21 +217,3 @@ def check_bounds(cu_seqlens: Any, n: int, s: int) -> list[int]:
         shown = bounds if len(bounds) <= 12 else [*bounds[:6], "...", *bounds[-3:]]
         raise ValueError(f"cu_seqlens must start at 0, end at n={n} and ascend, got {shown}")
     return bounds
-
-
-def check_out(call: Call, out: Any, state: State | None) -> None:
-    """Check that out has the library, device, shape and dtype of the result; the state has the group axis."""
-    check_floats(q=call.q, out=out)
-    if library_of(out) == "jax":
-        raise TypeError("out must be an array that can be written to; JAX arrays cannot: use the returned value")
-    batch = broadcast_shapes(call.q.shape[:-2], call.key_batch, () if state is None else state.kv.shape[:-2])
-    if call.group > 1:
-        batch = (*batch[:-2], batch[-2] * batch[-1])
-    shape = (*batch, call.q.shape[-2], call.v.shape[-1])
-    if tuple(out.shape) != shape or out.dtype != call.dtype:
-        raise ValueError(
-            f"out has shape {tuple(out.shape)} and dtype {dtype_name(out)}; accepted: {shape} and "
-            f"{dtype_name(call.dtype)}"
-        )
-    if library_of(out) == "numpy" and not out.flags.writeable:
-        raise ValueError("out must be an array that can be written to, got a read-only one")

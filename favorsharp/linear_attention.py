@@ -10,9 +10,11 @@ from favorsharp._checks import (
     check_broadcast,
     check_flag,
     check_floats,
+    check_group_of_state,
     check_in_memory,
     check_integer,
     check_mask,
+    check_out,
     check_points,
     check_same_size,
 )
@@ -24,12 +26,10 @@ from favorsharp.calls import (
     check_bounds,
     check_continued,
     check_map,
-    check_out,
     check_positive,
     check_state,
     check_values,
     checked,
-    state_group,
 )
 from favorsharp.dispatch import Op
 from favorsharp.features import FeatureMap
@@ -124,7 +124,7 @@ def attention(
         return landmark_call(q, k, v, num_features, given, scale=scale, rng=rng, **shared)
     check_attention(q, k, v, is_causal=is_causal, key_mask=key_mask, enable_gqa=enable_gqa)
     check_in_memory(q=q, k=k, v=v)
-    check_method(method)
+    check_method(method, also=("landmarks",))
     if calibration is None:
         if is_causal and method_of(method).is_fitted:
             raise ValueError(
@@ -252,7 +252,7 @@ def linear_attention(
     check_flag("return_state", return_state)
     before = None if state is None else check_continued(call, state, feature_map, k)
     if out is not None:
-        check_out(call, out, before)
+        check_out(out, call.q, call.shape_with(before), call.dtype)
     if cu_seqlens is not None:
         if state is not None or return_state:
             raise ValueError("cu_seqlens with state or return_state is not supported: run the sequences one by one")
@@ -423,9 +423,9 @@ def read(state: Any, q: Array, /, feature_map: FeatureMap | Landmarks, *, enable
         return landmark_read(state, q, feature_map, enable_gqa=enable_gqa)
     check_floats(q=q)
     check_points("q", q, "(*b, n, d)")
-    group = state_group(state, q, enable_gqa)
-    check_map(feature_map, group, q=q)
     check_state(state, feature_map, q=q)
+    group = check_group_of_state(enable_gqa, q, state.kv.shape[:-2])
+    check_map(feature_map, group, q=q)
     prepared = astype(feature_map, state.kv.dtype)
     if group > 1:
         prepared = prepared.expanded()

@@ -9,7 +9,6 @@ from favorsharp._arrays import (
     cast,
     compute_dtype,
     differentiate,
-    dtype_name,
     library_of,
     namespace_of,
     result_dtype,
@@ -20,13 +19,15 @@ from favorsharp._checks import (
     check_broadcast,
     check_flag,
     check_floats,
+    check_group_of_state,
     check_in_memory,
     check_integer,
     check_mask,
+    check_out,
     check_points,
     check_same_size,
 )
-from favorsharp._heads import merge_heads, split_heads
+from favorsharp._heads import merge_heads, merged_batch, split_heads
 from favorsharp._typing import Array
 from favorsharp.landmarks.attention import absorbed, gathered, read_state, stream, whole
 from favorsharp.landmarks.settings import Landmarks, landmarks
@@ -76,10 +77,12 @@ def landmark_attention(
     group = q.shape[-3] // k.shape[-3] if enable_gqa else 1
     batches = [k.shape[:-2], v.shape[:-2], () if key_mask is None else key_mask.shape[:-1]]
     batches += [] if state is None else [state.batch_shape]
-    if out is not None:
-        _check_out(out, q, k, v, batches, group)
     options: dict[str, Any] = {"is_causal": is_causal, "window": window, "grouped": group > 1}
     x = split_heads(group, q)
+    if out is not None:
+        inner = batches if group == 1 else [(*batch, 1) if batch else batch for batch in batches]
+        batch = merged_batch(group, x.shape[:-2], *inner)
+        check_out(out, q, (*batch, q.shape[-2], v.shape[-1]), result_dtype(xp, q, k, v))
     if bounds is not None:
         if state is not None or return_state:
             raise ValueError("cu_seqlens with state or return_state is not supported: run the sequences one by one")
@@ -169,18 +172,9 @@ def landmark_read(state: Any, q: Array, settings: Landmarks, *, enable_gqa: bool
     check_floats(q=q)
     check_points("q", q, "(*b, n, d)")
     _check_state(state, settings, q=q)
-    if not check_flag("enable_gqa", enable_gqa):
-        check_broadcast("q (*b, n, d)", q=q.shape[:-2], state=state.batch_shape)
-        return cast(read_state(state, q), q.dtype)
-    heads, key_heads = (shape[-1] if shape else 0 for shape in (q.shape[:-2], state.batch_shape))
-    if key_heads == 0 or heads == 0 or heads % key_heads:
-        raise ValueError(
-            f"enable_gqa needs a multiple of the key heads: q has {heads} heads, the state has {key_heads}"
-        )
-    group = heads // key_heads
-    if group == 1:
-        return cast(read_state(state, q), q.dtype)
-    return cast(merge_heads(group, read_state(state, split_heads(group, q), grouped=True)), q.dtype)
+    group = check_group_of_state(enable_gqa, q, state.batch_shape)
+    out = read_state(state, split_heads(group, q), grouped=group > 1)
+    return cast(merge_heads(group, out), q.dtype)
 
 
 @under_own_settings
@@ -248,23 +242,3 @@ def _check_state(
         raise ValueError(f"window must be that of the state, {state.window}, got {window}")
     if window and not is_causal:
         raise ValueError("a window with a state needs is_causal=True: a bidirectional window takes no state")
-
-
-def _check_out(out: Any, q: Array, k: Array, v: Array, batches: list[tuple[int, ...]], group: int) -> None:
-    """Check that out has the library, device, shape and dtype of the result."""
-    xp = check_floats(q=q, k=k, v=v, out=out)
-    if library_of(out) == "jax":
-        raise TypeError("out must be an array that can be written to; JAX arrays cannot: use the returned value")
-    if group > 1:
-        inner = [(*batch, 1) if batch else batch for batch in batches]
-        *batch, heads, count = broadcast_shapes((*q.shape[:-3], q.shape[-3] // group, group), *inner)
-        shape = (*batch, heads * count, q.shape[-2], v.shape[-1])
-    else:
-        shape = (*broadcast_shapes(q.shape[:-2], *batches), q.shape[-2], v.shape[-1])
-    dtype = result_dtype(xp, q, k, v)
-    if tuple(out.shape) != shape or out.dtype != dtype:
-        raise ValueError(
-            f"out has shape {tuple(out.shape)} and dtype {dtype_name(out)}; accepted: {shape} and {dtype_name(dtype)}"
-        )
-    if library_of(out) == "numpy" and not out.flags.writeable:
-        raise ValueError("out must be an array that can be written to, got a read-only one")
