@@ -69,12 +69,10 @@ class _Problem:
 
     def run(self, kernel: Any, work: float, *arguments: Any, direct: bool = False, stream: bool = False) -> None:
         """Run a kernel for all tasks, shared among threads."""
-        sizes = Features(
-            self.n, self.m, self.d, self.m_pad, self.d_pad, self.per_head, self.packed, self.terms, self.constants,
-            int(direct), int(stream),
-        )  # fmt: skip
+        sizes = Features(self.n, self.m, self.d, self.m_pad, self.d_pad, self.per_head, int(direct), int(stream))
         tasks, items = self.heads * self.per_head, items_of(kernel, sizes)
-        share(kernel, tasks, work, items, self.one, sizes, self.u, self.row, *arguments)
+        fixed = (self.u, self.row, self.packed, self.terms, self.constants)
+        share(kernel, tasks, work, items, self.one, sizes, *fixed, *arguments)
 
 
 def exponential_features(u: Any, rows: Any, row: Any, column: Any, *, out: Any = None) -> Any:

@@ -16,11 +16,10 @@ from favorsharp_numba.vectors.rows import fill, total_of
 
 
 class Features(NamedTuple):
-    """The sizes of a call, and the constants that all tasks share.
+    """The sizes of a call.
 
-    `columns` and `rows` are the addresses of the lists of places, one for each head, of the columns' terms and of W in
-    panels. `constants` is the place of a 1 (item ONE) and, from item `ZEROS` on, of zeros. A head is cut into
-    `per_head` tasks. `direct`: the kernel stores features where they belong; `stream`: past the caches.
+    A head is cut into `per_head` tasks. `direct`: the kernel stores features where they belong; `stream`: past the
+    caches.
     """
 
     n: int
@@ -29,14 +28,12 @@ class Features(NamedTuple):
     m_pad: int
     d_pad: int
     per_head: int
-    rows: int
-    columns: int
-    constants: int
     direct: int
     stream: int
 
 
 ZEROS = 8
+"""Where the zeros begin in the array `constants` that the kernels take; its item ONE is 1."""
 
 ForwardSpace = namedtuple("ForwardSpace", "points terms ones tile end")
 
@@ -52,26 +49,30 @@ def forward_space(s, points):
 
 
 @inlined
-def load_tile(one, s, u, row, head, start, count, w):
+def load_tile(one, s, u, row, constants, head, start, count, w):
     """Load a tile of points and the terms of their rows."""
-    factor, zeros = s.constants + ONE, s.constants + ZEROS
+    factor, zeros = constants + ONE, constants + ZEROS
     load_points(one, u, NO_MASK, head, start, count, s.d, s.d_pad, factor, zeros, w.points)
     load_points(one, row, NO_MASK, head, start, count, 1, 1, factor, zeros, w.terms)
 
 
 @kernel(forward_space)
-def features(one, s, u, row, out, low, high, scratch):
-    """The features of tasks low .. high; `s` is a `Features`."""
+def features(one, s, u, row, rows, columns, constants, out, low, high, scratch):
+    """The features of tasks low .. high; `s` is a `Features`.
+
+    `rows` and `columns` are the addresses of two lists of places, with an item for each head: those of W in panels, and
+    of the terms of the columns.
+    """
     w = forward_space(s, scratch)
     fill(one, w.ones, TILE, one)
     width = panel(one)
     for task in range(low, high):
         head, piece = task // s.per_head, task % s.per_head
         stop = s.n * (piece + 1) // s.per_head
-        matrix, terms = integer_at(s.rows + 8 * head), integer_at(s.columns + 8 * head)
+        matrix, terms = integer_at(rows + 8 * head), integer_at(columns + 8 * head)
         for start in range(s.n * piece // s.per_head, stop, TILE):
             count = min(TILE, stop - start)
-            load_tile(one, s, u, row, head, start, count, w)
+            load_tile(one, s, u, row, constants, head, start, count, w)
             if s.direct:
                 place = (out.base + integer_at(out.offsets + 8 * head) + start * out.row) // out.item
                 step = out.row // out.item
@@ -108,7 +109,9 @@ def backward_space(s, points):
 
 
 @kernel(backward_space)
-def features_backward(one, s, u, row, gradient, wide_rows, du, drow, drows, dcolumn, low, high, scratch):
+def features_backward(
+    one, s, u, row, rows, columns, constants, gradient, wide_rows, du, drow, drows, dcolumn, low, high, scratch
+):  # fmt: skip
     """The gradients of tasks low .. high, from features that are computed again.
 
     `wide_rows` is the address of the list of places of W row by row. Every task has its own drows and dcolumn, and adds
@@ -116,14 +119,14 @@ def features_backward(one, s, u, row, gradient, wide_rows, du, drow, drows, dcol
     """
     w = backward_space(s, scratch)
     width = panel(one)
-    factor, zeros = s.constants + ONE, s.constants + ZEROS
+    factor, zeros = constants + ONE, constants + ZEROS
     for task in range(low, high):
         head, piece = task // s.per_head, task % s.per_head
         stop = s.n * (piece + 1) // s.per_head
-        matrix, terms = integer_at(s.rows + 8 * head), integer_at(s.columns + 8 * head)
+        matrix, terms = integer_at(rows + 8 * head), integer_at(columns + 8 * head)
         for start in range(s.n * piece // s.per_head, stop, TILE):
             count = min(TILE, stop - start)
-            load_tile(one, s, u, row, head, start, count, w)
+            load_tile(one, s, u, row, constants, head, start, count, w)
             product_exp(
                 one, count, s.m_pad, s.d, w.points, s.d_pad, 1, matrix, s.d * width, width, w.features, s.m_pad,
                 w.terms, terms,

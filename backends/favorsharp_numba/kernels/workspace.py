@@ -9,7 +9,7 @@ Layouts are compiled into the kernels that call them; `on_host` turns one into a
 """
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, lru_cache
 from types import FunctionType
 from typing import Any
 
@@ -27,6 +27,7 @@ def kernel(layout: Any) -> Callable[[Callable[..., Any]], Any]:
     return compiled
 
 
+@lru_cache(maxsize=1024)  # a small call would notice the cost of a layout
 def items_of(kernel: Any, sizes: Any) -> int:
     """The number of items of a kernel's workspace, for problems of the given sizes."""
     return int(on_host(kernel.layout)(sizes, 0).end)

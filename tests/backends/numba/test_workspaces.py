@@ -37,7 +37,7 @@ KERNELS = {value for module in MODULES for value in vars(module).values() if has
 def sizes_for(name):
     """Sizes whose parts have different lengths."""
     if name.startswith("exponential_features"):
-        return [Features(100, 21, 5, 32, 16, 1, 0, 0, 0, direct, 0) for direct in (0, 1)]
+        return [Features(100, 21, 5, 32, 16, 1, direct, 0) for direct in (0, 1)]
     found = []
     for d, m, e in ((8, 12, 5), (5, 1, 1), (3, 40, 130)):
         q, k, _ = attention_problem(0, d=d)
