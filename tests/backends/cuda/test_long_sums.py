@@ -9,13 +9,14 @@ from on_host import installed
 from shape_classes import function
 
 import favorsharp as fs
+from favorsharp.parameters import astype
 
 pytestmark = pytest.mark.own_backend
 pytest.importorskip("favorsharp_cuda")
-from favorsharp_cuda import launch, tiles  # noqa: E402
+from favorsharp_cuda import gradients, launch, tiles  # noqa: E402
 
 N, LAST = 8_192 + 40, 100
-LIMIT = 1.5e-5
+LIMIT = 8e-6
 """Of float32 at any length: values, weights and sums in two planes of bfloat16."""
 
 
@@ -23,6 +24,7 @@ LIMIT = 1.5e-5
 def on_tensor_cores_that_cut(monkeypatch):
     """And in as few pieces as there may be: those of a GPU that many heads fill."""
     monkeypatch.setattr(tiles, "BLOCKS", 1)
+    monkeypatch.setattr(gradients, "ENOUGH_BLOCKS", 1)
     with installed() as name, fs.use(name):
         launch.module_class = TruncatingModule
         yield
@@ -57,7 +59,9 @@ either = pytest.mark.parametrize("equal", [False, True], ids=["keys that differ"
 def test_causal(window, equal):
     arrays = problem(equal=equal)
     out = fs.linear_attention(*arrays, is_causal=True, window=window)
-    assert_close(out, expected("linear_attention", *arrays, is_causal=True, window=window))
+    want = expected("linear_attention", *arrays, is_causal=True, window=window)
+    assert_close(out, want, 2 * LIMIT)  # some of the early rows: 1.2e-5
+    assert_close(out[-LAST:], want[-LAST:])
 
 
 @pytest.mark.parametrize("name", ["linear_attention", "kernel_matvec"])
@@ -70,7 +74,8 @@ def test_all_keys(name):
 @pytest.mark.slow
 def test_causal_of_many():
     arrays = problem(8 * N, equal=True)
-    assert_close(fs.linear_attention(*arrays, is_causal=True), np.broadcast_to(arrays[2][0], arrays[2].shape))
+    out = fs.linear_attention(*arrays, is_causal=True)
+    assert_close(out, np.broadcast_to(arrays[2][0], arrays[2].shape), 2 * LIMIT)
 
 
 def test_window_and_packed():
@@ -78,9 +83,9 @@ def test_window_and_packed():
     q, k, v, fm = problem(5000, equal=True)
     bounds = [0, 100, 4600, 5000]
     out = fs.linear_attention(q, k, v, fm, window=16, cu_seqlens=bounds)
-    assert_close(out, np.broadcast_to(v[0], v.shape))
+    assert_close(out, np.broadcast_to(v[0], v.shape), 2 * LIMIT)
     out = fs.linear_attention(q, k, v, fm, is_causal=True, cu_seqlens=bounds)
-    assert_close(out, np.broadcast_to(v[0], v.shape))
+    assert_close(out, np.broadcast_to(v[0], v.shape), 2 * LIMIT)
 
 
 @either
@@ -95,34 +100,24 @@ def test_blocks_of_a_state(block, equal):
     assert_close(fs.read(state, q[:LAST], fm), expected("linear_attention", q[:LAST], k, v, fm))
 
 
-def after_very_many(k, v, fm):
-    """A state that has seen the first key 2**31 times."""
-    state = fs.update(fs.init_state(fm, v.shape[1], like=k), k[:1], v[:1], fm)
-    return replace(state, kv=state.kv * np.float32(2**31), z=state.z * np.float32(2**31))
-
-
 @pytest.mark.parametrize("by", ["tokens", "blocks", "causal attention"])
 def test_keys_are_not_lost_in_very_many(by):
-    """A tile of them is below the rounding of the sums, which states keep in their low parts."""
-    n, large = 1200, 4e5
+    """A tile of them is below the rounding of the sums, whose low parts have it."""
+    n, many = 300, np.float32(2**31)
     q, k, v, fm = problem(n, equal=True)
-    state = after_very_many(k, v, fm)
-    v = v * np.float32(large)
+    state = fs.update(fs.init_state(fm, v.shape[1], like=k), k[:1], v[:1], fm)
+    c = state.c + 1  # references that do not rise
+    state = before = replace(state, kv=state.kv * many, z=state.z * many, c=c, kv_low=None, z_low=None)
     if by == "causal attention":
-        out, state = function("causal_attention")(q, k, v, fm, state=state)
-        seen = np.arange(1, n + 1)[:, None]
-        assert_close(out, v[:1] / large * (1 + seen * large / 2**31))
+        _, state = function("causal_attention")(q, k, v, fm, state=state)
     else:
         block = 1 if by == "tokens" else 40
         for start in range(0, n, block):
             state = fs.update(state, k[start : start + block], v[start : start + block], fm)
-    want = v[0].astype(np.float64) / large * (1 + n * large / 2**31) / (1 + n / 2**31)
-    assert want[0] > 1.2 * v[0, 0] / large
-    assert_close(fs.read(state, q[:20], fm), np.broadcast_to(want, (20, 2)))
-    total = np.exp(state.c.astype(np.float64)) * (state.z + state.z_low.astype(np.float64))
-    first = fm.key(k[:1].astype(np.float64))
-    np.testing.assert_allclose(total / first, 2**31 + n, rtol=1e-5)
-    assert (np.abs(state.z_low) <= np.spacing(state.z)).all()
+    z = n * np.exp(fm.log_key(k[:1].astype(np.float64)) - c)
+    for sum_, low, old, want in ((state.z, state.z_low, before.z, z), (state.kv, state.kv_low, before.kv, z.T * v[0])):
+        assert (np.abs(low) <= np.spacing(sum_) / 2 * 1.001).all()
+        np.testing.assert_allclose(sum_.astype(np.float64) - old + low, want, rtol=2e-5)
 
 
 @pytest.mark.parametrize("is_causal", [False, True])
@@ -131,3 +126,47 @@ def test_plain_kernels(is_causal):
     q, k, v, fm = problem(3000, equal=True, d=130)
     out = fs.linear_attention(q[-3000 if is_causal else -LAST :], k, v, fm, is_causal=is_causal)
     assert_close(out, np.broadcast_to(v[0], out.shape), 2e-6)
+
+
+def gradients_of(name, arrays, dtype, **options):
+    """Of what is differentiated with a gradient of one sign: q, k, v, and the rows and weights of the map."""
+    q, k, v = (x.astype(dtype) for x in arrays[:3])
+    _, pullback = fs.vjp(name, q, k, v, astype(arrays[3], dtype), of_map=True, **options)
+    return pullback(1 + v[:, ::-1] / 4)
+
+
+def assert_gradients(name, arrays, limit, **options):
+    """The largest error beside the largest gradient: those of attention mostly cancel."""
+    pytest.importorskip("favorsharp_numba")
+    got = gradients_of(name, arrays, np.float32, **options)
+    with fs.use("numba"):
+        want = gradients_of(name, arrays, np.float64, **options)
+    for group in (slice(0, 3), slice(3, 5)):
+        largest = max(np.abs(x).max() for x in want[group])
+        for a, b in zip(got[group], want[group], strict=True):
+            assert a.dtype == np.float32
+            assert np.abs(a - b).max() <= limit * largest
+
+
+@either
+def test_gradients_of_products(equal):
+    """Sums of one sign in all gradients, where nothing cancels."""
+    assert_gradients("kernel_matvec", problem(3100, equal=equal), 2e-6)
+
+
+@pytest.mark.parametrize("options", [{"is_causal": True}, {"is_causal": True, "window": 64}], ids=str)
+def test_gradients_of_attention(options):
+    assert_gradients("linear_attention", problem(2300, equal=False), 2e-5, **options)
+
+
+def test_gradients_of_features():
+    n = 4136
+    q, *_, fm = problem(n, equal=False)
+    rows, row, column = fm.rows.astype(np.float32), np.full((n, 1), -1, np.float32), np.zeros((1, 8), np.float32)
+    given = q, rows, row, column
+    found = function("exponential_features_vjp")(*given)[1](np.ones((n, 8), np.float32))
+    q, rows, row, column = (x.astype(np.float64) for x in given)
+    features = np.exp(q @ rows.T + row + column)
+    want = (features @ rows, features.T @ q, features.sum(1)[:, None], features.sum(0)[None])
+    for a, b in zip(found, want, strict=True):
+        assert np.abs(a - b).max() <= 2e-6 * np.abs(b).max()
