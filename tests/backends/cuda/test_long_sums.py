@@ -16,7 +16,7 @@ pytest.importorskip("favorsharp_cuda")
 from favorsharp_cuda import gradients, launch, tiles  # noqa: E402
 
 N, LAST = 8_192 + 40, 100
-LIMIT = 8e-6
+LIMIT = 1e-5
 """Of float32 at any length: values, weights and sums in two planes of bfloat16."""
 
 
@@ -60,7 +60,7 @@ def test_causal(window, equal):
     arrays = problem(equal=equal)
     out = fs.linear_attention(*arrays, is_causal=True, window=window)
     want = expected("linear_attention", *arrays, is_causal=True, window=window)
-    assert_close(out, want, 2 * LIMIT)  # some of the early rows: 1.2e-5
+    assert_close(out, want, 2 * LIMIT)  # errors of some early rows are 1.2e-5
     assert_close(out[-LAST:], want[-LAST:])
 
 
@@ -135,13 +135,13 @@ def gradients_of(name, arrays, dtype, **options):
     return pullback(1 + v[:, ::-1] / 4)
 
 
-def assert_gradients(name, arrays, limit, **options):
-    """The largest error beside the largest gradient: those of attention mostly cancel."""
+def assert_gradients(name, arrays, limits, **options):
+    """The largest errors beside the largest gradient, of points and of a map."""
     pytest.importorskip("favorsharp_numba")
     got = gradients_of(name, arrays, np.float32, **options)
     with fs.use("numba"):
         want = gradients_of(name, arrays, np.float64, **options)
-    for group in (slice(0, 3), slice(3, 5)):
+    for group, limit in zip((slice(0, 3), slice(3, 5)), limits, strict=True):
         largest = max(np.abs(x).max() for x in want[group])
         for a, b in zip(got[group], want[group], strict=True):
             assert a.dtype == np.float32
@@ -151,12 +151,13 @@ def assert_gradients(name, arrays, limit, **options):
 @either
 def test_gradients_of_products(equal):
     """Sums of one sign in all gradients, where nothing cancels."""
-    assert_gradients("kernel_matvec", problem(3100, equal=equal), 2e-6)
+    assert_gradients("kernel_matvec", problem(3100, equal=equal), (2e-6, 2e-6))
 
 
 @pytest.mark.parametrize("options", [{"is_causal": True}, {"is_causal": True, "window": 64}], ids=str)
 def test_gradients_of_attention(options):
-    assert_gradients("linear_attention", problem(2300, equal=False), 2e-5, **options)
+    """Those of the map mostly cancel."""
+    assert_gradients("linear_attention", problem(2300, equal=False), (1e-5, 1e-4), **options)
 
 
 def test_gradients_of_features():
