@@ -13,7 +13,7 @@ import torch
 from favorsharp._arrays import broadcast_shapes
 from favorsharp.features.dense_exponential import DenseExponentialMap
 from favorsharp.features.map_gradients import map_gradients
-from favorsharp.ops.state import State, empty_state, has_low_parts
+from favorsharp.ops.state import State, empty_state
 from favorsharp.parameters import Parameters
 from favorsharp_cuda import arrays as memory
 from favorsharp_cuda.attention import attention_with_stats
@@ -100,7 +100,7 @@ def changes(state: State, new: Any, *, low: bool = False) -> tuple[str, ...]:
     With `low`, also the low parts of sums that have some.
     """
     sums: tuple[str, ...] = ("kv", "z", "c") if state.window == 0 or entering(state, new) else ()
-    if sums and low and has_low_parts(state.kv):
+    if sums and low and memory.name_of(state.kv) != "float64":
         sums += ("kv_low", "z_low")
     return (*sums, *(("recent_k", "recent_v", "recent_mask") if state.window else ()))
 
@@ -239,8 +239,8 @@ def kernel_matvec_backward(gradient: Any, x: Any, y: Any, v: Any, *rest: Any, of
 
 def update_(k: Any, v: Any, key_mask: Any, *rest: Any) -> Any:
     """Those arrays of the state that change."""
-    *rest, kv_low, z_low = rest
-    state, feature_map = _of_state(rest)
+    *of_state, kv_low, z_low = rest
+    state, feature_map = _of_state(of_state)
     state = replace(state, kv_low=kv_low, z_low=z_low)
     return _changed(state, update(state, k, v, feature_map, key_mask=key_mask), k.shape[-2], low=True)
 
