@@ -127,13 +127,14 @@ template <int K> HOST_UNSEEN inline float sum_of_products(const float *a, const 
   }
   if (largest == 0 || plain - plain != 0) return (float)plain;  // zeros, or not finite
   const int exponent = (int)(bits<uint64_t>(largest) >> 52) - 1023;
-  const double unit = bits<double>((uint64_t)(1023 + 25 - exponent) << 52), back = bits<double>((uint64_t)(1023 - 25 + exponent) << 52);
+  const double unit = bits<double>((uint64_t)(1023 + 25 - exponent) << 52);
+  const double back = bits<double>((uint64_t)(1023 - 25 + exponent) << 52);
   int64_t sum = 0;
   for (int k = 0; k <= K; k++) sum += (int64_t)(term[k] * unit);
   const double whole = (double)sum * back;
   float kept = (float)whole;
-  if (__builtin_fabs((double)kept) > __builtin_fabs(whole)) kept = bits<float>(bits<uint32_t>(kept) - 1);  // was rounded up
-  return kept;
+  const bool rounded_up = __builtin_fabs((double)kept) > __builtin_fabs(whole);
+  return rounded_up ? bits<float>(bits<uint32_t>(kept) - 1) : kept;
 }
 
 #else
