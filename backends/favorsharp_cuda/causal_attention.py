@@ -1,12 +1,13 @@
 """Causal attention."""
 
+from dataclasses import replace
 from typing import Any
 
 from favorsharp._arrays import broadcast_shapes, namespace_of
-from favorsharp.ops.state import State, num_leaving, with_recent, with_sums
+from favorsharp.ops.state import State, num_leaving, with_recent
 from favorsharp_cuda import arrays, plain, tiles
 from favorsharp_cuda.packed import packed
-from favorsharp_cuda.problem import key_batch_of, sums_of
+from favorsharp_cuda.problem import key_batch_of, lows_of, sums_of
 from favorsharp_cuda.state import fitting, recent_of
 
 
@@ -50,17 +51,20 @@ def _attend(
     key_batch = key_batch_of(feature_map, k, v, key_mask, state)
     batch = broadcast_shapes(tuple(q.shape[:-2]), key_batch)
     queries, keys, values = (fitting(x, wide) for x in (q, k, v))
-    given = None if state is None else sums_of(state)
+    given, low = (None, (None, None)) if state is None else (sums_of(state), lows_of(state))
     out = arrays.target(out, inputs, (*batch, q.shape[-2], v.shape[-1]), arrays.name_of(queries))
     numbers = {"window": window, "first_query": length - q.shape[-2], "limit": limit}
     if tiles.fit(queries, v.shape[-1], walks=True):
-        sums = tiles.causal(
-            out, queries, keys, values, feature_map, key_mask, given, key_batch=key_batch, stats=stats, **numbers
+        sums, new_low = tiles.causal(
+            out, queries, keys, values, feature_map, key_mask, given, low, key_batch=key_batch, stats=stats, **numbers
         )  # fmt: skip
     else:
-        sums = plain.causal(out, queries, keys, values, feature_map, key_mask, given, stats=stats, **numbers)
+        sums, new_low = plain.causal(
+            out, queries, keys, values, feature_map, key_mask, given, low, stats=stats, **numbers
+        )  # fmt: skip
     one_a_key_head = _one_along(batch, key_batch)
     kv, z, c = (x[one_a_key_head] for x in sums)
+    kv_low, z_low = (None if x is None else x[one_a_key_head] for x in new_low)
     if state is None:
         nothing = _nothing(k, v, key_batch)
         state = State(kv=kv, z=z, c=c, window=window, **nothing, fingerprint=None)
@@ -70,7 +74,7 @@ def _attend(
             xp = namespace_of(k)
             key_mask = xp.ones_like(k[..., 0], dtype=xp.bool)
         recent = recent_of(k[..., limit:, :], v[..., limit:, :], key_mask[..., limit:])
-    return arrays.cast(out, dtype), with_sums(state, kv, z, c, **recent)
+    return arrays.cast(out, dtype), replace(state, kv=kv, z=z, c=c, kv_low=kv_low, z_low=z_low, **recent)
 
 
 def _nothing(k: Any, v: Any, batch: tuple[int, ...]) -> dict[str, Any]:

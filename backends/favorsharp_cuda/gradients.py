@@ -20,6 +20,8 @@ ENOUGH_BLOCKS = 512
 """Blocks that keep a large card busy."""
 SHORTEST_SEGMENT = 512
 """Points that a segment has at least: its sums cost as much as reading some hundred points."""
+LONGEST_SEGMENT = 2048
+"""Points that it has at most, or one block of a window: within one, sums in float32 keep no low parts."""
 
 _ARRAY = PROBLEM["q"]
 _ARRAYS = (
@@ -151,7 +153,7 @@ def segments_of(heads: int, points: int, block: int) -> tuple[int, int]:
     """Into how many segments to cut the points of each head, and the points of one, in whole blocks."""
     wanted = max(1, min(-(-ENOUGH_BLOCKS // max(1, heads)), points // SHORTEST_SEGMENT))
     blocks = max(1, -(-points // block))
-    span = -(-blocks // wanted) * block
+    span = max(1, min(-(-blocks // wanted), LONGEST_SEGMENT // block)) * block
     return max(1, -(-points // span)), span
 
 

@@ -5,6 +5,7 @@ versions, for as long as they are among the last few used.
 """
 
 from collections import OrderedDict
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -46,7 +47,7 @@ SCHEMAS = {
         f"(Tensor of_kv, Tensor of_z, Tensor of_c, {_KEYS}, {_CARRIED}, Tensor new_kv, Tensor new_z, Tensor new_c, "
         "*, bool of_map) -> Tensor[]"
     ),
-    "update": f"(Tensor k, Tensor v, Tensor? key_mask, {_OF_STATE}) -> Tensor[]",
+    "update": (f"(Tensor k, Tensor v, Tensor? key_mask, {_OF_STATE}, Tensor? kv_low, Tensor? z_low) -> Tensor[]"),
     "read": f"(Tensor q, {_OF_STATE}) -> Tensor",
     "read_with_stats": f"(Tensor q, {_OF_STATE}) -> (Tensor, Tensor)",
     "read_backward": f"(Tensor gradient, Tensor q, {_OF_STATE}, Tensor out, Tensor stats, *, bool of_map) -> Tensor[]",
@@ -93,9 +94,14 @@ def parted(saved: Any, count: int) -> tuple[Any, Any, Any]:
     return saved[:count], saved[count : count + 6], saved[count + 6 :]
 
 
-def changes(state: State, new: Any) -> tuple[str, ...]:
-    """The arrays of a state that are others after `new` keys: an operator must not return what it was given."""
-    sums = ("kv", "z", "c") if state.window == 0 or entering(state, new) else ()
+def changes(state: State, new: Any, *, low: bool = False) -> tuple[str, ...]:
+    """The arrays of a state that are others after `new` keys: an operator must not return what it was given.
+
+    With `low`, also the low parts of sums that have some.
+    """
+    sums: tuple[str, ...] = ("kv", "z", "c") if state.window == 0 or entering(state, new) else ()
+    if sums and low and memory.name_of(state.kv) != "float64":
+        sums += ("kv_low", "z_low")
     return (*sums, *(("recent_k", "recent_v", "recent_mask") if state.window else ()))
 
 
@@ -233,8 +239,10 @@ def kernel_matvec_backward(gradient: Any, x: Any, y: Any, v: Any, *rest: Any, of
 
 def update_(k: Any, v: Any, key_mask: Any, *rest: Any) -> Any:
     """Those arrays of the state that change."""
-    state, feature_map = _of_state(rest)
-    return _changed(state, update(state, k, v, feature_map, key_mask=key_mask), k.shape[-2])
+    *of_state, kv_low, z_low = rest
+    state, feature_map = _of_state(of_state)
+    state = replace(state, kv_low=kv_low, z_low=z_low)
+    return _changed(state, update(state, k, v, feature_map, key_mask=key_mask), k.shape[-2], low=True)
 
 
 def read_(q: Any, *rest: Any) -> Any:
@@ -262,8 +270,8 @@ def _state_of(tensors: Any, window: int) -> tuple[State, Any]:
     return State(kv, z, c, window, recent_k, recent_v, recent_mask, fingerprint=None), arrays
 
 
-def _changed(state: State, after: State, new: int) -> list[Any]:
-    return [getattr(after, name).contiguous() for name in changes(state, new)]
+def _changed(state: State, after: State, new: int, *, low: bool = False) -> list[Any]:
+    return [getattr(after, name).contiguous() for name in changes(state, new, low=low)]
 
 
 def exponential_features_backward_(gradient: Any, u: Any, *rest: Any) -> Any:
@@ -351,6 +359,10 @@ def _fake_matvec_backward(gradient: Any, x: Any, y: Any, v: Any, *rest: Any, of_
 
 
 def _fake_update(k: Any, v: Any, key_mask: Any, *rest: Any) -> Any:
+    return _fake_changes(k, v, key_mask, *rest[:-2], low=True)
+
+
+def _fake_changes(k: Any, v: Any, key_mask: Any, *rest: Any, low: bool = False) -> Any:
     *tensors, _, _, window = rest
     state, arrays = _state_of(tensors, window)
     kv, recent_k, recent_v, recent_mask = state.kv, state.recent_k, state.recent_v, state.recent_mask
@@ -363,11 +375,13 @@ def _fake_update(k: Any, v: Any, key_mask: Any, *rest: Any) -> Any:
         "kv": ((*batch, m, v.shape[-1]), kv.dtype),
         "z": ((*batch, 1, m), kv.dtype),
         "c": ((*batch, 1, m), kv.dtype),
+        "kv_low": ((*batch, m, v.shape[-1]), kv.dtype),
+        "z_low": ((*batch, 1, m), kv.dtype),
         "recent_k": ((*own, length, k.shape[-1]), k.dtype),
         "recent_v": ((*own, length, v.shape[-1]), v.dtype),
         "recent_mask": ((*own, length), torch.bool),
     }
-    return [k.new_empty(made[name][0], dtype=made[name][1]) for name in changes(state, new)]
+    return [k.new_empty(made[name][0], dtype=made[name][1]) for name in changes(state, new, low=low)]
 
 
 def _fake_read(q: Any, kv: Any, z: Any, c: Any, recent_k: Any, recent_v: Any, recent_mask: Any, *rest: Any) -> Any:
@@ -379,7 +393,7 @@ def _fake_decode(q: Any, k: Any, v: Any, key_mask: Any, *rest: Any) -> Any:
     kv, _, _, recent_k, recent_v, recent_mask, *arrays, _, _, window = rest
     near = [_keys_batch(recent_k, recent_v, recent_mask, arrays)] if window else []
     batch = broadcast_shapes(q.shape[:-2], kv.shape[:-2], _keys_batch(k, v, key_mask, arrays), *near)
-    return [q.new_empty((*batch, 1, v.shape[-1])), *_fake_update(k, v, key_mask, *rest)]
+    return [q.new_empty((*batch, 1, v.shape[-1])), *_fake_changes(k, v, key_mask, *rest)]
 
 
 def _fake_features(u: Any, rows: Any, row: Any, column: Any) -> Any:

@@ -7,7 +7,7 @@ from favorsharp._arrays import broadcast_shapes
 from favorsharp_cuda import arrays
 from favorsharp_cuda.launch import run, shared_room
 from favorsharp_cuda.maps import plain_map
-from favorsharp_cuda.problem import Problem, Sums, key_batch_of, new_sums
+from favorsharp_cuda.problem import Lows, Problem, Sums, key_batch_of, new_lows, new_sums
 from favorsharp_cuda.source import DECODED_HEADS, expression
 
 THREADS = 128
@@ -31,24 +31,29 @@ def attend(
     mask: Any = None,
     out: Any = None,
     sums: Sums | None = None,
+    low: Lows = (None, None),
     new: Sums | None = None,
     partial: Any = None,
     stats: Any = None,
     flags: int = 0,
     pieces: int = 1,
     **numbers: int,
-) -> None:
-    """One launch of `plain_attention`; see kernels/plain.cu for what the flags say."""
+) -> Lows:
+    """One launch of `plain_attention`, and the low parts of new sums; see kernels/plain.cu for what the flags say."""
     d, m = feature_map.parameters.g1.shape[-1], feature_map.num_features
     shared = shared_of(like, dtype, d=d, e=e, m=m)
     given = {"q": q, "k": k, "v": v, "mask": mask, "out": out, "partial_sums": partial, "stats": stats}
     problem = _problem(Problem(batch), feature_map, dtype, e, given, sums, new)
+    new_low = (None, None) if new is None else new_lows(new)
+    problem.sums("in", None, low)
+    problem.sums("out", None, new_low)
     problem.set(
         normalised=1, segments=pieces, flags=flags, num_queries=0 if q is None else q.shape[-2],
         num_keys=0 if k is None else k.shape[-2],
     )  # fmt: skip
     problem.set(**numbers)
     run(expression("plain_attention", dtype), like, problem.heads * pieces, THREADS, problem.values, shared)
+    return new_low
 
 
 def _problem(
@@ -72,9 +77,8 @@ def _problem(
     for name, x in given.items():
         if x is not None:
             problem.array(name, x, trailing=1 if name == "mask" else 2)
-    for names, group in ((("kv_in", "z_in", "c_in"), sums), (("kv_out", "z_out", "c_out"), new)):
-        for name, x in zip(names, group or (), strict=bool(group)):
-            problem.array(name, x)
+    problem.sums("in", sums)
+    problem.sums("out", new)
     return problem
 
 
@@ -149,16 +153,16 @@ def read(
     )  # fmt: skip
 
 
-def absorb(k: Any, v: Any, feature_map: Any, key_mask: Any, sums: Sums) -> Sums:
+def absorb(k: Any, v: Any, feature_map: Any, key_mask: Any, sums: Sums, low: Lows) -> tuple[Sums, Lows]:
     """The sums after further keys."""
     keys = broadcast_shapes(key_batch_of(feature_map, k, v, key_mask), tuple(sums[0].shape[:-2]))
     dtype = arrays.name_of(k)
     new = new_sums(k, keys, feature_map.num_features, v.shape[-1], arrays.WIDER[dtype])
-    attend(
-        keys, feature_map, dtype, like=k, e=v.shape[-1], k=k, v=v, mask=key_mask, sums=sums, new=new, flags=ENTER,
-        limit=k.shape[-2],
+    new_low = attend(
+        keys, feature_map, dtype, like=k, e=v.shape[-1], k=k, v=v, mask=key_mask, sums=sums, low=low, new=new,
+        flags=ENTER, limit=k.shape[-2],
     )  # fmt: skip
-    return new
+    return new, new_low
 
 
 def causal(
@@ -169,21 +173,22 @@ def causal(
     feature_map: Any,
     key_mask: Any,
     sums: Sums | None,
+    low: Lows,
     *,
     window: int,
     first_query: int,
     limit: int,
     stats: Any = None,
-) -> Sums:
+) -> tuple[Sums, Lows]:
     """Every query reads the keys up to its own; the sums after `limit` keys, of every head of the queries."""
     dtype, e, batch = arrays.name_of(q), v.shape[-1], tuple(out.shape[:-2])
     new = new_sums(q, batch, feature_map.num_features, e, arrays.WIDER[dtype])
-    attend(
-        batch, feature_map, dtype, like=q, e=e, q=q, k=k, v=v, mask=key_mask, out=out, sums=sums, new=new,
+    new_low = attend(
+        batch, feature_map, dtype, like=q, e=e, q=q, k=k, v=v, mask=key_mask, out=out, sums=sums, low=low, new=new,
         flags=ENTER | (NEAR if window else 0), window=window, causal=1, first_query=first_query, limit=limit,
         stats=stats,
     )  # fmt: skip
-    return new
+    return new, new_low
 
 
 Recent = tuple[Any, Any, Any]

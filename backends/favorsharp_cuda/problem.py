@@ -18,6 +18,7 @@ _ARRAYS = (
     *("q", "k", "v", "mask", "out", "stats", "partial_sums"),
     *("query_factors", "key_factors"),
     *("kv_in", "z_in", "c_in", "kv_out", "z_out", "c_out"),
+    *("kv_low_in", "z_low_in", "kv_low_out", "z_low_out"),
     *("recent_k", "recent_v", "recent_mask", "recent_k_out", "recent_v_out", "recent_mask_out"),
 )
 PROBLEM = np.dtype(
@@ -78,6 +79,13 @@ class Problem:
         entry["column"] = strides[-1] if trailing == 2 else 0
         entry["axis"] = self._steps(tuple(x.shape[:-trailing]), strides[: len(x.shape) - trailing])
 
+    def sums(self, suffix: str, sums: "Sums | None", low: "Lows" = (None, None)) -> None:
+        """Set those arrays of a state, and of their low parts, that there are; `suffix` is "in" or "out"."""
+        names = ("kv", "z", "c", "kv_low", "z_low")
+        for name, x in zip(names, (*(sums or (None, None, None)), *low), strict=True):
+            if x is not None:
+                self.array(f"{name}_{suffix}", x)
+
     def number(self, name: str, batch: tuple[int, ...]) -> None:
         """Set the axis steps by which a head finds its entry of another batch, which broadcasts to this one."""
         steps = [math.prod(batch[axis + 1 :]) for axis in range(len(batch))]
@@ -124,6 +132,24 @@ Sums = tuple[Any, Any, Any]
 def sums_of(state: Any) -> Sums:
     """Those of a state."""
     return state.kv, state.z, state.c
+
+
+Lows = tuple[Any, Any]
+"""The low parts of kv and z, as in a State: None where there are none."""
+
+
+def lows_of(state: Any) -> Lows:
+    """Those of a state."""
+    return state.kv_low, state.z_low
+
+
+def new_lows(sums: Sums) -> Lows:
+    """Low parts that a kernel is to write beside new sums: none in float64."""
+    dtype = arrays.name_of(sums[0])
+    if dtype == "float64":
+        return None, None
+    kv, z = (arrays.empty(x, tuple(x.shape), dtype) for x in sums[:2])
+    return kv, z
 
 
 def new_sums(like: Any, batch: tuple[int, ...], m: int, e: int, dtype: str) -> Sums:

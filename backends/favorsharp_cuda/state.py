@@ -7,7 +7,7 @@ from typing import Any
 from favorsharp._arrays import broadcast_shapes, namespace_of
 from favorsharp.ops.state import State, num_leaving, with_recent, with_sums
 from favorsharp_cuda import arrays, plain, tiles
-from favorsharp_cuda.problem import key_batch_of, sums_of
+from favorsharp_cuda.problem import key_batch_of, lows_of, sums_of
 
 FEW = 16
 """Points below which the plain kernels are used: a token would fill a row of a tile's 64."""
@@ -123,5 +123,5 @@ def _absorbed(state: State, k: Any, v: Any, key_mask: Any, feature_map: Any) -> 
     wide = arrays.name_of(state.kv)
     k, v, sums = fitting(k, wide), fitting(v, wide), sums_of(state)
     served = k.shape[-2] >= FEW and tiles.fit(k, v.shape[-1])
-    kv, z, c = (tiles if served else plain).absorb(k, v, feature_map, key_mask, sums)
-    return with_sums(state, kv, z, c)
+    (kv, z, c), (kv_low, z_low) = (tiles if served else plain).absorb(k, v, feature_map, key_mask, sums, lows_of(state))
+    return replace(state, kv=kv, z=z, c=c, kv_low=kv_low, z_low=z_low)

@@ -7,7 +7,7 @@ from favorsharp._arrays import broadcast_shapes
 from favorsharp_cuda import arrays
 from favorsharp_cuda.launch import run, shared_room
 from favorsharp_cuda.maps import tile_map
-from favorsharp_cuda.problem import Problem, Sums, key_batch_of, new_sums
+from favorsharp_cuda.problem import Lows, Problem, Sums, key_batch_of, new_lows, new_sums
 from favorsharp_cuda.source import TILE_TYPES, VALUE_SIZES, WALKED_SIZES, expression
 
 TILE, THREADS = 64, 128
@@ -113,6 +113,11 @@ def parts_of(x: Any, e: int) -> list[Any]:
     return [(..., slice(first, min(e, first + size))) for first in range(0, e, size)]
 
 
+def sums_size(m: int, e: int) -> int:
+    """Numbers that sums take in global memory, with their low parts (`Layout` in kernels/tiles.cuh)."""
+    return m * (2 * e + 3)
+
+
 # Launches ------------------------------------------------------------------------------------------------------------
 
 
@@ -162,7 +167,7 @@ class Tiles:
         """The sums of segments: (heads, segments, size); `cut` has their number, span, shift and the keys' limit."""
         segments, span, shift, limit = cut
         heads = math.prod(batch)
-        size = self.map.padded_m * (self.padded_e + 2)
+        size = sums_size(self.map.padded_m, self.padded_e)
         sums = arrays.empty(self.like, (heads, segments, size), "float32")
         p = self.problem(batch, batch)
         p.array("k", k)
@@ -180,9 +185,11 @@ class Tiles:
         batch: tuple[int, ...],
         *,
         state: Sums | None = None,
+        low: Lows = (None, None),
         before: bool = False,
         totals: bool = False,
         new: Sums | None = None,
+        new_low: Lows = (None, None),
         reverse: bool = False,
         empty: bool = False,
     ) -> Any:
@@ -192,9 +199,8 @@ class Tiles:
         if totals:
             out = arrays.empty(self.like, (math.prod(batch), self.map.padded_m * (2 + self.padded_e)), "float32")
             p.set(totals=p.hold(out))
-        for names, group in ((("kv_in", "z_in", "c_in"), state), (("kv_out", "z_out", "c_out"), new)):
-            for name, x in zip(names, group or (), strict=bool(group)):
-                p.array(name, x)
+        p.sums("in", state, low)
+        p.sums("out", new, new_low)
         if sums is not None:
             p.set(sums=p.hold(sums))
         p.set(
@@ -247,7 +253,9 @@ class Tiles:
         out: Any,
         window: int,
         state: Sums | None = None,
+        low: Lows = (None, None),
         new: Sums | None = None,
+        new_low: Lows = (None, None),
         first_query: int = 0,
         limit: int,
         causal: bool = True,
@@ -268,12 +276,12 @@ class Tiles:
         sums = None
         if segments > 1:
             sums = self.absorb(k, v, factors, key_batch, (segments, span, shift, limit))
-            self.scan(sums, key_batch, state=state, before=True, reverse=reverse)
+            self.scan(sums, key_batch, state=state, low=low, before=True, reverse=reverse)
         elif state is not None:
             sums = arrays.empty(
-                self.like, (math.prod(key_batch), 1, self.map.padded_m * (self.padded_e + 2)), "float32"
+                self.like, (math.prod(key_batch), 1, sums_size(self.map.padded_m, self.padded_e)), "float32"
             )
-            self.scan(sums, key_batch, state=state, before=True, empty=True)
+            self.scan(sums, key_batch, state=state, low=low, before=True, empty=True)
         p = self.problem(batch, key_batch)
         p.array("k", k)
         p.array("v", v)
@@ -290,10 +298,9 @@ class Tiles:
         if partial is not None:
             flags |= LOAD if reverse else STORE
             p.array("partial_sums", partial)
-        if new is not None:
-            for name, x in zip(("kv_out", "z_out", "c_out"), new, strict=True):
-                p.array(name, x)
-        scratch = arrays.empty(self.like, (heads * segments * parts, 2 * self.map.padded_m * (size + 2)), "float32")
+        p.sums("out", new, new_low)
+        own = 2 * sums_size(self.map.padded_m, size)
+        scratch = arrays.empty(self.like, (heads * segments * parts, own), "float32")
         stages = 2 if self.has_room(shared_of_walk(self.dtype, self.d, size, 2)) else 1
         p.set(
             num_queries=q.shape[-2], num_keys=n, first_query=first_query, window=window, causal=causal,
@@ -381,35 +388,40 @@ def causal(
     feature_map: Any,
     key_mask: Any,
     state: Sums | None,
+    low: Lows,
     *,
     key_batch: tuple[int, ...],
     window: int,
     first_query: int,
     limit: int,
     stats: Any = None,
-) -> Sums:
+) -> tuple[Sums, Lows]:
     """Every query reads the keys up to its own; the sums after `limit` keys, of every head of the queries."""
     t = Tiles(feature_map, q, arrays.name_of(q), v.shape[-1], walks=True)
     new = new_sums(q, tuple(out.shape[:-2]), feature_map.num_features, v.shape[-1], "float32")
+    new_low = new_lows(new)
     factors = t.factors(k, key_mask, key_batch, query=False)
     t.walk(
-        q, k, v, factors, key_batch, out=out, window=window, state=state, new=new, first_query=first_query, limit=limit,
-        stats=stats,
+        q, k, v, factors, key_batch, out=out, window=window, state=state, low=low, new=new, new_low=new_low,
+        first_query=first_query, limit=limit, stats=stats,
     )  # fmt: skip
-    return new
+    return new, new_low
 
 
-def absorb(k: Any, v: Any, feature_map: Any, key_mask: Any, sums: Sums) -> Sums:
+def absorb(k: Any, v: Any, feature_map: Any, key_mask: Any, sums: Sums, low: Lows) -> tuple[Sums, Lows]:
     """The sums after further keys."""
     keys = broadcast_shapes(key_batch_of(feature_map, k, v, key_mask), tuple(sums[0].shape[:-2]))
     kv, z, c = new = new_sums(k, keys, feature_map.num_features, v.shape[-1], "float32")
+    kv_low, z_low = new_low = new_lows(new)
     for columns in parts_of(k, v.shape[-1]):
         values = v[columns]
         t = Tiles(feature_map, k, arrays.name_of(k), values.shape[-1])
         t.scan(
-            gather(t, k, values, key_mask, keys), keys, state=(sums[0][columns], *sums[1:]), new=(kv[columns], z, c)
+            gather(t, k, values, key_mask, keys), keys, state=(sums[0][columns], *sums[1:]),
+            low=(None if low[0] is None else low[0][columns], low[1]),
+            new=(kv[columns], z, c), new_low=(kv_low[columns], z_low),
         )  # fmt: skip
-    return new
+    return new, new_low
 
 
 def read(out: Any, q: Any, feature_map: Any, sums: Sums, key_batch: tuple[int, ...], *, stats: Any = None) -> None:

@@ -36,7 +36,7 @@ from favorsharp_cuda.operators import (
     update_op,
 )
 from favorsharp_cuda.packed import packed
-from favorsharp_cuda.problem import sums_of
+from favorsharp_cuda.problem import lows_of, sums_of
 from favorsharp_cuda.state import fitting, recent_of
 
 
@@ -108,7 +108,8 @@ def update(state: State, k: Any, v: Any, feature_map: Any, *, key_mask: Any = No
     if _by_reference(*given):
         return updating_op.reference(state, k, v, feature_map, key_mask=key_mask)
     if not _recorded(*given):
-        return _after(state, k, update_op(k, v, key_mask, *arguments_of(state, feature_map)))
+        changed = update_op(k, v, key_mask, *arguments_of(state, feature_map), *lows_of(state))
+        return _after(state, k, changed, low=True)
     if state.window:
         k, v, key_mask = with_recent(state, k, v, key_mask)
         left = num_leaving(k.shape[-2], state.window)
@@ -186,8 +187,10 @@ def _recent_from(left: Any, k: Any, v: Any, key_mask: Any) -> dict[str, Any]:
     return recent_of(k.narrow(-2, left, count), v.narrow(-2, left, count), mask.narrow(-1, left, count))
 
 
-def _after(state: State, k: Any, changed: Any) -> State:
-    new = dict(zip(changes(state, k.shape[-2]), changed, strict=True))
+def _after(state: State, k: Any, changed: Any, *, low: bool = False) -> State:
+    new = dict(zip(changes(state, k.shape[-2], low=low), changed, strict=True))
+    if "kv_low" in new:
+        return replace(state, **new)
     return with_sums(state, **new) if "kv" in new else replace(state, **new)
 
 

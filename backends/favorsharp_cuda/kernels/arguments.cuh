@@ -19,6 +19,7 @@ struct Problem {
   Array query_factors, key_factors;  // the part of log features that is of the point alone
   Array kv_in, z_in, c_in;     // a state to begin with
   Array kv_out, z_out, c_out;  // the state of all keys
+  Array kv_low_in, z_low_in, kv_low_out, z_low_out;  // low parts of kv and z, where computed in float32
   Array recent_k, recent_v, recent_mask;              // what a state keeps beside its features
   Array recent_k_out, recent_v_out, recent_mask_out;  // what the next one keeps
   i64 shape[AXES];             // of the batch; unused axes have length 1

@@ -55,15 +55,8 @@ template <class T, int E> KERNEL(THREADS) read(ARGUMENT Problem p) {
     weigh(log, reading.ref, old);
     round_to_planes<P>(log);
     reading.scale(old);
-#pragma unroll
-    for (int n = 0; n < LANE_COLUMNS; n++)
-#pragma unroll
-      for (int i = 0; i < 2; i++) {
-        const float share = z[tile * TILE + column_of(n, i)];
-        reading.den[0] += log[n][i] * share;
-        reading.den[1] += log[n][i + 2] * share;
-      }
-    multiply_values<P, E>(reading.num, log, stage + 2 * TILE * (D + 8));
+    add_weights(reading.den, log, [&](int column) { return z[again(tile) * TILE + column]; });
+    add_values<P, E>(reading.num, log, stage + 2 * TILE * (D + 8));
     __syncthreads();
     if (p.stages == 1 && tile + 1 < tiles) copy_stage<P, E>(p, stages, side, totals, tile + 1);
   }

@@ -162,13 +162,16 @@ template <class T, int W, int V, int M> struct Sweep {
     if (taking) {
 #pragma unroll 1
       for (int part = 0; part < V; part += VALUE_PART) {
-        Tile<A, M, VALUE_PART> own;
-        own.load(sums + part, VALUES);
+        Tile<A, M, VALUE_PART> own;  // from zero, and then added to the sums
+        own.clear();
         own.template add_product<SUM>(feature, 1, Q, taken + part, VALUES, 1, C);
-        own.store(sums + part, VALUES);
+        own.add(sums + part, VALUES);
       }
-      for (int j = tid; j < M; j += GRADIENT_THREADS)
-        for (int r = 0; r < C; r++) last[j] += feature[r * Q + j] * last_taken[r];
+      for (int j = tid; j < M; j += GRADIENT_THREADS) {
+        A own = 0;
+        for (int r = 0; r < C; r++) own += feature[r * Q + j] * last_taken[r];
+        last[j] += own;
+      }
     }
     __syncthreads();  // all is used, and the next tile may take its place
     return true;
@@ -233,9 +236,9 @@ template <class T, int W, int V, int M> struct Sweep {
 #pragma unroll 1
       for (int part = 0; part < W; part += PART) {
         Tile<A, M, PART> of_rows;
-        of_rows.load(map_sums + part, W + 1);
+        of_rows.clear();
         of_rows.template add_product<VALUE>(slope, 1, Q, point + part, P, 1, C);
-        of_rows.store(map_sums + part, W + 1);
+        of_rows.add(map_sums + part, W + 1);
       }
       if (tid < M) {
         A sum = 0;
@@ -401,7 +404,7 @@ template <class A> KERNEL(GRADIENT_BOUNDS) gradient_scan(ARGUMENT Gradients g) {
   const bool is_last = number < at.sums();
   const int feature = is_last ? number - at.last() : (number - at.sums()) / at.width;
   A *const states = (A *)g.states + thread / numbers * g.state_segments * at.size();
-  A sum = 0, top = -infinity<A>();
+  A sum = 0, low = 0, top = -infinity<A>();
   const i64 head = thread / numbers / g.slices, row = thread / numbers % g.slices * g.slice + feature;
   const i64 column = is_last ? 0 : (number - at.sums()) % at.width;
   const bool there = row < g.m && (is_last || column < g.e);
@@ -419,7 +422,9 @@ template <class A> KERNEL(GRADIENT_BOUNDS) gradient_scan(ARGUMENT Gradients g) {
       state[number] = sum;
       if (is_last) state[at.scanned() + feature] = top;
     }
-    sum = sum * exp_of(top - limited(largest)) + value * exp_of(own - limited(largest));
+    const A scale = exp_of(top - limited(largest));
+    sum *= scale, low *= scale;
+    add_to(sum, low, value * exp_of(own - limited(largest)));
     top = largest;
   }
   if (whole) {

@@ -8,17 +8,18 @@ template <class T, int E> KERNEL(WALK_BOUNDS) walk(ARGUMENT Problem p) {
   typedef Walk<T, E> W;
   SHARED_MEMORY(raw);
   const int parts = (int)p.padded_e / E, part = blockIdx.x % parts;
-  const i64 number = blockIdx.x / parts, segment = number % p.segments, size = p.m_pad * (E + 2);
+  const i64 number = blockIdx.x / parts, segment = number % p.segments;
+  const Layout layout = {(int)p.m_pad, E}, given = layout_of(p);
   int index[AXES];
   split_head(p, number / p.segments, index);
-  float *const state = (float *)p.scratch + (i64)blockIdx.x * 2 * size;
-  W s = {p, (u16 *)raw, part * E, state, state + size};
+  float *const state = (float *)p.scratch + (i64)blockIdx.x * 2 * layout.size();
+  W s = {p, (u16 *)raw, part * E, state, state + layout.size()};
   if (threadIdx.x == 0) {
     const Array *const arrays[] = {&p.q, &p.k, &p.v, &p.key_factors, &p.query_factors, &p.out, &p.partial_sums, &p.stats,
-                                   &p.kv_out, &p.z_out, &p.c_out};
-    const int items[] = {sizeof(T), sizeof(T), sizeof(T), 4, 4, sizeof(T), 4, 4, 4, 4, 4};
+                                   &p.kv_out, &p.z_out, &p.c_out, &p.kv_low_out, &p.z_low_out};
+    const int items[] = {sizeof(T), sizeof(T), sizeof(T), 4, 4, sizeof(T), 4, 4, 4, 4, 4, 4, 4};
 #pragma unroll
-    for (int i = 0; i < 11; i++)
+    for (int i = 0; i < W::QUERY; i++)
       s.starts()[i] = arrays[i]->start ? arrays[i]->start + along(index, arrays[i]->axis) * items[i] : 0;
     const SideView query = side_of(p, p.query, index), key = side_of(p, p.key, index);
     s.starts()[W::QUERY] = (i64)query.start, s.starts()[W::QUERY + 1] = (i64)query.planes;
@@ -27,11 +28,15 @@ template <class T, int E> KERNEL(WALK_BOUNDS) walk(ARGUMENT Problem p) {
 
   // the sums to go on from
   const float *before = p.sums ? sums_of(p, along(index, p.key_axis) * p.segments + segment) : nullptr;
-  for (i64 t = threadIdx.x; t < p.m_pad * E; t += THREADS)
-    s.state[t] = before ? before[t / E * p.padded_e + part * E + t % E] : 0.0f;
-  for (i64 r = threadIdx.x; r < p.m_pad; r += THREADS) {
-    s.state[(int)p.m_pad * E + r] = before ? before[p.m_pad * p.padded_e + r] : 0.0f;
-    s.state[(int)p.m_pad * (E + 1) + r] = before ? before[p.m_pad * (p.padded_e + 1) + r] : -INFINITY_F;
+  for (i64 t = threadIdx.x; t < p.m_pad * E; t += THREADS) {
+    const int r = (int)t / E, to = layout.at(r, (int)t % E), from = given.at(r, part * E + (int)t % E);
+    s.state[to] = before ? before[from] : 0.0f;
+    s.state[to + Layout::LOW] = before ? before[from + Layout::LOW] : 0.0f;
+  }
+  for (int r = threadIdx.x; r < p.m_pad; r += THREADS) {
+    s.state[layout.z(r)] = before ? before[given.z(r)] : 0.0f;
+    s.state[layout.c(r)] = before ? before[given.c(r)] : -INFINITY_F;
+    s.state[layout.z_low(r)] = before ? before[given.z_low(r)] : 0.0f;
   }
   __syncthreads();  // and the places of arrays
 
@@ -151,11 +156,18 @@ template <class T, int E> KERNEL(WALK_BOUNDS) walk(ARGUMENT Problem p) {
   if (p.kv_out.start && blockIdx.x / parts % p.segments == p.segments - 1) {
     const View<float> kv = s.template array<float>(W::KV_OUT, p.kv_out);
     const View<float> z = s.template array<float>(W::Z_OUT, p.z_out), c = s.template array<float>(W::C_OUT, p.c_out);
-    for (i64 t = threadIdx.x; t < p.m * E; t += THREADS)
-      if (s.e_first + t % E < p.e) kv.at(t / E, s.e_first + t % E) = s.state[t];
-    for (i64 r = threadIdx.x; r < p.m && s.e_first == 0; r += THREADS) {
-      z.at(0, r) = s.state[(int)p.m_pad * E + r];
-      c.at(0, r) = s.state[(int)p.m_pad * (E + 1) + r] * LN_2;
+    const View<float> kv_low = s.template array<float>(W::KV_LOW_OUT, p.kv_low_out);
+    const View<float> z_low = s.template array<float>(W::Z_LOW_OUT, p.z_low_out);
+    for (int t = threadIdx.x; t < p.m * E; t += THREADS) {
+      const int r = t / E, column = s.e_first + t % E;
+      if (column >= p.e) continue;
+      kv.at(r, column) = s.state[layout.at(r, t % E)];
+      kv_low.at(r, column) = s.state[layout.at(r, t % E) + Layout::LOW];
+    }
+    for (int r = threadIdx.x; r < p.m && s.e_first == 0; r += THREADS) {
+      z.at(0, r) = s.state[layout.z(r)];
+      z_low.at(0, r) = s.state[layout.z_low(r)];
+      c.at(0, r) = s.state[layout.c(r)] * LN_2;
     }
   }
 }

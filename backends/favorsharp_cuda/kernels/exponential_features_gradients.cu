@@ -57,9 +57,12 @@ template <class T, int W> KERNEL(GRADIENT_BOUNDS) exponential_features_gradients
         A *const place = drow + start + (tid >> 2);
         *place = slice > 0 ? *place + total : total;
       }
-      of_rows.template add_product<VALUE>(slope, 1, Q, point, P, 1, C);
-      if (tid < M)
-        for (int r = 0; r < C; r++) of_column += slope[r * Q + tid];
+      of_rows.template add_product<VALUE, true>(slope, 1, Q, point, P, 1, C);
+      if (tid < M) {
+        A own = 0;
+        for (int r = 0; r < C; r++) own += slope[r * Q + tid];
+        of_column += own;
+      }
       __syncthreads();  // the next points, or features, take their place
     }
     A *const to = (A *)g.map_sums + ((head * g.slices + slice) * g.segments + segment) * M * (W + 1);

@@ -171,8 +171,8 @@ template <class T> KERNEL(GRADIENT_BOUNDS) sum_members(ARGUMENT Gradients g) {
   Members members(g, number / size);
   const i64 row = number % size / g.num_columns, column = number % g.num_columns;
   const A *from = (const A *)g.from + row * g.row_step + column * g.column_step;
-  A sum = 0;
-  for (u32 t = 0; t < members.count; t++) sum += from[members.head(g, t) * g.head_step];
+  A sum = 0, low = 0;
+  for (u32 t = 0; t < members.count; t++) add_to(sum, low, from[members.head(g, t) * g.head_step]);
   put(&view<T>(g.target, members.base).at(row, column), sum);
 }
 
@@ -205,11 +205,13 @@ template <class T, int W> KERNEL(GRADIENT_BOUNDS) gradient_factor_sums(ARGUMENT 
       weighted[r * P + c] = r < count ? slopes[start + r] * point[r * P + c] : 0;
     }
     __syncthreads();  // the points, and the points times their gradients
-    products.template add_product<Planes<T>::VALUE>(weighted + part * 32, 1, P, point, P, 1, C);
+    products.template add_product<Planes<T>::VALUE, true>(weighted + part * 32, 1, P, point, P, 1, C);
     if (part == 0) {
+      A own = 0, own_total = 0;
       if (threadIdx.x < W)
-        for (int r = 0; r < C; r++) sum += weighted[r * P + threadIdx.x];
-      for (int r = 0; r < count; r++) total += slopes[start + r];
+        for (int r = 0; r < C; r++) own += weighted[r * P + threadIdx.x];
+      for (int r = 0; r < count; r++) own_total += slopes[start + r];
+      sum += own, total += own_total;
     }
     __syncthreads();  // the next points take their place
   }
@@ -226,8 +228,8 @@ template <class A> KERNEL(GRADIENT_BOUNDS) sum_segments(ARGUMENT Gradients g) {
   const i64 number = (i64)blockIdx.x * GRADIENT_THREADS + threadIdx.x, inner = g.inner;
   if (number >= g.outer * inner) return;
   const A *from = (const A *)g.from + number / inner * g.segments * inner + number % inner;
-  A sum = 0;
-  for (i64 t = 0; t < g.segments; t++) sum += from[t * inner];
+  A sum = 0, low = 0;
+  for (i64 t = 0; t < g.segments; t++) add_to(sum, low, from[t * inner]);
   ((A *)g.to)[number] = sum;
 }
 
@@ -238,15 +240,17 @@ template <class A> KERNEL(GRADIENT_BOUNDS) gradient_map(ARGUMENT Gradients g) {
   if (thread >= g.targets * g.m * columns) return;
   const i64 feature = thread / columns % g.m, column = thread % columns;
   Members members(g, thread / columns / g.m);
-  A sum = 0;
+  A sum = 0, low = 0;
   for (u32 t = 0; t < members.count; t++) {
     const i64 line = (members.head(g, t) * g.inner + feature) * (g.width + 1);
     const A *query = (const A *)g.from + line, *key = (const A *)g.to + line;
     if (g.keys_read) {
-      sum += (query[g.width] + key[g.width]) / 2;
+      add_to(sum, low, (query[g.width] + key[g.width]) / 2);
     } else {
       const View<const A> g1 = view<const A>(g.q, members.index), g2 = view<const A>(g.k, members.index);
-      for (i64 c = 0; c < g.d; c++) sum += query[c] * g1.at(column, c) + key[c] * g2.at(column, c);
+      A own = 0;
+      for (i64 c = 0; c < g.d; c++) own += query[c] * g1.at(column, c) + key[c] * g2.at(column, c);
+      add_to(sum, low, own);
     }
   }
   const View<A> to = view<A>(g.target, members.base);

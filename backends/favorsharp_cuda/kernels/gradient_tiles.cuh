@@ -10,6 +10,7 @@ namespace favorsharp {
 constexpr int GRADIENT_THREADS = 128;
 #define GRADIENT_BOUNDS GRADIENT_THREADS, 2  // two blocks a processor: all 255 registers of a thread may be used
 constexpr int GRADIENT_ROWS = 32;  // points worked on at once
+constexpr i64 PIECE = 2048;        // points at most whose sums are added up without low parts (gradients.py)
 
 // Planes of the products in exponents, of those whose differences are small (sums, and what is read of them), and of
 // others.
@@ -56,15 +57,16 @@ template <class A, int R, int N> struct Tile {
   DEVICE void clear() {
     each([](int, int, A &value) { value = 0; });
   }
-  DEVICE void load(const A *from, int pitch) {
-    each([&](int r, int c, A &value) { value = from[r * pitch + c]; });
-  }
   DEVICE void store(A *to, int pitch) {
     each([&](int r, int c, A &value) { to[r * pitch + c] = value; });
   }
+  DEVICE void add(A *to, int pitch) {
+    each([&](int r, int c, A &value) { to[r * pitch + c] += value; });
+  }
 
-  // Add a (R x inner) times b (inner x N), whose items are steps apart along their rows and along their columns.
-  template <int PLANES>
+  // Add a (R x inner) times b (inner x N), whose items are steps apart along their rows and along their columns. For sums
+  // over many points the additions are ROUNDED: tensor cores cut what they add, and these errors, all of one sign, add up.
+  template <int PLANES, bool ROUNDED = false>
   DEVICE void add_product(const float *a, int a_row, int a_inner, const float *b, int b_inner, int b_column, int inner) {
     const int pair = (lane() & 3) * 2;
     a += first_row() * a_row + pair * a_inner;
@@ -88,19 +90,24 @@ template <class A, int R, int N> struct Tile {
           split<PLANES>(from[0], from[b_inner], right[i]);
         }
 #pragma unroll
-        for (int r = 0; r < ROWS; r++)
+        for (int r = 0; r < ROWS; r++) {
+          float own[4] = {0, 0, 0, 0}, (&sum)[4] = ROUNDED ? own : x[r][c];
 #pragma unroll
           for (int order = PLANES - 1; order >= 0; order--)  // small terms first
 #pragma unroll
             for (int p = 0; p <= order; p++) {
               const u32 first[4] = {left[r][0][p], left[r][1][p], left[r][2][p], left[r][3][p]};
               const u32 second[2] = {right[0][order - p], right[1][order - p]};
-              mma(x[r][c], first, second, bfloat16());
+              mma(sum, first, second, bfloat16());
             }
+          if (ROUNDED)
+#pragma unroll
+            for (int i = 0; i < 4; i++) x[r][c][i] += own[i];
+        }
       }
     }
   }
-  template <int PLANES>
+  template <int PLANES, bool ROUNDED = false>
   DEVICE void add_product(const double *a, int a_row, int a_inner, const double *b, int b_inner, int b_column,
                           int inner) {
 #pragma unroll 1

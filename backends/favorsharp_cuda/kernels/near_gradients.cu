@@ -46,70 +46,76 @@ template <class T, int W> KERNEL(GRADIENT_BOUNDS) near_gradients(ARGUMENT Gradie
   };
 
   load(keys_read, mine, read, factor_mine, last_mine, start, count);
-  Tile<A, C, W> of_points, of_values;
-  of_points.clear(), of_values.clear();
-  A total = 0, weights = 0;  // sums over what is read: of the gradients of scores, and of the weights
   i64 low = keys_read && g.causal ? start : (block - 1) * w, high = (block + 2) * w;
   if (!keys_read && g.causal) high = start + count;
   low = low < 0 ? 0 : low, high = high < others ? high : others;
-  for (i64 first = low; first < high; first += C) {
-    const int size = (int)min((i64)C, high - first);
-    load(!keys_read, theirs, taken, factor_theirs, last_theirs, first, size);
-    __syncthreads();  // both tiles
-    if (g.gaussian) {
-      halve(mine, half_mine);
-      halve(theirs, half_theirs);
+  for (i64 part = low; part < high; part += PIECE) {  // whose sums are added to those before
+    const i64 stop = min(high, part + PIECE);
+    Tile<A, C, W> of_points, of_values;
+    of_points.clear(), of_values.clear();
+    A total = 0, weights = 0;  // sums over what is read: of the gradients of scores, and of the weights
+    for (i64 first = part; first < stop; first += C) {
+      const int size = (int)min((i64)C, stop - first);
+      load(!keys_read, theirs, taken, factor_theirs, last_theirs, first, size);
+      __syncthreads();  // both tiles
+      if (g.gaussian) {
+        halve(mine, half_mine);
+        halve(theirs, half_theirs);
+      }
+      Tile<A, C, C> scores, products;
+      scores.clear(), products.clear();
+      scores.template add_product<EXPONENT>(mine, P, 1, theirs, 1, P, W);
+      products.template add_product<VALUE>(read, P, 1, taken, 1, P, W);
+      if (g.gaussian) __syncthreads();  // the norms
+      scores.each([&](int r, int c, A &value) {
+        const i64 reader = start + r, other = first + c;
+        const bool seen = !g.causal || (keys_read ? other >= reader : other <= reader);
+        value += factor_mine[r] + factor_theirs[c];
+        if (g.gaussian) value -= half_mine[r] + half_theirs[c];
+        value = seen ? exp_of(value) : A(0);
+      });
+      scores.store(weight, PAIR);
+      products.each([&](int r, int c, A &value) { value += last_mine[r] * last_theirs[c]; });
+#pragma unroll
+      for (int r = 0; r < products.ROWS; r++)
+#pragma unroll
+        for (int c = 0; c < products.COLUMNS; c++)
+#pragma unroll
+          for (int i = 0; i < 4; i++) products.x[r][c][i] *= scores.x[r][c][i];
+      products.store(slope, PAIR);
+      __syncthreads();  // weights and the gradients of scores
+      if (!g.measuring) of_points.template add_product<VALUE, true>(slope, PAIR, 1, theirs, P, 1, C);
+      if (keys_read) of_values.template add_product<VALUE, true>(weight, PAIR, 1, taken, P, 1, C);
+      if (g.gaussian || g.measuring) {
+        A own_total = 0, own_weights = 0;
+        for (int c = quarter; c < C; c += 4) own_total += slope[row * PAIR + c], own_weights += weight[row * PAIR + c];
+        total += own_total, weights += own_weights;
+      }
+      __syncthreads();  // the next tile takes their place
     }
-    Tile<A, C, C> scores, products;
-    scores.clear(), products.clear();
-    scores.template add_product<EXPONENT>(mine, P, 1, theirs, 1, P, W);
-    products.template add_product<VALUE>(read, P, 1, taken, 1, P, W);
-    if (g.gaussian) __syncthreads();  // the norms
-    scores.each([&](int r, int c, A &value) {
-      const i64 reader = start + r, other = first + c;
-      const bool seen = !g.causal || (keys_read ? other >= reader : other <= reader);
-      value += factor_mine[r] + factor_theirs[c];
-      if (g.gaussian) value -= half_mine[r] + half_theirs[c];
-      value = seen ? exp_of(value) : A(0);
+    if (g.measuring) {
+      total = quarter_sum(total), weights = quarter_sum(weights);
+      if (quarter != 0 || row >= count) continue;
+      ((A *)g.query_last)[head * all + start + row] -= total;
+      ((A *)g.query_weights)[head * all + start + row] += weights;
+      continue;
+    }
+    if (g.gaussian) {  // scores fall with the distance: take the reader's own point off
+      total = quarter_sum(total);
+      if (quarter == 0) half_mine[row] = total;
+      __syncthreads();  // the sums of all rows
+      of_points.each([&](int r, int c, A &value) { value -= half_mine[r] * mine[r * P + c]; });
+    }
+    const i64 line = head * all + start;
+    A *points_to = (A *)(keys_read ? g.dk : g.dq) + line * g.d, *values_to = (A *)g.dv + line * g.e;
+    of_points.each([&](int r, int c, A &value) {
+      if (r < count && c < g.d) points_to[r * g.d + c] += value;
     });
-    scores.store(weight, PAIR);
-    products.each([&](int r, int c, A &value) { value += last_mine[r] * last_theirs[c]; });
-#pragma unroll
-    for (int r = 0; r < products.ROWS; r++)
-#pragma unroll
-      for (int c = 0; c < products.COLUMNS; c++)
-#pragma unroll
-        for (int i = 0; i < 4; i++) products.x[r][c][i] *= scores.x[r][c][i];
-    products.store(slope, PAIR);
-    __syncthreads();  // weights and the gradients of scores
-    if (!g.measuring) of_points.template add_product<VALUE>(slope, PAIR, 1, theirs, P, 1, C);
-    if (keys_read) of_values.template add_product<VALUE>(weight, PAIR, 1, taken, P, 1, C);
-    if (g.gaussian || g.measuring)
-      for (int c = quarter; c < C; c += 4) total += slope[row * PAIR + c], weights += weight[row * PAIR + c];
-    __syncthreads();  // the next tile takes their place
+    if (keys_read)
+      of_values.each([&](int r, int c, A &value) {
+        if (r < count && c < g.e) values_to[r * g.e + c] += value;
+      });
   }
-  if (g.measuring) {
-    total = quarter_sum(total), weights = quarter_sum(weights);
-    if (quarter != 0 || row >= count) return;
-    ((A *)g.query_last)[head * all + start + row] -= total;
-    ((A *)g.query_weights)[head * all + start + row] += weights;
-    return;
-  }
-  if (g.gaussian) {  // scores fall with the distance: take the reader's own point off
-    total = quarter_sum(total);
-    if (quarter == 0) half_mine[row] = total;
-    __syncthreads();  // the sums of all rows
-    of_points.each([&](int r, int c, A &value) { value -= half_mine[r] * mine[r * P + c]; });
-  }
-  const i64 line = head * all + start;
-  A *points_to = (A *)(keys_read ? g.dk : g.dq) + line * g.d, *values_to = (A *)g.dv + line * g.e;
-  of_points.each([&](int r, int c, A &value) {
-    if (r < count && c < g.d) points_to[r * g.d + c] += value;
-  });
-  if (keys_read)
-    of_values.each([&](int r, int c, A &value) {
-      if (r < count && c < g.e) values_to[r * g.e + c] += value;
-    });
 }
 
 }  // namespace favorsharp

@@ -77,20 +77,33 @@ template <class T> struct Plain {
   }
 
   DEVICE void absorb(const View<const T> &k, const View<const T> &v, i64 i, const PlainSide<A> &side,
-                     const View<A> &kv, const View<A> &z, const View<A> &c) {
+                     const View<A> &kv, const View<A> &z, const View<A> &c, const View<A> &kv_low,
+                     const View<A> &z_low) {
     const A factor = load(k, i, side);
     for (int j = threadIdx.x; j < p.m; j += PLAIN_THREADS) {
       const A log = log_feature(j, factor, side), before = c.at(0, j), top = larger(before, log);
       const A safe = finite_or_zero(top), weight = exp_of(log - safe);
       scale[j] = exp_of(before - safe);
       weights[j] = weight;
-      z.at(0, j) = scale[j] * z.at(0, j) + weight;
+      add_scaled(z, z_low, 0, j, scale[j], weight);
       c.at(0, j) = top;
     }
     __syncthreads();
     for (i64 t = threadIdx.x; t < p.m * p.e; t += PLAIN_THREADS) {
       const i64 j = t / p.e, x = t % p.e;
-      kv.at(j, x) = scale[j] * kv.at(j, x) + weights[j] * widened(v.at(i, x));
+      add_scaled(kv, kv_low, j, x, scale[j], weights[j] * widened(v.at(i, x)));
+    }
+  }
+
+  // Scale a sum and add to it; in float32 its rounding is kept.
+  DEVICE void add_scaled(const View<A> &sum, const View<A> &low, i64 r, i64 column, A by, A x) {
+    A &place = sum.at(r, column);
+    if constexpr (sizeof(A) == 4) {
+      A total = by * place, rest = by * low.at(r, column);
+      add_to(total, rest, x);
+      place = total, low.at(r, column) = rest;
+    } else {
+      place = by * place + x;
     }
   }
 
@@ -172,7 +185,14 @@ template <class T> __global__ void __launch_bounds__(PLAIN_THREADS, 2) plain_att
   const PlainSide<A> query = {(const A *)p.query.header + map * p.map_rows, p.d, p.m};
   const PlainSide<A> key = {(const A *)p.key.header + map * p.map_rows, p.d, p.m};
   View<A> kv = view<A>(p.kv_in, index), z = view<A>(p.z_in, index), c = view<A>(p.c_in, index);
+  const View<A> kv_low = view<A>(p.kv_low_out, index), z_low = view<A>(p.z_low_out, index);
   if (p.kv_out.start) {  // a state of its own, which it writes to
+    if constexpr (sizeof(A) == 4) {
+      const View<A> kv_before = view<A>(p.kv_low_in, index), z_before = view<A>(p.z_low_in, index);
+      for (i64 t = threadIdx.x; t < p.m * p.e; t += PLAIN_THREADS)
+        kv_low.at(t / p.e, t % p.e) = kv_before.start ? kv_before.at(t / p.e, t % p.e) : 0;
+      for (int j = threadIdx.x; j < p.m; j += PLAIN_THREADS) z_low.at(0, j) = z_before.start ? z_before.at(0, j) : 0;
+    }
     const View<A> kv_own = view<A>(p.kv_out, index), z_own = view<A>(p.z_out, index), c_own = view<A>(p.c_out, index);
     for (i64 t = threadIdx.x; t < p.m * p.e; t += PLAIN_THREADS)
       kv_own.at(t / p.e, t % p.e) = kv.start ? kv.at(t / p.e, t % p.e) : 0;
@@ -190,11 +210,11 @@ template <class T> __global__ void __launch_bounds__(PLAIN_THREADS, 2) plain_att
       if (p.reverse) {
         const i64 limit = w ? (position / w + 2) * w : position;
         for (; entered > limit; entered--)
-          if (!mask.start || mask.at(entered - 1, 0)) s.absorb(k, v, entered - 1, key, kv, z, c);
+          if (!mask.start || mask.at(entered - 1, 0)) s.absorb(k, v, entered - 1, key, kv, z, c, kv_low, z_low);
       } else {
         const i64 limit = w ? (position / w - 1) * w : position + 1;
         for (; entered < limit; entered++)
-          if (!mask.start || mask.at(entered, 0)) s.absorb(k, v, entered, key, kv, z, c);
+          if (!mask.start || mask.at(entered, 0)) s.absorb(k, v, entered, key, kv, z, c, kv_low, z_low);
       }
     }
     s.read(q, i, query, kv, z, c);
@@ -223,7 +243,7 @@ template <class T> __global__ void __launch_bounds__(PLAIN_THREADS, 2) plain_att
   }
   if (flags & ENTER && !p.reverse)
     for (; entered < p.limit; entered++)
-      if (!mask.start || mask.at(entered, 0)) s.absorb(k, v, entered, key, kv, z, c);
+      if (!mask.start || mask.at(entered, 0)) s.absorb(k, v, entered, key, kv, z, c, kv_low, z_low);
 }
 
 // exp(u W^T + row + column): a thread an entry

@@ -152,6 +152,14 @@ DEVICE int again(int x) {
   return x;
 }
 
+// Add a number to a sum, whose low part is what rounding has taken off it before: sum + low has no error that grows with
+// the number of additions. Of a sum that is not finite nothing is kept.
+template <class A> DEVICE void add_to(A &sum, A &low, A x) {
+  const A y = x + low, all = sum + y, lost = y - (all - sum);
+  low = lost - lost == 0 ? lost : A(0);
+  sum = all;
+}
+
 DEVICE u32 pack(u16 low, u16 high) { return (u32)low | (u32)high << 16; }
 
 template <class A> DEVICE A infinity();

@@ -51,6 +51,31 @@ template <class T> KERNEL(THREADS) factors(ARGUMENT Problem p) {
   }
 }
 
+constexpr int PART = 2048;  // keys whose sums are added up without low parts
+
+// Add the sums of a part of the keys to those in global memory, which are relative to `ref`; the first part begins them.
+template <int E> DEVICE void add_part(float *to, const Layout &at, int tile, const Reading<E> &part, float (&ref)[2], bool begins) {
+#pragma unroll
+  for (int h = 0; h < 2; h++) {
+    const int r = tile * TILE + row_of(h);
+    const float top = larger(ref[h], part.ref[h]), old = exp2_of(ref[h] - safe(top)), now = exp2_of(part.ref[h] - safe(top));
+    ref[h] = top;
+#pragma unroll
+    for (int n = 0; n < E / 8; n++) {
+      float4 *const place = (float4 *)(to + at.at(r, column_of(n, 0)));
+      float4 sum = begins ? make_float4(0, 0, 0, 0) : *place;
+      add_to(sum, old, part.num[n][2 * h] * now, part.num[n][2 * h + 1] * now);
+      *place = sum;
+    }
+    const float den = quad_sum(part.den[h]) * now;
+    if (lane_of() % 4 == 0) {
+      float sum = begins ? 0.0f : to[at.z(r)] * old, low = begins ? 0.0f : to[at.z_low(r)] * old;
+      add_to(sum, low, den);
+      to[at.z(r)] = sum, to[at.z_low(r)] = low;
+    }
+  }
+}
+
 // The sums of 64 features over the keys of a segment: rows are features, columns keys.
 template <class T, int E> KERNEL(THREADS) absorb(ARGUMENT Problem p) {
   SHARED_MEMORY(raw);
@@ -67,9 +92,12 @@ template <class T, int E> KERNEL(THREADS) absorb(ARGUMENT Problem p) {
   copy_side(rows, side, tile * TILE, p.plane_rows);
   commit_copies();
   const i64 low = max(segment * p.span - p.shift, (i64)0), high = min((segment + 1) * p.span - p.shift, p.limit);
-  Reading<E> sums;
-  sums.start();
+  float *const to = sums_of(p, number);
+  float ref[2] = {-INFINITY_F, -INFINITY_F};
+  Reading<E> part;
+  part.start();
   wait_copies<0>();
+  bool begins = true;
   for (i64 first = low; first < high; first += TILE) {
     const int count = (int)min(high - first, (i64)TILE);
     __syncthreads();
@@ -86,74 +114,93 @@ template <class T, int E> KERNEL(THREADS) absorb(ARGUMENT Problem p) {
         const int c = column_of(n, i % 2);
         log[n][i] = bias[c] == -INFINITY_F ? bias[c] : log[n][i] * (side.unscale() * unscale[c]) + bias[c];
       }
-    weigh(log, sums.ref, old);
+    weigh(log, part.ref, old);
     round_to_planes<PLANES<T>>(log);
-    sums.scale(old);
-#pragma unroll
-    for (int n = 0; n < LANE_COLUMNS; n++)
-#pragma unroll
-      for (int i = 0; i < 4; i++) sums.den[i / 2] += log[n][i];
-    multiply_values<PLANES<T>, E>(sums.num, log, values);
+    part.scale(old);
+    add_weights(part.den, log);
+    add_values<PLANES<T>, E>(part.num, log, values);
+    if (first + TILE - low == PART * ((first + TILE - low) / PART) && first + TILE < high) {
+      add_part<E>(to, layout_of(p), (int)tile, part, ref, begins);
+      part.start();
+      begins = false;
+    }
   }
-  float *to = sums_of(p, number);
+  add_part<E>(to, layout_of(p), (int)tile, part, ref, begins);
 #pragma unroll
   for (int h = 0; h < 2; h++) {
-    const i64 r = tile * TILE + row_of(h);
-#pragma unroll
-    for (int n = 0; n < E / 8; n++)
-      *(float2 *)(to + r * E + column_of(n, 0)) = make_float2(sums.num[n][2 * h], sums.num[n][2 * h + 1]);
-    const float z = quad_sum(sums.den[h]);
-    if (lane_of() % 4 == 0) {
-      to[p.m_pad * E + r] = z;
-      to[p.m_pad * (E + 1) + r] = sums.ref[h] + side.column()[r];
-    }
+    const int r = (int)tile * TILE + row_of(h);
+    if (lane_of() % 4 == 0) to[layout_of(p).c(r)] = ref[h] + side.column()[r];
   }
 }
 
+// A sum and its low part, scaled, plus others.
+DEVICE void join(float &sum, float &low, float mine, float other, float other_low, float theirs) {
+  sum *= mine, low *= mine;
+  add_to(sum, low, theirs * other);
+  add_to(sum, low, theirs * other_low);
+}
+
+#define SCAN_BOUNDS THREADS, 8  // blocks a processor: 64 registers a thread
+
 // Combines the sums of a head's segments, beginning with a state if there is one: a warp takes one feature.
-KERNEL(THREADS) scan(ARGUMENT Problem p) {
+KERNEL(SCAN_BOUNDS) scan(ARGUMENT Problem p) {
   const i64 groups = p.m_pad / (THREADS / 32), head = blockIdx.x / groups;
-  const i64 r = blockIdx.x % groups * (THREADS / 32) + warp_of();
+  const int r = (int)(blockIdx.x % groups) * (THREADS / 32) + warp_of();
   const int E = (int)p.padded_e, lane = lane_of();
   int index[AXES];
   split_head(p, head, index);
-  float sum[4] = {0, 0, 0, 0}, z = 0, c = -INFINITY_F;
+  const Layout layout = layout_of(p);
+  float sum[4] = {0, 0, 0, 0}, low[4] = {0, 0, 0, 0}, z = 0, z_low = 0, c = -INFINITY_F;
   if (p.kv_in.start && r < p.m) {
     const View<const float> kv = view<const float>(p.kv_in, index);
+#pragma unroll
     for (int i = 0; i < 4; i++)
       if (lane + 32 * i < p.e) sum[i] = kv.at(r, lane + 32 * i);
     z = view<const float>(p.z_in, index).at(0, r);
     c = view<const float>(p.c_in, index).at(0, r) * 1.4426950408889634f;
+    if (p.kv_low_in.start) {
+      const View<const float> kv_low = view<const float>(p.kv_low_in, index);
+#pragma unroll
+      for (int i = 0; i < 4; i++)
+        if (lane + 32 * i < p.e) low[i] = kv_low.at(r, lane + 32 * i);
+      z_low = view<const float>(p.z_low_in, index).at(0, r);
+    }
   }
   for (i64 s = 0; s < p.segments; s++) {
     float *at = sums_of(p, head * p.segments + (p.reverse ? p.segments - 1 - s : s));
-    float *row = at + r * E, *z_at = at + p.m_pad * E + r, *c_at = at + p.m_pad * (E + 1) + r;
+    float *z_at = at + layout.z(r), *z_low_at = at + layout.z_low(r), *c_at = at + layout.c(r);
     const bool empty = p.flags & EMPTY;  // nothing has been written there
-    const float other_z = empty ? 0.0f : *z_at, other_c = empty ? -INFINITY_F : *c_at, top = larger(c, other_c);
+    const float other_c = empty ? -INFINITY_F : *c_at, top = larger(c, other_c);
     const float mine = exp2_of(c - safe(top)), theirs = exp2_of(other_c - safe(top));
+#pragma unroll
     for (int i = 0; i < 4; i++)
       if (lane + 32 * i < E) {
-        const float other = empty ? 0.0f : row[lane + 32 * i];
-        if (p.flags & BEFORE) row[lane + 32 * i] = sum[i];
-        sum[i] = mine * sum[i] + theirs * other;
+        float *const place = at + layout.at(r, lane + 32 * i);
+        const float other = empty ? 0.0f : place[0], other_low = empty ? 0.0f : place[Layout::LOW];
+        if (p.flags & BEFORE) place[0] = sum[i], place[Layout::LOW] = low[i];
+        join(sum[i], low[i], mine, other, other_low, theirs);
       }
+    const float other_z = empty ? 0.0f : *z_at, other_z_low = empty ? 0.0f : *z_low_at;
     __syncwarp();
-    if (p.flags & BEFORE && lane == 0) *z_at = z, *c_at = c;
-    z = mine * z + theirs * other_z;
+    if (p.flags & BEFORE && lane == 0) *z_at = z, *z_low_at = z_low, *c_at = c;
+    join(z, z_low, mine, other_z, other_z_low, theirs);
     c = top;
   }
   if (p.flags & TOTALS) {
     float *to = totals_of(p, head);
     u16 *planes = (u16 *)(to + 2 * p.m_pad) + r * E;
     if (lane == 0) to[r] = c, to[p.m_pad + r] = z;
+#pragma unroll
     for (int i = 0; i < 4; i++)
       if (lane + 32 * i < E) put_planes<2>(planes + lane + 32 * i, (int)p.m_pad * E, sum[i]);
   }
   if (p.flags & STATE && r < p.m) {
-    const View<float> kv = view<float>(p.kv_out, index);
+    const View<float> kv = view<float>(p.kv_out, index), kv_low = view<float>(p.kv_low_out, index);
+#pragma unroll
     for (int i = 0; i < 4; i++)
-      if (lane + 32 * i < p.e) kv.at(r, lane + 32 * i) = sum[i];
+      if (lane + 32 * i < p.e) kv.at(r, lane + 32 * i) = sum[i], kv_low.at(r, lane + 32 * i) = low[i];
     if (lane == 0) {
+      view<float>(p.z_low_out, index).at(0, r) = z_low;
       view<float>(p.z_out, index).at(0, r) = z;
       view<float>(p.c_out, index).at(0, r) = c * LN_2;
     }

@@ -189,9 +189,59 @@ template <int P> DEVICE void round_to_planes(float (&x)[LANE_COLUMNS][4]) {
     }
 }
 
-// sum (16, WIDTH) += weights (16, 64) values (64, WIDTH), values as planes of bfloat16 with rows of WIDTH + 8
+// The weights of a tile as a left factor.
+template <int P> struct LeftFactor {
+  u32 a[TILE / 16][P][4];
+  DEVICE explicit LeftFactor(const float (&weights)[LANE_COLUMNS][4]) {
+#pragma unroll
+    for (int k = 0; k < TILE / 16; k++) fragments<P>(a[k], weights[2 * k], weights[2 * k + 1]);
+  }
+};
+
+// 16 columns, from 8 n, of weights (16, 64) times values (64, WIDTH), as planes of bfloat16 with rows of WIDTH + 8. The sums
+// begin at zero: tensor cores cut what they add, and in longer sums these errors, all of one sign, would add up.
 template <int P, int WIDTH>
-DEVICE void multiply_values(float (&sum)[WIDTH / 8][4], const float (&weights)[LANE_COLUMNS][4], const u16 *values) {
+DEVICE void multiply_values(float (&product)[2][4], const LeftFactor<P> &weights, const u16 *values, int n) {
+  constexpr int pitch = WIDTH + 8, plane = TILE * pitch;
+  const u16 *value = values + again(lane_of() % 16 * pitch + lane_of() / 16 * 8) + n * 8;  // not kept: registers are scarce
+#pragma unroll
+  for (int i = 0; i < 4; i++) product[0][i] = product[1][i] = 0;
+#pragma unroll
+  for (int k = 0; k < TILE / 16; k++) {
+    const u32(&a)[P][4] = weights.a[k];
+    u32 b[4], c[4];
+    load_transposed(b, value + k * 16 * pitch);
+    if (P == 2) load_transposed(c, value + plane + k * 16 * pitch);
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+      const u32 b_high[2] = {b[2 * i], b[2 * i + 1]};
+      if (P == 2) {
+        const u32 b_low[2] = {c[2 * i], c[2 * i + 1]};
+        mma(product[i], a[P - 1], b_low, bfloat16());
+        mma(product[i], a[P - 1], b_high, bfloat16());
+        mma(product[i], a[0], b_low, bfloat16());
+      }
+      mma(product[i], a[0], b_high, bfloat16());
+    }
+  }
+}
+
+// sum (16, WIDTH) += weights (16, 64) values (64, WIDTH), by an ordinary addition
+template <int P, int WIDTH>
+DEVICE void add_values(float (&sum)[WIDTH / 8][4], const float (&weights)[LANE_COLUMNS][4], const u16 *values) {
+  const LeftFactor<P> factor(weights);
+#pragma unroll
+  for (int n = 0; n < WIDTH / 8; n += 2) {
+    float product[2][4];
+    multiply_values<P, WIDTH>(product, factor, values, n);
+#pragma unroll
+    for (int i = 0; i < 4; i++) sum[n][i] += product[0][i], sum[n + 1][i] += product[1][i];
+  }
+}
+
+// The same within the tensor cores, for sums whose errors cancel: it takes fewer registers.
+template <int P, int WIDTH>
+DEVICE void accumulate_values(float (&sum)[WIDTH / 8][4], const float (&weights)[LANE_COLUMNS][4], const u16 *values) {
   constexpr int pitch = WIDTH + 8, plane = TILE * pitch;
   const u16 *value = values + lane_of() % 16 * pitch + lane_of() / 16 * 8;
 #pragma unroll
@@ -216,6 +266,28 @@ DEVICE void multiply_values(float (&sum)[WIDTH / 8][4], const float (&weights)[L
       }
     }
   }
+}
+
+// Add the weights of a tile to the sums of this lane's columns.
+DEVICE void add_weights(float (&sum)[2], const float (&weights)[LANE_COLUMNS][4]) {
+  float own[2] = {0, 0};
+#pragma unroll
+  for (int n = 0; n < LANE_COLUMNS; n++)
+#pragma unroll
+    for (int i = 0; i < 4; i++) own[i / 2] += weights[n][i];
+  sum[0] += own[0], sum[1] += own[1];
+}
+// The same of weights times a number of each column.
+template <class Share> DEVICE void add_weights(float (&sum)[2], const float (&weights)[LANE_COLUMNS][4], Share share) {
+  float own[2] = {0, 0};
+#pragma unroll
+  for (int n = 0; n < LANE_COLUMNS; n++)
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+      const float x = share(column_of(n, i));
+      own[0] += weights[n][i] * x, own[1] += weights[n][i + 2] * x;
+    }
+  sum[0] += own[0], sum[1] += own[1];
 }
 
 // ---- sums relative to a reference -------------------------------------------------------------------------------------
@@ -260,10 +332,26 @@ DEVICE void weigh(float (&log)[LANE_COLUMNS][4], float (&ref)[2], float (&old)[2
   }
 }
 
-// Sums of a segment, float32: S (m_pad, E), z (m_pad), c (m_pad).
-DEVICE float *sums_of(const Problem &p, i64 number) {
-  return (float *)p.sums + number * (p.m_pad * (p.padded_e + 2));
+// Where sums lie in global memory, float32: S (m_pad, E), each two entries of a row before their low parts; z, c and the low
+// parts of z (m_pad each).
+struct Layout {
+  static constexpr int LOW = 2;  // how far a low part lies behind its entry
+  int m_pad, E;
+  DEVICE int at(int row, int column) const { return row * 2 * E + column / 2 * 4 + column % 2; }
+  DEVICE int z(int row) const { return m_pad * 2 * E + row; }
+  DEVICE int c(int row) const { return m_pad * (2 * E + 1) + row; }
+  DEVICE int z_low(int row) const { return m_pad * (2 * E + 2) + row; }
+  DEVICE int size() const { return m_pad * (2 * E + 3); }
+};
+// Add to an entry of S and the next; `place` has them and their low parts.
+DEVICE void add_to(float4 &place, float old, float x, float y) {
+  place.x *= old, place.y *= old, place.z *= old, place.w *= old;
+  add_to(place.x, place.z, x);
+  add_to(place.y, place.w, y);
 }
+DEVICE Layout layout_of(const Problem &p) { return {(int)p.m_pad, (int)p.padded_e}; }
+// Those of a segment.
+DEVICE float *sums_of(const Problem &p, i64 number) { return (float *)p.sums + number * layout_of(p).size(); }
 // All sums of a head as `read` takes them: c and z, float32 (m_pad each), then S as two planes of bfloat16 (m_pad, E).
 DEVICE float *totals_of(const Problem &p, i64 key_head) {
   return (float *)p.totals + key_head * p.m_pad * (2 + p.padded_e);

@@ -12,7 +12,7 @@ template <class T, int E> struct Walk {
   const Problem &p;
   u16 *shared;
   int e_first;
-  float *state, *next;  // in global memory: S (m_pad, E), z, c as they are, and with the entering keys
+  float *state, *next;  // sums in global memory (`Layout`) as they are, and with the entering keys
 
   // shared memory; few addresses are kept, as registers are scarce
   static constexpr int VALUE = P * TILE * (E + 8);
@@ -38,7 +38,8 @@ template <class T, int E> struct Walk {
   DEVICE float *votes() const { return numbers(9); }
   DEVICE i64 *starts() const { return (i64 *)(numbers(9) + 4); }  // of this head's arrays, in the order of `Start`
 
-  enum Start { Q, K, V, KEY_FACTORS, QUERY_FACTORS, OUT, PARTIAL, STATS, KV_OUT, Z_OUT, C_OUT, QUERY, KEY = QUERY + 2 };
+  enum Start { Q, K, V, KEY_FACTORS, QUERY_FACTORS, OUT, PARTIAL, STATS, KV_OUT, Z_OUT, C_OUT, KV_LOW_OUT, Z_LOW_OUT,
+               QUERY, KEY = QUERY + 2 };
   template <class X> DEVICE View<X> array(Start which, const Array &x) const {
     return {(X *)starts()[which], x.row, x.column};
   }
@@ -52,6 +53,7 @@ template <class T, int E> struct Walk {
   DEVICE SideView key() const { return side(KEY); }
   DEVICE const float *factors() const { return (const float *)starts()[KEY_FACTORS]; }
 
+  DEVICE Layout layout() const { return {(int)p.m_pad, E}; }
   DEVICE bool single() const { return p.stages == 1; }
   DEVICE int block_length() const { return p.window ? (int)p.window : 1; }
 
@@ -80,8 +82,6 @@ template <class T, int E> struct Walk {
   // Every tile of features once: the keys in shared memory enter the sums, the queries read them as they were before.
   DEVICE void sweep(bool enters, bool reads, Reading<E> &far, float (&pairs)[LANE_COLUMNS][4], float (&pair_ref)[2]) {
     const int tiles = (int)p.m_pad / TILE;
-    float back[2] = {0, 0};
-    if (reads) back[0] = query_unscale()[row_of(0)] * query().unscale(), back[1] = query_unscale()[row_of(1)] * query().unscale();
 #pragma unroll 1
     for (int tile = 0; tile < tiles; tile++) {
       if (reads && !single()) copy_rows_of(query(), tile, query_rows());
@@ -102,29 +102,25 @@ template <class T, int E> struct Walk {
 #pragma unroll
           for (int i = 0; i < 4; i++) weights[n][i] = 0;
       }
-      float own[E / 8][4], z[2], c[2], column[2];
+      float z[2], c[2], column[2];
 #pragma unroll
       for (int h = 0; h < 2; h++) {
         const int r = tile * TILE + row_of(h);
-        z[h] = state[(int)p.m_pad * E + r];
-        c[h] = state[(int)p.m_pad * (E + 1) + r];
+        z[h] = state[layout().z(r)];
+        c[h] = state[layout().c(r)];
         column[h] = query().column()[r];
-#pragma unroll
-        for (int n = 0; n < E / 8; n++) {
-          const float2 x = *(const float2 *)(state + r * E + column_of(n, 0));
-          own[n][2 * h] = x.x;
-          own[n][2 * h + 1] = x.y;
-        }
       }
       if (reads) {
 #pragma unroll
         for (int h = 0; h < 2; h++) {
           const int r = row_of(h);
 #pragma unroll
-          for (int n = 0; n < E / 8; n++)
-#pragma unroll
-            for (int i = 0; i < 2; i++)
-              put_planes<P>(sums() + r * (E + 8) + column_of(n, i), TILE * (E + 8), own[n][2 * h + i]);
+          for (int n = 0; n < E / 8; n++) {
+            const float2 own = *(const float2 *)(state + layout().at(again(tile) * TILE + r, column_of(n, 0)));
+            u16 *const to = sums() + r * (E + 8) + column_of(n, 0);
+            put_planes<P>(to, TILE * (E + 8), own.x);
+            put_planes<P>(to + 1, TILE * (E + 8), own.y);
+          }
           if (lane_of() % 4 == 0) {
             far_bias()[r] = c[h] + column[h];
             far_z()[r] = z[h];
@@ -132,7 +128,7 @@ template <class T, int E> struct Walk {
           }
         }
       }
-      if (enters) enter(tile, weights, top, own, z, c, column);
+      if (enters) enter(tile, weights, top, z, c, column);
       if (reads) {
         if (single()) {
           if (enters) __syncthreads();
@@ -143,6 +139,8 @@ template <class T, int E> struct Walk {
         if (enters && !single() && tile + 1 < tiles) copy_rows_of(key(), tile + 1, key_rows());
         float dots[LANE_COLUMNS][4];
         multiply_points(dots, queries(), query_rows(), size());
+        const float unscale = query().unscale();
+        const float back[2] = {query_unscale()[row_of(0)] * unscale, query_unscale()[row_of(1)] * unscale};
         if (enters) read_pairs(dots, back, pairs, pair_ref);
         read_sums(dots, back, far);
       }
@@ -181,8 +179,9 @@ template <class T, int E> struct Walk {
   }
 
   // The state's sums of 64 features with the keys taken in.
-  DEVICE void enter(int tile, float (&weights)[LANE_COLUMNS][4], const float (&top)[2], float (&own)[E / 8][4],
-                    const float (&z)[2], const float (&c)[2], const float (&column)[2]) {
+  DEVICE void enter(int tile, float (&weights)[LANE_COLUMNS][4], const float (&top)[2], const float (&z)[2],
+                    const float (&c)[2], const float (&column)[2]) {
+    const Layout at = layout();
     float old[2], now[2], all[2], sum[2] = {0, 0};
 #pragma unroll
     for (int h = 0; h < 2; h++) {
@@ -191,34 +190,38 @@ template <class T, int E> struct Walk {
       now[h] = exp2_of(top[h] + column[h] - safe(all[h]));
     }
 #pragma unroll
-    for (int n = 0; n < E / 8; n++)
-#pragma unroll
-      for (int i = 0; i < 4; i++) own[n][i] *= old[i / 2];
-#pragma unroll
     for (int n = 0; n < LANE_COLUMNS; n++)
 #pragma unroll
       for (int i = 0; i < 4; i++) weights[n][i] *= now[i / 2];
     round_to_planes<P>(weights);
-#pragma unroll
-    for (int n = 0; n < LANE_COLUMNS; n++)
-#pragma unroll
-      for (int i = 0; i < 4; i++) sum[i / 2] += weights[n][i];
+    add_weights(sum, weights);
 #pragma unroll
     for (int h = 0; h < 2; h++) {
       const int r = tile * TILE + row_of(h);
       sum[h] = quad_sum(sum[h]);
       if (lane_of() % 4 == 0) {
-        next[(int)p.m_pad * E + r] = z[h] * old[h] + sum[h];
-        next[(int)p.m_pad * (E + 1) + r] = all[h];
+        float total = z[h] * old[h], low = state[at.z_low(r)] * old[h];
+        add_to(total, low, sum[h]);
+        next[at.z(r)] = total;
+        next[at.z_low(r)] = low;
+        next[at.c(r)] = all[h];
       }
     }
-    multiply_values<P, E>(own, weights, values());
+    const LeftFactor<P> factor(weights);
 #pragma unroll
-    for (int h = 0; h < 2; h++)
+    for (int n = 0; n < E / 8; n += 2) {
+      float product[2][4];
+      multiply_values<P, E>(product, factor, values(), n);
 #pragma unroll
-      for (int n = 0; n < E / 8; n++)
-        *(float2 *)(next + (tile * TILE + row_of(h)) * E + column_of(n, 0)) =
-            make_float2(own[n][2 * h], own[n][2 * h + 1]);
+      for (int i = 0; i < 2; i++)
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+          const int place = at.at(tile * TILE + row_of(h), column_of(n + i, 0));
+          float4 sums = *(const float4 *)(state + place);
+          add_to(sums, old[h], product[i][2 * h], product[i][2 * h + 1]);
+          *(float4 *)(next + place) = sums;
+        }
+    }
   }
 
   DEVICE void read_pairs(const float (&dots)[LANE_COLUMNS][4], const float (&back)[2], float (&pairs)[LANE_COLUMNS][4],
@@ -233,7 +236,7 @@ template <class T, int E> struct Walk {
     for (int n = 0; n < LANE_COLUMNS; n++)
 #pragma unroll
       for (int i = 0; i < 4; i++) pairs[n][i] *= old[i / 2];
-    multiply_values<P, TILE>(pairs, log, features());
+    accumulate_values<P, TILE>(pairs, log, features());
   }
 
   DEVICE void read_sums(float (&log)[LANE_COLUMNS][4], const float (&back)[2], Reading<E> &far) {
@@ -245,11 +248,8 @@ template <class T, int E> struct Walk {
     weigh(log, far.ref, old);
     round_to_planes<P>(log);
     far.scale(old);
-#pragma unroll
-    for (int n = 0; n < LANE_COLUMNS; n++)
-#pragma unroll
-      for (int i = 0; i < 4; i++) far.den[i / 2] += log[n][i] * far_z()[column_of(n, i % 2)];
-    multiply_values<P, E>(far.num, log, sums());
+    add_weights(far.den, log, [&](int column) { return far_z()[column]; });
+    add_values<P, E>(far.num, log, sums());
   }
 
   // Whether a row of the tile may read an entering key through features.
@@ -290,11 +290,8 @@ template <class T, int E> struct Walk {
 #pragma unroll
       for (int i = 0; i < 4; i++) pairs[n][i] *= now[i / 2];
     round_to_planes<P>(pairs);
-#pragma unroll
-    for (int n = 0; n < LANE_COLUMNS; n++)
-#pragma unroll
-      for (int i = 0; i < 4; i++) far.den[i / 2] += pairs[n][i];
-    multiply_values<P, E>(far.num, pairs, values());
+    add_weights(far.den, pairs);
+    add_values<P, E>(far.num, pairs, values());
     return !any(doubtful);
   }
 
@@ -347,11 +344,8 @@ template <class T, int E> struct Walk {
       weigh(log, reading.ref, old);
       round_to_planes<P>(log);
       reading.scale(old);
-#pragma unroll
-      for (int n = 0; n < LANE_COLUMNS; n++)
-#pragma unroll
-        for (int i = 0; i < 4; i++) reading.den[i / 2] += log[n][i];
-      multiply_values<P, E>(reading.num, log, values());
+      add_weights(reading.den, log);
+      add_values<P, E>(reading.num, log, values());
       if (some_odd) spoil(reading, block, first, first - start, count);
     }
   }

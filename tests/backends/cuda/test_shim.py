@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import sample_calls
 import sanitized
-from host_module import SCHEDULES, HostModule, LaunchError, scheduled
+from host_module import SCHEDULES, HostModule, LaunchError, TruncatingModule, scheduled
 from sample_calls import CALLS, WRONG
 
 pytestmark = pytest.mark.own_backend
@@ -99,6 +99,36 @@ def test_what_does_not_compile_says_why():
         HostModule(code="__global__ void f() { nothing_of_the_kind(); }", name_expressions=["f"]).get_function("f")
     with pytest.raises(LaunchError, match="'g' is not among the 1 name_expressions"):
         HostModule(code="", name_expressions=["f"]).get_function("g")
+
+
+def cut(x, last):
+    """Numbers without what is below 2**last, towards zero."""
+    return np.ldexp(np.trunc(np.ldexp(x, -last)), last)
+
+
+def test_tensor_cores_that_cut():
+    """Terms are cut two bits below the last place of the largest, and the sum to 24 bits: never away from zero."""
+    rng = np.random.default_rng(3)
+    a = np.ldexp(rng.integers(-2047, 2048, (16, 16)), -rng.integers(0, 25, (16, 16))).astype(np.float16)
+    b = np.ldexp(rng.integers(-2047, 2048, (16, 8)), -rng.integers(0, 25, (16, 8))).astype(np.float16)
+    a[0], b[:, 0] = 0, 0
+    a[1], b[:, 1] = 1 / 64, 1 / 64  # 1 + 2^-24 + 2^-24 ...
+    a[1, 0], b[0, 1] = 1, 1
+    a[1, 1:], b[1:, 1] = 2.0**-12, 2.0**-12
+    results = []
+    for module in (TruncatingModule, HostModule):
+        kernels = module(code=sample_calls.code(), name_expressions=["sample::product<false>"])
+        c = np.empty((16, 8), np.float32)
+        kernels.get_function("sample::product<false>")((1,), (32,), (a, b, c, np.int32(16)), shared_mem=1536)
+        results.append(c)
+    terms = a.astype(np.float64)[:, :, None] * b.astype(np.float64)
+    top = np.frexp(np.abs(terms).max(1))[1] - 1
+    sums = cut(terms, top[:, None] - 25).sum(1)
+    want = cut(sums, np.frexp(sums)[1] - 24)
+    np.testing.assert_array_equal(results[0], want)
+    assert results[0][1, 1] == 1 + 7 * 2.0**-23  # fifteen times half of the last place, cut
+    assert results[1][1, 1] == 1  # where each addition rounds to even
+    np.testing.assert_allclose(results[0], results[1], rtol=0, atol=1e-5 * np.abs(results[1]).max())
 
 
 NUMBERS = """

@@ -119,10 +119,20 @@ class HostModule:
         """The kernel of a name expression."""
         if name not in self.names:
             raise LaunchError(f"kernel {name!r} is not among the {len(self.names)} name_expressions of this module")
-        if HostModule.family is not None and self._library is None:
-            self.names = sorted({*self.names, *HostModule.family(name)})
+        family = type(self).family
+        if family is not None and self._library is None:
+            self.names = sorted({*self.names, *family(name)})
         self.compile()
         return HostFunction(self._library, self.names.index(name), name)
+
+
+class TruncatingModule(HostModule):
+    """Kernels whose tensor cores cut what they add, as those of GPUs are reported to; built one by one."""
+
+    family = None
+
+    def __init__(self, *, options: Sequence[str] = (), **others: Any) -> None:
+        super().__init__(options=(*options, "-DHOST_TRUNCATES"), **others)
 
 
 class HostFunction:

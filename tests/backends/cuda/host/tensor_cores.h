@@ -113,15 +113,46 @@ struct Sums {
   float d[4];
 };
 
+#ifdef HOST_TRUNCATES
+
+// A sum as tensor cores are reported to make it: all terms are cut towards zero two bits below the last place that the
+// largest of them has in float32, then added exactly, and the sum is cut to float32.
+template <int K> HOST_UNSEEN inline float sum_of_products(const float *a, const float (*b)[8], unsigned column, float c) {
+  double term[K + 1], largest = __builtin_fabs((double)c), plain = c;
+  term[K] = c;
+  for (int k = 0; k < K; k++) {
+    term[k] = (double)a[k] * (double)b[k][column];
+    plain += term[k];
+    largest = __builtin_fabs(term[k]) > largest ? __builtin_fabs(term[k]) : largest;
+  }
+  if (largest == 0 || plain - plain != 0) return (float)plain;  // zeros, or not finite
+  const int exponent = (int)(bits<uint64_t>(largest) >> 52) - 1023;
+  const double unit = bits<double>((uint64_t)(1023 + 25 - exponent) << 52);
+  const double back = bits<double>((uint64_t)(1023 - 25 + exponent) << 52);
+  int64_t sum = 0;
+  for (int k = 0; k <= K; k++) sum += (int64_t)(term[k] * unit);
+  const double whole = (double)sum * back;
+  float kept = (float)whole;
+  const bool rounded_up = __builtin_fabs((double)kept) > __builtin_fabs(whole);
+  return rounded_up ? bits<float>(bits<uint32_t>(kept) - 1) : kept;
+}
+
+#else
+
+template <int K> HOST_UNSEEN inline float sum_of_products(const float *a, const float (*b)[8], unsigned column, float c) {
+  for (unsigned k = 0; k < K; k++) c += a[k] * b[k][column];
+  return c;
+}
+
+#endif
+
 // D (16, 8) = A (16, K) B (K, 8) + C. The lane that comes last computes for the whole warp.
 template <int K> HOST_UNSEEN inline void multiply(const float (&a)[16][K], const float (&b)[K][8],
                                                   const Fragments *given, Sums *result) {
   for (unsigned l = 0; l < WARP; l++)
     for (unsigned i = 0; i < 4; i++) {
       const unsigned row = l / 4 + 8 * (i / 2), column = 2 * (l % 4) + i % 2;
-      float sum = given[l].c[i];
-      for (unsigned k = 0; k < K; k++) sum += a[row][k] * b[k][column];
-      result[l].d[i] = sum;
+      result[l].d[i] = sum_of_products<K>(a[row], b, column, given[l].c[i]);
     }
 }
 
