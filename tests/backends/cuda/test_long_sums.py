@@ -9,7 +9,7 @@ from on_host import installed
 from shape_classes import function
 
 import favorsharp as fs
-from favorsharp.parameters import astype
+from favorsharp._values import astype
 
 pytestmark = pytest.mark.own_backend
 pytest.importorskip("favorsharp_cuda")

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 import favorsharp as fs
-from favorsharp.parameters import map_arrays
+from favorsharp._values import map_arrays
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("cupy")
