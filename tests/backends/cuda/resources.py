@@ -28,7 +28,7 @@ INSTRUCTIONS = {
 }
 
 SMALL_SPILL = 24
-"""Bytes that an instance may spill: a few registers outside of its loops, as five instances of `absorb` and `read` do."""
+"""Bytes that an instance may spill: a few registers, as in five instances of `absorb` and `read`."""
 
 BATCH = 12  # names in one run of NVRTC
 
