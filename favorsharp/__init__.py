@@ -9,7 +9,7 @@ from favorsharp.diagnostics import suggest
 from favorsharp.dispatch import explain, use
 from favorsharp.exact import kernel_matrix, softmax_attention
 from favorsharp.features import FeatureMap, feature_map
-from favorsharp.fitting import excess, fit, log_second_moment
+from favorsharp.fitting import excess, fit, fit_map, log_second_moment
 from favorsharp.gradients import vjp
 from favorsharp.landmarks import Landmarks, LandmarkState, landmarks
 from favorsharp.linear_attention import attention, decode_step, init_state, linear_attention, read, update
@@ -38,6 +38,7 @@ __all__ = [
     "explain",
     "feature_map",
     "fit",
+    "fit_map",
     "init_state",
     "kernel_matrix",
     "kernel_matvec",

@@ -1,4 +1,4 @@
-"""The public functions `fit`, `excess` and `log_second_moment`.
+"""The public functions `fit`, `fit_map`, `excess` and `log_second_moment`.
 
 `fit` goes from moments to parameters by the closed formulas of the methods (docs: theory).
 """
@@ -25,6 +25,7 @@ from favorsharp._typing import Array
 from favorsharp._values import astype
 from favorsharp.attention_moments import attention_moments
 from favorsharp.exact import kernel_scale, times_power
+from favorsharp.features import FeatureMap, feature_map
 from favorsharp.formulas import Statistics
 from favorsharp.methods import TABLE, MethodLike, check_method, method_of
 from favorsharp.moments import Moments, moments
@@ -116,6 +117,76 @@ def fit(
         weighting=weighting,
         is_causal=is_causal,
     )
+
+
+def fit_map(
+    x: Array,
+    y: Array,
+    /,
+    num_features: int,
+    *,
+    method: MethodLike = "optimal",
+    draw: str | Array | tuple[Array, Array] = "orthogonal",
+    kernel: str = "softmax",
+    scale: float | None = None,
+    axis: int | tuple[int, ...] = -2,
+    mask_x: Array | None = None,
+    mask_y: Array | None = None,
+    enable_gqa: bool = False,
+    rng: Any = None,
+) -> FeatureMap:
+    """Fit and draw a feature map in one call: `feature_map(fit(x, y, ...), num_features, ...)`.
+
+    Parameters
+    ----------
+    x : array, shape (*b, n, d)
+        Queries, not scaled.
+    y : array, shape (*b, s, d)
+        Keys, not scaled.
+    num_features : int
+        m, 1 or more; even for `trig`.
+    method : str or callable
+        As in `fit`.
+    draw : str, array, or pair of arrays
+        As in `feature_map`.
+    kernel : {"softmax", "gaussian"}
+        exp(scale x.y), or exp(-scale |x - y|^2 / 2).
+    scale : float, optional
+        Positive and finite. None means d**-0.5 for softmax and 1 for Gaussian.
+    axis, mask_x, mask_y, enable_gqa
+        As in `moments`.
+    rng : None, int, SeedSequence or numpy Generator
+        As in `feature_map`.
+
+    Returns
+    -------
+    FeatureMap
+
+    Raises
+    ------
+    TypeError, ValueError
+        If an argument is not as described.
+
+    Examples
+    --------
+    >>> import numpy as np, favorsharp as fs
+    >>> q, k, v = np.random.default_rng(0).standard_normal((3, 2, 64, 8))
+    >>> feature_map = fs.fit_map(q, k, 128, rng=0)
+    >>> fs.linear_attention(q, k, v, feature_map).shape
+    (2, 64, 8)
+    """
+    fitted = fit(
+        x,
+        y,
+        method=method,
+        kernel=kernel,
+        scale=scale,
+        axis=axis,
+        mask_x=mask_x,
+        mask_y=mask_y,
+        enable_gqa=enable_gqa,
+    )
+    return feature_map(fitted, num_features, draw=draw, rng=rng)
 
 
 @under_own_settings
