@@ -59,7 +59,7 @@ def plain(data: Statistics) -> Values:
 
 
 def oprf(data: Statistics) -> Values:
-    """The best a, if all axes have the same (FAVOR++, arXiv 2205.15317, theorem 4.2)."""
+    """The best a that is the same for all axes (FAVOR++, arXiv 2205.15317, theorem 4.2)."""
     eye = identity(data.covariance_x, data.covariance_y)
     return _values(eye, eye, _one_a(_pair_sums(data, eye, eye)))
 
@@ -156,7 +156,7 @@ def _best_a(s: Array) -> Array:
 
 
 def _one_a(sums: Array) -> Array:
-    """The best a if all axes have the same."""
+    """The best a that is the same for all axes."""
     return _best_a(row_sum(sums) / sums.shape[-1])
 
 
