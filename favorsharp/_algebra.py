@@ -1,4 +1,4 @@
-"""Small matrices for the closed formulas: quadratic forms, balances, axes with fixed signs, Bessel functions."""
+"""Linear algebra of small matrices for the closed formulas of the methods, and Bessel functions."""
 
 import math
 
@@ -18,7 +18,7 @@ def congruence(g: Array, s: Array) -> Array:
 
 
 def diagonal(s: Array) -> Array:
-    """The diagonal, shape (*b, 1, d)."""
+    """The diagonal as a row, shape (*b, 1, d)."""
     return namespace_of(s).linalg.diagonal(s)[..., None, :]
 
 
@@ -38,7 +38,7 @@ def row_sum(x: Array) -> Array:
 
 
 def identity(s1: Array, s2: Array) -> Array:
-    """The identity in the batch shape that the two sides broadcast to."""
+    """Identity matrices, in the shape that s1 and s2 broadcast to."""
     xp = namespace_of(s1, s2)
     like = xp.zeros_like(s1 + s2)
     indices = xp.arange(s1.shape[-1], **on_device_of(like))
@@ -57,7 +57,7 @@ def least_ridge(s: Array) -> float:
 
 
 def regular(s: Array, other: Array, ridge: float) -> Array:
-    """Add a relative ridge to s; if s is zero, the ridge is relative to the other side, or to 1."""
+    """Add a ridge to s, relative to its trace; if s is zero, relative to the trace of `other`, or to 1."""
     own, borrowed = trace(s), trace(other)
     xp = namespace_of(own, borrowed)
     size = s.shape[-1]
@@ -69,8 +69,8 @@ def regular(s: Array, other: Array, ridge: float) -> Array:
 def tie_break(s: Array, ridge: float) -> Array:
     """A diagonal matrix of different entries, at most half of the default ridge; zeros without a ridge.
 
-    If the points do not span the space, the eigenvalues off their span are all equal to the ridge. Rounding would then
-    choose the axes there.
+    If the points do not span the space, all eigenvalues outside their span are equal to the ridge. Then the axes there
+    would be determined by rounding errors alone.
     """
     largest = 0.5 * min(ridge, least_ridge(s))
     return identity(s, s) * from_host([largest * ((_GOLDEN * axis) % 1) for axis in range(s.shape[-1])], like=s)
@@ -94,8 +94,8 @@ def balance(s1: Array, s2: Array, ridge: float) -> tuple[Array, Array]:
     u, sigma, _ = xp.linalg.svd(root1 @ root2, full_matrices=False)
     g1 = xp.sqrt(sigma)[..., :, None] * (xp.matrix_transpose(u) @ inverse1)
     g1 = g1 * signs(g1)
-    # the formula for g2 gives the same matrix, but with the inverse g1^T g2 = I holds to rounding, and unbiased
-    # estimates need that
+    # the closed formula for g2 gives the same matrix; but with the inverse, g1^T g2 = I holds up to rounding, and
+    # without that estimates would be biased
     return g1, xp.matrix_transpose(xp.linalg.inv(g1))
 
 
@@ -103,7 +103,7 @@ def square_root(s: Array) -> tuple[Array, Array]:
     """The symmetric square root of a positive definite matrix and its inverse."""
     xp = namespace_of(s)
     values, axes = xp.linalg.eigh(s)
-    # rounding can leave an eigenvalue at or below zero; raise it to the smallest that the arithmetic resolves
+    # rounding can leave an eigenvalue at or below zero; raise it to the smallest one that the dtype resolves
     floor = values[..., -1:] * float(xp.finfo(s.dtype).eps)
     root = xp.sqrt(xp.maximum(values, floor))[..., None, :]
     transposed = xp.matrix_transpose(axes)
@@ -116,8 +116,8 @@ _GOLDEN = (math.sqrt(5) - 1) / 2
 def signs(g: Array) -> Array:
     """Signs, shape (*b, d, 1), that make the product of each row with a fixed irrational direction positive.
 
-    The usual choice, the sign of the largest entry, is not used: in a row such as (1, -1) two entries tie, and rounding
-    would decide.
+    The usual choice is the sign of the largest entry. It is not used here: in a row such as (1, -1) two entries are
+    equally large, and rounding would decide between them.
     """
     xp = namespace_of(g)
     direction = from_host([[0.5 + (_GOLDEN * (axis + 1)) % 1] for axis in range(g.shape[-1])], like=g)

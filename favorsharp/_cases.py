@@ -1,4 +1,4 @@
-"""The calls on which implementations of the ops are compared; public as `favorsharp.testing.cases`."""
+"""The calls of each op on which a kernel is compared with the reference; public as `favorsharp.testing.cases`."""
 
 import itertools
 from collections.abc import Callable, Iterator
@@ -22,8 +22,8 @@ from favorsharp.ops.state import State, empty_state
 class Case:
     """One call of an op: a name, and a function that makes the arguments.
 
-    `make(to)` returns (args, kwargs). `to` turns a NumPy array into an array of the library and dtype under test; masks
-    keep their dtype.
+    `make(to)` returns (args, kwargs) for the op. `to` turns a NumPy array into an array of the library and dtype under
+    test; masks keep their dtype.
 
     Examples
     --------
@@ -84,7 +84,7 @@ def _problem(shape: str) -> tuple[Any, Any, Any]:
 
 
 def _map(shape: str, to: Callable[[Any], Array]) -> Any:
-    """A map for the problem, in the dtype to compute in; fitted on the host, so that all libraries get the same map."""
+    """A map for the problem, in the dtype of the computation; fitted in NumPy, so that all libraries get the same."""
     like = to(np.zeros(1))
     wide = named_dtype(namespace_of(like), "float64" if dtype_name(like) == "float64" else "float32")
     return map_arrays(_fitted(shape), lambda x: from_host(np.array(x), like, wide))
@@ -99,7 +99,7 @@ def _fitted(shape: str) -> Any:
 def _mask(shape: tuple[int, ...]) -> Any:
     mask = np.random.default_rng(1).random(shape) > 0.3
     if mask.ndim > 1 and mask.shape[0] > 1:
-        mask[0] = False  # rows that see nothing
+        mask[0] = False  # so that some rows see no key
     return mask
 
 

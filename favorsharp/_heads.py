@@ -1,6 +1,7 @@
-"""Grouped heads: g query heads read one key head, which gets an axis of length g behind its own.
+"""Grouped heads: g query heads share one key head; a group axis is added after the head axis.
 
-With g = 1 no axis is added, and these functions return what they are given.
+The group axis has length g for queries and 1 for keys, values and masks, which broadcast along it. With g = 1 no axis
+is added, and these functions return what they are given.
 """
 
 from favorsharp._arrays import broadcast_shapes, namespace_of

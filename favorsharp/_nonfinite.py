@@ -1,4 +1,4 @@
-"""NaN and infinity: they affect the rows that see them, and no other row."""
+"""NaN and infinity: a value that is not finite affects the rows that see it, and no other row."""
 
 from favorsharp._arrays import cast, namespace_of
 from favorsharp._typing import Array
@@ -17,6 +17,6 @@ def mix_visible(weights: Array, visible: Array, v: Array) -> Array:
 
 
 def finite_or_nan(x: Array) -> Array:
-    """Replace infinities by NaN: minus infinity would be taken for a hidden key, and the fault would not show."""
+    """Replace infinities by NaN: minus infinity would be taken for a hidden key, and the error would be missed."""
     xp = namespace_of(x)
     return xp.where(xp.isfinite(x), x, xp.nan)

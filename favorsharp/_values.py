@@ -1,4 +1,4 @@
-"""Frozen dataclasses that hold arrays: the same value with other arrays, or in another dtype."""
+"""Copies of frozen dataclasses in which the arrays are changed, or have another dtype."""
 
 from collections.abc import Callable
 from dataclasses import fields, is_dataclass, replace
@@ -23,7 +23,7 @@ def map_arrays(value: Any, change: Callable[[Array], Array]) -> Any:
 def astype(value: Any, dtype: Any) -> Any:
     """A copy of a dataclass with its arrays in the given dtype; the value itself if they have it already.
 
-    Returning the value itself matters: backends cache what they derive from a value for as long as that object exists.
+    It matters that the value itself is returned: backends keep what they derive from an object as long as it exists.
     """
     same = True
 

@@ -1,10 +1,11 @@
 """What a backend needs from this package: the public kit for the authors of backends.
 
-A backend is a package of its own, which declares kernels in a `Backend` and never imports a private module of
-favorsharp. The names below are all that the bundled backends use: the declaration of kernels, the facts about arrays of
-any library, the constants of a dense-exponential map, the arrays of a state, and the gradients that the references
-compute where kernels cannot. Each name is documented where it is defined. CONTRIBUTING.md says how a backend is
-added, and `favorsharp.testing.check_backend` compares its kernels with the references.
+A backend is a package of its own, which declares kernels in a `Backend`. It should import what it needs of favorsharp
+from this module, and nothing from private modules. Here are the declaration of kernels, functions that say what an
+array is (library, dtype, device), the constants of a dense-exponential map, the arrays of a state, and the gradients
+that the references compute where kernels cannot. Each name is documented where it is defined. CONTRIBUTING.md says how
+to add a backend and what the author of a kernel may do; `favorsharp.testing.check_backend` compares its kernels with
+the references.
 
 Examples
 --------
@@ -92,11 +93,11 @@ MODULES = {
     "kernel_matvec_vjp": "vjp",
     "exponential_features_vjp": "vjp",
 }
-"""The module of each op in a bundled backend."""
+"""For each op, the module of a bundled backend that has its function."""
 DIFFERENTIABLE = ("exponential_features", "attention", "causal_attention", "kernel_matvec")
 """The ops that the bundled backends implement for torch's autograd, in their modules `torch_ops`."""
 TRACEABLE = ("update", "read", "decode_step")
-"""The ops that `torch_ops` of a traceable backend has too: for traced calls, and for calls that record gradients."""
+"""Ops that `torch_ops` of a traceable backend has too, for traced calls and for calls that record gradients."""
 PACKED = ("attention", "causal_attention", "attention_vjp")
 """The ops whose modules also have a function for packed sequences, named like the op with `_packed` behind it."""
 WITH_OUT = ("attention", "causal_attention")
@@ -108,8 +109,8 @@ def bundled_kernels(
 ) -> tuple[Kernel, ...]:
     """The kernels of a bundled backend: for the arrays of one library, and for torch tensors on the same device.
 
-    With `traceable`, the kernels for torch's autograd also run on tensors without values, and `torch_ops` also has
-    kernels for the ops of states. With `plans`, the module of decode_step has a function `decode_step_plan`.
+    With `traceable`, the kernels for torch's autograd also run on traced tensors, and `torch_ops` also has the ops in
+    `TRACEABLE`. With `plans`, the module of decode_step has a function `decode_step_plan`.
     """
 
     def kernel(

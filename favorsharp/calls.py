@@ -1,4 +1,7 @@
-"""A checked call of attention: what `linear_attention`, `vjp` and `distributed.linear_attention` have in common."""
+"""Checks the arguments of attention, for `linear_attention`, `vjp` and `distributed.linear_attention`.
+
+`checked` returns a `Call`: the arguments in the form in which the ops take them.
+"""
 
 from dataclasses import dataclass
 from itertools import pairwise
@@ -32,22 +35,22 @@ from favorsharp.ops.state import State, empty_state, with_group_axis
 
 @dataclass(frozen=True, eq=False)
 class Call:
-    """Arguments that were checked, in the form in which the ops take them.
+    """Checked arguments of attention, in the form in which the ops take them.
 
     Attributes
     ----------
     q, k, v : array
-        As the caller gave them; if heads are grouped, with the group axis of `favorsharp._heads`.
+        As the caller passed them; if heads are grouped, with the group axis of `favorsharp._heads`.
     key_mask : array or None
     feature_map : PositiveFeatureMap
-        In the dtype to compute in, and with the group axis.
+        In the dtype of the computation; if heads are grouped, with the group axis.
     group : int
         Query heads that share a key head.
     is_causal : bool
     window : int
     xp : namespace
     dtype : dtype
-        That of the result.
+        The dtype of the result.
     """
 
     q: Array
@@ -78,7 +81,7 @@ class Call:
         return broadcast_shapes(self.k.shape[:-2], self.v.shape[:-2], self.feature_map.batch_shape, mask)
 
     def shape_with(self, state: State | None) -> tuple[int, ...]:
-        """The shape of the result of a call that goes on from a state, which has the group axis too."""
+        """The shape of the result of a call that continues from a state (which has the group axis too) or from none."""
         held = () if state is None else state.kv.shape[:-2]
         batch = merged_batch(self.group, self.q.shape[:-2], self.key_batch, held)
         return (*batch, self.q.shape[-2], self.v.shape[-1])
@@ -88,13 +91,13 @@ class Call:
         return empty_state(self.feature_map, self.key_batch, self.k.shape[-1], self.v.shape[-1], window, like)
 
     def place(self, run: Implementation, out: Array | None) -> dict[str, Array]:
-        """The keyword argument `out` for an implementation that can write its result there; else nothing."""
+        """The keyword argument `out`, if the implementation can write its result there; else no argument."""
         if out is None or not run.takes_out or is_followed(out):
             return {}
         return {"out": split_heads(self.group, out)}
 
     def deliver(self, result: Array, out: Array | None, place: dict[str, Array] | None = None) -> Array:
-        """The result with merged heads, in `out` if that is given; `place` is where the implementation could write."""
+        """The result with merged heads, in `out` if that is given; `place` is what the method `place` returned."""
         if place and result is place["out"]:
             assert out is not None
             return out
@@ -180,7 +183,7 @@ def check_state(state: Any, feature_map: FeatureMap, **named: Array) -> None:
 
 
 def check_continued(call: Call, state: Any, feature_map: FeatureMap, k: Array) -> State:
-    """Check the state from which a call goes on, and give it the group axis of the call."""
+    """Check the state from which a call continues, and give it the group axis of the call."""
     check_state(state, feature_map, k=k)
     check_values(state, call.v)
     if state.window != call.window:

@@ -4,9 +4,9 @@ What this module promises:
 
 - An op is defined by its reference, a plain function in array API functions. A backend offers kernels: other
   implementations of an op.
-- The implementation is chosen before the call, from a `Request` that holds no shapes. So the choice is cached and does
-  not change with the length of a sequence. An exception of a kernel is a bug, and reaches the caller; nothing falls
-  back in the middle of a call.
+- The implementation is chosen before the call, from a `Request` that holds no shapes. So the choice can be cached, and
+  does not change with the length of a sequence. An exception inside a kernel is a bug, and reaches the caller: no other
+  implementation is tried once a kernel was chosen.
 - Backends are entry points of the group ``favorsharp.backends``. They are looked up when first needed, and imported
   when first tried. A broken backend causes a warning that names it, and never breaks a call that does not need it.
 - The bundled backends are tried automatically, in the order of `BUNDLED`. Other backends run only when they are named,
@@ -15,12 +15,12 @@ What this module promises:
   `BackendUnavailable` with all reasons. A call falls back only where the caller asks for it:
   ``use("numba", "reference")``.
 
-Traced arrays (`torch.compile`, `make_fx`, `torch.func` and `jax.jit` transforms, fake tensors) have no values for a
-kernel to read. Modes of torch that follow operations (counters of flops, selective checkpoints) would not notice a
-kernel. So only kernels that are declared ``traceable=True`` and the reference run there. If a named backend cannot run
-there, the call raises an error. `torch.compile` cannot see context variables. It reads the names while it traces, and
-traces again when they change, provided that only one thread changes them: put `use` around the compiled call, not
-inside the compiled function.
+Traced arrays (`torch.compile`, `make_fx`, `torch.func` and `jax.jit` transforms, fake tensors) have no values that a
+kernel could read. Modes of torch that follow operations (counters of flops, selective checkpoints) would not notice
+what a kernel does. So in both cases only the reference and kernels that are declared ``traceable=True`` run. If a named
+backend has no such kernel, the call raises an error. `torch.compile` cannot see context variables. It reads the names
+that `use` was given while it traces, and traces again when they change, provided that only one thread changes them. So
+put `use` around the compiled call, not inside the compiled function.
 
 The author of an op writes a reference and decorates it with `Op`. The author of a backend writes kernels with the
 signature of the op, declares them in a `Backend`, and compares them with the references by
@@ -93,7 +93,7 @@ class BackendUnavailable(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """Everything that the choice of an implementation depends on. No shapes.
+    """Everything about a call on which the choice of an implementation depends. It has no shapes.
 
     Attributes
     ----------
@@ -107,7 +107,7 @@ class Request:
     gradient : bool
         Whether the library records the call for a backward pass.
     traced : bool
-        Whether any argument is traced, so that its values are not known yet, or a mode of torch follows operations.
+        Whether an argument is traced, so that its values are not known yet, or a mode of torch follows operations.
     """
 
     op: str
@@ -162,7 +162,7 @@ def _collect(x: object, arrays: list[Array]) -> None:
 
 
 def _common_dtype(arrays: list[Array]) -> str:
-    """The floating dtypes of the arrays, joined if there are several; masks and indices do not count."""
+    """The name of the floating dtype of the arrays; if there are several, their names joined. Masks do not count."""
     names = [dtype_name(x) for x in arrays]
     floats = [name for name in FLOATS if name in names]
     return "+".join(floats) if floats else names[0]
@@ -263,7 +263,7 @@ class Backend:
     requires : tuple of str
         Modules that every kernel of the backend needs.
     kernels : tuple of Kernel
-        Several kernels may implement the same op; the first that accepts a request runs.
+        Several kernels may implement the same op; the first one that accepts a request runs.
     fault : str, optional
         Why the backend cannot be used at all, if that is known from the start: discovery sets it for a broken plugin.
     """
@@ -485,7 +485,7 @@ def _check_names(names: Iterable[str], source: str) -> None:
 
 
 def circumstances() -> Hashable | None:
-    """What a choice depends on apart from the request; None while `watch` records, so that each call is recorded."""
+    """What a choice depends on besides the request; None while `watch` records, so that no call is skipped."""
     if _calls.get() is not None:
         return None
     return _wish.get(), os.environ.get(VARIABLE), _generation
@@ -552,10 +552,10 @@ def _decide(request: Request) -> _Choice:
 def _decide_while_tracing(latest_wish: tuple[str, ...], *request: Any) -> tuple[str | None, str | None]:
     """`_decide` for torch.compile, which runs this function instead of tracing it.
 
-    `latest_wish` is an argument only so that torch.compile asks again when it changes. An error is returned, and traced
-    code raises it, because Dynamo takes an exception here for a failure of its own. The function is stored in
-    `_loaded`, where traced code finds it without an import. All traceable kernels of the backend are stored with it,
-    because Dynamo assumes that the dictionary does not change while it traces a graph.
+    `latest_wish` is an argument only so that torch.compile calls this again when it changes. An error is returned, and
+    traced code raises it, because Dynamo would take an exception here for a failure of its own. The implementation is
+    stored in `_loaded`, where traced code finds it without an import. All traceable kernels of the backend are stored
+    with it, because Dynamo assumes that the dictionary does not change while it traces a graph.
     """
     try:
         choice = _decide(Request(*request))
@@ -586,8 +586,8 @@ OPS: dict[str, "Op[..., Any]"] = {}
 class Op(Generic[P, R]):
     """An operation that backends may implement; the class is used as the decorator of the reference.
 
-    Calling the op calls the implementation that the arguments, `use` and the environment choose. The reference is
-    the documentation, the fallback, and the result that every kernel is compared with.
+    A call of the op runs the implementation that the arguments, `use` and the environment choose. The docstring of the
+    reference is the contract of the op. The reference runs if no kernel does, and every kernel is compared with it.
 
     Parameters
     ----------
@@ -637,7 +637,7 @@ class Op(Generic[P, R]):
                 raise BackendUnavailable(error)
             return self._own if target is None else _loaded[target]
         kernel = _decide(request).kernel
-        # a kernel that was chosen could be imported
+        # a kernel is chosen only if it could be imported, so this is no string
         return self._own if kernel is None else cast(Implementation, _implementation(kernel))
 
     def __repr__(self) -> str:
@@ -661,7 +661,7 @@ class Explanation:
     chosen : str or None
         None if every backend that `use` or the environment names declines; a call would raise.
     reasons : mapping of str to str
-        For every known implementation, in the order of the text: "chosen", or why it does not run.
+        For every known implementation, in the order in which they are printed: "chosen", or why it does not run.
     """
 
     op: str

@@ -1,6 +1,6 @@
 """The public functions `fit`, `fit_map`, `excess` and `log_second_moment`.
 
-`fit` goes from moments to parameters by the closed formulas of the methods (docs: theory).
+Each checks its arguments, and then calls a formula from the record of the method (`favorsharp.methods`; docs: theory).
 """
 
 import math
@@ -76,7 +76,7 @@ def fit(
     enable_gqa : bool
         As in `moments`.
     weighting : float, optional
-        If given, each pair of query and key is weighted by its attention to this power, so that the fit is best where
+        If given, each pair of a query and a key is weighted by its attention to this power. So the fit is best where
         attention is large; 0.5 to 1 are good choices. Without it, all pairs have equal weight. The weights take time
         O(n s d), so pass a calibration sample. The result is that of
         `fit(attention_moments(x, y, weighting=...))`.
@@ -244,7 +244,7 @@ def fit_named(
 
 
 def _in_range(x: Array, y: Array, scale: float | None) -> tuple[Array, Array, float | None]:
-    """The points and the scale; if only float32 is available, in a unit in which squares do not leave its range."""
+    """The points and the scale; if only float32 is available, rescaled so that squares stay in its range."""
     if scale is None or is_chunked(x, y):
         return x, y, scale
     check_floats(x=x, y=y)
@@ -257,7 +257,7 @@ def _in_range(x: Array, y: Array, scale: float | None) -> tuple[Array, Array, fl
 
 
 def _known(data: Moments) -> Moments:
-    """The moments, with dask arrays computed to NumPy arrays: a fit needs the values, and they are small."""
+    """The moments; those of dask arrays are computed, because a fit needs their values. They are small."""
     if not is_chunked(data.mean_x):
         return data
     import dask
@@ -270,7 +270,8 @@ def _known(data: Moments) -> Moments:
 def excess(parameters: Parameters, x: Array, y: Array, /) -> Array:
     """The mean over all pairs of log E[(f1 f2)^2] - 2 log K; it is 0 for features without variance.
 
-    It is computed from moments in time O((n + s) d^2), without a loop over pairs.
+    f1 and f2 are one feature of the query and of the key, E is the mean over draws, and K is the kernel. The excess is
+    computed from moments in time O((n + s) d^2), without a loop over pairs.
 
     Parameters
     ----------

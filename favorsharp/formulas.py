@@ -1,7 +1,7 @@
 """The closed formulas of the methods: from scaled moments to parameters, and the second moments of one feature.
 
-Each formula is named by a record in `favorsharp.methods`. They use scaled coordinates: x is sqrt(scale) times the
-caller's queries, and y is sqrt(scale) times the keys.
+A record in `favorsharp.methods` names the formulas of each method. They use scaled coordinates: x is sqrt(scale) times
+the caller's queries, and y is sqrt(scale) times the keys.
 """
 
 import math
@@ -29,7 +29,7 @@ from favorsharp.parameters import Parameters, log_kernel_of
 
 @dataclass(frozen=True)
 class Statistics:
-    """The scaled moments and the ridge, from which the fits compute the parameters."""
+    """What a fit computes the parameters from: the moments of scaled points, and the ridge."""
 
     mean_x: Array
     mean_y: Array
@@ -59,13 +59,13 @@ def plain(data: Statistics) -> Values:
 
 
 def oprf(data: Statistics) -> Values:
-    """One a for all axes (FAVOR++, arXiv 2205.15317, theorem 4.2)."""
+    """The best a that is the same for all axes (FAVOR++, arXiv 2205.15317, theorem 4.2)."""
     eye = identity(data.covariance_x, data.covariance_y)
     return _values(eye, eye, _one_a(_pair_sums(data, eye, eye)))
 
 
 def saderf(data: Statistics) -> Values:
-    """A diagonal balance, one a (arXiv 2302.00787, section 4.3)."""
+    """A diagonal balance, and the same a for all axes (arXiv 2302.00787, section 4.3)."""
     m1, m2 = regular(data.second_x, data.second_y, data.ridge), regular(data.second_y, data.second_x, data.ridge)
     psi = (diagonal(m2) / diagonal(m1)) ** 0.25
     eye = identity(data.covariance_x, data.covariance_y)
@@ -74,13 +74,13 @@ def saderf(data: Statistics) -> Values:
 
 
 def aderf(data: Statistics) -> Values:
-    """A full balance of the second moments, one a (arXiv 2302.00787, theorem 4.2)."""
+    """A full balance of the second moments, and the same a for all axes (arXiv 2302.00787, theorem 4.2)."""
     g1, g2 = balance(data.second_x, data.second_y, data.ridge)
     return _values(g1, g2, _one_a(_pair_sums(data, g1, g2)))
 
 
 def sderf(data: Statistics) -> Values:
-    """A rotation, one a for each axis (arXiv 2302.00787, theorem 4.3)."""
+    """A rotation, and one a for each axis (arXiv 2302.00787, theorem 4.3)."""
     xp = namespace_of(data.mean_x)
     cross = outer(data.mean_x, data.mean_y)
     cross = cross if data.cross is None else cross + data.cross
@@ -93,7 +93,7 @@ def optimal(data: Statistics) -> Values:
     g1, g2 = balance(data.covariance_x, data.covariance_y, data.ridge)
     if data.cross is None:
         sums = congruence(g1, data.covariance_x) + congruence(g2, data.covariance_y)
-    else:  # u and v of weighted pairs are correlated, so the axes of u + v differ
+    else:  # in weighted pairs u and v are correlated, so the principal axes of u + v are other ones
         xp = namespace_of(g1)
         mixed = g1 @ data.cross @ xp.matrix_transpose(g2)
         own = [g @ s @ xp.matrix_transpose(g) for g, s in ((g1, data.covariance_x), (g2, data.covariance_y))]
@@ -107,7 +107,7 @@ def poisson(data: Statistics) -> Values:
     xp = namespace_of(data.mean_x)
     products = diagonal(data.second_x) * diagonal(data.second_y)
     rate = xp.sqrt(row_sum(products) / products.shape[-1])
-    return {**plain(data), "rate": xp.where(rate > 0, rate, 1e-6)}  # data of zeros: the smaller the better
+    return {**plain(data), "rate": xp.where(rate > 0, rate, 1e-6)}  # if the data are zeros, smaller is better
 
 
 def geometric(data: Statistics) -> Values:
@@ -121,9 +121,9 @@ def geometric(data: Statistics) -> Values:
     size = root.shape[-1]
 
     # The derivative vanishes where p / (1 - p) sum_l z_l I1(z_l) / I0(z_l) = 2 d with z = 2 root / sqrt(1 - p), and its
-    # sign changes once. Bisection for that zero in log(p / (1 - p)) is accurate to rounding; a search for the smallest
-    # value would be accurate only to the square root of rounding. The upper end keeps p below 1: for data of zeros the
-    # best p is 1, and float32 would round to it.
+    # sign changes once. Bisection in log(p / (1 - p)) finds that zero up to rounding; a search for the smallest value
+    # would be accurate only to the square root of the rounding error. The upper end keeps p below 1: for data of zeros
+    # the best p is 1, and float32 would round to it.
     low, high = xp.zeros_like(root[..., :1]) - 40.0, xp.zeros_like(root[..., :1]) + 13.0
     for _ in range(60):
         middle = 0.5 * (low + high)
@@ -145,9 +145,9 @@ def _log_variance(a: Array, s: Array) -> Array:
 
 
 def _best_a(s: Array) -> Array:
-    """The a that minimises h at a mean square s of u + v (docs: theory, eq. 2)."""
+    """The a that minimises h(s), where s is the mean square of u + v (docs: theory, eq. 2)."""
     xp = namespace_of(s)
-    # two forms of the same root, used where each is free of cancellation; rounding can leave s slightly below zero
+    # two forms of the same root, each used where nothing cancels; rounding can leave s slightly below zero
     s = xp.maximum(s, xp.zeros_like(s))
     small, large = xp.where(s < 0.5, s, 0.0), xp.where(s < 0.5, 0.5, s)
     below = -small / (1 - 2 * small + xp.sqrt((2 * small + 1) ** 2 + 8 * small))
@@ -156,7 +156,7 @@ def _best_a(s: Array) -> Array:
 
 
 def _one_a(sums: Array) -> Array:
-    """The best a if all axes share one."""
+    """The best a that is the same for all axes."""
     return _best_a(row_sum(sums) / sums.shape[-1])
 
 
@@ -188,7 +188,7 @@ def dense_second_moment(p: Parameters, x: Array, y: Array) -> Array:
 
 
 def trig_second_moment(p: Parameters, x: Array, y: Array) -> Array:
-    """Log E[(f1 f2)^2] of a pair of cosine and sine."""
+    """Log E[(f1 f2)^2] of trigonometric features, where a pair of cosine and sine counts as one feature."""
     xp = namespace_of(x, y)
     value = xp.log1p(xp.exp(4 * log_gaussian(x, y, p.scale))) - math.log(2)
     root = math.sqrt(p.scale)

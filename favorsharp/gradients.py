@@ -22,16 +22,17 @@ __all__ = ["vjp"]
 def vjp(function: Any, *arguments: Any, **options: Any) -> tuple[Array, Pullback]:
     """The result of a function, and its vector-Jacobian product as a second function (as `jax.vjp` returns them).
 
-    NumPy and CuPy pipelines can train with it: backward kernels compute the gradients, which needs `favorsharp[cpu]` or
-    `favorsharp[cuda13]`. It also takes torch and JAX arrays, though these libraries can differentiate the functions
-    themselves.
+    Use it to train with NumPy and CuPy arrays. Backward kernels compute their gradients, which needs
+    `favorsharp[cpu]` or `favorsharp[cuda13]`. It also takes torch and JAX arrays, though these libraries can
+    differentiate the functions themselves.
 
     Parameters
     ----------
     function : {linear_attention, kernel_matvec}, their names, "exponential_features" or the op of that name
         `linear_attention(q, k, v, feature_map)` takes the options is_causal, window, key_mask, enable_gqa and
-        cu_seqlens. It and `kernel_matvec(x, y, v, feature_map)` take `of_map=True`, to get the gradients of the rows
-        and log_weight of a dense-exponential map too. The third is `exponential_features(u, rows, row, column)`.
+        cu_seqlens. `kernel_matvec` has the arguments (x, y, v, feature_map). With `of_map=True`, these two also return
+        the gradients of the rows and log_weight of a dense-exponential map. `exponential_features` has the arguments
+        (u, rows, row, column).
     *arguments, **options
         Arguments and options of the function.
 
@@ -135,7 +136,7 @@ def _linear_attention(
 
 
 def _attention_vjp(call: Call, bounds: list[int] | None, of_map: bool) -> tuple[Array, Pullback]:
-    """The result and pullback of a checked call, in which grouped heads have their axis."""
+    """The result and pullback of a checked call; if heads are grouped, with the group axis."""
     options: dict[str, Any] = {"window": call.window, "is_causal": call.is_causal, "of_map": of_map}
     chosen = attention_vjp.implementation(*call.arguments, key_mask=call.key_mask)
     found: tuple[Array, Pullback]

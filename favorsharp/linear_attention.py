@@ -1,4 +1,9 @@
-"""Linear attention with random features: the public functions for whole sequences and for streams."""
+"""The public functions of linear attention, for whole sequences and for streams.
+
+Each function checks its arguments (`favorsharp.calls`), and runs an op of `favorsharp.ops`, whose implementation
+`favorsharp.dispatch` chooses: a kernel of a backend, or the reference. `favorsharp.plans` keeps the outcome of checks
+and choice for later calls. Calls with `Landmarks` in place of a feature map go to `favorsharp.landmarks.verbs`.
+"""
 
 from dataclasses import replace
 from itertools import pairwise
@@ -74,7 +79,7 @@ def attention(
     """Approximate softmax attention in one call: fit, draw and apply.
 
     Each leading index (each key head with `enable_gqa`) has its own fit; all share one draw. Gradients flow through q,
-    k and v as inputs of the features, but not through the fit: the estimate is unbiased for any fit.
+    k and v as inputs of the features, but not through the fit, because the estimate is unbiased for any fit.
 
     Parameters
     ----------
@@ -84,8 +89,9 @@ def attention(
     num_features : int
         m, 1 or more.
     method : str or callable
-        As in `fit`; only methods whose features are positive. Or "landmarks": `num_features` landmarks with the default
-        settings of `landmarks`, which take neither `draw` nor `calibration`, causal or not. They are biased.
+        As in `fit`; only methods whose features are positive. Or "landmarks", for `num_features` landmarks with the
+        default settings of `landmarks`. These are biased. They take neither `draw` nor `calibration`, which they do not
+        need in causal calls either.
     draw, rng
         As in `feature_map`.
     is_causal, window, key_mask
@@ -152,14 +158,14 @@ def attention(
 
 
 def _pair(calibration: Any) -> tuple[Array, Array]:
-    """Check that calibration is a pair; `check_floats` looks at its arrays."""
+    """Check that calibration is a pair; its arrays are checked by `check_floats` later."""
     if not (isinstance(calibration, tuple | list) and len(calibration) == 2):
         raise TypeError(f"calibration must be a pair (queries, keys) of arrays, got {type(calibration).__name__}")
     return calibration[0], calibration[1]
 
 
 def _masks_of_fit(q: Array, k: Array, key_mask: Array | None, enable_gqa: bool) -> dict[str, Any]:
-    """The masks of a fit to q and k; if n == s, queries at the positions of hidden keys are hidden too."""
+    """The masks for a fit to q and k; if n == s, queries at the positions of hidden keys are hidden too."""
     if key_mask is None or q.shape[-2] != k.shape[-2]:
         return {"mask_y": key_mask}
     shared = enable_gqa and key_mask.ndim > 1 and key_mask.shape[-2] > 1
@@ -209,7 +215,7 @@ def linear_attention(
     state : State or LandmarkState, optional
         The state of keys seen before, made by the same map.
     return_state : bool
-        Also return the state of all keys, from which a later call can go on.
+        Also return the state of all keys, from which a later call can continue.
     out : array, shape (*b, n, e), optional
         The array to write the result to; it is also returned. Libraries with immutable arrays do not take it.
 
@@ -266,7 +272,7 @@ def linear_attention(
 def _attend(
     call: Call, state: State | None, return_state: bool, out: Array | None, known: tuple[Any, Any]
 ) -> tuple[Array, State | None]:
-    """The result of a call, and the state after it where there is one; `known` is the map and the key of the plan."""
+    """The result of a call and the state after it, if there is one; `known` is the map and the key for a plan."""
     if not call.is_causal and (state is not None or return_state):
         state = call.empty_state(call.window, call.k) if state is None else state
         state = update_op(state, *call.arguments[1:], key_mask=call.key_mask)
@@ -288,7 +294,7 @@ def _attend(
 
 
 def _packed(call: Call, bounds: list[int], out: Array | None) -> Array:
-    """Attention within sequences that are packed along the point axis."""
+    """Attention within each of the sequences that are packed along the point axis."""
     op: Op[..., Any] = causal_attention if call.is_causal else attention_op
     chosen = op.implementation(*call.arguments, **call.options)
     if chosen.packed is not None and call.q.shape[-2] > 0 and not is_followed(call.q):
@@ -351,7 +357,7 @@ def update(
     *,
     key_mask: Array | None = None,
 ) -> Any:
-    """The state after a further block of keys and values, of any length.
+    """The state after further keys and values, of any number.
 
     Parameters
     ----------

@@ -1,4 +1,7 @@
-"""The methods by name, one record each. Every list of methods in the library is derived from these records."""
+"""The methods by name, one record each. Every list of methods in the library is derived from these records.
+
+To add a method, write its formula in `favorsharp.formulas` and its record here (CONTRIBUTING.md, "Adding a method").
+"""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -28,18 +31,19 @@ class Method:
     kind : str
         The kind of features, by which `feature_map` chooses the class of the map.
     fit : callable
-        From `formulas.Statistics` to the values of `Parameters`.
+        The formula of the parameters: it takes `formulas.Statistics`, and returns the arrays of `Parameters` by name.
     paired : bool
         Whether each random row makes two features.
     signed : bool
         Whether features can be negative. Attention takes only positive ones.
     log_second_moment : callable, optional
-        From parameters and unscaled points (*b, n, d), (*b, s, d) to log E[(f1 f2)^2] of one feature, (*b, n, s). Only
-        methods that estimate the kernel have it.
+        It takes parameters and unscaled points (*b, n, d), (*b, s, d), and returns log E[(f1 f2)^2] of one feature,
+        (*b, n, s). Only methods that estimate the kernel have it.
     excess : callable, optional
-        From parameters and the moments of unscaled points to the excess, (*b, 1, 1), if that has a closed form.
+        It takes parameters and the moments of unscaled points, and returns the excess, (*b, 1, 1). None if there is no
+        closed form.
     logarithm : callable, optional
-        Elementwise methods only: from projected inputs to the logarithms of the features.
+        Elementwise methods only: it takes projected inputs, and returns the logarithms of the features.
     """
 
     name: str
@@ -59,7 +63,7 @@ class Method:
 
     @property
     def estimates_kernel(self) -> bool:
-        """Whether the mean of the features' products over draws is the kernel."""
+        """Whether products of features estimate the kernel: their mean over draws is the kernel."""
         return self.log_second_moment is not None
 
     @property
@@ -71,7 +75,7 @@ class Method:
 def _dense(
     name: str, title: str, fit: Callable[[formulas.Statistics], formulas.Values], *, paired: bool = False
 ) -> Method:
-    """A method whose features are exp(rows.u + row + column)."""
+    """A method with dense-exponential features, exp(rows.u + row + column)."""
     return Method(
         name,
         title,
@@ -140,15 +144,15 @@ DENSE_EXPONENTIAL = tuple(name for name, record in TABLE.items() if record.kind 
 """Methods whose features are exp(rows.u + row + column)."""
 
 TAKES_PROPOSALS = tuple(name for name, record in TABLE.items() if record.takes_proposals)
-"""Methods that `compare` and `suggest` try, and that `refine` and proposals of the caller work with."""
+"""Methods that `compare` and `suggest` try. `refine`, and rows and log weights of the caller, work with these only."""
 
 
 def method_of(method: MethodLike) -> Method:
-    """The record of a method that was checked: of a name, or the one that all callables share."""
+    """The record of a method that was checked; all callables have the same record."""
     return TABLE[method] if isinstance(method, str) else _OF_CALLABLES
 
 
 def check_method(method: Any, *, positive: bool = False, also: tuple[str, ...] = ()) -> None:
-    """Raise unless method is a callable, a known name (of a method with positive features), or one of `also`."""
+    """Raise unless method is a callable, a known name (with `positive`: of a positive method), or one of `also`."""
     if not callable(method):
         check_choice("method", method, (*(POSITIVE if positive else METHODS), *also), also=", or a callable")

@@ -1,4 +1,4 @@
-"""`Parameters`, the value from which feature maps are made, and the coordinates that it defines.
+"""`Parameters`: the result of a fit, from which feature maps are made; and the coordinates that it defines.
 
 Formulas use scaled coordinates: x is sqrt(scale) times the caller's queries, and y is sqrt(scale) times the keys.
 """
@@ -33,7 +33,7 @@ class Parameters:
     g1, g2 : array, shape (*b, d, d)
         The transforms of queries and of keys.
     center_x, center_y : array, shape (*b, 1, d)
-        Subtracted before the transforms; scalar factors of each point compensate for this exactly.
+        Subtracted before the transforms; a factor of each point compensates for this exactly.
     rate : array, shape (*b, 1, 1), or None
         The rate of the counts that `poisson` and `geometric` draw.
 
@@ -114,7 +114,8 @@ def _embed(p: Parameters, x: Array, g: Array, own: Array, other: Array) -> tuple
         # x.y = (x - c1).(y - c2) + c2.(x - c1) + c1.(y - c2) + c1.c2
         factor = z @ xp.matrix_transpose(other) + 0.5 * row_sum(own * other)
     else:
-        # the same identity, with every term of |x - y|^2 in centred coordinates: a common offset causes no rounding
+        # the same identity, with every term of |x - y|^2 in centred coordinates, so that a common offset of queries and
+        # keys causes no rounding errors
         gap = other - own
         factor = z @ xp.matrix_transpose(gap) - 0.5 * row_sum(z * z) - 0.25 * row_sum(gap * gap)
     return apply(g, z), factor

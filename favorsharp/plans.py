@@ -1,16 +1,19 @@
-"""Plans: what the checks and the choice of one call came to, kept for later calls like it.
+"""Plans: the outcome of a call's checks and of its choice of an implementation, kept for later calls like it.
 
-Checks and choice take longer than the arithmetic of one token. So `linear_attention` and `decode_step` keep their
-outcome for each feature map, under a key that holds everything on which the outcome depends. A check of these functions
-may look at no more than this:
+For one token, the checks and the choice take longer than the arithmetic. So `linear_attention` and `decode_step` keep
+their outcome for each feature map, under a key. A later call with the same key skips the checks. So the checks of these
+two functions must not look at anything but what the key holds:
 
-- the type, shape, dtype, device, layout and need of a gradient of each array, and for one token its memory layout;
-- the type and value of each plain option (bool, int, str and None);
-- the arrays of the map, as long as no tensor of it is written to or changes its need of a gradient;
-- for one token, the same of the arrays in the state, its window and its fingerprint;
+- of each array: type, shape, dtype, device, layout and whether it needs a gradient; for `decode_step` also how it
+  lies in memory (strides, alignment);
+- of each plain option (bool, int, str and None): type and value;
+- of the feature map: its arrays (the key changes if a tensor among them is written to, or begins or ceases to need a
+  gradient);
+- for `decode_step`, of the state: the same of its arrays as of the arguments, its window and its fingerprint;
 - the backends that `use` or the environment asks for, and the global settings of the array library.
 
-tests/test_plans.py varies each argument of a call that has a plan. See docs: design, calls like one before.
+If you add a check that looks at more, add that to `key_of`. tests/test_plans.py varies each argument of a call that has
+a plan. See docs: design, calls like one before.
 """
 
 from collections.abc import Callable, Hashable
@@ -31,7 +34,7 @@ class Plan(NamedTuple):
 
 
 class Layout:
-    """The part of a key that stands for a state: a value that computes its hash once."""
+    """The part of a key that describes a state; its hash is computed only once."""
 
     __slots__ = ("_hash", "parts")
 
@@ -46,18 +49,18 @@ class Layout:
 
 
 MOST = 64
-"""Plans kept for each map; when there are more, for example as lengths vary, the oldest is forgotten."""
+"""The most plans kept for a map. If there are more, for example because lengths vary, the oldest is forgotten."""
 
 _plans: WeakKeyDictionary[Any, dict[Hashable, Plan]] = WeakKeyDictionary()
-"""The plans of each map by key. None stands for the map itself in its own plans, so that it can be freed."""
+"""The plans of each map by key. A plan that takes the map itself holds None for it, so that it can be freed."""
 
 
 def key_of(
     feature_map: Any, *arguments: object, with_layout: bool = False, state: Hashable = ()
 ) -> tuple[Hashable, ...] | None:
-    """The key of a call; None if it has none and must be checked.
+    """The key of a call; None if the call has no key, so that its arguments must be checked.
 
-    With `with_layout` it includes how arrays lie in memory. `state` is what `layout_of` gives for the state.
+    With `with_layout` the key also says how arrays lie in memory. `state` is what `layout_of` returns for the state.
     """
     mode = mode_of_library()
     if mode is None or state is None or (around := circumstances()) is None:
@@ -75,11 +78,11 @@ def key_of(
 
 
 def layout_of(state: State) -> Hashable:
-    """The part of a key that stands for a state; None if the checks must run each time."""
+    """The part of a key that describes a state; None if the call has no key."""
     if is_compiling():
         return None
     arrays = state.kv, state.z, state.c, state.recent_k, state.recent_v, state.recent_mask
-    if state.known_layout is not None and not records_gradients(arrays):  # a tensor may need gradients by now
+    if state.known_layout is not None and not records_gradients(arrays):  # by now a tensor may need a gradient
         return state.known_layout
     parts = [signature_of(x, with_layout=True) for x in arrays]
     return None if None in parts else Layout((*parts, state.window, state.fingerprint))
@@ -95,7 +98,7 @@ def find(feature_map: Any, key: Hashable) -> Plan | None:
 
 
 def keep(feature_map: Any, key: Hashable, plan: Plan) -> None:
-    """Keep a plan under the key of its call."""
+    """Keep a plan for later calls that have this key."""
     own = _plans.setdefault(feature_map, {})
     while len(own) >= MOST:
         own.pop(next(iter(own)), None)

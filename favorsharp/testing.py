@@ -52,9 +52,9 @@ def check_backend(
 ) -> list[Row]:
     """Compare every kernel of a backend with the references, which run in float64.
 
-    Each case runs under `use(backend)`; it is also checked that the backend's own implementation is chosen. What a
-    kernel declares beside its function is compared too: `packed`, `plan` and `out`. Gradients are compared with
-    differences of the reference.
+    Each case runs under `use(backend)`, and the check fails if another implementation is chosen. If a kernel declares
+    `packed`, `plan` or `takes_out`, these are compared too. Gradients are compared with finite differences of the
+    reference.
 
     Parameters
     ----------
@@ -131,7 +131,7 @@ def make_array(library: str, dtype: str) -> Callable[[Any], Array] | None:
 
 
 def relative_error(got: Any, want: Any) -> float:
-    """The largest deviation, relative to the largest entry of `want`; for tuples and states, over all arrays."""
+    """The largest deviation from `want`, relative to its largest entry; for tuples and states, over all arrays."""
     errors = []
     for a, b in zip(_arrays_of(got), _arrays_of(want), strict=True):
         left, right = np.asarray(to_host(a), dtype=np.float64), np.asarray(to_host(b), dtype=np.float64)
@@ -188,14 +188,14 @@ def _error(place: str, got: Any, want: Any) -> float:
 
 _GRADIENTS = " (gradients)"
 _DIFFERENCES = 1e-8
-"""Largest error allowed for gradients in float64: differences of the reference are no more accurate than that."""
+"""Largest error allowed for gradients in float64: finite differences of the reference are not more accurate."""
 
 _Compared = Iterator[tuple[str, Any, Any]]
-"""What is compared: its name, the result, and the result that is wanted."""
+"""For each comparison: what is added to the name of the case, the result, and the result that is wanted."""
 
 
 def _forward(op: str, chosen: Implementation, arguments: Any, options: Any, *, case: Case, want: Any) -> _Compared:
-    """The result of an op; in an array of the caller; of packed sequences; and of a planned token."""
+    """The result of an op: as returned, as written to `out`, of packed sequences, and of a plan for one token."""
     result = chosen.run(*arguments, **options)
     yield "", result, want
     whole = result[0] if isinstance(result, tuple) else result
@@ -218,7 +218,7 @@ def _bounds(n: int) -> list[int]:
 
 
 def _of_pieces(op: str, case: Case, bounds: list[int]) -> Any:
-    """The results of the op's reference in float64 NumPy for each packed sequence alone."""
+    """The results of the op's reference for each packed sequence alone, in float64 NumPy, joined."""
     (q, k, v, own_map), options = case.make(_wide)
     mask = options.pop("key_mask", None)
     pieces = []
@@ -236,7 +236,7 @@ def _wide(host: Any) -> Any:
 
 
 def _backward(op: str, chosen: Implementation, arguments: Any, options: Any, *, case: Case) -> _Compared:
-    """The result of an op that returns a pullback; and gradients, by differences of the reference along directions."""
+    """The result of an op that returns a pullback, and its gradients along directions, by finite differences."""
     wide, wide_options = case.make(_wide)
     result, pullback = chosen.run(*arguments, **options)
     want = _REFERENCES[op](*wide, **wide_options)

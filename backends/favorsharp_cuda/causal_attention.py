@@ -1,4 +1,4 @@
-"""Causal attention."""
+"""The op `causal_attention` on a GPU, by the tensor-core kernels (`tiles`) or, where these do not fit, by `plain`."""
 
 from dataclasses import replace
 from typing import Any

@@ -1,4 +1,4 @@
-"""Attention through landmarks: whole sequences, windows, and causal streams (docs: theory, landmarks)."""
+"""Attention through landmarks, for whole sequences (`whole`) and for causal streams (`stream`)."""
 
 from favorsharp._arrays import cast, compute_dtype, namespace_of, result_dtype
 from favorsharp._heads import add_mask_axis
@@ -37,7 +37,7 @@ def whole(
     xp = namespace_of(q, k, v)
     dtype, out_dtype = compute_dtype(xp, q, k, v), result_dtype(xp, q, k, v)
     weights = log_weights(k, key_mask, dtype)
-    if k.shape[-2] <= settings.num_landmarks:  # every key is its own landmark
+    if k.shape[-2] <= settings.num_landmarks:  # there are no more keys than landmarks, so every key is its own landmark
         return cast(_read(q, (k, weights, v), settings, grouped), out_dtype)
     chosen = landmark_map(k, weights, moments_of(q, k, key_mask, grouped=grouped), settings)
     if window == 0:
@@ -53,7 +53,8 @@ def stream(
 ) -> tuple[Array, LandmarkState]:
     """Attention of query i to the visible keys 0 .. i and to those of the state, and the state after all of them.
 
-    The result is in the dtype of the state.
+    The keys are taken in segments that end where the state has to be compressed. The result is in the dtype of the
+    state.
     """
     xp = namespace_of(q, k, v)
     start = 0
@@ -72,7 +73,7 @@ def stream(
 
 
 def absorbed(state: LandmarkState, k: Array, v: Array, key_mask: Array | None) -> LandmarkState:
-    """The state after further keys, whose queries are not known."""
+    """The state after further keys without queries (`update`)."""
     start = 0
     while start < k.shape[-2]:
         state = ready(state)
@@ -86,7 +87,10 @@ def absorbed(state: LandmarkState, k: Array, v: Array, key_mask: Array | None) -
 def gathered(
     q: Array, k: Array, v: Array, state: LandmarkState, *, key_mask: Array | None = None, grouped: bool = False
 ) -> LandmarkState:
-    """The state after keys that all of these queries read: compressed once, so that its reading is the whole call."""
+    """The state after the keys of a bidirectional call, compressed once.
+
+    Without a window, reading it gives the result of the call.
+    """
     state = extended(state, q, k, v, key_mask, grouped=grouped)
     keep = num_recent(state)
     if state.held - keep <= state.settings.num_landmarks:

@@ -1,9 +1,12 @@
-"""Chosen landmarks as a positive feature map: a query has one feature a landmark, a key has one entry.
+"""The choice of landmarks, and the chosen landmarks as a positive feature map with one feature for each landmark.
 
-The log feature of a query x at the landmark c is x.c. A key y belongs to its nearest landmark in the metric, with the
-log weight -|u - u_c|^2 / 2 + s - s_c there and -inf elsewhere. So the ops of `favorsharp.ops` read landmarks as they
-read features: sums over keys are masses and weighted values of the landmarks, and windows, masks and grouped heads work
-unchanged.
+The log feature of a query x at the landmark c is x.c. A key y belongs to its nearest landmark in the metric. There its
+log feature is its log weight, -|u - u_c|^2 / 2 + s - s_c; at all other landmarks it is -inf. So the ops of
+`favorsharp.ops` read landmarks as they read features. Their sums over keys are the weights and the weighted values of
+the landmarks, and windows, masks and grouped heads work unchanged.
+
+The log mass of a key is the logarithm of the factor with which its kernel counts: 0 for a single key, and its log
+weight for a landmark from which landmarks are chosen again; with the Gaussian kernel, minus |y|^2 / 2.
 """
 
 from dataclasses import dataclass, replace
@@ -18,12 +21,12 @@ from favorsharp.ops.state import Partial, finish, hide, merge, tiles_of
 
 @dataclass(frozen=True, eq=False)
 class LandmarkMap:
-    """Landmarks that are chosen, for points in the metric's dtype.
+    """Chosen landmarks, as a positive feature map in the dtype of the metric.
 
     Attributes
     ----------
     points : array, shape (*b, m, d)
-        The landmarks c, scaled and centred; finite also where they are unused.
+        The landmarks c, scaled and centred. Unused ones have finite coordinates too.
     used : array of bool, shape (*b, 1, m)
     metric : Metric
     kernel : str
@@ -55,7 +58,7 @@ class LandmarkMap:
         return self.weights_of(*self._key(y))
 
     def log_kernel(self, x: Array, y: Array) -> Array:
-        """The exact log kernel, up to a number for each query, (*b, n, d), (*b, s, d) -> (*b, n, s)."""
+        """The exact log kernel, up to a constant for each query, (*b, n, d), (*b, s, d) -> (*b, n, s)."""
         xp = namespace_of(x, y)
         keys, log_mass = self._key(y)
         return self._query(x) @ xp.matrix_transpose(keys) + xp.matrix_transpose(log_mass)
@@ -66,7 +69,7 @@ class LandmarkMap:
         return replace(self, points=self.points[..., None, :, :], used=self.used[..., None, :, :], metric=metric)
 
     def weights_of(self, y: Array, log_mass: Array) -> Array:
-        """As `log_key`, of keys that are scaled and centred and have log masses, (*b, s, d) and (*b, s, 1)."""
+        """As `log_key`, for keys that are scaled and centred already, with log masses, (*b, s, d) and (*b, s, 1)."""
         xp = namespace_of(y)
         scores, own = nearness(self.points, self.used, self.metric, y)
         u, log_norm = self.metric.coordinates(y)
@@ -82,7 +85,7 @@ class LandmarkMap:
 
 
 def centred(y: Array, log_weight: Array | None, metric: Metric, kernel: str, scale: float) -> tuple[Array, Array]:
-    """Keys scaled and centred, and their log masses (*b, s, 1): their log weights and the kernel's factor of a key."""
+    """Scaled and centred keys, and their log masses (*b, s, 1): log weights plus the kernel's own factor of a key."""
     xp = namespace_of(y)
     y = cast(y, metric.center.dtype) * scale**0.5 - metric.center
     log_mass = xp.zeros_like(y[..., :1]) if log_weight is None else log_weight[..., None]
@@ -92,7 +95,7 @@ def centred(y: Array, log_weight: Array | None, metric: Metric, kernel: str, sca
 def nearness(points: Array, used: Array, metric: Metric, y: Array) -> tuple[Array, Array]:
     """u.u_c - |u_c|^2 / 2 of keys and landmarks, and which landmark is nearest to each key, both (*b, s, m).
 
-    The first is -inf for unused landmarks.
+    The first is largest for the nearest landmark, and -inf for unused ones.
     """
     xp = namespace_of(points)
     lifted = points @ metric.lift
@@ -115,7 +118,7 @@ def choose(
 ) -> LandmarkMap:
     """Choose landmarks for keys: seeds, then Lloyd steps.
 
-    The last step is differentiable: centres are means of keys, with assignments and metric held.
+    The last step is differentiable: landmarks are means of keys, where the assignment and the metric are constants.
 
     Parameters
     ----------
@@ -128,7 +131,7 @@ def choose(
     scale : float
         Of the kernel.
     event : int
-        Which draw of the seed to take.
+        The same seed gives other random numbers for each event; a stream passes the number of keys seen.
     """
     xp = namespace_of(y)
     y = hide(y, visible)
@@ -148,7 +151,7 @@ def choose(
 
 
 def gather(logs: Array, v: Array, total: Partial | None = None) -> Partial:
-    """Weighted sums of values for each landmark, added to a total: landmarks are the rows of the sums.
+    """Weighted sums of values, one row for each landmark, added to a total.
 
     `logs` (*b, s, m) holds the log weight of each key at each landmark, `v` (*b, s, e) the values.
     """
@@ -161,7 +164,7 @@ def gather(logs: Array, v: Array, total: Partial | None = None) -> Partial:
 
 
 def _means(chosen: LandmarkMap, y: Array, log_mass: Array, visible: Array) -> Array:
-    """The mean of the keys of each landmark, with weights exp(s); the landmark itself if it has none."""
+    """The mean of the keys of each landmark, with weights exp(s); the landmark itself if it has no key."""
     xp = namespace_of(y)
     batch = broadcast_shapes(chosen.batch_shape, y.shape[:-2], log_mass.shape[:-2])
     held = without_gradient(chosen.points)

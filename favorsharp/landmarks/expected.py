@@ -1,4 +1,4 @@
-"""The error that landmarks are expected to make, from the choice alone."""
+"""The error that landmarks are expected to make, computed from the choice of landmarks alone."""
 
 from favorsharp._arrays import compute_dtype, on_device_of, under_own_settings, without_gradient
 from favorsharp._checks import (
@@ -22,12 +22,13 @@ from favorsharp.ops.state import finish, hide, tiles_of
 def expected_error(
     q: Array, k: Array, settings: Landmarks, *, key_mask: Array | None = None, enable_gqa: bool = False
 ) -> Array:
-    """The relative error of a key's kernel that landmarks are expected to make, over queries of the fitted law.
+    """The relative error of the kernels of keys that is to be expected when landmarks replace the keys.
 
-    A key whose landmark is at the distance D keeps the share 1 - exp(-D^2) of the square of its kernel unexplained. The
-    result is the root of the mean of these shares, where keys count as much as their squared kernels. It costs as much
-    as the choice of landmarks, and needs no values. It orders heads and numbers of landmarks; the error of the output
-    also depends on the values, and was 0.2 to 2 times this number on the heads of the attention sample.
+    Queries are modelled as in the metric of landmarks (docs: theory, landmarks). If the landmark of a key is at the
+    distance D, it leaves the share 1 - exp(-D^2) of the key's squared kernel unexplained. The result is the root of the
+    mean of these shares, weighted by the squared kernels. It costs as much as the choice of landmarks, and needs no
+    values. Use it to compare heads and numbers of landmarks. The error of the output also depends on the values, and
+    was 0.2 to 2 times this number on the heads of the attention sample.
 
     Parameters
     ----------

@@ -1,8 +1,9 @@
 """The metric in which two keys are near if the queries cannot tell them apart (docs: theory, landmarks).
 
-Queries are taken as N(mu, S_x), keys have the covariance S_y, and a query's squared error counts in proportion to
-Z^-t, where Z is its denominator. The law of queries is then Gaussian with covariance M = (S_x^-1 + t S_y)^-1 and mean
-mu_t = M S_x^-1 mu, and the inner product of the kernels of two keys y, y' (centred) under it is
+Queries are modelled as N(mu, S_x), and keys have the covariance S_y. The squared error of a query counts in proportion
+to Z^-t, where Z is its denominator. The density of queries times Z^-t is Gaussian, with the covariance
+M = (S_x^-1 + t S_y)^-1 and the mean mu_t = M S_x^-1 mu. Under this density, the inner product of the kernels of two
+centred keys y, y' is
 
     exp( s + s' - |u - u'|^2 / 2 ),    u = L'y,    M = L L',    s = mu_t.y + |u|^2.
 """
@@ -15,7 +16,7 @@ from favorsharp.landmarks.settings import Landmarks
 from favorsharp.moments import Moments
 
 RIDGE, STREAM_RIDGE = 1e-6, 1e-3
-"""Multiples of tr(S_x) / d that are added to S_x: for the queries of one call, and where later queries will differ."""
+"""Multiples of tr(S_x) / d that are added to S_x, in whole calls and in streams, whose later queries differ."""
 
 _TINY = 1e-150
 """Added to S_x too, so that it has a Cholesky factor if all queries are equal."""
@@ -23,12 +24,12 @@ _TINY = 1e-150
 
 @dataclass(frozen=True, eq=False)
 class Metric:
-    """The metric of keys, for points that are scaled. All arrays are constants in differentiation.
+    """The metric of keys, for scaled points. All arrays are constants in differentiation.
 
     Attributes
     ----------
     center : array, shape (*b, 1, d)
-        Mean of the keys; y stands for a key minus it.
+        The mean of the keys; y stands for a key minus this mean.
     lift : array, shape (*b, d, d)
         L.
     direction : array, shape (*b, 1, d)
@@ -49,7 +50,7 @@ class Metric:
 def metric_of(moments: Moments, settings: Landmarks, ridge: float, dtype: DType) -> Metric:
     """The metric for queries and keys with these moments (of points that are not scaled), in the given dtype.
 
-    If no query has been seen, queries are taken to be distributed as the keys.
+    If no query has been seen, queries are assumed to have the distribution of the keys.
     """
     xp = namespace_of(moments.mean_x, moments.mean_y)
     size = moments.size

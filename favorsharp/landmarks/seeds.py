@@ -1,9 +1,11 @@
-"""The seeds of landmarks: keys drawn one after the other, by what the seeds before leave unexplained.
+"""The seeds of landmarks: keys drawn one after the other, in proportion to the errors that earlier seeds leave.
 
-The next seed is drawn among 4 m keys in proportion to exp(2 s) (1 - exp(-D^2)), where D is the distance to the nearest
-seed: it is the key with the largest logarithm of that plus Gumbel noise, of which each key has one number. All shapes
-are static. Nothing depends on the order of the keys or on hidden ones: keys are numbered by their projection on a
-random direction. That also puts equal keys next to each other, so that only one of them is a candidate.
+A seed here is a key at which a landmark starts. There are 4 m candidates. The next seed is drawn from these about in
+proportion to exp(2 s) (1 - exp(-D^2)), where D is the distance to the nearest seed so far: it is the candidate with the
+largest sum of the logarithm of that and its Gumbel noise. Each candidate has one number of noise for all draws. All
+shapes are static. Nothing depends on hidden keys or on the order of the keys, because keys are sorted by their
+projection on a random direction. The sort also puts equal keys next to each other, so that only one of them becomes a
+candidate. See docs: design, seeds need one random number for each candidate.
 """
 
 from dataclasses import dataclass
@@ -19,7 +21,7 @@ CANDIDATES = 4
 
 @dataclass(frozen=True, eq=False)
 class Noise:
-    """The random numbers of one choice, on the host: a direction (d,), offsets and Gumbel noise of candidates, (P,)."""
+    """The random numbers of one choice, in NumPy: a direction (d,); offsets and Gumbel noise of candidates, (P,)."""
 
     direction: Any
     offsets: Any
@@ -27,7 +29,7 @@ class Noise:
 
 
 def noise_of(seed: int, event: int, num_landmarks: int, size: int) -> Noise:
-    """The noise of the choice at this event of a stream; whole calls are event 0."""
+    """The random numbers for a choice. `event` is 0 in a whole call, and in a stream the number of keys seen."""
     import numpy as np
 
     rng = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(event,)))
@@ -38,14 +40,16 @@ def noise_of(seed: int, event: int, num_landmarks: int, size: int) -> Noise:
 def choose_seeds(
     u: Array, log_norm: Array, y: Array, visible: Array, num_landmarks: int, noise: Noise
 ) -> tuple[Array, Array]:
-    """Positions of the seeds among the keys, and whether each was needed, both (*b, m).
+    """Positions of the seeds among the keys, and whether each is used, both (*b, m).
+
+    A seed is not used if no candidate is left, for example because there are fewer different keys than landmarks.
 
     Parameters
     ----------
     u : array, shape (*b, s, d)
         Coordinates of the keys in which distances are measured.
     log_norm : array, shape (*b, s)
-        s, with the log masses of the keys added.
+        s plus the log mass of each key.
     y : array, shape (*b, s, d)
         The keys, by which equal ones are recognised.
     visible : array of bool, shape (*b, s)
@@ -66,7 +70,7 @@ def choose_seeds(
     logs = 2 * cast(xp.take_along_axis(log_norm, index, axis=-1), wide)
     logs = xp.where(filled, logs + from_host(noise.gumbel[:slots], points), -xp.inf)
     own = xp.sum(points * points, axis=-1)
-    grain = 16 * float(xp.finfo(wide).eps)  # smaller squared distances are rounding
+    grain = 16 * float(xp.finfo(wide).eps)  # smaller squared distances are rounding errors, and count as 0
     left = xp.zeros_like(own) + xp.inf
     picks, needed = [], []
     for _ in range(num_landmarks):
@@ -84,7 +88,8 @@ def choose_seeds(
 def _candidates(y: Array, visible: Array, slots: int, noise: Noise) -> tuple[Array, Array]:
     """Positions of up to `slots` different visible keys, and which of the slots are filled, both (*b, slots).
 
-    All of them if there are no more; otherwise one from each of as many strata along the random direction.
+    If there are no more different keys than slots, these are all keys; otherwise, one key from each of as many strata
+    along the random direction as there are slots.
     """
     xp = namespace_of(y)
     wide = statistics_dtype(y)
@@ -99,7 +104,7 @@ def _candidates(y: Array, visible: Array, slots: int, noise: Noise) -> tuple[Arr
     count = xp.sum(cast(first, wide), axis=-1, keepdims=True)
     different = xp.argsort(cast(~first, xp.int8), axis=-1, stable=True)
     slot = xp.arange(slots, dtype=wide, **on_device_of(y))
-    offset = from_host(noise.offsets[:slots], y, dtype=wide)  # without effect if each candidate has its slot
+    offset = from_host(noise.offsets[:slots], y, dtype=wide)  # has no effect if there is a slot for each key
     rank = xp.floor((slot + offset) * xp.maximum(count / slots, xp.ones_like(count)))
     filled = rank < count
     rank = cast(xp.minimum(rank, xp.zeros_like(rank) + (y.shape[-2] - 1)), order.dtype)

@@ -20,7 +20,7 @@ class Landmarks:
     scale : float or None
         As in `fit`; None stands for the default of the kernel, which may depend on d.
     tilt : float
-        How strongly the choice discounts queries that attend to many keys anyway.
+        How strongly the choice discounts errors of queries with a large denominator; see `landmarks`.
     steps : int
         Lloyd steps after the seeds.
     room : int
@@ -60,26 +60,27 @@ def landmarks(
 ) -> Landmarks:
     """Settings for landmarks: m weighted keys in place of n, chosen for the queries that a head gets.
 
-    The result goes wherever attention takes a feature map. Landmarks are chosen anew in each call (a stream chooses
-    them as it goes), so nothing has to be calibrated. They are much closer to exact attention than as many random
-    features. **They are biased**: the mean over draws is not the exact kernel, as it is for random features.
+    Pass the result to attention in place of a feature map. Landmarks are chosen anew in each call, and again and again
+    in a stream, so nothing has to be calibrated. They are much closer to exact attention than as many random features.
+    **They are biased**: the mean over draws is the exact kernel for random features, but not for landmarks.
 
     Parameters
     ----------
     num_landmarks : int
-        m, 1 or more. From as many landmarks as there are different visible keys on, attention is exact.
+        m, 1 or more. If it is at least the number of different visible keys, attention is exact.
     kernel : {"softmax", "gaussian"}
         exp(scale x.y), or exp(-scale |x - y|^2 / 2).
     scale : float, optional
         Positive and finite. None means d**-0.5 for softmax and 1 for Gaussian.
     tilt : float
-        The power of a query's denominator that its squared error is divided by: 0 or more; 1 to 2 do equally well.
+        The choice divides the squared error of a query by its denominator to this power: 0 or more; 1 to 2 do equally
+        well.
     steps : int
         Lloyd steps after the seeds, 0 or more; each is a pass over the keys.
     room : int, optional
         How many keys beyond m a stream holds before it compresses them to m: 1 or more; None means m.
     rng : None, int, SeedSequence, BitGenerator or Generator
-        None is seed 0, so that a call is a function of its arguments. A generator advances by one draw.
+        None means seed 0, so that the same arguments give the same result. A generator advances by one draw.
 
     Returns
     -------
@@ -127,7 +128,7 @@ def _check_tilt(tilt: Any) -> float:
 
 
 def _seed_of(rng: Any) -> int:
-    """A seed that stands for rng, so that the settings stay a value."""
+    """An integer seed taken from rng, so that settings hold plain values only and can be compared."""
     if rng is None:
         return 0
     from favorsharp.draws import generator  # imports NumPy

@@ -1,9 +1,9 @@
-"""The state of a stream of landmarks: weighted keys, of which the last are exact, and the moments that choose them.
+"""The state of a stream of landmarks: weighted keys, of which the last ones are exact; and how it is compressed.
 
-A key enters with log weight 0, so all keys are exact until the state first compresses. It does so when the keys that
-are not in the window's blocks number m + room: these become m landmarks, chosen with the moments of all queries and
-keys seen so far. Whether it is due depends on the number of keys seen and held only, so that chunks of any length give
-the same stream.
+A key enters as it is, with log weight 0. When the state holds m + room keys, apart from those in the last block of the
+window, these keys are compressed to m landmarks, which are chosen with the moments of all queries and keys seen so far.
+Whether a compression is due depends only on the numbers of keys seen and held, so chunks of any length give the same
+stream.
 """
 
 from collections.abc import Callable
@@ -117,7 +117,7 @@ def empty_landmarks(
 
 
 def positions_until_due(state: LandmarkState) -> int:
-    """The number of keys that can still enter before the state has to compress; 0 if it has to before the next one."""
+    """The number of keys that can enter before the next compression; 0 if it is due before the next key."""
     block = max(state.window, 1)
     full = state.settings.num_landmarks + state.settings.room
     needed = max(0, full - (state.held - state.window))
@@ -125,10 +125,10 @@ def positions_until_due(state: LandmarkState) -> int:
 
 
 def moments_of(q: Array | None, k: Array, key_mask: Array | None, *, grouped: bool = False) -> Moments:
-    """Moments of queries and keys; masked points do not enter, nor do points that are not finite.
+    """Moments of queries and keys, without masked points and points that are not finite.
 
-    A mask holds for queries too if there are as many as keys. Grouped queries have one more axis than keys before the
-    last two, for the heads that share a key head; these are pooled.
+    If there are as many queries as keys, the mask applies to queries too. Grouped queries have one more axis than keys,
+    before the last two, for the heads that share a key head; these heads are pooled.
     """
     xp = namespace_of(k)
     k = without_gradient(k)
@@ -159,7 +159,7 @@ def landmark_map(
 
 @under_own_settings
 def condense(chosen: LandmarkMap, k: Array, log_weight: Array, v: Array) -> tuple[Array, Array, Array]:
-    """Landmarks for keys with log weights: points that are not scaled, log weights, and mean values.
+    """Replace keys with log weights by landmarks: points that are not scaled, log weights, and mean values.
 
     (*b, s, d), (*b, s), (*b, s, e) -> (*b, m, d), (*b, m), (*b, m, e).
     """
@@ -192,7 +192,7 @@ def read_landmarks(
 ) -> Array:
     """Attention of queries to weighted keys, in the dtype of the log weights.
 
-    If causal, the keys from position `causal_from` on are the queries' own, and each query sees them up to its own.
+    With `causal_from`, the keys from this position on belong to the queries, and each query sees those up to its own.
     """
     xp = namespace_of(q, keys, values)
     dtype, scale = log_weight.dtype, settings.scale_of(q.shape[-1])
@@ -263,7 +263,7 @@ def compressed(state: LandmarkState, keep: int, *, ridge: float = STREAM_RIDGE, 
 
 
 def ready(state: LandmarkState) -> LandmarkState:
-    """The state, compressed if it has to be before the next key enters."""
+    """The state, compressed if a compression is due before the next key."""
     if positions_until_due(state) > 0:
         return state
     return compressed(state, state.window, event=state.num_seen)
@@ -299,7 +299,7 @@ def _combine_landmarks(a: LandmarkState, b: Any) -> LandmarkState:
 
 
 def _joined(a: Array, b: Array, core: int) -> Array:
-    """Arrays joined along the first of their `core` last axes."""
+    """Two arrays joined along their axis -core; the axes before it broadcast."""
     xp = namespace_of(a, b)
     batch = broadcast_shapes(a.shape[:-core], b.shape[:-core])
     dtype = result_dtype(xp, a, b)

@@ -1,4 +1,4 @@
-"""What the public functions run when they are given `Landmarks` in place of a feature map, with its checks."""
+"""What the public functions run if they are given `Landmarks` in place of a feature map: checks, then the work."""
 
 from collections.abc import Callable
 from itertools import pairwise
@@ -35,7 +35,7 @@ from favorsharp.landmarks.state import LandmarkState, empty_landmarks
 
 
 def landmark_call(q: Array, k: Array, v: Array, num_landmarks: int, given: dict[str, Any], **options: Any) -> Array:
-    """`attention(method="landmarks")`: `given` are its arguments `draw` and `calibration`, which must be left alone."""
+    """`attention(method="landmarks")`; `given` has `draw` and `calibration`, which must have their defaults."""
     check_attention(
         q, k, v, is_causal=options["is_causal"], key_mask=options["key_mask"], enable_gqa=options["enable_gqa"]
     )
@@ -66,7 +66,7 @@ def landmark_attention(
     return_state: bool,
     out: Array | None,
 ) -> Any:
-    """`linear_attention`, whose arguments `check_attention` and, for `bounds`, `check_bounds` have checked."""
+    """`linear_attention` with landmarks; the caller has run `check_attention` and, for `bounds`, `check_bounds`."""
     xp = namespace_of(q, k, v)
     window = check_integer("window", window, 0)
     check_flag("return_state", return_state)
@@ -116,7 +116,7 @@ def _run(
     if is_causal:
         return stream(q, k, v, state, key_mask=key_mask, grouped=grouped)
     state = gathered(q, k, v, state, key_mask=key_mask, grouped=grouped)
-    if window:  # the state is new: the landmarks of its own call also hold the keys that it keeps exact
+    if window:  # the output reads landmarks of all keys, also of those that the state keeps exact
         return whole(q, k, v, settings, key_mask=key_mask, window=window, grouped=grouped), state
     return read_state(state, q, grouped=grouped), state
 
@@ -130,7 +130,7 @@ def _packed(
     key_mask: Array | None,
     options: dict[str, Any],
 ) -> Array:
-    """Each of the packed sequences alone."""
+    """Attention within each of the packed sequences."""
     xp = namespace_of(q, k, v)
     pieces = []
     for a, b in pairwise(bounds):
@@ -146,7 +146,7 @@ def _packed(
 
 
 def landmark_init(settings: Landmarks, v_size: int, *, like: Array, window: int) -> LandmarkState:
-    """`init_state`."""
+    """`init_state` with landmarks."""
     check_floats(like=like)
     check_points("like", like, "(*b, s, d)")
     e, window = check_integer("v_size", v_size, 0), check_integer("window", window, 0)
@@ -156,7 +156,7 @@ def landmark_init(settings: Landmarks, v_size: int, *, like: Array, window: int)
 
 @under_own_settings
 def landmark_update(state: Any, k: Array, v: Array, settings: Landmarks, *, key_mask: Array | None) -> LandmarkState:
-    """`update`."""
+    """`update` with landmarks."""
     check_floats(k=k, v=v)
     check_points("k", k, "(*b, s, d)")
     check_points("v", v, "(*b, s, e)")
@@ -168,7 +168,7 @@ def landmark_update(state: Any, k: Array, v: Array, settings: Landmarks, *, key_
 
 @under_own_settings
 def landmark_read(state: Any, q: Array, settings: Landmarks, *, enable_gqa: bool) -> Array:
-    """`read`."""
+    """`read` with landmarks."""
     check_floats(q=q)
     check_points("q", q, "(*b, n, d)")
     _check_state(state, settings, q=q)
@@ -181,7 +181,7 @@ def landmark_read(state: Any, q: Array, settings: Landmarks, *, enable_gqa: bool
 def landmark_step(
     q: Array, k: Array, v: Array, state: Any, settings: Landmarks, *, enable_gqa: bool
 ) -> tuple[Array, LandmarkState]:
-    """`decode_step`."""
+    """`decode_step` with landmarks."""
     xp, group = check_attention(q, k, v, is_causal=False, key_mask=None, enable_gqa=enable_gqa)
     if q.shape[-2] != 1 or k.shape[-2] != 1:
         raise ValueError(
@@ -194,7 +194,7 @@ def landmark_step(
 
 @under_own_settings
 def landmark_means(x: Array, y: Array, v: Array, settings: Landmarks) -> Array:
-    """`nadaraya_watson`, with a value axis."""
+    """`nadaraya_watson` with landmarks, for values (*b, s, e)."""
     check_in_memory(x=x, y=y, v=v)
     check_floats(x=x, y=y, v=v)
     for name, points, letters in (("x", x, "(*b, n, d)"), ("y", y, "(*b, s, d)"), ("v", v, "(*b, s, e)")):
@@ -208,7 +208,7 @@ def landmark_means(x: Array, y: Array, v: Array, settings: Landmarks) -> Array:
 def landmark_vjp(
     q: Array, k: Array, v: Array, settings: Landmarks, **options: Any
 ) -> tuple[Array, Callable[[Array], tuple[Array, ...]]]:
-    """`vjp` of `linear_attention`: the choice of landmarks is held, everything else is differentiated."""
+    """`vjp` of `linear_attention` with landmarks; the choice of landmarks is constant in differentiation."""
     if library_of(q) not in ("torch", "jax"):
         raise TypeError(
             f"{library_of(q)} arrays: attention through landmarks is differentiated by the library of the arrays; "
@@ -225,7 +225,7 @@ def landmark_vjp(
 def _check_state(
     state: Any, settings: Landmarks, window: int | None = None, is_causal: bool = True, **named: Array
 ) -> None:
-    """Check that a state has these settings, and fits the arrays and the call."""
+    """Check that a state was made with these settings, and fits the arrays and the call."""
     if not isinstance(state, LandmarkState):
         raise TypeError(f"state must be a favorsharp.LandmarkState, as landmarks make it, got {type(state).__name__}")
     check_floats(**named, state=state.keys)
