@@ -61,7 +61,7 @@ def place_of(x: Any) -> tuple[int, tuple[int, ...]]:
     start = x.__array_interface__["data"][0] if is_numpy(x) else x.data.ptr
     item = x.dtype.itemsize
     if any(step % item for step in x.strides):
-        raise ValueError(f"strides {x.strides} must be multiples of the item's size, {item}")
+        raise ValueError(f"an array has strides {x.strides}; accepted: multiples of the size of an item, {item} bytes")
     return int(start), tuple(step // item for step in x.strides)
 
 

@@ -118,7 +118,8 @@ def width_of(d: int) -> int:
     """The width, 64 or 128, to which kernels other than `gradient_sweep` pad points of size d."""
     if d > WIDEST:
         raise ValueError(
-            f"gradients on a GPU need d of at most {WIDEST}, got d={d}; use('reference') takes any, and keeps features"
+            f"gradients on a GPU need d of at most {WIDEST}, got d={d}; use('reference') takes any d, "
+            "but keeps all features in memory"
         )
     return wider_of(d)
 
@@ -377,7 +378,7 @@ class Backward:
     def of_state(self) -> Sums:
         """The gradients of the state that queries have read."""
         if self.state is None:
-            raise ValueError("no state was read")
+            raise ValueError("of_state: no state was read; accepted: a backward pass made with state=(kv, z, c)")
         kv, z, c = self.state
         xp = namespace_of(kv)
         weight = xp.exp(self.totals[0][2] + c)  # 0 for a feature that has seen no key, or that no query reads
