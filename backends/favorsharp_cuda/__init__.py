@@ -1,6 +1,7 @@
-"""CUDA kernels for favorsharp: for CuPy arrays and torch tensors on NVIDIA GPUs.
+"""CUDA kernels of favorsharp, for CuPy arrays and torch tensors on NVIDIA GPUs: the declaration of the backend.
 
-Importing this package imports nothing: kernels are strings until they are first used, and are compiled then.
+`favorsharp.dispatch` finds `BACKEND` through the entry points `favorsharp.backends`. Importing this package imports
+neither CuPy nor torch and compiles nothing: a kernel is compiled when it is first launched on a device.
 """
 
 from favorsharp._arrays import FLOATS

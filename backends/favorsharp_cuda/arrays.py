@@ -1,6 +1,6 @@
-"""Arrays as addresses: where one lies, on which device, and how to make another beside it.
+"""Helpers for arrays: addresses, strides, dtypes, devices and allocation. Most modules of this package call them.
 
-CuPy arrays, torch tensors, and NumPy arrays where tests run the kernels on the host.
+Arrays are CuPy arrays or torch tensors. Tests also run the kernels on the CPU, with NumPy arrays and CPU tensors.
 """
 
 import sys
@@ -11,26 +11,26 @@ from typing import Any
 import numpy as np
 
 WIDER = {"float16": "float32", "bfloat16": "float32", "float32": "float32", "float64": "float64"}
-"""What each dtype is computed in."""
+"""The dtype that kernels compute in, for each dtype of their arrays."""
 
 
 def is_torch(x: Any) -> bool:
-    """Whether x is a tensor."""
+    """Whether x is a torch tensor."""
     return type(x).__module__.partition(".")[0] == "torch" or hasattr(x, "data_ptr")
 
 
 def is_numpy(x: Any) -> bool:
-    """Whether x is NumPy's."""
+    """Whether x is a NumPy array."""
     return isinstance(x, np.ndarray)
 
 
 def on_host(x: Any) -> bool:
-    """Whether x is not on a GPU: where tests run the kernels."""
+    """Whether x is in host memory, as in tests that run the kernels on the CPU."""
     return is_numpy(x) or (is_torch(x) and x.device.type != "cuda")
 
 
 def name_of(x: Any) -> str:
-    """The dtype's short name."""
+    """The name of x's dtype without that of the library, such as "float32"."""
     return _name(x.dtype)
 
 
@@ -40,7 +40,7 @@ def _name(dtype: Any) -> str:
 
 
 def device_number(x: Any) -> int:
-    """The number of the GPU; 0 for host memory."""
+    """The number of the GPU that x is on; 0 if x is in host memory."""
     if is_numpy(x):
         return 0
     if is_torch(x):
@@ -49,7 +49,7 @@ def device_number(x: Any) -> int:
 
 
 def place_of(x: Any) -> tuple[int, tuple[int, ...]]:
-    """The address of the first item, and the strides in items."""
+    """The address of x's first item, and its strides in items."""
     if is_torch(x):
         place = int(x.data_ptr())
         if not place and x.numel() > 0:
@@ -61,27 +61,27 @@ def place_of(x: Any) -> tuple[int, tuple[int, ...]]:
     start = x.__array_interface__["data"][0] if is_numpy(x) else x.data.ptr
     item = x.dtype.itemsize
     if any(step % item for step in x.strides):
-        raise ValueError(f"strides {x.strides} must be multiples of the item's size, {item}")
+        raise ValueError(f"an array has strides {x.strides}; accepted: multiples of the size of an item, {item} bytes")
     return int(start), tuple(step // item for step in x.strides)
 
 
 def computed_item(dtype: str) -> int:
-    """Bytes of a number in the dtype that arrays of this one are computed in."""
+    """Bytes of one number in the dtype that kernels compute in for arrays of the given dtype."""
     return 8 if WIDER[dtype] == "float64" else 4
 
 
 def _item_of(x: Any) -> int:
-    """Bytes of an item."""
+    """Bytes of one item of x."""
     return int(x.element_size() if is_torch(x) else x.dtype.itemsize)
 
 
 def _beside(x: Any, like: Any) -> bool:
-    """Whether an array is on another's device."""
+    """Whether x is on the device of `like`."""
     return is_numpy(x) or bool(x.device == like.device)
 
 
 def extent_of(x: Any) -> tuple[int, int]:
-    """The addresses between which all items lie."""
+    """The lowest address that belongs to an item of x, and the address behind the last item."""
     start, strides = place_of(x)
     item = _item_of(x)
     reach = [item * step * (size - 1) for size, step in zip(x.shape, strides, strict=True)]
@@ -98,7 +98,10 @@ def usable_where_it_lies(x: Any) -> bool:
 
 
 def readable(x: Any) -> Any:
-    """The array without a gradient and without lazy conjugation, in native byte order."""
+    """The array in a form that kernels can read; it is copied only if necessary.
+
+    The result has no gradient and no pending negation or conjugation. It is aligned and in native byte order.
+    """
     if is_torch(x):
         x = x.detach()
         return x if usable_where_it_lies(x) else x.resolve_neg().resolve_conj()
@@ -106,9 +109,10 @@ def readable(x: Any) -> Any:
 
 
 def target(out: Any, inputs: Sequence[Any], shape: tuple[int, ...], dtype: str) -> Any:
-    """What a kernel writes its result to: `out`, or a new array where a kernel cannot, or must not, write there.
+    """The array that a kernel writes its result to: `out` if the kernel can write there, otherwise a new array.
 
-    That is where there is none, or it is of another dtype, on another device, not aligned, or shares an input's memory.
+    A new array is made if there is no `out`, or if `out` has another dtype, is on another device, is not aligned,
+    repeats items (stride 0), or overlaps the memory of an input.
     """
     if out is None or name_of(out) != dtype or not usable_where_it_lies(out) or not _beside(out, inputs[0]):
         return empty(inputs[0], shape, dtype)
@@ -119,12 +123,15 @@ def target(out: Any, inputs: Sequence[Any], shape: tuple[int, ...], dtype: str) 
     if repeated or start % _item_of(out) or any(first < high and low < stop for first, stop in taken):
         return empty(inputs[0], shape, dtype)
     if is_torch(out) and not out.is_inference():
-        sys.modules["torch"].autograd.graph.increment_version(out)  # as any write to it does
+        sys.modules["torch"].autograd.graph.increment_version(out)  # torch counts writes to a tensor
     return out
 
 
 def empty(like: Any, shape: tuple[int, ...], dtype: str) -> Any:
-    """A new array of like's library, beside it."""
+    """A new array, not initialised, of the library of `like` and on its device.
+
+    CuPy allocates on the current device; `launch.run` checks that arrays are on it.
+    """
     if is_torch(like):
         torch = sys.modules["torch"]
         return torch.empty(shape, dtype=getattr(torch, dtype), device=like.device)
@@ -136,7 +143,7 @@ def empty(like: Any, shape: tuple[int, ...], dtype: str) -> Any:
 
 
 def upload(like: Any, host: Any) -> Any:
-    """A NumPy array of numbers as an array of like's library, beside it."""
+    """A NumPy array of numbers as an array of the library of `like`, on its device."""
     if is_torch(like):
         torch = sys.modules["torch"]
         return torch.from_numpy(np.ascontiguousarray(host)).to(like.device)
@@ -150,7 +157,7 @@ def upload(like: Any, host: Any) -> Any:
 
 
 def cast(x: Any, dtype: str) -> Any:
-    """The array in another dtype; itself where it has it."""
+    """The array in the given dtype; the array itself if it has that dtype already."""
     if name_of(x) == dtype:
         return x
     return x.to(getattr(sys.modules["torch"], dtype)) if is_torch(x) else x.astype(dtype)

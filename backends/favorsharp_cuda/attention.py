@@ -1,4 +1,8 @@
-"""Bidirectional attention."""
+"""Bidirectional attention: runs the tensor-core kernels (`tiles`) if they fit the call, otherwise the plain ones.
+
+`dispatch` calls `attention` and `attention_packed` for CuPy arrays; `torch_ops` calls `attention` for tensors.
+`attention_with_stats` is the forward pass of differentiated calls, in `vjp`, `torch_eager` and `operators`.
+"""
 
 from typing import Any
 
@@ -11,14 +15,17 @@ from favorsharp_cuda.problem import key_batch_of
 def attention(
     q: Any, k: Any, v: Any, feature_map: Any, *, key_mask: Any = None, window: int = 0, out: Any = None
 ) -> Any:
-    """As `favorsharp.ops.attention.attention`, in `out` where a kernel can write to it."""
+    """As `favorsharp.ops.attention.attention`; the result is in `out` if a kernel can write to it."""
     return _attend(q, k, v, feature_map, key_mask, window, out=out)
 
 
 def attention_with_stats(
     q: Any, k: Any, v: Any, feature_map: Any, *, key_mask: Any = None, window: int = 0
 ) -> tuple[Any, Any]:
-    """Attention, and for a backward pass 1 / total and the reference of every query, (*b, n, 2)."""
+    """Attention, and what a backward pass needs: 1 / total and the reference of every query, (*b, n, 2).
+
+    The reference is the number that was subtracted from the query's log weights; the total is the sum of its weights.
+    """
     batch = broadcast_shapes(tuple(q.shape[:-2]), key_batch_of(feature_map, k, v, key_mask))
     stats = arrays.empty(q, (*batch, q.shape[-2], 2), arrays.WIDER[arrays.name_of(q)])
     return _attend(q, k, v, feature_map, key_mask, window, stats=stats), stats

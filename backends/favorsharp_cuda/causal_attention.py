@@ -1,4 +1,9 @@
-"""The op `causal_attention` on a GPU, by the tensor-core kernels (`tiles`) or, where these do not fit, by `plain`."""
+"""Causal attention: runs the tensor-core kernels (`tiles`) if they fit the call, otherwise the plain ones.
+
+`dispatch` calls `causal_attention` and `causal_attention_packed` for CuPy arrays; `torch_ops` calls `causal_attention`
+for tensors. `causal_attention_with_stats` is the forward pass of differentiated calls, in `vjp`, `torch_eager` and
+`operators`.
+"""
 
 from dataclasses import replace
 from typing import Any
@@ -15,16 +20,16 @@ def causal_attention(
     q: Any, k: Any, v: Any, feature_map: Any, *, key_mask: Any = None, window: int = 0, state: State | None = None,
     out: Any = None,
 ) -> tuple[Any, State]:  # fmt: skip
-    """As `favorsharp.ops.causal_attention.causal_attention`, in `out` where a kernel can write to it."""
+    """As `favorsharp.ops.causal_attention.causal_attention`; the result is in `out` if a kernel can write to it."""
     return _attend(q, k, v, feature_map, key_mask, window, state, out=out)
 
 
 def causal_attention_with_stats(
     q: Any, k: Any, v: Any, feature_map: Any, *, key_mask: Any = None, window: int = 0, state: State | None = None
 ) -> tuple[Any, Any, State]:
-    """Causal attention; for a backward pass 1 / total and the reference of every query, (*b, n, 2); and the state.
+    """Causal attention, 1 / total and the reference of every query for a backward pass, (*b, n, 2), and the state.
 
-    Keys that a state keeps come first among these, which may be more than the queries.
+    There may be more keys than queries. The first keys are then the recent keys of a state, which precede all queries.
     """
     batch = broadcast_shapes(tuple(q.shape[:-2]), key_batch_of(feature_map, k, v, key_mask, state))
     stats = arrays.empty(q, (*batch, q.shape[-2], 2), arrays.WIDER[arrays.name_of(q)])
@@ -41,7 +46,7 @@ def _attend(
 ) -> tuple[Any, State]:  # fmt: skip
     dtype = arrays.name_of(q)
     wide = arrays.WIDER[dtype] if state is None else arrays.name_of(state.kv)
-    inputs = [q, k, v, key_mask]  # what is read after the kernels too, by the state that is returned
+    inputs = [q, k, v, key_mask]  # `out` must not overlap these: kernels read them, and the returned state may too
     if state is not None:
         inputs += [state.kv, state.z, state.c, state.recent_k, state.recent_v, state.recent_mask]
         if state.recent_k.shape[-2]:
@@ -78,7 +83,7 @@ def _attend(
 
 
 def _nothing(k: Any, v: Any, batch: tuple[int, ...]) -> dict[str, Any]:
-    """No recent keys."""
+    """The fields of a state that has no recent keys."""
     return {
         "recent_k": arrays.empty(k, (*batch, 0, k.shape[-1]), arrays.name_of(k)),
         "recent_v": arrays.empty(v, (*batch, 0, v.shape[-1]), arrays.name_of(v)),
@@ -87,7 +92,7 @@ def _nothing(k: Any, v: Any, batch: tuple[int, ...]) -> dict[str, Any]:
 
 
 def _one_along(batch: tuple[int, ...], keys: tuple[int, ...]) -> tuple[Any, ...]:
-    """What picks of the heads of a batch one for each head of the keys' batch."""
+    """The index that picks, from the sums of all heads of `batch`, one entry for each head of `keys`."""
     missing = len(batch) - len(keys)
     inner = (slice(None) if size == own else slice(0, 1) for size, own in zip(batch[missing:], keys, strict=True))
     return (*(0 for _ in range(missing)), *inner, slice(None), slice(None))

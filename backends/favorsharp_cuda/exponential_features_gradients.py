@@ -1,4 +1,7 @@
-"""Gradients of exp(u W^T + row + column)."""
+"""The gradients of exp(u W^T + row + column) (kernels/exponential_features_gradients.cu).
+
+`vjp`, `torch_eager` and `operators` call it.
+"""
 
 from typing import Any
 

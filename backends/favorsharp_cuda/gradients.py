@@ -1,4 +1,8 @@
-"""Gradients of attention by the backward kernels (kernels/attention_gradients.cu and its neighbours)."""
+"""The gradients of attention and of kernel products: launches the backward kernels (docs/design/cuda-gradients.md).
+
+`vjp`, `torch_eager` and `operators` call `attention_backward`; `state_gradients` uses `Backward` for states. The
+kernels are in kernels/attention_gradients.cu, gradient_points.cu and near_gradients.cu.
+"""
 
 import math
 from typing import Any
@@ -15,13 +19,13 @@ from favorsharp_cuda.source import SWEEPS, Sweep, expression
 
 THREADS, ROWS = 128, 32
 WIDEST = 128
-"""Entries of a point; other kernels than sweeps know 64 and 128."""
+"""The most entries that a point can have. Kernels other than `gradient_sweep` are compiled for widths 64 and 128."""
 ENOUGH_BLOCKS = 512
-"""Blocks that keep a large card busy."""
+"""A number of blocks that keeps a large GPU busy."""
 SHORTEST_SEGMENT = 512
-"""Points that a segment has at least: its sums cost as much as reading some hundred points."""
+"""The fewest points of a segment: its sums cost as much as reading some hundred points."""
 LONGEST_SEGMENT = 2048
-"""Points that it has at most, or one block of a window: within one, sums in float32 keep no low parts."""
+"""The most points of a segment, unless a block of a window is longer: within it, float32 sums have no low parts."""
 
 _ARRAY = PROBLEM["q"]
 _ARRAYS = (
@@ -47,25 +51,29 @@ GRADIENTS = np.dtype(
         *((name, "i8") for name in ("num_rows", "num_columns", "row_step", "column_step", "head_step")),
     ]
 )
-"""The layout of `Gradients` in kernels/gradient_tiles.cuh."""
+"""The layout of `Gradients` in kernels/gradient_tiles.cuh: the same fields in the same order."""
 
 
 def attention_backward(
     gradient: Any, q: Any, k: Any, v: Any, feature_map: Any, out: Any, stats: Any, *, key_mask: Any = None,
     window: int = 0, causal: bool = False, of_map: bool = False, state: Sums | None = None,
 ) -> tuple[Any, ...]:  # fmt: skip
-    """The gradients of q, k and v, in their shapes and dtypes; of a state; the sums that those of a map are made of.
+    """The gradients of q, k and v, then those of the state, then the sums from which gradients of the map follow.
+
+    Gradients have the shapes and dtypes of their arrays.
 
     Parameters
     ----------
     gradient : array, shape (*b, n, e)
-        Of the result `out`.
+        The gradient of the result `out`.
     stats : array, shape (*b, n, 2), or None
-        1 / total and the reference of every query, of the type computed in; None where weights are not normalised.
+        1 / total and the reference of every query, in the dtype that is computed in; None if weights are not
+        normalised.
     of_map : bool
-        Whether the sums are wanted: otherwise the last is None.
+        Whether the sums for the map are wanted; if not, the last result is None.
     state : (kv, z, c), optional
-        That causal attention began with, in the type computed in; its gradients follow those of v.
+        The sums of the state that causal attention began with, in the dtype that is computed in. Without it, there are
+        no gradients between that of v and the last result.
     """
     b = Backward(
         gradient, q, k, v, feature_map, out, stats, key_mask=key_mask, window=window, causal=causal, state=state
@@ -76,11 +84,13 @@ def attention_backward(
 
 
 def sweep_of(like: Any, d: int, e: int) -> Sweep:
-    """The sweep that takes values in the fewest parts, has the narrowest points of those and works on most features.
+    """The instance of `gradient_sweep` to use for points of size d and values of size e, on the device of `like`.
 
-    Of those that the device has room for.
+    Among the instances that fit into shared memory, it processes values in the fewest parts. Among those, it pads
+    points the least, and then has the most features at a time.
 
-    Refuses points that are too wide; callers ask before the forward pass.
+    It is an error if points are too wide or nothing fits. Callers ask before the forward pass, so that the error comes
+    early.
     """
     width_of(d)
     dtype, device = arrays.name_of(like), arrays.device_number(like)
@@ -99,35 +109,39 @@ def sweep_of(like: Any, d: int, e: int) -> Sweep:
 
 
 def sweeps_for(dtype: str, d: int, room: int) -> list[Sweep]:
-    """Those that serve points of size d where a block has so much shared memory."""
+    """The instances of `gradient_sweep` that serve points of size d and need at most `room` bytes of shared memory."""
     item = arrays.computed_item(dtype)
     return [x for x in SWEEPS[arrays.WIDER[dtype]] if x.points >= d and shared_of(x, item) <= room]
 
 
 def width_of(d: int) -> int:
-    """The width that points of size d are padded to by kernels that know 64 and 128 alone."""
+    """The width, 64 or 128, to which kernels other than `gradient_sweep` pad points of size d."""
     if d > WIDEST:
         raise ValueError(
-            f"gradients on a GPU need d of at most {WIDEST}, got d={d}; use('reference') takes any, and keeps features"
+            f"gradients on a GPU need d of at most {WIDEST}, got d={d}; use('reference') takes any d, "
+            "but keeps all features in memory"
         )
     return wider_of(d)
 
 
 def columns_of(e: int, widest: int) -> list[slice]:
-    """Values in parts that a sweep takes: gradients of points are linear in dout.v and dout.out, and so add up."""
+    """The parts in which values are processed, as slices of at most `widest` columns.
+
+    Gradients of points are linear in dout.v and dout.out, so those of the parts add up.
+    """
     parts = max(1, -(-e // widest))
     size = -(-e // parts)
     return [slice(i * size, min(e, (i + 1) * size)) for i in range(parts)]
 
 
 def shared_of(sweep: Sweep, item: int) -> int:
-    """Bytes of shared memory that the largest block of a backward pass takes."""
+    """Bytes of shared memory for a block of a backward pass: the most that any of its kernels takes."""
     wider = wider_of(sweep.points)
     return max(shared_of_sweep(sweep, item), shared_of_factors(wider, item), shared_of_near(wider, item))
 
 
 def shared_of_sweep(sweep: Sweep, item: int) -> int:
-    """Those of `gradient_sweep`."""
+    """Bytes of shared memory for a block of `gradient_sweep`."""
     size = sweep.features
     points, values, features, pairs = sweep.points + 4, sweep.values + 4, size + 4, ROWS + 4
     items = ROWS * (points + 2 * values) + 2 * sweep.points * features + 3 * ROWS * features + 2 * ROWS * pairs
@@ -135,22 +149,25 @@ def shared_of_sweep(sweep: Sweep, item: int) -> int:
 
 
 def shared_of_factors(wider: int, item: int) -> int:
-    """Those of `gradient_factors` and `gradient_points`; in float64 a map's matrix stays in global memory."""
+    """Bytes of shared memory for a block of `gradient_factors` or `gradient_points`.
+
+    The matrix of a map's quadratic form is in shared memory in float32; in float64 it stays in global memory.
+    """
     return item * ((wider if item == 4 else 0) + 2 * ROWS) * (wider + 4)
 
 
 def shared_of_near(wider: int, item: int) -> int:
-    """Those of `near_gradients`."""
+    """Bytes of shared memory for a block of `near_gradients`."""
     return item * (4 * ROWS * (wider + 4) + 2 * ROWS * (ROWS + 4) + 6 * ROWS)
 
 
 def wider_of(width: int) -> int:
-    """The width of the kernels that know 64 and 128 alone."""
+    """The given width rounded up to a multiple of 64, as kernels other than `gradient_sweep` need it."""
     return max(64, -(-width // 64) * 64)
 
 
 def segments_of(heads: int, points: int, block: int) -> tuple[int, int]:
-    """Into how many segments to cut the points of each head, and the points of one, in whole blocks."""
+    """How many segments to cut the points of a head into, and the points of a segment, a multiple of `block`."""
     wanted = max(1, min(-(-ENOUGH_BLOCKS // max(1, heads)), points // SHORTEST_SEGMENT))
     blocks = max(1, -(-points // block))
     span = max(1, min(-(-blocks // wanted), LONGEST_SEGMENT // block)) * block
@@ -158,22 +175,25 @@ def segments_of(heads: int, points: int, block: int) -> tuple[int, int]:
 
 
 class Backward:
-    """One backward pass: its structure, and what the kernels leave on the way.
+    """One backward pass: the structure that its kernels take, and their intermediate results.
+
+    Call `pass_back` first; then `of_points`, `of_values` and `of_state` return the gradients.
 
     Parameters
     ----------
     gradient : array, shape (*b, n, e)
-        Of the result `out`.
+        The gradient of the result `out`.
     stats : array, shape (*b, n, 2), or None
-        1 / total and the reference of every query; None where weights are not normalised.
+        1 / total and the reference of every query; None if weights are not normalised.
     state : (kv, z, c), optional
-        What queries find in the features beside the keys.
+        Sums that queries read in addition to the keys.
     only_near : bool
-        Whether the keys are scored exactly by all queries, and are in no features.
+        Whether every query scores every key exactly, so that no key is read through features.
     read_by_keys : (kv, z, c), optional
-        What keys find beside the queries; where there is some, sweeps note each feature's largest weight, for `route`.
+        Sums that keys read in addition to the queries. If they are given, sweeps record the largest weight of each
+        feature, which `route` needs.
     batch : tuple of int
-        That heads have besides.
+        Further leading axes, to which those of the arrays are broadcast.
     """
 
     def __init__(
@@ -223,11 +243,14 @@ class Backward:
             *((name, (self.s,)) for name in ("key_factor", "key_near", "key_slopes")),
             *(("dq", (self.n, self.d)), ("dk", (self.s, self.d))),
         ):
-            # no sweep writes of keys that are in no features
+            # no sweep writes these arrays if keys are not read through features
             p.set(**{name: self._place(*shape, zero=only_near and name in ("key_slopes", "dk"))})
 
     def pass_back(self, of_map: bool) -> "MapSums | None":
-        """Leave all that gradients of points are made of, and give the sums for those of a map."""
+        """Run the kernels whose results `of_points`, `of_values` and `of_state` return.
+
+        With `of_map`, the result is the sums from which the gradients of the map follow.
+        """
         sums = MapSums(self) if of_map else None
         for columns in self.columns:
             self.take(columns)
@@ -243,12 +266,12 @@ class Backward:
         return sums
 
     def take(self, columns: slice) -> None:
-        """Work on these columns of the values from here on."""
+        """Let the following launches work on these columns of the values."""
         for name, x in (("v", self.v), ("out", self.out), ("gradient", self.gradient)):
             if x is not None:
                 self.problem.array(name, x[..., columns])
         size = columns.stop - columns.start
-        # from the second part on, sweeps add to what is there
+        # zeros for keys that no sweep writes, and for later parts, for which sweeps add to what is there
         dv = self._place(self.s, size, zero=self.only_near or len(self.of_columns) > 0)
         self.of_columns.append((columns, dv))
         self.problem.set(e=size, dv=dv)
@@ -261,7 +284,7 @@ class Backward:
         return self.problem.hold(x)
 
     def _give(self, sums: Sums | None) -> None:
-        """Let readers find these sums before any point of the other side."""
+        """Let the following sweeps start from these sums, before they add any point of the other side."""
         if sums is None:
             self.problem.values["given_kv"]["start"] = 0
             return
@@ -270,7 +293,7 @@ class Backward:
         if sums is self.read_by_keys and columns.start:
             z = namespace_of(z).zeros_like(
                 z
-            )  # keys have read it with the first columns; what queries read of it adds up
+            )  # keys have read z with the first columns; queries multiply it by each part of dout.out
         for name, x in (("given_kv", kv[..., columns]), ("given_z", z), ("given_c", c)):
             self.problem.array(name, x)
 
@@ -279,14 +302,18 @@ class Backward:
         run(expression(kernel, *over), self.q, blocks, THREADS, self.problem.values, shared)
 
     def factors(self) -> None:
-        """What log features hold of each point alone."""
+        """Compute the part of log features that depends only on the point, for all queries and keys."""
         shared = shared_of_factors(self.wider, self.item)
         for keys, points in ((0, self.n), (1, self.s)):
             self.problem.set(keys_read=keys)
             self.run("gradient_factors", self.heads * -(-points // ROWS), shared, over=(self.dtype, self.wider))
 
     def sweep(self, keys_read: int, sums: "MapSums | None") -> None:
-        """One side reads the other: the gradients of z = sqrt(scale) x - center, of factors, and of values."""
+        """Let one side read the other: keys read queries if `keys_read` is 1, otherwise queries read keys.
+
+        This computes the gradients of the readers' z = sqrt(scale) x - center, of their factors (the part of log
+        features that depends only on the point) and, if keys read, of values. Sums for the map are left in `sums`.
+        """
         keys = 0 if self.only_near else self.s
         readers, taken = (keys, self.n) if keys_read else (self.n, keys)
         if not readers:
@@ -319,7 +346,10 @@ class Backward:
         p.set(num_keys=self.s)
 
     def _states(self, segments: int, span: int) -> None:
-        """What segments hold, and then what comes before each."""
+        """Compute the sums of each segment, then replace them by the sums that readers of the segment start from.
+
+        These are the sums of all segments before it (after it, if backwards), or of all segments if readers see all.
+        """
         size = (3 + self.sizes.values) * self.slice
         self.problem.set(
             state_segments=segments, state_span=span, states=self._place(self.slices * segments, size), only_states=1
@@ -334,7 +364,7 @@ class Backward:
         self.run("gradient_sweep", blocks, shared_of_sweep(self.sizes, self.item), over=(self.dtype, *self.sizes))
 
     def add_totals(self) -> None:
-        """The sums over all queries, which are the gradients of a state, but for references: of these columns."""
+        """Compute the sums over all queries, for the current columns; `of_state` uses them."""
         size = self.of_columns[-1][0].stop - self.of_columns[-1][0].start
         sums = new_sums(self.q, self.batch, self.m, size, self.wide)
         kv, z, c = (self.problem.hold(x) for x in sums)
@@ -348,22 +378,25 @@ class Backward:
     def of_state(self) -> Sums:
         """The gradients of the state that queries have read."""
         if self.state is None:
-            raise ValueError("no state was read")
+            raise ValueError("of_state: no state was read; accepted: a backward pass made with state=(kv, z, c)")
         kv, z, c = self.state
         xp = namespace_of(kv)
-        weight = xp.exp(self.totals[0][2] + c)  # 0 where a feature has seen no key, or nobody reads it
+        weight = xp.exp(self.totals[0][2] + c)  # 0 for a feature that has seen no key, or that no query reads
         of_kv = xp.concat([own[0] for own in self.totals], axis=-1) * xp.matrix_transpose(weight)
         of_z = sum(own[1] for own in self.totals) * weight
         of_c = of_references(of_kv, kv) + of_z * z
         return tuple(summed_to(x, tuple(like.shape)) for x, like in zip((of_kv, of_z, of_c), self.state, strict=True))
 
     def route(self, rest: Any, before: Any) -> Any:
-        """Give each feature's largest log feature its gradient, after the keys have read; what is left, of sums before.
+        """Add the gradient of c, the largest log feature of each feature, to the key that has this log feature.
+
+        Call it after the sweep of keys. The result is the part of the gradient that belongs to the earlier sums: 0 for
+        each feature whose gradient went to a key.
 
         Parameters
         ----------
         rest, before : array, shape (*b, 1, m)
-            The gradient, and the weight of the sums before.
+            The gradient of c, and the weight of the earlier sums.
         """
         left, weight = (arrays.empty(self.q, (*self.batch, 1, self.m), self.wide) for _ in range(2))
         left[...], weight[...] = rest, before
@@ -373,7 +406,10 @@ class Backward:
         return left
 
     def measure(self) -> None:
-        """dout.out of every query from what it reads, and its total: those of the result are of 16 bits."""
+        """In 16-bit dtypes: compute dout.out and the total of every query again, from what it reads.
+
+        The result `out` and weights of the forward pass were rounded to 16 bits, which is not accurate enough.
+        """
         if self.dtype == self.wide or not self.normalised or not self.n:
             return
         self.measuring = True
@@ -386,8 +422,8 @@ class Backward:
         self.run("gradient_normalise", -(-self.heads * self.n // THREADS), over=(self.wide,))
 
     def near(self, keys_read: int) -> None:
-        """Add what goes through the exactly scored keys."""
-        w = max(self.n, self.s, 1) if self.only_near else self.window  # one block, in which all see all
+        """Add the gradients through the keys that are scored exactly."""
+        w = max(self.n, self.s, 1) if self.only_near else self.window  # one block, in which every query sees every key
         tiles = -(-(self.s if keys_read else self.n) // w) * -(-w // ROWS)
         self.problem.set(keys_read=keys_read, window=w)
         self.run(
@@ -396,7 +432,7 @@ class Backward:
         self.problem.set(window=self.window)
 
     def of_points(self, keys_read: int) -> Any:
-        """The gradient of q, or of k."""
+        """The gradient of k if `keys_read` is 1, otherwise that of q."""
         x, points = (self.k, self.s) if keys_read else (self.q, self.n)
         target = arrays.empty(x, tuple(x.shape), self.dtype)
         targets = set_target(self.problem, target)
@@ -415,15 +451,15 @@ class Backward:
 
 
 def of_references(gradient: Any, sums: Any) -> Any:
-    """Of the references that sums (*b, m, e) are relative to, the gradient through the sums: (*b, 1, m)."""
+    """The gradient of c through sums (*b, m, e), which are relative to c: (*b, 1, m)."""
     xp = namespace_of(sums)
     return xp.sum(gradient * sums, axis=-1)[..., None, :]
 
 
 def set_target(problem: Problem, target: Any) -> int:
-    """Have kernels write here the gradient of an array of this shape; the number of its heads.
+    """Let kernels write a gradient to `target`, in the shape of its array; the number of heads of that array.
 
-    One of its heads takes the sum of those that the array was broadcast to.
+    Each of these heads receives the sum over the heads of the batch that it was broadcast to.
     """
     problem.array("target", target)
     shape = (1,) * (len(problem.batch) - target.ndim + 2) + tuple(target.shape[:-2])
@@ -434,12 +470,14 @@ def set_target(problem: Problem, target: Any) -> int:
 
 
 def sum_members(problem: Problem, target: Any, source: int, steps: tuple[int, int, int]) -> None:
-    """Write a gradient, summed over the heads that its array was broadcast to.
+    """Write a gradient to `target`, summed over the heads that its array was broadcast to.
 
     Parameters
     ----------
     source : int
-        Address of the numbers, which lie `steps` apart along rows, columns and heads.
+        The address of the gradients of all heads.
+    steps : tuple of int
+        The strides of these gradients, in items, along rows, columns and heads.
     """
     targets = set_target(problem, target)
     rows, columns = target.shape[-2:]
@@ -452,7 +490,11 @@ def sum_members(problem: Problem, target: Any, source: int, steps: tuple[int, in
 
 
 class MapSums:
-    """Sums over points that the gradients of a map are made of, per head; see `favorsharp.features.map_gradients`."""
+    """The sums over points of each head from which the gradients of a map follow.
+
+    `finished` returns them as `favorsharp.features.map_gradients` takes them, and `rows_and_weights` returns the
+    gradients of two arrays of the map.
+    """
 
     def __init__(self, backward: Backward) -> None:
         self.b = backward
@@ -460,9 +502,9 @@ class MapSums:
         self.segments = [0, 0]
 
     def of_features(self, keys: int, segments: int, *, zero: bool = False) -> int:
-        """The address of what a sweep leaves of each segment; zeros where none comes."""
+        """The address to which a sweep writes the sums of each segment; `zero` fills it if no sweep will run."""
         b = self.b
-        if self.partial[keys] is None:  # later columns of the values add to it
+        if self.partial[keys] is None:  # sweeps for later columns of the values add to the same array
             self.segments[keys] = segments
             self.partial[keys] = arrays.empty(b.q, (b.heads, b.slices, segments, b.slice, b.width + 1), b.wide)
             if zero:
@@ -470,7 +512,7 @@ class MapSums:
         return b.problem.hold(self.partial[keys])
 
     def finished(self) -> dict[str, Any]:
-        """Every sum, (*b, ., .), by the names of `map_gradients`."""
+        """All sums, (*b, ., .), by the names that `map_gradients` gives them."""
         b, sums = self.b, {}
         for keys, side in enumerate(("query", "key")):
             segments = self.segments[keys]

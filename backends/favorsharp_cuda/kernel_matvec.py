@@ -1,4 +1,7 @@
-"""K(x, y) @ v through features."""
+"""K(x, y) @ v through features: runs the tensor-core kernels (`tiles`) if they fit the call, otherwise the plain ones.
+
+`dispatch` calls it for CuPy arrays; `torch_ops`, `torch_eager`, `operators` and `vjp` call it too.
+"""
 
 from typing import Any
 

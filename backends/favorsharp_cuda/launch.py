@@ -1,4 +1,7 @@
-"""Compiles kernels when they are first needed and launches them, on the caller's device and stream."""
+"""Compiles a kernel when it is first needed on a device, and launches it on the caller's device and stream.
+
+`plain`, `tiles`, `gradients` and `exponential_features_gradients` call `run`.
+"""
 
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
@@ -10,36 +13,37 @@ from favorsharp_cuda.source import INSTANTIATIONS, source
 OPTIONS = ("-std=c++17",)
 
 OLDEST = 80
-"""Compute capability below which there is no cp.async and no bfloat16."""
+"""The lowest compute capability that the kernels run on, times 10. Below it there is no cp.async and no bfloat16."""
 
 ALWAYS_SHARED = 48 * 1024
-"""Bytes of shared memory that a block gets without asking."""
+"""Bytes of shared memory that a block may use unless an attribute of the kernel allows more."""
 
 module_class: Any = None
-"""What makes a module of (code=, options=, name_expressions=): None for `cupy.RawModule`. Tests put another here."""
+"""The class of modules, called with (code=, options=, name_expressions=). None stands for `cupy.RawModule`; tests set
+another class."""
 
 _kernels: dict[tuple[int, str], Any] = {}
 
 
 class CannotCompile(RuntimeError):
-    """The card or the installation cannot run the kernels; the message names the cure."""
+    """The GPU or the installation cannot run the kernels; the message says what to do."""
 
 
 def run(expression: str, like: Any, grid: int, threads: int, problem: Any, shared: int = 0) -> None:
-    """Launch a kernel of one structure by value.
+    """Launch a kernel. Its only argument is a structure, which is passed by value.
 
     Parameters
     ----------
     expression : str
         One of `INSTANTIATIONS`.
     like : array
-        Of the caller: tells device and stream.
+        An array of the call, which determines the device and the stream.
     grid, threads : int
-        Blocks, and threads in one.
+        Number of blocks, and of threads in each. Without blocks nothing is launched.
     problem : structured NumPy array, shape (1,)
-        What the kernel takes.
+        The structure.
     shared : int
-        Bytes of dynamic shared memory.
+        Bytes of dynamic shared memory for each block.
     """
     if grid == 0:
         return
@@ -64,7 +68,7 @@ def run(expression: str, like: Any, grid: int, threads: int, problem: Any, share
 
 
 def shared_room(device: int) -> int:
-    """Bytes of shared memory that a block may have on a device."""
+    """The most bytes of shared memory that a block can use on a device."""
     limit = getattr(module_class, "shared_limit", None)
     return _shared_room(device) if limit is None else int(limit)
 
@@ -77,26 +81,26 @@ def _shared_room(device: int) -> int:
 
 
 def current_device() -> int:
-    """CuPy's, on which it allocates and launches, wherever arrays are."""
+    """CuPy's current device. CuPy allocates and launches on it, whatever device the arrays are on."""
     import cupy
 
     return int(cupy.cuda.runtime.getDevice())
 
 
 def forget() -> None:
-    """Forget every compiled kernel: tests that change `module_class` or the source call this."""
+    """Forget every compiled kernel. Tests call this after they have changed `module_class` or the source."""
     _kernels.clear()
 
 
 def on_stream_of(like: Any) -> AbstractContextManager[Any]:
-    """Makes the caller's device and stream CuPy's current ones."""
+    """A context in which the caller's device and stream are CuPy's current ones."""
     if not arrays.is_torch(like) or arrays.on_host(like):
-        return nullcontext()  # CuPy arrays: its current device and stream are the caller's
+        return nullcontext()  # a caller with CuPy arrays uses CuPy's current device and stream anyway
     import cupy
     import torch
 
     stream = torch.cuda.current_stream(like.device)
-    if hasattr(cupy.cuda.Stream, "from_external") and hasattr(stream, "__cuda_stream__"):  # CuPy 14 on
+    if hasattr(cupy.cuda.Stream, "from_external") and hasattr(stream, "__cuda_stream__"):  # since CuPy 14
         current = cupy.cuda.Stream.from_external(stream)
     else:
         current = cupy.cuda.ExternalStream(stream.cuda_stream, like.device.index)
@@ -104,7 +108,7 @@ def on_stream_of(like: Any) -> AbstractContextManager[Any]:
 
 
 def stream_of(like: Any) -> tuple[int, bool]:
-    """The caller's stream, as a number, and whether a CUDA graph is being captured on it."""
+    """The caller's stream as a number, and whether a CUDA graph is being captured on it."""
     if arrays.on_host(like):
         return 0, False
     import cupy
@@ -115,7 +119,7 @@ def stream_of(like: Any) -> tuple[int, bool]:
 
 
 class _Both:
-    """A device and a stream of it, entered together."""
+    """A context that enters a device and one of its streams."""
 
     def __init__(self, device: Any, stream: Any) -> None:
         self.device, self.stream = device, stream
@@ -159,7 +163,7 @@ def _check_card(cupy: Any, device: int) -> None:
 
 
 def _cure_of(error: Exception) -> str | None:
-    """What to install where CuPy found no NVRTC, one older than the card, or no headers of the toolkit."""
+    """What to install if CuPy found no NVRTC, an NVRTC older than the GPU, or no headers; None for other errors."""
     text = str(error)
     if not any(word in text.lower() for word in ("nvrtc", "cuda headers", "cuda_path", "cudart", "include")):
         return None
@@ -168,13 +172,13 @@ def _cure_of(error: Exception) -> str | None:
         import cupy
 
         major = cupy.cuda.runtime.runtimeGetVersion() // 1000
-    except Exception:  # the runtime itself may be what is missing
+    except Exception:  # the CUDA runtime itself may be missing
         pass
     packages = (
         "'nvidia-cuda-nvrtc-cu12' 'nvidia-cuda-runtime-cu12'"
         if major == 12
         else f"'nvidia-cuda-nvrtc=={major}.*' 'nvidia-cuda-runtime=={major}.*'"
     )
-    if "gpu-architecture" in text:  # NVRTC's word for an architecture that it does not know
+    if "gpu-architecture" in text:  # NVRTC's message if it does not know the GPU's architecture
         return f"CuPy cannot compile, as the toolkit's NVRTC is older than the card: pip install -U {packages} ({text})"
     return f"CuPy cannot compile, as the toolkit's NVRTC or headers are missing: pip install {packages} ({text})"

@@ -1,8 +1,11 @@
-"""Feature maps as kernels read them: constants folded in float64, packed, and kept beside the map.
+"""Packs feature maps into the layouts that kernels read, and caches the packed forms.
 
-A map is packed by its own library, where its arrays lie, on the caller's stream. What is kept has one number read back:
-whether a side has a quadratic form, which kernels leave out where there is none. A map that is trained, or that a CUDA
-graph packs, has nothing read: its call does not wait for the GPU, and its kernels multiply by a form of zeros.
+`plain`, `tiles`, `gradients` and `packed` call this module. `favorsharp.features.folding` computes the constants in
+float64, with the map's own library, on the map's device and on the caller's stream.
+
+One number is read back to the host: whether either side has a quadratic form. If not, kernels skip the product with it.
+Nothing is read back for a map whose tensors require gradients, or that is packed while a CUDA graph is captured. Such a
+call does not wait for the GPU, and its kernels always compute the product, with zeros if there is no quadratic form.
 """
 
 import math
@@ -20,10 +23,10 @@ from favorsharp_cuda.launch import stream_of
 
 @dataclass(frozen=True)
 class PlainMap:
-    """Both sides of a map for kernels of plain arithmetic: (count, size) each, natural logarithms.
+    """Both sides of a map for kernels of plain arithmetic: an array (count, size) each, with natural logarithms.
 
-    A side has 8 scalars (root, offset, beta), center, linear and near_center (d each), column (m), rows (d, m) and
-    dense (d, d).
+    The first axis runs over the maps of a batch. A row holds 8 scalars (root, offset, beta, the rest unused), center,
+    linear and near_center (d each), column (m), rows (d, m) and dense (d, d); see `FoldedSide`.
     """
 
     query: Any
@@ -33,7 +36,7 @@ class PlainMap:
 
 
 def plain_map(feature_map: Any, dtype: str) -> PlainMap:
-    """The map for plain kernels that compute in a dtype."""
+    """The packed form of a map for plain kernels that compute in the given dtype."""
     return _kept(feature_map, ("plain", dtype), partial(_pack_plain, feature_map, dtype))  # type: ignore[no-any-return]
 
 
@@ -63,7 +66,7 @@ def _plain_side(side: FoldedSide, dtype: str) -> Any:
 
 
 def expanded_map(feature_map: Any) -> Any:
-    """The map for points with a further leading axis; the same object, and what is packed of it, at every call."""
+    """The map for points with one more leading axis. It is cached, so that its packed forms can be reused."""
     if not feature_map.batch_shape:
         return feature_map
     return _kept(feature_map, ("expanded",), lambda may_read: feature_map.expanded())
@@ -75,11 +78,14 @@ TILE = 64
 
 @dataclass(frozen=True)
 class TileMap:
-    """Both sides of a map for tensor-core kernels, base 2.
+    """Both sides of a map for tensor-core kernels, with logarithms to base 2.
 
-    A side's header (count, header_size), float32: 8 scalars, center, linear and near_center (padded_d each), column
-    (padded_m, -inf beyond m). Its planes (count, 2, plane_rows, padded_d), float16: rows (padded_m), then those of the
-    quadratic form, each scaled by a power of two to 2**12 .. 2**13; the second plane is what the first leaves.
+    The first axis of all arrays, `count`, runs over the maps of a batch. A side's header (count, header_size) is in
+    float32: 8 scalars, center, linear and near_center (padded_d each), and column (padded_m; -inf from m on).
+
+    A side's planes (count, 2, plane_rows, padded_d) are in float16: the rows of the map (padded_m), then those of the
+    quadratic form. Each of the two matrices is scaled by a power of two, so that its largest entry is between 2**12 and
+    2**13. The first plane has the numbers rounded to float16, the second plane the remainders.
     """
 
     query_header: Any
@@ -94,7 +100,7 @@ class TileMap:
 
 
 def tile_map(feature_map: Any) -> TileMap:
-    """The map for tensor-core kernels."""
+    """The packed form of a map for tensor-core kernels."""
     return _kept(feature_map, ("tiles",), partial(_pack_tiles, feature_map))  # type: ignore[no-any-return]
 
 
@@ -132,33 +138,36 @@ def _tile_side(side: FoldedSide, padded_d: int, padded_m: int, plane_rows: int) 
 
 
 def _split(matrix: Any) -> tuple[Any, Any]:
-    """Each matrix (count, n, d) as two planes (count, 2, n, d) of float16, and what it was multiplied by, (count,)."""
+    """Each matrix (count, n, d) as two planes of float16, (count, 2, n, d), and the factor of its scaling, (count,)."""
     xp = namespace_of(matrix)
     largest = xp.max(xp.abs(matrix), axis=(1, 2))
     usable = xp.where((largest > 0) & (largest < math.inf), largest, 1.0)
-    # a logarithm rounded across a power of two would cost one bit of 22: the kernels divide by what they find
+    # If log2 is rounded across a power of two, one bit of 22 is lost; the header has the inverse of this very factor.
     scale = 2.0 ** (12.0 - xp.floor(xp.log2(usable)))
     scaled = matrix * scale[:, None, None]
     high = cast(scaled, named_dtype(xp, "float16"))
     return xp.stack([high, cast(scaled - cast(high, scaled.dtype), high.dtype)], axis=1), scale
 
 
-# Kept as long as the map is ------------------------------------------------------------------------------------------
+# The cache -----------------------------------------------------------------------------------------------------------
 
 _known: "weakref.WeakKeyDictionary[Any, dict[Any, Any]]" = weakref.WeakKeyDictionary()
-"""By feature map: a map is frozen. A tensor changed in place has another version, and is packed again."""
+"""Packed forms by feature map. A map is packed again if a tensor of it was changed in place, as the version tells."""
 
 _captured: dict[int, Any] = {}
-"""What graphs were captured with, by identity: a graph has addresses alone, and nobody says when it goes."""
+"""Packed forms that captured graphs use, by identity. They are kept for ever: a graph holds addresses only, and nothing
+tells when it is deleted."""
 
 
 def _kept(feature_map: Any, key: tuple[Any, ...], make: Callable[[bool], Any]) -> Any:
-    """What was made of a map before, on the caller's stream: on others it may not be ready yet.
+    """The result of `make` for a map, from the cache if it was made on the caller's stream before.
 
-    `make` is told whether it may read a number, and so wait.
+    Each stream has its own entry, because on another stream the arrays may not be ready yet. The argument of `make`
+    says whether it may read a number back to the host, and so wait for the GPU.
 
-    A map that is trained is packed at each use: a graph that is replayed changes its numbers, but not their versions. A
-    capture takes what an earlier call left on any stream; what it makes itself is there only once the graph has run.
+    If a tensor of the map requires gradients, the cache is not used: replaying a graph changes the numbers of such a
+    tensor, but not its version. While a graph is captured, the result of an earlier call on any stream is used. If
+    there is none, the result is not cached, because its arrays are filled only when the graph runs.
     """
     if any(arrays.is_torch(x) and x.requires_grad for x in feature_map.arrays):
         return make(False)

@@ -1,7 +1,10 @@
-"""The kernels as functional operators of torch: tensors and numbers in, new tensors out, with fake kernels for tracers.
+"""The kernels as custom operators of torch, which take tensors and numbers and return new tensors.
 
-A feature map is six tensors and a few words here. What is packed of one is kept by those tensors' addresses and
-versions, for as long as they are among the last few used.
+Traced calls use them: `torch_traced` and `torch_ops` call the operators that this file defines at its end. Each has a
+function that runs kernels, a fake one that only computes shapes, and a rule for `vmap`.
+
+An operator takes a feature map as six tensors and a few options. The packed form of a map is cached by the addresses
+and versions of these tensors, for the maps that were used last.
 """
 
 from collections import OrderedDict
@@ -28,6 +31,7 @@ from favorsharp_cuda.state import decode_step, entering, read, read_with_stats, 
 from favorsharp_cuda.state_gradients import read_backward, update_backward
 
 MAPS_KEPT = 64
+"""The number of maps in the cache."""
 
 _MAP = "Tensor rows, Tensor log_weight, Tensor g1, Tensor g2, Tensor center_x, Tensor center_y"
 _OPTIONS = "float scale, str kernel, int window, bool causal"
@@ -59,6 +63,7 @@ SCHEMAS = {
         "(Tensor gradient, Tensor u, Tensor rows, Tensor row, Tensor column) -> (Tensor, Tensor, Tensor, Tensor)"
     ),
 }
+"""The signature of each operator."""
 
 
 def arrays_of(feature_map: Any) -> list[Any]:
@@ -68,36 +73,37 @@ def arrays_of(feature_map: Any) -> list[Any]:
 
 
 def options_of(feature_map: Any, window: int, causal: bool) -> tuple[float, str, int, bool]:
-    """What operators take besides tensors."""
+    """The options that operators take after the tensors of a map."""
     return float(feature_map.parameters.scale), feature_map.parameters.kernel, window, causal
 
 
 def map_of(arrays: Any, scale: float, kernel: str) -> DenseExponentialMap:
-    """The map of six tensors; as far as its features go."""
+    """A map made of the six tensors and options. Its features are right; other parameters are placeholders."""
     rows, log_weight, g1, g2, center_x, center_y = arrays
     parameters = Parameters("oprf", kernel, scale, center_x, g1, g2, center_x, center_y)
     return DenseExponentialMap(parameters, int(rows.shape[-2]), rows, rows, log_weight)
 
 
 def tensors_of(state: State) -> list[Any]:
-    """The arrays of a state, as operators take them."""
+    """The arrays of a state in the order in which operators take them."""
     return [state.kv, state.z, state.c, state.recent_k, state.recent_v, state.recent_mask]
 
 
 def arguments_of(state: State, feature_map: Any) -> tuple[Any, ...]:
-    """What operators take of a state and a map."""
+    """A state and a map as arguments of an operator."""
     return (*tensors_of(state), *arrays_of(feature_map), *options_of(feature_map, state.window, True)[:3])
 
 
 def parted(saved: Any, count: int) -> tuple[Any, Any, Any]:
-    """The first tensors that were saved for a backward pass, the six of a map, and the others."""
+    """Saved tensors in three parts: the first `count`, the six of the map, and the others."""
     return saved[:count], saved[count : count + 6], saved[count + 6 :]
 
 
 def changes(state: State, new: Any, *, low: bool = False) -> tuple[str, ...]:
-    """The arrays of a state that are others after `new` keys: an operator must not return what it was given.
+    """The names of the arrays of a state that change when `new` keys arrive.
 
-    With `low`, also the low parts of sums that have some.
+    Operators return only these, because an operator must not return its arguments. With `low`, the names include the
+    low parts of sums, if sums change and are not in float64.
     """
     sums: tuple[str, ...] = ("kv", "z", "c") if state.window == 0 or entering(state, new) else ()
     if sums and low and memory.name_of(state.kv) != "float64":
@@ -109,26 +115,27 @@ _maps: "OrderedDict[Any, DenseExponentialMap]" = OrderedDict()
 
 
 def kept_map_of(arrays: Any, scale: float, kernel: str) -> DenseExponentialMap:
-    """The same map object, and so the same packed constants, for tensors that are unchanged since a call before."""
-    # their changes are not counted, or are the rule; and a captured graph is to read them each time it runs
+    """A map of six tensors. Calls with unchanged tensors get the same object, and so the same packed form."""
+    # Changes of inference tensors are not counted, trained tensors change all the time, and a captured graph must pack
+    # the map each time it runs.
     if any(x.is_inference() or x.requires_grad for x in arrays) or stream_of(arrays[0])[1]:
         return map_of(arrays, scale, kernel)
     stamps = tuple((x.data_ptr(), x._version, x.shape, x.stride(), x.dtype, x.device) for x in arrays)
     key = (scale, kernel, stamps)
     found = _maps.pop(key, None)
     if found is None:
-        found = map_of([x.detach() for x in arrays], scale, kernel)  # keeps the memory, so that no address comes again
+        found = map_of([x.detach() for x in arrays], scale, kernel)  # keeps the memory, so that addresses stay unique
     _maps[key] = found
     while len(_maps) > MAPS_KEPT:
         _maps.popitem(last=False)
     return found
 
 
-# What runs -----------------------------------------------------------------------------------------------------------
+# The operators on tensors with values --------------------------------------------------------------------------------
 
 
 def attention(q: Any, k: Any, v: Any, key_mask: Any, *rest: Any) -> Any:
-    """The result and its stats."""
+    """The result, and the stats that a backward pass needs (1 / total and the reference of every query)."""
     *arrays, scale, kernel, window, causal, kv, z, c = rest
     feature_map = kept_map_of(arrays, scale, kernel)
     if causal:
@@ -142,7 +149,7 @@ def attention(q: Any, k: Any, v: Any, key_mask: Any, *rest: Any) -> Any:
 
 
 def attention_backward_(gradient: Any, q: Any, k: Any, v: Any, key_mask: Any, *rest: Any, of_map: bool) -> Any:
-    """The gradients of q, k, v, of a state and, with `of_map`, the ten sums, by the order of their names."""
+    """The gradients of q, k, v and of a state and, with `of_map`, the ten sums for the map in the order of names."""
     *arrays, scale, kernel, window, causal, kv, z, c, out, stats = rest
     return _listed(
         *attention_backward(
@@ -153,19 +160,19 @@ def attention_backward_(gradient: Any, q: Any, k: Any, v: Any, key_mask: Any, *r
 
 
 def _listed(*found: Any) -> list[Any]:
-    """Gradients, and the ten sums of a map if there are any."""
+    """Gradients, and the ten sums for a map if they are wanted, as one list of tensors."""
     *gradients, sums = found
     finished = {} if sums is None else sums.finished()
     return [_own(x) for x in (*gradients, *(finished[name] for name in sorted(finished)))]
 
 
 def _own(x: Any) -> Any:
-    """A tensor whose memory is its own."""
+    """The tensor itself, or a copy if it is a view or not contiguous: results of an operator have their own memory."""
     return x.clone(memory_format=torch.contiguous_format) if x._is_view() or not x.is_contiguous() else x
 
 
 def absorb(k: Any, v: Any, key_mask: Any, *rest: Any) -> Any:
-    """The sums after keys, without or with sums before."""
+    """The sums after keys; the sums before them are optional."""
     *arrays, scale, kernel, kv, z, c = rest
     feature_map = kept_map_of(arrays, scale, kernel)
     if kv is None:
@@ -180,7 +187,7 @@ def absorb(k: Any, v: Any, key_mask: Any, *rest: Any) -> Any:
 def absorb_backward(
     of_kv: Any, of_z: Any, of_c: Any, k: Any, v: Any, key_mask: Any, *rest: Any, of_map: bool
 ) -> Any:  # fmt: skip
-    """The gradients of k and v, of the sums before if there were any, and, with `of_map`, the ten sums."""
+    """The gradients of k and v, of the sums before them if there were any, and, with `of_map`, the ten sums."""
     *arrays, scale, kernel, kv, z, c, new_kv, new_z, new_c = rest
     feature_map = kept_map_of(arrays, scale, kernel)
     before = None if kv is None else (kv, z, c)
@@ -192,24 +199,24 @@ def absorb_backward(
 
 
 def sums_alone(k: Any, v: Any, sums: Any, window: int) -> State:
-    """A state without recent keys."""
+    """A state with these sums and without recent keys."""
     kv, z, c = sums
     none = k.narrow(-2, 0, 0), v.narrow(-2, 0, 0)
     return State(kv, z, c, window, *none, none[0].new_zeros(none[0].shape[:-1], dtype=torch.bool), fingerprint=None)
 
 
 def first_keys(count: Any, k: Any, v: Any, key_mask: Any) -> tuple[Any, Any, Any]:
-    """The first keys, values and mask."""
+    """The first `count` keys, their values and their mask."""
     return k.narrow(-2, 0, count), v.narrow(-2, 0, count), None if key_mask is None else key_mask.narrow(-1, 0, count)
 
 
 def after_zeros(x: Any, count: int) -> Any:
-    """Rows of zeros, then those of x: queries at the places of keys that came before them see nothing."""
+    """The rows of x behind `count` rows of zeros, which stand for the missing queries of a state's recent keys."""
     return x if count == 0 else torch.cat([x.new_zeros((*x.shape[:-2], count, x.shape[-1])), x], dim=-2)
 
 
 def read_with_stats_(q: Any, *rest: Any) -> Any:
-    """What queries read, and its stats."""
+    """What queries read, and the stats that a backward pass needs."""
     state, feature_map = _of_state(rest)
     return read_with_stats(state, q, feature_map)
 
@@ -238,7 +245,7 @@ def kernel_matvec_backward(gradient: Any, x: Any, y: Any, v: Any, *rest: Any, of
 
 
 def update_(k: Any, v: Any, key_mask: Any, *rest: Any) -> Any:
-    """Those arrays of the state that change."""
+    """The arrays of the state that change, as `changes` names them."""
     *of_state, kv_low, z_low = rest
     state, feature_map = _of_state(of_state)
     state = replace(state, kv_low=kv_low, z_low=z_low)
@@ -252,7 +259,7 @@ def read_(q: Any, *rest: Any) -> Any:
 
 
 def decode_step_(q: Any, k: Any, v: Any, key_mask: Any, *rest: Any) -> Any:
-    """The result, and those arrays of the state that change."""
+    """The result, and the arrays of the state that change."""
     state, feature_map = _of_state(rest)
     out, after = decode_step(q, k, v, state, feature_map, key_mask=key_mask)
     return [out, *_changed(state, after, 1)]
@@ -265,7 +272,7 @@ def _of_state(rest: Any) -> tuple[State, DenseExponentialMap]:
 
 
 def _state_of(tensors: Any, window: int) -> tuple[State, Any]:
-    """A state of tensors, and those of a map, which follow."""
+    """The first tensors as a state, and the others, which are those of a map."""
     kv, z, c, recent_k, recent_v, recent_mask, *arrays = tensors
     return State(kv, z, c, window, recent_k, recent_v, recent_mask, fingerprint=None), arrays
 
@@ -279,7 +286,7 @@ def exponential_features_backward_(gradient: Any, u: Any, *rest: Any) -> Any:
     return exponential_features_backward(memory.cast(gradient, memory.name_of(u)), u, *rest)
 
 
-# What tracers run ----------------------------------------------------------------------------------------------------
+# Fake kernels: new tensors of the right shapes and dtypes, for tracers -----------------------------------------------
 
 
 def _wide(x: Any) -> Any:
@@ -305,7 +312,7 @@ def _fake_backward(gradient: Any, q: Any, k: Any, v: Any, key_mask: Any, *rest: 
 
 
 def _fake_gradients(given: Any, rows: Any, batch: Any, of_map: bool) -> Any:
-    """Those of `given`, and the ten sums over the heads of a batch."""
+    """The gradients of `given` and, with `of_map`, the ten sums for each head of a batch."""
     d, m = rows.shape[-1], rows.shape[-2]
     sizes = [shape for _, shape in sorted(_sum_shapes(m, d).items())] if of_map else []
     like = given[0]
@@ -405,11 +412,11 @@ def _fake_features_backward(gradient: Any, *given: Any) -> Any:
     return tuple(x.new_empty(tuple(x.shape)) for x in given)
 
 
-# Their registration --------------------------------------------------------------------------------------------------
+# Registration --------------------------------------------------------------------------------------------------------
 
 
 def gradients_of_map(sums: Any, arrays: Any, options: Any) -> Any:
-    """The gradients of a map's arrays from what `attention_backward` gives of its sums."""
+    """The gradients of a map's arrays, from the ten sums that a backward operator returns."""
     m, d = arrays[0].shape[-2], arrays[0].shape[-1]
     return map_gradients(
         map_of(arrays, options[0], options[1]), dict(zip(sorted(_sum_shapes(m, d)), sums, strict=True))
@@ -417,7 +424,10 @@ def gradients_of_map(sums: Any, arrays: Any, options: Any) -> Any:
 
 
 def _vmap_of(op: Any) -> Any:
-    """A mapped axis becomes the first leading axis of every tensor, so that gradients are those of each entry."""
+    """The rule for `vmap`: a mapped axis becomes the first leading axis of every tensor.
+
+    Tensors that are not mapped are expanded along it, so that gradients have an entry for each index.
+    """
 
     def mapped(info: Any, dims: Any, *given: Any, **options: Any) -> Any:
         axes = [_leading(x) - (dim is not None) for x, dim in zip(given, dims, strict=True) if _is_tensor(x)]
@@ -432,13 +442,13 @@ def _vmap_of(op: Any) -> Any:
 
 
 def _fronted(x: Any, dim: int | None, leading: int, size: int) -> Any:
-    """The tensor with the mapped axis first, then as many leading axes as the others have."""
+    """The tensor with the mapped axis first, padded to as many leading axes as the other tensors have."""
     x = x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0)
     return x.reshape(size, *(1,) * (leading + 1 - _leading(x)), *x.shape[1:])
 
 
 def _leading(x: Any) -> int:
-    return int(x.ndim) - (1 if x.dtype == torch.bool else 2)  # a mask has rows alone
+    return int(x.ndim) - (1 if x.dtype == torch.bool else 2)  # a mask has no columns
 
 
 def _is_tensor(x: Any) -> bool:

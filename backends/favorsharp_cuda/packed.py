@@ -1,7 +1,10 @@
-"""Packed sequences: those of like length, padded to the longest of them, are the heads of one call.
+"""Packed sequences: sequences of similar length are padded to the longest of them and processed in one call.
 
-Lengths of a group differ by less than a factor of two, so that a call is at most twice the work, and there are about as
-many calls as the lengths have binary digits. Sequences that are equally long and follow each other are not copied.
+The lengths in a group differ by less than a factor of two. So padding at most doubles the work, and there are no more
+calls than the longest length has binary digits. If all sequences have the same length and follow each other, they are
+not copied.
+
+`attention`, `causal_attention`, `torch_ops` and `vjp` make their functions for packed sequences with this module.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,14 +20,14 @@ from favorsharp_cuda.maps import expanded_map
 
 
 class Placed:
-    """A NumPy array, and copies of it beside others: made when they are first needed, and kept."""
+    """A NumPy array, and its copies on devices, which are made when they are first needed and then kept."""
 
     def __init__(self, host: Any) -> None:
         self.host = host
         self.copies: dict[tuple[str, str], Any] = {}
 
     def beside(self, like: Any) -> Any:
-        """The array in like's library, on its device."""
+        """The array in the library of `like`, on its device."""
         place = type(like).__module__.partition(".")[0], str(getattr(like, "device", ""))
         if place not in self.copies:
             self.copies[place] = arrays.upload(like, self.host)
@@ -32,12 +35,12 @@ class Placed:
 
 
 class Group:
-    """Sequences of a call as one: (*b, n, .) to (*b, sequences, length, .) and back.
+    """Sequences that are processed in one call, as an array (*b, sequences, length, .) cut out of (*b, n, .).
 
     Parameters
     ----------
     spans : sequence of (start, stop)
-        Of the sequences, none of them empty.
+        The first position of each sequence, and the position after its last. No sequence is empty.
     """
 
     def __init__(self, spans: Sequence[tuple[int, int]]) -> None:
@@ -46,14 +49,14 @@ class Group:
         self.length = max(self.lengths)
         self.ragged = min(self.lengths) < self.length
         self.adjacent = not self.ragged and all(a[1] == b[0] for a, b in pairwise(spans))
-        # rows of padding are the last row of their own sequence: what is not finite stays within it
+        # padding repeats the last row of the same sequence, so that NaN and infinities stay within their sequence
         own = np.arange(self.length)
         self.rows = Placed(np.concatenate([start + np.minimum(own, stop - start - 1) for start, stop in spans]))
         self.there = Placed(own < np.array(self.lengths)[:, None])
-        """Where there is no padding, (sequences, length)."""
+        """True where there is no padding, (sequences, length)."""
 
     def taken(self, x: Any, axis: int = -2) -> Any:
-        """Of an array of points (or, with axis -1, a mask) the sequences, padded by rows of their own."""
+        """The sequences of an array of points, or of a mask if the axis is -1, each padded by its own last row."""
         shape = (*x.shape[:axis], len(self.spans), self.length, *(x.shape[axis + 1 :] if axis != -1 else ()))
         if self.adjacent:
             start, stop = self.spans[0][0], self.spans[-1][1]
@@ -63,7 +66,7 @@ class Group:
         return rows.reshape(shape)
 
     def mask(self, key_mask: Any, like: Any) -> Any:
-        """Which keys are visible: those that are, and no padding."""
+        """True for keys that `key_mask` shows and that are not padding; None if there is neither mask nor padding."""
         given = None if key_mask is None else self.taken(key_mask, -1)
         if not self.ragged:
             return given
@@ -72,7 +75,7 @@ class Group:
 
 
 class Packing:
-    """The groups that sequences are taken in, and the way back."""
+    """The groups into which sequences are sorted, and the positions from which results return to their order."""
 
     def __init__(self, bounds: Sequence[int]) -> None:
         spans = sorted(((a, b) for a, b in pairwise(bounds) if a < b), key=lambda span: span[0] - span[1])
@@ -91,7 +94,7 @@ class Packing:
         self.in_order = len(self.groups) == 1 and self.groups[0].adjacent
 
     def together(self, parts: Sequence[Any]) -> Any:
-        """Arrays (*b, sequences, length, .) of all groups as one (*b, n, .)."""
+        """Join arrays (*b, sequences, length, .) of all groups into one array (*b, n, .), without padding."""
         flat = [x.reshape((*x.shape[:-3], x.shape[-3] * x.shape[-2], x.shape[-1])) for x in parts]
         if self.in_order:
             return flat[0]
@@ -101,12 +104,12 @@ class Packing:
 
 @lru_cache(maxsize=8)
 def packing_of(bounds: tuple[int, ...]) -> Packing:
-    """The same for the same bounds: layers of a model ask one after the other."""
+    """The packing for bounds. It is cached, because the layers of a model ask for the same bounds."""
     return Packing(bounds)
 
 
 def packed(op: Callable[..., Any]) -> Callable[..., Any]:
-    """`op` for packed sequences, whose bounds it takes after the map (`Kernel.packed`)."""
+    """`op` as a function for packed sequences, which takes their bounds after the map (see `Kernel.packed`)."""
     return partial(_run, op)
 
 
@@ -117,7 +120,7 @@ def _run(
     packing, own = packing_of(tuple(bounds)), expanded_map(feature_map)
     parts = []
     place = None
-    if out is not None and packing.in_order:  # otherwise results of several calls, or with padding, have to be gathered
+    if out is not None and packing.in_order:  # otherwise the results of several calls, or padded ones, are gathered
         place = options["out"] = packing.groups[0].taken(out)
     for group in packing.groups:
         points = (group.taken(x) for x in (q, k, v))
@@ -127,7 +130,7 @@ def _run(
 
 
 def packed_vjp(op: Callable[..., Any]) -> Callable[..., Any]:
-    """`op`, which gives a result and its pullback, for packed sequences."""
+    """`op`, which returns a result and its pullback, as a function for packed sequences."""
     return partial(_run_vjp, op)
 
 
@@ -147,7 +150,7 @@ def _run_vjp(
         found = []
         for group, back in zip(packing.groups, pullbacks, strict=True):
             own_gradient = group.taken(gradient)
-            if group.ragged:  # nobody asked for the rows of padding
+            if group.ragged:  # rows of padding are not part of the result, so their gradient is 0
                 xp = namespace_of(own_gradient)
                 there = group.there.beside(gradient)[..., None]
                 own_gradient = xp.where(there, own_gradient, xp.zeros_like(own_gradient))

@@ -1,4 +1,8 @@
-"""Launches the kernels of plain arithmetic: float64, points of more than 128 entries, and single tokens."""
+"""Launches the kernels of plain arithmetic (kernels/plain.cu) and the kernel of single tokens (kernels/decode.cu).
+
+The modules of the ops call it where the tensor-core kernels do not serve: for float64, for points or values of more
+than 128 entries, for calls that do not fit into shared memory, and for few points.
+"""
 
 import math
 from typing import Any
@@ -13,9 +17,12 @@ from favorsharp_cuda.source import DECODED_HEADS, expression
 THREADS = 128
 DECODE_THREADS = 256
 PROCESSORS = 132
-"""Those of an H100: a token's values are cut while some are idle, no further, as every part computes all features."""
+"""Multiprocessors of an H100. The values of a token are cut into parts until there are about as many blocks, but not
+further, because every part computes all features again."""
 ENTER, NEAR, LOAD_PARTIAL, STORE_PARTIAL = 1, 2, 4, 8
+"""The flags of `plain_attention`, as in kernels/plain.cu."""
 QUERIES_A_BLOCK = 16
+"""Queries of one head that a block of `plain_attention` processes when queries only read sums."""
 
 
 def attend(
@@ -39,7 +46,10 @@ def attend(
     pieces: int = 1,
     **numbers: int,
 ) -> Lows:
-    """One launch of `plain_attention`, and the low parts of new sums; see kernels/plain.cu for what the flags say."""
+    """Launch `plain_attention` once, with `pieces` blocks for each head; the low parts of the new sums.
+
+    The flags are explained in kernels/plain.cu. `numbers` are further fields of the structure.
+    """
     d, m = feature_map.parameters.g1.shape[-1], feature_map.num_features
     shared = shared_of(like, dtype, d=d, e=e, m=m)
     given = {"q": q, "k": k, "v": v, "mask": mask, "out": out, "partial_sums": partial, "stats": stats}
@@ -65,7 +75,7 @@ def _problem(
     sums: Sums | None,
     new: Sums | None,
 ) -> Problem:
-    """The problem with the map's constants and sizes, and with those arrays that there are."""
+    """The problem, with the map's constants, the sizes, and the arrays that are not None."""
     packed = plain_map(feature_map, arrays.WIDER[dtype])
     problem.number("map_axis", tuple(feature_map.batch_shape))
     problem.values["query"]["header"] = problem.hold(packed.query)
@@ -83,7 +93,7 @@ def _problem(
 
 
 def shared_of(like: Any, dtype: str, *, d: int, e: int, m: int) -> int:
-    """Bytes of shared memory that a block of `plain_attention` takes; refuses more than the device has."""
+    """Bytes of shared memory that a block of `plain_attention` takes; an error if the device has less."""
     item = arrays.computed_item(dtype)
     others = d + e + THREADS // 32 + THREADS
     needed = item * (3 * m + others)
@@ -111,9 +121,10 @@ def attention(
     stats: Any = None,
     out: Any = None,
 ) -> Any:
-    """Bidirectional attention, or the kernel operator where it is not normalised; in `out` where that is possible.
+    """Bidirectional attention, or the product with the kernel matrix if it is not normalised.
 
-    `stats` (*b, n, 2), of the type computed in, takes 1 / total and the reference of every query, for a backward pass.
+    The result is in `out` if a kernel can write to it. 1 / total and the reference of every query are written to
+    `stats` (*b, n, 2), in the dtype that is computed in, for a backward pass.
     """
     dtype, e, m = arrays.name_of(q), v.shape[-1], feature_map.num_features
     keys = key_batch_of(feature_map, k, v, key_mask)
@@ -143,7 +154,7 @@ def read(
     normalised: bool = True,
     stats: Any = None,
 ) -> None:
-    """Queries read sums, and recent keys (k, v, mask) exactly."""
+    """Queries read sums, and recent keys (k, v, mask), which are scored exactly; the result is written to `out`."""
     k, v, mask = recent or (None, None, None)
     pieces = max(1, -(-q.shape[-2] // QUERIES_A_BLOCK))
     attend(
@@ -154,7 +165,7 @@ def read(
 
 
 def absorb(k: Any, v: Any, feature_map: Any, key_mask: Any, sums: Sums, low: Lows) -> tuple[Sums, Lows]:
-    """The sums after further keys."""
+    """The sums after further keys, and their low parts."""
     keys = broadcast_shapes(key_batch_of(feature_map, k, v, key_mask), tuple(sums[0].shape[:-2]))
     dtype = arrays.name_of(k)
     new = new_sums(k, keys, feature_map.num_features, v.shape[-1], arrays.WIDER[dtype])
@@ -180,7 +191,10 @@ def causal(
     limit: int,
     stats: Any = None,
 ) -> tuple[Sums, Lows]:
-    """Every query reads the keys up to its own; the sums after `limit` keys, of every head of the queries."""
+    """Every query reads the keys up to its own position; the result is written to `out`.
+
+    Returns the sums of the first `limit` keys and their low parts, for every head of the queries.
+    """
     dtype, e, batch = arrays.name_of(q), v.shape[-1], tuple(out.shape[:-2])
     new = new_sums(q, batch, feature_map.num_features, e, arrays.WIDER[dtype])
     new_low = attend(
@@ -192,7 +206,7 @@ def causal(
 
 
 Recent = tuple[Any, Any, Any]
-"""Keys, values and mask that a state keeps beside its features."""
+"""The recent keys, values and mask of a state, which are not in its sums yet."""
 
 
 def decode(
@@ -205,10 +219,12 @@ def decode(
     entering: int = 1,
     recent: Recent | None = None,
 ) -> tuple[Any, Sums, Recent | None] | None:
-    """What a token's queries read after its key, the sums and the recent keys; None where `decode` has no room.
+    """One token: what its queries read when its key is included, the new sums, and the new recent keys.
 
-    Without recent keys the token enters the sums. With them it joins them, and the first `entering` of them enter;
-    where none does, the sums are the same arrays.
+    Without recent keys, the token's key enters the sums. With them, it is appended to the recent keys, and the first
+    `entering` of these leave and enter the sums; if `entering` is 0, the sums are returned unchanged.
+
+    The result is None if there are no heads, or if a block of `decode` would not fit into shared memory.
     """
     dtype, d, e = arrays.name_of(q), q.shape[-1], v.shape[-1]
     token = broadcast_shapes(tuple(k.shape[:-2]), tuple(v.shape[:-2]), () if key_mask is None else key_mask.shape[:-1])
@@ -249,9 +265,10 @@ def decode(
 def cut_of_decode(
     like: Any, keys: int, group: int, d: int, e: int, entering: int, near: bool
 ) -> tuple[int, int, int] | None:
-    """Query heads of a key head and columns of the values that a block of `decode` takes, and its shared memory.
+    """The number of query heads and of columns of the values that a block of `decode` takes, and its shared memory.
 
-    No more heads than enough, and than a block has room for: None where that is none.
+    The number of heads is the smallest of `DECODED_HEADS` that covers all query heads of a key head, or else the
+    largest that fits into shared memory. The result is None if none fits.
     """
     item, room = arrays.computed_item(arrays.name_of(like)), shared_room(arrays.device_number(like))
     fitting = []
@@ -264,22 +281,22 @@ def cut_of_decode(
 
 
 def columns_decoded(e: int, item: int, blocks: int) -> int:
-    """The columns of the values that a block of `decode` takes, in whole sectors of 32 bytes."""
+    """The number of columns of the values that a block of `decode` takes: whole sectors of 32 bytes."""
     sector, widest = 32 // item, widest_decoded(item)
     parts = max(1, PROCESSORS // max(1, blocks), -(-e // widest))
     return max(1, -(-e // (parts * sector))) * sector
 
 
 def widest_decoded(item: int) -> int:
-    """Those that it takes at most: 16 bytes a lane of a warp."""
+    """The largest number of columns that a block of `decode` takes: 16 bytes for each lane of a warp."""
     return 32 * 16 // item
 
 
 def shared_of_decode(d: int, heads: int, span: int, item: int, entering: int, near: bool) -> int:
-    """Bytes of shared memory that a block of `decode` takes; with `near`, it has recent keys."""
+    """Bytes of shared memory that a block of `decode` takes; `near` says whether there are recent keys."""
     warps = DECODE_THREADS // 32
-    keys = min(entering, 1) * (warps if near else 1)  # loaded at once beside the queries
-    points = warps if near else 1 + heads  # multiplied at once
+    keys = min(entering, 1) * (warps if near else 1)  # keys that are in shared memory at once, beside the queries
+    points = warps if near else 1 + heads  # points that are multiplied with the map at once
     of_keys = entering * (1 + span + DECODE_THREADS)
     features = (2 + heads) * DECODE_THREADS + points * warps + heads
     sums = max(points * DECODE_THREADS, heads * warps * (span + 1))
@@ -287,7 +304,7 @@ def shared_of_decode(d: int, heads: int, span: int, item: int, entering: int, ne
 
 
 def features(u: Any, rows: Any, row: Any, column: Any, out: Any) -> None:
-    """exp(u W^T + row + column) into out."""
+    """Write exp(u W^T + row + column) to `out`."""
     problem = Problem(tuple(out.shape[:-2]))
     n, m = out.shape[-2:]
     pieces = max(1, min(-(-n * m // THREADS), 65536))

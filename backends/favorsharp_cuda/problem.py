@@ -1,4 +1,7 @@
-"""The structure that kernels take (kernels/arguments.cuh), built from arrays of any leading axes and strides."""
+"""Builds the structure that kernels take as their argument, from arrays with any leading axes and strides.
+
+`plain` and `tiles` use the layout `PROBLEM` (kernels/arguments.cuh), the modules of gradients use `GRADIENTS`.
+"""
 
 import math
 from collections.abc import Sequence
@@ -34,21 +37,21 @@ PROBLEM = np.dtype(
         *((name, "i8") for name in ("padded_d", "padded_e", "plane_rows", "header_size", "stages", "flags", "shift")),
     ]
 )
-"""The layout of `Problem` in kernels/arguments.cuh: the same fields in the same order, all of eight bytes."""
+"""The layout of `Problem` in kernels/arguments.cuh: the same fields in the same order, all numbers of eight bytes."""
 
 
 class Problem:
-    """A batch of one problem: fills the structure and keeps alive what it points to.
+    """The argument of one launch: fills the structure, and keeps the arrays alive whose addresses it holds.
 
     Parameters
     ----------
     batch : tuple of int
-        The heads that the kernel's blocks count through.
+        The leading axes of the call. Each index into them is a head, and the blocks of a kernel are numbered by head.
     layout : dtype
-        Of the structure.
+        The layout of the structure.
     keys : tuple of int, optional
-        A batch that broadcasts to this one, whose heads are then counted so that those of one key head follow each
-        other.
+        The leading axes of the keys, which broadcast to `batch`. If they are given, heads that share a key head have
+        consecutive numbers.
     """
 
     def __init__(self, batch: Sequence[int], layout: Any = PROBLEM, keys: Sequence[int] = ()) -> None:
@@ -70,7 +73,7 @@ class Problem:
             self.values[name] = value
 
     def array(self, name: str, x: Any, trailing: int = 2) -> None:
-        """Set an array (*b, rows, columns), or (*b, rows) with `trailing` 1."""
+        """Set an array of shape (*b, rows, columns), or (*b, rows) if `trailing` is 1."""
         x = arrays.readable(x)
         self.held.append(x)
         start, strides = arrays.place_of(x)
@@ -80,23 +83,26 @@ class Problem:
         entry["axis"] = self._steps(tuple(x.shape[:-trailing]), strides[: len(x.shape) - trailing])
 
     def sums(self, suffix: str, sums: "Sums | None", low: "Lows" = (None, None)) -> None:
-        """Set those arrays of a state, and of their low parts, that there are; `suffix` is "in" or "out"."""
+        """Set the sums of a state and their low parts, as far as there are any; `suffix` is "in" or "out"."""
         names = ("kv", "z", "c", "kv_low", "z_low")
         for name, x in zip(names, (*(sums or (None, None, None)), *low), strict=True):
             if x is not None:
                 self.array(f"{name}_{suffix}", x)
 
     def number(self, name: str, batch: tuple[int, ...]) -> None:
-        """Set the axis steps by which a head finds its entry of another batch, which broadcasts to this one."""
+        """Set the steps along each axis from which a kernel computes a head's number in another batch.
+
+        The other batch broadcasts to this one.
+        """
         steps = [math.prod(batch[axis + 1 :]) for axis in range(len(batch))]
         self.values[name] = self._steps(batch, tuple(steps))
 
     def axes(self, name: str, numbers: Sequence[int]) -> None:
-        """Set a number for each axis of the batch."""
+        """Set one number for each axis of the batch."""
         self.values[name] = _padded([numbers[axis] for axis in self._axes], 1)
 
     def hold(self, x: Any) -> int:
-        """The address of an array that is kept alive."""
+        """Keep an array alive, and return its address."""
         self.held.append(x)
         return arrays.place_of(x)[0]
 
@@ -112,12 +118,12 @@ def _steps(shape: tuple[int, ...], strides: tuple[int, ...], rank: int, axes: tu
 
 
 def _padded(values: list[int], filler: int) -> list[int]:
-    """The last axes of the structure, which are the innermost."""
+    """The values for all axes of the structure: those of the batch are its last axes, the others get the filler."""
     return [filler] * (AXES - len(values)) + values
 
 
 def key_batch_of(feature_map: Any, k: Any, v: Any, key_mask: Any = None, state: Any = None) -> tuple[int, ...]:
-    """The leading axes that keys, values, mask, map and state broadcast to."""
+    """The leading axes to which keys, values, mask, map and state broadcast together."""
     shapes = [tuple(feature_map.batch_shape)]
     shapes += [tuple(x.shape[:-2]) for x in (k, v) if x is not None]
     shapes += [tuple(key_mask.shape[:-1])] if key_mask is not None else []
@@ -130,21 +136,21 @@ Sums = tuple[Any, Any, Any]
 
 
 def sums_of(state: Any) -> Sums:
-    """Those of a state."""
+    """The sums of a state."""
     return state.kv, state.z, state.c
 
 
 Lows = tuple[Any, Any]
-"""The low parts of kv and z, as in a State: None where there are none."""
+"""The low parts of kv and z, as in a State; None stands for zeros."""
 
 
 def lows_of(state: Any) -> Lows:
-    """Those of a state."""
+    """The low parts of the sums of a state."""
     return state.kv_low, state.z_low
 
 
 def new_lows(sums: Sums) -> Lows:
-    """Low parts that a kernel is to write beside new sums: none in float64."""
+    """Arrays for the low parts of new sums, which a kernel will write; none in float64."""
     dtype = arrays.name_of(sums[0])
     if dtype == "float64":
         return None, None
@@ -153,7 +159,7 @@ def new_lows(sums: Sums) -> Lows:
 
 
 def new_sums(like: Any, batch: tuple[int, ...], m: int, e: int, dtype: str) -> Sums:
-    """Sums that a kernel is to write."""
+    """Arrays for sums, which a kernel will write."""
     return (
         arrays.empty(like, (*batch, m, e), dtype),
         arrays.empty(like, (*batch, 1, m), dtype),

@@ -1,4 +1,7 @@
-"""The kernels as one text for the compiler, and the list of everything that may be compiled from it."""
+"""Joins the kernels into one text for the compiler, and lists all instances that may be compiled from it.
+
+`launch` compiles them; the modules that launch kernels name them with `expression`.
+"""
 
 from functools import cache
 from importlib.resources import files
@@ -8,13 +11,13 @@ FILES = (
     *("primitives.cuh", "arguments.cuh", "tiles.cuh", "plain.cu", "exponential_features.cu"),
     *("state.cu", "decode.cu", "attention.cu", "walk.cuh", "causal_attention.cu"),
 )
-"""In the order in which they are joined."""
+"""The forward kernels, in the order in which the files are joined."""
 
 GRADIENT_FILES = (
     *("gradient_tiles.cuh", "attention_gradients.cu", "gradient_points.cu", "near_gradients.cu"),
     "exponential_features_gradients.cu",
 )
-"""The backward kernels, after the others."""
+"""The backward kernels, which are joined after the others."""
 
 TYPES = {
     "float16": "favorsharp::half",
@@ -22,44 +25,46 @@ TYPES = {
     "float32": "float",
     "float64": "double",
 }
+"""The type in the kernels for each dtype."""
 
 
 @cache
 def source() -> str:
-    """All files in one text, each with its name for the compiler's messages.
+    """All files joined into one text; directives give the compiler the names of the files for its messages.
 
-    They must not include each other: CuPy's cache of compiled kernels looks at this text alone.
+    Files must not include each other: CuPy looks up compiled kernels by this text, and would miss changes elsewhere.
     """
     folder = files("favorsharp_cuda") / "kernels"
     return "".join(f'#line 1 "{name}"\n{(folder / name).read_text()}\n' for name in (*FILES, *GRADIENT_FILES))
 
 
 def expression(kernel: str, *arguments: str | int) -> str:
-    """The name of an instance of a kernel: its template arguments are dtypes' names and numbers."""
+    """The name of an instance of a kernel. The template arguments are given as numbers and names of dtypes."""
     names = ", ".join(TYPES.get(x, x) if isinstance(x, str) else str(x) for x in arguments)
     return f"favorsharp::{kernel}<{names}>" if names else f"favorsharp::{kernel}"
 
 
 TILE_TYPES = ("float16", "bfloat16", "float32")
-"""What tensor-core kernels read and write; they compute in float32."""
+"""The dtypes that tensor-core kernels read and write; they compute in float32."""
 
 VALUE_SIZES = (32, 64, 96, 128)
-"""Sizes of a value that they are compiled for; others are padded to the next."""
+"""The sizes of values for which `absorb` and `read` are compiled; other sizes are padded to the next one."""
 
 
 WALKED_SIZES = (16, 32, 64)
-"""Those that `walk` is compiled for: for larger ones a block has neither the shared memory nor the registers.
+"""The numbers of columns of the values for which `walk` is compiled; larger values are processed in such parts.
 
-16 is for blocks of 99 KB (compute capability 8.6, 8.9, 12.0) beside points of more than 64 entries.
+For larger parts a block has neither the shared memory nor the registers. Parts of 16 are for GPUs with 99 KB of shared
+memory for a block (compute capability 8.6, 8.9, 12.0) and points of more than 64 entries.
 """
 
 
 DECODED_HEADS = (1, 8)
-"""Query heads of one key head that a block of `decode` takes at most; more of them are several blocks'."""
+"""The largest numbers of query heads of one key head for which `decode` is compiled; more heads need several blocks."""
 
 
 class Sweep(NamedTuple):
-    """What `gradient_sweep` pads points and values to, and how many features it works on at once."""
+    """An instance of `gradient_sweep`: the padded sizes of points and values, and the features processed at a time."""
 
     points: int
     values: int
@@ -76,16 +81,17 @@ SWEEPS = {
         Sweep(64, 32, 16),
     ),
 }
-"""Those that it is compiled for, by the dtype computed in.
+"""The instances of `gradient_sweep`, by the dtype that is computed in.
 
-Blocks of compute capability 8.0 have no room for points and values of 128 doubles: (128, 64) serves them, in parts.
-The second line of each is for blocks of 99 KB (8.6, 8.9, 12.0), which have none for doubles of more than 64 entries.
-(96, 96, 16) would fit them too, but spills in float32: points of 65 to 96 entries are padded to 128 there.
+On compute capability 8.0, points and values of 128 doubles do not fit into shared memory together; (128, 64) is used
+there, with values in parts. The second line of each dtype is for GPUs with 99 KB for a block (8.6, 8.9, 12.0), where
+points of more than 64 doubles do not fit at all. In float32, (96, 96, 16) would fit there too, but its registers spill,
+so points of 65 to 96 entries are padded to 128.
 """
 
 
 def _gradients() -> tuple[str, ...]:
-    """Backward kernels: over dtypes and the width that points and values are padded to."""
+    """The instances of the backward kernels, for each dtype and each padded width of points and values."""
     computed = ("float32", "float64")
     kernels = (
         *("gradient_factors", "near_gradients", "gradient_points", "gradient_factor_sums"),
@@ -114,4 +120,5 @@ INSTANTIATIONS = (
     expression("scan"),
     *_gradients(),
 )
-"""Every name that `launch.run` may be asked for: what the tests run, NVRTC compiles and the resource table lists."""
+"""All instances that `launch.run` accepts. The tests run each of them, compile each with NVRTC, and compare its use of
+registers with a table."""

@@ -1,4 +1,8 @@
-"""Streaming: a state takes keys, and queries read it."""
+"""The ops of states, for streaming: `update` adds keys, `read` lets queries read, `decode_step` does both for a token.
+
+`dispatch` calls these functions; `torch_eager` and `operators` call them too. `update` and `read` run the tensor-core
+kernels (`tiles`) or the plain ones; `decode_step` has a kernel of its own.
+"""
 
 from collections.abc import Iterable
 from dataclasses import replace
@@ -10,7 +14,7 @@ from favorsharp_cuda import arrays, plain, tiles
 from favorsharp_cuda.problem import key_batch_of, lows_of, sums_of
 
 FEW = 16
-"""Points below which the plain kernels are used: a token would fill a row of a tile's 64."""
+"""Calls with fewer points use the plain kernels: a single token would fill only one row of a tile of 64."""
 
 
 def update(state: State, k: Any, v: Any, feature_map: Any, *, key_mask: Any = None) -> State:
@@ -27,7 +31,7 @@ def read(state: State, q: Any, feature_map: Any) -> Any:
 
 
 def read_with_stats(state: State, q: Any, feature_map: Any) -> tuple[Any, Any]:
-    """What queries read; for a backward pass 1 / total and the reference of every query, (*b, n, 2)."""
+    """What queries read, and what a backward pass needs: 1 / total and the reference of every query, (*b, n, 2)."""
     keys = key_batch_of(feature_map, state.recent_k, state.recent_v, state.recent_mask, state)
     batch = broadcast_shapes(tuple(q.shape[:-2]), keys)
     stats = arrays.empty(q, (*batch, q.shape[-2], 2), arrays.name_of(state.kv))
@@ -53,11 +57,14 @@ def _read(state: State, q: Any, feature_map: Any, *, stats: Any = None) -> Any:
 
 
 def decode_step(q: Any, k: Any, v: Any, state: State, feature_map: Any, *, key_mask: Any = None) -> tuple[Any, State]:
-    """As `favorsharp.ops.state.decode_step`: one launch, but where `plain.decode` has no room, or dtypes are mixed."""
+    """As `favorsharp.ops.state.decode_step`.
+
+    One launch does all, unless the token does not fit into shared memory (`plain.decode`) or dtypes are mixed.
+    """
     given = (q, k, v, feature_map, key_mask)
     decoded = _decoded(*given, state)
     leaving = entering(state, 1) if state.window else 0
-    if decoded is None and leaving:  # too many for one launch: they enter before the token comes
+    if decoded is None and leaving:  # too many keys enter for one launch: add them to the sums first
         state = _with_recent(state, state.recent_k, state.recent_v, state.recent_mask, leaving, feature_map)
         decoded = _decoded(*given, state)
     if decoded is not None:
@@ -67,19 +74,19 @@ def decode_step(q: Any, k: Any, v: Any, state: State, feature_map: Any, *, key_m
 
 
 def entering(state: State, new: Any) -> Any:
-    """How many keys enter the features as `new` ones come; without a window all of them."""
+    """How many keys enter the sums when `new` keys arrive; without a window these are all of the new ones."""
     return num_leaving(state.recent_k.shape[-2] + new, state.window) if state.window else new
 
 
 def _with_recent(state: State, k: Any, v: Any, mask: Any, leaving: int, feature_map: Any) -> State:
-    """The state whose recent keys are these but the first, which leave and enter the features."""
+    """The state after its recent keys were replaced by these keys, the first `leaving` of which enter the sums."""
     if leaving:
         state = _absorbed(state, k[..., :leaving, :], v[..., :leaving, :], mask[..., :leaving], feature_map)
     return replace(state, **recent_of(k[..., leaving:, :], v[..., leaving:, :], mask[..., leaving:]))
 
 
 def _decoded(q: Any, k: Any, v: Any, feature_map: Any, key_mask: Any, state: State) -> tuple[Any, State] | None:
-    """The result and the state of `decode_step` by one launch; None where one does not do."""
+    """The result and the state of `decode_step` from a single launch; None if a single launch cannot do it."""
     wide, sums = arrays.name_of(state.kv), sums_of(state)
     if state.window == 0:
         token, recent = (fitting(q, wide), fitting(k, wide), fitting(v, wide)), None
@@ -98,18 +105,18 @@ def _decoded(q: Any, k: Any, v: Any, feature_map: Any, key_mask: Any, state: Sta
 
 
 def _alike(points: Iterable[Any], wide: str) -> bool:
-    """Whether arrays are of one dtype, and one that is computed in the dtype of a state."""
+    """Whether all arrays have the same dtype, and kernels compute in dtype `wide` for it."""
     names = {arrays.name_of(x) for x in points}
     return len(names) == 1 and arrays.WIDER[names.pop()] == wide
 
 
 def fitting(x: Any, wide: str) -> Any:
-    """The array in a dtype that is computed in the dtype of a state: its own, if it is."""
+    """The array itself if kernels compute in dtype `wide` for it, otherwise the array in that dtype."""
     return x if arrays.WIDER[arrays.name_of(x)] == wide else arrays.cast(x, wide)
 
 
 def recent_of(k: Any, v: Any, mask: Any) -> dict[str, Any]:
-    """The keys, values and mask that a state keeps beside its features, of one batch."""
+    """The recent keys, values and mask of a state, as its fields, broadcast to the same leading axes."""
     xp = namespace_of(k)
     batch = broadcast_shapes(tuple(k.shape[:-2]), tuple(v.shape[:-2]), tuple(mask.shape[:-1]))
     return {

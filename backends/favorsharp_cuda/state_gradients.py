@@ -1,7 +1,7 @@
-"""Gradients of updates and readings of states, by the kernels of attention's (kernels/attention_gradients.cu).
+"""The gradients of `read` and `update` of states. `torch_eager` and `operators` call this module.
 
-Queries that read a state find its sums where they would find those of keys. Keys that entered one read the gradient of
-its sums, as they would read the sums of queries.
+It uses the backward kernels of attention (`Backward`). Queries that read a state use its sums in place of the sums of
+keys. Keys that entered a state read the gradients of its sums in place of the sums of queries.
 """
 
 from typing import Any
@@ -16,14 +16,14 @@ from favorsharp_cuda.problem import Sums, sums_of
 def read_backward(
     gradient: Any, q: Any, state: State, feature_map: Any, out: Any, stats: Any, *, of_map: bool = False
 ) -> tuple[Any, ...]:
-    """The gradients of q, of kv, z, c, recent_k and recent_v of a state, and the sums for those of a map.
+    """The gradients of q, and of kv, z, c, recent_k and recent_v of a state, then the sums for those of the map.
 
     Parameters
     ----------
     gradient : array, shape (*b, n, e)
-        Of the result `out`.
+        The gradient of the result `out`.
     state : State
-        Whose recent keys and values are of the dtype of q, and its sums of the type that is computed in.
+        Its recent keys and values have the dtype of q, and its sums the dtype that is computed in.
     stats : array, shape (*b, n, 2)
         1 / total and the reference of every query.
     """
@@ -38,16 +38,17 @@ def update_backward(
     gradients: Sums, k: Any, v: Any, before: Sums | None, after: Sums, feature_map: Any, *,
     key_mask: Any = None, of_map: bool = False,
 ) -> tuple[Any, ...]:  # fmt: skip
-    """The gradients of k and v, of the sums before them, and the sums for those of a map.
+    """The gradients of k and v, then those of the sums before the update, then the sums for those of the map.
 
-    Of a feature whose largest log feature several have, that of a state before counts, then that of the first key.
+    If the largest log feature c of a feature is attained more than once, its gradient goes to the earlier state, or
+    else to the first key that attains it.
 
     Parameters
     ----------
     gradients : three arrays
-        Of the sums after: kv (*b, m, e), z and c (*b, 1, m).
+        The gradients of the sums after the update: kv (*b, m, e), z and c (*b, 1, m).
     before : (kv, z, c) or None
-        The sums before; None where there were no keys, and then there are no gradients of them.
+        The sums before the update. None if there were no keys; then the result has no gradients of these sums.
     """
     of_kv, of_z, of_c = gradients
     top = after[2]
@@ -60,7 +61,8 @@ def update_backward(
         read_by_keys=(of_kv, of_z, xp.where(nothing, top, -top)),
     )  # fmt: skip
     sums = b.pass_back(of_map)
-    rest = of_c - (of_references(of_kv, after[0]) + of_z * after[1])  # what the sums do not take off by themselves
+    # kv and z account for a part of the gradient of c; this is the rest
+    rest = of_c - (of_references(of_kv, after[0]) + of_z * after[1])
     left = b.route(rest, weight)
     if before is None:
         return b.of_points(1), b.of_values(), sums

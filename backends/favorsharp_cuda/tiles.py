@@ -1,4 +1,8 @@
-"""Launches the tensor-core kernels: points and values of up to 128 entries, in float16, bfloat16 and float32."""
+"""Launches the tensor-core kernels: points and values of up to 128 entries, in float16, bfloat16 and float32.
+
+The modules of the ops ask `fit` whether these kernels serve a call, and then call the functions at the end of this
+file. `Tiles` has one method for each kernel.
+"""
 
 import math
 from typing import Any
@@ -12,26 +16,28 @@ from favorsharp_cuda.source import TILE_TYPES, VALUE_SIZES, WALKED_SIZES, expres
 
 TILE, THREADS = 64, 128
 LARGEST = 128
-"""Entries of a point or value that the tiles have room for."""
+"""The most entries that a point or a value can have."""
 
 SHARED_LIMIT = 163 * 1024
-"""Bytes of shared memory that a second stage may fill at most: what a block has on a card of compute capability 8.0."""
+"""The most bytes of shared memory that a launch with a second stage takes: the limit of compute capability 8.0."""
 
 BLOCKS = 528
-"""How many blocks a launch is cut into where there are few heads: four for each processor of an H100."""
+"""The number of blocks at which a launch aims if there are few heads: four for each multiprocessor of an H100."""
 
 SHORTEST = 1024
-"""Positions of a segment at least."""
+"""The fewest positions of a segment."""
 
 LONGEST = 1 << 30
-"""Positions that `walk` can count: its own are of 32 bits, and a window moves them by twice its length."""
+"""The limit for positions in `walk`: it counts them in 32 bits, and a window shifts them by twice its length."""
 
 TOTALS, BEFORE, STATE, EMPTY = 1, 2, 4, 8
+"""The flags of `scan`, as in kernels/state.cu."""
 LOAD, STORE, NEAR = 1, 2, 4
+"""The flags of `walk`, as in kernels/walk.cuh."""
 
 
 def fit(x: Any, e: int, *, walks: bool = False) -> bool:
-    """Whether these kernels serve points x and values of size e on x's device; with `walks`, also `walk`."""
+    """Whether these kernels serve points x and values of size e on x's device; with `walks`, by `walk`."""
     dtype, d = arrays.name_of(x), x.shape[-1]
     if not (dtype in TILE_TYPES and 0 < d <= LARGEST and 0 < e <= LARGEST):
         return False
@@ -40,12 +46,12 @@ def fit(x: Any, e: int, *, walks: bool = False) -> bool:
 
 
 def value_size(e: int) -> int:
-    """The size that values are padded to."""
+    """The size to which `absorb` and `read` pad values."""
     return next(size for size in VALUE_SIZES if e <= size)
 
 
 def planes(dtype: str) -> int:
-    """How many planes of bfloat16 weights and values take."""
+    """The number of planes of bfloat16 into which weights and values are split."""
     return 1 if dtype == "bfloat16" else 2
 
 
@@ -53,44 +59,44 @@ def planes(dtype: str) -> int:
 
 
 def room_of(x: Any) -> int:
-    """Bytes of shared memory that a block may have on x's device."""
+    """The most bytes of shared memory that a block can use on x's device."""
     return shared_room(arrays.device_number(x))
 
 
 def points_bytes(d: int) -> int:
-    """Those of a tile of points, two planes of float16."""
+    """Bytes of a tile of 64 points, in two planes of float16."""
     return 4 * TILE * (-(-d // 16) * 16 + 8)
 
 
 def values_bytes(dtype: str, e: int) -> int:
-    """Those of 64 values, or sums, in planes of bfloat16."""
+    """Bytes of 64 values, or of the sums of 64 features, in planes of bfloat16."""
     return 2 * planes(dtype) * TILE * (e + 8)
 
 
 def shared_of_absorb(dtype: str, d: int, e: int) -> int:
-    """Those of `absorb`."""
+    """Bytes of shared memory for a block of `absorb`."""
     return 2 * points_bytes(d) + values_bytes(dtype, e) + 8 * TILE
 
 
 def shared_of_read(dtype: str, d: int, e: int, stages: int = 1) -> int:
-    """Those of `read`."""
+    """Bytes of shared memory for a block of `read`."""
     return points_bytes(d) + stages * (points_bytes(d) + values_bytes(dtype, e)) + 4 * TILE
 
 
 def shared_of_walk(dtype: str, d: int, e: int, stages: int = 1) -> int:
-    """Those of `walk`."""
+    """Bytes of shared memory for a block of `walk` that processes e columns of the values."""
     numbers = 4 * (9 * TILE + 4) + 8 * 15
     return (2 + stages) * points_bytes(d) + 2 * values_bytes(dtype, e) + values_bytes(dtype, TILE) + numbers
 
 
 def widest_value(dtype: str, d: int, room: int) -> int:
-    """The largest size of values that `absorb` and `read` have room for beside points of size d; 0 if none."""
+    """The largest size of values that fits into `absorb` and `read` together with points of size d; 0 if none does."""
     sizes = (e for e in VALUE_SIZES if max(shared_of_absorb(dtype, d, e), shared_of_read(dtype, d, e)) <= room)
     return max(sizes, default=0)
 
 
 def walked_size(dtype: str, d: int, e: int, room: int) -> int:
-    """The size of the parts of values that `walk` takes, the largest that there is room for; 0 if none."""
+    """The number of columns of the values that a block of `walk` processes: the largest that fits; 0 if none does."""
     for size in sorted(WALKED_SIZES, reverse=True):
         if size > value_size(e) or shared_of_walk(dtype, d, size) > room:
             continue
@@ -100,12 +106,12 @@ def walked_size(dtype: str, d: int, e: int, room: int) -> int:
 
 
 def walked_value_size(e: int, size: int) -> int:
-    """The size that values are padded to where `walk` takes parts of the given size."""
+    """The size to which values are padded if `walk` processes them in parts of the given size."""
     return next(padded for padded in VALUE_SIZES if e <= padded and padded % size == 0)
 
 
 def parts_of(x: Any, e: int) -> list[Any]:
-    """Columns of the values that `absorb` and `read` take one after the other beside points x; mostly all at once."""
+    """The ranges of columns in which `absorb` and `read` process values; usually one range of all columns."""
     parts = -(-e // widest_value(arrays.name_of(x), x.shape[-1], room_of(x)))
     if parts == 1:
         return [...]
@@ -114,7 +120,7 @@ def parts_of(x: Any, e: int) -> list[Any]:
 
 
 def sums_size(m: int, e: int) -> int:
-    """Numbers that sums take in global memory, with their low parts (`Layout` in kernels/tiles.cuh)."""
+    """Items of the sums of a segment in global memory, low parts included (`Layout` in kernels/tiles.cuh)."""
     return m * (2 * e + 3)
 
 
@@ -122,7 +128,7 @@ def sums_size(m: int, e: int) -> int:
 
 
 class Tiles:
-    """A feature map and what else the launches of one call share."""
+    """Launches the kernels of one call, which share a feature map and sizes; one method for each kernel."""
 
     def __init__(self, feature_map: Any, like: Any, dtype: str, e: int, *, walks: bool = False) -> None:
         self.feature_map, self.like, self.dtype, self.e = feature_map, like, dtype, e
@@ -132,7 +138,7 @@ class Tiles:
         self.padded_e = walked_value_size(e, self.part) if walks else value_size(e)
 
     def problem(self, batch: tuple[int, ...], key_batch: tuple[int, ...]) -> Problem:
-        """A problem with the map's constants set."""
+        """A problem in which the map's constants and the sizes are set."""
         p, m = Problem(batch), self.map
         p.number("map_axis", tuple(self.feature_map.batch_shape))
         p.number("key_axis", key_batch)
@@ -147,7 +153,7 @@ class Tiles:
         return p
 
     def factors(self, x: Any, mask: Any, batch: tuple[int, ...], *, query: bool) -> Any:
-        """What of the points' log features is of the point alone, (*b, n, 1); -inf for hidden ones."""
+        """The part of log features that depends only on the point, (*b, n, 1); -inf for hidden points."""
         n = x.shape[-2]
         out = arrays.empty(self.like, (*batch, n, 1), "float32")
         p = self.problem(batch, ())
@@ -164,7 +170,11 @@ class Tiles:
         return out
 
     def absorb(self, k: Any, v: Any, factors: Any, batch: tuple[int, ...], cut: tuple[int, int, int, int]) -> Any:
-        """The sums of segments: (heads, segments, size); `cut` has their number, span, shift and the keys' limit."""
+        """The sums of each segment of the keys, (heads, segments, size).
+
+        `cut` holds the number of segments, their span, how far keys are shifted against positions, and the number of
+        keys that enter.
+        """
         segments, span, shift, limit = cut
         heads = math.prod(batch)
         size = sums_size(self.map.padded_m, self.padded_e)
@@ -193,7 +203,12 @@ class Tiles:
         reverse: bool = False,
         empty: bool = False,
     ) -> Any:
-        """Combine segments: what comes before each is written in its place, the totals are given back."""
+        """Combine the sums of segments, starting from those of a state if one is given.
+
+        With `before`, the sums of each segment are replaced by the sums of all segments before it (after it, with
+        `reverse`). With `totals`, the sums over all segments are returned, as `read` takes them. `new` and `new_low`
+        receive the sums over all segments as those of a state. `empty` says that the segments contain no sums yet.
+        """
         p = self.problem(batch, batch)
         out = None
         if totals:
@@ -221,7 +236,7 @@ class Tiles:
         normalised: bool = True,
         stats: Any = None,
     ) -> None:
-        """Queries read totals."""
+        """Queries read the totals that `scan` has made; the result is written to `out`."""
         p = self.problem(tuple(out.shape[:-2]), key_batch)
         p.array("q", q)
         p.array("out", out)
@@ -239,7 +254,7 @@ class Tiles:
         run(expression("read", self.dtype, self.padded_e), self.like, p.heads * blocks, THREADS, p.values, shared)
 
     def has_room(self, second_stage: int) -> bool:
-        """Whether a launch may take so many bytes for a second stage, which copies ahead."""
+        """Whether a launch may use a second stage, which copies ahead, if it then takes so many bytes in total."""
         return second_stage <= min(SHARED_LIMIT, self.room)
 
     def walk(
@@ -263,11 +278,14 @@ class Tiles:
         partial: Any = None,
         stats: Any = None,
     ) -> None:
-        """Queries read the sums before (after) them and near keys: causal attention, or one way of a window."""
+        """Causal attention, or one direction of bidirectional attention with a window.
+
+        Queries read the sums of the keys before them (after them, with `reverse`), and near keys exactly.
+        """
         n, batch, heads = k.shape[-2], tuple(out.shape[:-2]), math.prod(out.shape[:-2])
         if n >= LONGEST:
             raise ValueError(f"k has s={n}; accepted by the CUDA kernels: fewer than {LONGEST} positions in one call")
-        window = min(window, LONGEST // 2)  # no block of a shorter sequence ends there
+        window = min(window, LONGEST // 2)  # a sequence has two such blocks at most: all keys are near
         size = self.part
         parts = self.padded_e // size
         unit = window if window >= TILE else TILE // window * window if window else TILE
@@ -312,16 +330,16 @@ class Tiles:
         run(name, self.like, blocks, THREADS, p.values, shared_of_walk(self.dtype, self.d, size, stages))
 
     def cut(self, heads: int, length: int, unit: int) -> tuple[int, int]:
-        """How many segments of which span, a multiple of `unit`, make enough blocks of a length."""
+        """The number of segments into which to cut a length, and their span, which is a multiple of `unit`."""
         wanted = max(1, min(-(-BLOCKS // max(1, heads)), length // max(SHORTEST, unit)))
         if 2 * heads >= BLOCKS:
-            wanted = 1  # the heads alone fill the card: nothing to scan
+            wanted = 1  # the heads alone fill the GPU, so that no scan is needed
         span = -(-max(1, length) // (wanted * unit)) * unit
         return max(1, -(-length // span)), span
 
 
 def features(u: Any, rows: Any, row: Any, column: Any, out: Any) -> None:
-    """exp(u W^T + row + column) into out."""
+    """Write exp(u W^T + row + column) to `out`."""
     p, n, d = Problem(tuple(out.shape[:-2])), out.shape[-2], u.shape[-1]
     padded_d, blocks = -(-d // 16) * 16, -(-n // TILE)
     p.set(m=out.shape[-1], d=d, padded_d=padded_d, num_queries=n, segments=blocks)
@@ -342,9 +360,9 @@ def attention(
     stats: Any = None,
     out: Any = None,
 ) -> Any:
-    """Bidirectional attention without a window, or the kernel operator where it is not normalised.
+    """Bidirectional attention without a window, or the product with the kernel matrix if it is not normalised.
 
-    In `out` where that is possible.
+    The result is in `out` if a kernel can write to it.
     """
     dtype, e = arrays.name_of(q), v.shape[-1]
     keys = key_batch_of(feature_map, k, v, key_mask)
@@ -361,9 +379,9 @@ def attention(
 def windowed(
     q: Any, k: Any, v: Any, feature_map: Any, key_mask: Any, window: int, *, stats: Any = None, out: Any = None
 ) -> Any:
-    """Bidirectional attention with near blocks scored exactly: once forwards, once backwards.
+    """Bidirectional attention with a window: one walk forwards and one backwards, and near keys are scored exactly.
 
-    In `out` where that is possible.
+    The result is in `out` if a kernel can write to it.
     """
     dtype, e, n = arrays.name_of(q), v.shape[-1], q.shape[-2]
     keys = key_batch_of(feature_map, k, v, key_mask)
@@ -396,7 +414,10 @@ def causal(
     limit: int,
     stats: Any = None,
 ) -> tuple[Sums, Lows]:
-    """Every query reads the keys up to its own; the sums after `limit` keys, of every head of the queries."""
+    """Every query reads the keys up to its own position; the result is written to `out`.
+
+    Returns the sums of the first `limit` keys and their low parts, for every head of the queries.
+    """
     t = Tiles(feature_map, q, arrays.name_of(q), v.shape[-1], walks=True)
     new = new_sums(q, tuple(out.shape[:-2]), feature_map.num_features, v.shape[-1], "float32")
     new_low = new_lows(new)
@@ -409,7 +430,7 @@ def causal(
 
 
 def absorb(k: Any, v: Any, feature_map: Any, key_mask: Any, sums: Sums, low: Lows) -> tuple[Sums, Lows]:
-    """The sums after further keys."""
+    """The sums after further keys, and their low parts."""
     keys = broadcast_shapes(key_batch_of(feature_map, k, v, key_mask), tuple(sums[0].shape[:-2]))
     kv, z, c = new = new_sums(k, keys, feature_map.num_features, v.shape[-1], "float32")
     kv_low, z_low = new_low = new_lows(new)
@@ -425,7 +446,7 @@ def absorb(k: Any, v: Any, feature_map: Any, key_mask: Any, sums: Sums, low: Low
 
 
 def read(out: Any, q: Any, feature_map: Any, sums: Sums, key_batch: tuple[int, ...], *, stats: Any = None) -> None:
-    """Queries read sums."""
+    """Queries read the sums of a state; the result is written to `out`."""
     for columns in parts_of(q, out.shape[-1]):
         results = out[columns]
         t = Tiles(feature_map, q, arrays.name_of(q), results.shape[-1])
@@ -434,7 +455,7 @@ def read(out: Any, q: Any, feature_map: Any, sums: Sums, key_batch: tuple[int, .
 
 
 def gather(t: Tiles, k: Any, v: Any, key_mask: Any, keys: tuple[int, ...]) -> Any:
-    """The sums of all keys, in segments."""
+    """The sums of each segment of the keys; the number of segments is chosen to fill the GPU."""
     s = k.shape[-2]
     segments, span = t.cut(math.prod(keys) * (t.map.padded_m // TILE), s, TILE)
     factors = t.factors(k, key_mask, keys, query=False)

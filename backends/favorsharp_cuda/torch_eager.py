@@ -1,6 +1,7 @@
-"""Eager calls that torch records: kernels, with the backward kernels as their gradients.
+"""Autograd Functions for eager calls through which torch records gradients; `torch_ops` applies them.
 
-Each Function holds the feature map itself. Where gradients are to be differentiated again, the reference computes them.
+Forward passes run the kernels, backward passes the backward kernels. Each Function holds the feature map itself. If the
+gradients are differentiated again, the references compute them instead.
 """
 
 from collections.abc import Callable
@@ -44,7 +45,7 @@ class Features(torch.autograd.Function):
 
 
 class Attention(torch.autograd.Function):
-    """Attention, and the sums after it if it is causal; keys that a state keeps come before the others."""
+    """Attention and, if it is causal, the sums after it; the recent keys of a state come before the other keys."""
 
     @staticmethod
     def forward(
@@ -134,7 +135,7 @@ class Absorb(torch.autograd.Function):
 
 
 class Read(torch.autograd.Function):
-    """What queries read of a state, its recent keys and values included."""
+    """What queries read from a state, its recent keys and values included."""
 
     @staticmethod
     def forward(ctx: Any, feature_map: Any, recent_mask: Any, q: Any, *tensors: Any) -> Any:
@@ -183,23 +184,23 @@ class Matvec(torch.autograd.Function):
 
 
 def _of_arrays(feature_map: Any, sums: Any) -> Any:
-    """The gradients of a map's arrays, or none."""
+    """The gradients of a map's arrays, or six times None if there are no sums for them."""
     return [None] * 6 if sums is None else map_gradients(feature_map, sums.finished())
 
 
 def _materialised(gradients: Any, like: Any) -> Any:
-    """Gradients, zeros in place of those that are not there."""
+    """Gradients, with zeros in place of missing ones."""
     return tuple(torch.zeros_like(x) if g is None else g for g, x in zip(gradients, like, strict=True))
 
 
 def _state_to_read(tensors: Any, recent_mask: Any) -> State:
-    """The state of the tensors that `Read` takes after q; what a window was, reading does not ask."""
+    """The state of the tensors that `Read` takes after q. Reading does not depend on the window, which is set to 0."""
     kv, z, c, recent_k, recent_v = tensors
     return State(kv, z, c, 0, recent_k, recent_v, recent_mask, fingerprint=None)
 
 
 def _attention_again(key_mask: Any, window: int, causal: bool) -> Callable[..., tuple[Any, ...]]:
-    """The reference of what `Attention` computes, of a map and its tensors."""
+    """A function of a map and tensors that computes the result of `Attention` by the references."""
 
     def again(own: Any, q: Any, k: Any, v: Any, *sums: Any) -> tuple[Any, ...]:
         options = {"key_mask": key_mask, "window": window}

@@ -1,9 +1,10 @@
-"""The operations that torch differentiates and compiles, with the backward kernels as their gradients.
+"""The ops for torch tensors, which torch can differentiate and compile. `dispatch` calls these functions.
 
-Eager calls run the kernels inside a Function that holds the feature map itself (`torch_eager`). Traced calls
-(`torch.compile`, `torch.func`, fake tensors), and those that a mode of torch follows, cannot: they see functional
-custom operators of tensors alone (`operators`), inside a Function of their own (`torch_traced`). Gradients flow to q,
-k, v and to every array of a feature map. Forward-mode derivatives raise: no kernel computes them.
+Calls that need no gradients run the kernels directly. Eager calls that need gradients run them inside a Function that
+holds the feature map itself (`torch_eager`). Traced calls (`torch.compile`, `torch.func`, fake tensors), and calls that
+a mode of torch follows, run custom operators that take only tensors and numbers (`operators`), inside Functions of
+their own (`torch_traced`). Gradients flow to q, k, v and to every array of a feature map. Forward-mode derivatives
+raise an error, because no kernel computes them.
 """
 
 from dataclasses import replace
@@ -55,7 +56,7 @@ def exponential_features(u: Any, rows: Any, row: Any, column: Any, *, out: Any =
 def attention(
     q: Any, k: Any, v: Any, feature_map: Any, *, key_mask: Any = None, window: int = 0, out: Any = None
 ) -> Any:
-    """As `favorsharp.ops.attention.attention`, in `out` where nothing is recorded."""
+    """As `favorsharp.ops.attention.attention`; `out` is used if torch records nothing."""
     arrays = arrays_of(feature_map)
     if is_followed(q):
         return torch_traced.Attention.apply(
@@ -72,7 +73,7 @@ def causal_attention(
     q: Any, k: Any, v: Any, feature_map: Any, *, key_mask: Any = None, window: int = 0, state: State | None = None,
     out: Any = None,
 ) -> tuple[Any, State]:  # fmt: skip
-    """As `favorsharp.ops.causal_attention.causal_attention`, in `out` where nothing is recorded."""
+    """As `favorsharp.ops.causal_attention.causal_attention`; `out` is used if torch records nothing."""
     arrays = arrays_of(feature_map)
     traced = is_followed(q)
     if not traced and not _recorded(q, k, v, *arrays, *_floats_of(state)):
@@ -91,19 +92,19 @@ def causal_attention(
     if traced:
         options = options_of(feature_map, window, True)
         out = torch_traced.Attention.apply(options, *points, key_mask, *sums, *arrays)[0]
-        # an operator of its own, which compilers drop where nobody reads the state
+        # the state has an operator of its own, which compilers remove if the state is not used
         new = _absorbed(*first_keys(left, *points[1:], key_mask), sums, feature_map)
     else:
         out, *new = torch_eager.Attention.apply(feature_map, key_mask, window, True, *points, *sums, *arrays)
     if state is None:
-        # no slices: torch's take a guard of the device, which fake tensors of a machine without a GPU do not have
+        # `narrow`, because slicing would guard the device, which fails for fake CUDA tensors on a machine without a GPU
         state = empty_state(feature_map, tuple(new[0].shape[:-2]), k.shape[-1], v.shape[-1], window, k.narrow(-2, 0, 0))
     recent = _recent_from(left, k, v, key_mask) if window else {}
     return out.to(dtype), with_sums(state, *new, **recent)
 
 
 def update(state: State, k: Any, v: Any, feature_map: Any, *, key_mask: Any = None) -> State:
-    """As `favorsharp.ops.state.update`, of tensors that are traced or need gradients."""
+    """As `favorsharp.ops.state.update`, for tensors that are traced or need gradients."""
     given = (k, v, *_floats_of(state), *arrays_of(feature_map))
     if _by_reference(*given):
         return updating_op.reference(state, k, v, feature_map, key_mask=key_mask)
@@ -123,7 +124,7 @@ def update(state: State, k: Any, v: Any, feature_map: Any, *, key_mask: Any = No
 
 
 def read(state: State, q: Any, feature_map: Any) -> Any:
-    """As `favorsharp.ops.state.read`, of tensors that are traced or need gradients."""
+    """As `favorsharp.ops.state.read`, for tensors that are traced or need gradients."""
     arrays = arrays_of(feature_map)
     given = (q, *_floats_of(state), *arrays)
     if _by_reference(*given):
@@ -142,7 +143,7 @@ def read(state: State, q: Any, feature_map: Any) -> Any:
 
 
 def decode_step(q: Any, k: Any, v: Any, state: State, feature_map: Any, *, key_mask: Any = None) -> tuple[Any, State]:
-    """As `favorsharp.ops.state.decode_step`, of tensors that are traced or need gradients."""
+    """As `favorsharp.ops.state.decode_step`, for tensors that are traced or need gradients."""
     given = (q, k, v, *_floats_of(state), *arrays_of(feature_map))
     if _by_reference(*given):
         return decode_op.reference(q, k, v, state, feature_map, key_mask=key_mask)
@@ -168,7 +169,7 @@ causal_attention_packed = packed(causal_attention)
 
 
 def _absorbed(k: Any, v: Any, key_mask: Any, sums: Any, feature_map: Any) -> Any:
-    """kv, z and c after keys, recorded."""
+    """The sums kv, z and c after keys, recorded for a backward pass."""
     arrays = arrays_of(feature_map)
     if is_followed(k):
         return torch_traced.Absorb.apply(options_of(feature_map, 0, True)[:2], k, v, key_mask, *sums, *arrays)
@@ -176,12 +177,12 @@ def _absorbed(k: Any, v: Any, key_mask: Any, sums: Any, feature_map: Any) -> Any
 
 
 def _floats_of(state: State | None) -> list[Any]:
-    """The tensors of a state that gradients go through."""
+    """The tensors of a state that can have gradients; none without a state."""
     return [] if state is None else tensors_of(state)[:-1]
 
 
 def _recent_from(left: Any, k: Any, v: Any, key_mask: Any) -> dict[str, Any]:
-    """What a state keeps of keys beside its features: those from a position on."""
+    """The keys from position `left` on, with their values and mask, as the fields of a state's recent keys."""
     mask = k.new_ones(k.shape[:-1], dtype=torch.bool) if key_mask is None else key_mask
     count = k.shape[-2] - left
     return recent_of(k.narrow(-2, left, count), v.narrow(-2, left, count), mask.narrow(-1, left, count))
@@ -195,7 +196,10 @@ def _after(state: State, k: Any, changed: Any, *, low: bool = False) -> State:
 
 
 def _by_reference(*arrays: Any) -> bool:
-    """Whether transforms are at work that states' kernels have no rule for: those of `torch.func`, and tangents."""
+    """Whether the references have to compute an op of states, because its operators do not support the call.
+
+    That is so under transforms of `torch.func`, in forward mode, and for tensors of a subclass with its own dispatch.
+    """
     if torch.compiler.is_compiling() or isinstance(arrays[0], FakeTensor):
         return False
     if type(arrays[0]).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
@@ -204,16 +208,16 @@ def _by_reference(*arrays: Any) -> bool:
 
 
 def _recorded(*arrays: Any) -> bool:
-    """Whether torch follows what happens to one of the tensors, for a backward pass or in forward mode."""
+    """Whether torch records operations on one of the tensors, for a backward pass or in forward mode."""
     return (torch.is_grad_enabled() and any(x.requires_grad for x in arrays)) or _has_tangent(*arrays)
 
 
 def _has_tangent(*arrays: Any) -> bool:
-    """Whether one of the tensors is followed in forward mode."""
+    """Whether one of the tensors has a tangent (forward mode)."""
     level = forward_ad._current_level
     return level >= 0 and any(forward_ad.unpack_dual(x, level=level).tangent is not None for x in arrays)
 
 
 def _unrecorded(out: Any) -> Any:
-    """The tensor for a result, unless torch has to follow, or to do by itself, what is written to it."""
+    """`out`, or None if a kernel must not write to it because torch traces or records operations on it."""
     return None if out is None or is_followed(out) or _recorded(out) else out

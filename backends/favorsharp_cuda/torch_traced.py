@@ -1,6 +1,7 @@
-"""Traced calls (`torch.compile`, `torch.func`, fake tensors) as operators of tensors, and operators as their gradients.
+"""Autograd Functions for traced calls (`torch.compile`, `torch.func`, fake tensors); `torch_ops` applies them.
 
-Forward-mode and second derivatives raise: no kernel computes them.
+Forward and backward passes call the custom operators of `operators`. Forward-mode and second derivatives raise an
+error, because no kernel computes them.
 """
 
 from functools import partial
@@ -44,9 +45,10 @@ class Features(torch.autograd.Function):
 
 
 class _OfMap(torch.autograd.Function):
-    """Of options, tensors, and the six of a map, each of which `forward` names: no *arrays.
+    """A Function of options, tensors, and the six tensors of a map.
 
-    By their number torch.compile, where no gradients are wanted, tells such a `forward` from one that takes ctx.
+    `forward` names each of the six and has no *arrays: if no gradients are wanted, torch.compile counts the parameters
+    to tell such a `forward` from one that takes ctx.
     """
 
     generate_vmap_rule = True
@@ -54,12 +56,12 @@ class _OfMap(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         ctx.options, *tensors = inputs
-        results = output if isinstance(output, tuple) else ()  # a product, alone, is not needed for its gradients
+        results = output if isinstance(output, tuple) else ()  # a single result is not needed for its gradients
         ctx.save_for_backward(*tensors, *results)
 
 
 class _WithStats(_OfMap):
-    """Whose results are the one that is wanted, and its stats."""
+    """A Function with two results: the one that is wanted, and its stats, which have no gradients."""
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -68,7 +70,7 @@ class _WithStats(_OfMap):
 
 
 class Attention(_WithStats):
-    """Attention; if it is causal, keys that a state keeps come before the others."""
+    """Attention; if it is causal, the recent keys of a state come before the other keys."""
 
     @staticmethod
     def forward(
@@ -109,7 +111,7 @@ class Absorb(_OfMap):
 
 
 class Read(_WithStats):
-    """What queries read of a state, its recent keys and values included."""
+    """What queries read from a state, its recent keys and values included."""
 
     @staticmethod
     def forward(
@@ -146,25 +148,28 @@ class Matvec(_OfMap):
 
 
 def _of_sums_and_map(found: Any, sums: Any, arrays: Any, options: Any) -> Any:
-    """The gradients of a state's sums, none where there are no sums, and of a map's arrays."""
+    """The gradients of a state's sums (None three times if there are no sums), and those of a map's arrays."""
     count = 0 if sums[0] is None else 3
     return *(found[:count] or (None, None, None)), *_of_map(found[count:], arrays, options)
 
 
 def _of_map(sums: Any, arrays: Any, options: Any) -> Any:
-    """The gradients of a map's arrays from the ten sums, or none."""
+    """The gradients of a map's arrays from the ten sums, or None for each array if there are no sums."""
     return gradients_of_map(sums, arrays, options) if len(sums) else [None] * len(arrays)
 
 
 def _gradients(op: Any, *given: Any, **options: Any) -> Any:
-    """What a backward operator gives, which cannot be differentiated again."""
-    if torch.compiler.is_compiling():  # compilers refuse that themselves, and cannot follow one Function into another
+    """The results of a backward operator, which cannot be differentiated again."""
+    if torch.compiler.is_compiling():  # compilers refuse second derivatives, and cannot trace a Function in a Function
         return op(*given, **options)
     return _Once.apply(partial(op, **options), *given)
 
 
 class _Once(torch.autograd.Function):
-    """Gradients, which cannot be differentiated again: `torch.func` records them, and has to be told."""
+    """Runs a backward operator, and raises an error if its results are differentiated.
+
+    `torch.func` records backward passes, and would otherwise not notice that the operator has no derivative.
+    """
 
     generate_vmap_rule = True
 
@@ -178,4 +183,4 @@ class _Once(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
-        raise NotImplementedError("favorsharp's CUDA kernels have no second derivatives; use('reference') has")
+        raise NotImplementedError("favorsharp's CUDA kernels have no second derivatives; use('reference') has them")

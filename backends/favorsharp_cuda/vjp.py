@@ -1,4 +1,7 @@
-"""Results and their pullbacks, by the backward kernels."""
+"""Results together with their pullbacks, which map the gradient of a result to the gradients of the arguments.
+
+`dispatch` calls these functions for the `*_vjp` ops. Pullbacks run the backward kernels.
+"""
 
 from collections.abc import Callable
 from typing import Any

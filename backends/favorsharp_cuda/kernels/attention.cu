@@ -1,7 +1,7 @@
-// Queries read the sums of all keys: rows are queries, columns features.
+// Queries read the sums of all keys. Rows of tiles are queries, columns are features.
 namespace favorsharp {
 
-// The rows and sums of 64 features into a stage of shared memory.
+// Copy the rows of the map and the sums of 64 features to a stage of shared memory, asynchronously.
 template <int P, int E>
 DEVICE void copy_stage(const Problem &p, u16 *stage, const SideView &side, const float *totals, int tile) {
   const int D = side.D;
@@ -60,7 +60,7 @@ template <class T, int E> KERNEL(THREADS) read(ARGUMENT Problem p) {
     __syncthreads();
     if (p.stages == 1 && tile + 1 < tiles) copy_stage<P, E>(p, stages, side, totals, tile + 1);
   }
-  split_head(p, again(head), index);  // not kept: registers are scarce in the loop
+  split_head(p, again(head), index);  // computed again, as registers are scarce in the loop
   const View<T> out = view<T>(p.out, index);
   const float *factors = view<const float>(p.query_factors, index).start;
   const View<float> stats = view<float>(p.stats, index);

@@ -1,21 +1,22 @@
-// Gradients of attention through the features.
+// Gradients of attention through features.
 //
-// A query i reads a key j with weight p = exp(lq_i + lk_j - r_i) summed over features, r_i the logarithm of its total.
-// With G_i = (dout_i, -dout_i.out_i) and V_j = (v_j, 1) the gradient of a weight's logarithm is p G_i.V_j. So one sweep
-// serves both directions: tiles of one side (keys with V, queries with G) are taken into sums, one for each feature,
-// relative to the largest log feature taken; the other side reads them. A reader's log features have the gradient
-// weight * (sums.value), and where keys read, what they read is the gradient of v. Features are computed again, a slice
-// of them at a time; the references never change, so that slices are independent.
+// A query i reads a key j with weight p = exp(lq_i + lk_j - r_i), summed over features; r_i is the logarithm of its
+// total. With G_i = (dout_i, -dout_i.out_i) and V_j = (v_j, 1), the gradient of the logarithm of a weight is p G_i.V_j.
+// So one sweep serves both directions. Tiles of one side (keys with V, or queries with G) are added to sums, which have
+// a row for each feature and are relative to the largest log feature so far. The other side reads these sums. The
+// gradient of a reader's log features is weight * (sums.value). If keys read, what they read is the gradient of v.
+// Features are computed again, one slice of them at a time. The numbers r_i never change, so slices are independent.
 //
-// The gradients of a query's weights add up to 0. Where out is rounded to 16 bits, dout.out misses that by a rounding
-// error that all features share, and so do weights over a total of rounded weights. There a sweep with G = (dout, 0)
-// comes first, whose sums are dout.out in float, and the sum of the weights, which both are divided by.
+// The gradients of a query's weights add up to 0. If out is rounded to 16 bits, they do not quite: dout.out has a
+// rounding error, which all features share, and the total is a sum of rounded weights. So for these dtypes a sweep with
+// G = (dout, 0) runs first. Its sums are dout.out in float and the sum of the weights; weights and dout.out are then
+// divided by the latter.
 namespace favorsharp {
 
-constexpr float LARGEST_EXPONENT = 40;  // of the weight of a hidden pair, before a causal tile is cut
+constexpr float LARGEST_EXPONENT = 40;  // of a hidden pair's weight; if it is exceeded, a causal tile is cut
 
-// Of a segment and slice: the largest log feature taken, and those of the segments before; sums of the last entries of
-// values, then of the others.
+// The sums of a segment and a slice of m features, as one array: the largest log features of the segment; those of all
+// segments before; the sums of the last entries of values; the sums of the other entries.
 struct State {
   int m, width;
   DEVICE int scanned() const { return m; }
@@ -24,13 +25,14 @@ struct State {
   DEVICE int size() const { return m * (3 + width); }
 };
 
-// Points of width W, values of width V, and M features at once: what shared memory has room for beside each other.
+// One block's part of a sweep: the tiles in shared memory, for points of width W, values of width V, and M features at
+// a time, and the steps of the sweep.
 template <class T, int W, int V, int M> struct Sweep {
   typedef typename Computing<T>::type A;
   static constexpr int C = GRADIENT_ROWS, P = W + 4, VALUES = V + 4, Q = M + 4, PAIR = C + 4;
   static constexpr bool NARROW = sizeof(T) == 2;
   static constexpr int EXPONENT = Planes<T>::EXPONENT, SUM = Planes<T>::SUM, VALUE = Planes<T>::VALUE;
-  // columns that registers have room for at once
+  // columns that are processed at once, as registers allow
   static constexpr int PART = W == 128 ? 64 : W, VALUE_PART = V == 128 ? 64 : V;
 
   const Gradients &g;
@@ -44,7 +46,7 @@ template <class T, int W, int V, int M> struct Sweep {
   int *cut;
   i64 slice;
   int turn;
-  A *map_sums;  // gradients of the map, (M, W + 1), in global memory: registers are few
+  A *map_sums;  // sums for the gradients of the map, (M, W + 1), in global memory
 
   DEVICE Sweep(const Gradients &g, i64 head, unsigned char *raw)
       : g(g), head(head), keys_read(g.keys_read != 0), slice(0), turn(0), map_sums(nullptr) {
@@ -86,7 +88,8 @@ template <class T, int W, int V, int M> struct Sweep {
       column[j] = slice * M + j < g.m ? side.column()[slice * M + j] : -infinity<A>();
   }
 
-  // What points of one side are in log features alone, and the last entries of their values.
+  // Load the factors of points of one side (the part of log features that depends only on the point), and the last
+  // entries of their values.
   DEVICE void load_factors(bool keys, i64 start, int count, A *factor, A *last) {
     const A *factors = (const A *)(keys ? g.key_factor : g.query_factor) + head * (keys ? g.num_keys : g.num_queries);
     const A *lasts = (const A *)g.query_last + head * g.num_queries;
@@ -96,14 +99,15 @@ template <class T, int W, int V, int M> struct Sweep {
     last[r] = r >= count ? A(0) : keys ? A(factor[r] != -infinity<A>()) : g.measuring ? A(0) : lasts[start + r];
   }
 
-  // Logarithms of the features of the points in shared memory.
+  // Compute the log features of the points in shared memory.
   DEVICE void log_features(Tile<A, C, M> &log, const A *rows, const A *column, const A *factor) {
     log.clear();
     log.template add_product<EXPONENT>(point, P, 1, rows, Q, 1, W);
     log.each([&](int r, int c, A &value) { value += column[c] + factor[r]; });
   }
 
-  // A tile of points enters the sums, or reads them, or (a causal tile) both. False where a causal tile has to be cut.
+  // Process a tile of points: it enters the sums, or reads them, or (a causal tile) both. Returns false if a causal
+  // tile has to be cut.
   DEVICE bool step(bool taking, i64 take_start, int take_count, bool reading, i64 start, int count, bool added) {
     const int tid = threadIdx.x;
     if (taking) {
@@ -111,11 +115,11 @@ template <class T, int W, int V, int M> struct Sweep {
                         their_mask);
       load_values<T, V>(taken, their_values, g.e, take_start, take_count, their_mask);
       load_factors(!keys_read, take_start, take_count, factor_taken, last_taken);
-      __syncthreads();  // the points and factors of all threads are there
+      __syncthreads();  // points and factors are there
       Tile<A, C, M> log;
       log_features(log, theirs, their_column, factor_taken);
       log.store(feature, Q);
-      __syncthreads();  // and so are their features
+      __syncthreads();  // log features are there
       for (int j = tid; j < M; j += GRADIENT_THREADS) {
         A largest = top[j];
         for (int r = 0; r < C; r++) largest = larger(largest, feature[r * Q + j]);
@@ -128,7 +132,7 @@ template <class T, int W, int V, int M> struct Sweep {
       load_factors(keys_read, start, count, factor_read, last_read);
     }
     if (tid == 0) cut[turn] = 0;
-    __syncthreads();  // points of readers, and the tops
+    __syncthreads();  // the readers' points and the new tops are there
     if (reading) {
       const A *reference = taking ? next : top;
       Tile<A, C, M> log;
@@ -139,7 +143,7 @@ template <class T, int W, int V, int M> struct Sweep {
         value = exp_of(value);
       });
       log.store(weight, Q);
-      __syncthreads();  // the weights of readers; and whether one is too large
+      __syncthreads();  // the readers' weights are there, and whether one is too large
       turn ^= 1;
       if (taking && count > 1 && cut[turn ^ 1]) return false;
     }
@@ -162,7 +166,7 @@ template <class T, int W, int V, int M> struct Sweep {
     if (taking) {
 #pragma unroll 1
       for (int part = 0; part < V; part += VALUE_PART) {
-        Tile<A, M, VALUE_PART> own;  // from zero, and then added to the sums
+        Tile<A, M, VALUE_PART> own;  // starts from zero and is then added to the sums
         own.clear();
         own.template add_product<SUM>(feature, 1, Q, taken + part, VALUES, 1, C);
         own.add(sums + part, VALUES);
@@ -173,11 +177,11 @@ template <class T, int W, int V, int M> struct Sweep {
         last[j] += own;
       }
     }
-    __syncthreads();  // all is used, and the next tile may take its place
+    __syncthreads();  // everything has been used, and the next tile may overwrite it
     return true;
   }
 
-  // The gradients of a tile of readers.
+  // Compute the gradients of a tile of readers.
   DEVICE void give(bool pairwise, i64 start, int count, bool added) {
     const int tid = threadIdx.x;
     Tile<A, C, M> slopes;
@@ -196,7 +200,7 @@ template <class T, int W, int V, int M> struct Sweep {
         pairs.each([&](int r, int c, A &value) { value = seen(r, c) ? value : A(0); });
         pairs.store(product, PAIR);
       }
-      __syncthreads();  // pairs of a tile
+      __syncthreads();  // the pairs of the tile are there
       slopes.template add_product<SUM>(pair, PAIR, 1, feature, Q, 1, C);
     }
     slopes.each([&](int r, int c, A &value) { value *= weight[r * Q + c]; });
@@ -211,7 +215,7 @@ template <class T, int W, int V, int M> struct Sweep {
         add_rows(values, (A *)g.dv + (head * g.num_keys + start) * g.e, g.e, part, count, added);
       }
     }
-    __syncthreads();  // the gradients of log features
+    __syncthreads();  // the gradients of log features are there
     const i64 line = head * readers() + start;
     A total = 0;
     for (int j = tid & 3; j < M; j += 4) total += slope[(tid >> 2) * Q + j];
@@ -248,7 +252,7 @@ template <class T, int W, int V, int M> struct Sweep {
     }
   }
 
-  // The sums of the weights of a tile of queries.
+  // Add up the weights of each query of a tile.
   DEVICE void weigh(bool pairwise, i64 line, int count, bool added) {
     const int row = threadIdx.x >> 2, quarter = threadIdx.x & 3;
     A total = 0;
@@ -259,7 +263,7 @@ template <class T, int W, int V, int M> struct Sweep {
       pairs.template add_product<SUM>(weight, Q, 1, feature, 1, Q, M);
       pairs.each([&](int r, int c, A &value) { value = seen(r, c) ? value : A(0); });
       pairs.store(product, PAIR);
-      __syncthreads();  // the weights of pairs
+      __syncthreads();  // the weights of pairs are there
       for (int c = quarter; c < C; c += 4) total += product[row * PAIR + c];
     }
     total = quarter_sum(total);
@@ -268,7 +272,7 @@ template <class T, int W, int V, int M> struct Sweep {
     *place = added ? *place + total : total;
   }
 
-  // Whether the reader in row r of a causal tile sees, or is seen by, what was taken from row c.
+  // Whether, in a causal tile, the reader in row r sees (or, if keys read, is seen by) the point in row c.
   DEVICE bool seen(int r, int c) const { return keys_read ? c >= r : c <= r; }
 
   template <int N> DEVICE void add_rows(Tile<A, C, N> &tile, A *to, i64 size, int part, int count, bool added) {
@@ -308,7 +312,8 @@ template <class T, int W, int V, int M> struct Sweep {
     if (threadIdx.x < M) map_sums[threadIdx.x * (W + 1) + W] = 0;
   }
 
-  // Which reader has had the largest weight, of each feature. In global memory: registers are few.
+  // The largest weight of each feature among readers, and the reader that has it. They are in global memory, because
+  // registers are scarce.
   DEVICE i64 feature_of(i64 segment) const { return ((head * g.slices + slice) * g.segments + segment) * M + threadIdx.x; }
   DEVICE void begin_largest(i64 segment) {
     if (!g.largest || g.only_states || threadIdx.x >= M) return;
@@ -326,8 +331,9 @@ template <class T, int W, int V, int M> struct Sweep {
   }
 };
 
-// A block has a segment of readers, and slice after slice; or, for what segments hold, a segment of the other side (the
-// points that enter the sums between its first reader and its last) and one slice.
+// A block processes a segment of readers, one slice after the other. With only_states it computes the sums of one slice
+// over a segment of the other side instead: the points that enter the sums between the segment's first reader and its
+// last.
 template <class T, int W, int V, int M> KERNEL(GRADIENT_BOUNDS) gradient_sweep(ARGUMENT Gradients g) {
   typedef Sweep<T, W, V, M> S;
   SHARED_MEMORY(raw);
@@ -350,7 +356,7 @@ template <class T, int W, int V, int M> KERNEL(GRADIENT_BOUNDS) gradient_sweep(A
     i64 number = 0, take = 0, take_stop = 0, start = 0, stop = 0;
     int size = S::C;
     while (true) {
-      if (take >= take_stop && start >= stop) {  // the next block
+      if (take >= take_stop && start >= stop) {  // the next block of the window, or all
         if (number == blocks) break;
         const i64 begin = low + (backwards ? blocks - 1 - number : number) * block;
         number++;
@@ -382,19 +388,21 @@ template <class T, int W, int V, int M> KERNEL(GRADIENT_BOUNDS) gradient_sweep(A
   }
 }
 
-// What queries have measured, divided by the sums of their weights, which from here on add up to 1: a thread a query.
+// Divide what queries have measured by the sums of their weights, so that the weights add up to 1 from here on. One
+// thread for each query.
 template <class A> KERNEL(GRADIENT_BOUNDS) gradient_normalise(ARGUMENT Gradients g) {
   const i64 query = (i64)blockIdx.x * GRADIENT_THREADS + threadIdx.x;
   if (query >= g.heads * g.num_queries) return;
   const A sum = ((const A *)g.query_weights)[query];
-  if (!(sum > 0)) return;  // sees nothing, or what is not a number
+  if (!(sum > 0)) return;  // the query sees nothing, or the sum is NaN
   ((A *)g.query_last)[query] /= sum;
   ((A *)g.query_factor)[query] -= log_of(sum);
   ((A *)g.query_near)[query] -= log_of(sum);
 }
 
-// The states of segments become those of all segments before (after, where backwards), or of all, joined with what is
-// given to begin with: a thread a number.
+// Replace the sums of each segment by the sums of all segments before it (after it, if backwards). If readers see all
+// points, the first segment receives the sums of all segments instead. All start from the given sums. One thread for
+// each number.
 template <class A> KERNEL(GRADIENT_BOUNDS) gradient_scan(ARGUMENT Gradients g) {
   const State at = {(int)g.slice, (int)g.value_width};
   const int numbers = at.size() - at.last();
@@ -436,8 +444,9 @@ template <class A> KERNEL(GRADIENT_BOUNDS) gradient_scan(ARGUMENT Gradients g) {
   else ((A *)g.total_kv)[(head * g.m + row) * g.e + column] = sum;
 }
 
-// The gradient of the largest log feature, to which sums are relative: of each feature it goes to the key that has it, and
-// is taken from `of_largest`, unless the sums before, of weight `before`, had it. A block a head, whose warps share the keys.
+// For each feature, add the gradient of the largest log feature, to which sums are relative, to the key that has it,
+// and set `of_largest`, which holds the gradient, to 0. Nothing changes if the earlier sums, whose weight is `before`,
+// have the largest log feature. One block for each head; its warps share the keys.
 template <class T> KERNEL(GRADIENT_BOUNDS) gradient_largest(ARGUMENT Gradients g) {
   typedef typename Computing<T>::type A;
   const i64 head = blockIdx.x, warps = GRADIENT_THREADS / 32, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -456,7 +465,7 @@ template <class T> KERNEL(GRADIENT_BOUNDS) gradient_largest(ARGUMENT Gradients g
     if (key < 0 || key % warps != warp) continue;
     A *const place = (A *)g.of_largest + head * g.m + feature;
     const A slope = *place;
-    __syncwarp();  // all lanes have it
+    __syncwarp();  // all lanes have read it
     const i64 line = head * g.num_keys + key;
     A *const to = (A *)g.dk + line * g.d;
     A *const of_map = g.map_sums ? (A *)g.map_sums + first * (g.width + 1) : nullptr;

@@ -1,8 +1,8 @@
-// Causal attention, and one way of a bidirectional window: a block walks along the positions of a segment (walk.cuh) and
-// writes what its rows have read.
+// Causal attention, and one direction of bidirectional attention with a window. A block walks along the positions of a
+// segment (walk.cuh) and writes what its rows have read.
 namespace favorsharp {
 
-#define WALK_BOUNDS THREADS, 2  // two blocks a processor, for which shared memory has room: 255 registers a thread
+#define WALK_BOUNDS THREADS, 2  // two blocks a multiprocessor, which fit into shared memory: 255 registers a thread
 
 template <class T, int E> KERNEL(WALK_BOUNDS) walk(ARGUMENT Problem p) {
   typedef Walk<T, E> W;
@@ -26,7 +26,7 @@ template <class T, int E> KERNEL(WALK_BOUNDS) walk(ARGUMENT Problem p) {
     s.starts()[W::KEY] = (i64)key.start, s.starts()[W::KEY + 1] = (i64)key.planes;
   }
 
-  // the sums to go on from
+  // the sums to start from
   const float *before = p.sums ? sums_of(p, along(index, p.key_axis) * p.segments + segment) : nullptr;
   for (i64 t = threadIdx.x; t < p.m_pad * E; t += THREADS) {
     const int r = (int)t / E, to = layout.at(r, (int)t % E), from = given.at(r, part * E + (int)t % E);
@@ -38,11 +38,11 @@ template <class T, int E> KERNEL(WALK_BOUNDS) walk(ARGUMENT Problem p) {
     s.state[layout.c(r)] = before ? before[given.c(r)] : -INFINITY_F;
     s.state[layout.z_low(r)] = before ? before[given.z_low(r)] : 0.0f;
   }
-  __syncthreads();  // and the places of arrays
+  __syncthreads();  // the sums and the addresses of arrays are there
 
-  // positions fit into 32 bits (tiles.py sees to that), what is computed of them does not
+  // positions fit into 32 bits, which tiles.py checks; offsets computed from them need 64
   const int w = (int)p.window, shift = (int)p.shift, limit = (int)p.limit, first_query = (int)p.first_query;
-  const bool whole_blocks = w >= TILE;  // then a tile lies in one block, whose rows all read the same sums
+  const bool whole_blocks = w >= TILE;  // then a tile is within one block, and all its rows read the same sums
   const int length = w == 0 ? TILE : whole_blocks ? TILE : TILE / w * w;
   const int unit = whole_blocks ? w : length, begin = (int)(segment * p.span);
   const int end = (int)min(begin + p.span, p.num_keys), units = end > begin ? (end - begin + unit - 1) / unit : 0;
@@ -50,11 +50,11 @@ template <class T, int E> KERNEL(WALK_BOUNDS) walk(ARGUMENT Problem p) {
     const int unit_start = begin + (p.reverse ? units - 1 - u : u) * unit, unit_end = min(unit_start + unit, end);
     int entering = max(unit_start - shift, 0);
     const int last_entering = min(unit_start - shift + w, limit), block = whole_blocks ? 1 : s.block_length();
-    const int all = (unit_end - unit_start + block - 1) / block * block;  // positions, the last block a whole one
-    int done = 0;                                                         // of them, from the end in reverse
+    const int all = (unit_end - unit_start + block - 1) / block * block;  // positions, in whole blocks
+    int done = 0;                                                         // finished positions; from the end in reverse
     int step = length;
     while (done < all) {
-      // what this tile is: keys of a whole block that enter, rows that read, or both
+      // a tile has keys that enter, rows that read, or both; with whole blocks, one of these
       const int rows = min(all - done, step);
       const int start = unit_start + (p.reverse ? all - done - rows : done);
       const int low = min(max(first_query - start, 0), TILE), high = min(unit_end - start, rows);
@@ -84,7 +84,7 @@ template <class T, int E> KERNEL(WALK_BOUNDS) walk(ARGUMENT Problem p) {
       pair_ref[0] = pair_ref[1] = -INFINITY_F;
       s.sweep(enters, reads, reading, pairs, pair_ref);
       if (enters && reads && !s.merge_pairs(reading, pairs, pair_ref, odd, low, high) && rows > block) {
-        step = max(rows / 4 / block, 1) * block;  // again, with fewer rows, on the same sums
+        step = max(rows / 4 / block, 1) * block;  // again from the same sums, with fewer rows
         continue;
       }
       if (enters) {
@@ -100,7 +100,7 @@ template <class T, int E> KERNEL(WALK_BOUNDS) walk(ARGUMENT Problem p) {
         if (query_factors && row_of(h) >= low && row_of(h) < high)
           reading.ref[h] += query_factors[start - first_query + row_of(h)];
       if (p.flags & WALK_NEAR) s.read_near(reading, start, low, high);
-      // by way of shared memory, from where rows are written whole
+      // results go through shared memory, so that whole rows are written to global memory
       float *const staged = (float *)s.values(), *const totals = s.far_bias(), *const refs = s.far_z();
       float *const others = s.pair_bias();
       __syncthreads();
@@ -116,7 +116,7 @@ template <class T, int E> KERNEL(WALK_BOUNDS) walk(ARGUMENT Problem p) {
       __syncthreads();
       const int r = threadIdx.x;
       const View<float> partial = s.template array<float>(W::PARTIAL, p.partial_sums);
-      if (r >= low && r < high) {  // what a row's sums are to be multiplied by, and those of an earlier launch
+      if (r >= low && r < high) {  // the factors of a row's sums, and of those of an earlier launch
         const i64 i = start - first_query + r;
         float den = totals[r], ref = refs[r], mine = 1, other = 0;
         if (p.flags & WALK_LOAD) {

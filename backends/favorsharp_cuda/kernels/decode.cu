@@ -1,28 +1,32 @@
-// A token in one launch: its key and value enter a state, and its queries read it. A block takes a part of the columns of
-// the values, and up to G of the query heads that share a key head. Features come as many at a time as there are threads:
-// computed in shared memory, for the keys that enter and all queries, they are followed by their rows of kv, each entry of
-// which is loaded, scaled, added to, stored in the new state and read. A query's sums are relative to a reference that
-// rises.
+// A token in one launch: its key and value enter a state, and its queries read the state. A block processes a part of
+// the columns of the values, and up to G of the query heads that share a key head. Features are processed in groups of
+// as many as there are threads. For each group, the block first computes the features of the keys that enter and of all
+// queries into shared memory. Then it goes through the rows of kv: each entry is loaded, scaled, added to, stored in
+// the new state, and read by the queries. What a query reads is relative to a reference, which rises from group to
+// group.
 //
-// With a window (NEAR) the token joins the recent keys, which are scored exactly and read like further rows of kv, and
-// written for the next state. Those that leave them enter, `limit` at once; mostly there are none, and kv is only read.
+// With a window (NEAR), the token joins the recent keys. These are scored exactly, read like further rows of kv, and
+// written for the next state. At some tokens, `limit` of them leave and enter the sums; at most tokens none does, and
+// kv is only read.
 //
-// Constants and log features are those of the plain kernels. `num_queries` counts the query heads of a key head, `segments`
-// the parts of the values, of `span` columns each; `num_keys` the recent keys before the token, `recent` those after it.
+// Constants and log features are those of the plain kernels. `num_queries` is the number of query heads of a key head,
+// and `segments` the number of parts of the values, of `span` columns each. `num_keys` is the number of recent keys
+// before the token, and `recent` the number after it.
 namespace favorsharp {
 
 constexpr int DECODE_THREADS = 256, DECODE_WARPS = DECODE_THREADS / 32;
 constexpr int IN_FLIGHT = 4;  // loads of kv that a thread issues before it uses the first
-// Blocks that a processor's registers have room for, without spills: others load while one computes features.
+// The number of blocks for which a multiprocessor has enough registers without spills. While one of several blocks
+// computes features, the others load.
 template <class T, int G, int NEAR>
 constexpr int RESIDENT = NEAR && (G > 1 || sizeof(T) == 8) ? 1 : (G == 1 && !NEAR ? 3 : 2) - (sizeof(T) == 8);
 
-// Numbers, at most 16 bytes of them, which one instruction loads or stores where they are aligned.
+// Up to 16 bytes of numbers, which one instruction loads or stores if they are aligned.
 template <class T, int SIZE> struct alignas(SIZE * sizeof(T)) Piece {
   T x[SIZE];
 };
 
-// Columns x .. of a row; `whole` says that all of them are there and aligned.
+// Load or store the columns of a row from x on. `whole` says that all columns of the piece exist and are aligned.
 template <class T, int SIZE>
 DEVICE void load_piece(Piece<T, SIZE> &to, const View<const T> &from, int row, int x, int end, bool whole) {
   if (whole) to = *(const Piece<T, SIZE> *)&from.at(row, x);
@@ -40,7 +44,7 @@ template <int SIZE, class T> DEVICE bool holds_pieces(const View<T> &x) {
   return x.column == 1 && x.row % SIZE == 0 && (u64)x.start % (SIZE * sizeof(T)) == 0;
 }
 
-// Whether a block writes an array's entry of its head: of the heads that share one, the first.
+// Whether the block writes its head's entry of an array. If heads share an entry, the first of them writes it.
 template <class Index> DEVICE bool owns(const Array &x, const Index &index) {
   bool first = true;
 #pragma unroll
@@ -48,7 +52,8 @@ template <class Index> DEVICE bool owns(const Array &x, const Index &index) {
   return first;
 }
 
-// A warp's point, ready for products, and what of its log features is of it alone, but for its quadratic form.
+// A warp loads a point, ready for products. Returns the part of its log features that depends only on the point,
+// without the quadratic form.
 template <class T, class A> DEVICE A load_token(A *to, const View<const T> &x, int row, const PlainSide<A> &side) {
   A sum = 0;
   for (int i = threadIdx.x % 32; i < side.d; i += 32) {
@@ -59,9 +64,9 @@ template <class T, class A> DEVICE A load_token(A *to, const View<const T> &x, i
   return side.offset() + warp_sum(sum);
 }
 
-// Products of points (d each): those of the first K with column first + t of one matrix (d, columns), those of the others
-// with that of another, in thread t; 0 where there is no such column. `count` of the N points are there. Where columns are
-// few, threads share a point's entries.
+// Products of N points (d each) with column first + t of a matrix (d, columns), in thread t: of the first K points with
+// the matrix `key`, of the others with `query`. They are 0 if there is no such column. Only `count` of the points
+// exist. If there are few columns, several threads share the entries of a point.
 template <int K, class A, int N>
 DEVICE void multiply_token(A (&sum)[N], int count, const A *points, A *parts, const A *key, const A *query, int d,
                            int columns, int first) {
@@ -69,7 +74,7 @@ DEVICE void multiply_token(A (&sum)[N], int count, const A *points, A *parts, co
   int width = 32;
   while (width < DECODE_THREADS && width < columns - first) width *= 2;
   const int column = first + t % width;
-  __syncthreads();  // points are loaded, and what was computed of the features before is done with
+  __syncthreads();  // points are loaded, and no thread uses results of earlier features any more
   for (int r = 0; r < N; r++) sum[r] = 0;
   if (column < columns) {
 #pragma unroll 4
@@ -93,7 +98,7 @@ DEVICE void multiply_token(A (&sum)[N], int count, const A *points, A *parts, co
   }
 }
 
-// What of points' log features is of them alone loses their quadratic forms.
+// Subtract the quadratic forms of points from their factors, the part of log features that depends only on the point.
 template <int K, int N, class A>
 DEVICE void subtract_forms(A *factors, int count, const A *points, A *parts, A *lanes, const A *key, const A *query, int d) {
   const int t = threadIdx.x;
@@ -113,8 +118,8 @@ DEVICE void subtract_forms(A *factors, int count, const A *points, A *parts, A *
     for (int i = 0; i < DECODE_WARPS; i++) factors[t] -= lanes[t * DECODE_WARPS + i];
 }
 
-// A thread's logarithms of weights, one a query, become weights in shared memory; references rise to what is largest, and
-// sums follow.
+// Each thread has one log weight for each query. These become weights in shared memory. References rise to the largest
+// log weight, and the sums that threads hold are scaled accordingly.
 template <int G, int SIZE, class A>
 DEVICE void rise(const A *logs, bool mine, int count, A *weights, A *lanes, A *ref, A (&den)[G], A (&num)[G][SIZE]) {
   const int t = threadIdx.x;
@@ -145,17 +150,18 @@ template <class T, int G, int NEAR>
 __global__ void __launch_bounds__(DECODE_THREADS, RESIDENT<T, G, NEAR>) decode(ARGUMENT Problem p) {
   typedef typename Computing<T>::type A;
   constexpr int SIZE = 16 / sizeof(A);
-  constexpr int KEYS = NEAR ? DECODE_WARPS : 1;  // that are loaded at once: without a window the token's
-  constexpr int POINTS = NEAR ? KEYS : 1 + G;    // that are multiplied at once
+  constexpr int KEYS = NEAR ? DECODE_WARPS : 1;  // keys that are loaded at once: without a window, the token's
+  constexpr int POINTS = NEAR ? KEYS : 1 + G;    // points that are multiplied at once
   static_assert(G <= POINTS, "queries are multiplied at once");
   SHARED_MEMORY(raw);
   const int t = threadIdx.x, warp = t / 32, lane = t % 32, d = (int)p.d, m = (int)p.m, span = (int)p.span;
   const int limit = NEAR ? (int)p.limit : 1;
-  // points and factors of queries, after that of the one key without a window, before those of keys with one
+  // Points and factors: without a window, those of the key and then those of the queries; with a window, those of the
+  // queries and then those of the keys that enter.
   A *points = (A *)raw, *factors = points + ((limit > 0 ? KEYS : 0) + G) * d, *values = factors + limit + G;
   A *weight = values + limit * span, *scale = weight + limit * DECODE_THREADS, *z_new = scale + DECODE_THREADS;
   A *features = z_new + DECODE_THREADS, *lanes = features + G * DECODE_THREADS, *ref = lanes + POINTS * DECODE_WARPS;
-  A *parts = ref + G, *totals = parts;  // in the end, when no thread reads parts
+  A *parts = ref + G, *totals = parts;  // used at the end, when no thread reads parts
   const int group = (int)p.num_queries, chunks = (group + G - 1) / G, block = blockIdx.x / (u32)p.segments;
   const int chunk = block % chunks, first_head = block / chunks * group + chunk * G, count = min(group - chunk * G, G);
   const int begin = blockIdx.x % (u32)p.segments * span, end = min(begin + span, (int)p.e);
@@ -181,7 +187,7 @@ __global__ void __launch_bounds__(DECODE_THREADS, RESIDENT<T, G, NEAR>) decode(A
   }
   if (p.has_dense)
     subtract_forms<1 - NEAR, NEAR ? G : 1 + G>(factors, count + 1 - NEAR, points, parts, lanes, key.dense(), query.dense(), d);
-  A *const entering = points + G * d;  // with a window
+  A *const entering = points + G * d;  // points of entering keys, with a window
   for (int from = 0; NEAR && from < limit; from += KEYS) {
     const int there = min(limit - from, KEYS);
     if (warp < there) {
@@ -192,7 +198,7 @@ __global__ void __launch_bounds__(DECODE_THREADS, RESIDENT<T, G, NEAR>) decode(A
       subtract_forms<KEYS, KEYS>(factors + G + from, there, entering, parts, lanes, key.dense(), key.dense(), d);
   }
 
-  // `across` lanes share a row of the part, and a warp has rows that follow each other
+  // `across` lanes share a row of the part, and a warp processes consecutive rows
   int across = 1;
   while (across * SIZE < span) across *= 2;
   const int column = lane % across * SIZE, rows = DECODE_THREADS / across;
@@ -222,7 +228,7 @@ __global__ void __launch_bounds__(DECODE_THREADS, RESIDENT<T, G, NEAR>) decode(A
     } else {
       multiply_token<1>(sum, 1 + count, points, parts, key.rows(), query.rows(), d, m, first);
     }
-    split_head(p, again(first_head), index);  // not kept: registers are scarce while points are multiplied
+    split_head(p, again(first_head), index);  // computed again, as registers are scarce while points are multiplied
     if (mine) {
       const View<const A> z = view<const A>(p.z_in, index), c = view<const A>(p.c_in, index);
       const A before = c.at(0, j);
@@ -282,7 +288,7 @@ __global__ void __launch_bounds__(DECODE_THREADS, RESIDENT<T, G, NEAR>) decode(A
 
   if constexpr (NEAR) {
     const int kept = (int)p.num_keys, recent = (int)p.recent;
-    for (int r = warp; r < count; r += DECODE_WARPS) {  // nobody multiplies points any more
+    for (int r = warp; r < count; r += DECODE_WARPS) {  // points are free: all products are done
       int own[AXES];
       split_head(p, first_head + r, own);
       for (int i = lane; i < d; i += 32)
@@ -290,7 +296,7 @@ __global__ void __launch_bounds__(DECODE_THREADS, RESIDENT<T, G, NEAR>) decode(A
     }
     for (int first = 0; first < recent; first += DECODE_THREADS) {
       const int here = min(recent - first, DECODE_THREADS);
-      __syncthreads();  // points are loaded, and weights before are done with
+      __syncthreads();  // points are loaded, and earlier weights are no longer needed
       split_head(p, again(first_head), index);
       {
         const View<const T> k = view<const T>(p.k, index), kept_k = view<const T>(p.recent_k, index);

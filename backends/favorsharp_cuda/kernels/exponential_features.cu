@@ -1,4 +1,4 @@
-// exp(u W^T + row + column): a block takes 64 points and goes through the features, 64 at a time.
+// exp(u W^T + row + column): a block loads 64 points and goes through all features, 64 at a time.
 namespace favorsharp {
 
 template <class T> KERNEL(THREADS) features(ARGUMENT Problem p) {

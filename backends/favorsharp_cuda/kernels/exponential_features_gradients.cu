@@ -1,8 +1,9 @@
-// Gradients of exp(u W^T + row + column), from features that are computed again.
+// The gradients of exp(u W^T + row + column). Features are computed again.
 namespace favorsharp {
 
-// A block has a segment of the points of one head, and slice after slice of its features. q, k, v and out are u, W, row
-// and column; dq, query_slopes and map_sums take the gradients of u, row, and W beside column, of every segment.
+// A block processes a segment of the points of one head, one slice of features after the other. q, k, v and out are u,
+// W, row and column. The gradients of u and row are written to dq and query_slopes, and those of W and column, side by
+// side and for each segment, to map_sums.
 template <class T, int W> KERNEL(GRADIENT_BOUNDS) exponential_features_gradients(ARGUMENT Gradients g) {
   typedef typename Computing<T>::type A;
   constexpr int C = GRADIENT_ROWS, M = (W == 64 ? 64 : 32) * 4 / (int)sizeof(A), P = W + 4, Q = M + 4;
@@ -29,7 +30,7 @@ template <class T, int W> KERNEL(GRADIENT_BOUNDS) exponential_features_gradients
     for (i64 start = low; start < high; start += C) {
       const int count = (int)min((i64)C, high - start);
       load_values<T, W>(point, u, g.d, start, count, none);
-      __syncthreads();  // the points, and W
+      __syncthreads();  // the points and W are there
       Tile<A, C, M> slopes;
       slopes.clear();
       slopes.template add_product<EXPONENT>(point, P, 1, rows, 1, P, W);
@@ -41,7 +42,7 @@ template <class T, int W> KERNEL(GRADIENT_BOUNDS) exponential_features_gradients
                       : A(0);
       });
       slopes.store(slope, Q);
-      __syncthreads();  // the gradients of the exponents
+      __syncthreads();  // the gradients of the exponents are there
       Tile<A, C, W> back;
       back.clear();
       back.template add_product<VALUE>(slope, Q, 1, rows, P, 1, M);
@@ -63,7 +64,7 @@ template <class T, int W> KERNEL(GRADIENT_BOUNDS) exponential_features_gradients
         for (int r = 0; r < C; r++) own += slope[r * Q + tid];
         of_column += own;
       }
-      __syncthreads();  // the next points, or features, take their place
+      __syncthreads();  // the next points or features overwrite them
     }
     A *const to = (A *)g.map_sums + ((head * g.slices + slice) * g.segments + segment) * M * (W + 1);
     of_rows.each([&](int r, int c, A &value) { to[r * (W + 1) + c] = value; });

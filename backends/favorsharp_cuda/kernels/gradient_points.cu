@@ -1,11 +1,12 @@
-// Before and after the sweeps: what log features hold of a point alone, and the gradients of points and of maps.
+// Kernels before and after the sweeps: the factors of points (the part of log features that depends only on the point),
+// and the gradients of points and of maps.
 namespace favorsharp {
 
-// A tile of points, and what the factor of their log features is made of: offset + linear.z - beta |z|^2 - |dense^T z|^2.
+// A tile of points, and the products for their factors: offset + linear.z - beta |z|^2 - |dense^T z|^2.
 template <class T, int W> struct Factors {
   typedef typename Computing<T>::type A;
   static constexpr int C = GRADIENT_ROWS, P = W + 4;
-  static constexpr bool STAGED = sizeof(A) == 4;  // dense is in shared memory; 128 x 128 doubles would not fit everywhere
+  static constexpr bool STAGED = sizeof(A) == 4;  // dense is in shared memory; doubles might not fit
   const Gradients &g;
   A *point, *square, *dense;
 
@@ -33,7 +34,7 @@ template <class T, int W> struct Factors {
         });
     }
   }
-  // square = point dense, each row times scale(row)
+  // square = point dense, with each row multiplied by scale(row)
   template <class Scale> DEVICE void multiply(const PlainSide<A> &side, Scale scale) {
     Tile<A, C, W> tile;
     tile.clear();
@@ -42,7 +43,8 @@ template <class T, int W> struct Factors {
   }
 };
 
-// What a sweep needs of every point of one side (g.keys_read): a block a tile.
+// Compute the factors and the other numbers that a sweep needs of each point of one side, which g.keys_read selects.
+// One block for each tile.
 template <class T, int W> KERNEL(GRADIENT_BOUNDS) gradient_factors(ARGUMENT Gradients g) {
   typedef Factors<T, W> F;
   typedef typename F::A A;
@@ -60,10 +62,10 @@ template <class T, int W> KERNEL(GRADIENT_BOUNDS) gradient_factors(ARGUMENT Grad
   const PlainSide<A> side = {(const A *)(keys ? g.key : g.query) + map, g.d, g.m};
   load_points<T, W>(f.point, x, g.d, start, count, side.alpha(), side.center(), visible);
   if (g.has_dense) f.load_dense(side);
-  __syncthreads();  // the points, and the matrix
+  __syncthreads();  // the points and the matrix are there
   if (g.has_dense) {
     f.multiply(side, [](int) { return A(1); });
-    __syncthreads();  // its products with all points
+    __syncthreads();  // its products with the points are there
   }
   A factor = 0, last = 0;
   for (int c = part; c < g.d; c += 4) {
@@ -82,7 +84,7 @@ template <class T, int W> KERNEL(GRADIENT_BOUNDS) gradient_factors(ARGUMENT Grad
     ((A *)g.key_near)[head * all + start + r] = hidden ? -infinity<A>() : A(0);
   } else {
     const View<const A> stats = view<const A>(g.stats, index);
-    const A inverse = stats.start ? stats.at(start + r, 0) : A(1);  // 0 where nothing is visible
+    const A inverse = stats.start ? stats.at(start + r, 0) : A(1);  // 0 if the query sees nothing
     const A near = !stats.start ? A(0) : inverse == 0 ? -infinity<A>() : log_of(inverse) - stats.at(start + r, 1);
     ((A *)g.query_factor)[head * all + start + r] = inverse == 0 ? near : near + factor;
     ((A *)g.query_near)[head * all + start + r] = near;
@@ -90,8 +92,8 @@ template <class T, int W> KERNEL(GRADIENT_BOUNDS) gradient_factors(ARGUMENT Grad
   }
 }
 
-// The heads of the batch whose sum is head `number` of target: each in turn. There are fewer than 2^31 heads, and loops over
-// 64-bit divisions would not be unrolled, which would put the arrays into local memory.
+// The heads of the batch that are added up for head `number` of target. There are fewer than 2^31 heads. Numbers have
+// 32 bits, because loops with 64-bit divisions would not be unrolled, and the arrays would be put into local memory.
 struct Members {
   int index[AXES], base[AXES];
   u32 count;
@@ -117,7 +119,8 @@ struct Members {
   }
 };
 
-// The gradient of points from that of z = alpha x - center and of the factor: a block a tile of target.
+// Compute the gradient of points from those of z = alpha x - center and of the factor. One block for each tile of
+// target.
 template <class T, int W> KERNEL(GRADIENT_BOUNDS) gradient_points(ARGUMENT Gradients g) {
   typedef Factors<T, W> F;
   typedef typename F::A A;
@@ -142,10 +145,10 @@ template <class T, int W> KERNEL(GRADIENT_BOUNDS) gradient_points(ARGUMENT Gradi
       if (!keys) visible.start = nullptr;
       load_points<T, W>(f.point, x, g.d, start, count, side.alpha(), side.center(), visible);
       if (g.has_dense) f.load_dense(side);
-      __syncthreads();  // the points, and the matrix
-      if (g.has_dense) {  // -2 alpha slope dense dense^T z, scaled where it lies in between: one tile of sums is enough
+      __syncthreads();  // the points and the matrix are there
+      if (g.has_dense) {  // add -2 alpha slope dense dense^T z; scaling z dense makes one tile of sums enough
         f.multiply(side, [&](int r) { return r < count ? -2 * side.alpha() * slopes[r] : A(0); });
-        __syncthreads();  // its products with all points
+        __syncthreads();  // its products with the points are there
         f.template add_product<true>(sum, f.square, side);
       }
     }
@@ -155,7 +158,7 @@ template <class T, int W> KERNEL(GRADIENT_BOUNDS) gradient_points(ARGUMENT Gradi
       if (with_factor) of_z += slopes[r] * (side.linear()[c] - 2 * side.beta() * f.point[r * F::P + c]);
       value += side.alpha() * of_z;
     });
-    if (with_factor && t + 1 < members.count) __syncthreads();  // the next head's points take their place
+    if (with_factor && t + 1 < members.count) __syncthreads();  // the next head's points overwrite these
   }
   const View<T> to = view<T>(g.target, members.base);
   sum.each([&](int r, int c, A &value) {
@@ -163,7 +166,8 @@ template <class T, int W> KERNEL(GRADIENT_BOUNDS) gradient_points(ARGUMENT Gradi
   });
 }
 
-// Target, in its own dtype, as sums over the heads that it was broadcast to: a thread a number.
+// Write target, in its own dtype. Each number is a sum over the heads that target was broadcast to. One thread for each
+// number.
 template <class T> KERNEL(GRADIENT_BOUNDS) sum_members(ARGUMENT Gradients g) {
   typedef typename Computing<T>::type A;
   const i64 number = (i64)blockIdx.x * GRADIENT_THREADS + threadIdx.x, size = g.num_rows * g.num_columns;
@@ -176,8 +180,8 @@ template <class T> KERNEL(GRADIENT_BOUNDS) sum_members(ARGUMENT Gradients g) {
   put(&view<T>(g.target, members.base).at(row, column), sum);
 }
 
-// Sums over the points of a segment of the factors' gradients times the point's products, times the point, and alone:
-// a block has 32 rows of the products. Of the side that g.keys_read says.
+// Sums over the points of a segment, of the side that g.keys_read selects: the gradient of the factor times the
+// products of the point's coordinates, times the point, and alone. A block computes 32 rows of the products.
 template <class T, int W> KERNEL(GRADIENT_BOUNDS) gradient_factor_sums(ARGUMENT Gradients g) {
   typedef typename Computing<T>::type A;
   constexpr int C = GRADIENT_ROWS, P = W + 4, PARTS = W / 32, SIZE = W * W + W + 1;
@@ -200,11 +204,11 @@ template <class T, int W> KERNEL(GRADIENT_BOUNDS) gradient_factor_sums(ARGUMENT 
   for (i64 start = segment * g.span; start < stop; start += C) {
     const int count = (int)min(stop - start, (i64)C);
     load_points<T, W>(point, x, g.d, start, count, side.alpha(), side.center(), visible);
-    for (int i = threadIdx.x; i < C * W; i += GRADIENT_THREADS) {  // those that this thread has loaded
+    for (int i = threadIdx.x; i < C * W; i += GRADIENT_THREADS) {  // entries that this thread has loaded itself
       const int r = i / W, c = i % W;
       weighted[r * P + c] = r < count ? slopes[start + r] * point[r * P + c] : 0;
     }
-    __syncthreads();  // the points, and the points times their gradients
+    __syncthreads();  // the points, and the points times their gradients, are there
     products.template add_product<Planes<T>::VALUE, true>(weighted + part * 32, 1, P, point, P, 1, C);
     if (part == 0) {
       A own = 0, own_total = 0;
@@ -213,7 +217,7 @@ template <class T, int W> KERNEL(GRADIENT_BOUNDS) gradient_factor_sums(ARGUMENT 
       for (int r = 0; r < count; r++) own_total += slopes[start + r];
       sum += own, total += own_total;
     }
-    __syncthreads();  // the next points take their place
+    __syncthreads();  // the next points overwrite these
   }
   A *to = (A *)g.factor_sums + (head * g.segments + segment) * SIZE;
   products.each([&](int r, int c, A &value) { to[(part * 32 + r) * W + c] = value; });
@@ -223,7 +227,7 @@ template <class T, int W> KERNEL(GRADIENT_BOUNDS) gradient_factor_sums(ARGUMENT 
   }
 }
 
-// Sums over segments, (outer, segments, inner) to (outer, inner): a thread a number.
+// Sums over segments, from (outer, segments, inner) to (outer, inner). One thread for each number.
 template <class A> KERNEL(GRADIENT_BOUNDS) sum_segments(ARGUMENT Gradients g) {
   const i64 number = (i64)blockIdx.x * GRADIENT_THREADS + threadIdx.x, inner = g.inner;
   if (number >= g.outer * inner) return;
@@ -233,8 +237,9 @@ template <class A> KERNEL(GRADIENT_BOUNDS) sum_segments(ARGUMENT Gradients g) {
   ((A *)g.to)[number] = sum;
 }
 
-// The gradients of a map's rows or, where g.keys_read, of its log weights, from the sums over points of the gradients of
-// log features (heads, inner, width + 1): times the point, and alone. q and k are the map's g1 and g2. A thread a number.
+// The gradients of a map's rows or, if g.keys_read, of its log weights. They follow from sums over points, (heads,
+// inner, width + 1), of the gradients of log features, times the point and alone. q and k are the map's g1 and g2. One
+// thread for each number.
 template <class A> KERNEL(GRADIENT_BOUNDS) gradient_map(ARGUMENT Gradients g) {
   const i64 thread = (i64)blockIdx.x * GRADIENT_THREADS + threadIdx.x, columns = g.keys_read ? 1 : g.d;
   if (thread >= g.targets * g.m * columns) return;

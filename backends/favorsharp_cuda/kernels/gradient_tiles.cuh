@@ -1,19 +1,19 @@
-// What the backward kernels are made of: products of tiles in shared memory, and the problem they work on.
+// Building blocks of the backward kernels: products of tiles in shared memory, and the structure that the kernels take.
 //
-// A block has four warps. Tiles lie in shared memory in the type that is computed in, rows a pitch apart; a product of
-// two of them, either transposed at will, is held by the warps in the fragments of mma.m16n8k16. A product of floats is
-// made of products of bfloat16: each factor is cut into PLANES parts of eight bits, and the products of parts that
-// matter are summed in float. Two planes leave errors of 2^-17, three those of float itself. Doubles are multiplied one
-// by one, in the same fragments.
+// A block has four warps. Tiles are in shared memory, in the type that is computed in; the distance between their rows
+// is the pitch. The warps hold the product of two tiles, each of which may be transposed, in the fragments of
+// mma.m16n8k16. A product of floats is made of products of bfloat16: each factor is split into PLANES parts of eight
+// bits, and those products of parts that matter are added in float. Two planes leave errors of 2^-17, three planes
+// those of float itself. Doubles are multiplied one by one, in the same fragments.
 namespace favorsharp {
 
 constexpr int GRADIENT_THREADS = 128;
-#define GRADIENT_BOUNDS GRADIENT_THREADS, 2  // two blocks a processor: all 255 registers of a thread may be used
-constexpr int GRADIENT_ROWS = 32;  // points worked on at once
-constexpr i64 PIECE = 2048;        // points at most whose sums are added up without low parts (gradients.py)
+#define GRADIENT_BOUNDS GRADIENT_THREADS, 2  // two blocks a multiprocessor: a thread may use all 255 registers
+constexpr int GRADIENT_ROWS = 32;  // points processed at once
+constexpr i64 PIECE = 2048;        // the most points whose sums are added without low parts (gradients.py)
 
-// Planes of the products in exponents, of those whose differences are small (sums, and what is read of them), and of
-// others.
+// The number of planes for products in exponents, for sums and what is read from them (these products nearly cancel),
+// and for other products.
 template <class T> struct Planes {
   static constexpr int EXPONENT = 2, SUM = 2, VALUE = 2;
 };
@@ -33,9 +33,9 @@ template <int PLANES> DEVICE void split(float x, float y, u32 (&part)[PLANES]) {
   }
 }
 
-// R x N numbers, spread over the fragments of a block's warps.
+// R x N numbers, distributed over the fragments of a block's warps.
 template <class A, int R, int N> struct Tile {
-  static constexpr int DOWN = R >= 32 ? 2 : 1, ACROSS = 4 / DOWN;  // warps
+  static constexpr int DOWN = R >= 32 ? 2 : 1, ACROSS = 4 / DOWN;  // number of warps
   static constexpr int ROWS = R / 16 / DOWN, COLUMNS = N / 8 / ACROSS;
   static_assert(ROWS * 16 * DOWN == R && COLUMNS * 8 * ACROSS == N, "a tile is made of whole fragments");
   A x[ROWS][COLUMNS][4];
@@ -44,7 +44,7 @@ template <class A, int R, int N> struct Tile {
   DEVICE static int first_row() { return (int)(threadIdx.x >> 5) / ACROSS * ROWS * 16 + (lane() >> 2); }
   DEVICE static int first_column() { return (int)(threadIdx.x >> 5) % ACROSS * COLUMNS * 8; }
 
-  // visit(row, column, number) of all that this thread holds
+  // Call visit(row, column, number) for each number that this thread holds.
   template <class Visit> DEVICE void each(Visit visit) {
     const int row = first_row(), column = first_column() + (lane() & 3) * 2;
 #pragma unroll
@@ -64,8 +64,9 @@ template <class A, int R, int N> struct Tile {
     each([&](int r, int c, A &value) { to[r * pitch + c] += value; });
   }
 
-  // Add a (R x inner) times b (inner x N), whose items are steps apart along their rows and along their columns. For sums
-  // over many points the additions are ROUNDED: tensor cores cut what they add, and these errors, all of one sign, add up.
+  // Add a (R x inner) times b (inner x N), which have the given strides. For sums over many points, ROUNDED makes each
+  // step start from zero and adds it by an ordinary addition: tensor cores truncate what they add to an accumulator,
+  // and these errors, which all have the same sign, would add up.
   template <int PLANES, bool ROUNDED = false>
   DEVICE void add_product(const float *a, int a_row, int a_inner, const float *b, int b_inner, int b_column, int inner) {
     const int pair = (lane() & 3) * 2;
@@ -116,37 +117,39 @@ template <class A, int R, int N> struct Tile {
   }
 };
 
-// What the backward kernels take, built by gradients.py: the same fields in the same order, all of eight bytes. Arrays
-// made on the way are of the type computed in, and whole; they have an entry for each head of the batch.
+// The structure that backward kernels take by value. gradients.py builds it, with the same fields in the same order,
+// all numbers of eight bytes. Intermediate arrays are contiguous, in the type that is computed in, and have an entry
+// for each head of the batch.
 struct Gradients {
   Array q, k, v, mask, out, stats, gradient;  // stats: 1 / total and the reference of every query
-  Array target;                               // the result of gradient_points and sum_members
-  Array given_kv, given_z, given_c;           // sums that readers find before any point of the other side has come
+  Array target;                               // what gradient_points, gradient_map and sum_members write
+  Array given_kv, given_z, given_c;           // sums that readers start from, before any point of the other side
   i64 shape[AXES];                            // of the batch
   i64 map_axis[AXES];                         // the number of a head's map is the sum of index * map_axis
-  i64 member[AXES];                           // how many heads along each axis are summed for one of target's
-  i64 query, key, constants;                  // a map's two sides (PlainSide), and their items
-  i64 m, d, e, slices, slice;                 // features in slices of so many
-  i64 width, value_width;                     // what a sweep pads points and values to
+  i64 member[AXES];                           // how many heads along each axis are added up for one head of target
+  i64 query, key, constants;                  // addresses of the maps' two sides (PlainSide), and items of a side
+  i64 m, d, e, slices, slice;                 // features are processed in `slices` slices of `slice` features
+  i64 width, value_width;                     // padded sizes of points and values in a sweep
   i64 gaussian, has_dense;
   i64 num_queries, num_keys, window, causal;
-  i64 of_factors;                             // whether queries' factors have gradients: those of weights alone add up to 0
-  i64 segments, span;                         // of readers: how many, and the points of one
-  i64 state_segments, state_span;             // of what is taken; as the readers' where these have an order
-  i64 keys_read, backwards, added;            // which side reads, from which end, and whether to what is there already
-  i64 only_states;                            // whether a sweep leaves what segments hold, for the scan, and nobody reads
-  i64 measuring;                              // whether queries read for dout.out and the sums of weights alone
-  i64 heads, targets;                         // of the batch, of target
+  i64 of_factors;                             // whether queries' factors have gradients; if all weights are normalised
+                                              // and go through features, these gradients are 0
+  i64 segments, span;                         // of the readers: number of segments, points in each
+  i64 state_segments, state_span;             // the same for points that enter sums; equal if points have an order
+  i64 keys_read, backwards, added;            // whether keys read, whether from the end, whether results are added up
+  i64 only_states;                            // whether a sweep only computes the sums of segments, for the scan
+  i64 measuring;                              // whether queries read only for dout.out and the sums of weights
+  i64 heads, targets;                         // number of heads of the batch and of target
   i64 query_factor, query_near, query_last;   // (heads, n): the query's part of log features and near scores, -dout.out
-  i64 query_weights;                          // (heads, n): where queries measure, the sums of their weights
-  i64 key_factor, key_near;                   // (heads, s): the key's part, -inf where it is hidden
+  i64 query_weights;                          // (heads, n): the sums of weights, if queries measure
+  i64 key_factor, key_near;                   // (heads, s): the key's part; -inf if the key is hidden
   i64 dq, dk, dv, query_slopes, key_slopes;   // (heads, n, d), (heads, s, d), (heads, s, e), (heads, n), (heads, s)
   i64 states, map_sums, factor_sums;
-  i64 total_kv, total_z, total_c;             // (heads, m, e), (heads, m): the sums after all points, where wanted
-  i64 largest, largest_at;                    // of features: the largest weights of segments, and which keys have them
+  i64 total_kv, total_z, total_c;             // (heads, m, e), (heads, m): the sums over all points, if wanted
+  i64 largest, largest_at;                    // for each segment and feature: the largest weight, and its key
   i64 of_largest, before;                     // (heads, m): see gradient_largest
-  i64 from, to, outer, inner;                 // of sum_segments
-  i64 num_rows, num_columns;                  // of sum_members: what it takes of each head, and in which steps
+  i64 from, to, outer, inner;                 // what sum_segments reads and writes; gradient_map reads both addresses
+  i64 num_rows, num_columns;                  // what sum_members reads: numbers of each head, and their strides
   i64 row_step, column_step, head_step;
 };
 
@@ -158,14 +161,14 @@ DEVICE void split_head(const Gradients &g, i64 head, i64 (&index)[AXES]) {
   }
 }
 
-template <class A> DEVICE A quarter_sum(A x) {  // over four neighbouring threads
+template <class A> DEVICE A quarter_sum(A x) {  // sum over four neighbouring threads
   x += __shfl_xor_sync(WHOLE_WARP, x, 1);
   return x + __shfl_xor_sync(WHOLE_WARP, x, 2);
 }
 
 template <class A> DEVICE A limited(A x) { return x == -infinity<A>() ? A(0) : x; }
 
-// Rows alpha x - center of points start .. start + count; zeros for other rows, hidden points and further columns.
+// Load points start .. start + count as rows alpha x - center. Other rows, hidden points and further columns are zero.
 template <class T, int W>
 DEVICE void load_points(typename Computing<T>::type *to, const View<const T> &x, i64 d, i64 start, int count,
                         typename Computing<T>::type alpha, const typename Computing<T>::type *center,
@@ -176,7 +179,7 @@ DEVICE void load_points(typename Computing<T>::type *to, const View<const T> &x,
     to[r * (W + 4) + c] = there ? alpha * widened(x.at(start + r, c)) - center[c] : 0;
   }
 }
-// Rows of values.
+// Load the values of these points as rows, with zeros in the same places.
 template <class T, int W>
 DEVICE void load_values(typename Computing<T>::type *to, const View<const T> &x, i64 e, i64 start, int count,
                         const View<const bool> &mask) {

@@ -1,5 +1,6 @@
-// Gradients through the exactly scored keys of a window. As in attention_gradients.cu one side reads the other, and a
-// tile's readers lie in one block of the window, so that all read the same neighbours.
+// Gradients through keys that are scored exactly: those of a window, or the recent keys of a state. As in
+// attention_gradients.cu, one side reads the other. The readers of a tile are in one block of the window, so that all
+// read the same neighbours.
 namespace favorsharp {
 
 template <class T, int W> KERNEL(GRADIENT_BOUNDS) near_gradients(ARGUMENT Gradients g) {
@@ -49,15 +50,15 @@ template <class T, int W> KERNEL(GRADIENT_BOUNDS) near_gradients(ARGUMENT Gradie
   i64 low = keys_read && g.causal ? start : (block - 1) * w, high = (block + 2) * w;
   if (!keys_read && g.causal) high = start + count;
   low = low < 0 ? 0 : low, high = high < others ? high : others;
-  for (i64 part = low; part < high; part += PIECE) {  // whose sums are added to those before
+  for (i64 part = low; part < high; part += PIECE) {  // sums of a part are added to global memory
     const i64 stop = min(high, part + PIECE);
     Tile<A, C, W> of_points, of_values;
     of_points.clear(), of_values.clear();
-    A total = 0, weights = 0;  // sums over what is read: of the gradients of scores, and of the weights
+    A total = 0, weights = 0;  // sums over the other side: of the gradients of scores, and of weights
     for (i64 first = part; first < stop; first += C) {
       const int size = (int)min((i64)C, stop - first);
       load(!keys_read, theirs, taken, factor_theirs, last_theirs, first, size);
-      __syncthreads();  // both tiles
+      __syncthreads();  // both tiles are loaded
       if (g.gaussian) {
         halve(mine, half_mine);
         halve(theirs, half_theirs);
@@ -66,7 +67,7 @@ template <class T, int W> KERNEL(GRADIENT_BOUNDS) near_gradients(ARGUMENT Gradie
       scores.clear(), products.clear();
       scores.template add_product<EXPONENT>(mine, P, 1, theirs, 1, P, W);
       products.template add_product<VALUE>(read, P, 1, taken, 1, P, W);
-      if (g.gaussian) __syncthreads();  // the norms
+      if (g.gaussian) __syncthreads();  // the norms are there
       scores.each([&](int r, int c, A &value) {
         const i64 reader = start + r, other = first + c;
         const bool seen = !g.causal || (keys_read ? other >= reader : other <= reader);
@@ -83,7 +84,7 @@ template <class T, int W> KERNEL(GRADIENT_BOUNDS) near_gradients(ARGUMENT Gradie
 #pragma unroll
           for (int i = 0; i < 4; i++) products.x[r][c][i] *= scores.x[r][c][i];
       products.store(slope, PAIR);
-      __syncthreads();  // weights and the gradients of scores
+      __syncthreads();  // the weights and the gradients of scores are there
       if (!g.measuring) of_points.template add_product<VALUE, true>(slope, PAIR, 1, theirs, P, 1, C);
       if (keys_read) of_values.template add_product<VALUE, true>(weight, PAIR, 1, taken, P, 1, C);
       if (g.gaussian || g.measuring) {
@@ -91,7 +92,7 @@ template <class T, int W> KERNEL(GRADIENT_BOUNDS) near_gradients(ARGUMENT Gradie
         for (int c = quarter; c < C; c += 4) own_total += slope[row * PAIR + c], own_weights += weight[row * PAIR + c];
         total += own_total, weights += own_weights;
       }
-      __syncthreads();  // the next tile takes their place
+      __syncthreads();  // the next tile overwrites them
     }
     if (g.measuring) {
       total = quarter_sum(total), weights = quarter_sum(weights);
@@ -100,10 +101,10 @@ template <class T, int W> KERNEL(GRADIENT_BOUNDS) near_gradients(ARGUMENT Gradie
       ((A *)g.query_weights)[head * all + start + row] += weights;
       continue;
     }
-    if (g.gaussian) {  // scores fall with the distance: take the reader's own point off
+    if (g.gaussian) {  // scores contain -|x|^2 / 2 of the reader's point x, whose gradient is -x
       total = quarter_sum(total);
       if (quarter == 0) half_mine[row] = total;
-      __syncthreads();  // the sums of all rows
+      __syncthreads();  // the sums of all rows are there
       of_points.each([&](int r, int c, A &value) { value -= half_mine[r] * mine[r * P + c]; });
     }
     const i64 line = head * all + start;

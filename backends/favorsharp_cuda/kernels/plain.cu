@@ -1,13 +1,17 @@
-// Every op by plain arithmetic, for float64, for points of any size and for few points. A block takes one head, and one
-// point after the other; its threads share the features, then the columns of the values.
+// Every op in plain arithmetic, for float64, for points of any size and for few points. A block processes a head, or a
+// piece of its queries, one point after the other. Its threads share first the features, then the columns of the
+// values.
 //
-// Log features are natural here. A state is (kv, z, c) in global memory, as a State holds it.
+// Log features are natural logarithms here. A state is (kv, z, c) in global memory, in the layout of a State.
 namespace favorsharp {
 
 constexpr int PLAIN_THREADS = 128;
+// ENTER: the keys that a query may read enter the sums before it reads. NEAR: near blocks, or the recent keys of a
+// state, are scored exactly. STORE_PARTIAL: partial results are stored, not the result. LOAD_PARTIAL: the partial
+// results of an earlier launch are merged with those of this one.
 enum PlainFlags { ENTER = 1, NEAR = 2, LOAD_PARTIAL = 4, STORE_PARTIAL = 8 };
 
-// A side's constants: scalars, then center, linear, near_center (d each), column (m), rows (d, m), dense (d, d).
+// A side's constants (maps.py): 8 scalars, center, linear, near_center (d each), column (m), rows (d, m), dense (d, d).
 template <class A> struct PlainSide {
   const A *start;
   i64 d, m;
@@ -25,7 +29,7 @@ template <class A> struct PlainSide {
 template <class A> DEVICE A finite_or_nan(A x) { return x - x == 0 ? x : x - x; }
 template <class A> DEVICE A finite_or_zero(A x) { return x == -infinity<A>() ? A(0) : x; }
 
-// The sum, or the largest, over the block; `lanes` has room for a number a warp.
+// The sum, or the largest, of a number of each thread of the block. `lanes` has room for one number for each warp.
 template <class A> DEVICE A block_sum(A x, A *lanes) {
   x = warp_sum(x);
   __syncthreads();
@@ -51,8 +55,9 @@ template <class T> struct Plain {
   A *point, *features, *weights, *scale, *num, *lanes;
   A den, ref;
 
-  // point = alpha x - center, and the part of its log features that is of the point alone. Whoever read the point before
-  // has met the others since; so have readers of a state that is written next.
+  // Set point = alpha x - center, and return the part of its log features that depends only on the point. All threads
+  // have passed a barrier since they last read `point`, so none is needed before. The barriers in here also separate
+  // earlier reads of a state from writes that follow.
   DEVICE A load(const View<const T> &x, i64 i, const PlainSide<A> &side) {
     A sum = 0;
     for (int j = threadIdx.x; j < p.d; j += PLAIN_THREADS) {
@@ -95,7 +100,7 @@ template <class T> struct Plain {
     }
   }
 
-  // Scale a sum and add to it; in float32 its rounding is kept.
+  // Scale a sum by `by` and add x to it. In float32 the low part keeps the rounding error.
   DEVICE void add_scaled(const View<A> &sum, const View<A> &low, i64 r, i64 column, A by, A x) {
     A &place = sum.at(r, column);
     if constexpr (sizeof(A) == 4) {
@@ -107,7 +112,7 @@ template <class T> struct Plain {
     }
   }
 
-  // num, den and ref of a query that reads a state
+  // Compute num, den and ref of query i, which reads a state.
   DEVICE void read(const View<const T> &q, i64 i, const PlainSide<A> &side, const View<A> &kv, const View<A> &z,
                    const View<A> &c) {
     const A factor = load(q, i, side);
@@ -130,7 +135,8 @@ template <class T> struct Plain {
     }
   }
 
-  // Take in keys low .. high, scored exactly, of which a query at `position` sees those up to itself if causal.
+  // Add keys low .. high, which are scored exactly, to what query i has read. In causal attention it sees only keys up
+  // to its own position.
   DEVICE void near(const View<const T> &q, i64 i, const View<const T> &k, const View<const T> &v,
                    const View<const bool> &mask, i64 low, i64 high, i64 position, const PlainSide<A> &side) {
     for (i64 first = low; first < high; first += PLAIN_THREADS) {
@@ -167,7 +173,7 @@ template <class T> struct Plain {
   DEVICE A *weights_of_keys() { return lanes + PLAIN_THREADS / 32; }
 };
 
-// Queries of a piece of a head read; with ENTER the keys that a query may read enter the state before it does.
+// The queries of a piece of a head read a state. With ENTER, the keys that a query may read enter the state before.
 template <class T> __global__ void __launch_bounds__(PLAIN_THREADS, 2) plain_attention(ARGUMENT Problem p) {
   typedef typename Computing<T>::type A;
   SHARED_MEMORY(raw);
@@ -186,7 +192,7 @@ template <class T> __global__ void __launch_bounds__(PLAIN_THREADS, 2) plain_att
   const PlainSide<A> key = {(const A *)p.key.header + map * p.map_rows, p.d, p.m};
   View<A> kv = view<A>(p.kv_in, index), z = view<A>(p.z_in, index), c = view<A>(p.c_in, index);
   const View<A> kv_low = view<A>(p.kv_low_out, index), z_low = view<A>(p.z_low_out, index);
-  if (p.kv_out.start) {  // a state of its own, which it writes to
+  if (p.kv_out.start) {  // keys enter these sums, which start as a copy of the given ones or as zeros
     if constexpr (sizeof(A) == 4) {
       const View<A> kv_before = view<A>(p.kv_low_in, index), z_before = view<A>(p.z_low_in, index);
       for (i64 t = threadIdx.x; t < p.m * p.e; t += PLAIN_THREADS)
@@ -246,7 +252,7 @@ template <class T> __global__ void __launch_bounds__(PLAIN_THREADS, 2) plain_att
       if (!mask.start || mask.at(entered, 0)) s.absorb(k, v, entered, key, kv, z, c, kv_low, z_low);
 }
 
-// exp(u W^T + row + column): a thread an entry
+// exp(u W^T + row + column): each thread computes one entry at a time
 template <class T> KERNEL(PLAIN_THREADS) plain_features(ARGUMENT Problem p) {
   typedef typename Computing<T>::type A;
   const i64 head = blockIdx.x / p.segments, piece = blockIdx.x % p.segments;

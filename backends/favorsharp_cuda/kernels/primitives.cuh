@@ -1,5 +1,6 @@
-// Every word that the two compilers say differently. On a GPU (NVRTC, nvcc) it is inline PTX, without any header; with
-// FAVORSHARP_HOST a shim that is included before this file runs the same kernels on a CPU.
+// What differs between the two compilers of this source, for use in all other files. For a GPU (NVRTC, nvcc),
+// intrinsics are inline PTX, so that no header is needed. With FAVORSHARP_HOST, a shim that is included before this
+// file runs the same kernels on a CPU.
 #define DEVICE __device__ __forceinline__
 #define KERNEL(threads) __global__ void __launch_bounds__(threads)
 
@@ -34,18 +35,18 @@ DEVICE half to_half(float x) { return {::host::float_to_half(x)}; }
 DEVICE bfloat16 to_bfloat16(float x) { return {::host::float_to_bf16(x)}; }
 DEVICE float exp2_of(float x) { return exp2f(x); }
 
-// (16, 16) times (16, 8) added to (16, 8): the fragments of mma.m16n8k16
+// d += a b, where a is (16, 16) and b is (16, 8), in the fragments of mma.m16n8k16
 DEVICE void mma(float (&d)[4], const u32 (&a)[4], const u32 (&b)[2], half, ::host::HOST_HERE) {
   ::host::mma_m16n8k16_f16(d, a, b, place);
 }
 DEVICE void mma(float (&d)[4], const u32 (&a)[4], const u32 (&b)[2], bfloat16, ::host::HOST_HERE) {
   ::host::mma_m16n8k16_bf16(d, a, b, place);
 }
-// four matrices of (8, 8) halves; lane l gives the address of row l % 8 of matrix l / 8
+// Load four matrices of (8, 8) halves from shared memory. Lane l gives the address of row l % 8 of matrix l / 8.
 DEVICE void load_matrices(u32 (&r)[4], const void *row, ::host::HOST_HERE) { ::host::ldmatrix<4>(r, row, place); }
 DEVICE void load_transposed(u32 (&r)[4], const void *row, ::host::HOST_HERE) { ::host::ldmatrix<4, true>(r, row, place); }
 
-// 16 bytes from global to shared memory, or zeros
+// Copy 16 bytes from global to shared memory asynchronously; write zeros if they are not wanted.
 DEVICE void copy_async(void *to, const void *from, bool wanted, ::host::HOST_HERE) {
   ::host::cp_async(to, from, 16, wanted ? 16 : 0, place);
 }
@@ -84,7 +85,7 @@ DEVICE float exp2_of(float x) {
   return y;
 }
 
-// (16, 16) times (16, 8) added to (16, 8): the fragments of mma.m16n8k16
+// d += a b, where a is (16, 16) and b is (16, 8), in the fragments of mma.m16n8k16
 DEVICE void mma(float (&d)[4], const u32 (&a)[4], const u32 (&b)[2], half) {
   asm volatile(
       "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
@@ -98,7 +99,7 @@ DEVICE void mma(float (&d)[4], const u32 (&a)[4], const u32 (&b)[2], bfloat16) {
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 DEVICE u32 shared_address(const void *x) { return (u32)__cvta_generic_to_shared(x); }
-// four matrices of (8, 8) halves; lane l gives the address of row l % 8 of matrix l / 8
+// Load four matrices of (8, 8) halves from shared memory. Lane l gives the address of row l % 8 of matrix l / 8.
 DEVICE void load_matrices(u32 (&r)[4], const void *row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
@@ -112,7 +113,7 @@ DEVICE void load_transposed(u32 (&r)[4], const void *row) {
                : "memory");
 }
 
-// 16 bytes from global to shared memory, or zeros
+// Copy 16 bytes from global to shared memory asynchronously; write zeros if they are not wanted.
 DEVICE void copy_async(void *to, const void *from, bool wanted) {
   const int bytes = wanted ? 16 : 0;
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(bytes)
@@ -130,7 +131,7 @@ namespace favorsharp {
 DEVICE float to_float(float x) { return x; }
 DEVICE float exp2_of(double) = delete;
 
-// What is computed in, and how items of a dtype are read and written.
+// The type that is computed in for each dtype, and functions that read and write items of a dtype.
 template <class T> struct Computing {
   typedef float type;
 };
@@ -146,14 +147,15 @@ DEVICE void put(half *p, float x) { *p = to_half(x); }
 DEVICE void put(bfloat16 *p, float x) { *p = to_bfloat16(x); }
 DEVICE void put(double *p, double x) { *p = x; }
 
-// The same number, of which the compiler does not know that: what is computed of it is not kept from an earlier place.
+// Returns x, but the compiler does not know that the number is the same. So it computes again what depends on the
+// number, and does not keep earlier results in registers.
 DEVICE int again(int x) {
   asm volatile("" : "+r"(x));
   return x;
 }
 
-// Add a number to a sum, whose low part is what rounding has taken off it before: sum + low has no error that grows with
-// the number of additions. Of a sum that is not finite nothing is kept.
+// Add x to a sum whose low part holds the rounding error of earlier additions. The error of sum + low does not grow
+// with the number of additions. If the sum is not finite, its low part becomes 0.
 template <class A> DEVICE void add_to(A &sum, A &low, A x) {
   const A y = x + low, all = sum + y, lost = y - (all - sum);
   low = lost - lost == 0 ? lost : A(0);
@@ -166,7 +168,7 @@ template <class A> DEVICE A infinity();
 template <> DEVICE float infinity<float>() { return INFINITY_F; }
 template <> DEVICE double infinity<double>() { return (double)INFINITY_F; }
 
-DEVICE float larger(float a, float b) { return fmaxf(a, b); }  // of a number and NaN, the number
+DEVICE float larger(float a, float b) { return fmaxf(a, b); }  // if one is NaN, the other
 DEVICE double larger(double a, double b) { return fmax(a, b); }
 DEVICE float exp_of(float x) { return exp2_of(x * 1.4426950408889634f); }
 DEVICE double exp_of(double x) { return exp(x); }

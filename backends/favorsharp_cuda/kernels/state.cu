@@ -1,9 +1,14 @@
-// From keys to sums: what of a log feature is of the point alone, the sums of segments, and their combination.
+// From keys to sums. `factors` computes the part of log features that depends only on the point, `absorb` the sums of
+// each segment of the keys, and `scan` combines the sums of segments.
 namespace favorsharp {
 
+// TOTALS: the sums of all segments are written as `read` takes them. BEFORE: the sums of each segment are replaced by
+// those of all segments before it (in reverse, after it). STATE: the sums of all segments are written as a State.
+// EMPTY: segments contain no sums yet.
 enum ScanFlags { TOTALS = 1, BEFORE = 2, STATE = 4, EMPTY = 8 };
 
-// The part of log features that is of each point of q alone, to `out` (*b, n, 1); -inf where the mask hides the point.
+// Write the part of log features that depends only on the point to `out` (*b, n, 1), for each point of q. It is -inf
+// for points that the mask hides.
 template <class T> KERNEL(THREADS) factors(ARGUMENT Problem p) {
   SHARED_MEMORY(raw);
   const int D = (int)p.padded_d;
@@ -33,7 +38,7 @@ template <class T> KERNEL(THREADS) factors(ARGUMENT Problem p) {
       __syncthreads();
     }
   }
-  split_head(p, again(head), index);  // not kept: registers are scarce in the loop
+  split_head(p, again(head), index);  // computed again, as registers are scarce in the loop
   const View<const T> x = view<const T>(p.q, index);
   const View<const bool> mask = view<const bool>(p.mask, index);
   const View<float> out = view<float>(p.out, index);
@@ -51,9 +56,10 @@ template <class T> KERNEL(THREADS) factors(ARGUMENT Problem p) {
   }
 }
 
-constexpr int PART = 2048;  // keys whose sums are added up without low parts
+constexpr int PART = 2048;  // the most keys whose sums are added without low parts
 
-// Add the sums of a part of the keys to those in global memory, which are relative to `ref`; the first part begins them.
+// Add the sums of a part of the keys to those in global memory, which are relative to `ref`. With `begins`, there are
+// none yet.
 template <int E> DEVICE void add_part(float *to, const Layout &at, int tile, const Reading<E> &part, float (&ref)[2], bool begins) {
 #pragma unroll
   for (int h = 0; h < 2; h++) {
@@ -76,7 +82,7 @@ template <int E> DEVICE void add_part(float *to, const Layout &at, int tile, con
   }
 }
 
-// The sums of 64 features over the keys of a segment: rows are features, columns keys.
+// The sums of 64 features over the keys of a segment. Rows of tiles are features, columns are keys.
 template <class T, int E> KERNEL(THREADS) absorb(ARGUMENT Problem p) {
   SHARED_MEMORY(raw);
   const int D = (int)p.padded_d;
@@ -133,16 +139,16 @@ template <class T, int E> KERNEL(THREADS) absorb(ARGUMENT Problem p) {
   }
 }
 
-// A sum and its low part, scaled, plus others.
+// Scale a sum and its low part by `mine`; add another sum and its low part, scaled by `theirs`.
 DEVICE void join(float &sum, float &low, float mine, float other, float other_low, float theirs) {
   sum *= mine, low *= mine;
   add_to(sum, low, theirs * other);
   add_to(sum, low, theirs * other_low);
 }
 
-#define SCAN_BOUNDS THREADS, 8  // blocks a processor: 64 registers a thread
+#define SCAN_BOUNDS THREADS, 8  // eight blocks a multiprocessor: 64 registers a thread
 
-// Combines the sums of a head's segments, beginning with a state if there is one: a warp takes one feature.
+// Combine the sums of a head's segments, starting from a state if there is one. A warp processes one feature.
 KERNEL(SCAN_BOUNDS) scan(ARGUMENT Problem p) {
   const i64 groups = p.m_pad / (THREADS / 32), head = blockIdx.x / groups;
   const int r = (int)(blockIdx.x % groups) * (THREADS / 32) + warp_of();
@@ -169,7 +175,7 @@ KERNEL(SCAN_BOUNDS) scan(ARGUMENT Problem p) {
   for (i64 s = 0; s < p.segments; s++) {
     float *at = sums_of(p, head * p.segments + (p.reverse ? p.segments - 1 - s : s));
     float *z_at = at + layout.z(r), *z_low_at = at + layout.z_low(r), *c_at = at + layout.c(r);
-    const bool empty = p.flags & EMPTY;  // nothing has been written there
+    const bool empty = p.flags & EMPTY;  // the segment contains no sums yet
     const float other_c = empty ? -INFINITY_F : *c_at, top = larger(c, other_c);
     const float mine = exp2_of(c - safe(top)), theirs = exp2_of(other_c - safe(top));
 #pragma unroll

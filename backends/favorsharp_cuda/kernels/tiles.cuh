@@ -1,14 +1,14 @@
-// What the tensor-core kernels are made of. A block is four warps and works on tiles of 64 rows by 64 columns; a warp has
-// 16 of the rows, and a lane of it, of every eight columns, two in row lane / 4 and two in row lane / 4 + 8.
+// Building blocks of the tensor-core kernels. A block has four warps and works on tiles of 64 rows by 64 columns. A
+// warp holds 16 rows. Of every eight columns, a lane holds two in row lane / 4 and two in row lane / 4 + 8.
 //
-// Everything is the step of flash attention: log weights, their running maximum `ref` for each row, weights, and weights
-// times values. Logarithms are of base 2, and -inf where there is nothing.
+// All kernels repeat the step of flash attention: compute log weights, a running maximum `ref` of each row, weights,
+// and weights times values. Logarithms are to base 2, and -inf where there is nothing.
 namespace favorsharp {
 
 constexpr int TILE = 64, THREADS = 128, LANE_COLUMNS = TILE / 8;
 constexpr float LN_2 = 0.6931471805599453f;
 
-// Planes of bfloat16 for weights, sums and values: their high part, and what that leaves.
+// The number of planes of bfloat16 for weights, sums and values. The second plane holds what the first leaves.
 template <class T> constexpr int PLANES = 2;
 template <> constexpr int PLANES<bfloat16> = 1;
 
@@ -28,17 +28,17 @@ DEVICE float quad_sum(float x) {
   return x + __shfl_xor_sync(WHOLE_WARP, x, 2);
 }
 
-// A side's constants, float32: scalars, then center, linear and near_center (D each), column (m_pad).
+// The constants of one side of a map, in float32: 8 scalars, center, linear and near_center (D each), column (m_pad).
 struct SideView {
   const float *start;
-  const u16 *planes;  // float16, two planes of plane_rows rows: rows (m_pad), then those of the quadratic form
+  const u16 *planes;  // float16, two planes of plane_rows rows: of the map (m_pad), then of the quadratic form
   int D;
   DEVICE float root() const { return start[0]; }
   DEVICE float offset() const { return start[1]; }
   DEVICE float beta() const { return start[2]; }
-  DEVICE float unscale() const { return start[3]; }        // of the rows
-  DEVICE float dense_unscale() const { return start[4]; }  // of the quadratic form's
-  DEVICE float near_unscale() const { return start[5]; }   // of exact scores
+  DEVICE float unscale() const { return start[3]; }        // undoes the scaling of the rows of the map
+  DEVICE float dense_unscale() const { return start[4]; }  // undoes that of the rows of the quadratic form
+  DEVICE float near_unscale() const { return start[5]; }   // converts exact scores to base 2
   DEVICE const float *center() const { return start + 8; }
   DEVICE const float *linear() const { return center() + D; }
   DEVICE const float *near_center() const { return linear() + D; }
@@ -52,9 +52,9 @@ DEVICE SideView side_of(const Problem &p, const Side &side, const int (&index)[A
 
 // ---- loading --------------------------------------------------------------------------------------------------------
 
-// 64 points as rows of two planes of float16, root x - center, each scaled by a power of two to 2^12 .. 2^13 so that 22
-// bits of its largest entries are kept. Zeros but in rows low .. high. Rows of a warp are written by it, and their squared
-// norms too, where wanted.
+// Load 64 points as rows of two planes of float16, root x - center. Each row is scaled by a power of two, so that its
+// largest entry is between 2^12 and 2^13 and 22 bits of it are kept. Rows outside low .. high are zero. Each warp
+// writes its own rows and, if `squares` is given, their squared norms.
 template <class T>
 DEVICE void load_points(const View<const T> &x, i64 first, int low, int high, int d, float root, const float *center,
                         u16 *planes, int D, float *unscale, float *squares = nullptr) {
@@ -93,12 +93,12 @@ template <int P> DEVICE void put_planes(u16 *planes, int distance, float x) {
   if (P == 2) planes[distance] = to_bfloat16(x - to_float(high)).bits;
 }
 
-// Several threads may say the same of one key.
+// Mark a key. The addition is atomic, because several threads may mark the same key.
 DEVICE void mark(float *x) { atomicAdd(x, 1.0f); }
 
-// Columns e_first .. e of the values of 64 keys as planes of bfloat16, (64, E + 8); zeros but in rows low .. high, and for
-// hidden keys, whose factor is -inf. Whether one of this thread's is not finite; with `odd_keys` (64), those have 0 in its
-// place and their keys are marked.
+// Load E columns, from column e_first on, of the values of 64 keys as planes of bfloat16, (64, E + 8). Rows outside
+// low .. high are zero, as are columns from e on and hidden keys, whose factor is -inf. Returns whether this thread has
+// loaded a value that is not finite. With `odd_keys` (64), such values are replaced by 0 and their keys are marked.
 template <class T, int E>
 DEVICE bool load_values(const View<const T> &v, i64 first, int low, int high, i64 e_first, i64 e, const float *factors,
                         u16 *planes, float *odd_keys) {
@@ -121,14 +121,14 @@ DEVICE bool load_values(const View<const T> &v, i64 first, int low, int high, i6
   return odd;
 }
 
-// 64 rows of a matrix of `width` halves, by asynchronous copies, to rows of width + 8
+// Copy 64 rows of a matrix with `width` columns of halves to rows of width + 8, asynchronously.
 DEVICE void copy_rows(u16 *to, const u16 *from, int width) {
   const int pieces = width / 8;
-#pragma unroll 1  // an address in flight, not four: nobody waits for a copy here, and registers are scarce
+#pragma unroll 1  // one address at a time: no thread waits for a copy here, and registers are scarce
   for (int t = threadIdx.x; t < TILE * pieces; t += THREADS)
     copy_async(to + t / pieces * (width + 8) + t % pieces * 8, from + (i64)t * 8, true);
 }
-// 64 rows of both planes of a side
+// Copy 64 rows of both planes of a side, asynchronously.
 DEVICE void copy_side(u16 *to, const SideView &side, i64 first, i64 plane_rows) {
   copy_rows(to, side.planes + first * side.D, side.D);
   copy_rows(to + TILE * (side.D + 8), side.planes + (plane_rows + first) * side.D, side.D);
@@ -136,7 +136,8 @@ DEVICE void copy_side(u16 *to, const SideView &side, i64 first, i64 plane_rows) 
 
 // ---- products -------------------------------------------------------------------------------------------------------
 
-// Rows of this warp times columns, both given as rows of planes of float16: three products, 22 bits.
+// Products of this warp's rows with all columns. Both are given as rows of two planes of float16; three products of
+// planes keep 22 bits.
 DEVICE void multiply_points(float (&sum)[LANE_COLUMNS][4], const u16 *rows, const u16 *columns, int D) {
   const int lane = lane_of(), pitch = D + 8, plane = TILE * pitch;
   const u16 *row = rows + (warp_of() * 16 + lane % 16) * pitch + lane / 16 * 8;
@@ -166,7 +167,7 @@ DEVICE void multiply_points(float (&sum)[LANE_COLUMNS][4], const u16 *rows, cons
   }
 }
 
-// Fragments of 16 columns of weights as a left factor, in planes.
+// 16 columns of weights as fragments of a left factor, for each plane.
 template <int P> DEVICE void fragments(u32 (&a)[P][4], const float (&x)[4], const float (&y)[4]) {
   const float w[8] = {x[0], x[1], x[2], x[3], y[0], y[1], y[2], y[3]};
 #pragma unroll
@@ -178,7 +179,8 @@ template <int P> DEVICE void fragments(u32 (&a)[P][4], const float (&x)[4], cons
   }
 }
 
-// Weights as their planes have them: sums of weights made of these have no error that sums of weights times values lack.
+// Round weights to what their planes can hold. Sums of weights then have the same rounding errors as sums of weights
+// times values, and the errors cancel in the quotient.
 template <int P> DEVICE void round_to_planes(float (&x)[LANE_COLUMNS][4]) {
 #pragma unroll
   for (int n = 0; n < LANE_COLUMNS; n++)
@@ -189,7 +191,7 @@ template <int P> DEVICE void round_to_planes(float (&x)[LANE_COLUMNS][4]) {
     }
 }
 
-// The weights of a tile as a left factor.
+// The weights of a tile as the left factor of products.
 template <int P> struct LeftFactor {
   u32 a[TILE / 16][P][4];
   DEVICE explicit LeftFactor(const float (&weights)[LANE_COLUMNS][4]) {
@@ -198,12 +200,14 @@ template <int P> struct LeftFactor {
   }
 };
 
-// 16 columns, from 8 n, of weights (16, 64) times values (64, WIDTH), as planes of bfloat16 with rows of WIDTH + 8. The sums
-// begin at zero: tensor cores cut what they add, and in longer sums these errors, all of one sign, would add up.
+// 16 columns, from column 8 n on, of weights (16, 64) times values (64, WIDTH), which are planes of bfloat16 with rows
+// of WIDTH + 8. The product starts from zero: tensor cores truncate what they add to an accumulator, and in longer sums
+// these errors, which all have the same sign, would add up.
 template <int P, int WIDTH>
 DEVICE void multiply_values(float (&product)[2][4], const LeftFactor<P> &weights, const u16 *values, int n) {
   constexpr int pitch = WIDTH + 8, plane = TILE * pitch;
-  const u16 *value = values + again(lane_of() % 16 * pitch + lane_of() / 16 * 8) + n * 8;  // not kept: registers are scarce
+  // `again` lets the compiler compute this offset for each product, which saves registers
+  const u16 *value = values + again(lane_of() % 16 * pitch + lane_of() / 16 * 8) + n * 8;
 #pragma unroll
   for (int i = 0; i < 4; i++) product[0][i] = product[1][i] = 0;
 #pragma unroll
@@ -226,7 +230,7 @@ DEVICE void multiply_values(float (&product)[2][4], const LeftFactor<P> &weights
   }
 }
 
-// sum (16, WIDTH) += weights (16, 64) values (64, WIDTH), by an ordinary addition
+// sum (16, WIDTH) += weights (16, 64) values (64, WIDTH), where the product is added by an ordinary addition
 template <int P, int WIDTH>
 DEVICE void add_values(float (&sum)[WIDTH / 8][4], const float (&weights)[LANE_COLUMNS][4], const u16 *values) {
   const LeftFactor<P> factor(weights);
@@ -239,7 +243,7 @@ DEVICE void add_values(float (&sum)[WIDTH / 8][4], const float (&weights)[LANE_C
   }
 }
 
-// The same within the tensor cores, for sums whose errors cancel: it takes fewer registers.
+// The same, but the tensor cores add to the sum. This takes fewer registers; it is used for sums whose errors cancel.
 template <int P, int WIDTH>
 DEVICE void accumulate_values(float (&sum)[WIDTH / 8][4], const float (&weights)[LANE_COLUMNS][4], const u16 *values) {
   constexpr int pitch = WIDTH + 8, plane = TILE * pitch;
@@ -277,7 +281,7 @@ DEVICE void add_weights(float (&sum)[2], const float (&weights)[LANE_COLUMNS][4]
     for (int i = 0; i < 4; i++) own[i / 2] += weights[n][i];
   sum[0] += own[0], sum[1] += own[1];
 }
-// The same of weights times a number of each column.
+// The same for weights times a number for each column.
 template <class Share> DEVICE void add_weights(float (&sum)[2], const float (&weights)[LANE_COLUMNS][4], Share share) {
   float own[2] = {0, 0};
 #pragma unroll
@@ -290,9 +294,10 @@ template <class Share> DEVICE void add_weights(float (&sum)[2], const float (&we
   sum[0] += own[0], sum[1] += own[1];
 }
 
-// ---- sums relative to a reference -------------------------------------------------------------------------------------
+// ---- sums relative to a reference -----------------------------------------------------------------------------------
 
-// What 16 rows have read: sum of weights times values, sum of weights (of this lane's columns), largest log weight.
+// What 16 rows have read so far: the sum of weights times values, the sum of weights over this lane's columns, and the
+// largest log weight, to which both are relative.
 template <int E> struct Reading {
   float num[E / 8][4], den[2], ref[2];
 
@@ -314,7 +319,8 @@ template <int E> struct Reading {
   }
 };
 
-// Log weights become weights under a reference that rises to the largest; `old` is what earlier sums are to be scaled by.
+// Turn log weights into weights relative to a reference, which rises to the largest log weight. `old` receives the
+// factor by which earlier sums have to be scaled.
 DEVICE void weigh(float (&log)[LANE_COLUMNS][4], float (&ref)[2], float (&old)[2]) {
 #pragma unroll
   for (int h = 0; h < 2; h++) {
@@ -332,8 +338,8 @@ DEVICE void weigh(float (&log)[LANE_COLUMNS][4], float (&ref)[2], float (&old)[2
   }
 }
 
-// Where sums lie in global memory, float32: S (m_pad, E), each two entries of a row before their low parts; z, c and the low
-// parts of z (m_pad each).
+// The layout of sums in global memory, float32: S (m_pad, E), where every two entries of a row are followed by their
+// low parts; then z, c and the low parts of z (m_pad each).
 struct Layout {
   static constexpr int LOW = 2;  // how far a low part lies behind its entry
   int m_pad, E;
@@ -343,16 +349,17 @@ struct Layout {
   DEVICE int z_low(int row) const { return m_pad * (2 * E + 2) + row; }
   DEVICE int size() const { return m_pad * (2 * E + 3); }
 };
-// Add to an entry of S and the next; `place` has them and their low parts.
+// Scale an entry of S and the next one by `old`, and add x and y to them. `place` holds both and their low parts.
 DEVICE void add_to(float4 &place, float old, float x, float y) {
   place.x *= old, place.y *= old, place.z *= old, place.w *= old;
   add_to(place.x, place.z, x);
   add_to(place.y, place.w, y);
 }
 DEVICE Layout layout_of(const Problem &p) { return {(int)p.m_pad, (int)p.padded_e}; }
-// Those of a segment.
+// The sums of a segment. The segments of all heads are numbered one after the other.
 DEVICE float *sums_of(const Problem &p, i64 number) { return (float *)p.sums + number * layout_of(p).size(); }
-// All sums of a head as `read` takes them: c and z, float32 (m_pad each), then S as two planes of bfloat16 (m_pad, E).
+// The sums of all keys of a head, as `read` takes them: c and z in float32 (m_pad each), then S as two planes of
+// bfloat16 (m_pad, E).
 DEVICE float *totals_of(const Problem &p, i64 key_head) {
   return (float *)p.totals + key_head * p.m_pad * (2 + p.padded_e);
 }

@@ -1,9 +1,12 @@
-// A walk along the positions of a segment. Queries of a tile read the sums of the keys before it; keys enter the sums when
-// no later query has them near. Without a window a tile's own keys enter with it; with one, keys that lie two blocks back
-// (ahead, in reverse). Where a tile has several blocks, or none, each row reads its part of the entering keys pair by pair,
-// through features. Near blocks are scored exactly.
+// A walk along the positions of a segment, for causal_attention.cu. The queries of a tile read the sums of the keys
+// before it. Keys enter the sums when no later query needs to score them exactly: without a window, the tile's own keys
+// enter; with a window, keys that lie two blocks back (ahead, in reverse). If there is no window, or a tile has several
+// blocks, each row may see only some of the entering keys, and reads these pair by pair, through features. Near blocks
+// are scored exactly.
 namespace favorsharp {
 
+// WALK_STORE: partial results are stored, not the result. WALK_LOAD: the partial results of an earlier launch are
+// merged with those of this one. WALK_NEAR: near blocks are scored exactly.
 enum WalkFlags { WALK_LOAD = 1, WALK_STORE = 2, WALK_NEAR = 4 };
 constexpr float SMALLEST_TOTAL = 8.673617379884035e-19f;  // 2^-60
 
@@ -12,12 +15,12 @@ template <class T, int E> struct Walk {
   const Problem &p;
   u16 *shared;
   int e_first;
-  float *state, *next;  // sums in global memory (`Layout`) as they are, and with the entering keys
+  float *state, *next;  // sums in global memory (`Layout`), before and after the entering keys
 
-  // shared memory; few addresses are kept, as registers are scarce
+  // Places in shared memory. They are computed where they are used, because registers are scarce.
   static constexpr int VALUE = P * TILE * (E + 8);
-  DEVICE int size() const { return (int)p.padded_d; }                      // of a point
-  DEVICE int points() const { return 2 * TILE * ((int)p.padded_d + 8); }  // halves of a tile of points
+  DEVICE int size() const { return (int)p.padded_d; }                      // of a point, padded
+  DEVICE int points() const { return 2 * TILE * ((int)p.padded_d + 8); }  // number of halves in a tile of points
   DEVICE u16 *queries() const { return shared; }
   DEVICE u16 *keys() const { return shared + points(); }
   DEVICE u16 *key_rows() const { return shared + 2 * points(); }
@@ -36,7 +39,7 @@ template <class T, int E> struct Walk {
   DEVICE float *odd_keys() const { return numbers(7); }
   DEVICE int *key_block() const { return (int *)numbers(8); }
   DEVICE float *votes() const { return numbers(9); }
-  DEVICE i64 *starts() const { return (i64 *)(numbers(9) + 4); }  // of this head's arrays, in the order of `Start`
+  DEVICE i64 *starts() const { return (i64 *)(numbers(9) + 4); }  // addresses of this head's arrays, by `Start`
 
   enum Start { Q, K, V, KEY_FACTORS, QUERY_FACTORS, OUT, PARTIAL, STATS, KV_OUT, Z_OUT, C_OUT, KV_LOW_OUT, Z_LOW_OUT,
                QUERY, KEY = QUERY + 2 };
@@ -57,7 +60,8 @@ template <class T, int E> struct Walk {
   DEVICE bool single() const { return p.stages == 1; }
   DEVICE int block_length() const { return p.window ? (int)p.window : 1; }
 
-  // Whether any thread of the block says so; also a barrier. Between two votes the callers have one of their own.
+  // Whether `mine` is true in any thread of the block. This is also a barrier. Callers need another barrier between two
+  // calls.
   DEVICE bool any(bool mine) {
     mine = __any_sync(WHOLE_WARP, mine);
     if (lane_of() == 0) votes()[warp_of()] = mine;
@@ -65,7 +69,7 @@ template <class T, int E> struct Walk {
     return votes()[0] + votes()[1] + votes()[2] + votes()[3] > 0;
   }
 
-  // Load keys first + low .. first + high as the entering tile; whether one of them is not finite.
+  // Load keys first + low .. first + high as the entering tile. Returns whether one of them is not finite.
   DEVICE bool load_keys(int first, int low, int high) {
     __syncthreads();
     load_points(k(), first, low, high, (int)p.d, key().root(), key().center(), keys(), size(), key_unscale());
@@ -79,7 +83,8 @@ template <class T, int E> struct Walk {
     return any(odd);
   }
 
-  // Every tile of features once: the keys in shared memory enter the sums, the queries read them as they were before.
+  // Go through all tiles of features: the keys in shared memory enter the sums, and the queries read the sums as they
+  // were before.
   DEVICE void sweep(bool enters, bool reads, Reading<E> &far, float (&pairs)[LANE_COLUMNS][4], float (&pair_ref)[2]) {
     const int tiles = (int)p.m_pad / TILE;
 #pragma unroll 1
@@ -95,7 +100,7 @@ template <class T, int E> struct Walk {
         }
         __syncthreads();
         weigh_keys(weights, top);
-      } else {  // or the compiler keeps registers for what they held a tile before
+      } else {  // otherwise the compiler keeps their earlier values in registers
         top[0] = top[1] = -INFINITY_F;
 #pragma unroll
         for (int n = 0; n < LANE_COLUMNS; n++)
@@ -153,7 +158,7 @@ template <class T, int E> struct Walk {
     commit_copies();
   }
 
-  // log features of keys without their column: rows are features
+  // Log features of keys without the column of the map. Rows are features.
   DEVICE void log_keys(float (&log)[LANE_COLUMNS][4]) {
     multiply_points(log, key_rows(), keys(), size());
 #pragma unroll
@@ -165,7 +170,7 @@ template <class T, int E> struct Walk {
       }
   }
 
-  // Key features relative to their largest in the tile, also to shared memory.
+  // Key features relative to the largest key of the tile, for each feature. They are also written to shared memory.
   DEVICE void weigh_keys(float (&weights)[LANE_COLUMNS][4], float (&top)[2]) {
     float old[2];
     log_keys(weights);
@@ -178,7 +183,7 @@ template <class T, int E> struct Walk {
         put_planes<P>(features() + row_of(i / 2) * (TILE + 8) + column_of(n, i % 2), TILE * (TILE + 8), weights[n][i]);
   }
 
-  // The state's sums of 64 features with the keys taken in.
+  // Write the sums of 64 features, with the entering keys, to `next`.
   DEVICE void enter(int tile, float (&weights)[LANE_COLUMNS][4], const float (&top)[2], const float (&z)[2],
                     const float (&c)[2], const float (&column)[2]) {
     const Layout at = layout();
@@ -258,8 +263,8 @@ template <class T, int E> struct Walk {
     return key_bias()[j] != -INFINITY_F && (p.reverse ? block >= own : block <= own);
   }
 
-  // Take the pairs that each row may see into its reading. False where that would not be accurate: where a row's weights
-  // all but vanish beside a key that it does not see, or something is not finite.
+  // Add the pairs that each row may see to what it has read. Returns false if that would not be accurate: if a row's
+  // weights almost vanish beside that of a key that it does not see, or if something is not finite.
   DEVICE bool merge_pairs(Reading<E> &far, float (&pairs)[LANE_COLUMNS][4], float (&pair_ref)[2], bool odd, int rows_low,
                           int rows_high) {
     bool doubtful = odd;
@@ -295,13 +300,14 @@ template <class T, int E> struct Walk {
     return !any(doubtful);
   }
 
-  // Whether a row of a block sees key j of a tile, `ahead` of the rows' tile.
+  // Whether a row of a block sees key j of a tile that begins `ahead` positions after the rows' tile.
   DEVICE bool sees_near(int row, int block, int j, int ahead) const {
     const int apart = key_block()[j] - block;
     return key_bias()[j] != -INFINITY_F && apart >= -1 && apart <= 1 && !(p.causal && ahead + j > row);
   }
 
-  // Score the keys of the rows' own and neighbouring blocks exactly; the tile's first position is `start`.
+  // Score the keys of the rows' own block and of its neighbours exactly. `start` is the first position of the rows'
+  // tile.
   DEVICE void read_near(Reading<E> &reading, int start, int low, int high) {
     const int w = (int)p.window, first_block = start / w, last_block = (start + high - 1) / w;
     const int from = max((first_block - 1) * w, 0);
@@ -310,7 +316,7 @@ template <class T, int E> struct Walk {
                 query_unscale(), squares());
     __syncwarp();
     float back[2], norm[2];
-    int block[2];  // counted from the first row's
+    int block[2];  // counted from the block of the first row
 #pragma unroll
     for (int h = 0; h < 2; h++) {
       block[h] = (start - first_block * w + row_of(h)) / w;
@@ -323,7 +329,7 @@ template <class T, int E> struct Walk {
       __syncthreads();
       load_points(k(), first, 0, count, (int)p.d, key().root(), key().near_center(), keys(), size(), key_unscale(), squares());
       const bool odd = load_values<T, E>(v(), first, 0, count, e_first, p.e, factors(), values(), odd_keys());
-      if (r < TILE) {  // load_values had a barrier after the points' squares
+      if (r < TILE) {  // load_values has a barrier, so the squares are there
         key_bias()[r] = p.gaussian ? -0.5f * query().near_unscale() * squares()[r] : 0.0f;
         if (r >= count || factors()[first + r] == -INFINITY_F) key_bias()[r] = -INFINITY_F;
         else key_bias()[r] = number_or_nan(key_bias()[r]);
@@ -350,7 +356,7 @@ template <class T, int E> struct Walk {
     }
   }
 
-  // A value that is not finite makes NaN of the rows that see it, and of no others; the planes had 0 in its place.
+  // Values that are not finite, which the planes hold as 0, make NaN of the rows that see them, and of no others.
   DEVICE void spoil(Reading<E> &reading, const int (&block)[2], int first, int ahead, int count) {
     __syncthreads();
 #pragma unroll 1
