@@ -56,12 +56,12 @@ from favorsharp.diagnostics import compare
 from favorsharp.sklearn import NadarayaWatsonRegressor
 
 assert "mine" in fs.METHODS
-q, k, v = np.random.default_rng(0).standard_normal((3, 2, 40, 4))
+q, k, v = 0.5 * np.random.default_rng(0).standard_normal((3, 2, 40, 4))
 fitted = fs.fit(q, k, method="mine")
 assert np.all(fs.excess(fitted, q, k) <= fs.excess(fs.fit(q, k, method="posrf"), q, k))
 exact = fs.kernel_matrix(q, k) @ v
 estimate = np.mean([fs.kernel_matvec(q, k, v, fs.feature_map(fitted, 512, rng=i)) for i in range(40)], axis=0)
-assert np.linalg.norm(estimate - exact) < 0.2 * np.linalg.norm(exact)
+assert np.linalg.norm(estimate - exact) < 0.1 * np.linalg.norm(exact)
 assert fs.attention(q, k, v, method="mine", rng=0).shape == v.shape
 NadarayaWatsonRegressor(method="mine").fit(q[0], v[0, :, 0]).predict(q[0])
 assert {row.method for row in compare(q, k, v, num_features=[8], windows=[0], seeds=1, repeats=1)} >= {"mine"}

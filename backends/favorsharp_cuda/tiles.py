@@ -85,7 +85,7 @@ def shared_of_read(dtype: str, d: int, e: int, stages: int = 1) -> int:
 
 def shared_of_walk(dtype: str, d: int, e: int, stages: int = 1) -> int:
     """Bytes of shared memory for a block of `walk` that processes e columns of the values."""
-    numbers = 4 * (9 * TILE + 4) + 8 * 15
+    numbers = 4 * (9 * TILE + 4) + 8 * 17  # of the addresses, `Start` in kernels/walk.cuh has 17
     return (2 + stages) * points_bytes(d) + 2 * values_bytes(dtype, e) + values_bytes(dtype, TILE) + numbers
 
 

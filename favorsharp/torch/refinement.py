@@ -245,9 +245,7 @@ def _check_parameters(parameters: Any) -> None:
     if not isinstance(parameters, Parameters):
         raise TypeError(f"parameters must be favorsharp.Parameters (from fit), got {type(parameters).__name__}")
     if not method_of(parameters.method).takes_proposals:
-        raise ValueError(
-            f"refine takes parameters of {', '.join(TAKES_PROPOSALS)}, got method {parameters.method_name!r}"
-        )
+        raise ValueError(f"refine takes parameters of {', '.join(TAKES_PROPOSALS)}, got {parameters.method_name!r}")
     if parameters.kernel != "softmax":
         raise ValueError(f"refine takes parameters of the softmax kernel, got {parameters.kernel!r}")
     if not isinstance(parameters.g1, torch.Tensor):
