@@ -190,8 +190,8 @@ class Kernel:
         and as operations that modes of torch see.
     packed : str, optional
         For attention, causal_attention and attention_vjp: ``"module:function"``, the same for packed sequences. The
-        function takes their bounds, a list of integers, after the map. It returns no state, and is differentiable if
-        the kernel is.
+        function takes their bounds, a list of integers, after the map. There are one or more points. It returns no
+        state, and is differentiable if the kernel is.
     plan : str, optional
         For decode_step: ``"module:function"``. The function takes the arguments of a first call. It returns a function
         for calls whose arrays have the same shapes, dtypes and memory layouts, or None if there is none.

@@ -429,6 +429,7 @@ def read(state: Any, q: Array, /, feature_map: FeatureMap | Landmarks, *, enable
         return landmark_read(state, q, feature_map, enable_gqa=enable_gqa)
     check_floats(q=q)
     check_points("q", q, "(*b, n, d)")
+    check_positive(feature_map)
     check_state(state, feature_map, q=q)
     group = check_group_of_state(enable_gqa, q, state.kv.shape[:-2])
     check_map(feature_map, group, q=q)

@@ -204,7 +204,7 @@ def _forward(op: str, chosen: Implementation, arguments: Any, options: Any, *, c
         again = chosen.run(*arguments, **options, out=place)
         again = again[0] if isinstance(again, tuple) else again
         yield " (out)", again, want[0] if isinstance(want, tuple) else want
-    if chosen.packed is not None and arguments[0].shape[-2] == arguments[1].shape[-2]:
+    if chosen.packed is not None and arguments[0].shape[-2] == arguments[1].shape[-2] > 0:
         bounds = _bounds(arguments[0].shape[-2])
         yield " (packed)", chosen.packed(*arguments, bounds, **options), _of_pieces(op, case, bounds)
     planned = None if chosen.plan is None else chosen.plan(*arguments, **options)

@@ -75,7 +75,6 @@ template <class T, int E> KERNEL(WALK_BOUNDS) walk(ARGUMENT Problem p) {
       if (reads)
         load_points(s.q(), start - first_query, low, high, (int)p.d, s.query().root(), s.query().center(), s.queries(), s.size(),
                     s.query_unscale());
-      __syncwarp();
       reading.start();
 #pragma unroll
       for (int c = 0; c < LANE_COLUMNS; c++)
