@@ -203,14 +203,12 @@ def _forward(op: str, chosen: Implementation, arguments: Any, options: Any, *, c
     result = chosen.run(*arguments, **options)
     yield "", result, want
     whole = result[0] if isinstance(result, tuple) else result
-    if whole.shape[-2] > MOST_POINTS:
-        return
-    if chosen.takes_out:
+    if chosen.takes_out and whole.shape[-2] <= MOST_POINTS:
         place = namespace_of(whole).empty_like(whole)
         again = chosen.run(*arguments, **options, out=place)
         again = again[0] if isinstance(again, tuple) else again
         yield " (out)", again, want[0] if isinstance(want, tuple) else want
-    if chosen.packed is not None and arguments[0].shape[-2] == arguments[1].shape[-2] > 0:
+    if chosen.packed is not None and MOST_POINTS >= arguments[0].shape[-2] == arguments[1].shape[-2] > 0:
         bounds = _bounds(arguments[0].shape[-2])
         yield " (packed)", chosen.packed(*arguments, bounds, **options), _of_pieces(op, case, bounds)
     planned = None if chosen.plan is None else chosen.plan(*arguments, **options)
