@@ -219,6 +219,8 @@ def gradient_cases(op: str) -> tuple[Case, ...]:
 
 def _attention_vjp() -> Iterator[Case]:
     for base in (*_attention(True, (0, 5)), *_unequal()):
+        if base.name.startswith("tiles, window 5"):
+            continue  # the differences of the reference take long
         for is_causal in (False, True):
             if is_causal and ("unequal" in base.name or "grouped" in base.name):
                 continue

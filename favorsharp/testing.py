@@ -239,28 +239,50 @@ def _wide(host: Any) -> Any:
     return host if host.dtype == bool else host.astype(np.float64)
 
 
-def _backward(op: str, chosen: Implementation, arguments: Any, options: Any, *, case: Case) -> _Compared:
-    """The result of an op that returns a pullback, and its gradients along directions, by finite differences."""
-    wide, wide_options = case.make(_wide)
-    result, pullback = chosen.run(*arguments, **options)
-    want = _REFERENCES[op](*wide, **wide_options)
-    yield "", result, want
+@dataclass(frozen=True)
+class _Slopes:
+    """The derivatives that gradients are compared with, along one random direction for each array argument."""
+
+    want: Any
+    weight: Any
+    directions: list[Any]
+    differences: Any
+
+
+@cache
+def _slopes(op: str, name: str) -> _Slopes:
+    """Those of the case of that name, by differences of the reference; the same for every library and dtype."""
+    case = next(case for case in gradient_cases(op) if case.name == name)
+    wide, options = case.make(_wide)
+    reference = _REFERENCES[op]
+    want = reference(*wide, **options)
     rng = np.random.default_rng(0)
     weight = rng.integers(-16, 17, want.shape) / 16  # exact in every dtype
-    gradients = pullback(from_host(weight, like=result))
-    places = [i for i, x in enumerate(wide) if isinstance(x, np.ndarray)]
-    slopes, differences = [], []
-    for place, gradient in zip(places, gradients, strict=True):
+    directions, differences = [], []
+    for place in [i for i, x in enumerate(wide) if isinstance(x, np.ndarray)]:
         direction = rng.standard_normal(wide[place].shape)
         direction = direction / max(1.0, np.linalg.norm(direction))
 
         def along(t: float, place: int = place, direction: Any = direction) -> Any:
             moved = (*wide[:place], wide[place] + t * direction, *wide[place + 1 :])
-            return np.sum(weight * _REFERENCES[op](*moved, **wide_options))
+            return np.sum(weight * reference(*moved, **options))
 
-        slopes.append(np.sum(direction * np.asarray(to_host(gradient), dtype=np.float64)))
+        directions.append(direction)
         differences.append((8 * (along(1e-3) - along(-1e-3)) - (along(2e-3) - along(-2e-3))) / 12e-3)
-    yield _GRADIENTS, np.array(slopes), np.array(differences)
+    return _Slopes(want, weight, directions, np.array(differences))
+
+
+def _backward(op: str, chosen: Implementation, arguments: Any, options: Any, *, case: Case) -> _Compared:
+    """The result of an op that returns a pullback, and the gradients along random directions."""
+    result, pullback = chosen.run(*arguments, **options)
+    wanted = _slopes(op, case.name)
+    yield "", result, wanted.want
+    gradients = pullback(from_host(wanted.weight, like=result))
+    found = [
+        np.sum(direction * np.asarray(to_host(gradient), dtype=np.float64))
+        for direction, gradient in zip(wanted.directions, gradients, strict=True)
+    ]
+    yield _GRADIENTS, np.array(found), wanted.differences
 
 
 def _attention(q: Any, k: Any, v: Any, own_map: Any, *, is_causal: bool, **options: Any) -> Any:
