@@ -696,4 +696,5 @@ def test_a_token_of_more_features_than_a_card_holds(dtype, window, little_memory
 @pytest.mark.parametrize("op", [k.op for k in BACKEND.kernels if "cupy" in k.libraries and "vjp" not in k.op])
 @pytest.mark.slow
 def test_every_case_of_check_backend(op):
-    testing.check_backend("cuda", ops=[op])
+    """With short segments, which the sweep does not have; it also runs the cases on torch tensors."""
+    testing.check_backend("cuda", ops=[op], libraries=["numpy"])
