@@ -233,6 +233,22 @@ def check_group(enable_gqa: bool, q: Array, k: Array, names: tuple[str, str] = (
     return int(heads // key_heads)
 
 
+def check_window(window: Any, q: Array, k: Array) -> int:
+    """Check the block length of a window, which needs as many queries as keys; 0 means no window."""
+    length = check_integer("window", window, 0)
+    if length and q.shape[-2] != k.shape[-2]:
+        raise ValueError(f"window needs as many queries as keys: q has n={q.shape[-2]}, k has s={k.shape[-2]}")
+    return length
+
+
+def check_window_of_state(held: int, window: int, is_causal: bool) -> None:
+    """Check that a call that goes on from a state has the window of the state, and is causal if there is one."""
+    if held != window:
+        raise ValueError(f"window must be that of the state, {held}, got {window}")
+    if window and not is_causal:
+        raise ValueError("a window with a state needs is_causal=True: a bidirectional window takes no state")
+
+
 def check_group_of_state(enable_gqa: bool, q: Array, batch: tuple[int, ...]) -> int:
     """The number of query heads that share a head of a state with these leading axes; 1 without `enable_gqa`."""
     if not check_flag("enable_gqa", enable_gqa):

@@ -24,6 +24,8 @@ from favorsharp._checks import (
     check_floats,
     check_integer,
     check_same_size,
+    check_window,
+    check_window_of_state,
 )
 from favorsharp._heads import grouped, merge_heads, merged_batch, split_heads
 from favorsharp._typing import Array, DType, Namespace
@@ -122,9 +124,7 @@ def checked(
     """Check the arguments that all forms of linear attention share, and prepare them."""
     xp, group = check_attention(q, k, v, is_causal=is_causal, key_mask=key_mask, enable_gqa=enable_gqa)
     check_map(feature_map, group, q=q, k=k)
-    window = check_integer("window", window, 0)
-    if window and q.shape[-2] != k.shape[-2]:
-        raise ValueError(f"window needs as many queries as keys: q has n={q.shape[-2]}, k has s={k.shape[-2]}")
+    window = check_window(window, q, k)
     prepared: Any = astype(feature_map, compute_dtype(xp, q, k, v))
     if group > 1:
         prepared = prepared.expanded()
@@ -186,10 +186,7 @@ def check_continued(call: Call, state: Any, feature_map: FeatureMap, k: Array) -
     """Check the state from which a call continues, and give it the group axis of the call."""
     check_state(state, feature_map, k=k)
     check_values(state, call.v)
-    if state.window != call.window:
-        raise ValueError(f"window must be that of the state, {state.window}, got {call.window}")
-    if call.window and not call.is_causal:
-        raise ValueError("a window with a state needs is_causal=True: a bidirectional window takes no state")
+    check_window_of_state(state.window, call.window, call.is_causal)
     return with_group_axis(call.group, state)
 
 

@@ -26,6 +26,8 @@ from favorsharp._checks import (
     check_out,
     check_points,
     check_same_size,
+    check_window,
+    check_window_of_state,
 )
 from favorsharp._heads import merge_heads, merged_batch, split_heads
 from favorsharp._typing import Array
@@ -68,10 +70,8 @@ def landmark_attention(
 ) -> Any:
     """`linear_attention` with landmarks; the caller has run `check_attention` and, for `bounds`, `check_bounds`."""
     xp = namespace_of(q, k, v)
-    window = check_integer("window", window, 0)
+    window = check_window(window, q, k)
     check_flag("return_state", return_state)
-    if window and q.shape[-2] != k.shape[-2]:
-        raise ValueError(f"window needs as many queries as keys: q has n={q.shape[-2]}, k has s={k.shape[-2]}")
     if state is not None:
         _check_state(state, settings, window, is_causal, k=k, v=v)
     group = q.shape[-3] // k.shape[-3] if enable_gqa else 1
@@ -238,7 +238,5 @@ def _check_state(
         check_same_size(letter, **{"state": (-1, held.shape[-1]), name: (-1, x.shape[-1])})
         if name != "q":
             check_broadcast("(*b, s, d)", **{name: x.shape[:-2], "state": state.batch_shape})
-    if window is not None and state.window != window:
-        raise ValueError(f"window must be that of the state, {state.window}, got {window}")
-    if window and not is_causal:
-        raise ValueError("a window with a state needs is_causal=True: a bidirectional window takes no state")
+    if window is not None:
+        check_window_of_state(state.window, window, is_causal)
