@@ -4,8 +4,7 @@
 neither CuPy nor torch and compiles nothing: a kernel is compiled when it is first launched on a device.
 """
 
-from favorsharp._arrays import FLOATS
-from favorsharp.backend import Backend, bundled_kernels
+from favorsharp.backend import FLOATS, Backend, bundled_kernels
 
 BACKEND = Backend(
     "cuda", requires=("cupy",), kernels=bundled_kernels("favorsharp_cuda", "cupy", "cuda", FLOATS, traceable=True)

@@ -6,10 +6,10 @@
 
 from typing import Any
 
-from favorsharp._arrays import broadcast_shapes
-from favorsharp_cuda import arrays, plain, tiles
-from favorsharp_cuda.packed import packed
-from favorsharp_cuda.problem import key_batch_of
+from favorsharp.backend import broadcast_shapes
+from favorsharp_cuda.host import arrays, plain, tiles
+from favorsharp_cuda.host.packed import packed
+from favorsharp_cuda.host.problem import key_batch_of
 
 
 def attention(

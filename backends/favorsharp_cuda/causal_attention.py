@@ -8,11 +8,10 @@ for tensors. `causal_attention_with_stats` is the forward pass of differentiated
 from dataclasses import replace
 from typing import Any
 
-from favorsharp._arrays import broadcast_shapes, namespace_of
-from favorsharp.ops.state import State, num_leaving, with_recent
-from favorsharp_cuda import arrays, plain, tiles
-from favorsharp_cuda.packed import packed
-from favorsharp_cuda.problem import key_batch_of, lows_of, sums_of
+from favorsharp.backend import State, broadcast_shapes, namespace_of, num_leaving, with_recent
+from favorsharp_cuda.host import arrays, plain, tiles
+from favorsharp_cuda.host.packed import packed
+from favorsharp_cuda.host.problem import key_batch_of, lows_of, sums_of
 from favorsharp_cuda.state import fitting, recent_of
 
 

@@ -5,8 +5,8 @@
 
 from typing import Any
 
-from favorsharp._arrays import broadcast_shapes
-from favorsharp_cuda import arrays, plain, tiles
+from favorsharp.backend import broadcast_shapes
+from favorsharp_cuda.host import arrays, plain, tiles
 
 
 def exponential_features(u: Any, rows: Any, row: Any, column: Any, *, out: Any = None) -> Any:

@@ -5,7 +5,7 @@
 
 from typing import Any
 
-from favorsharp_cuda import plain, tiles
+from favorsharp_cuda.host import plain, tiles
 
 
 def kernel_matvec(x: Any, y: Any, v: Any, feature_map: Any) -> Any:

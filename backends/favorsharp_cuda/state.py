@@ -8,10 +8,9 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
-from favorsharp._arrays import broadcast_shapes, namespace_of
-from favorsharp.ops.state import State, num_leaving, with_recent, with_sums
-from favorsharp_cuda import arrays, plain, tiles
-from favorsharp_cuda.problem import key_batch_of, lows_of, sums_of
+from favorsharp.backend import State, broadcast_shapes, namespace_of, num_leaving, with_recent
+from favorsharp_cuda.host import arrays, plain, tiles
+from favorsharp_cuda.host.problem import key_batch_of, lows_of, sums_of
 
 FEW = 16
 """Calls with fewer points use the plain kernels: a single token would fill only one row of a tile of 64."""
@@ -94,11 +93,11 @@ def _decoded(q: Any, k: Any, v: Any, feature_map: Any, key_mask: Any, state: Sta
         token, recent = (q, k, v), (state.recent_k, state.recent_v, state.recent_mask)
         if not _alike(token if state.recent_k.shape[-2] == 0 else (*token, *recent[:2]), wide):
             return None
-    decoded = plain.decode(*token, feature_map, key_mask, sums, entering(state, 1), recent)
+    decoded = plain.decode(*token, feature_map, key_mask, sums, lows_of(state), entering(state, 1), recent)
     if decoded is None:
         return None
-    out, (kv, z, c), kept = decoded
-    after = with_sums(state, kv, z, c)
+    out, ((kv, z, c), (kv_low, z_low)), kept = decoded
+    after = replace(state, kv=kv, z=z, c=c, kv_low=kv_low, z_low=z_low)
     if kept is not None:
         after = replace(after, recent_k=kept[0], recent_v=kept[1], recent_mask=kept[2])
     return arrays.cast(out, arrays.name_of(q)), after

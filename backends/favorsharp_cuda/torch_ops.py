@@ -14,18 +14,20 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 
-from favorsharp._arrays import is_followed
-from favorsharp.ops.state import State, empty_state, num_leaving, with_recent, with_sums
+from favorsharp.backend import State, empty_state, is_followed, num_leaving, with_recent, with_sums
 from favorsharp.ops.state import decode_step as decode_op
 from favorsharp.ops.state import read as reading_op
 from favorsharp.ops.state import update as updating_op
-from favorsharp_cuda import arrays as memory
 from favorsharp_cuda import attention as plain_attention
 from favorsharp_cuda import causal_attention as plain_causal
 from favorsharp_cuda import exponential_features as plain_features
 from favorsharp_cuda import kernel_matvec as plain_matvec
-from favorsharp_cuda import torch_eager, torch_traced
-from favorsharp_cuda.operators import (
+from favorsharp_cuda.host import arrays as memory
+from favorsharp_cuda.host.packed import packed
+from favorsharp_cuda.host.problem import lows_of, sums_of
+from favorsharp_cuda.state import fitting, recent_of
+from favorsharp_cuda.torch import eager, traced
+from favorsharp_cuda.torch.operators import (
     arguments_of,
     arrays_of,
     changes,
@@ -36,9 +38,6 @@ from favorsharp_cuda.operators import (
     tensors_of,
     update_op,
 )
-from favorsharp_cuda.packed import packed
-from favorsharp_cuda.problem import lows_of, sums_of
-from favorsharp_cuda.state import fitting, recent_of
 
 
 def exponential_features(u: Any, rows: Any, row: Any, column: Any, *, out: Any = None) -> Any:
@@ -46,7 +45,7 @@ def exponential_features(u: Any, rows: Any, row: Any, column: Any, *, out: Any =
     given = (u, rows, row, column)
     if not (is_followed(u) or _recorded(*given) or (out is not None and _recorded(out))):
         return plain_features.exponential_features(*given, out=out)
-    result = (torch_traced.Features if is_followed(u) else torch_eager.Features).apply(*given)
+    result = (traced.Features if is_followed(u) else eager.Features).apply(*given)
     if out is None:
         return result
     out[...] = result
@@ -59,14 +58,14 @@ def attention(
     """As `favorsharp.ops.attention.attention`; `out` is used if torch records nothing."""
     arrays = arrays_of(feature_map)
     if is_followed(q):
-        return torch_traced.Attention.apply(
+        return traced.Attention.apply(
             options_of(feature_map, window, False), q, k, v, key_mask, None, None, None, *arrays
         )[0]
     if not _recorded(q, k, v, *arrays):
         return plain_attention.attention(
             q, k, v, feature_map, key_mask=key_mask, window=window, out=_unrecorded(out)
         )  # fmt: skip
-    return torch_eager.Attention.apply(feature_map, key_mask, window, False, q, k, v, None, None, None, *arrays)
+    return eager.Attention.apply(feature_map, key_mask, window, False, q, k, v, None, None, None, *arrays)
 
 
 def causal_attention(
@@ -75,8 +74,8 @@ def causal_attention(
 ) -> tuple[Any, State]:  # fmt: skip
     """As `favorsharp.ops.causal_attention.causal_attention`; `out` is used if torch records nothing."""
     arrays = arrays_of(feature_map)
-    traced = is_followed(q)
-    if not traced and not _recorded(q, k, v, *arrays, *_floats_of(state)):
+    followed = is_followed(q)
+    if not followed and not _recorded(q, k, v, *arrays, *_floats_of(state)):
         return plain_causal.causal_attention(
             q, k, v, feature_map, key_mask=key_mask, window=window, state=state, out=_unrecorded(out)
         )  # fmt: skip
@@ -89,13 +88,13 @@ def causal_attention(
         points = fitting(q, wide), fitting(k, wide), fitting(v, wide)
     n = k.shape[-2]
     left = num_leaving(n, window) if window else n
-    if traced:
+    if followed:
         options = options_of(feature_map, window, True)
-        out = torch_traced.Attention.apply(options, *points, key_mask, *sums, *arrays)[0]
+        out = traced.Attention.apply(options, *points, key_mask, *sums, *arrays)[0]
         # the state has an operator of its own, which compilers remove if the state is not used
         new = _absorbed(*first_keys(left, *points[1:], key_mask), sums, feature_map)
     else:
-        out, *new = torch_eager.Attention.apply(feature_map, key_mask, window, True, *points, *sums, *arrays)
+        out, *new = eager.Attention.apply(feature_map, key_mask, window, True, *points, *sums, *arrays)
     if state is None:
         # `narrow`, because slicing would guard the device, which fails for fake CUDA tensors on a machine without a GPU
         state = empty_state(feature_map, tuple(new[0].shape[:-2]), k.shape[-1], v.shape[-1], window, k.narrow(-2, 0, 0))
@@ -110,7 +109,7 @@ def update(state: State, k: Any, v: Any, feature_map: Any, *, key_mask: Any = No
         return updating_op.reference(state, k, v, feature_map, key_mask=key_mask)
     if not _recorded(*given):
         changed = update_op(k, v, key_mask, *arguments_of(state, feature_map), *lows_of(state))
-        return _after(state, k, changed, low=True)
+        return _after(state, k, changed)
     if state.window:
         k, v, key_mask = with_recent(state, k, v, key_mask)
         left = num_leaving(k.shape[-2], state.window)
@@ -136,9 +135,9 @@ def read(state: State, q: Any, feature_map: Any) -> Any:
     sums = sums_of(state)
     if is_followed(q):
         options = options_of(feature_map, state.window, True)[:3]
-        out = torch_traced.Read.apply(options, own, *sums, *recent, state.recent_mask, *arrays)[0]
+        out = traced.Read.apply(options, own, *sums, *recent, state.recent_mask, *arrays)[0]
     else:
-        out = torch_eager.Read.apply(feature_map, state.recent_mask, own, *sums, *recent, *arrays)
+        out = eager.Read.apply(feature_map, state.recent_mask, own, *sums, *recent, *arrays)
     return out.to(q.dtype)
 
 
@@ -150,7 +149,7 @@ def decode_step(q: Any, k: Any, v: Any, state: State, feature_map: Any, *, key_m
     if _recorded(*given):
         state = update(state, k, v, feature_map, key_mask=key_mask)
         return read(state, q, feature_map), state
-    out, *changed = decode_step_op(q, k, v, key_mask, *arguments_of(state, feature_map))
+    out, *changed = decode_step_op(q, k, v, key_mask, *arguments_of(state, feature_map), *lows_of(state))
     return out, _after(state, k, changed)
 
 
@@ -158,10 +157,10 @@ def kernel_matvec(x: Any, y: Any, v: Any, feature_map: Any) -> Any:
     """As `favorsharp.ops.kernel_matvec.kernel_matvec`."""
     arrays = arrays_of(feature_map)
     if is_followed(x):
-        return torch_traced.Matvec.apply(options_of(feature_map, 0, False)[:2], x, y, v, *arrays)
+        return traced.Matvec.apply(options_of(feature_map, 0, False)[:2], x, y, v, *arrays)
     if not _recorded(x, y, v, *arrays):
         return plain_matvec.kernel_matvec(x, y, v, feature_map)
-    return torch_eager.Matvec.apply(feature_map, x, y, v, *arrays)
+    return eager.Matvec.apply(feature_map, x, y, v, *arrays)
 
 
 attention_packed = packed(attention)
@@ -172,8 +171,8 @@ def _absorbed(k: Any, v: Any, key_mask: Any, sums: Any, feature_map: Any) -> Any
     """The sums kv, z and c after keys, recorded for a backward pass."""
     arrays = arrays_of(feature_map)
     if is_followed(k):
-        return torch_traced.Absorb.apply(options_of(feature_map, 0, True)[:2], k, v, key_mask, *sums, *arrays)
-    return torch_eager.Absorb.apply(feature_map, key_mask, k, v, *sums, *arrays)
+        return traced.Absorb.apply(options_of(feature_map, 0, True)[:2], k, v, key_mask, *sums, *arrays)
+    return eager.Absorb.apply(feature_map, key_mask, k, v, *sums, *arrays)
 
 
 def _floats_of(state: State | None) -> list[Any]:
@@ -188,11 +187,8 @@ def _recent_from(left: Any, k: Any, v: Any, key_mask: Any) -> dict[str, Any]:
     return recent_of(k.narrow(-2, left, count), v.narrow(-2, left, count), mask.narrow(-1, left, count))
 
 
-def _after(state: State, k: Any, changed: Any, *, low: bool = False) -> State:
-    new = dict(zip(changes(state, k.shape[-2], low=low), changed, strict=True))
-    if "kv_low" in new:
-        return replace(state, **new)
-    return with_sums(state, **new) if "kv" in new else replace(state, **new)
+def _after(state: State, k: Any, changed: Any) -> State:
+    return replace(state, **dict(zip(changes(state, k.shape[-2]), changed, strict=True)))
 
 
 def _by_reference(*arrays: Any) -> bool:

@@ -6,15 +6,15 @@
 from collections.abc import Callable
 from typing import Any
 
-from favorsharp._checks import check_unfollowed
-from favorsharp_cuda import arrays
+from favorsharp.backend import check_unfollowed
 from favorsharp_cuda.attention import attention_with_stats
 from favorsharp_cuda.causal_attention import causal_attention_with_stats
 from favorsharp_cuda.exponential_features import exponential_features
-from favorsharp_cuda.exponential_features_gradients import exponential_features_backward
-from favorsharp_cuda.gradients import attention_backward, sweep_of, width_of
+from favorsharp_cuda.host import arrays
+from favorsharp_cuda.host.attention_gradients import attention_backward, sweep_of, width_of
+from favorsharp_cuda.host.exponential_features_gradients import exponential_features_backward
+from favorsharp_cuda.host.packed import packed_vjp
 from favorsharp_cuda.kernel_matvec import kernel_matvec
-from favorsharp_cuda.packed import packed_vjp
 
 
 def attention_vjp(

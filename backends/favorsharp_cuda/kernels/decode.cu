@@ -2,7 +2,7 @@
 // the columns of the values, and up to G of the query heads that share a key head. Features are processed in groups of
 // as many as there are threads. For each group, the block first computes the features of the keys that enter and of all
 // queries into shared memory. Then it goes through the rows of kv: each entry is loaded, scaled, added to, stored in
-// the new state, and read by the queries. What a query reads is relative to a reference, which rises from group to
+// the new state, and read by the queries. In float32 the state also has the low parts of its sums. What a query reads is relative to a reference, which rises from group to
 // group.
 //
 // With a window (NEAR), the token joins the recent keys. These are scored exactly, read like further rows of kv, and
@@ -15,7 +15,6 @@
 namespace favorsharp {
 
 constexpr int DECODE_THREADS = 256, DECODE_WARPS = DECODE_THREADS / 32;
-constexpr int IN_FLIGHT = 4;  // loads of kv that a thread issues before it uses the first
 // The number of blocks for which a multiprocessor has enough registers without spills. While one of several blocks
 // computes features, the others load.
 template <class T, int G, int NEAR>
@@ -150,6 +149,8 @@ template <class T, int G, int NEAR>
 __global__ void __launch_bounds__(DECODE_THREADS, RESIDENT<T, G, NEAR>) decode(ARGUMENT Problem p) {
   typedef typename Computing<T>::type A;
   constexpr int SIZE = 16 / sizeof(A);
+  constexpr bool LOW = sizeof(A) == 4;           // sums have low parts
+  constexpr int IN_FLIGHT = LOW && !NEAR ? 2 : 4;  // rows of kv that a thread loads before it uses the first
   constexpr int KEYS = NEAR ? DECODE_WARPS : 1;  // keys that are loaded at once: without a window, the token's
   constexpr int POINTS = NEAR ? KEYS : 1 + G;    // points that are multiplied at once
   static_assert(G <= POINTS, "queries are multiplied at once");
@@ -239,16 +240,18 @@ __global__ void __launch_bounds__(DECODE_THREADS, RESIDENT<T, G, NEAR>) decode(A
       top = larger(before, top);
       const A safe = finite_or_zero(top);
       scale[t] = exp_of(before - safe);
-      A total = scale[t] * z.at(0, j);
+      const View<const A> z_low = view<const A>(p.z_low_in, index);
+      A total = scale[t] * z.at(0, j), rest = z_low.start ? scale[t] * z_low.at(0, j) : A(0);
       for (int i = 0; i < limit; i++) {
         const A entered = exp_of(weight[i * DECODE_THREADS + t] - safe);
         weight[i * DECODE_THREADS + t] = entered;
-        total += entered;
+        add_to(total, rest, entered);
       }
       z_new[t] = total;
       if (limit > 0 && chunk == 0 && begin == 0) {
         view<A>(p.z_out, index).at(0, j) = total;
         view<A>(p.c_out, index).at(0, j) = top;
+        if (p.z_low_out.start) view<A>(p.z_low_out, index).at(0, j) = rest;
       }
 #pragma unroll
       for (int r = 0; r < G; r++)
@@ -256,24 +259,38 @@ __global__ void __launch_bounds__(DECODE_THREADS, RESIDENT<T, G, NEAR>) decode(A
     }
     rise(sum + 1 - NEAR, mine, count, features, lanes, ref, den, num);
     const View<const A> kv = view<const A>(p.kv_in, index);
-    const View<A> kv_new = view<A>(p.kv_out, index);
-    const bool whole = p.e % SIZE == 0 && holds_pieces<SIZE>(kv) && (limit == 0 || holds_pieces<SIZE>(kv_new));
+    const View<const A> kv_low = view<const A>(p.kv_low_in, index);
+    const View<A> kv_new = view<A>(p.kv_out, index), low_new = view<A>(p.kv_low_out, index);
+    const bool writes = limit > 0 && chunk == 0, has_low = LOW && writes && kv_low.start;
+    const bool whole = p.e % SIZE == 0 && holds_pieces<SIZE>(kv) && (!writes || holds_pieces<SIZE>(kv_new)) &&
+                       (!has_low || holds_pieces<SIZE>(kv_low));
     const int here = min(m - first, DECODE_THREADS);
     for (int row = t / across; row < here && inside; row += IN_FLIGHT * rows) {
-      Piece<A, SIZE> piece[IN_FLIGHT];
+      Piece<A, SIZE> piece[IN_FLIGHT], low[LOW ? IN_FLIGHT : 1] = {};
 #pragma unroll
       for (int u = 0; u < IN_FLIGHT; u++)
-        if (row + u * rows < here) load_piece(piece[u], kv, first + row + u * rows, begin + column, end, whole);
+        if (row + u * rows < here) {
+          load_piece(piece[u], kv, first + row + u * rows, begin + column, end, whole);
+          if (has_low) load_piece(low[LOW ? u : 0], kv_low, first + row + u * rows, begin + column, end, whole);
+        }
 #pragma unroll
       for (int u = 0; u < IN_FLIGHT; u++) {
         const int at = row + u * rows;
         if (at >= here) break;
+        Piece<A, SIZE> &lost = low[LOW ? u : 0];
 #pragma unroll
-        for (int i = 0; i < SIZE; i++) piece[u].x[i] *= scale[at];
+        for (int i = 0; i < SIZE; i++) piece[u].x[i] *= scale[at], lost.x[i] *= scale[at];
         for (int k = 0; k < limit; k++)
 #pragma unroll
-          for (int i = 0; i < SIZE; i++) piece[u].x[i] += weight[k * DECODE_THREADS + at] * values[k * span + column + i];
-        if (limit > 0 && chunk == 0) store_piece(kv_new, piece[u], first + at, begin + column, end, whole);
+          for (int i = 0; i < SIZE; i++) {
+            const A entering = weight[k * DECODE_THREADS + at] * values[k * span + column + i];
+            if constexpr (LOW) add_to(piece[u].x[i], lost.x[i], entering);
+            else piece[u].x[i] += entering;
+          }
+        if (writes) {
+          store_piece(kv_new, piece[u], first + at, begin + column, end, whole);
+          if constexpr (LOW) store_piece(low_new, lost, first + at, begin + column, end, whole);
+        }
 #pragma unroll
         for (int r = 0; r < G; r++)
           if (r < count) {

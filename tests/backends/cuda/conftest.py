@@ -40,7 +40,7 @@ def torch_on_host(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     import torch
 
     import favorsharp_cuda
-    from favorsharp_cuda import launch
+    from favorsharp_cuda.host import launch
 
     def forget() -> None:
         dispatch.rediscover()

@@ -92,7 +92,8 @@ def in_a_child(action: Callable[[], Any], quiet: bool) -> Any:
 
 def run(call: str, request: dict[str, Any], count: int, without: int = -1) -> dict[str, Any]:
     """Make a call at the shape and lengths of a request: its result, what it launched, which barriers it came to."""
-    from favorsharp_cuda import gradients, tiles
+    from favorsharp_cuda.host import attention_gradients as gradients
+    from favorsharp_cuda.host import tiles
 
     if request.get("short_segments"):
         tiles.SHORTEST, gradients.SHORTEST_SEGMENT = 64, 40
@@ -120,7 +121,7 @@ def main(requests: str) -> None:
 
     A barrier whose absence one request noticed is not left out again for the next.
     """
-    from favorsharp_cuda.source import source
+    from favorsharp_cuda.host.source import source
 
     code = source()
     count = len(sites(code))

@@ -36,9 +36,9 @@ Resources = dict[str, int]
 
 
 def compile_for(architecture: str, names: Iterable[str], code: str | None = None) -> dict[str, Resources]:
-    """Registers, spills and instruction counts of kernels of `favorsharp_cuda.source` (or of other code)."""
-    from favorsharp_cuda.launch import OPTIONS
-    from favorsharp_cuda.source import source
+    """Registers, spills and instruction counts of kernels of `favorsharp_cuda.host.source` (or of other code)."""
+    from favorsharp_cuda.host.launch import OPTIONS
+    from favorsharp_cuda.host.source import source
 
     code = source() if code is None else code
     names = sorted(names)
@@ -160,7 +160,7 @@ def representatives(names: Iterable[str]) -> list[str]:
 
 def main() -> None:
     """Compile everything for every architecture and write the table."""
-    from favorsharp_cuda.source import INSTANTIATIONS
+    from favorsharp_cuda.host.source import INSTANTIATIONS
 
     with ThreadPoolExecutor() as pool:
         results: list[Any] = list(pool.map(lambda a: compile_for(a, INSTANTIATIONS), ARCHITECTURES))

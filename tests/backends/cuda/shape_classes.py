@@ -328,9 +328,9 @@ OF_STATES = ("update vjp, masked", "read vjp, window 16", "vjp, causal, from a s
 def _through_a_state(name: str, problem: Problem) -> tuple[Any, ...]:
     """A result, and the gradients of points and of a state that torch's autograd has computed."""
     from favorsharp_cuda.causal_attention import causal_attention_with_stats
-    from favorsharp_cuda.gradients import attention_backward
+    from favorsharp_cuda.host.attention_gradients import attention_backward
+    from favorsharp_cuda.host.state_gradients import read_backward, update_backward
     from favorsharp_cuda.state import read_with_stats, update
-    from favorsharp_cuda.state_gradients import read_backward, update_backward
 
     state = problem.state(16 if name.startswith("read") else 0)
     before = (state.kv, state.z, state.c)
@@ -379,7 +379,7 @@ def _of_every_array(problem: Problem, **options: Any) -> tuple[Any, ...]:
     """The result, and the gradients of points and of all arrays of a map, as torch's autograd has them computed."""
     from favorsharp.features.map_gradients import map_gradients
     from favorsharp_cuda.attention import attention_with_stats
-    from favorsharp_cuda.gradients import attention_backward
+    from favorsharp_cuda.host.attention_gradients import attention_backward
 
     given = (problem.q, *problem.same, problem.map)
     out, stats = attention_with_stats(*given, **options)
@@ -419,7 +419,7 @@ def function(op: str) -> Callable[..., Any]:
 
 def has_gradients(shape: Shape, room: int | None = None) -> bool:
     """Whether a device serves gradients of points of this size; one of so much shared memory, or the shape's card."""
-    from favorsharp_cuda.gradients import sweeps_for
+    from favorsharp_cuda.host.attention_gradients import sweeps_for
 
     return bool(sweeps_for(shape.dtype, shape.d, SHARED_LIMITS[shape.card] if room is None else room))
 

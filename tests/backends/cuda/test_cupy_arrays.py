@@ -21,7 +21,11 @@ from favorsharp.ops.vjp import attention_vjp, exponential_features_vjp
 
 cupy = pytest.importorskip("cupy")
 torch = pytest.importorskip("torch")
-from favorsharp_cuda import arrays, launch, maps  # noqa: E402
+from favorsharp_cuda.host import (  # noqa: E402
+    arrays,
+    launch,
+    maps,
+)
 
 pytestmark = pytest.mark.own_backend
 PARAMETERS = ("a", "g1", "g2", "center_x", "center_y")

@@ -17,8 +17,9 @@ from favorsharp.ops.causal_attention import causal_attention
 from favorsharp.ops.exponential_features import exponential_features
 from favorsharp.ops.kernel_matvec import kernel_matvec
 from favorsharp.ops.state import decode_step, empty_state, read, update
-from favorsharp_cuda import BACKEND, arrays, launch, plain, tiles
-from favorsharp_cuda.source import expression
+from favorsharp_cuda import BACKEND
+from favorsharp_cuda.host import arrays, launch, plain, tiles
+from favorsharp_cuda.host.source import expression
 
 pytestmark = pytest.mark.own_backend
 TOLERANCES = {"float16": 1e-3, "bfloat16": 1e-2, "float32": 3e-5, "float64": 1e-12}

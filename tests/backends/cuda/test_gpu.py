@@ -26,7 +26,7 @@ import favorsharp as fs
 from favorsharp._values import map_arrays
 from favorsharp.dispatch import OPS, watch
 from favorsharp.testing import check_backend, relative_error
-from favorsharp_cuda.launch import shared_room
+from favorsharp_cuda.host.launch import shared_room
 
 pytestmark = pytest.mark.own_backend
 on_gpu = pytest.mark.gpu

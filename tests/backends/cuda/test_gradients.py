@@ -14,7 +14,9 @@ from favorsharp.features.map_gradients import MAP_ARRAYS, map_gradients
 from favorsharp.ops.vjp import attention_vjp, exponential_features_vjp
 
 torch = pytest.importorskip("torch")
-from favorsharp_cuda import arrays, gradients, launch, vjp  # noqa: E402
+from favorsharp_cuda import vjp  # noqa: E402
+from favorsharp_cuda.host import arrays, launch  # noqa: E402
+from favorsharp_cuda.host import attention_gradients as gradients  # noqa: E402
 
 pytestmark = pytest.mark.own_backend
 PARAMETERS = ("a", "g1", "g2", "center_x", "center_y")

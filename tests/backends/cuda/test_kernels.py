@@ -92,7 +92,7 @@ def test_the_cases_of_testing_through_dispatch(op, on_the_host):
 @pytest.mark.sweep
 def test_every_instantiation_is_run():
     """By the calls of the tests above; what nothing launches is not proven and should not be compiled."""
-    from favorsharp_cuda.source import INSTANTIATIONS
+    from favorsharp_cuda.host.source import INSTANTIATIONS
 
     HostModule.launched = set()
     try:

@@ -4,8 +4,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from favorsharp_cuda import launch
-from favorsharp_cuda.source import INSTANTIATIONS
+from favorsharp_cuda.host import launch
+from favorsharp_cuda.host.source import INSTANTIATIONS
 
 pytestmark = pytest.mark.own_backend
 cupy = pytest.importorskip("cupy")

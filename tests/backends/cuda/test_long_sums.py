@@ -13,7 +13,8 @@ from favorsharp._values import astype
 
 pytestmark = pytest.mark.own_backend
 pytest.importorskip("favorsharp_cuda")
-from favorsharp_cuda import gradients, launch, tiles  # noqa: E402
+from favorsharp_cuda.host import attention_gradients as gradients  # noqa: E402
+from favorsharp_cuda.host import launch, tiles  # noqa: E402
 
 N, LAST = 8_192 + 40, 100
 LIMIT = 1e-5
@@ -100,7 +101,7 @@ def test_blocks_of_a_state(block, equal):
     assert_close(fs.read(state, q[:LAST], fm), expected("linear_attention", q[:LAST], k, v, fm))
 
 
-@pytest.mark.parametrize("by", ["tokens", "blocks", "causal attention"])
+@pytest.mark.parametrize("by", ["tokens", "decoded tokens", "blocks", "causal attention"])
 def test_keys_are_not_lost_in_very_many(by):
     """A tile of them is below the rounding of the sums, whose low parts have it."""
     n, many = 300, np.float32(2**31)
@@ -110,6 +111,9 @@ def test_keys_are_not_lost_in_very_many(by):
     state = before = replace(state, kv=state.kv * many, z=state.z * many, c=c, kv_low=None, z_low=None)
     if by == "causal attention":
         _, state = function("causal_attention")(q, k, v, fm, state=state)
+    elif by == "decoded tokens":
+        for token in range(n):
+            _, state = fs.decode_step(*(x[token : token + 1] for x in (q, k, v)), state, fm)
     else:
         block = 1 if by == "tokens" else 40
         for start in range(0, n, block):

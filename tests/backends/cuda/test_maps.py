@@ -15,7 +15,8 @@ from favorsharp.methods import DENSE_EXPONENTIAL
 torch = pytest.importorskip("torch")
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
-from favorsharp_cuda import maps, operators  # noqa: E402
+from favorsharp_cuda.host import maps  # noqa: E402
+from favorsharp_cuda.torch import operators  # noqa: E402
 
 pytestmark = pytest.mark.own_backend
 D, M = 5, 70

@@ -1,5 +1,6 @@
 """The operators of torch that the CUDA backend defines, on the CPU through the shim."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -11,8 +12,9 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("cupy")
 from torch_calls import ALL_MODES, OPS, STATES, features_problem, state_after  # noqa: E402
 
-from favorsharp_cuda import operators, torch_ops  # noqa: E402
-from favorsharp_cuda.problem import lows_of, sums_of  # noqa: E402
+from favorsharp_cuda import torch_ops  # noqa: E402
+from favorsharp_cuda.host.problem import lows_of, sums_of  # noqa: E402
+from favorsharp_cuda.torch import operators  # noqa: E402
 
 pytestmark = [pytest.mark.own_backend, pytest.mark.usefixtures("torch_on_host")]
 
@@ -61,26 +63,28 @@ def test_operators_of_states_are_what_torch_expects_of_them(problem, window, bef
     state = state_after(problem, window, before)
     of_state = operators.arguments_of(state, fm)
     token, hidden = [x[:, 5:6] for x in (q, k, v)], mask[:, 5:6]
-    torch.library.opcheck(OPS["decode_step"], (*token, hidden, *of_state))
-    torch.library.opcheck(OPS["decode_step"], (*token, None, *of_state))
+    torch.library.opcheck(OPS["decode_step"], (*token, hidden, *of_state, *lows_of(state)))
+    torch.library.opcheck(OPS["decode_step"], (*token, None, *of_state, None, None))
     torch.library.opcheck(OPS["update"], (k[:, 5:], v[:, 5:], mask[:, 5:], *of_state, *lows_of(state)))
     torch.library.opcheck(OPS["read"], (q, *of_state))
 
 
-def test_low_parts_go_through_the_operator_of_updates(problem):
+def test_low_parts_go_through_the_operators(problem):
     """Keys that vanish beside the sums of a state are in its low parts."""
     *points, _, fm = problem
     k, v = (x.float() for x in points[1:])
     fm = map_arrays(fm, lambda x: x.float())
     once = torch_ops.update(fs.init_state(fm, 2, like=k), k, v, fm)
-    many = replace(once, kv=once.kv * 2**31, z=once.z * 2**31)
+    many = replace(once, kv=once.kv * 2**31, z=once.z * 2**31, c=once.c + 1)  # so references do not rise
     torch.library.opcheck(OPS["update"], (k, v, None, *operators.arguments_of(many, fm), *lows_of(many)))
     after = torch_ops.update(torch_ops.update(many, k, v, fm), k, v, fm)
+    decoded = torch_ops.update(many, k, v, fm)
+    for i in range(k.shape[-2]):
+        _, decoded = torch_ops.decode_step(*(x[:, i : i + 1] for x in (k, k, v)), decoded, fm)
     for name in ("kv", "z"):
-        gained = getattr(after, name).double() - getattr(many, name) + getattr(after, f"{name}_low")
-        torch.testing.assert_close(gained, 2 * getattr(once, name).double(), rtol=1e-4, atol=1e-4)
-    token = k[:, :1], v[:, :1]
-    assert torch_ops.decode_step(k[:, :1], *token, after, fm)[1].kv_low is None
+        for found in (after, decoded):
+            gained = getattr(found, name).double() - getattr(many, name) + getattr(found, f"{name}_low")
+            torch.testing.assert_close(gained, 2 / math.e * getattr(once, name).double(), rtol=1e-4, atol=1e-4)
 
 
 def test_a_map_changed_in_place_is_packed_again(problem):

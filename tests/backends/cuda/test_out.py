@@ -12,7 +12,7 @@ from favorsharp._values import map_arrays
 
 pytestmark = [pytest.mark.own_backend, pytest.mark.usefixtures("used_on_host")]
 pytest.importorskip("cupy")
-from favorsharp_cuda import arrays  # noqa: E402
+from favorsharp_cuda.host import arrays  # noqa: E402
 
 
 @pytest.fixture

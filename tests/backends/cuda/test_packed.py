@@ -13,8 +13,8 @@ from favorsharp.dispatch import watch
 
 pytestmark = [pytest.mark.own_backend, pytest.mark.usefixtures("used_on_host")]
 pytest.importorskip("cupy")
-from favorsharp_cuda import launch  # noqa: E402
-from favorsharp_cuda.packed import Packing  # noqa: E402
+from favorsharp_cuda.host import launch  # noqa: E402
+from favorsharp_cuda.host.packed import Packing  # noqa: E402
 
 RAGGED = [0, 0, 1, 14, 20, 20, 51, 52, 60]
 EQUAL = [0, 20, 40, 60]
@@ -26,9 +26,10 @@ def launches(monkeypatch):
     """The kernels that are launched."""
     found = []
     run = launch.run
-    for module in ("plain", "tiles", "gradients"):
+    for module in ("plain", "tiles", "attention_gradients"):
         monkeypatch.setattr(
-            f"favorsharp_cuda.{module}.run", lambda name, *rest, **more: (found.append(name), run(name, *rest, **more))
+            f"favorsharp_cuda.host.{module}.run",
+            lambda name, *rest, **more: (found.append(name), run(name, *rest, **more)),
         )
     return found
 

@@ -12,7 +12,7 @@ from shape_classes import LENGTHS, SHAPES, SPOILED, Lengths, Shape
 pytestmark = pytest.mark.own_backend
 pytest.importorskip("favorsharp_cuda")
 pytest.importorskip("ml_dtypes")
-from favorsharp_cuda.source import INSTANTIATIONS, source  # noqa: E402
+from favorsharp_cuda.host.source import INSTANTIATIONS, source  # noqa: E402
 
 SCRIPT = Path(shape_classes.__file__)
 RANDOM = ["random", "random", 3]

@@ -6,7 +6,7 @@ import resources
 pytestmark = pytest.mark.own_backend
 pytest.importorskip("favorsharp_cuda")
 pytest.importorskip("cupy_backends", exc_type=ImportError)
-from favorsharp_cuda.source import INSTANTIATIONS  # noqa: E402
+from favorsharp_cuda.host.source import INSTANTIATIONS  # noqa: E402
 
 try:
     from cupy_backends.cuda.libs import nvrtc

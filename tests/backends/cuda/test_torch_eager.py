@@ -14,7 +14,9 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("cupy")
 from torch_calls import ALL_MODES, MODES, NAMES, features_problem, leaves, state_after  # noqa: E402
 
-from favorsharp_cuda import gradients, operators, torch_ops  # noqa: E402
+from favorsharp_cuda import torch_ops  # noqa: E402
+from favorsharp_cuda.host import attention_gradients as gradients  # noqa: E402
+from favorsharp_cuda.torch import operators  # noqa: E402
 
 pytestmark = [pytest.mark.own_backend, pytest.mark.usefixtures("torch_on_host")]
 

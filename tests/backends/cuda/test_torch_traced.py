@@ -12,7 +12,8 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("cupy")
 from torch_calls import ALL_MODES, MODES, NAMES, OPS, STATES, features_problem, leaves, state_after  # noqa: E402
 
-from favorsharp_cuda import operators, torch_ops, torch_traced  # noqa: E402
+from favorsharp_cuda import torch_ops  # noqa: E402
+from favorsharp_cuda.torch import operators, traced  # noqa: E402
 
 pytestmark = [pytest.mark.own_backend, pytest.mark.usefixtures("torch_on_host")]
 
@@ -25,13 +26,13 @@ def test_derivatives_are_those_of_differences(problem, is_causal, window):
     options = operators.options_of(fm, window, is_causal)
 
     def call(q, k, v, *arrays):
-        return torch_traced.Attention.apply(options, q, k, v, mask[:, :6], None, None, None, *arrays)
+        return traced.Attention.apply(options, q, k, v, mask[:, :6], None, None, None, *arrays)
 
     assert torch.autograd.gradcheck(call, given, fast_mode=True)
 
 
 def test_derivatives_of_features_are_those_of_differences():
-    assert torch.autograd.gradcheck(torch_traced.Features.apply, leaves(*features_problem(torch.float64)))
+    assert torch.autograd.gradcheck(traced.Features.apply, leaves(*features_problem(torch.float64)))
 
 
 @pytest.mark.parametrize("window", [0, 2])

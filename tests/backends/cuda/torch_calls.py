@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import favorsharp as fs
-from favorsharp_cuda import operators
+from favorsharp_cuda.torch import operators
 
 RUN = {
     "attention": operators.attention,

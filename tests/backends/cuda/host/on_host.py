@@ -21,7 +21,7 @@ _guarded: "weakref.WeakSet[_Memory]" = weakref.WeakSet()
 
 def family_of(name: str) -> list[str]:
     """The instances that are built together: of one kernel and dtype; under a sanitizer, whose builds are long, one."""
-    from favorsharp_cuda.source import INSTANTIATIONS
+    from favorsharp_cuda.host.source import INSTANTIATIONS
 
     if sanitizer():
         return [name]
@@ -73,7 +73,7 @@ def check_guards() -> None:
 
 
 def _empty(like: Any, shape: tuple[int, ...], dtype: str) -> Any:
-    from favorsharp_cuda import arrays
+    from favorsharp_cuda.host import arrays
 
     if arrays.is_numpy(like):
         return fresh(shape, dtype)
@@ -94,7 +94,7 @@ def installed(code: str | None = None) -> Iterator[str]:
 
     With `code`, those of another source.
     """
-    from favorsharp_cuda import arrays, launch
+    from favorsharp_cuda.host import arrays, launch
 
     folder = str(Path(__file__).with_name("backend"))
     kept = launch.module_class, launch.source, arrays.empty

@@ -7,12 +7,12 @@ than 128 entries, for calls that do not fit into shared memory, and for few poin
 import math
 from typing import Any
 
-from favorsharp._arrays import broadcast_shapes
-from favorsharp_cuda import arrays
-from favorsharp_cuda.launch import run, shared_room
-from favorsharp_cuda.maps import plain_map
-from favorsharp_cuda.problem import Lows, Problem, Sums, key_batch_of, new_lows, new_sums
-from favorsharp_cuda.source import DECODED_HEADS, expression
+from favorsharp.backend import broadcast_shapes
+from favorsharp_cuda.host import arrays
+from favorsharp_cuda.host.launch import run, shared_room
+from favorsharp_cuda.host.maps import plain_map
+from favorsharp_cuda.host.problem import Lows, Problem, Sums, key_batch_of, new_lows, new_sums
+from favorsharp_cuda.host.source import DECODED_HEADS, expression
 
 THREADS = 128
 DECODE_THREADS = 256
@@ -216,10 +216,11 @@ def decode(
     feature_map: Any,
     key_mask: Any,
     sums: Sums,
+    low: Lows,
     entering: int = 1,
     recent: Recent | None = None,
-) -> tuple[Any, Sums, Recent | None] | None:
-    """One token: what its queries read when its key is included, the new sums, and the new recent keys.
+) -> tuple[Any, tuple[Sums, Lows], Recent | None] | None:
+    """One token: what its queries read when its key is included, the new sums with low parts, and new recent keys.
 
     Without recent keys, the token's key enters the sums. With them, it is appended to the recent keys, and the first
     `entering` of these leave and enter the sums; if `entering` is 0, the sums are returned unchanged.
@@ -243,6 +244,11 @@ def decode(
     new = new_sums(q, keys, feature_map.num_features, e, arrays.WIDER[dtype]) if entering else None
     given = {"q": q, "k": k, "v": v, "mask": key_mask, "out": out}
     problem = _problem(Problem(batch, keys=keys), feature_map, dtype, e, given, sums, new)
+    new_low: Lows = (None, None)
+    if new is not None:
+        new_low = new_lows(new)
+        problem.lows("in", low)
+        problem.lows("out", new_low)
     problem.set(num_queries=group, segments=parts, span=span, limit=entering)
     after = None
     if recent is not None:
@@ -259,7 +265,7 @@ def decode(
         problem.set(num_keys=before, recent=length)
     name = expression("decode", dtype, heads, int(recent is not None))
     run(name, q, blocks * parts, DECODE_THREADS, problem.values, shared)
-    return out, new or sums, after
+    return out, (sums, low) if new is None else (new, new_low), after
 
 
 def cut_of_decode(

@@ -6,11 +6,9 @@ keys. Keys that entered a state read the gradients of its sums in place of the s
 
 from typing import Any
 
-from favorsharp._arrays import namespace_of
-from favorsharp.features.map_gradients import summed_to
-from favorsharp.ops.state import State
-from favorsharp_cuda.gradients import Backward, of_references
-from favorsharp_cuda.problem import Sums, sums_of
+from favorsharp.backend import State, namespace_of, summed_to
+from favorsharp_cuda.host.attention_gradients import Backward, of_references
+from favorsharp_cuda.host.problem import Sums, sums_of
 
 
 def read_backward(

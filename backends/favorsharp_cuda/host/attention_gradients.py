@@ -9,13 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from favorsharp._arrays import broadcast_shapes, namespace_of
-from favorsharp.features.map_gradients import summed_to
-from favorsharp_cuda import arrays
-from favorsharp_cuda.launch import run, shared_room
-from favorsharp_cuda.maps import plain_map
-from favorsharp_cuda.problem import AXES, PROBLEM, Problem, Sums, key_batch_of, new_sums
-from favorsharp_cuda.source import SWEEPS, Sweep, expression
+from favorsharp.backend import broadcast_shapes, namespace_of, summed_to
+from favorsharp_cuda.host import arrays
+from favorsharp_cuda.host.launch import run, shared_room
+from favorsharp_cuda.host.maps import plain_map
+from favorsharp_cuda.host.problem import AXES, PROBLEM, Problem, Sums, key_batch_of, new_sums
+from favorsharp_cuda.host.source import SWEEPS, Sweep, expression
 
 THREADS, ROWS = 128, 32
 WIDEST = 128

@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from favorsharp._arrays import namespace_of
-from favorsharp_cuda import arrays
-from favorsharp_cuda.maps import expanded_map
+from favorsharp.backend import namespace_of
+from favorsharp_cuda.host import arrays
+from favorsharp_cuda.host.maps import expanded_map
 
 
 class Placed:

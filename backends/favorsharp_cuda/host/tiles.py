@@ -7,12 +7,12 @@ file. `Tiles` has one method for each kernel.
 import math
 from typing import Any
 
-from favorsharp._arrays import broadcast_shapes
-from favorsharp_cuda import arrays
-from favorsharp_cuda.launch import run, shared_room
-from favorsharp_cuda.maps import tile_map
-from favorsharp_cuda.problem import Lows, Problem, Sums, key_batch_of, new_lows, new_sums
-from favorsharp_cuda.source import TILE_TYPES, VALUE_SIZES, WALKED_SIZES, expression
+from favorsharp.backend import broadcast_shapes
+from favorsharp_cuda.host import arrays
+from favorsharp_cuda.host.launch import run, shared_room
+from favorsharp_cuda.host.maps import tile_map
+from favorsharp_cuda.host.problem import Lows, Problem, Sums, key_batch_of, new_lows, new_sums
+from favorsharp_cuda.host.source import TILE_TYPES, VALUE_SIZES, WALKED_SIZES, expression
 
 TILE, THREADS = 64, 128
 LARGEST = 128

@@ -7,8 +7,8 @@ from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from typing import Any
 
-from favorsharp_cuda import arrays
-from favorsharp_cuda.source import INSTANTIATIONS, source
+from favorsharp_cuda.host import arrays
+from favorsharp_cuda.host.source import INSTANTIATIONS, source
 
 OPTIONS = ("-std=c++17",)
 

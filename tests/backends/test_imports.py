@@ -1,4 +1,4 @@
-"""The backend stands on the public kit alone, and its folders import downwards: vectors, kernels, host, ops."""
+"""Backends import favorsharp through its public kit, and their folders import downwards."""
 
 import ast
 from pathlib import Path
@@ -7,10 +7,13 @@ import pytest
 
 import favorsharp.backend
 
-ROOT = Path(__file__).parents[3] / "backends" / "favorsharp_numba"
+ROOT = Path(__file__).parents[2] / "backends"
 FILES = sorted(ROOT.rglob("*.py"))
-FOLDERS = ["vectors", "kernels", "host"]
-"""From the bottom up; the files of the ops stand above."""
+FLOORS = {
+    "favorsharp_numba": [["vectors"], ["kernels"], ["host"], [], ["torch_ops", "vjp"]],
+    "favorsharp_cuda": [["kernels"], ["host"], [], ["torch", "vjp"], ["torch_ops"]],
+}
+"""The folders and files of each floor, from the bottom up. The files of the ops are on the floor without names."""
 
 
 def imported(path):
@@ -23,19 +26,22 @@ def imported(path):
             yield from (alias.name for alias in node.names)
 
 
-def floor(parts):
-    """The floor of a module below the backend's root."""
-    return FOLDERS.index(parts[0]) if parts[0] in FOLDERS else len(FOLDERS)
+def floor(package, parts):
+    """The floor of a module of a backend."""
+    floors = FLOORS[package]
+    return next((i for i, names in enumerate(floors) if parts[0] in names), floors.index([]))
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_a_file_imports_public_modules_and_what_lies_below_it(path):
-    own = floor(path.relative_to(ROOT).parts)
+    backend, *place = path.relative_to(ROOT).with_suffix("").parts
+    own = floor(backend, place)
     for name in imported(path):
         package, *parts = name.split(".")
         assert package != "favorsharp" or not any(part.startswith("_") for part in parts), name
-        if package == "favorsharp_numba" and parts:
-            assert floor(parts) <= own, name
+        assert package not in FLOORS or package == backend, name
+        if package == backend and parts:
+            assert floor(backend, parts) <= own, name
 
 
 def test_every_name_of_the_kit_is_public_and_there():

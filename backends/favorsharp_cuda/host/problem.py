@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from favorsharp._arrays import broadcast_shapes
-from favorsharp_cuda import arrays
+from favorsharp.backend import broadcast_shapes
+from favorsharp_cuda.host import arrays
 
 AXES = 8
 
@@ -84,8 +84,13 @@ class Problem:
 
     def sums(self, suffix: str, sums: "Sums | None", low: "Lows" = (None, None)) -> None:
         """Set the sums of a state and their low parts, as far as there are any; `suffix` is "in" or "out"."""
-        names = ("kv", "z", "c", "kv_low", "z_low")
-        for name, x in zip(names, (*(sums or (None, None, None)), *low), strict=True):
+        for name, x in zip(("kv", "z", "c"), sums or (), strict=sums is not None):
+            self.array(f"{name}_{suffix}", x)
+        self.lows(suffix, low)
+
+    def lows(self, suffix: str, low: "Lows") -> None:
+        """Set the low parts of sums, as far as there are any."""
+        for name, x in zip(("kv_low", "z_low"), low, strict=True):
             if x is not None:
                 self.array(f"{name}_{suffix}", x)
 

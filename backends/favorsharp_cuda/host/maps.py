@@ -15,10 +15,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from favorsharp._arrays import cast, named_dtype, namespace_of, on_device_of
-from favorsharp.features.folding import FoldedSide, fold
-from favorsharp_cuda import arrays
-from favorsharp_cuda.launch import stream_of
+from favorsharp.backend import FoldedSide, cast, fold, named_dtype, namespace_of, on_device_of
+from favorsharp_cuda.host import arrays
+from favorsharp_cuda.host.launch import stream_of
 
 
 @dataclass(frozen=True)

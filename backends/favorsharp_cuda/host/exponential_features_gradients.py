@@ -5,12 +5,12 @@
 
 from typing import Any
 
-from favorsharp._arrays import broadcast_shapes
-from favorsharp_cuda import arrays
-from favorsharp_cuda.gradients import GRADIENTS, ROWS, THREADS, segments_of, sum_members, width_of
-from favorsharp_cuda.launch import run
-from favorsharp_cuda.problem import Problem
-from favorsharp_cuda.source import expression
+from favorsharp.backend import broadcast_shapes
+from favorsharp_cuda.host import arrays
+from favorsharp_cuda.host.attention_gradients import GRADIENTS, ROWS, THREADS, segments_of, sum_members, width_of
+from favorsharp_cuda.host.launch import run
+from favorsharp_cuda.host.problem import Problem
+from favorsharp_cuda.host.source import expression
 
 
 def exponential_features_backward(gradient: Any, u: Any, rows: Any, row: Any, column: Any) -> tuple[Any, Any, Any, Any]:

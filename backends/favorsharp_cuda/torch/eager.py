@@ -9,23 +9,29 @@ from typing import Any
 
 import torch
 
-from favorsharp._arrays import recorded_or_followed
-from favorsharp.features.map_gradients import map_gradients
+from favorsharp.backend import (
+    State,
+    features_gradients,
+    gradients_through_map,
+    kernel_matvec_gradients,
+    map_gradients,
+    num_leaving,
+    recorded_or_followed,
+)
 from favorsharp.ops.attention import attention
 from favorsharp.ops.causal_attention import causal_attention
-from favorsharp.ops.state import State, num_leaving, read, update
-from favorsharp.ops.vjp import features_gradients, gradients_through_map, kernel_matvec_gradients
-from favorsharp_cuda import arrays as memory
+from favorsharp.ops.state import read, update
 from favorsharp_cuda import state as plain_state
 from favorsharp_cuda.attention import attention_with_stats
 from favorsharp_cuda.causal_attention import causal_attention_with_stats
 from favorsharp_cuda.exponential_features import exponential_features
-from favorsharp_cuda.exponential_features_gradients import exponential_features_backward
-from favorsharp_cuda.gradients import attention_backward, sweep_of, width_of
+from favorsharp_cuda.host import arrays as memory
+from favorsharp_cuda.host.attention_gradients import attention_backward, sweep_of, width_of
+from favorsharp_cuda.host.exponential_features_gradients import exponential_features_backward
+from favorsharp_cuda.host.problem import sums_of
+from favorsharp_cuda.host.state_gradients import read_backward, update_backward
 from favorsharp_cuda.kernel_matvec import kernel_matvec
-from favorsharp_cuda.operators import after_zeros, first_keys, parted, sums_alone
-from favorsharp_cuda.problem import sums_of
-from favorsharp_cuda.state_gradients import read_backward, update_backward
+from favorsharp_cuda.torch.operators import after_zeros, first_keys, parted, sums_alone
 
 
 class Features(torch.autograd.Function):

@@ -13,22 +13,20 @@ from typing import Any
 
 import torch
 
-from favorsharp._arrays import broadcast_shapes
+from favorsharp.backend import State, broadcast_shapes, empty_state, map_gradients
 from favorsharp.features.dense_exponential import DenseExponentialMap
-from favorsharp.features.map_gradients import map_gradients
-from favorsharp.ops.state import State, empty_state
 from favorsharp.parameters import Parameters
-from favorsharp_cuda import arrays as memory
 from favorsharp_cuda.attention import attention_with_stats
 from favorsharp_cuda.causal_attention import causal_attention_with_stats
 from favorsharp_cuda.exponential_features import exponential_features
-from favorsharp_cuda.exponential_features_gradients import exponential_features_backward
-from favorsharp_cuda.gradients import attention_backward
+from favorsharp_cuda.host import arrays as memory
+from favorsharp_cuda.host.attention_gradients import attention_backward
+from favorsharp_cuda.host.exponential_features_gradients import exponential_features_backward
+from favorsharp_cuda.host.launch import stream_of
+from favorsharp_cuda.host.problem import sums_of
+from favorsharp_cuda.host.state_gradients import read_backward, update_backward
 from favorsharp_cuda.kernel_matvec import kernel_matvec
-from favorsharp_cuda.launch import stream_of
-from favorsharp_cuda.problem import sums_of
 from favorsharp_cuda.state import decode_step, entering, read, read_with_stats, update
-from favorsharp_cuda.state_gradients import read_backward, update_backward
 
 MAPS_KEPT = 64
 """The number of maps in the cache."""
@@ -39,6 +37,7 @@ _POINTS = f"Tensor q, Tensor k, Tensor v, Tensor? key_mask, {_MAP}, {_OPTIONS}"
 _CARRIED = "Tensor? kv, Tensor? z, Tensor? c"
 _STATE = "Tensor kv, Tensor z, Tensor c, Tensor recent_k, Tensor recent_v, Tensor recent_mask"
 _OF_STATE = f"{_STATE}, {_MAP}, float scale, str kernel, int window"
+_LOWS = "Tensor? kv_low, Tensor? z_low"
 _KEYS = f"Tensor k, Tensor v, Tensor? key_mask, {_MAP}, float scale, str kernel"
 _PRODUCT = f"Tensor x, Tensor y, Tensor v, {_MAP}, float scale, str kernel"
 SCHEMAS = {
@@ -51,11 +50,11 @@ SCHEMAS = {
         f"(Tensor of_kv, Tensor of_z, Tensor of_c, {_KEYS}, {_CARRIED}, Tensor new_kv, Tensor new_z, Tensor new_c, "
         "*, bool of_map) -> Tensor[]"
     ),
-    "update": (f"(Tensor k, Tensor v, Tensor? key_mask, {_OF_STATE}, Tensor? kv_low, Tensor? z_low) -> Tensor[]"),
+    "update": f"(Tensor k, Tensor v, Tensor? key_mask, {_OF_STATE}, {_LOWS}) -> Tensor[]",
     "read": f"(Tensor q, {_OF_STATE}) -> Tensor",
     "read_with_stats": f"(Tensor q, {_OF_STATE}) -> (Tensor, Tensor)",
     "read_backward": f"(Tensor gradient, Tensor q, {_OF_STATE}, Tensor out, Tensor stats, *, bool of_map) -> Tensor[]",
-    "decode_step": f"(Tensor q, Tensor k, Tensor v, Tensor? key_mask, {_OF_STATE}) -> Tensor[]",
+    "decode_step": f"(Tensor q, Tensor k, Tensor v, Tensor? key_mask, {_OF_STATE}, {_LOWS}) -> Tensor[]",
     "kernel_matvec": f"({_PRODUCT}) -> Tensor",
     "kernel_matvec_backward": f"(Tensor gradient, {_PRODUCT}, *, bool of_map) -> Tensor[]",
     "exponential_features": "(Tensor u, Tensor rows, Tensor row, Tensor column) -> Tensor",
@@ -99,14 +98,13 @@ def parted(saved: Any, count: int) -> tuple[Any, Any, Any]:
     return saved[:count], saved[count : count + 6], saved[count + 6 :]
 
 
-def changes(state: State, new: Any, *, low: bool = False) -> tuple[str, ...]:
+def changes(state: State, new: Any) -> tuple[str, ...]:
     """The names of the arrays of a state that change when `new` keys arrive.
 
-    Operators return only these, because an operator must not return its arguments. With `low`, the names include the
-    low parts of sums, if sums change and are not in float64.
+    Operators return only these, because an operator must not return its arguments.
     """
     sums: tuple[str, ...] = ("kv", "z", "c") if state.window == 0 or entering(state, new) else ()
-    if sums and low and memory.name_of(state.kv) != "float64":
+    if sums and memory.name_of(state.kv) != "float64":
         sums += ("kv_low", "z_low")
     return (*sums, *(("recent_k", "recent_v", "recent_mask") if state.window else ()))
 
@@ -246,10 +244,8 @@ def kernel_matvec_backward(gradient: Any, x: Any, y: Any, v: Any, *rest: Any, of
 
 def update_(k: Any, v: Any, key_mask: Any, *rest: Any) -> Any:
     """The arrays of the state that change, as `changes` names them."""
-    *of_state, kv_low, z_low = rest
-    state, feature_map = _of_state(of_state)
-    state = replace(state, kv_low=kv_low, z_low=z_low)
-    return _changed(state, update(state, k, v, feature_map, key_mask=key_mask), k.shape[-2], low=True)
+    state, feature_map = _with_lows(rest)
+    return _changed(state, update(state, k, v, feature_map, key_mask=key_mask), k.shape[-2])
 
 
 def read_(q: Any, *rest: Any) -> Any:
@@ -260,7 +256,7 @@ def read_(q: Any, *rest: Any) -> Any:
 
 def decode_step_(q: Any, k: Any, v: Any, key_mask: Any, *rest: Any) -> Any:
     """The result, and the arrays of the state that change."""
-    state, feature_map = _of_state(rest)
+    state, feature_map = _with_lows(rest)
     out, after = decode_step(q, k, v, state, feature_map, key_mask=key_mask)
     return [out, *_changed(state, after, 1)]
 
@@ -271,14 +267,20 @@ def _of_state(rest: Any) -> tuple[State, DenseExponentialMap]:
     return state, kept_map_of(arrays, scale, kernel)
 
 
+def _with_lows(rest: Any) -> tuple[State, DenseExponentialMap]:
+    *of_state, kv_low, z_low = rest
+    state, feature_map = _of_state(of_state)
+    return replace(state, kv_low=kv_low, z_low=z_low), feature_map
+
+
 def _state_of(tensors: Any, window: int) -> tuple[State, Any]:
     """The first tensors as a state, and the others, which are those of a map."""
     kv, z, c, recent_k, recent_v, recent_mask, *arrays = tensors
     return State(kv, z, c, window, recent_k, recent_v, recent_mask, fingerprint=None), arrays
 
 
-def _changed(state: State, after: State, new: int, *, low: bool = False) -> list[Any]:
-    return [getattr(after, name).contiguous() for name in changes(state, new, low=low)]
+def _changed(state: State, after: State, new: int) -> list[Any]:
+    return [getattr(after, name).contiguous() for name in changes(state, new)]
 
 
 def exponential_features_backward_(gradient: Any, u: Any, *rest: Any) -> Any:
@@ -366,10 +368,10 @@ def _fake_matvec_backward(gradient: Any, x: Any, y: Any, v: Any, *rest: Any, of_
 
 
 def _fake_update(k: Any, v: Any, key_mask: Any, *rest: Any) -> Any:
-    return _fake_changes(k, v, key_mask, *rest[:-2], low=True)
+    return _fake_changes(k, v, key_mask, *rest[:-2])
 
 
-def _fake_changes(k: Any, v: Any, key_mask: Any, *rest: Any, low: bool = False) -> Any:
+def _fake_changes(k: Any, v: Any, key_mask: Any, *rest: Any) -> Any:
     *tensors, _, _, window = rest
     state, arrays = _state_of(tensors, window)
     kv, recent_k, recent_v, recent_mask = state.kv, state.recent_k, state.recent_v, state.recent_mask
@@ -388,7 +390,7 @@ def _fake_changes(k: Any, v: Any, key_mask: Any, *rest: Any, low: bool = False) 
         "recent_v": ((*own, length, v.shape[-1]), v.dtype),
         "recent_mask": ((*own, length), torch.bool),
     }
-    return [k.new_empty(made[name][0], dtype=made[name][1]) for name in changes(state, new, low=low)]
+    return [k.new_empty(made[name][0], dtype=made[name][1]) for name in changes(state, new)]
 
 
 def _fake_read(q: Any, kv: Any, z: Any, c: Any, recent_k: Any, recent_v: Any, recent_mask: Any, *rest: Any) -> Any:
@@ -397,10 +399,10 @@ def _fake_read(q: Any, kv: Any, z: Any, c: Any, recent_k: Any, recent_v: Any, re
 
 
 def _fake_decode(q: Any, k: Any, v: Any, key_mask: Any, *rest: Any) -> Any:
-    kv, _, _, recent_k, recent_v, recent_mask, *arrays, _, _, window = rest
+    kv, _, _, recent_k, recent_v, recent_mask, *arrays, _, _, window, _, _ = rest
     near = [_keys_batch(recent_k, recent_v, recent_mask, arrays)] if window else []
     batch = broadcast_shapes(q.shape[:-2], kv.shape[:-2], _keys_batch(k, v, key_mask, arrays), *near)
-    return [q.new_empty((*batch, 1, v.shape[-1])), *_fake_changes(k, v, key_mask, *rest)]
+    return [q.new_empty((*batch, 1, v.shape[-1])), *_fake_changes(k, v, key_mask, *rest[:-2])]
 
 
 def _fake_features(u: Any, rows: Any, row: Any, column: Any) -> Any:

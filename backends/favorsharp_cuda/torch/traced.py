@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from favorsharp_cuda.operators import (
+from favorsharp_cuda.torch.operators import (
     absorb_backward_op,
     absorb_op,
     after_zeros,
