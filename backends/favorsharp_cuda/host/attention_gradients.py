@@ -7,50 +7,20 @@ kernels are in kernels/attention_gradients.cu, gradient_points.cu and near_gradi
 import math
 from typing import Any
 
-import numpy as np
-
 from favorsharp.backend import broadcast_shapes, namespace_of, summed_to
 from favorsharp_cuda.host import arrays
+from favorsharp_cuda.host.declarations import GRADIENT_ROWS, GRADIENT_THREADS, GRADIENTS, PART
 from favorsharp_cuda.host.launch import run, shared_room
 from favorsharp_cuda.host.maps import plain_map
-from favorsharp_cuda.host.problem import AXES, PROBLEM, Problem, Sums, key_batch_of, new_sums
+from favorsharp_cuda.host.problem import Problem, Sums, key_batch_of, new_sums
 from favorsharp_cuda.host.source import SWEEPS, Sweep, expression
 
-THREADS, ROWS = 128, 32
 WIDEST = 128
 """The most entries that a point can have. Kernels other than `gradient_sweep` are compiled for widths 64 and 128."""
 ENOUGH_BLOCKS = 512
 """A number of blocks that keeps a large GPU busy."""
 SHORTEST_SEGMENT = 512
 """The fewest points of a segment: its sums cost as much as reading some hundred points."""
-LONGEST_SEGMENT = 2048
-"""The most points of a segment, unless a block of a window is longer: within it, float32 sums have no low parts."""
-
-_ARRAY = PROBLEM["q"]
-_ARRAYS = (
-    *("q", "k", "v", "mask", "out", "stats", "gradient", "target"),
-    *("given_kv", "given_z", "given_c"),
-)
-GRADIENTS = np.dtype(
-    [
-        *((name, _ARRAY) for name in _ARRAYS),
-        *((name, "i8", (AXES,)) for name in ("shape", "map_axis", "member")),
-        *((name, "i8") for name in ("query", "key", "constants", "m", "d", "e", "slices", "slice")),
-        *((name, "i8") for name in ("width", "value_width", "gaussian", "has_dense")),
-        *((name, "i8") for name in ("num_queries", "num_keys", "window", "causal", "of_factors")),
-        *((name, "i8") for name in ("segments", "span")),
-        *((name, "i8") for name in ("state_segments", "state_span")),
-        *((name, "i8") for name in ("keys_read", "backwards", "added", "only_states", "measuring", "heads", "targets")),
-        *((name, "i8") for name in ("query_factor", "query_near", "query_last", "query_weights")),
-        *((name, "i8") for name in ("key_factor", "key_near")),
-        *((name, "i8") for name in ("dq", "dk", "dv", "query_slopes", "key_slopes")),
-        *((name, "i8") for name in ("states", "map_sums", "factor_sums")),
-        *((name, "i8") for name in ("total_kv", "total_z", "total_c", "largest", "largest_at", "of_largest", "before")),
-        *((name, "i8") for name in ("from", "to", "outer", "inner")),
-        *((name, "i8") for name in ("num_rows", "num_columns", "row_step", "column_step", "head_step")),
-    ]
-)
-"""The layout of `Gradients` in kernels/gradient_tiles.cuh: the same fields in the same order."""
 
 
 def attention_backward(
@@ -142,9 +112,14 @@ def shared_of(sweep: Sweep, item: int) -> int:
 def shared_of_sweep(sweep: Sweep, item: int) -> int:
     """Bytes of shared memory for a block of `gradient_sweep`."""
     size = sweep.features
-    points, values, features, pairs = sweep.points + 4, sweep.values + 4, size + 4, ROWS + 4
-    items = ROWS * (points + 2 * values) + 2 * sweep.points * features + 3 * ROWS * features + 2 * ROWS * pairs
-    return item * (items + size * values + 5 * size + 4 * ROWS + 2)
+    points, values, features, pairs = sweep.points + 4, sweep.values + 4, size + 4, GRADIENT_ROWS + 4
+    items = (
+        GRADIENT_ROWS * (points + 2 * values)
+        + 2 * sweep.points * features
+        + 3 * GRADIENT_ROWS * features
+        + 2 * GRADIENT_ROWS * pairs
+    )
+    return item * (items + size * values + 5 * size + 4 * GRADIENT_ROWS + 2)
 
 
 def shared_of_factors(wider: int, item: int) -> int:
@@ -152,12 +127,12 @@ def shared_of_factors(wider: int, item: int) -> int:
 
     The matrix of a map's quadratic form is in shared memory in float32; in float64 it stays in global memory.
     """
-    return item * ((wider if item == 4 else 0) + 2 * ROWS) * (wider + 4)
+    return item * ((wider if item == 4 else 0) + 2 * GRADIENT_ROWS) * (wider + 4)
 
 
 def shared_of_near(wider: int, item: int) -> int:
     """Bytes of shared memory for a block of `near_gradients`."""
-    return item * (4 * ROWS * (wider + 4) + 2 * ROWS * (ROWS + 4) + 6 * ROWS)
+    return item * (4 * GRADIENT_ROWS * (wider + 4) + 2 * GRADIENT_ROWS * (GRADIENT_ROWS + 4) + 6 * GRADIENT_ROWS)
 
 
 def wider_of(width: int) -> int:
@@ -169,7 +144,7 @@ def segments_of(heads: int, points: int, block: int) -> tuple[int, int]:
     """How many segments to cut the points of a head into, and the points of a segment, a multiple of `block`."""
     wanted = max(1, min(-(-ENOUGH_BLOCKS // max(1, heads)), points // SHORTEST_SEGMENT))
     blocks = max(1, -(-points // block))
-    span = max(1, min(-(-blocks // wanted), LONGEST_SEGMENT // block)) * block
+    span = max(1, min(-(-blocks // wanted), PART // block)) * block
     return max(1, -(-points // span)), span
 
 
@@ -298,14 +273,16 @@ class Backward:
 
     def run(self, kernel: str, blocks: int, shared: int = 0, *, over: tuple[str | int, ...]) -> None:
         """Launch an instance of a kernel."""
-        run(expression(kernel, *over), self.q, blocks, THREADS, self.problem.values, shared)
+        run(expression(kernel, *over), self.q, blocks, GRADIENT_THREADS, self.problem.values, shared)
 
     def factors(self) -> None:
         """Compute the part of log features that depends only on the point, for all queries and keys."""
         shared = shared_of_factors(self.wider, self.item)
         for keys, points in ((0, self.n), (1, self.s)):
             self.problem.set(keys_read=keys)
-            self.run("gradient_factors", self.heads * -(-points // ROWS), shared, over=(self.dtype, self.wider))
+            self.run(
+                "gradient_factors", self.heads * -(-points // GRADIENT_ROWS), shared, over=(self.dtype, self.wider)
+            )
 
     def sweep(self, keys_read: int, sums: "MapSums | None") -> None:
         """Let one side read the other: keys read queries if `keys_read` is 1, otherwise queries read keys.
@@ -321,7 +298,7 @@ class Backward:
             return
         p, window, again = self.problem, self.window, len(self.of_columns) > 1 and not self.measuring
         both = window > 0 and not self.causal
-        block = window or ROWS
+        block = window or GRADIENT_ROWS
         segments, span = segments_of(self.heads, readers, block)
         ordered = self.causal or both
         cut = (segments, span) if ordered else segments_of(self.heads, taken, block)
@@ -355,7 +332,7 @@ class Backward:
         )  # fmt: skip
         self.run_sweep(self.heads * self.slices * segments)
         numbers = self.heads * self.slices * (size - 2 * self.slice)
-        self.run("gradient_scan", -(-numbers // THREADS), over=(self.wide,))
+        self.run("gradient_scan", -(-numbers // GRADIENT_THREADS), over=(self.wide,))
         self.problem.set(only_states=0)
 
     def run_sweep(self, blocks: int) -> None:
@@ -370,7 +347,7 @@ class Backward:
         self._give(None)
         p = self.problem
         p.set(keys_read=1, causal=0, window=0, backwards=0, total_kv=kv, total_z=z, total_c=c)
-        self._states(*segments_of(self.heads, self.n, ROWS))
+        self._states(*segments_of(self.heads, self.n, GRADIENT_ROWS))
         p.set(causal=self.causal, window=self.window, total_kv=0)
         self.totals.append(sums)
 
@@ -418,12 +395,12 @@ class Backward:
             self.near(0)
         self.measuring = False
         self.problem.set(measuring=0)
-        self.run("gradient_normalise", -(-self.heads * self.n // THREADS), over=(self.wide,))
+        self.run("gradient_normalise", -(-self.heads * self.n // GRADIENT_THREADS), over=(self.wide,))
 
     def near(self, keys_read: int) -> None:
         """Add the gradients through the keys that are scored exactly."""
         w = max(self.n, self.s, 1) if self.only_near else self.window  # one block, in which every query sees every key
-        tiles = -(-(self.s if keys_read else self.n) // w) * -(-w // ROWS)
+        tiles = -(-(self.s if keys_read else self.n) // w) * -(-w // GRADIENT_ROWS)
         self.problem.set(keys_read=keys_read, window=w)
         self.run(
             "near_gradients", self.heads * tiles, shared_of_near(self.wider, self.item), over=(self.dtype, self.wider)
@@ -437,7 +414,7 @@ class Backward:
         targets = set_target(self.problem, target)
         self.problem.set(keys_read=keys_read)
         shared = shared_of_factors(self.wider, self.item)
-        self.run("gradient_points", targets * -(-points // ROWS), shared, over=(self.dtype, self.wider))
+        self.run("gradient_points", targets * -(-points // GRADIENT_ROWS), shared, over=(self.dtype, self.wider))
         return target
 
     def of_values(self) -> Any:
@@ -484,8 +461,8 @@ def sum_members(problem: Problem, target: Any, source: int, steps: tuple[int, in
         **{"from": source}, num_rows=rows, num_columns=columns, row_step=steps[0], column_step=steps[1],
         head_step=steps[2],
     )  # fmt: skip
-    blocks = -(-targets * rows * columns // THREADS)
-    run(expression("sum_members", arrays.name_of(target)), target, blocks, THREADS, problem.values)
+    blocks = -(-targets * rows * columns // GRADIENT_THREADS)
+    run(expression("sum_members", arrays.name_of(target)), target, blocks, GRADIENT_THREADS, problem.values)
 
 
 class MapSums:
@@ -524,7 +501,7 @@ class MapSums:
             partial = arrays.empty(b.q, (b.heads, segments, size), b.wide)
             span = b.spans[keys]
             b.problem.set(keys_read=keys, segments=segments, span=span, factor_sums=b.problem.hold(partial))
-            shared = b.item * 2 * ROWS * (width + 4)
+            shared = b.item * 2 * GRADIENT_ROWS * (width + 4)
             b.run("gradient_factor_sums", b.heads * segments * (width // 32), shared, over=(b.dtype, width))
             factors = self._summed(partial, b.heads, segments, size).reshape(*b.batch, 1, size)
             products = factors[..., 0, : width * width].reshape(*b.batch, width, width)
@@ -540,7 +517,7 @@ class MapSums:
             **{"from": b.problem.hold(partial), "to": b.problem.hold(result)}, outer=outer, segments=segments,
             inner=inner,
         )  # fmt: skip
-        b.run("sum_segments", -(-outer * inner // THREADS), over=(b.wide,))
+        b.run("sum_segments", -(-outer * inner // GRADIENT_THREADS), over=(b.wide,))
         return result
 
     def rows_and_weights(self, feature_map: Any) -> tuple[Any, Any]:
@@ -560,6 +537,6 @@ class MapSums:
             targets = set_target(problem, target)
             problem.set(keys_read=of_weights)
             numbers = targets * like.shape[-1] * like.shape[-2]
-            b.run("gradient_map", -(-numbers // THREADS), over=(b.wide,))
+            b.run("gradient_map", -(-numbers // GRADIENT_THREADS), over=(b.wide,))
             found.append(arrays.cast(target, arrays.name_of(like)))
         return found[0], found[1]

@@ -7,7 +7,8 @@ from typing import Any
 
 from favorsharp.backend import broadcast_shapes
 from favorsharp_cuda.host import arrays
-from favorsharp_cuda.host.attention_gradients import GRADIENTS, ROWS, THREADS, segments_of, sum_members, width_of
+from favorsharp_cuda.host.attention_gradients import segments_of, sum_members, width_of
+from favorsharp_cuda.host.declarations import GRADIENT_ROWS, GRADIENT_THREADS, GRADIENTS
 from favorsharp_cuda.host.launch import run
 from favorsharp_cuda.host.problem import Problem
 from favorsharp_cuda.host.source import expression
@@ -23,7 +24,7 @@ def exponential_features_backward(gradient: Any, u: Any, rows: Any, row: Any, co
     size = (64 if width == 64 else 32) * 4 // item
     slices = -(-m // size)
     p = Problem(broadcast_shapes(*(tuple(x.shape[:-2]) for x in (u, rows, row, column))), GRADIENTS)
-    segments, span = segments_of(p.heads, n, ROWS)
+    segments, span = segments_of(p.heads, n, GRADIENT_ROWS)
     for name, x in (("q", u), ("k", rows), ("v", row), ("out", column), ("gradient", gradient)):
         p.array(name, x)
     features = slices * size
@@ -35,11 +36,11 @@ def exponential_features_backward(gradient: Any, u: Any, rows: Any, row: Any, co
         query_slopes=p.hold(drow), map_sums=p.hold(partial), to=p.hold(of_map), outer=p.heads * slices,
         inner=size * (width + 1), **{"from": p.hold(partial)},
     )  # fmt: skip
-    shared = item * ((ROWS + size) * (width + 4) + ROWS * (size + 4))
+    shared = item * ((GRADIENT_ROWS + size) * (width + 4) + GRADIENT_ROWS * (size + 4))
     kernel = expression("exponential_features_gradients", dtype, width)
-    run(kernel, u, p.heads * segments, THREADS, p.values, shared)
+    run(kernel, u, p.heads * segments, GRADIENT_THREADS, p.values, shared)
     numbers = p.heads * slices * size * (width + 1)
-    run(expression("sum_segments", wide), u, -(-numbers // THREADS), THREADS, p.values)
+    run(expression("sum_segments", wide), u, -(-numbers // GRADIENT_THREADS), GRADIENT_THREADS, p.values)
     head = features * (width + 1)
     first = p.hold(of_map)
     targets = [arrays.empty(x, tuple(x.shape), arrays.name_of(x)) for x in (u, rows, row, column)]

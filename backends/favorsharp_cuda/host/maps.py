@@ -17,6 +17,7 @@ from typing import Any
 
 from favorsharp.backend import FoldedSide, cast, fold, named_dtype, namespace_of, on_device_of
 from favorsharp_cuda.host import arrays
+from favorsharp_cuda.host.declarations import TILE
 from favorsharp_cuda.host.launch import stream_of
 
 
@@ -72,7 +73,6 @@ def expanded_map(feature_map: Any) -> Any:
 
 
 LOG2E = 1 / math.log(2)
-TILE = 64
 
 
 @dataclass(frozen=True)

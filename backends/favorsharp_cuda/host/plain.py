@@ -9,18 +9,15 @@ from typing import Any
 
 from favorsharp.backend import broadcast_shapes
 from favorsharp_cuda.host import arrays
+from favorsharp_cuda.host.declarations import DECODE_THREADS, PLAIN_THREADS, Plain
 from favorsharp_cuda.host.launch import run, shared_room
 from favorsharp_cuda.host.maps import plain_map
 from favorsharp_cuda.host.problem import Lows, Problem, Sums, key_batch_of, new_lows, new_sums
 from favorsharp_cuda.host.source import DECODED_HEADS, expression
 
-THREADS = 128
-DECODE_THREADS = 256
 PROCESSORS = 132
 """Multiprocessors of an H100. The values of a token are cut into parts until there are about as many blocks, but not
 further, because every part computes all features again."""
-ENTER, NEAR, LOAD_PARTIAL, STORE_PARTIAL = 1, 2, 4, 8
-"""The flags of `plain_attention`, as in kernels/plain.cu."""
 QUERIES_A_BLOCK = 16
 """Queries of one head that a block of `plain_attention` processes when queries only read sums."""
 
@@ -48,7 +45,7 @@ def attend(
 ) -> Lows:
     """Launch `plain_attention` once, with `pieces` blocks for each head; the low parts of the new sums.
 
-    The flags are explained in kernels/plain.cu. `numbers` are further fields of the structure.
+    `numbers` are further fields of the structure.
     """
     d, m = feature_map.parameters.g1.shape[-1], feature_map.num_features
     shared = shared_of(like, dtype, d=d, e=e, m=m)
@@ -62,7 +59,7 @@ def attend(
         num_keys=0 if k is None else k.shape[-2],
     )  # fmt: skip
     problem.set(**numbers)
-    run(expression("plain_attention", dtype), like, problem.heads * pieces, THREADS, problem.values, shared)
+    run(expression("plain_attention", dtype), like, problem.heads * pieces, PLAIN_THREADS, problem.values, shared)
     return new_low
 
 
@@ -95,7 +92,7 @@ def _problem(
 def shared_of(like: Any, dtype: str, *, d: int, e: int, m: int) -> int:
     """Bytes of shared memory that a block of `plain_attention` takes; an error if the device has less."""
     item = arrays.computed_item(dtype)
-    others = d + e + THREADS // 32 + THREADS
+    others = d + e + PLAIN_THREADS // 32 + PLAIN_THREADS
     needed = item * (3 * m + others)
     device = arrays.device_number(like)
     if needed > (room := shared_room(device)):
@@ -135,11 +132,12 @@ def attention(
     if window and k.shape[-2]:
         partial = arrays.empty(q, (*batch, q.shape[-2], e + 2), wide)
         both = {"q": q, "out": out, "new": new_sums(q, batch, m, e, wide), "partial": partial, "window": window}
-        attend(batch, feature_map, dtype, flags=ENTER | NEAR | STORE_PARTIAL, **given, **both)
-        attend(batch, feature_map, dtype, flags=ENTER | LOAD_PARTIAL, reverse=1, stats=stats, **given, **both)
+        there, back = Plain.ENTER | Plain.NEAR | Plain.STORE_PARTIAL, Plain.ENTER | Plain.LOAD_PARTIAL
+        attend(batch, feature_map, dtype, flags=there, **given, **both)
+        attend(batch, feature_map, dtype, flags=back, reverse=1, stats=stats, **given, **both)
         return out
     sums = new_sums(q, keys, m, e, wide)
-    attend(keys, feature_map, dtype, flags=ENTER, new=sums, limit=k.shape[-2], **given)
+    attend(keys, feature_map, dtype, flags=Plain.ENTER, new=sums, limit=k.shape[-2], **given)
     read(out, q, feature_map, sums, normalised=normalised, stats=stats)
     return out
 
@@ -159,7 +157,7 @@ def read(
     pieces = max(1, -(-q.shape[-2] // QUERIES_A_BLOCK))
     attend(
         tuple(out.shape[:-2]), feature_map, arrays.name_of(q), like=q, e=out.shape[-1], q=q, k=k, v=v, mask=mask,
-        out=out, sums=sums, flags=NEAR if recent else 0, pieces=pieces, normalised=normalised,
+        out=out, sums=sums, flags=Plain.NEAR if recent else 0, pieces=pieces, normalised=normalised,
         recent=0 if k is None else k.shape[-2], stats=stats,
     )  # fmt: skip
 
@@ -171,7 +169,7 @@ def absorb(k: Any, v: Any, feature_map: Any, key_mask: Any, sums: Sums, low: Low
     new = new_sums(k, keys, feature_map.num_features, v.shape[-1], arrays.WIDER[dtype])
     new_low = attend(
         keys, feature_map, dtype, like=k, e=v.shape[-1], k=k, v=v, mask=key_mask, sums=sums, low=low, new=new,
-        flags=ENTER, limit=k.shape[-2],
+        flags=Plain.ENTER, limit=k.shape[-2],
     )  # fmt: skip
     return new, new_low
 
@@ -199,8 +197,8 @@ def causal(
     new = new_sums(q, batch, feature_map.num_features, e, arrays.WIDER[dtype])
     new_low = attend(
         batch, feature_map, dtype, like=q, e=e, q=q, k=k, v=v, mask=key_mask, out=out, sums=sums, low=low, new=new,
-        flags=ENTER | (NEAR if window else 0), window=window, causal=1, first_query=first_query, limit=limit,
-        stats=stats,
+        flags=Plain.ENTER | (Plain.NEAR if window else 0), window=window, causal=1, first_query=first_query,
+        limit=limit, stats=stats,
     )  # fmt: skip
     return new, new_low
 
@@ -313,9 +311,9 @@ def features(u: Any, rows: Any, row: Any, column: Any, out: Any) -> None:
     """Write exp(u W^T + row + column) to `out`."""
     problem = Problem(tuple(out.shape[:-2]))
     n, m = out.shape[-2:]
-    pieces = max(1, min(-(-n * m // THREADS), 65536))
+    pieces = max(1, min(-(-n * m // PLAIN_THREADS), 65536))
     problem.set(m=m, d=u.shape[-1], num_queries=n, segments=pieces)
     for name, x in (("q", u), ("k", rows), ("v", row), ("mask", column), ("out", out)):
         problem.array(name, x)
     if math.prod(out.shape):
-        run(expression("plain_features", arrays.name_of(u)), u, problem.heads * pieces, THREADS, problem.values)
+        run(expression("plain_features", arrays.name_of(u)), u, problem.heads * pieces, PLAIN_THREADS, problem.values)

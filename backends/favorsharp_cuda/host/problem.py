@@ -1,6 +1,6 @@
 """Builds the structure that kernels take as their argument, from arrays with any leading axes and strides.
 
-`plain` and `tiles` use the layout `PROBLEM` (kernels/arguments.cuh), the modules of gradients use `GRADIENTS`.
+`plain` and `tiles` use the layout `PROBLEM`, the modules of gradients use `GRADIENTS`, both of `declarations`.
 """
 
 import math
@@ -12,32 +12,7 @@ import numpy as np
 
 from favorsharp.backend import broadcast_shapes
 from favorsharp_cuda.host import arrays
-
-AXES = 8
-
-_ARRAY = np.dtype([("start", "i8"), ("row", "i8"), ("column", "i8"), ("axis", "i8", (AXES,))])
-_SIDE = np.dtype([("header", "i8"), ("rows", "i8"), ("planes", "i8")])
-_ARRAYS = (
-    *("q", "k", "v", "mask", "out", "stats", "partial_sums"),
-    *("query_factors", "key_factors"),
-    *("kv_in", "z_in", "c_in", "kv_out", "z_out", "c_out"),
-    *("kv_low_in", "z_low_in", "kv_low_out", "z_low_out"),
-    *("recent_k", "recent_v", "recent_mask", "recent_k_out", "recent_v_out", "recent_mask_out"),
-)
-PROBLEM = np.dtype(
-    [
-        *((name, _ARRAY) for name in _ARRAYS),
-        *((name, "i8", (AXES,)) for name in ("shape", "map_axis", "key_axis")),
-        ("query", _SIDE),
-        ("key", _SIDE),
-        *((name, "i8") for name in ("m", "m_pad", "d", "e", "gaussian", "has_dense", "map_rows")),
-        *((name, "i8") for name in ("num_queries", "num_keys", "first_query", "window")),
-        *((name, "i8") for name in ("causal", "reverse", "normalised", "limit", "recent", "segments", "span")),
-        *((name, "i8") for name in ("sums", "scratch", "totals")),
-        *((name, "i8") for name in ("padded_d", "padded_e", "plane_rows", "header_size", "stages", "flags", "shift")),
-    ]
-)
-"""The layout of `Problem` in kernels/arguments.cuh: the same fields in the same order, all numbers of eight bytes."""
+from favorsharp_cuda.host.declarations import AXES, PROBLEM
 
 
 class Problem:

@@ -7,6 +7,8 @@ from functools import cache
 from importlib.resources import files
 from typing import NamedTuple
 
+from favorsharp_cuda.host.declarations import prelude
+
 FILES = (
     *("primitives.cuh", "arguments.cuh", "tiles.cuh", "plain.cu", "exponential_features.cu"),
     *("state.cu", "decode.cu", "attention.cu", "walk.cuh", "causal_attention.cu"),
@@ -35,7 +37,9 @@ def source() -> str:
     Files must not include each other: CuPy looks up compiled kernels by this text, and would miss changes elsewhere.
     """
     folder = files("favorsharp_cuda") / "kernels"
-    return "".join(f'#line 1 "{name}"\n{(folder / name).read_text()}\n' for name in (*FILES, *GRADIENT_FILES))
+    texts = {name: (folder / name).read_text() for name in (*FILES, *GRADIENT_FILES)}
+    texts["primitives.cuh"] += f'#line 1 "declarations.py"\n{prelude()}'  # with the types that it declares
+    return "".join(f'#line 1 "{name}"\n{text}\n' for name, text in texts.items())
 
 
 def expression(kernel: str, *arguments: str | int) -> str:

@@ -9,12 +9,12 @@ from typing import Any
 
 from favorsharp.backend import broadcast_shapes
 from favorsharp_cuda.host import arrays
+from favorsharp_cuda.host.declarations import START, THREADS, TILE, Scan, Walk
 from favorsharp_cuda.host.launch import run, shared_room
 from favorsharp_cuda.host.maps import tile_map
 from favorsharp_cuda.host.problem import Lows, Problem, Sums, key_batch_of, new_lows, new_sums
 from favorsharp_cuda.host.source import TILE_TYPES, VALUE_SIZES, WALKED_SIZES, expression
 
-TILE, THREADS = 64, 128
 LARGEST = 128
 """The most entries that a point or a value can have."""
 
@@ -29,11 +29,6 @@ SHORTEST = 1024
 
 LONGEST = 1 << 30
 """The limit for positions in `walk`: it counts them in 32 bits, and a window shifts them by twice its length."""
-
-TOTALS, BEFORE, STATE, EMPTY = 1, 2, 4, 8
-"""The flags of `scan`, as in kernels/state.cu."""
-LOAD, STORE, NEAR = 1, 2, 4
-"""The flags of `walk`, as in kernels/walk.cuh."""
 
 
 def fit(x: Any, e: int, *, walks: bool = False) -> bool:
@@ -85,7 +80,7 @@ def shared_of_read(dtype: str, d: int, e: int, stages: int = 1) -> int:
 
 def shared_of_walk(dtype: str, d: int, e: int, stages: int = 1) -> int:
     """Bytes of shared memory for a block of `walk` that processes e columns of the values."""
-    numbers = 4 * (9 * TILE + 4) + 8 * 17  # of the addresses, `Start` in kernels/walk.cuh has 17
+    numbers = 4 * (9 * TILE + 4) + 8 * len(START)
     return (2 + stages) * points_bytes(d) + 2 * values_bytes(dtype, e) + values_bytes(dtype, TILE) + numbers
 
 
@@ -220,7 +215,7 @@ class Tiles:
             p.set(sums=p.hold(sums))
         p.set(
             segments=0 if sums is None else sums.shape[1], reverse=reverse,
-            flags=TOTALS * totals + BEFORE * before + STATE * (new is not None) + EMPTY * empty,
+            flags=Scan.TOTALS * totals + Scan.BEFORE * before + Scan.STATE * (new is not None) + Scan.EMPTY * empty,
         )  # fmt: skip
         blocks = p.heads * self.map.padded_m // (THREADS // 32)
         run(expression("scan"), self.like, blocks, THREADS, p.values)
@@ -308,13 +303,13 @@ class Tiles:
         p.array("key_factors", factors)
         flags = 0
         if window and not reverse:
-            flags |= NEAR
+            flags |= Walk.NEAR
         if stats is not None:
             p.array("stats", stats)
         if window or stats is not None:
             p.array("query_factors", self.factors(q, None, batch, query=True))
         if partial is not None:
-            flags |= LOAD if reverse else STORE
+            flags |= Walk.LOAD if reverse else Walk.STORE
             p.array("partial_sums", partial)
         p.sums("out", new, new_low)
         own = 2 * sums_size(self.map.padded_m, size)

@@ -19,11 +19,11 @@ template <class T, int E> KERNEL(WALK_BOUNDS) walk(ARGUMENT Problem p) {
                                    &p.kv_out, &p.z_out, &p.c_out, &p.kv_low_out, &p.z_low_out};
     const int items[] = {sizeof(T), sizeof(T), sizeof(T), 4, 4, sizeof(T), 4, 4, 4, 4, 4, 4, 4};
 #pragma unroll
-    for (int i = 0; i < W::QUERY; i++)
+    for (int i = 0; i < (int)Start::QUERY; i++)
       s.starts()[i] = arrays[i]->start ? arrays[i]->start + along(index, arrays[i]->axis) * items[i] : 0;
     const SideView query = side_of(p, p.query, index), key = side_of(p, p.key, index);
-    s.starts()[W::QUERY] = (i64)query.start, s.starts()[W::QUERY + 1] = (i64)query.planes;
-    s.starts()[W::KEY] = (i64)key.start, s.starts()[W::KEY + 1] = (i64)key.planes;
+    s.starts(Start::QUERY)[0] = (i64)query.start, s.starts(Start::QUERY)[1] = (i64)query.planes;
+    s.starts(Start::KEY)[0] = (i64)key.start, s.starts(Start::KEY)[1] = (i64)key.planes;
   }
 
   // the sums to start from
@@ -93,7 +93,7 @@ template <class T, int E> KERNEL(WALK_BOUNDS) walk(ARGUMENT Problem p) {
       }
       if (!reads) continue;
       done += rows;
-      const float *const query_factors = (const float *)s.starts()[W::QUERY_FACTORS];
+      const float *const query_factors = (const float *)s.starts(Start::QUERY_FACTORS)[0];
 #pragma unroll
       for (int h = 0; h < 2; h++)
         if (query_factors && row_of(h) >= low && row_of(h) < high)
@@ -114,7 +114,7 @@ template <class T, int E> KERNEL(WALK_BOUNDS) walk(ARGUMENT Problem p) {
       }
       __syncthreads();
       const int r = threadIdx.x;
-      const View<float> partial = s.template array<float>(W::PARTIAL, p.partial_sums);
+      const View<float> partial = s.template array<float>(Start::PARTIAL, p.partial_sums);
       if (r >= low && r < high) {  // the factors of a row's sums, and of those of an earlier launch
         const i64 i = start - first_query + r;
         float den = totals[r], ref = refs[r], mine = 1, other = 0;
@@ -131,14 +131,14 @@ template <class T, int E> KERNEL(WALK_BOUNDS) walk(ARGUMENT Problem p) {
         if (s.e_first == 0) {
           if (p.flags & WALK_STORE) partial.at(i, p.e) = den, partial.at(i, p.e + 1) = ref;
           else if (p.stats.start) {
-            const View<float> stats = s.template array<float>(W::STATS, p.stats);
+            const View<float> stats = s.template array<float>(Start::STATS, p.stats);
             stats.at(i, 0) = by;
             stats.at(i, 1) = safe(ref) * LN_2;
           }
         }
       }
       __syncthreads();
-      const View<T> out = s.template array<T>(W::OUT, p.out);
+      const View<T> out = s.template array<T>(Start::OUT, p.out);
 #pragma unroll 1
       for (int t = threadIdx.x; t < high * E; t += THREADS) {
         const int row = t / E;
@@ -153,10 +153,10 @@ template <class T, int E> KERNEL(WALK_BOUNDS) walk(ARGUMENT Problem p) {
     }
   }
   if (p.kv_out.start && blockIdx.x / parts % p.segments == p.segments - 1) {
-    const View<float> kv = s.template array<float>(W::KV_OUT, p.kv_out);
-    const View<float> z = s.template array<float>(W::Z_OUT, p.z_out), c = s.template array<float>(W::C_OUT, p.c_out);
-    const View<float> kv_low = s.template array<float>(W::KV_LOW_OUT, p.kv_low_out);
-    const View<float> z_low = s.template array<float>(W::Z_LOW_OUT, p.z_low_out);
+    const View<float> kv = s.template array<float>(Start::KV_OUT, p.kv_out);
+    const View<float> z = s.template array<float>(Start::Z_OUT, p.z_out), c = s.template array<float>(Start::C_OUT, p.c_out);
+    const View<float> kv_low = s.template array<float>(Start::KV_LOW_OUT, p.kv_low_out);
+    const View<float> z_low = s.template array<float>(Start::Z_LOW_OUT, p.z_low_out);
     for (int t = threadIdx.x; t < p.m * E; t += THREADS) {
       const int r = t / E, column = s.e_first + t % E;
       if (column >= p.e) continue;

@@ -14,7 +14,7 @@
 // before the token, and `recent` the number after it.
 namespace favorsharp {
 
-constexpr int DECODE_THREADS = 256, DECODE_WARPS = DECODE_THREADS / 32;
+constexpr int DECODE_WARPS = DECODE_THREADS / 32;
 // The number of blocks for which a multiprocessor has enough registers without spills. While one of several blocks
 // computes features, the others load.
 template <class T, int G, int NEAR>

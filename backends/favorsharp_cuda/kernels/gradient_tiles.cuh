@@ -7,10 +7,7 @@
 // those of float itself. Doubles are multiplied one by one, in the same fragments.
 namespace favorsharp {
 
-constexpr int GRADIENT_THREADS = 128;
 #define GRADIENT_BOUNDS GRADIENT_THREADS, 2  // two blocks a multiprocessor: a thread may use all 255 registers
-constexpr int GRADIENT_ROWS = 32;  // points processed at once
-constexpr i64 PIECE = 2048;        // the most points whose sums are added without low parts (gradients.py)
 
 // The number of planes for products in exponents, for sums and what is read from them (these products nearly cancel),
 // and for other products.
@@ -115,42 +112,6 @@ template <class A, int R, int N> struct Tile {
     for (int k = 0; k < inner; k++)
       each([&](int r, int c, A &value) { value += a[r * a_row + k * a_inner] * b[k * b_inner + c * b_column]; });
   }
-};
-
-// The structure that backward kernels take by value. gradients.py builds it, with the same fields in the same order,
-// all numbers of eight bytes. Intermediate arrays are contiguous, in the type that is computed in, and have an entry
-// for each head of the batch.
-struct Gradients {
-  Array q, k, v, mask, out, stats, gradient;  // stats: 1 / total and the reference of every query
-  Array target;                               // what gradient_points, gradient_map and sum_members write
-  Array given_kv, given_z, given_c;           // sums that readers start from, before any point of the other side
-  i64 shape[AXES];                            // of the batch
-  i64 map_axis[AXES];                         // the number of a head's map is the sum of index * map_axis
-  i64 member[AXES];                           // how many heads along each axis are added up for one head of target
-  i64 query, key, constants;                  // addresses of the maps' two sides (PlainSide), and items of a side
-  i64 m, d, e, slices, slice;                 // features are processed in `slices` slices of `slice` features
-  i64 width, value_width;                     // padded sizes of points and values in a sweep
-  i64 gaussian, has_dense;
-  i64 num_queries, num_keys, window, causal;
-  i64 of_factors;                             // whether queries' factors have gradients; if all weights are normalised
-                                              // and go through features, these gradients are 0
-  i64 segments, span;                         // of the readers: number of segments, points in each
-  i64 state_segments, state_span;             // the same for points that enter sums; equal if points have an order
-  i64 keys_read, backwards, added;            // whether keys read, whether from the end, whether results are added up
-  i64 only_states;                            // whether a sweep only computes the sums of segments, for the scan
-  i64 measuring;                              // whether queries read only for dout.out and the sums of weights
-  i64 heads, targets;                         // number of heads of the batch and of target
-  i64 query_factor, query_near, query_last;   // (heads, n): the query's part of log features and near scores, -dout.out
-  i64 query_weights;                          // (heads, n): the sums of weights, if queries measure
-  i64 key_factor, key_near;                   // (heads, s): the key's part; -inf if the key is hidden
-  i64 dq, dk, dv, query_slopes, key_slopes;   // (heads, n, d), (heads, s, d), (heads, s, e), (heads, n), (heads, s)
-  i64 states, map_sums, factor_sums;
-  i64 total_kv, total_z, total_c;             // (heads, m, e), (heads, m): the sums over all points, if wanted
-  i64 largest, largest_at;                    // for each segment and feature: the largest weight, and its key
-  i64 of_largest, before;                     // (heads, m): see gradient_largest
-  i64 from, to, outer, inner;                 // what sum_segments reads and writes; gradient_map reads both addresses
-  i64 num_rows, num_columns;                  // what sum_members reads: numbers of each head, and their strides
-  i64 row_step, column_step, head_step;
 };
 
 DEVICE void split_head(const Gradients &g, i64 head, i64 (&index)[AXES]) {

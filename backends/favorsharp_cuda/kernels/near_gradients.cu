@@ -50,8 +50,8 @@ template <class T, int W> KERNEL(GRADIENT_BOUNDS) near_gradients(ARGUMENT Gradie
   i64 low = keys_read && g.causal ? start : (block - 1) * w, high = (block + 2) * w;
   if (!keys_read && g.causal) high = start + count;
   low = low < 0 ? 0 : low, high = high < others ? high : others;
-  for (i64 part = low; part < high; part += PIECE) {  // sums of a part are added to global memory
-    const i64 stop = min(high, part + PIECE);
+  for (i64 part = low; part < high; part += PART) {  // sums of a part are added to global memory
+    const i64 stop = min(high, part + PART);
     Tile<A, C, W> of_points, of_values;
     of_points.clear(), of_values.clear();
     A total = 0, weights = 0;  // sums over the other side: of the gradients of scores, and of weights

@@ -5,12 +5,6 @@
 // Log features are natural logarithms here. A state is (kv, z, c) in global memory, in the layout of a State.
 namespace favorsharp {
 
-constexpr int PLAIN_THREADS = 128;
-// ENTER: the keys that a query may read enter the sums before it reads. NEAR: near blocks, or the recent keys of a
-// state, are scored exactly. STORE_PARTIAL: partial results are stored, not the result. LOAD_PARTIAL: the partial
-// results of an earlier launch are merged with those of this one.
-enum PlainFlags { ENTER = 1, NEAR = 2, LOAD_PARTIAL = 4, STORE_PARTIAL = 8 };
-
 // A side's constants (maps.py): 8 scalars, center, linear, near_center (d each), column (m), rows (d, m), dense (d, d).
 template <class A> struct PlainSide {
   const A *start;

@@ -2,11 +2,6 @@
 // each segment of the keys, and `scan` combines the sums of segments.
 namespace favorsharp {
 
-// TOTALS: the sums of all segments are written as `read` takes them. BEFORE: the sums of each segment are replaced by
-// those of all segments before it (in reverse, after it). STATE: the sums of all segments are written as a State.
-// EMPTY: segments contain no sums yet.
-enum ScanFlags { TOTALS = 1, BEFORE = 2, STATE = 4, EMPTY = 8 };
-
 // Write the part of log features that depends only on the point to `out` (*b, n, 1), for each point of q. It is -inf
 // for points that the mask hides.
 template <class T> KERNEL(THREADS) factors(ARGUMENT Problem p) {
@@ -55,8 +50,6 @@ template <class T> KERNEL(THREADS) factors(ARGUMENT Problem p) {
       out.at(first + r, 0) = mask.start && !mask.at(first + r, 0) ? -INFINITY_F : number_or_nan(sum);
   }
 }
-
-constexpr int PART = 2048;  // the most keys whose sums are added without low parts
 
 // Add the sums of a part of the keys to those in global memory, which are relative to `ref`. With `begins`, there are
 // none yet.

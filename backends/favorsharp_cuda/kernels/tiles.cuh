@@ -5,7 +5,7 @@
 // and weights times values. Logarithms are to base 2, and -inf where there is nothing.
 namespace favorsharp {
 
-constexpr int TILE = 64, THREADS = 128, LANE_COLUMNS = TILE / 8;
+constexpr int LANE_COLUMNS = TILE / 8;
 constexpr float LN_2 = 0.6931471805599453f;
 
 // The number of planes of bfloat16 for weights, sums and values. The second plane holds what the first leaves.

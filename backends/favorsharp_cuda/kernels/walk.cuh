@@ -5,9 +5,6 @@
 // are scored exactly.
 namespace favorsharp {
 
-// WALK_STORE: partial results are stored, not the result. WALK_LOAD: the partial results of an earlier launch are
-// merged with those of this one. WALK_NEAR: near blocks are scored exactly.
-enum WalkFlags { WALK_LOAD = 1, WALK_STORE = 2, WALK_NEAR = 4 };
 constexpr float SMALLEST_TOTAL = 8.673617379884035e-19f;  // 2^-60
 
 template <class T, int E> struct Walk {
@@ -39,22 +36,21 @@ template <class T, int E> struct Walk {
   DEVICE float *odd_keys() const { return numbers(7); }
   DEVICE int *key_block() const { return (int *)numbers(8); }
   DEVICE float *votes() const { return numbers(9); }
-  DEVICE i64 *starts() const { return (i64 *)(numbers(9) + 4); }  // addresses of this head's arrays, by `Start`
+  // The addresses of this head's arrays, from one of them on.
+  DEVICE i64 *starts(Start first = Start::Q) const { return (i64 *)(numbers(9) + 4) + (int)first; }
 
-  enum Start { Q, K, V, KEY_FACTORS, QUERY_FACTORS, OUT, PARTIAL, STATS, KV_OUT, Z_OUT, C_OUT, KV_LOW_OUT, Z_LOW_OUT,
-               QUERY, KEY = QUERY + 2 };
   template <class X> DEVICE View<X> array(Start which, const Array &x) const {
-    return {(X *)starts()[which], x.row, x.column};
+    return {(X *)starts(which)[0], x.row, x.column};
   }
-  DEVICE View<const T> q() const { return array<const T>(Q, p.q); }
-  DEVICE View<const T> k() const { return array<const T>(K, p.k); }
-  DEVICE View<const T> v() const { return array<const T>(V, p.v); }
+  DEVICE View<const T> q() const { return array<const T>(Start::Q, p.q); }
+  DEVICE View<const T> k() const { return array<const T>(Start::K, p.k); }
+  DEVICE View<const T> v() const { return array<const T>(Start::V, p.v); }
   DEVICE SideView side(Start which) const {
-    return {(const float *)starts()[which], (const u16 *)starts()[which + 1], size()};
+    return {(const float *)starts(which)[0], (const u16 *)starts(which)[1], size()};
   }
-  DEVICE SideView query() const { return side(QUERY); }
-  DEVICE SideView key() const { return side(KEY); }
-  DEVICE const float *factors() const { return (const float *)starts()[KEY_FACTORS]; }
+  DEVICE SideView query() const { return side(Start::QUERY); }
+  DEVICE SideView key() const { return side(Start::KEY); }
+  DEVICE const float *factors() const { return (const float *)starts(Start::KEY_FACTORS)[0]; }
 
   DEVICE Layout layout() const { return {(int)p.m_pad, E}; }
   DEVICE bool single() const { return p.stages == 1; }
