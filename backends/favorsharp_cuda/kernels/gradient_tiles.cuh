@@ -1,4 +1,4 @@
-// Building blocks of the backward kernels: products of tiles in shared memory, and the structure that the kernels take.
+// Building blocks of the backward kernels: products of tiles in shared memory.
 //
 // A block has four warps. Tiles are in shared memory, in the type that is computed in; the distance between their rows
 // is the pitch. The warps hold the product of two tiles, each of which may be transposed, in the fragments of
