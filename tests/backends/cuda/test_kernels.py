@@ -1,5 +1,7 @@
 """The kernels on a CPU against the references in float64, at every shape class, in three orders of threads."""
 
+import os
+
 import numpy as np
 import pytest
 from host_module import SCHEDULES, HostModule, scheduled
@@ -16,6 +18,8 @@ TOLERANCES = {"float16": 4e-3, "bfloat16": 3e-2, "float32": 2e-5, "float64": 1e-
 OPS = ["exponential_features", "attention", "causal_attention", "update", "read", "decode_step", "kernel_matvec"]
 TURNS = 12
 """Of the calls that a shape can make, one in so many is made by default: another one at each shape."""
+SWEEP_TURNS = int(os.environ.get("FAVORSHARP_SWEEP_TURNS", "4"))
+"""The same for `make test-sweep`. With 1, every call is made at every shape, which takes an hour of two cores."""
 
 
 @pytest.fixture(autouse=True)
@@ -47,21 +51,21 @@ def compare(call, shape, lengths):
     assert error <= TOLERANCES[shape.dtype], f"{call}: relative error {error:.2g}"
 
 
-def turn_of(shape):
+def turn_of(shape, turns):
     number = SHAPES.index(shape)
-    return [call for at, call in enumerate(names(shape)) if (at + number) % TURNS == 0]
+    return [call for at, call in enumerate(names(shape)) if (at + number) % turns == 0]
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_shape_classes(shape):
-    for call in turn_of(shape):
+    for call in turn_of(shape, TURNS):
         compare(call, shape, Lengths(100, 131))
 
 
 @pytest.mark.sweep
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_more_calls_at_every_shape_class(shape):
-    for call in names(shape)[SHAPES.index(shape) % 2 :: 2]:
+    for call in turn_of(shape, SWEEP_TURNS):
         compare(call, shape, RAGGED)
 
 

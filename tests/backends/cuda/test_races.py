@@ -101,12 +101,12 @@ def test_no_kernel_leaves_its_memory(shape):
 
 
 @pytest.mark.sweep
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES[::2], ids=str)
 def test_no_shape_class_races(shape):
     under("thread", shape)
 
 
 @pytest.mark.sweep
-@pytest.mark.parametrize("shape", SHAPES[3::4], ids=str)
+@pytest.mark.parametrize("shape", SHAPES[3::6], ids=str)
 def test_no_wider_kernel_leaves_its_memory(shape):
     under("address", shape)
