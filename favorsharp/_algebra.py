@@ -89,14 +89,23 @@ def principal(matrix: Array, ridge: float) -> tuple[Array, Array]:
 def balance(s1: Array, s2: Array, ridge: float) -> tuple[Array, Array]:
     """Return g1, g2 with g1^T g2 = I that map both second moments to the same diagonal matrix, largest entry first."""
     xp = namespace_of(s1, s2)
-    root1, inverse1 = square_root(regular(s1, s2, ridge))
-    root2, _ = square_root(regular(s2, s1, ridge))
-    u, sigma, _ = xp.linalg.svd(root1 @ root2, full_matrices=False)
+    # a Cholesky factor costs much less than a square root, but needs the least ridge: rounding is smaller than this
+    factor = triangular if ridge >= min(least_ridge(s1), least_ridge(s2)) else square_root
+    root1, inverse1 = factor(regular(s1, s2, ridge))
+    root2, _ = factor(regular(s2, s1, ridge))
+    u, sigma, _ = xp.linalg.svd(xp.matrix_transpose(root1) @ root2, full_matrices=False)
     g1 = xp.sqrt(sigma)[..., :, None] * (xp.matrix_transpose(u) @ inverse1)
     g1 = g1 * signs(g1)
     # the closed formula for g2 gives the same matrix; but with the inverse, g1^T g2 = I holds up to rounding, and
     # without that estimates would be biased
     return g1, xp.matrix_transpose(xp.linalg.inv(g1))
+
+
+def triangular(s: Array) -> tuple[Array, Array]:
+    """The Cholesky factor of a positive definite matrix and its inverse."""
+    xp = namespace_of(s)
+    root = xp.linalg.cholesky(s)
+    return root, xp.linalg.inv(root)
 
 
 def square_root(s: Array) -> tuple[Array, Array]:
