@@ -49,7 +49,7 @@ from favorsharp.landmarks.verbs import (
     landmark_step,
     landmark_update,
 )
-from favorsharp.methods import MethodLike, check_method, method_of
+from favorsharp.methods import LANDMARKS, MethodLike, check_method, method_of
 from favorsharp.ops.attention import attention as attention_op
 from favorsharp.ops.causal_attention import causal_attention
 from favorsharp.ops.state import State, empty_state, with_group_axis, without_group_axis
@@ -124,13 +124,13 @@ def attention(
     >>> fs.attention(q, k, v, is_causal=True, calibration=(q[:, :32], k[:, :32]), rng=0).shape
     (2, 64, 8)
     """
-    if isinstance(method, str) and method == "landmarks":
+    if isinstance(method, str) and method == LANDMARKS:
         shared = {"is_causal": is_causal, "window": window, "key_mask": key_mask, "enable_gqa": enable_gqa}
         given = {"draw": draw, "calibration": calibration}
         return landmark_call(q, k, v, num_features, given, scale=scale, rng=rng, **shared)
     check_attention(q, k, v, is_causal=is_causal, key_mask=key_mask, enable_gqa=enable_gqa)
     check_in_memory(q=q, k=k, v=v)
-    check_method(method, also=("landmarks",))
+    check_method(method, also=(LANDMARKS,))
     if calibration is None:
         if is_causal and method_of(method).is_fitted:
             raise ValueError(

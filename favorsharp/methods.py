@@ -16,6 +16,9 @@ from favorsharp.parameters import Parameters
 MethodLike = str | Elementwise
 """What the public functions take as `method`: a name, or a callable from projected inputs to non-negative features."""
 
+LANDMARKS = "landmarks"
+"""The method of attention that makes no feature map: landmarks are chosen anew in each call, and need no fit."""
+
 Kind = Literal["dense-exponential", "trigonometric", "discrete", "elementwise"]
 
 

@@ -42,14 +42,19 @@ def landmark_call(q: Array, k: Array, v: Array, num_landmarks: int, given: dict[
         q, k, v, is_causal=options["is_causal"], key_mask=options["key_mask"], enable_gqa=options["enable_gqa"]
     )
     check_in_memory(q=q, k=k, v=v)
-    if given["calibration"] is not None:
-        raise ValueError("method='landmarks' takes no calibration: landmarks are chosen anew in each call, causal too")
-    if not isinstance(given["draw"], str) or given["draw"] != "orthogonal":
-        raise ValueError("method='landmarks' takes no draw: it draws no random rows")
+    check_landmark_options(given["draw"], calibrated=given["calibration"] is not None)
     settings = landmarks(num_landmarks, scale=options.pop("scale"), rng=options.pop("rng"))
     options |= {"bounds": None, "state": None, "return_state": False, "out": None}
     out: Array = landmark_attention(q, k, v, settings, **options)
     return out
+
+
+def check_landmark_options(draw: Any, *, calibrated: bool = False) -> None:
+    """Raise if a caller asks for a draw or a calibration, which landmarks have no use for."""
+    if calibrated:
+        raise ValueError("method='landmarks' takes no calibration: landmarks are chosen anew in each call, causal too")
+    if not isinstance(draw, str) or draw != "orthogonal":
+        raise ValueError("method='landmarks' takes no draw: it draws no random rows")
 
 
 @under_own_settings

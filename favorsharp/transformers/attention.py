@@ -1,6 +1,6 @@
 """The public function `register`, and the attention function that transformers then calls for each layer."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from typing import Any
 
@@ -11,8 +11,10 @@ from favorsharp._checks import check_choice, check_integer
 from favorsharp.exact import softmax_attention
 from favorsharp.features import FeatureMap, feature_map
 from favorsharp.fitting import fit
+from favorsharp.landmarks.settings import Landmarks, landmarks
+from favorsharp.landmarks.verbs import check_landmark_options
 from favorsharp.linear_attention import decode_step, init_state, linear_attention, read, update
-from favorsharp.methods import MethodLike, check_method, method_of
+from favorsharp.methods import LANDMARKS, MethodLike, check_method, method_of
 from favorsharp.transformers.cache import StateLayer, layer_of
 from favorsharp.transformers.masks import Visible, compact_mask, read_mask
 from favorsharp.transformers.models import guard, label
@@ -21,6 +23,9 @@ Tensor = Any
 
 EXACT = "exact"
 """The name of the method that computes softmax attention, for comparison."""
+
+WITHOUT_MAPS = {EXACT: "is exact", LANDMARKS: "chooses landmarks anew in each call"}
+"""The methods that have no feature map, and the reasons for error messages."""
 
 _HARMLESS = frozenset(
     {
@@ -52,6 +57,8 @@ class Registration:
         As in `register`.
     seed : int
         The seed of every draw.
+    landmarks : Landmarks or None
+        The settings of the method "landmarks".
     """
 
     name: str
@@ -61,6 +68,7 @@ class Registration:
     draw: Any
     seed: int
     calibration: str
+    landmarks: Landmarks | None
 
     def draw_for(self, size: int, like: Tensor) -> Any:
         """The random rows for heads of this size, on the device of `like`; all layers use the same draw."""
@@ -83,7 +91,7 @@ def register(
     rng: Any = None,
     calibration: str = "input",
 ) -> None:
-    """Register linear attention by random features under a name for `attn_implementation`.
+    """Register linear attention, by random features or landmarks, under a name for `attn_implementation`.
 
     Afterwards `from_pretrained(..., attn_implementation=name)` and `model.set_attn_implementation(name)` accept the
     name, for models whose attention goes through transformers' attention interface. A name that this function
@@ -93,23 +101,24 @@ def register(
     ----------
     name : str
     method : str or callable
-        As in `favorsharp.fit`, only methods whose features are positive; or `"exact"` for softmax attention, for
+        As in `favorsharp.fit`, only methods whose features are positive; or `"landmarks"`, as in
+        `favorsharp.attention`, which are biased and need no calibration; or `"exact"` for softmax attention, for
         comparison.
     num_features : int
-        m, 1 or more.
+        m, 1 or more; the number of landmarks with that method.
     window : int
         Block length of exactly scored near keys, as in `favorsharp.linear_attention`; 0 means none. It is used in
         self-attention only.
     draw
-        As in `favorsharp.feature_map`.
+        As in `favorsharp.feature_map`. Landmarks take none.
     rng : None, int, SeedSequence or Generator
-        As in `favorsharp.feature_map`. The rows depend only on the seed of the registration, so the same seed gives the
-        same model.
+        As in `favorsharp.feature_map` and in `favorsharp.landmarks`. All that is random depends only on the seed of the
+        registration, so the same seed gives the same model.
     calibration : {"input", "frozen"}
         What a layer does that `calibrate` has not fitted. With "input", bidirectional self-attention is fitted to each
         input, separately for each head and each row of the batch; causal and cross-attention raise an error, because a
         fit to the sequence would show it its own future. With "frozen", every layer raises an error. Methods that fit
-        nothing (`posrf`) need no calibration.
+        nothing (`posrf`) need no calibration. Landmarks take none.
 
     Raises
     ------
@@ -140,18 +149,24 @@ def register(
         or (name in known and name not in REGISTERED)
     ):
         raise ValueError(f"name {name!r} means something to transformers already; accepted: any other, without / | @ :")
-    check_method(method, positive=True, also=(EXACT,))
+    check_method(method, positive=True, also=tuple(WITHOUT_MAPS))
     if isinstance(draw, str):
         check_choice("draw", draw, DRAWS, also=", an (m, d) array of rows, or a pair (rows, log_weight)")
     check_choice("calibration", calibration, ("input", "frozen"))
+    m = check_integer("num_features", num_features, 1)
+    settings = None
+    if method == LANDMARKS:
+        check_landmark_options(draw, calibrated=calibration != "input")
+        settings = landmarks(m, rng=rng)
     registration = Registration(
         name=name,
         method=method,
-        num_features=check_integer("num_features", num_features, 1),
+        num_features=m,
         window=check_integer("window", window, 0),
         draw=draw,
-        seed=int(generator(rng).integers(2**62)),
+        seed=int(generator(rng).integers(2**62)) if settings is None else settings.seed,
         calibration=calibration,
+        landmarks=settings,
     )
     REGISTERED[name] = registration
     AttentionInterface.register(name, partial(attend, registration))
@@ -200,9 +215,13 @@ def attend(
             raise ValueError("method 'exact' needs every key: a StateCache has none; accepted: a DynamicCache")
         out = exact(query, key, value, seen, scaling, grouped)
     else:
-        fm = map_for(registration, module, query, key, seen, scaling, grouped)
-        window = 0 if is_cross(module) or (n != s and not seen.is_causal) else registration.window
-        run = approximate if layer is None else partial(remember, layer)
+        fm: FeatureMap | Landmarks
+        if registration.landmarks is None:
+            fm = map_for(registration, module, query, key, seen, scaling, grouped)
+        else:
+            fm = replace(registration.landmarks, scale=None if scaling is None else float(scaling))
+        window = 0 if crosses(module, n, s, seen) else registration.window
+        run = partial(approximate, module) if layer is None else partial(remember, layer)
         out = run(query, key, value, fm, seen, window, grouped)
     return out.transpose(1, 2).contiguous(), None
 
@@ -242,11 +261,20 @@ def exact(query: Tensor, key: Tensor, value: Tensor, seen: Visible, scaling: flo
 
 
 def approximate(
-    query: Tensor, key: Tensor, value: Tensor, fm: FeatureMap, seen: Visible, window: int, grouped: bool
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    fm: FeatureMap | Landmarks,
+    seen: Visible,
+    window: int,
+    grouped: bool,
 ) -> Tensor:
     """Linear attention; causal queries are at the last positions of the keys, and earlier keys enter by a state."""
     n, s = query.shape[-2], key.shape[-2]
     key_mask, state = seen.key_mask, None
+    if isinstance(fm, Landmarks) and crosses(module, n, s, seen):
+        return read(state_of(query, key, value, fm, seen, grouped), query, fm, enable_gqa=grouped)
     if seen.is_causal and n < s:
         state = init_state(fm, value.shape[-1], like=key, window=window)
         past = None if key_mask is None else key_mask[..., : s - n]
@@ -271,7 +299,7 @@ def remember(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    fm: FeatureMap,
+    fm: FeatureMap | Landmarks,
     seen: Visible,
     window: int,
     grouped: bool,
@@ -280,7 +308,7 @@ def remember(
     state = layer.state
     if not seen.is_causal:
         if state is None:
-            state = update(init_state(fm, value.shape[-1], like=key), key, value, fm, key_mask=seen.key_mask)
+            state = state_of(query, key, value, fm, seen, grouped)
             layer.take(state, keep=(key[..., :0, :].clone(), value[..., :0, :].clone()))
         elif key.shape[-2]:
             raise ValueError(
@@ -305,6 +333,19 @@ def remember(
         )
     layer.take(state)
     return out
+
+
+def state_of(
+    query: Tensor, key: Tensor, value: Tensor, fm: FeatureMap | Landmarks, seen: Visible, grouped: bool
+) -> Any:
+    """The state of all keys, for queries of another sequence.
+
+    Of the queries it depends on the shape only. Landmarks chosen for them would show a decoder its own future.
+    """
+    _, state = linear_attention(
+        query[..., :0, :], key, value, fm, key_mask=seen.key_mask, enable_gqa=grouped, return_state=True
+    )
+    return state
 
 
 def map_for(
@@ -333,13 +374,13 @@ def map_for(
             why = "it was registered with calibration='frozen'"
         elif seen.is_causal:
             why = "it is causal: a fit to the sequence itself would show it its own future"
-        elif is_cross(module) or query.shape[-2] != key.shape[-2]:
+        elif crosses(module, query.shape[-2], key.shape[-2], seen):
             why = "its queries come from another sequence, which a fit would show its own future where that is causal"
         if why is not None:
             raise ValueError(
                 f"attn_implementation={registration.name!r}, method {registration.method!r}: {label(module)} has no "
                 f"feature map, and {why}; accepted: favorsharp.transformers.calibrate(model, batches) first, or a "
-                "method that fits nothing (posrf)"
+                "method that needs no calibration (posrf, landmarks)"
             )
     visible = seen.key_mask
     same = visible is not None and query.shape[-2] == key.shape[-2]
@@ -410,6 +451,11 @@ def is_cross(module: Any) -> bool:
         return True
     # decoders of encoder-decoder models use one class for both, and mark only their self-attention as causal
     return bool(getattr(module, "is_decoder", False)) and not getattr(module, "is_causal", True)
+
+
+def crosses(module: Any, n: int, s: int, seen: Visible) -> bool:
+    """Whether the queries of a call come from another sequence than its keys."""
+    return is_cross(module) or (n != s and not seen.is_causal)
 
 
 _collector: Any = None

@@ -4,7 +4,7 @@ transformers calls the cache in each layer; the attention function finds the lay
 """
 
 import sys
-from dataclasses import fields, replace
+from dataclasses import replace
 from types import FrameType
 from typing import Any
 
@@ -12,7 +12,8 @@ import torch
 from transformers import AttentionMaskInterface
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from favorsharp._arrays import is_array
+from favorsharp._values import map_arrays
+from favorsharp.landmarks.state import LandmarkState
 from favorsharp.ops.state import State
 from favorsharp.transformers.masks import compact_mask
 from favorsharp.transformers.models import label
@@ -39,7 +40,7 @@ class StateLayer(CacheLayerMixin):
 
     def __init__(self) -> None:
         super().__init__()
-        self.state: State | None = None
+        self.state: State | LandmarkState | None = None
         self.seen = 0
         self._given: tuple[Tensor, Tensor] | None = None
         self._received = False
@@ -90,7 +91,7 @@ class StateLayer(CacheLayerMixin):
             )
         self._received = self._given is not None
 
-    def take(self, state: State, *, keep: tuple[Tensor, Tensor] | None = None) -> None:
+    def take(self, state: State | LandmarkState, *, keep: tuple[Tensor, Tensor] | None = None) -> None:
         """Store the state that contains the last keys; `keep` are empty keys and values to return in later steps."""
         self.state = _compact(state)
         if self._given is not None:
@@ -168,8 +169,7 @@ class StateLayer(CacheLayerMixin):
     def _rows(self, change: Any) -> None:
         if self.state is None:
             return
-        values = {field.name: getattr(self.state, field.name) for field in fields(self.state)}
-        self.state = replace(self.state, **{name: change(x) for name, x in values.items() if is_array(x)})
+        self.state = map_arrays(self.state, change)
         if self.keys is not None:
             self.keys, self.values = change(self.keys), change(self.values)
             setattr(self.keys, _MARK, self)
@@ -179,8 +179,10 @@ class StateCache(Cache):
     """A cache of constant size for causal generation: `model.generate(..., cache=StateCache())`.
 
     Each layer keeps a `favorsharp.State` and, with a window, the keys and values of two blocks; it keeps no other keys.
+    With landmarks it keeps a `favorsharp.LandmarkState`, whose size varies between m and 2 m keys and two blocks.
     An encoder-decoder model takes `EncoderDecoderCache(StateCache(), StateCache())`, with one cache for self-attention
-    and one for cross-attention. The attention of the model must be registered by `register`, and calibrated. Beam
+    and one for cross-attention. The attention of the model must be registered by `register`, and calibrated unless its
+    method needs no calibration. Beam
     search is supported; cropping is not. Use a cache for one generation only; `reset` empties it.
 
     Examples
@@ -214,13 +216,16 @@ class StateCache(Cache):
     @property
     def num_bytes(self) -> int:
         """The memory of all states in bytes."""
-        return sum(
-            x.untyped_storage().nbytes()
-            for layer in self.layers
-            if layer.state is not None
-            for x in (getattr(layer.state, field.name) for field in fields(layer.state))
-            if isinstance(x, torch.Tensor)
-        )
+        sizes = []
+
+        def measured(x: Tensor) -> Tensor:
+            sizes.append(x.untyped_storage().nbytes())
+            return x
+
+        for layer in self.layers:
+            if layer.state is not None:
+                map_arrays(layer.state, measured)
+        return sum(sizes)
 
 
 def layer_of(module: Any, key: Tensor, value: Tensor) -> StateLayer | None:
@@ -283,7 +288,12 @@ def _shapes(given: Tensor, received: Tensor) -> str:
     )
 
 
-def _compact(state: State) -> State:
-    """A state whose recent keys are copies, because views would keep the arrays of the whole prompt in memory."""
+def _compact(state: State | LandmarkState) -> State | LandmarkState:
+    """A state whose recent keys are copies, because views would keep the arrays of the whole prompt in memory.
+
+    A state of landmarks holds no views.
+    """
+    if isinstance(state, LandmarkState):
+        return state
     names = ("recent_k", "recent_v", "recent_mask")
     return replace(state, **{name: getattr(state, name).clone() for name in names})

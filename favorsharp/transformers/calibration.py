@@ -14,8 +14,8 @@ from favorsharp.storage import load, save
 from favorsharp.transformers.attention import (
     CALIBRATED,
     CHILD,
-    EXACT,
     REGISTERED,
+    WITHOUT_MAPS,
     FrozenMaps,
     Registration,
     is_cross,
@@ -59,8 +59,9 @@ class _Collector:
         scaling: float | None,
         grouped: bool,
     ) -> None:
-        if registration.method == EXACT:
-            raise ValueError(f"attn_implementation={registration.name!r} is exact: there is nothing to calibrate")
+        if registration.method in WITHOUT_MAPS:
+            why = WITHOUT_MAPS[registration.method]
+            raise ValueError(f"attn_implementation={registration.name!r} {why}: there is nothing to calibrate")
         mask_x = seen.key_mask
         if is_cross(module) or query.shape[-2] != key.shape[-2]:
             # the padding of the queries is known from the self-attention before this layer
