@@ -225,6 +225,88 @@ def test_export_with_a_symbolic_size(attention, axis, shape):
         torch.testing.assert_close(exported.module()(*sample(*shape)), attention(*sample(*shape)))
 
 
+def made_of_landmarks(num_features=6, **options):
+    return LinearAttention(8, 2, method="landmarks", num_features=num_features, rng=3, **options)
+
+
+@pytest.mark.parametrize("options", [{}, {"is_causal": True}, {"window": 8}, {"is_causal": True, "window": 8}], ids=str)
+def test_landmarks_are_linear_attention_with_their_settings(options):
+    q, k, v = sample(2, 4, 50, 8)
+    k, v = k[:, :2], v[:, :2]
+    mask = torch.arange(50) < torch.tensor([50, 31])[:, None, None]
+    module = made_of_landmarks(scale=0.5, enable_gqa=True, **options)
+    lm = fs.landmarks(6, scale=0.5, rng=3)
+    assert module.feature_map == lm
+    assert module.is_calibrated
+    want = fs.linear_attention(q, k, v, lm, key_mask=mask, enable_gqa=True, **options)
+    torch.testing.assert_close(module(q, k, v, mask), want)
+
+
+def test_landmarks_continue_streams_and_packed_sequences():
+    q, k, v = sample(2, 50, 8)
+    module = made_of_landmarks(is_causal=True, window=4)
+    first, state = module(q[:, :30], k[:, :30], v[:, :30], return_state=True)
+    second = module(q[:, 30:], k[:, 30:], v[:, 30:], state=state)
+    torch.testing.assert_close(torch.cat([first, second], 1), module(q, k, v), rtol=1e-5, atol=1e-5)
+    packed = module(q, k, v, cu_seqlens=[0, 30, 50])
+    torch.testing.assert_close(packed[:, 30:], module(q[:, 30:], k[:, 30:], v[:, 30:]))
+
+
+def test_landmarks_need_no_buffers():
+    q, k, v = sample(2, 2, 50, 8)
+    module = made_of_landmarks(window=4)
+    assert not module.state_dict()
+    assert not list(module.buffers())
+    want = module(q, k, v)
+    for other in (copy.deepcopy(module), pickle.loads(pickle.dumps(module)), module.to("meta").to_empty(device="cpu")):
+        assert torch.equal(other(q, k, v), want)
+    module.reset_parameters()
+    module.load_state_dict({}, strict=True)
+    with pytest.raises(RuntimeError, match="projection"):
+        module.load_state_dict(LinearAttention(8, 2, num_features=6).state_dict())
+    assert torch.equal(module(q, k, v), want)
+    assert "landmarks" in repr(module)
+
+
+def test_landmarks_have_no_map_to_change(attention):
+    module = made_of_landmarks()
+    q, k, _ = sample(2, 2, 50, 8)
+    changes = {
+        "calibrate": lambda: module.calibrate(q, k),
+        "redraw": module.redraw,
+        "set_parameters": lambda: module.set_parameters(fs.fit(q, k)),
+    }
+    for name, change in changes.items():
+        with pytest.raises(ValueError, match=f"{name} changes a map.*chosen anew"):
+            change()
+    with pytest.raises(ValueError, match="takes no draw"):
+        made_of_landmarks(draw="iid")
+
+
+def test_landmarks_carry_gradients_and_dtypes():
+    q, k, v = (x.double().requires_grad_() for x in sample(2, 2, 12, 8))
+    module = made_of_landmarks(20)
+    got = torch.autograd.grad(module(q, k, v).square().sum(), (q, k, v))
+    exact = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+    for a, b in zip(got, torch.autograd.grad(exact.square().sum(), (q, k, v)), strict=True):
+        torch.testing.assert_close(a, b)
+    few = made_of_landmarks(4)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        torch.testing.assert_close(few(q, k, v), fs.linear_attention(q, k, v, few.feature_map))
+    assert few(*(x.bfloat16() for x in (q, k, v))).dtype == torch.bfloat16
+
+
+@pytest.mark.slow
+def test_landmarks_compile():
+    q, k, v = (x.requires_grad_() for x in sample(1, 2, 14, 8))
+    module = made_of_landmarks(3, is_causal=True, window=3)
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    got, want = compiled(q, k, v), module(q, k, v)
+    torch.testing.assert_close(got, want)
+    for a, b in zip(*(torch.autograd.grad(x.square().sum(), (q, k, v)) for x in (got, want)), strict=True):
+        torch.testing.assert_close(a, b)
+
+
 def test_bad_arguments():
     q, k, _ = sample(2, 4, 50, 8)
     for options, error, message in (
@@ -313,6 +395,19 @@ def test_same_initial_weights_as_torch():
     for name, weight in theirs.state_dict().items():
         assert ours.state_dict()[name].shape == weight.shape
         assert abs(float(ours.state_dict()[name].std()) - float(weight.std())) < 0.02
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_as_many_landmarks_as_keys_are_torch(masked):
+    exact = torch.nn.MultiheadAttention(16, 2, batch_first=True, add_zero_attn=masked)
+    landmarks = MultiheadAttention.from_torch(exact, method="landmarks", num_features=13)
+    assert landmarks.state_dict().keys() == exact.state_dict().keys()
+    x = torch.randn(2, 12, 16)
+    mask = torch.arange(12) >= torch.tensor([12, 9])[:, None] if masked else None
+    got, want = (module(x, x, x, key_padding_mask=mask, need_weights=False)[0] for module in (landmarks, exact))
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+    with pytest.raises(ValueError, match="calibrate changes a map"):
+        landmarks.calibrate(x)
 
 
 def test_masks_of_torch():

@@ -32,9 +32,20 @@ def noise_of(seed: int, event: int, num_landmarks: int, size: int) -> Noise:
     """The random numbers for a choice. `event` is 0 in a whole call, and in a stream the number of keys seen."""
     import numpy as np
 
+    return Noise(*(np.asarray(numbers) for numbers in _drawn(seed, event, CANDIDATES * num_landmarks, size)))
+
+
+def _drawn(seed: int, event: int, slots: int, size: int) -> tuple[tuple[float, ...], ...]:
+    """The numbers of `noise_of` in Python, which a compiled graph can hold."""
+    import numpy as np
+
     rng = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(event,)))
-    slots = CANDIDATES * num_landmarks
-    return Noise(rng.standard_normal(size), rng.random(slots), rng.gumbel(size=slots))
+    arrays = (rng.standard_normal(size), rng.random(slots), rng.gumbel(size=slots))
+    return tuple(tuple(array.tolist()) for array in arrays)
+
+
+# What torch.compiler.assume_constant_result does, without importing torch.
+_drawn._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def choose_seeds(

@@ -11,7 +11,7 @@ from favorsharp.torch.buffers import MapBuffers
 
 
 class LinearAttention(MapBuffers):
-    """Attention through random features, with the feature map as buffers.
+    """Attention through random features, with the feature map as buffers; or through landmarks, without buffers.
 
     Call `calibrate(q, k)` once on sample data, in training or in evaluation mode. From then on the map is frozen: only
     `calibrate`, `set_parameters`, `redraw(rng)` and `load_state_dict` change it, and calls are deterministic. Gradients
@@ -24,13 +24,14 @@ class LinearAttention(MapBuffers):
     heads : int, optional
         Number of key heads; each has its own fit. None means one fit for all heads.
     method : str or callable
-        As in `favorsharp.fit`; only methods whose features are positive. `posrf` needs no calibration.
+        As in `favorsharp.fit`; only methods whose features are positive. `posrf` needs no calibration. Or "landmarks",
+        as in `favorsharp.attention`: they are biased, and there is nothing to calibrate, to set or to redraw.
     num_features : int
         m.
     draw : str or array, shape (m, d)
-        As in `favorsharp.feature_map`. All heads share the rows.
+        As in `favorsharp.feature_map`. All heads share the rows. Landmarks take none.
     rng : None, int, SeedSequence or numpy Generator
-        None means a seed from torch's global generator, as for the weights of a module.
+        None means a seed from torch's global generator, as for the weights of a module; for landmarks, seed 0.
     is_causal : bool
         Query i sees keys 0 .. i.
     window : int
@@ -113,7 +114,7 @@ class LinearAttention(MapBuffers):
         -------
         tensor, shape (*b, n, e)
             In the dtype that q, k and v promote to. It is computed in at least float32, also under autocast.
-        state : State
+        state : State or LandmarkState
             Only with `return_state`.
 
         Raises

@@ -18,7 +18,9 @@ from favorsharp.draws import DRAWS, draw_rows
 from favorsharp.exact import kernel_scale
 from favorsharp.features import FeatureMap, feature_map
 from favorsharp.fitting import fit
-from favorsharp.methods import DENSE_EXPONENTIAL, MethodLike, check_method, method_of
+from favorsharp.landmarks.settings import Landmarks, landmarks
+from favorsharp.landmarks.verbs import check_landmark_options
+from favorsharp.methods import DENSE_EXPONENTIAL, LANDMARKS, MethodLike, check_method, method_of
 from favorsharp.moments import Moments, moments
 from favorsharp.parameters import Parameters
 
@@ -42,6 +44,9 @@ class MapBuffers(torch.nn.Module):
     When buffers have changed, they are checked before they are used: a call refuses parameters that are not
     calibrated, memory that was not filled, and averages of different maps.
 
+    With the method "landmarks" there are no buffers, and `feature_map` gives the settings of the landmarks, which every
+    call chooses anew.
+
     Parameters
     ----------
     size : int
@@ -50,13 +55,13 @@ class MapBuffers(torch.nn.Module):
         Number of key heads; each has its own fit. None means one fit for all heads.
     method : str or callable
         As in `favorsharp.fit`; only methods whose features are positive. A method that reads no data needs no
-        calibration.
+        calibration. Or "landmarks", as in `favorsharp.attention`.
     num_features : int
         m.
     draw : str or array, shape (m, d)
-        As in `favorsharp.feature_map`. All heads share the rows.
+        As in `favorsharp.feature_map`. All heads share the rows. Landmarks take none.
     rng : None, int, SeedSequence or numpy Generator
-        None means a seed from torch's global generator, as for the weights of a module.
+        None means a seed from torch's global generator, as for the weights of a module; for landmarks, seed 0.
     scale : float, optional
         The scale of the kernel exp(scale q.k); None means d**-0.5.
     enable_gqa : bool
@@ -98,8 +103,8 @@ class MapBuffers(torch.nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        check_method(method)
-        if method_of(method).signed:
+        check_method(method, also=(LANDMARKS,))
+        if method != LANDMARKS and method_of(method).signed:
             raise ValueError(f"method {method!r} has signed features, which attention refuses; accepted: positive ones")
         self.size = check_integer("size", size, 1)
         self.heads = None if heads is None else check_integer("heads", heads, 1)
@@ -107,6 +112,19 @@ class MapBuffers(torch.nn.Module):
         self.method = method
         self.scale = kernel_scale("softmax", scale, self.size)
         self.enable_gqa = check_flag("enable_gqa", enable_gqa)
+        self._landmarks: Landmarks | None = None
+        self._held: tuple[tuple[torch.Tensor, ...], Any, FeatureMap] | None = None
+        for name in _NUMBERS:
+            self.register_buffer(name, None)
+        if method == LANDMARKS:
+            check_landmark_options(draw)
+            self._landmarks = landmarks(self.num_features, scale=self.scale, rng=rng)
+        else:
+            self._make_rows(draw, rng, device, dtype)
+            self._set_initial_parameters()
+
+    def _make_rows(self, draw: Any, rng: Any, device: Any, dtype: torch.dtype | None) -> None:
+        """Check the draw, and fill the buffer of the random rows."""
         if isinstance(draw, str):
             check_choice("draw", draw, DRAWS, also=", or an (m, d) array of rows")
         elif not is_array(draw):
@@ -118,28 +136,28 @@ class MapBuffers(torch.nn.Module):
         self._orthogonal = self.draw == "orthogonal"
         dtype = torch.promote_types(dtype or torch.get_default_dtype(), torch.float32)
         rows = self._rows(rng) if isinstance(draw, str) else draw
-        self.register_buffer("projection", torch.as_tensor(rows, device=device).to(dtype))
-        for name in _PARAMETERS:
-            self.register_buffer(name, None)
-        self._held: tuple[tuple[torch.Tensor, ...], Any, FeatureMap] | None = None
-        self._set_initial_parameters()
+        self.projection = torch.as_tensor(rows, device=device).to(dtype)
 
     @property
     def is_calibrated(self) -> bool:
         """Whether the buffers hold a map: they are calibrated or loaded, or the method needs no calibration."""
+        if self._landmarks is not None:
+            return True
         if torch.compiler.is_compiling():
             return self._fault_while_compiling() is None
         return not self.projection.is_meta and self._fault() is None
 
     @property
-    def feature_map(self) -> FeatureMap:
-        """The map as a frozen value, which every function of `favorsharp` accepts.
+    def feature_map(self) -> FeatureMap | Landmarks:
+        """The map as a frozen value, which every function of `favorsharp` accepts; the settings of landmarks.
 
         Raises
         ------
         RuntimeError
             If the buffers hold no map; the message gives the reason and the remedy.
         """
+        if self._landmarks is not None:
+            return self._landmarks
         if torch.compiler.is_compiling():
             fault = self._fault_while_compiling()
         else:
@@ -158,12 +176,15 @@ class MapBuffers(torch.nn.Module):
 
         With a seed, the same random rows are drawn again; without one, new rows are drawn. If the caller passed an
         array of rows, these rows are restored. This fills the memory of a module that was made on the "meta" device.
+        With landmarks there is nothing to restore.
 
         Raises
         ------
         RuntimeError
             If the rows that the caller passed were on the "meta" device.
         """
+        if self._landmarks is not None:
+            return
         if self.draw is None and self._source.is_meta:
             raise RuntimeError(
                 f"draw was an array on the 'meta' device, so {type(self).__name__} has no rows to go back to; "
@@ -214,6 +235,7 @@ class MapBuffers(torch.nn.Module):
         RuntimeError
             If the module has no random rows yet.
         """
+        self._refuse_landmarks("calibrate")
         if isinstance(q, Moments):
             if any(x is not None for x in (k, key_mask, query_mask, weighting)) or is_causal:
                 raise TypeError("calibrate(moments) takes no k, masks or weighting: the moments have them in")
@@ -239,6 +261,7 @@ class MapBuffers(torch.nn.Module):
         ValueError
             If the parameters have another method, scale, shape or device, or if g1^T g2 is not I.
         """
+        self._refuse_landmarks("set_parameters")
         if parameters.method != self.method or parameters.kernel != "softmax" or parameters.scale != self.scale:
             raise ValueError(
                 f"parameters are {parameters!r}; accepted: method {self.method!r}, kernel 'softmax', "
@@ -281,8 +304,9 @@ class MapBuffers(torch.nn.Module):
         Raises
         ------
         ValueError
-            If the module was given its rows as an array.
+            If the module was given its rows as an array, or has landmarks.
         """
+        self._refuse_landmarks("redraw")
         if self.draw is None:
             raise ValueError("redraw needs a draw by name, and this module was given its rows as an array")
         self._orthogonal = self.draw == "orthogonal"
@@ -295,6 +319,13 @@ class MapBuffers(torch.nn.Module):
         heads = "" if self.heads is None else f"heads={self.heads}, "
         state = "" if self.is_calibrated else ", not calibrated"
         return f"size={self.size}, {heads}method={method!r}, num_features={self.num_features}{state}"
+
+    def _refuse_landmarks(self, name: str) -> None:
+        if self._landmarks is not None:
+            raise ValueError(
+                f"{name} changes a map, and {type(self).__name__} with method 'landmarks' has none: they are chosen "
+                "anew in each call"
+            )
 
     @property
     def _batch(self) -> tuple[int, ...]:
@@ -444,6 +475,8 @@ class MapBuffers(torch.nn.Module):
             # a state dict of an earlier version, which stored no parameters for modules that were not calibrated
             state_dict.update({prefix + name: rows.new_full(self._shape(name), torch.nan) for name in _PARAMETERS})
         super()._load_from_state_dict(state_dict, prefix, *rest)
+        if self._landmarks is not None:
+            return
         self._last_fault = None
         if _are_readable(*(self._buffers[name] for name in _NUMBERS)):
             self._orthogonal = self._orthogonal and float(_largest_cosine(self.projection)) < _ANGLE
@@ -454,7 +487,8 @@ class MapBuffers(torch.nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        if "_source" not in state:  # pickled by an earlier version
+        self._landmarks = state.get("_landmarks")
+        if "_source" not in state and self._landmarks is None:  # pickled by an earlier version
             self._source = None if self.draw is not None else _own(self.projection)
             self._orthogonal, self._last_fault = False, None
             for name in _PARAMETERS:

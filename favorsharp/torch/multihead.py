@@ -26,7 +26,8 @@ class MultiheadAttention(torch.nn.Module):
         `to_empty` followed by `reset_parameters`, or from loading a state dict.
     method : str or callable
         As in `favorsharp.fit`, with one fit for each head; only methods whose features are positive. Fitted methods
-        need `calibrate` before the first call. "exact" means softmax attention, for comparison.
+        need `calibrate` before the first call. "landmarks" is as in `LinearAttention`. "exact" means softmax attention,
+        for comparison.
     num_features, draw, rng, window
         As in `LinearAttention`.
 

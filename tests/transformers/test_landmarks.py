@@ -185,11 +185,12 @@ def test_rows_of_the_batch_are_repeated_and_chosen():
 
 @pytest.mark.parametrize("cache", [StateCache, DynamicCache])
 def test_generation_with_as_many_landmarks_as_keys_is_exact(cache):
-    model = made("llama", "many")
-    prompt = inputs("llama")["input_ids"]
-    found = generated(model, prompt, cache())
+    model = made("llama", "many").float()  # in float64 eager attention is NaN where a row sees nothing
+    batch, _ = padded("llama", "left", n=12, lengths=(12, 9, 2))
+    prompt, mask = batch["input_ids"], batch["attention_mask"]
+    found = generated(model, prompt, cache(), attention_mask=mask)
     model.set_attn_implementation("eager")
-    exact = generated(model, prompt, DynamicCache())
+    exact = generated(model, prompt, DynamicCache(), attention_mask=mask)
     for logits, want in zip(found.logits, exact.logits, strict=True):
         torch.testing.assert_close(logits, want, rtol=1e-4, atol=1e-4)
 
@@ -270,11 +271,7 @@ def test_other_options_are_refused(options, message):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["bert", "gpt2"])
-def test_it_compiles(name):
-    model, batch = made(name, "windowed"), inputs(name)
-    batch["attention_mask"] = torch.ones_like(batch["input_ids"])
-    want = output(model, **batch, **({"use_cache": False} if name == "gpt2" else {}))
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    got = output(compiled, **batch, **({"use_cache": False} if name == "gpt2" else {}))
-    torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)
+def test_it_compiles():
+    model, batch = made("bert", "few"), inputs("bert", batch=1)
+    got = output(torch.compile(model, fullgraph=True, backend="aot_eager"), **batch)
+    torch.testing.assert_close(got, output(model, **batch), rtol=1e-6, atol=1e-6)
