@@ -158,6 +158,24 @@ def in_forward_mode(torch: Any) -> bool:
     return bool(torch.autograd.forward_ad._current_level >= 0)
 
 
+def has_fused_attention(*arrays: Array) -> bool:
+    """Whether `fused_attention` takes these arrays: tensors on a GPU or a like device, that no derivative follows.
+
+    Some of torch's kernels have no second derivatives and no derivatives in forward mode.
+    """
+    if not array_api_compat.is_torch_array(arrays[0]) or arrays[0].device.type == "cpu":
+        return False
+    torch = sys.modules["torch"]
+    differentiated = in_forward_mode(torch) or (torch.is_grad_enabled() and any(x.requires_grad for x in arrays))
+    return not differentiated and not any(is_followed(x) for x in arrays)
+
+
+def fused_attention(q: Array, k: Array, v: Array, bias: Array, scale: float) -> Array:
+    """Softmax attention with the bias (*b, n, s), by the kernel that torch chooses for the device."""
+    attend = sys.modules["torch"].nn.functional.scaled_dot_product_attention
+    return attend(q, k, v, attn_mask=bias, scale=scale)
+
+
 def signature_of(x: Any, *, with_layout: bool = False) -> Any:
     """A hashable value of all that the checks and the choice of an implementation read of x; None if it has none.
 

@@ -1,6 +1,6 @@
 """Attention through landmarks, for whole sequences (`whole`) and for causal streams (`stream`)."""
 
-from favorsharp._arrays import cast, compute_dtype, namespace_of, result_dtype
+from favorsharp._arrays import cast, compute_dtype, has_fused_attention, namespace_of, result_dtype
 from favorsharp._heads import add_mask_axis
 from favorsharp._typing import Array
 from favorsharp.landmarks.metric import RIDGE
@@ -14,6 +14,7 @@ from favorsharp.landmarks.state import (
     log_weights,
     moments_of,
     positions_until_due,
+    read_fused,
     read_landmarks,
     ready,
 )
@@ -113,6 +114,9 @@ def _read(
     q: Array, held: tuple[Array, Array, Array], settings: Landmarks, grouped: bool, causal_from: int | None = None
 ) -> Array:
     keys, weight, values = held
+    sees_all = causal_from is None or q.shape[-2] == 1
+    if sees_all and settings.kernel == "softmax" and keys.shape[-2] > 0 and has_fused_attention(q, *held):
+        return read_fused(q, *held, settings, grouped=grouped)
     if grouped:
         keys, weight, values = keys[..., None, :, :], add_mask_axis(weight), values[..., None, :, :]
     return read_landmarks(q, keys, weight, values, settings, causal_from)

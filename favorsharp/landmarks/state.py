@@ -14,6 +14,7 @@ from favorsharp._arrays import (
     broadcast_shapes,
     cast,
     compute_dtype,
+    fused_attention,
     namespace_of,
     on_device_of,
     result_dtype,
@@ -267,6 +268,29 @@ def ready(state: LandmarkState) -> LandmarkState:
     if positions_until_due(state) > 0:
         return state
     return compressed(state, state.window, event=state.num_seen)
+
+
+def read_fused(
+    q: Array, keys: Array, log_weight: Array, values: Array, settings: Landmarks, *, grouped: bool = False
+) -> Array:
+    """As `read_landmarks` for the softmax kernel, by torch's own attention, where each query sees all keys.
+
+    Grouped queries have one more axis than keys, before the last two.
+    """
+    xp = namespace_of(q, keys, values)
+    dtype, scale = log_weight.dtype, settings.scale_of(q.shape[-1])
+    seen = log_weight != -xp.inf
+    some = xp.any(seen, axis=-1)[..., None, None]
+    keys, values = hide(cast(keys, dtype), seen), hide(cast(values, dtype), seen)
+    bias = xp.where(seen[..., None, :], log_weight[..., None, :], xp.where(some, -xp.inf, 0.0))
+    group = q.shape[-3] if grouped else 1
+    x = cast(q, dtype)
+    x = xp.reshape(x, (*x.shape[:-3], group * x.shape[-2], x.shape[-1])) if grouped else x
+    arrays = (x, keys, values, bias)
+    batch = broadcast_shapes(*(array.shape[:-2] for array in arrays))
+    out = fused_attention(*(xp.broadcast_to(array, (*batch, *array.shape[-2:])) for array in arrays), scale)
+    out = xp.where(some, out, 0.0)
+    return xp.reshape(out, (*batch, group, q.shape[-2], values.shape[-1])) if grouped else out
 
 
 @combine.register
