@@ -299,7 +299,7 @@ def test_landmarks_carry_gradients_and_dtypes():
 @pytest.mark.slow
 def test_landmarks_compile():
     q, k, v = (x.requires_grad_() for x in sample(1, 2, 14, 8))
-    module = made_of_landmarks(3, is_causal=True, window=3)
+    module = made_of_landmarks(3)
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
     got, want = compiled(q, k, v), module(q, k, v)
     torch.testing.assert_close(got, want)

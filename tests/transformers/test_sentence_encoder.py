@@ -88,3 +88,11 @@ def test_methods_at_256_features(encoder, exact):
     assert 1 - found["optimal"] < (1 - found["sderf"]) / 1.5
     assert 1 - found["optimal"] < (1 - max(found["posrf"], found["oprf"])) / 2.5
     assert cosine(encoder, exact, num_features=256, window=32) >= 0.98
+
+
+def test_landmarks_are_closer_than_eight_times_as_many_features(encoder, exact):
+    features = cosine(encoder, exact, num_features=256)
+    landmarks = cosine(encoder, exact, method="landmarks", num_features=32)
+    assert landmarks >= 0.96
+    assert 1 - landmarks < (1 - features) / 2
+    assert cosine(encoder, exact, method="landmarks", num_features=32, window=16) >= 0.998
