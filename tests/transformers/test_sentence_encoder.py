@@ -35,7 +35,7 @@ def embeddings(encoder, implementation, passages=PASSAGES):
     """Unit vectors of the passages, (texts, 384): means over tokens."""
     model, tokenizer = encoder
     model.set_attn_implementation(implementation)
-    batch = tokenizer(list(passages), padding=True, return_tensors="pt")
+    batch = tokenizer(list(passages), padding=True, truncation=True, max_length=512, return_tensors="pt")
     with torch.no_grad():
         hidden = model(**batch).last_hidden_state
     weights = batch["attention_mask"][..., None]
@@ -96,3 +96,12 @@ def test_landmarks_are_closer_than_eight_times_as_many_features(encoder, exact):
     assert landmarks >= 0.96
     assert 1 - landmarks < (1 - features) / 2
     assert cosine(encoder, exact, method="landmarks", num_features=32, window=16) >= 0.998
+
+
+def test_landmarks_on_long_texts(encoder):
+    """Two texts of 512 tokens: the passages in two orders."""
+    passages = [" ".join((*PASSAGES[i:], *PASSAGES[:i])) for i in (0, 3)]
+    exact = embeddings(encoder, "eager", passages)
+    for window, least in ((0, 0.86), (16, 0.975)):
+        register("favorsharp", method="landmarks", num_features=32, window=window, rng=0)
+        assert (embeddings(encoder, "favorsharp", passages) * exact).sum(-1).mean() >= least
