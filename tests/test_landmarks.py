@@ -828,13 +828,13 @@ def test_memory_is_linear():
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("key_heads", [4, 2])
 def test_torch_s_own_attention_reads_the_same(monkeypatch, masked, key_heads):
-    """It is used on GPUs; here both read on the CPU. One row sees no key, and hidden keys hold NaN."""
+    """It is used on GPUs; here both read on the CPU. One row sees no key; hidden keys and a query hold NaN."""
     torch = pytest.importorskip("torch")
     q, k, v = (torch.asarray(x) for x in attention_problem(21, (2, 4), n=40, d=8))
     k, v = k[:, :key_heads].clone(), v[:, :key_heads].clone()
     mask = torch.arange(40)[None, None] < torch.tensor([23, 0])[:, None, None] if masked else None
     if masked:
-        k[:, :, 30:], v[:, :, 30:] = torch.nan, torch.nan
+        k[:, :, 30:], v[:, :, 30:], q[1, :, 5] = torch.nan, torch.nan, torch.nan
     options = {"key_mask": mask, "enable_gqa": key_heads < 4}
 
     def results():
@@ -849,7 +849,7 @@ def test_torch_s_own_attention_reads_the_same(monkeypatch, masked, key_heads):
     module = importlib.import_module("favorsharp.landmarks.attention")  # favorsharp.landmarks is a function too
     monkeypatch.setattr(module, "has_fused_attention", lambda *arrays: calls.append(0) or True)
     for a, b in zip(results(), want, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11, equal_nan=True)
     assert len(calls) == 4
 
 
