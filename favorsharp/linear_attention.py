@@ -135,7 +135,8 @@ def attention(
         if is_causal and method_of(method).is_fitted:
             raise ValueError(
                 f"attention(is_causal=True) with the fitted method {method!r} needs calibration=(q0, k0): fitting on "
-                "the sequence itself would show it its own future; or pass method='posrf', which fits nothing"
+                "the sequence itself would show it its own future; or pass method='posrf' or 'landmarks', which "
+                "fit nothing"
             )
         names, data, masks = ("q", "k"), (q, k), _masks_of_fit(q, k, key_mask, enable_gqa)
     else:

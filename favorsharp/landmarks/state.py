@@ -288,8 +288,9 @@ def read_fused(
     x = xp.reshape(x, (*x.shape[:-3], group * x.shape[-2], x.shape[-1])) if grouped else x
     arrays = (x, keys, values, bias)
     batch = broadcast_shapes(*(array.shape[:-2] for array in arrays))
-    out = fused_attention(*(xp.broadcast_to(array, (*batch, *array.shape[-2:])) for array in arrays), scale)
-    out = xp.where(some, out, 0.0)
+    x, keys, values, bias = (xp.broadcast_to(array, (*batch, *array.shape[-2:])) for array in arrays)
+    out = fused_attention(x, keys, values, bias, scale)
+    out = xp.where(some, cast(out, dtype), 0.0)
     return xp.reshape(out, (*batch, group, q.shape[-2], values.shape[-1])) if grouped else out
 
 

@@ -384,7 +384,7 @@ class MapBuffers(torch.nn.Module):
     def _not_calibrated(self) -> str:
         return (
             f"{type(self).__name__} with the fitted method {self.method!r} is not calibrated: call calibrate(q, k) on "
-            "sample data or load a state dict; or use method='posrf', which fits nothing"
+            "sample data or load a state dict; or use method='posrf' or 'landmarks', which fit nothing"
         )
 
     def _built(self) -> FeatureMap:
