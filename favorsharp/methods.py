@@ -33,8 +33,9 @@ class Method:
         The name that papers use.
     kind : str
         The kind of features, by which `feature_map` chooses the class of the map.
-    fit : callable
+    fit : callable, optional
         The formula of the parameters: it takes `formulas.Statistics`, and returns the arrays of `Parameters` by name.
+        None if moments are not enough, so that only `fit_map` makes the method's maps.
     paired : bool
         Whether each random row makes two features.
     signed : bool
@@ -52,7 +53,7 @@ class Method:
     name: str
     title: str
     kind: Kind
-    fit: Callable[[formulas.Statistics], formulas.Values]
+    fit: Callable[[formulas.Statistics], formulas.Values] | None
     paired: bool = False
     signed: bool = False
     log_second_moment: Callable[[Parameters, Array, Array], Array] | None = None
@@ -72,7 +73,7 @@ class Method:
     @property
     def takes_proposals(self) -> bool:
         """Whether `feature_map` takes rows and log weights from any proposal."""
-        return self.kind == "dense-exponential" and not self.paired
+        return self.kind == "dense-exponential" and self.fit is not None and not self.paired
 
 
 def _dense(
@@ -126,6 +127,7 @@ _RECORDS = (
     ),
     Method("relu", "relu of projections", "elementwise", formulas.plain, logarithm=formulas.log_relu),
     Method("elu", "elu + 1 of projections", "elementwise", formulas.plain, logarithm=formulas.log_elu),
+    Method("prototypes", "attention from means of queries (docs: theory)", "dense-exponential", None),
 )
 
 _OF_CALLABLES = Method("callable", "a function of the caller", "elementwise", formulas.plain)
@@ -134,16 +136,19 @@ _OF_CALLABLES = Method("callable", "a function of the caller", "elementwise", fo
 TABLE: Mapping[str, Method] = {record.name: record for record in _RECORDS}
 """The record of each method by name."""
 
-METHODS = tuple(TABLE)
+METHODS = tuple(name for name, record in TABLE.items() if record.fit is not None)
 """The names that `fit` accepts."""
 
-SIGNED = tuple(name for name, record in TABLE.items() if record.signed)
+FROM_POINTS = tuple(name for name, record in TABLE.items() if record.fit is None)
+"""Methods that need the points themselves: `fit_map` accepts them, and `fit` does not."""
+
+SIGNED = tuple(name for name in METHODS if TABLE[name].signed)
 """Methods whose features can be negative; attention refuses them."""
 
-POSITIVE = tuple(name for name, record in TABLE.items() if not record.signed)
+POSITIVE = tuple(name for name in METHODS if not TABLE[name].signed)
 """Methods that attention takes."""
 
-DENSE_EXPONENTIAL = tuple(name for name, record in TABLE.items() if record.kind == "dense-exponential")
+DENSE_EXPONENTIAL = tuple(name for name in METHODS if TABLE[name].kind == "dense-exponential")
 """Methods whose features are exp(rows.u + row + column)."""
 
 TAKES_PROPOSALS = tuple(name for name, record in TABLE.items() if record.takes_proposals)
@@ -155,7 +160,20 @@ def method_of(method: MethodLike) -> Method:
     return TABLE[method] if isinstance(method, str) else _OF_CALLABLES
 
 
+_ELSEWHERE = {
+    **{name: f"fit_map(x, y, m, method={name!r}) makes a map from the points themselves" for name in FROM_POINTS},
+    "landmarks": "landmarks(m) makes them, and attention takes the result in place of a feature map",
+}
+"""Where the names are accepted that are not the name of a fit."""
+
+
 def check_method(method: Any, *, positive: bool = False, also: tuple[str, ...] = ()) -> None:
     """Raise unless method is a callable, a known name (with `positive`: of a positive method), or one of `also`."""
-    if not callable(method):
-        check_choice("method", method, (*(POSITIVE if positive else METHODS), *also), also=", or a callable")
+    if callable(method):
+        return
+    known = (*(POSITIVE if positive else METHODS), *also)
+    if isinstance(method, str) and method in _ELSEWHERE and method not in known:
+        accepted = ", ".join(known)
+        raise ValueError(f"method {method!r} is not accepted here: {_ELSEWHERE[method]}; accepted: {accepted}")
+    others = ", ".join(name for name in _ELSEWHERE if name not in known)
+    check_choice("method", method, known, also=", or a callable" + (f"; elsewhere: {others}" if others else ""))

@@ -1,0 +1,197 @@
+"""Prototypes: a frozen feature map whose features are made from queries, in place of random rows (docs: theory).
+
+A prototype c is a mean of queries, from a few k-means steps in the coordinates u = g1 (x - center_x) and
+v = g2 (y - center_y) of `optimal`, in which the log kernel is u.v + f(x) + f(y). The log features of c are
+
+    query:  TAU (u.c - |c|^2 / 2) - log z_c + h(x),        key:  v.c + f(y),
+
+where z_c is the sum of exp(v.c + f(y)) over the keys of the fit. So the feature of c alone is exact attention from c,
+and a query mixes the attention of the prototypes near it. h is linear. It cancels, except beside keys that are scored
+exactly: there exp(f(x)) times the products of features should be near the kernel, so h is fitted to that.
+
+The result is a `DenseExponentialMap` with g1, g2 times TINY and rows divided by it, so that the quadratic terms of such
+maps are smaller than rounding errors.
+"""
+
+from dataclasses import replace
+from typing import Any
+
+from favorsharp._algebra import identity, outer, trace
+from favorsharp._arrays import broadcast_shapes, cast, from_host, namespace_of, on_device_of
+from favorsharp._typing import Array
+from favorsharp._values import astype
+from favorsharp.features.dense_exponential import DenseExponentialMap
+from favorsharp.landmarks.chosen import gather
+from favorsharp.landmarks.seeds import CANDIDATES, Noise, choose_seeds
+from favorsharp.moments import averaged_axes, pool_heads
+from favorsharp.ops.state import hide, tiles_of
+from favorsharp.parameters import Parameters, embed_key, embed_query
+
+TAU = 2.0
+"""How sharply queries prefer near prototypes. Without a window 3 is a little better, with one 1.5 to 2."""
+
+STEPS = 5
+"""Steps of k-means."""
+
+SAMPLE = 1024
+"""The largest number of queries that prototypes are made from."""
+
+TINY = 2.0**-20
+"""A power of two, so that no digit of the rows changes."""
+
+_RIDGE, _LEAST = 1e-2, 1e-6
+"""The ridge of the linear function h: a multiple of tr / d, and a number.
+
+u and v have equal variances, so the log kernel hardly depends on coordinates with a smaller one than that number.
+"""
+
+
+def pooled(x: Array, mask: Array | None, axis: int | tuple[int, ...], group: int) -> tuple[Array, Array]:
+    """Points with all averaged axes, and grouped heads, moved into the point axis, and which of them count."""
+    xp = namespace_of(x)
+    seen = xp.ones(x.shape[:-1], dtype=xp.bool, **on_device_of(x)) if mask is None else mask
+    shape = broadcast_shapes(seen.shape, x.shape[:-1])
+    x, seen = xp.broadcast_to(x, (*shape, x.shape[-1])), xp.broadcast_to(seen, shape)[..., None]
+    if group > 1:
+        x, seen = pool_heads(x, group), pool_heads(seen, group)
+    lead = x.ndim - 2
+    over = [a + x.ndim for a in averaged_axes(axis, x.ndim)]
+    order = (*(i for i in range(lead) if i not in over), *over, lead, lead + 1)
+    kept = tuple(1 if i in over else x.shape[i] for i in range(lead))
+    count = x.shape[-2]
+    for i in over:
+        count *= x.shape[i]
+    x, seen = (xp.reshape(xp.permute_dims(a, order), (*kept, count, a.shape[-1])) for a in (x, seen))
+    return x, seen[..., 0]
+
+
+def prototype_map(
+    fitted: Parameters, x: Array, seen_x: Array, y: Array, seen_y: Array, num_features: int, rng: Any
+) -> DenseExponentialMap:
+    """The map for pooled queries and keys, (*b, n, d) and (*b, s, d), and the parameters of `optimal` for them.
+
+    `rng` is a NumPy generator.
+    """
+    p = astype(fitted, x.dtype)
+    x, y = hide(x, seen_x), hide(y, seen_y)
+    x, seen_x = _sampled(x, seen_x, rng)
+    u = embed_query(p, x)[0]
+    points, log_share = _centres(u, seen_x, num_features, rng)
+    logs = _log_denominators(p, namespace_of(u).concat(_together(points, u), axis=-2), y, seen_y)
+    log_z, log_of_query = logs[..., :num_features, :], logs[..., num_features:, :]
+    gate = _gate(u, points, log_share)
+    slope, constant = _linear(u, log_of_query - _log_sum(gate), seen_x)
+    return _as_map(p, points, log_share, log_z, slope, constant)
+
+
+def _sampled(x: Array, seen: Array, rng: Any) -> tuple[Array, Array]:
+    """Up to `SAMPLE` of the queries that count, one from each of as many strata, and which entries are filled."""
+    xp = namespace_of(x)
+    slots = min(SAMPLE, x.shape[-2])
+    count = xp.sum(cast(seen, x.dtype), axis=-1, keepdims=True)
+    offset = from_host(rng.random(SAMPLE)[:slots], x)
+    slot = xp.arange(slots, dtype=x.dtype, **on_device_of(x))
+    rank = xp.floor((slot + offset) * xp.maximum(count / slots, xp.ones_like(count)))
+    order = xp.argsort(cast(~seen, xp.int8), axis=-1, stable=True)
+    place = cast(xp.minimum(rank, xp.zeros_like(rank) + (x.shape[-2] - 1)), order.dtype)
+    index = xp.take_along_axis(order, place, axis=-1)
+    return xp.take_along_axis(x, index[..., None], axis=-2), rank < count
+
+
+def _centres(u: Array, seen: Array, m: int, rng: Any) -> tuple[Array, Array]:
+    """k-means centres of queries, (*b, m, d), and the logarithms of the shares with which they count, (*b, 1, m).
+
+    Where there are fewer different queries than centres, the first centre is repeated, and its copies share its weight.
+    """
+    xp = namespace_of(u)
+    slots = CANDIDATES * m
+    noise = Noise(rng.standard_normal(u.shape[-1]), rng.random(slots), rng.gumbel(size=slots))
+    index, used = choose_seeds(u, xp.zeros_like(u[..., 0]), u, seen, m, noise)
+    u = xp.broadcast_to(u, (*index.shape[:-1], *u.shape[-2:]))
+    points, used = xp.take_along_axis(u, index[..., None], axis=-2), used[..., None, :]
+    slot = xp.arange(m, **on_device_of(u))
+    for _ in range(STEPS):
+        scores = u @ xp.matrix_transpose(points) + xp.where(used, _halves(points), -xp.inf)
+        own = xp.argmax(scores, axis=-1, keepdims=True) == slot
+        shares = xp.matrix_transpose(cast(own & seen[..., None], u.dtype))
+        counts = xp.sum(shares, axis=-1, keepdims=True)
+        points = xp.where(counts > 0, shares @ u / xp.where(counts > 0, counts, 1.0), points)
+    shared = ~used | (slot == 0)
+    points = xp.where(xp.matrix_transpose(shared), points[..., :1, :], points)
+    copies = xp.sum(cast(shared, u.dtype), axis=-1, keepdims=True)
+    return points, xp.where(shared, -xp.log(copies), 0.0)
+
+
+def _halves(points: Array) -> Array:
+    """-|c|^2 / 2 as a row, (*b, 1, m)."""
+    xp = namespace_of(points)
+    return -0.5 * xp.matrix_transpose(xp.sum(points * points, axis=-1, keepdims=True))
+
+
+def _gate(u: Array, points: Array, log_share: Array) -> Array:
+    """The logarithms of the weights with which queries mix prototypes, up to a factor of each query, (*b, n, m)."""
+    return TAU * (u @ namespace_of(u).matrix_transpose(points) + _halves(points)) + log_share
+
+
+def _log_sum(logs: Array) -> Array:
+    xp = namespace_of(logs)
+    top = xp.max(logs, axis=-1, keepdims=True)
+    return top + xp.log(xp.sum(xp.exp(logs - top), axis=-1, keepdims=True))
+
+
+def _log_denominators(p: Parameters, points: Array, y: Array, seen: Array) -> Array:
+    """The logarithm of the sum over keys of exp(v.c + f(y)) for each point c, (*b, r, 1); 0 if no key counts."""
+    xp = namespace_of(points)
+    batch = broadcast_shapes(points.shape[:-2], y.shape[:-2])
+    total = None
+    for start, stop in tiles_of(y.shape[-2], points.shape[-2], batch):
+        v, factor = embed_key(p, y[..., start:stop, :])
+        logs = v @ xp.matrix_transpose(points) + factor
+        total = gather(xp.where(seen[..., start:stop, None], logs, -xp.inf), factor, total)
+    assert total is not None  # there is one tile or more
+    none = total.den == 0
+    return xp.where(none, 0.0, xp.log(xp.where(none, 1.0, total.den)) + total.ref)
+
+
+def _linear(u: Array, wanted: Array, seen: Array) -> tuple[Array, Array]:
+    """The linear function of u nearest to the wanted numbers: slope (*b, 1, d) and constant (*b, 1, 1)."""
+    xp = namespace_of(u)
+    weight = cast(seen, u.dtype)[..., None]
+    weight = weight / xp.maximum(xp.sum(weight, axis=-2, keepdims=True), xp.ones_like(weight[..., :1, :]))
+    mean, level = (xp.sum(weight * a, axis=-2, keepdims=True) for a in (u, wanted))
+    centred = u - mean
+    covariance = outer(weight * centred, centred)
+    along = outer(centred, weight * (wanted - level))
+    eye = identity(covariance, covariance)
+    ridge = _RIDGE / u.shape[-1] * trace(covariance) + _LEAST
+    slope = xp.matrix_transpose(xp.linalg.solve(covariance + ridge * eye, along))
+    return slope, level - xp.sum(slope * mean, axis=-1, keepdims=True)
+
+
+def _as_map(
+    p: Parameters, points: Array, log_share: Array, log_z: Array, slope: Array, constant: Array
+) -> DenseExponentialMap:
+    """The map with these prototypes. The slope of h moves center_y: f(x) is linear in center_y."""
+    xp = namespace_of(points)
+    shift = slope @ p.g1
+    moved = xp.sum((shift @ xp.matrix_transpose(p.g2)) * points, axis=-1, keepdims=True)
+    column = TAU * _halves(points) + log_share + xp.matrix_transpose(moved - log_z) + constant
+    m = points.shape[-2]
+    column = column + xp.log(xp.zeros_like(column) + m)  # the map divides by m
+    own = replace(
+        p,
+        method="prototypes",
+        a=xp.zeros_like(p.a),
+        g1=p.g1 * (TAU * TINY),
+        g2=p.g2 * TINY,
+        center_y=p.center_y + shift,
+    )
+    rows = points / TINY
+    return DenseExponentialMap(own, m, rows, rows, column)
+
+
+def _together(a: Array, b: Array) -> list[Array]:
+    """Both arrays with the same leading axes."""
+    xp = namespace_of(a, b)
+    batch = broadcast_shapes(a.shape[:-2], b.shape[:-2])
+    return [xp.broadcast_to(x, (*batch, *x.shape[-2:])) for x in (a, b)]
