@@ -6,15 +6,16 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from favorsharp._arrays import cast, is_traced, library_of, namespace_of, to_host, under_own_settings
-from favorsharp._checks import check_floats, check_points, check_same_size
+from favorsharp._checks import check_choice, check_floats, check_points, check_same_size
 from favorsharp._typing import Array
 from favorsharp._values import astype, map_arrays
 from favorsharp.exact import softmax_attention
-from favorsharp.features import feature_map
-from favorsharp.fitting import excess, fit_named
+from favorsharp.features import FeatureMap, feature_map
+from favorsharp.fitting import excess, fit_map, fit_named
+from favorsharp.landmarks import landmarks
 from favorsharp.landmarks.expected import expected_error
 from favorsharp.linear_attention import linear_attention
-from favorsharp.methods import DENSE_EXPONENTIAL, TAKES_PROPOSALS, method_of
+from favorsharp.methods import DENSE_EXPONENTIAL, FROM_POINTS, TAKES_PROPOSALS, check_method, method_of
 from favorsharp.parameters import Parameters, embed_key, embed_query, log_kernel_of
 
 __all__ = [
@@ -37,15 +38,24 @@ class Comparison:
     Attributes
     ----------
     method, draw : str
+        The method is `"window alone"` if all keys outside the window are ignored. Methods without random rows have the
+        draw `"none"`.
     num_features, window : int
+        Features or landmarks; 0 for a window alone.
     excess : float or None
         Mean over heads; None if the method has no closed form for it.
     predicted, measured : float or None
-        Relative error of the attention output, averaged over heads; `measured` is also averaged over seeds.
+        Relative error of the attention output, averaged over heads; `measured` is also averaged over seeds. For
+        landmarks `predicted` is `expected_error`, the relative error of the kernel of keys, if the call is neither
+        causal nor windowed. None if there is no prediction.
     seconds, exact_seconds : float
         Median time of the attention, and of exact attention in the same run.
     memory : int or None
         Peak memory of the call in bytes, including the output; None if the library does not report it.
+    biased : bool
+        Whether the mean over draws is not the exact kernel, so that more features or draws need not help.
+    alone : float or None
+        The error of the window alone; None without a window.
     """
 
     method: str
@@ -58,6 +68,13 @@ class Comparison:
     seconds: float
     exact_seconds: float
     memory: int | None
+    biased: bool = False
+    alone: float | None = None
+
+    @property
+    def adds_nothing(self) -> bool:
+        """Whether the features or landmarks have no smaller error than their window has without them."""
+        return self.alone is not None and self.num_features > 0 and self.measured >= self.alone
 
     def as_dict(self) -> dict[str, Any]:
         """The fields as plain values."""
@@ -269,15 +286,19 @@ class Suggestion:
     Attributes
     ----------
     method, draw : str
-        The arguments for `fit` and `feature_map`.
+        The arguments for `fit` and `feature_map`. With the method `"landmarks"` the draw is `"none"`, and
+        `landmarks(num_features)` is the argument for attention.
     num_features : int
+        Features, or landmarks.
     predicted_error : float
-        Relative error of the kernel-weighted means with that many features.
+        Relative error of the kernel-weighted means with that many features; with landmarks, `expected_error`.
     target_error : float
     reached : bool
         Whether the prediction is at most the target; False if even the largest number of features misses it.
     exact_is_cheaper : bool
         Whether the exact sums take no more operations: n s is at most (n + s) m.
+    biased : bool
+        Whether the mean over draws is not the exact kernel; so it is with landmarks.
     """
 
     method: str
@@ -287,6 +308,7 @@ class Suggestion:
     target_error: float
     reached: bool
     exact_is_cheaper: bool
+    biased: bool = False
 
 
 @under_own_settings
@@ -299,13 +321,14 @@ def suggest(
     target_error: float,
     kernel: str = "softmax",
     scale: float | None = None,
-    methods: Iterable[str] = TAKES_PROPOSALS,
+    methods: Iterable[str] | None = None,
+    purpose: str = "kernel",
 ) -> Suggestion:
     """The method that is predicted to reach an error with the fewest features, found without drawing any.
 
     Each method is fitted from moments. `predicted_error` then predicts its error for each number of features, from a
     sample of 32 queries and at most 512 keys. If several methods need the same number of features, the one with the
-    smallest error is chosen.
+    smallest error is chosen. For attention, up to 512 landmarks are considered too; `expected_error` predicts theirs.
 
     Parameters
     ----------
@@ -319,8 +342,11 @@ def suggest(
         The relative error that is wanted, between 0 and 1.
     kernel, scale
         As in `fit`.
-    methods : iterable of str
-        The dense-exponential methods to choose from.
+    methods : iterable of str, optional
+        What to choose from: dense-exponential methods, and `"landmarks"`. None means all that suit the purpose.
+    purpose : {"kernel", "attention"}
+        What the features are for. Kernel sums, and maps that serve many inputs, need a feature map. Attention, and
+        other weighted means, may choose landmarks anew in each call, which are sharper but biased.
 
     Returns
     -------
@@ -355,22 +381,55 @@ def suggest(
         check_points("v", v, "(*b, s, e)")
         check_same_size("s", y=(-2, y.shape[-2]), v=(-2, v.shape[-2]))
     n, s = x.shape[-2], y.shape[-2]
+    check_choice("purpose", purpose, ("kernel", "attention"))
+    methods = (*TAKES_PROPOSALS, *(("landmarks",) if purpose == "attention" else ())) if methods is None else methods
     if not (n and s):
         raise ValueError(f"suggest needs points to look at: x has n={n}, y has s={s}; accepted: 1 or more of each")
     values = np.random.default_rng(0).standard_normal((s, 32)) if v is None else v
     found = []
     for method in methods:
-        parameters = fit_named(("x", "y"), x, y, method=method, kernel=kernel, scale=scale)
-        heads = _heads(parameters, x, y, values, 0, False, 32)
-        errors = [(m, _relative(heads, m)) for m in _SIZES]
-        m, error = next(((m, error) for m, error in errors if error <= target_error), errors[-1])
+        errors = _errors_of_landmarks(x, y, kernel, scale) if method == "landmarks" else None
+        if errors is None:
+            parameters = fit_named(("x", "y"), x, y, method=method, kernel=kernel, scale=scale)
+            heads = _heads(parameters, x, y, values, 0, False, 32)
+            errors = ((m, _relative(heads, m)) for m in _SIZES)
+        m, error = _first(errors, target_error)
         found.append((error > target_error, m, error, method))
     missed, m, error, method = min(found)
-    return Suggestion(method, "orthogonal", m, error, float(target_error), not missed, n * s <= (n + s) * m)
+    draw = "none" if method == "landmarks" else "orthogonal"
+    cheaper = n * s <= (n + s) * m
+    return Suggestion(method, draw, m, error, float(target_error), not missed, cheaper, is_biased(method))
+
+
+def _errors_of_landmarks(x: Array, y: Array, kernel: str, scale: float | None) -> Iterator[tuple[int, float]]:
+    """Numbers of landmarks, and the errors that are expected of them."""
+    for m in _SIZES:
+        if m <= _MOST_LANDMARKS:
+            yield m, _mean(expected_error(x, y, landmarks(m, kernel=kernel, scale=scale)))
+
+
+def _first(errors: Iterable[tuple[int, float]], target: float) -> tuple[int, float]:
+    """The first number with an error of at most the target, or the last number."""
+    tried = []
+    for found in errors:
+        tried.append(found)
+        if found[1] <= target:
+            break
+    return tried[-1]
 
 
 _SIZES = tuple(int(2 ** (half / 2)) // 8 * 8 for half in range(8, 33))
 """The numbers of features that are considered: from 16 to 65536, two for each doubling, multiples of 8."""
+
+_MOST_LANDMARKS = 512
+"""The largest number of landmarks that `suggest` considers; the time of the choice grows with its square."""
+
+
+COMPARED = (*TAKES_PROPOSALS, *FROM_POINTS, "landmarks")
+"""Methods that `compare` measures unless others are named."""
+
+ALONE = "window alone"
+"""The method of a row of `compare` in which all keys outside the window are ignored."""
 
 
 def compare(
@@ -379,7 +438,7 @@ def compare(
     v: Array,
     /,
     *,
-    methods: Iterable[str] = TAKES_PROPOSALS,
+    methods: Iterable[str] = COMPARED,
     num_features: Iterable[int] = (32, 128, 512),
     windows: Iterable[int] = (0, 16),
     draws: Iterable[str] = ("orthogonal",),
@@ -391,7 +450,8 @@ def compare(
     """Measure settings on given queries, keys and values, one after the other.
 
     A bidirectional map is fitted to the data it is measured on, as `attention` does. A causal one must not be: it is
-    fitted to the first half of the sequence, and its error is measured on the queries of the second half.
+    fitted to the first half of the sequence, and its error is measured on the queries of the second half. The time of
+    the fit is not measured; that of landmarks includes their choice, because each call chooses its own.
 
     Parameters
     ----------
@@ -399,7 +459,9 @@ def compare(
     k : array, shape (*b, s, d)
     v : array, shape (*b, s, e)
     methods, num_features, windows, draws : iterables
-        The settings; all combinations are measured. Windows need n == s.
+        The settings; all combinations are measured. Methods are those of positive features, `"prototypes"` and
+        `"landmarks"`; the last two, which draw no rows, are measured once for all draws. Windows need n == s; each is
+        also measured alone, without the keys outside it.
     seeds : int
         Number of draws to average over.
     scale : float, optional
@@ -411,57 +473,137 @@ def compare(
     Yields
     ------
     Comparison
+        First each window alone, then the settings in the order of the methods, draws, numbers of features and windows.
 
     Examples
     --------
     >>> import numpy as np
     >>> from favorsharp.diagnostics import compare, recommend
     >>> q, k, v = np.random.default_rng(0).standard_normal((3, 256, 8))
-    >>> rows = list(compare(q, k, v, methods=["posrf", "optimal"], num_features=[64, 512], windows=[0], repeats=1))
-    >>> [(row.method, row.num_features) for row in rows]
-    [('posrf', 64), ('posrf', 512), ('optimal', 64), ('optimal', 512)]
+    >>> rows = list(compare(q, k, v, methods=["optimal", "landmarks"], num_features=[64], windows=[0, 8], repeats=1))
+    >>> [(row.method, row.num_features, row.window) for row in rows]
+    [('window alone', 0, 8), ('optimal', 64, 0), ('optimal', 64, 8), ('landmarks', 64, 0), ('landmarks', 64, 8)]
     >>> recommend(rows, target=1e-9) is None
     True
     """
     methods, windows, draws, num_features = tuple(methods), tuple(windows), tuple(draws), tuple(num_features)
-    half = q.shape[-2] // 2 if is_causal else 0
-    xp = namespace_of(q)
-    wide = [cast(x, xp.float64) for x in (q, k, v)]
-    exact = softmax_attention(*wide, is_causal=is_causal, scale=scale)[..., half:, :]
-    exact_seconds = _median_time(lambda: softmax_attention(q, k, v, is_causal=is_causal, scale=scale), repeats)
     for method in methods:
-        seen = (q[..., :half, :], k[..., :half, :]) if is_causal else (q, k)
-        parameters = fit_named(("q", "k"), *seen, method=method, kernel="softmax", scale=scale)
-        spread = None if method_of(method).excess is None else _mean(excess(parameters, q[..., half:, :], k))
-        for draw in draws:
+        check_method(method, positive=True, also=(*FROM_POINTS, "landmarks"))
+    bench = _Bench(q, k, v, seeds, scale, is_causal, repeats)
+    alone: dict[int, float] = {}
+    for window in windows:
+        if window > 0 and window not in alone:
+            row = bench.measured(_Trial(ALONE, "none", 0, (_no_features(q, scale),) * seeds), window, None)
+            alone[window] = row.measured
+            yield row
+    for trial in _trials(bench, methods, draws, num_features):
+        for window in windows:
+            yield bench.measured(trial, window, alone.get(window))
+
+
+@dataclass(frozen=True)
+class _Trial:
+    """A method with a number of features: a map, or landmarks, for each seed, and what is predicted of them."""
+
+    method: Any
+    draw: str
+    num_features: int
+    maps: tuple[Any, ...]
+    parameters: Parameters | None = None
+    excess: float | None = None
+
+
+class _Bench:
+    """The points that settings are measured on, and exact attention's output and time."""
+
+    def __init__(
+        self, q: Array, k: Array, v: Array, seeds: int, scale: float | None, is_causal: bool, repeats: int
+    ) -> None:
+        self.points = q, k, v
+        self.seeds, self.scale, self.is_causal, self.repeats = seeds, scale, is_causal, repeats
+        self.half = q.shape[-2] // 2 if is_causal else 0
+        wide = [cast(x, namespace_of(q).float64) for x in self.points]
+        self.exact = softmax_attention(*wide, is_causal=is_causal, scale=scale)[..., self.half :, :]
+        self.exact_seconds = _median_time(
+            lambda: softmax_attention(q, k, v, is_causal=is_causal, scale=scale), self.repeats
+        )
+
+    @property
+    def fitted_to(self) -> tuple[Array, Array]:
+        """The queries and keys that maps are fitted to."""
+        q, k, _ = self.points
+        return (q[..., : self.half, :], k[..., : self.half, :]) if self.is_causal else (q, k)
+
+    def measured(self, trial: _Trial, window: int, alone: float | None) -> Comparison:
+        """Measure a trial with a window, whose error without the trial's features is given."""
+
+        def call(seed: int = 0) -> Array:
+            return linear_attention(*self.points, trial.maps[seed], is_causal=self.is_causal, window=window)
+
+        wide = namespace_of(self.exact).float64
+        errors = [
+            _mean(relative_error(cast(call(seed), wide)[..., self.half :, :], self.exact))
+            for seed in range(len(trial.maps))
+        ]
+        return Comparison(
+            trial.method,
+            trial.draw,
+            trial.num_features,
+            window,
+            trial.excess,
+            self._predicted(trial, window),
+            sum(errors) / len(errors),
+            _median_time(call, self.repeats),
+            self.exact_seconds,
+            _peak_memory(call) if library_of(self.points[0]) == "numpy" else None,
+            is_biased(trial.method),
+            alone,
+        )
+
+    def _predicted(self, trial: _Trial, window: int) -> float | None:
+        if trial.method == "landmarks":
+            q, k, _ = self.points
+            return None if window or self.is_causal else _mean(expected_error(q, k, trial.maps[0]))
+        if trial.method not in DENSE_EXPONENTIAL or trial.parameters is None:
+            return None
+        m = trial.num_features
+        return predicted_error(trial.parameters, *self.points, m, window=window, is_causal=self.is_causal)
+
+
+def _trials(bench: _Bench, methods: Any, draws: Any, num_features: Any) -> Iterator[_Trial]:
+    """What `compare` measures, with all windows each."""
+    q, k, _ = bench.points
+    seeds, scale = range(bench.seeds), bench.scale
+    for method in methods:
+        if method == "landmarks":
             for m in num_features:
-                maps = [feature_map(parameters, m, draw=draw, rng=seed) for seed in range(seeds)]
-                for window in windows:
+                yield _Trial(method, "none", m, tuple(landmarks(m, scale=scale, rng=seed) for seed in seeds))
+        elif method in FROM_POINTS:
+            for m in num_features:
+                options = {"method": method, "scale": scale}
+                yield _Trial(method, "none", m, tuple(fit_map(*bench.fitted_to, m, rng=i, **options) for i in seeds))
+        else:
+            fitted = fit_named(("q", "k"), *bench.fitted_to, method=method, kernel="softmax", scale=scale)
+            known = method_of(method).excess is not None
+            spread = _mean(excess(fitted, q[..., bench.half :, :], k)) if known else None
+            for draw in draws:
+                for m in num_features:
+                    maps = tuple(feature_map(fitted, m, draw=draw, rng=seed) for seed in seeds)
+                    yield _Trial(method, draw, m, maps, fitted, spread)
 
-                    def call(seed: int = 0, maps: list[Any] = maps, window: int = window) -> Array:
-                        return linear_attention(q, k, v, maps[seed], is_causal=is_causal, window=window)
 
-                    errors = [
-                        _mean(relative_error(cast(call(seed), xp.float64)[..., half:, :], exact))
-                        for seed in range(seeds)
-                    ]
-                    predicted = (
-                        predicted_error(parameters, q, k, v, m, window=window, is_causal=is_causal)
-                        if method in DENSE_EXPONENTIAL
-                        else None
-                    )
-                    yield Comparison(
-                        method,
-                        draw,
-                        m,
-                        window,
-                        spread,
-                        predicted,
-                        sum(errors) / len(errors),
-                        _median_time(call, repeats),
-                        exact_seconds,
-                        _peak_memory(call) if library_of(q) == "numpy" else None,
-                    )
+def is_biased(method: Any) -> bool:
+    """Whether a method of `compare` or `suggest` does not estimate the kernel without bias."""
+    return method in ("landmarks", ALONE) or not method_of(method).estimates_kernel
+
+
+def _no_features(q: Array, scale: float | None) -> FeatureMap:
+    """A map whose only feature is so small that it adds nothing to any window."""
+    import numpy as np
+
+    d = q.shape[-1]
+    parameters = fit_named(("q", "q"), q[..., :1, :], q[..., :1, :], method="posrf", kernel="softmax", scale=scale)
+    return feature_map(parameters, 1, draw=(np.zeros((1, d), np.float32), np.full(1, -1e30, np.float32)))
 
 
 def recommend(rows: Iterable[Comparison], target: float) -> Comparison | None:

@@ -66,7 +66,7 @@ def test_compare_reads_every_kind_of_file(tmp_path, capsys, monkeypatch, arrays,
     )
     assert code == 0, err
     rows = json.loads(numbers.read_text())
-    assert [row["method"] for row in rows] == ["posrf"] * 4 + ["optimal"] * 4
+    assert [row["method"] for row in rows] == ["window alone", *["posrf"] * 4, *["optimal"] * 4]
     assert all(0 < row["measured"] < 2 for row in rows)
     assert f"{rows[-1]['measured']:.3f}" in out
     assert picture.read_bytes().startswith(b"\x89PNG")
@@ -80,11 +80,14 @@ def test_compare_options(tmp_path, capsys, monkeypatch, arrays):
         ["--causal"],
         ["--heads", "0,2"],
         ["--draws", "iid,sobol"],
+        ["--methods", "landmarks,optimal,prototypes", "--window", "0,8"],
         ["--backend", "reference"],
     ):
         code, out, err = run(capsys, monkeypatch, "compare", str(tmp_path / "a.npz"), *FAST, *output, *words)
         assert code == 0, err
         assert "Exact attention takes" in out
+        assert ("landmarks*" in out) == ("--methods" in words)
+        assert "*: biased" in out  # the window alone, at least
     _, out, _ = run(capsys, monkeypatch, "compare", str(tmp_path / "a.npz"), *FAST, *output, "--target", "5")
     assert "For an error of 5: " in out
     _, out, _ = run(capsys, monkeypatch, "compare", str(tmp_path / "a.npz"), *FAST, *output, "--target", "1e-9")

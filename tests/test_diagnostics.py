@@ -56,23 +56,71 @@ def test_prediction_needs_a_dense_exponential_method():
 
 def test_compare_and_recommend(few_xp):
     q, k, v = (few_xp(x, "float32") for x in attention_problem(2, (2,), n=60))
-    rows = list(
-        compare(q, k, v, methods=["optimal", "relu"], num_features=[8, 256], windows=[0, 8], seeds=2, repeats=1)
-    )
+    options = {"num_features": [8, 256], "windows": [0, 8], "seeds": 2, "repeats": 1}
+    alone, *rows = compare(q, k, v, methods=["optimal", "relu"], **options)
     assert len(rows) == 8
     assert rows[2].measured < rows[0].measured
     assert rows[1].measured < rows[0].measured
     assert rows[4].excess is None
     assert all(row.seconds > 0 for row in rows)
+    assert [row.biased for row in rows] == [False] * 4 + [True] * 4
+    assert [row.alone for row in rows] == [None, alone.measured] * 4
     best = recommend(rows, rows[3].measured)
     assert best is not None
     assert best.measured <= rows[3].measured
     assert recommend(rows, 1e-9) is None
 
 
+def test_a_window_alone_ignores_the_other_keys():
+    q, k, v = attention_problem(4, (2,), n=30)
+    (row, _) = compare(q, k, v, methods=["posrf"], num_features=[4], windows=[8], seeds=1, repeats=1)
+    blocks = np.arange(30) // 8
+    near = abs(blocks[:, None] - blocks) <= 1
+    weights = fs.kernel_matrix(q, k) * near
+    wanted = relative_error(weights @ v / weights.sum(-1, keepdims=True), fs.softmax_attention(q, k, v)).mean()
+    assert row.method == "window alone"
+    assert row.measured == pytest.approx(wanted)
+    assert not row.adds_nothing
+
+
+def test_rows_say_what_adds_nothing_to_its_window():
+    """Points on an arc, each of which attends to its neighbours, and features that give all far keys equal weights."""
+    angle = np.arange(64) * (np.pi / 64)
+    q = 6 * np.stack([np.cos(angle), np.sin(angle)], axis=-1)
+    v = np.random.default_rng(0).standard_normal((64, 4))
+    options = {"num_features": [64], "windows": [8], "seeds": 1, "repeats": 1}
+    alone, equal, exact = compare(q, q, v, methods=[lambda z: 0 * z + 1e9, "landmarks"], **options)
+    assert exact.measured < alone.measured < equal.measured
+    assert (alone.adds_nothing, equal.adds_nothing, exact.adds_nothing) == (False, True, False)
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_landmarks_and_prototypes_are_compared(is_causal):
+    q, k, v = attention_problem(5, (2,), n=60)
+    options = {"num_features": [8, 60], "windows": [0, 8], "draws": ["iid", "sobol"], "seeds": 2, "repeats": 1}
+    rows = list(compare(q, k, v, methods=["landmarks", "prototypes"], is_causal=is_causal, **options))[1:]
+    assert [(row.method, row.draw) for row in rows] == [("landmarks", "none")] * 4 + [("prototypes", "none")] * 4
+    assert all(row.biased for row in rows)
+    assert rows[2].measured < 1e-12 < rows[0].measured < 1
+    if not is_causal:
+        wanted = fs.diagnostics.expected_error(q, k, fs.landmarks(8)).mean()
+        assert [row.predicted for row in rows[:4]] == [pytest.approx(wanted), None, 0.0, None]
+        fm = fs.fit_map(q, k, 8, method="prototypes", rng=0), fs.fit_map(q, k, 8, method="prototypes", rng=1)
+        exact = fs.softmax_attention(q, k, v)
+        errors = [relative_error(fs.linear_attention(q, k, v, own), exact).mean() for own in fm]
+        assert rows[4].measured == pytest.approx(np.mean(errors))
+
+
+def test_compare_refuses_what_attention_refuses():
+    q, k, v = attention_problem(6)
+    for name in ("trig", "landmark"):
+        with pytest.raises(ValueError, match="accepted: .*prototypes, landmarks"):
+            next(compare(q, k, v, methods=[name]))
+
+
 def test_causal_comparison_is_of_the_second_half():
     q, k, v = attention_problem(3, n=60)
-    (row,) = compare(q, k, v, methods=["optimal"], num_features=[64], windows=[60], seeds=1, repeats=1, is_causal=True)
+    _, row = compare(q, k, v, methods=["optimal"], num_features=[64], windows=[60], seeds=1, repeats=1, is_causal=True)
     assert row.measured < 1e-12
     (row,) = compare(q, k, v, methods=["optimal"], num_features=[64], windows=[0], seeds=1, repeats=1, is_causal=True)
     fm = fs.feature_map(fs.fit(q[:30], k[:30]), 64, rng=0)

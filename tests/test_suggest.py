@@ -61,3 +61,28 @@ def test_exact_is_cheaper_until_the_products_of_features_are_fewer(monkeypatch):
     for n, s, cheaper in ((128, 128, True), (129, 128, False), (64, 10_000, True), (65, 10_000, False)):
         x, y = rng.standard_normal((n, 4)), rng.standard_normal((s, 4))
         assert fs.suggest(x, y, target_error=0.3).exact_is_cheaper == cheaper
+
+
+def test_landmarks_are_considered_for_attention():
+    q, k, v = (x.astype(np.float32) for x in load_sample())
+    assert fs.suggest(q, k, v, target_error=0.3).method != "landmarks"  # a map is needed for kernels
+    found = fs.suggest(q, k, v, target_error=0.3, purpose="attention")
+    assert (found.method, found.draw, found.biased, found.reached) == ("landmarks", "none", True, True)
+    expected = fs.diagnostics.expected_error(q, k, fs.landmarks(found.num_features)).mean()
+    assert found.predicted_error == pytest.approx(float(expected))
+    out = fs.linear_attention(q, k, v, fs.landmarks(found.num_features))
+    assert 0.5 < relative_error(out, fs.softmax_attention(q, k, v)).mean() / found.predicted_error < 2
+    assert not fs.suggest(q, k, v, target_error=0.3, purpose="attention", methods=["optimal"]).biased
+
+
+def test_landmarks_are_not_suggested_where_features_need_fewer():
+    """On a wide Gaussian kernel, few features are accurate."""
+    x = np.random.default_rng(0).standard_normal((400, 6))
+    found = fs.suggest(x, x, target_error=0.2, kernel="gaussian", scale=0.001, purpose="attention")
+    assert found.num_features == 16
+
+
+def test_the_purpose_is_checked():
+    x = np.zeros((3, 2))
+    with pytest.raises(ValueError, match="purpose 'fun' is unknown; accepted: kernel, attention"):
+        fs.suggest(x, x, target_error=0.5, purpose="fun")

@@ -15,11 +15,12 @@ from rich.table import Table
 
 import favorsharp as fs
 from favorsharp.cli.files import check_writable, read_attention
-from favorsharp.diagnostics import Comparison, load_sample, recommend
+from favorsharp.diagnostics import ALONE, COMPARED, Comparison, load_sample, recommend
 from favorsharp.diagnostics import compare as measure
-from favorsharp.methods import POSITIVE, TAKES_PROPOSALS
+from favorsharp.methods import FROM_POINTS, POSITIVE
 
-METHODS = ",".join(TAKES_PROPOSALS)
+METHODS = ",".join(COMPARED)
+NAMES = (*POSITIVE, *FROM_POINTS, "landmarks")
 DEFAULT_WINDOWS = "0,16"
 
 
@@ -33,7 +34,7 @@ def compare(
         ),
     ] = None,
     methods: Annotated[str, typer.Option(help="Names, separated by commas.")] = METHODS,
-    features: Annotated[str, typer.Option(help="Numbers of features.")] = "32,128,512",
+    features: Annotated[str, typer.Option(help="Numbers of features, or of landmarks.")] = "32,128,512",
     window: Annotated[str, typer.Option(help="Block lengths of exactly scored keys; 0 for none.")] = DEFAULT_WINDOWS,
     draws: Annotated[str, typer.Option(help="iid, orthogonal, simplex, sobol, antithetic.")] = "orthogonal",
     seeds: Annotated[int, typer.Option(help="Draws that errors are averaged over.", min=1)] = 3,
@@ -73,6 +74,8 @@ def compare(
         console.print(
             "Causal: maps fitted to the first half of the sequence, errors of the queries of the second half."
         )
+    for note in _notes(rows):
+        console.print(note)
     console.print(f"Exact attention takes {_milliseconds(rows[0].exact_seconds)} ms.")
     console.print(_advice(rows, target), style="bold")
     console.print(f"Picture: {output}", soft_wrap=True)
@@ -87,12 +90,12 @@ def _options(methods: str, features: str, window: str, draws: str, causal: bool,
 
     names, ways = _words(methods), _words(draws)
     if not names:
-        raise ValueError(f"--methods names none, got {methods!r}; accepted: {', '.join(POSITIVE)}")
+        raise ValueError(f"--methods names none, got {methods!r}; accepted: {', '.join(NAMES)}")
     if not ways:
         raise ValueError(f"--draws names none, got {draws!r}; accepted: {', '.join(DRAWS)}")
     for name in names:
-        if name not in POSITIVE:
-            raise ValueError(f"--methods: {name!r} is unknown or signed; accepted: {', '.join(POSITIVE)}")
+        if name not in NAMES:
+            raise ValueError(f"--methods: {name!r} is unknown or signed; accepted: {', '.join(NAMES)}")
     for name in ways:
         if name not in DRAWS:
             raise ValueError(f"--draws: {name!r} is unknown; accepted: {', '.join(DRAWS)}")
@@ -153,7 +156,9 @@ def _converted(name: str, x: Any, to: Callable[[Any], Any], dtype: str) -> Any:
 
 
 def _measure(arrays: list[Any], console: Console, **options: Any) -> list[Comparison]:
-    total = math.prod(len(options[name]) for name in ("methods", "num_features", "windows", "draws"))
+    drawn = sum(len(options["draws"]) if name in POSITIVE else 1 for name in options["methods"])
+    total = drawn * len(options["num_features"]) * len(options["windows"])
+    total += len({window for window in options["windows"] if window})
     rows = []
     with Progress(console=console, transient=True) as progress:
         task = progress.add_task("measuring", total=total)
@@ -165,7 +170,7 @@ def _measure(arrays: list[Any], console: Console, **options: Any) -> list[Compar
 
 def _table(rows: list[Comparison], title: str) -> Table:
     table = Table(title=title, title_justify="left")
-    several_draws = len({row.draw for row in rows}) > 1
+    several_draws = len({row.draw for row in rows} - {"none"}) > 1
     headings = ["method", *(["draw"] if several_draws else []), "features", "window", "excess", "predicted", "measured"]
     for heading in [*headings, "ms", "MiB"]:
         table.add_column(heading, justify="left" if heading in ("method", "draw") else "right")
@@ -175,18 +180,32 @@ def _table(rows: list[Comparison], title: str) -> Table:
             table.add_section()
             previous = row.method
         table.add_row(
-            row.method,
+            _label(row),
             *([row.draw] if several_draws else []),
-            str(row.num_features),
+            str(row.num_features or "-"),
             str(row.window or "-"),
             _number(row.excess, ".2f"),
             _number(row.predicted, ".2f"),
-            f"{row.measured:.3f}",
+            f"{row.measured:.3f}" + ("!" if row.adds_nothing else ""),
             _milliseconds(row.seconds),
             "-" if row.memory is None else f"{row.memory / 2**20:.1f}",
             style="bold" if row.method == "optimal" else None,
         )
     return table
+
+
+def _label(row: Comparison) -> str:
+    return f"{row.method}*" if row.biased else row.method
+
+
+def _notes(rows: list[Comparison]) -> list[str]:
+    """What the marks in the table mean, if there are any."""
+    notes = []
+    if any(row.biased for row in rows):
+        notes.append("*: biased: the mean over draws is not exact attention, so errors do not average out.")
+    if any(row.adds_nothing for row in rows):
+        notes.append("!: adds nothing to its window: the window alone has no larger error.")
+    return notes
 
 
 def _number(value: float | None, form: str) -> str:
@@ -217,11 +236,16 @@ def _advice(rows: list[Comparison], target: float) -> str:
 
 def _setting(row: Comparison) -> str:
     window = f", window {row.window}" if row.window else ""
-    return f"{row.method} with {row.num_features} {row.draw} features{window}"
+    if row.method == ALONE:
+        return f"a window of {row.window} alone"
+    if row.method == "landmarks":
+        return f"{row.num_features} landmarks{window}"
+    return f"{row.method} with {row.num_features}{f' {row.draw}' if row.draw != 'none' else ''} features{window}"
 
 
 _PALETTE = ("#9a9a9a", "#5e5e5e", "#56b4e9", "#0072b2", "#009e73", "#c1272d", "#e69f00", "#cc79a7", "#b09030")
 COLOURS = dict(zip(POSITIVE, itertools.cycle(_PALETTE), strict=False))
+COLOURS |= dict(zip((*FROM_POINTS, "landmarks", ALONE), ("#7b3294", "#000000", "#bbbbbb"), strict=True))
 
 
 def _draw(rows: list[Comparison], path: Path, target: float, subject: str) -> None:
@@ -251,14 +275,17 @@ def _draw(rows: list[Comparison], path: Path, target: float, subject: str) -> No
                 "zorder": 3 if method == "optimal" else 2,
             }
             errors = [row.measured for row in group]
-            left.plot([row.num_features for row in group], errors, **look)
+            if method == ALONE:
+                left.axhline(errors[0], **look | {"marker": None})
+            else:
+                left.plot([row.num_features for row in group], errors, **look)
             right.plot([1e3 * row.seconds for row in group], errors, **look)
         for axis in (left, right):
             axis.set_xscale("log")
             axis.grid(axis="y", color="#e8e8e8", linewidth=0.8)
             axis.set_axisbelow(True)
             axis.axhline(target, color="#444444", linewidth=0.8, linestyle=":")
-        counts = sorted({row.num_features for row in rows})
+        counts = sorted({row.num_features for row in rows if row.num_features})
         left.xaxis.set_major_locator(FixedLocator(counts))
         left.xaxis.set_major_formatter(ScalarFormatter())
         left.xaxis.set_minor_locator(NullLocator())
@@ -277,11 +304,11 @@ def _draw(rows: list[Comparison], path: Path, target: float, subject: str) -> No
             color="#444444",
         )
         left.annotate(f"target {target:g}", (0, target), xycoords=("axes fraction", "data"), fontsize=8, va="bottom")
-        left.set(xlabel="features", ylabel="relative error of attention", title="Error against features")
+        left.set(xlabel="features", ylabel="relative error of attention", title="Error against features or landmarks")
         left.set_ylim(bottom=0)
         right.set(xlabel="milliseconds", title="Error against time")
-        methods = list(dict.fromkeys(row.method for row in rows))
-        handles = [Line2D([], [], color=COLOURS.get(name, "black"), linewidth=2, label=name) for name in methods]
+        methods = {row.method: f"{row.method} (biased)" if row.biased else row.method for row in rows}
+        handles = [Line2D([], [], color=COLOURS[name], linewidth=2, label=label) for name, label in methods.items()]
         if len(windows) > 1 or windows[0]:
             handles += [
                 Line2D(
