@@ -14,6 +14,7 @@ from favorsharp.features import FeatureMap, feature_map
 from favorsharp.fitting import excess, fit_map, fit_named
 from favorsharp.landmarks import landmarks
 from favorsharp.landmarks.expected import expected_error
+from favorsharp.landmarks.settings import GAUSSIAN_TILT
 from favorsharp.linear_attention import linear_attention
 from favorsharp.methods import DENSE_EXPONENTIAL, FROM_POINTS, TAKES_PROPOSALS, check_method, method_of
 from favorsharp.parameters import Parameters, embed_key, embed_query, log_kernel_of
@@ -287,7 +288,8 @@ class Suggestion:
     ----------
     method, draw : str
         The arguments for `fit` and `feature_map`. With the method `"landmarks"` the draw is `"none"`, and
-        `landmarks(num_features)` is the argument for attention.
+        `landmarks(num_features)` is the argument for attention, and `landmarks(num_features, kernel="gaussian",
+        scale=scale, tilt=2)` the one for `nadaraya_watson`.
     num_features : int
         Features, or landmarks.
     predicted_error : float
@@ -403,9 +405,11 @@ def suggest(
 
 def _errors_of_landmarks(x: Array, y: Array, kernel: str, scale: float | None) -> Iterator[tuple[int, float]]:
     """Numbers of landmarks, and the errors that are expected of them."""
+    options: dict[str, Any] = {"kernel": kernel, "scale": scale}
+    options |= {"tilt": GAUSSIAN_TILT} if kernel == "gaussian" else {}
     for m in _SIZES:
         if m <= _MOST_LANDMARKS:
-            yield m, _mean(expected_error(x, y, landmarks(m, kernel=kernel, scale=scale)))
+            yield m, _mean(expected_error(x, y, landmarks(m, **options)))
 
 
 def _first(errors: Iterable[tuple[int, float]], target: float) -> tuple[int, float]:

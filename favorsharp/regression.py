@@ -224,12 +224,12 @@ def gather(y: Array, v: Array, feature_map: Any, weight: Array | None = None) ->
     contribution of its point.
     """
     xp = namespace_of(y, v)
-    if weight is not None or not isinstance(feature_map, PositiveFeatureMap):
+    if weight is not None or not feature_map.positive:
         ones = xp.ones_like(v[..., :1]) if weight is None else weight[..., None]
         v = xp.concat([v * ones, ones], axis=-1)
     dtype = compute_dtype(xp, y, v)
     batch = broadcast_shapes(y.shape[:-2], v.shape[:-2], feature_map.batch_shape)
-    if isinstance(feature_map, PositiveFeatureMap):
+    if feature_map.positive:
         empty = empty_state(feature_map, batch, y.shape[-1], v.shape[-1], 0, cast(y[..., :0, :], dtype))
         state = update_op(empty, y, v, feature_map)
         if weight is None:
@@ -328,16 +328,19 @@ def leave_one_out(x: Array, v: Array, /, feature_map: FeatureMap) -> Array:
     >>> min(errors, key=errors.get)
     100
     """
-    return left_out(x, v, feature_map)
+    v, single = columns("v", v)
+    out = left_out(x, v, astype(feature_map, check_products(x, x, v, feature_map)))
+    return out[..., 0] if single else out
 
 
 @under_own_settings
-def left_out(x: Array, v: Array, feature_map: FeatureMap, weight: Array | None = None) -> Array:
-    """`leave_one_out` with positive weights (*b, n) of the points; a point is left out with all its weight."""
-    v, single = columns("v", v)
-    dtype = check_products(x, x, v, feature_map)
+def left_out(x: Array, v: Array, prepared: Any, weight: Array | None = None) -> Array:
+    """`leave_one_out` with positive weights (*b, n) of the points; a point is left out with all its weight.
+
+    The arguments have been checked, and the map, which may be one of landmarks, is in the dtype to compute in.
+    """
     xp = namespace_of(x, v)
-    prepared: Any = astype(feature_map, dtype)
+    dtype = compute_dtype(xp, x, v)
     sums = gather(x, v, prepared, weight)
     least = 1e-4 if dtype == xp.float32 else 1e-10
     outs = []
@@ -359,8 +362,7 @@ def left_out(x: Array, v: Array, feature_map: FeatureMap, weight: Array | None =
             own = own * weight[..., a:b, None]
         left = xp.where(den - own > least * den, den - own, 0.0 * den)
         outs.append(cast(_divided(num - own * values, left), result_dtype(xp, x, v)))
-    out = outs[0] if len(outs) == 1 else xp.concat(outs, axis=-2)
-    return out[..., 0] if single else out
+    return outs[0] if len(outs) == 1 else xp.concat(outs, axis=-2)
 
 
 def _divided(num: Array, den: Array) -> Array:

@@ -30,6 +30,8 @@ ESTIMATORS = [
     NadarayaWatsonRegressor(method="exact"),
     NadarayaWatsonClassifier(n_components=512, random_state=0),
     NadarayaWatsonClassifier(method="exact"),
+    NadarayaWatsonRegressor(method="landmarks", n_components=32, random_state=0),
+    NadarayaWatsonClassifier(method="landmarks", n_components=32, random_state=0),
 ]
 
 
@@ -371,3 +373,54 @@ def test_the_exact_choice_of_bandwidth_leaves_the_point_itself_out():
     }
     assert gammas["exact"] < 4 / x.var()
     assert gammas["optimal"] < 4 / x.var()
+
+
+def table(n=1500):
+    """Continuous columns of unequal scales, with correlation, and a smooth function of them."""
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((n, 4)) @ rng.standard_normal((4, 4))
+    return x, np.sin(2 * x[:, 0]) + x[:, 1] ** 2
+
+
+@pytest.mark.parametrize("gamma", [0.3, 1.0])
+def test_landmarks_are_several_times_closer_than_features_on_continuous_tables(gamma):
+    x, y = table()
+    apart = x[:300] + 0.1 * np.random.default_rng(1).standard_normal((300, 4))
+    exact = NadarayaWatsonRegressor(method="exact", gamma=gamma).fit(x, y).predict(apart)
+    options = {"n_components": 256, "gamma": gamma, "random_state": 0}
+    models = [NadarayaWatsonRegressor(method=method, **options).fit(x, y) for method in ("optimal", "landmarks")]
+    blocks = NadarayaWatsonRegressor(method="landmarks", **options)
+    for part in np.split(np.arange(1500), 5):
+        blocks.partial_fit(x[part], y[part], sample_weight=None)
+    assert blocks._sums.held <= 512
+    features, whole, joined = (np.linalg.norm(model.predict(apart) - exact) for model in (*models, blocks))
+    assert whole < features / 3
+    assert joined < features / 2
+
+
+@pytest.mark.parametrize("gamma", [0.5, "auto_cv"])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_as_many_landmarks_as_points_are_exact(gamma, weighted):
+    """Also far from all points, where the nearest one counts, and where each point is left out to choose gamma."""
+    rng = np.random.default_rng(9)
+    x, weight = rng.standard_normal((120, 2)), rng.integers(0, 4, 120)
+    y = np.sin(3 * x) + 0.1 * rng.standard_normal((120, 2))
+    asked = np.concatenate([x[:30] + 0.1, 100 * x[:10]])
+    found = []
+    for method in ("exact", "landmarks"):
+        model = NadarayaWatsonRegressor(method=method, gamma=gamma, n_components=120, random_state=0)
+        for part in (slice(0, 70), slice(70, 120)):
+            model.partial_fit(x[part], y[part], sample_weight=weight[part] if weighted else None)
+        found.append((model.gamma_, model.predict(asked)))
+    assert found[0][0] == found[1][0]
+    np.testing.assert_allclose(found[1][1], found[0][1], atol=1e-9)
+
+
+def test_landmarks_classify_by_shares():
+    x, _ = table(600)
+    labels = np.where(x[:, 0] > 0, "up", "down")
+    model = NadarayaWatsonClassifier(method="landmarks", n_components=64, gamma=1.0, random_state=0).fit(x, labels)
+    exact = NadarayaWatsonClassifier(method="exact", gamma=1.0).fit(x, labels)
+    assert model.score(x, exact.predict(x)) > 0.9
+    np.testing.assert_allclose(model.predict_proba(x).sum(1), 1)
+    assert np.isfinite(model.predict_proba(1e4 * x)).all()

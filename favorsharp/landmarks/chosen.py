@@ -10,6 +10,7 @@ weight for a landmark from which landmarks are chosen again; with the Gaussian k
 """
 
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 from favorsharp._arrays import broadcast_shapes, cast, namespace_of, on_device_of, under_own_settings, without_gradient
 from favorsharp._typing import Array
@@ -38,6 +39,8 @@ class LandmarkMap:
     metric: Metric
     kernel: str
     scale: float
+
+    positive: ClassVar[bool] = True
 
     @property
     def num_features(self) -> int:

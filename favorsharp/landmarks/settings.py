@@ -7,6 +7,9 @@ from typing import Any
 from favorsharp._checks import check_choice, check_integer, check_scale
 from favorsharp.exact import KERNELS, kernel_scale
 
+GAUSSIAN_TILT = 2.0
+"""The best tilt for narrow Gaussian kernels: with a smaller one, far points get most of the landmarks."""
+
 
 @dataclass(frozen=True)
 class Landmarks:
@@ -73,8 +76,8 @@ def landmarks(
     scale : float, optional
         Positive and finite. None means d**-0.5 for softmax and 1 for Gaussian.
     tilt : float
-        The choice divides the squared error of a query by its denominator to this power: 0 or more; 1 to 2 do equally
-        well.
+        The choice divides the squared error of a query by its denominator to this power: 0 or more. For attention 1 to
+        2 do equally well. For Gaussian kernels that are narrow next to the spread of the points, take 2.
     steps : int
         Lloyd steps after the seeds, 0 or more; each is a pass over the keys.
     room : int, optional

@@ -28,7 +28,7 @@ from favorsharp.exact import gaussian_rows, log_softmax_kernel
 from favorsharp.landmarks.chosen import LandmarkMap, centred, choose, gather
 from favorsharp.landmarks.metric import RIDGE, STREAM_RIDGE, metric_of
 from favorsharp.landmarks.settings import Landmarks
-from favorsharp.moments import Moments, combine, moments
+from favorsharp.moments import Moments, combine, moments, weighted_moments
 from favorsharp.ops.state import exact_partial, finish, hide, tiles_of
 
 
@@ -261,6 +261,29 @@ def compressed(state: LandmarkState, keep: int, *, ridge: float = STREAM_RIDGE, 
         log_weight=_joined(mass, state.log_weight[..., new], 1),
         values=_joined(means, state.values[..., new, :], 2),
     )
+
+
+def map_of_points(x: Array, settings: Landmarks, weight: Array | None = None) -> LandmarkMap:
+    """Landmarks for points (n, d) with positive weights (n,), to be read at points like them."""
+    return landmark_map(x, *_mass_and_moments(x, weight), settings)
+
+
+@under_own_settings
+def state_of_points(x: Array, v: Array, settings: Landmarks, weight: Array | None = None) -> LandmarkState:
+    """The state of points (n, d) with values (n, e) and positive weights (n,), to be read at points like them."""
+    log_weight, seen = _mass_and_moments(x, weight)
+    dtype = log_weight.dtype
+    state = LandmarkState(cast(x, dtype), log_weight, cast(v, dtype), x.shape[-2], 0, seen, settings)
+    return state if state.held <= settings.num_landmarks else compressed(state, 0, ridge=RIDGE)
+
+
+def _mass_and_moments(x: Array, weight: Array | None) -> tuple[Array, Moments]:
+    """Log weights of points, and their moments as queries and as keys."""
+    xp = namespace_of(x)
+    dtype = compute_dtype(xp, x)
+    if weight is None:
+        return log_weights(x, None, dtype), moments(x, x)
+    return xp.log(cast(weight, dtype)), weighted_moments(x, weight)
 
 
 def ready(state: LandmarkState) -> LandmarkState:
