@@ -20,6 +20,7 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor, init_d
 import favorsharp as fs
 from favorsharp import distributed as fsd
 from favorsharp._values import map_arrays
+from favorsharp.diagnostics import load_sample
 
 LENGTHS = {2: ([5, 12], [0, 9], [7, 0]), 3: ([5, 0, 12], [1, 7, 9], [0, 0, 6])}
 BLOCKS = {2: ([8, 5], [4, 9], [0, 7]), 3: ([8, 4, 5], [4, 0, 12], [4, 8, 2])}
@@ -220,6 +221,41 @@ def check_fit_over_shards(rank, world):
     state = fs.update(fs.init_state(maps[0], 5, like=k), own_k, own_v, maps[0])
     close("state", fs.read(fsd.all_combine(state), q, maps[0]), fs.linear_attention(q, k, v, maps[0]), 1e-10)
     refused("all_combine takes Moments or a State", fsd.all_combine, 3)
+
+
+def check_landmarks(rank, world):
+    """As many landmarks as keys are exact, gradients too; fewer err about as much as in one process."""
+    for lengths in LENGTHS[world]:
+        whole, here = sum(lengths), slice(sum(lengths[:rank]), sum(lengths[: rank + 1]))
+        q, k, v = tensors(whole, (2, 3), whole, torch.float64, 2)
+        mask = torch.from_numpy(key_mask(7, k.shape[:-1], "holes"))
+        leaves, own = ([x[..., part, :].clone().requires_grad_() for x in (q, k, v)] for part in (slice(None), here))
+        options = {"enable_gqa": True}
+        expected = fs.softmax_attention(*leaves, key_mask=mask, **options)
+        out = fsd.linear_attention(*own, fs.landmarks(whole), key_mask=mask[..., here], **options)
+        close(f"{lengths}", out.detach(), expected[..., here, :].detach(), 1e-10)
+        for loss in (expected.square().sum(), out.square().sum()):
+            loss.backward()
+        for name, ours, theirs in zip("qkv", own, leaves, strict=True):
+            close(f"{lengths}, d{name}", ours.grad, theirs.grad[..., here, :], 1e-9)
+    q, k, v = (torch.from_numpy(x).float() for x in load_sample())
+    here = slice(512 * rank // world, 512 * (rank + 1) // world)
+    own, exact = [x[:, here] for x in (q, k, v)], fs.softmax_attention(q, k, v)[:, here]
+    for m in (16, 64):
+        lm = fs.landmarks(m)
+        ours, alone = (
+            (out - exact).norm() / exact.norm()
+            for out in (fsd.linear_attention(*own, lm), fs.linear_attention(q, k, v, lm)[:, here])
+        )
+        assert ours < 1.3 * alone, (m, ours, alone)
+    state = fs.update(fs.init_state(fs.landmarks(600), 32, like=k), *own[1:], fs.landmarks(600))
+    close("states", fs.read(fsd.all_combine(state), q, fs.landmarks(600)), fs.softmax_attention(q, k, v), 1e-5)
+    refused("must agree in feature_map", fsd.linear_attention, *own, fs.landmarks(16 + rank))
+    refused("take no is_causal and no window", fsd.linear_attention, *own, lm, is_causal=True)
+    refused("take no is_causal and no window", fsd.linear_attention, *own, lm, window=4)
+    mesh = init_device_mesh("cpu", (world,))
+    cut = [distribute_tensor(x, mesh, [Shard(1)]) for x in (q, k, v)]
+    close("DTensors", fsd.linear_attention(*cut, fs.landmarks(512)).full_tensor(), fs.softmax_attention(q, k, v), 1e-5)
 
 
 def refused(words: str, call, *args, **kwargs) -> None:

@@ -19,8 +19,19 @@ from favorsharp._typing import Array
 from favorsharp.calls import checked
 from favorsharp.distributed.collectives import Exchange, Sum, Tied, on_every_rank
 from favorsharp.distributed.dtensors import is_dtensor, over_dtensors
-from favorsharp.distributed.shards import Routes, Shard, finite, packed_keys, packed_states, taken_in, unpacked_keys
+from favorsharp.distributed.landmarks import landmark_attention
+from favorsharp.distributed.shards import (
+    Routes,
+    Shard,
+    agreed,
+    finite,
+    packed_keys,
+    packed_states,
+    taken_in,
+    unpacked_keys,
+)
 from favorsharp.features import FeatureMap
+from favorsharp.landmarks import Landmarks
 from favorsharp.ops.attention import windowed_rows
 from favorsharp.ops.blocks import join_rows, rows_between
 from favorsharp.ops.causal_attention import causal_attention
@@ -32,7 +43,7 @@ def linear_attention(
     q: Array,
     k: Array,
     v: Array,
-    feature_map: FeatureMap,
+    feature_map: FeatureMap | Landmarks,
     *,
     is_causal: bool = False,
     window: int = 0,
@@ -53,8 +64,11 @@ def linear_attention(
         The rank's queries; n may differ between ranks and may be 0.
     k : tensor or DTensor, shape (*b, s, d)
     v : tensor or DTensor, shape (*b, s, e)
-    feature_map : FeatureMap
-        A map with positive features, and with the same numbers on every rank.
+    feature_map : FeatureMap or Landmarks
+        A map with positive features, and with the same numbers on every rank; or landmarks, for bidirectional calls
+        without a window. Each rank then compresses its own keys, and what the ranks send each other is compressed
+        again. So the result is not that of one process, but its error is about as large. It is exact if there are no
+        more keys than landmarks.
     is_causal : bool
         A query sees all keys of earlier ranks, and the keys of its own rank up to its own position. Needs n == s on
         every rank.
@@ -105,10 +119,12 @@ def linear_attention(
         return torch.compiler.disable(linear_attention)(q, k, v, feature_map, key_mask=key_mask, group=group, **options)
     if is_dtensor(q, k, v):
         return over_dtensors(linear_attention, q, k, v, feature_map, key_mask=key_mask, group=group, **options)
+    if isinstance(feature_map, Landmarks):
+        return landmark_attention(q, k, v, feature_map, key_mask=key_mask, group=group, **options)
     shard, told = on_every_rank(
         group, lambda: _prepared(q, k, v, feature_map, key_mask=key_mask, **options), lambda made: made.told
     )
-    lengths = _agreed(told)
+    lengths = agreed(told)
     if shard.is_causal or shard.window:
         out, exchanged = _in_order(shard, lengths, group)
     else:
@@ -146,26 +162,6 @@ def _prepared(
     }
     empty = call.empty_state(0, cast(call.k[..., :0, :], compute_dtype(call.xp, q, k, v)))
     return Shard(**{field.name: getattr(call, field.name) for field in fields(call)}, empty=empty, told=told)
-
-
-def _agreed(told: list[dict[str, Any]]) -> list[int]:
-    """The lengths of the shards; raises if the ranks' calls differ."""
-    for name in told[0]:
-        for rank, one in enumerate(told):
-            if name != "length" and one[name] != told[0][name]:
-                hint = ": make it from one fit and one seed on every rank" if name == "feature_map" else ""
-                raise ValueError(
-                    f"the ranks must agree in {name}{hint}; rank 0 has {told[0][name]}, rank {rank} has {one[name]}"
-                )
-    lengths, window = [one["length"] for one in told], told[0]["window"]
-    holders = [rank for rank, length in enumerate(lengths) if length]
-    for rank in holders[:-1] if window else ():
-        if lengths[rank] % window:
-            raise ValueError(
-                f"window={window} needs shards of whole blocks: rank {rank} holds {lengths[rank]} positions; accepted: "
-                f"multiples of {window}, and any length for the last shard"
-            )
-    return lengths
 
 
 def _as_a_whole(shard: Shard, group: Any) -> tuple[Array, Array]:

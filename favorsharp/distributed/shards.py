@@ -50,6 +50,26 @@ class Shard(Call):
         return state
 
 
+def agreed(told: list[dict[str, Any]]) -> list[int]:
+    """The lengths of the shards; raises if the ranks' calls differ."""
+    for name in told[0]:
+        for rank, one in enumerate(told):
+            if name != "length" and one[name] != told[0][name]:
+                hint = ": make it from one fit and one seed on every rank" if name == "feature_map" else ""
+                raise ValueError(
+                    f"the ranks must agree in {name}{hint}; rank 0 has {told[0][name]}, rank {rank} has {one[name]}"
+                )
+    lengths, window = [one["length"] for one in told], told[0]["window"]
+    holders = [rank for rank, length in enumerate(lengths) if length]
+    for rank in holders[:-1] if window else ():
+        if lengths[rank] % window:
+            raise ValueError(
+                f"window={window} needs shards of whole blocks: rank {rank} holds {lengths[rank]} positions; accepted: "
+                f"multiples of {window}, and any length for the last shard"
+            )
+    return lengths
+
+
 @dataclass(frozen=True)
 class Routes:
     """Which rank sends what to which rank; every rank works it out from the lengths of all shards."""
