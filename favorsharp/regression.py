@@ -22,9 +22,11 @@ from favorsharp._chunks import as_chunked, is_chunked, point_blocks, tree_reduce
 from favorsharp._typing import Array
 from favorsharp._values import astype
 from favorsharp.features import FeatureMap, PositiveFeatureMap
+from favorsharp.landmarks.attention import read_state
 from favorsharp.landmarks.settings import Landmarks
-from favorsharp.landmarks.verbs import landmark_means
-from favorsharp.moments import combine
+from favorsharp.landmarks.state import LandmarkState, log_weights, state_with
+from favorsharp.landmarks.verbs import check_means, landmark_means
+from favorsharp.moments import Moments, combine, moments
 from favorsharp.ops.attention import attention
 from favorsharp.ops.kernel_matvec import kernel_matvec as kernel_matvec_op
 from favorsharp.ops.state import State, empty_state, read_partial, tiles_of
@@ -140,6 +142,8 @@ def nadaraya_watson(x: Array, y: Array, v: Array, /, feature_map: FeatureMap | L
     array([-0.5,  0. ,  0.5])
     """
     if isinstance(feature_map, Landmarks):
+        if is_chunked(x, y, v):
+            return _chunked_landmarks(x, y, v, feature_map)
         v, single = columns("v", v)
         out = landmark_means(x, y, v, feature_map)
         return out[..., 0] if single else out
@@ -163,7 +167,6 @@ def columns(name: str, v: Any) -> tuple[Array, bool]:
 def _chunked(x: Array, y: Array, v: Array, feature_map: Any, finish: Callable[[Sums, Array, Any], Array]) -> Array:
     """A lazy dask array: each chunk of y gives sums, a tree joins them, and each chunk of x reads the result."""
     import dask
-    import dask.array as da
     import numpy as np
 
     v, single = columns("v", v)
@@ -179,19 +182,52 @@ def _chunked(x: Array, y: Array, v: Array, feature_map: Any, finish: Callable[[S
     held = dask.delayed(prepared, traverse=False)
     pairs = zip(point_blocks(y), point_blocks(v, like=y), strict=True)
     sums = tree_reduce(_joined, [dask.delayed(gather)(a.astype(dtype), b, held) for a, b in pairs])
-    blocks = [
-        da.from_delayed(
-            dask.delayed(_finished)(finish, sums, block, held, (*batch, size, v.shape[-1]), out_dtype),
-            (*batch, size, v.shape[-1]),
-            dtype=out_dtype,
-        )
-        for size, block in zip(x.chunks[-2], point_blocks(x), strict=True)
-    ]
-    out = da.concatenate(blocks, axis=-2)
+    out = _read_by_chunks(finish, sums, x, held, (*batch, v.shape[-1]), out_dtype)
     return out[..., 0] if single else out
 
 
-def _joined(parts: list[Sums]) -> Sums:
+def _chunked_landmarks(x: Array, y: Array, v: Array, settings: Landmarks) -> Array:
+    """A lazy dask array: each chunk of y is compressed with the moments of all points, and a tree joins the states."""
+    import dask
+    import numpy as np
+
+    v, single = columns("v", v)
+    x, y, v = as_chunked(x=x, y=y, v=v)
+    hollow = [np.broadcast_to(np.zeros((), dtype=a.dtype), a.shape) for a in (x, y, v)]
+    check_means(*hollow)
+    batch = broadcast_shapes(*(a.shape[:-2] for a in hollow))
+    seen, held = dask.delayed(Moments)(**vars(moments(x, y))), dask.delayed(settings, traverse=False)
+    pairs = zip(point_blocks(y), point_blocks(v, like=y), strict=True)
+    states = tree_reduce(_joined, [dask.delayed(_landmarks_of)(a, b, seen, held) for a, b in pairs])
+    shape = (*batch, v.shape[-1])
+    out = _read_by_chunks(_read_landmarks, states, x, held, shape, np.result_type(*(a.dtype for a in hollow)))
+    return out[..., 0] if single else out
+
+
+def _landmarks_of(y: Array, v: Array, seen: Moments, settings: Landmarks) -> LandmarkState:
+    log_weight = log_weights(y, None, compute_dtype(namespace_of(y, v), y, v))
+    return state_with(y, v, log_weight, seen, settings)
+
+
+def _read_landmarks(state: LandmarkState, x: Array, settings: Landmarks) -> Array:
+    return read_state(state, x)
+
+
+def _read_by_chunks(finish: Any, held: Any, x: Any, feature_map: Any, shape: tuple[int, ...], dtype: Any) -> Any:
+    """What each chunk of x reads from the delayed sums or state of all points y; `shape` leaves out the point axis."""
+    import dask
+    import dask.array as da
+
+    blocks = []
+    for size, block in zip(x.chunks[-2], point_blocks(x), strict=True):
+        own = (*shape[:-1], size, shape[-1])
+        blocks.append(
+            da.from_delayed(dask.delayed(_finished)(finish, held, block, feature_map, own, dtype), own, dtype)
+        )
+    return da.concatenate(blocks, axis=-2)
+
+
+def _joined(parts: list[Any]) -> Any:
     return reduce(combine, parts)
 
 

@@ -73,3 +73,32 @@ def test_attention_says_what_takes_dask_arrays(is_causal):
     ):
         with pytest.raises(TypeError, match="dask arrays.*accepted here: arrays in memory"):
             call()
+
+
+@pytest.mark.parametrize("batch", [(), (2,)])
+@pytest.mark.parametrize("kernel", ["softmax", "gaussian"])
+def test_chunks_of_points_become_landmarks_and_join(kernel, batch):
+    """As many landmarks as points are exact; fewer err about as much as they do for one array."""
+    x, y, v = attention_problem(0, batch, n=57, s=303, d=3)
+    lazy = [da.from_array(a, chunks=(*(1,) * len(batch), 50, 2)) for a in (x, y, v)]
+    logs = np.log(fs.kernel_matrix(x, y, kernel=kernel, scale=0.5))
+    weights = np.exp(logs - logs.max(-1, keepdims=True))
+    exact = weights @ v / weights.sum(-1, keepdims=True)
+    got = fs.nadaraya_watson(*lazy, fs.landmarks(303, kernel=kernel, scale=0.5))
+    assert isinstance(got, da.Array)
+    assert got.shape == exact.shape
+    np.testing.assert_allclose(got.compute(), exact, atol=1e-9)
+    lm = fs.landmarks(32, kernel=kernel, scale=0.5)
+    ours, alone = (
+        np.linalg.norm(out - exact)
+        for out in (fs.nadaraya_watson(*lazy, lm).compute(), fs.nadaraya_watson(x, y, v, lm))
+    )
+    assert ours < 1.5 * alone < 0.5 * np.linalg.norm(exact)
+
+
+def test_landmarks_of_values_of_one_axis_and_errors():
+    x, y, v = (da.from_array(a, chunks=6) for a in attention_problem(3, n=20))
+    lm = fs.landmarks(8)
+    assert fs.nadaraya_watson(x, y, v[:, 0], lm).compute().shape == (20,)
+    with pytest.raises(ValueError, match="agree in s"):
+        fs.nadaraya_watson(x, y, v[:-1], lm)

@@ -12,8 +12,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from favorsharp._arrays import broadcast_shapes, cast, compute_dtype, dtype_name, library_of, needs_gradient
-from favorsharp._arrays import result_dtype as promoted
+from favorsharp._arrays import (
+    broadcast_shapes,
+    cast,
+    compute_dtype,
+    dtype_name,
+    library_of,
+    needs_gradient,
+    result_dtype,
+)
 from favorsharp._checks import check_attention
 from favorsharp._heads import merge_heads, split_heads
 from favorsharp._typing import Array
@@ -98,12 +105,12 @@ def _prepared(
         "leading axes of the keys": batch,
         "d, the size of a key": k.shape[-1],
         "e, the size of a value": v.shape[-1],
-        "dtype": dtype_name(promoted(xp, q, k, v)),
+        "dtype": dtype_name(result_dtype(xp, q, k, v)),
         "whether gradients are recorded": any(needs_gradient(x) for x in (q, k, v)),
         "feature_map": settings,
     }
     empty = empty_landmarks(settings, batch, k.shape[-1], v.shape[-1], 0, like)
-    return _Call(split_heads(heads, q), k, v, key_mask, heads, empty, promoted(xp, q, k, v), told)
+    return _Call(split_heads(heads, q), k, v, key_mask, heads, empty, result_dtype(xp, q, k, v), told)
 
 
 def _of_all_ranks(own: Moments, group: Any) -> Moments:

@@ -271,9 +271,14 @@ def map_of_points(x: Array, settings: Landmarks, weight: Array | None = None) ->
 @under_own_settings
 def state_of_points(x: Array, v: Array, settings: Landmarks, weight: Array | None = None) -> LandmarkState:
     """The state of points (n, d) with values (n, e) and positive weights (n,), to be read at points like them."""
-    log_weight, seen = _mass_and_moments(x, weight)
+    return state_with(x, v, *_mass_and_moments(x, weight), settings)
+
+
+@under_own_settings
+def state_with(k: Array, v: Array, log_weight: Array, seen: Moments, settings: Landmarks) -> LandmarkState:
+    """The state of keys (*b, s, d) with values and log weights (*b, s), compressed at once with the given moments."""
     dtype = log_weight.dtype
-    state = LandmarkState(cast(x, dtype), log_weight, cast(v, dtype), x.shape[-2], 0, seen, settings)
+    state = LandmarkState(cast(k, dtype), log_weight, cast(v, dtype), k.shape[-2], 0, seen, settings)
     return state if state.held <= settings.num_landmarks else compressed(state, 0, ridge=RIDGE)
 
 

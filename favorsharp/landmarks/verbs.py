@@ -201,13 +201,18 @@ def landmark_step(
 def landmark_means(x: Array, y: Array, v: Array, settings: Landmarks) -> Array:
     """`nadaraya_watson` with landmarks, for values (*b, s, e)."""
     check_in_memory(x=x, y=y, v=v)
+    check_means(x, y, v)
+    return whole(x, y, v, settings)
+
+
+def check_means(x: Array, y: Array, v: Array) -> None:
+    """Check the arrays of `nadaraya_watson`, with values (*b, s, e)."""
     check_floats(x=x, y=y, v=v)
     for name, points, letters in (("x", x, "(*b, n, d)"), ("y", y, "(*b, s, d)"), ("v", v, "(*b, s, e)")):
         check_points(name, points, letters)
     check_same_size("d", x=(-1, x.shape[-1]), y=(-1, y.shape[-1]))
     check_same_size("s", y=(-2, y.shape[-2]), v=(-2, v.shape[-2]))
     check_broadcast("*b", x=x.shape[:-2], y=y.shape[:-2], v=v.shape[:-2])
-    return whole(x, y, v, settings)
 
 
 def landmark_vjp(
