@@ -16,7 +16,7 @@ from favorsharp.landmarks import landmarks
 from favorsharp.landmarks.expected import expected_error
 from favorsharp.landmarks.settings import GAUSSIAN_TILT
 from favorsharp.linear_attention import linear_attention
-from favorsharp.methods import DENSE_EXPONENTIAL, FROM_POINTS, TAKES_PROPOSALS, check_method, method_of
+from favorsharp.methods import DENSE_EXPONENTIAL, POSITIVE_FROM_POINTS, TAKES_PROPOSALS, check_method, method_of
 from favorsharp.parameters import Parameters, embed_key, embed_query, log_kernel_of
 
 __all__ = [
@@ -429,7 +429,7 @@ _MOST_LANDMARKS = 512
 """The largest number of landmarks that `suggest` considers; the time of the choice grows with its square."""
 
 
-COMPARED = (*TAKES_PROPOSALS, *FROM_POINTS, "landmarks")
+COMPARED = (*TAKES_PROPOSALS, *POSITIVE_FROM_POINTS, "landmarks")
 """Methods that `compare` measures unless others are named."""
 
 ALONE = "window alone"
@@ -492,7 +492,7 @@ def compare(
     """
     methods, windows, draws, num_features = tuple(methods), tuple(windows), tuple(draws), tuple(num_features)
     for method in methods:
-        check_method(method, positive=True, also=(*FROM_POINTS, "landmarks"))
+        check_method(method, positive=True, also=(*POSITIVE_FROM_POINTS, "landmarks"))
     bench = _Bench(q, k, v, seeds, scale, is_causal, repeats)
     alone: dict[int, float] = {}
     for window in windows:
@@ -582,7 +582,7 @@ def _trials(bench: _Bench, methods: Any, draws: Any, num_features: Any) -> Itera
         if method == "landmarks":
             for m in num_features:
                 yield _Trial(method, "none", m, tuple(landmarks(m, scale=scale, rng=seed) for seed in seeds))
-        elif method in FROM_POINTS:
+        elif method in POSITIVE_FROM_POINTS:
             for m in num_features:
                 options = {"method": method, "scale": scale}
                 yield _Trial(method, "none", m, tuple(fit_map(*bench.fitted_to, m, rng=i, **options) for i in seeds))

@@ -30,8 +30,10 @@ from favorsharp.features import FeatureMap, feature_map
 from favorsharp.formulas import Statistics
 from favorsharp.methods import FROM_POINTS, TABLE, MethodLike, check_method, method_of
 from favorsharp.moments import Moments, moments
+from favorsharp.nystrom import nystrom_map
 from favorsharp.parameters import Parameters, check_data
-from favorsharp.prototypes import pooled, prototype_map
+from favorsharp.prototypes import prototype_map
+from favorsharp.samples import pooled
 
 
 def fit(
@@ -139,10 +141,11 @@ def fit_map(
 ) -> FeatureMap:
     """Fit and draw a feature map in one call: `feature_map(fit(x, y, ...), num_features, ...)`.
 
-    It also makes the maps that need the points themselves, for which moments are not enough: `method="prototypes"`,
-    for attention. A prototype is a mean of queries, and its feature is exact attention from it. **Prototypes are
-    biased**: more features do not lead to the exact kernel. But their error in attention is less than half of that of
-    as many random features, if the map is used for queries and keys like those it was fitted to.
+    It also makes the maps that need the points themselves, for which moments are not enough. **They are biased**. With
+    `method="prototypes"`, for attention, a feature is exact attention from a mean of queries. More features do not lead
+    to the exact kernel; but for queries and keys like those of the fit, the error is less than half of that of as many
+    random features. With `method="nystrom"`, for sums of kernels, features are kernels with m of the points. They can
+    be negative. The errors of smooth kernels in few dimensions are far below those of random features.
 
     Parameters
     ----------
@@ -153,9 +156,9 @@ def fit_map(
     num_features : int
         m, 1 or more; even for `trig`.
     method : str or callable
-        As in `fit`, or `"prototypes"`.
+        As in `fit`, or `"prototypes"` or `"nystrom"`.
     draw : str, array, or pair of arrays
-        As in `feature_map`. Prototypes take none.
+        As in `feature_map`. Prototypes and Nystrom maps take none.
     kernel : {"softmax", "gaussian"}
         exp(scale x.y), or exp(-scale |x - y|^2 / 2).
     scale : float, optional
@@ -163,12 +166,13 @@ def fit_map(
     axis, mask_x, mask_y, enable_gqa
         As in `moments`.
     rng : None, int, SeedSequence or numpy Generator
-        As in `feature_map`. For prototypes it chooses 1,024 of the queries, if there are more, and the starting points.
+        As in `feature_map`. For prototypes it chooses 1,024 of the queries, if there are more, and the starting points;
+        for Nystrom maps 1,024 of the queries and as many keys, and the centres among these.
 
     Returns
     -------
     FeatureMap
-        No gradient flows from prototypes to the points that they are made from.
+        No gradient flows from prototypes or Nystrom maps to the points that they are made from.
 
     Raises
     ------
@@ -189,7 +193,7 @@ def fit_map(
         if not isinstance(draw, str) or draw != "orthogonal":
             raise ValueError(f"method={method!r} takes no draw: it draws no random rows")
         fitting = {"kernel": kernel, "scale": scale, "axis": axis, "mask_x": mask_x, "mask_y": mask_y}
-        return _map_from_points(x, y, num_features, rng, enable_gqa=enable_gqa, **fitting)
+        return _map_from_points(method, x, y, num_features, rng, enable_gqa=enable_gqa, **fitting)
     check_method(method, also=FROM_POINTS)
     fitted = fit(
         x,
@@ -206,8 +210,8 @@ def fit_map(
 
 
 @under_own_settings
-def _map_from_points(x: Array, y: Array, num_features: int, rng: Any, **fitting: Any) -> FeatureMap:
-    """A map of prototypes; `fitting` has the arguments of `fit` that choose the kernel and the points."""
+def _map_from_points(method: str, x: Array, y: Array, num_features: int, rng: Any, **fitting: Any) -> FeatureMap:
+    """A map of prototypes, or of Nystrom's method; `fitting` has arguments of `fit` that have no defaults here."""
     from favorsharp.draws import generator  # loads NumPy, which `import favorsharp` must not
 
     m, own = check_integer("num_features", num_features, 1), generator(rng)
@@ -216,12 +220,13 @@ def _map_from_points(x: Array, y: Array, num_features: int, rng: Any, **fitting:
     x, y = without_gradient(x), without_gradient(y)
     fitted = fit_named(("x", "y"), x, y, method="optimal", **fitting)
     if x.shape[-2] == 0:
-        raise ValueError("prototypes are made from queries: x has n=0; accepted: 1 or more")
+        raise ValueError(f"method {method!r} makes a map from queries: x has n=0; accepted: 1 or more")
     group = x.shape[-3] // y.shape[-3] if fitting["enable_gqa"] else 1
     wide = statistics_dtype(x)
     points = pooled(cast(x, wide), fitting["mask_x"], fitting["axis"], group)
     keys = pooled(cast(y, wide), fitting["mask_y"], fitting["axis"], 1)
-    made: FeatureMap = astype(prototype_map(fitted, *points, *keys, m, own), fitted.g1.dtype)
+    make = prototype_map if method == "prototypes" else nystrom_map
+    made: FeatureMap = astype(make(fitted, *points, *keys, m, own), fitted.g1.dtype)
     return made
 
 

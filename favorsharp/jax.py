@@ -11,6 +11,7 @@ import jax
 from favorsharp.features.dense_exponential import DenseExponentialMap
 from favorsharp.features.discrete import DiscreteMap
 from favorsharp.features.elementwise import ElementwiseMap
+from favorsharp.features.nystrom import NystromMap
 from favorsharp.features.trigonometric import TrigonometricMap
 from favorsharp.landmarks.settings import Landmarks
 from favorsharp.landmarks.state import LandmarkState
@@ -28,6 +29,7 @@ for _kind in (
     DenseExponentialMap,
     DiscreteMap,
     ElementwiseMap,
+    NystromMap,
     TrigonometricMap,
     State,
     LandmarkState,

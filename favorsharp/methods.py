@@ -19,7 +19,7 @@ MethodLike = str | Elementwise
 LANDMARKS = "landmarks"
 """The method of attention that makes no feature map: landmarks are chosen anew in each call, and need no fit."""
 
-Kind = Literal["dense-exponential", "trigonometric", "discrete", "elementwise"]
+Kind = Literal["dense-exponential", "trigonometric", "discrete", "elementwise", "nystrom"]
 
 
 @dataclass(frozen=True)
@@ -127,6 +127,7 @@ _RECORDS = (
     ),
     Method("relu", "relu of projections", "elementwise", formulas.plain, logarithm=formulas.log_relu),
     Method("elu", "elu + 1 of projections", "elementwise", formulas.plain, logarithm=formulas.log_elu),
+    Method("nystrom", "Nystrom's method (docs: theory)", "nystrom", None, signed=True),
     Method("prototypes", "attention from means of queries (docs: theory)", "dense-exponential", None),
 )
 
@@ -141,6 +142,9 @@ METHODS = tuple(name for name, record in TABLE.items() if record.fit is not None
 
 FROM_POINTS = tuple(name for name, record in TABLE.items() if record.fit is None)
 """Methods that need the points themselves: `fit_map` accepts them, and `fit` does not."""
+
+POSITIVE_FROM_POINTS = tuple(name for name in FROM_POINTS if not TABLE[name].signed)
+"""Those of them that attention takes."""
 
 SIGNED = tuple(name for name in METHODS if TABLE[name].signed)
 """Methods whose features can be negative; attention refuses them."""

@@ -17,24 +17,21 @@ from dataclasses import replace
 from typing import Any
 
 from favorsharp._algebra import identity, outer, trace
-from favorsharp._arrays import broadcast_shapes, cast, from_host, namespace_of, on_device_of
+from favorsharp._arrays import broadcast_shapes, cast, namespace_of, on_device_of
 from favorsharp._typing import Array
 from favorsharp._values import astype
 from favorsharp.features.dense_exponential import DenseExponentialMap
 from favorsharp.landmarks.chosen import gather
 from favorsharp.landmarks.seeds import CANDIDATES, Noise, choose_seeds
-from favorsharp.moments import averaged_axes, pool_heads
 from favorsharp.ops.state import hide, tiles_of
 from favorsharp.parameters import Parameters, embed_key, embed_query
+from favorsharp.samples import sampled
 
 TAU = 2.0
 """How sharply queries prefer near prototypes. Without a window 3 is a little better, with one 1.5 to 2."""
 
 STEPS = 5
 """Steps of k-means."""
-
-SAMPLE = 1024
-"""The largest number of queries that prototypes are made from."""
 
 TINY = 2.0**-20
 """A power of two, so that no digit of the rows changes."""
@@ -46,25 +43,6 @@ u and v have equal variances, so the log kernel hardly depends on coordinates wi
 """
 
 
-def pooled(x: Array, mask: Array | None, axis: int | tuple[int, ...], group: int) -> tuple[Array, Array]:
-    """Points with all averaged axes, and grouped heads, moved into the point axis, and which of them count."""
-    xp = namespace_of(x)
-    seen = xp.ones(x.shape[:-1], dtype=xp.bool, **on_device_of(x)) if mask is None else mask
-    shape = broadcast_shapes(seen.shape, x.shape[:-1])
-    x, seen = xp.broadcast_to(x, (*shape, x.shape[-1])), xp.broadcast_to(seen, shape)[..., None]
-    if group > 1:
-        x, seen = pool_heads(x, group), pool_heads(seen, group)
-    lead = x.ndim - 2
-    over = [a + x.ndim for a in averaged_axes(axis, x.ndim)]
-    order = (*(i for i in range(lead) if i not in over), *over, lead, lead + 1)
-    kept = tuple(1 if i in over else x.shape[i] for i in range(lead))
-    count = x.shape[-2]
-    for i in over:
-        count *= x.shape[i]
-    x, seen = (xp.reshape(xp.permute_dims(a, order), (*kept, count, a.shape[-1])) for a in (x, seen))
-    return x, seen[..., 0]
-
-
 def prototype_map(
     fitted: Parameters, x: Array, seen_x: Array, y: Array, seen_y: Array, num_features: int, rng: Any
 ) -> DenseExponentialMap:
@@ -74,7 +52,7 @@ def prototype_map(
     """
     p = astype(fitted, x.dtype)
     x, y = hide(x, seen_x), hide(y, seen_y)
-    x, seen_x = _sampled(x, seen_x, rng)
+    x, seen_x = sampled(x, seen_x, rng)
     u = embed_query(p, x)[0]
     points, log_share = _centres(u, seen_x, num_features, rng)
     logs = _log_denominators(p, namespace_of(u).concat(_together(points, u), axis=-2), y, seen_y)
@@ -82,20 +60,6 @@ def prototype_map(
     gate = _gate(u, points, log_share)
     slope, constant = _linear(u, log_of_query - _log_sum(gate), seen_x)
     return _as_map(p, points, log_share, log_z, slope, constant)
-
-
-def _sampled(x: Array, seen: Array, rng: Any) -> tuple[Array, Array]:
-    """Up to `SAMPLE` of the queries that count, one from each of as many strata, and which entries are filled."""
-    xp = namespace_of(x)
-    slots = min(SAMPLE, x.shape[-2])
-    count = xp.sum(cast(seen, x.dtype), axis=-1, keepdims=True)
-    offset = from_host(rng.random(SAMPLE)[:slots], x)
-    slot = xp.arange(slots, dtype=x.dtype, **on_device_of(x))
-    rank = xp.floor((slot + offset) * xp.maximum(count / slots, xp.ones_like(count)))
-    order = xp.argsort(cast(~seen, xp.int8), axis=-1, stable=True)
-    place = cast(xp.minimum(rank, xp.zeros_like(rank) + (x.shape[-2] - 1)), order.dtype)
-    index = xp.take_along_axis(order, place, axis=-1)
-    return xp.take_along_axis(x, index[..., None], axis=-2), rank < count
 
 
 def _centres(u: Array, seen: Array, m: int, rng: Any) -> tuple[Array, Array]:

@@ -13,6 +13,7 @@ from favorsharp.features import FeatureMap
 from favorsharp.features.dense_exponential import DenseExponentialMap
 from favorsharp.features.discrete import DiscreteMap
 from favorsharp.features.elementwise import ElementwiseMap
+from favorsharp.features.nystrom import NystromMap
 from favorsharp.features.trigonometric import TrigonometricMap
 from favorsharp.landmarks.settings import Landmarks
 from favorsharp.landmarks.state import LandmarkState
@@ -36,6 +37,7 @@ _KINDS: dict[str, Any] = {
         TrigonometricMap,
         DiscreteMap,
         ElementwiseMap,
+        NystromMap,
         Landmarks,
         LandmarkState,
     )

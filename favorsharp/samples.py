@@ -1,0 +1,43 @@
+"""The points that a map is made from: pooled over axes and grouped heads, and a sample of them."""
+
+from typing import Any
+
+from favorsharp._arrays import broadcast_shapes, cast, from_host, namespace_of, on_device_of
+from favorsharp._typing import Array
+from favorsharp.moments import averaged_axes, pool_heads
+
+SAMPLE = 1024
+"""The largest number of points in a sample."""
+
+
+def pooled(x: Array, mask: Array | None, axis: int | tuple[int, ...], group: int) -> tuple[Array, Array]:
+    """Points with all averaged axes, and grouped heads, moved into the point axis, and which of them count."""
+    xp = namespace_of(x)
+    seen = xp.ones(x.shape[:-1], dtype=xp.bool, **on_device_of(x)) if mask is None else mask
+    shape = broadcast_shapes(seen.shape, x.shape[:-1])
+    x, seen = xp.broadcast_to(x, (*shape, x.shape[-1])), xp.broadcast_to(seen, shape)[..., None]
+    if group > 1:
+        x, seen = pool_heads(x, group), pool_heads(seen, group)
+    lead = x.ndim - 2
+    over = [a + x.ndim for a in averaged_axes(axis, x.ndim)]
+    order = (*(i for i in range(lead) if i not in over), *over, lead, lead + 1)
+    kept = tuple(1 if i in over else x.shape[i] for i in range(lead))
+    count = x.shape[-2]
+    for i in over:
+        count *= x.shape[i]
+    x, seen = (xp.reshape(xp.permute_dims(a, order), (*kept, count, a.shape[-1])) for a in (x, seen))
+    return x, seen[..., 0]
+
+
+def sampled(x: Array, seen: Array, rng: Any) -> tuple[Array, Array]:
+    """Up to `SAMPLE` of the points that count, one from each of as many strata, and which entries are filled."""
+    xp = namespace_of(x)
+    slots = min(SAMPLE, x.shape[-2])
+    count = xp.sum(cast(seen, x.dtype), axis=-1, keepdims=True)
+    offset = from_host(rng.random(SAMPLE)[:slots], x)
+    slot = xp.arange(slots, dtype=x.dtype, **on_device_of(x))
+    rank = xp.floor((slot + offset) * xp.maximum(count / slots, xp.ones_like(count)))
+    order = xp.argsort(cast(~seen, xp.int8), axis=-1, stable=True)
+    place = cast(xp.minimum(rank, xp.zeros_like(rank) + (x.shape[-2] - 1)), order.dtype)
+    index = xp.take_along_axis(order, place, axis=-1)
+    return xp.take_along_axis(x, index[..., None], axis=-2), rank < count

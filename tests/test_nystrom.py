@@ -1,0 +1,121 @@
+"""Nystrom maps: what the products of their features are, what a fit looks at, and that kernel operators take them."""
+
+import numpy as np
+import pytest
+from problems import attention_problem
+
+import favorsharp as fs
+
+KERNELS = pytest.mark.parametrize("kernel", ["softmax", "gaussian"])
+
+
+def fitted(x, y, m, **options):
+    return fs.fit_map(x, y, m, method="nystrom", rng=0, **options)
+
+
+def product(fm, x, y):
+    return fm.query(x) @ np.swapaxes(fm.key(y), -1, -2)
+
+
+@KERNELS
+def test_as_many_centres_as_points_are_exact(kernel):
+    x, y, v = attention_problem(0, n=20, s=30)
+    fm = fitted(x, y, 64, kernel=kernel, scale=0.5)  # more centres than points, too
+    exact = fs.kernel_matrix(x, y, kernel=kernel, scale=0.5)
+    np.testing.assert_allclose(product(fm, x, y), exact, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(fs.kernel_matvec(x, y, v, fm), exact @ v, rtol=1e-5, atol=1e-4)
+
+
+@KERNELS
+def test_kernels_with_the_centres_are_exact(kernel):
+    """The centres are points of the sample, each another one."""
+    x, y, _ = attention_problem(1, n=100)
+    fm = fitted(x, y, 12, kernel=kernel, scale=0.5)
+    exact = fs.kernel_matrix(x, y, kernel=kernel, scale=0.5)
+    apart = np.abs(product(fm, x, y) - exact)
+    rows, columns = ((apart / exact.max(axis, keepdims=True)).max(axis) for axis in (1, 0))
+    assert np.sum(rows < 1e-6) + np.sum(columns < 1e-6) == 12
+
+
+def test_smooth_kernels_are_far_more_accurate_than_with_random_features():
+    x = np.random.default_rng(0).standard_normal((800, 3))
+    v = np.sin(x[:, 0])
+    exact = fs.kernel_matrix(x, x, kernel="gaussian", scale=0.5) @ v
+    errors = {
+        method: np.linalg.norm(
+            fs.kernel_matvec(x, x, v, fs.fit_map(x, x, 128, method=method, kernel="gaussian", scale=0.5, rng=0)) - exact
+        )
+        for method in ("nystrom", "optimal", "trig")
+    }
+    assert errors["nystrom"] < 1e-2 * min(errors["optimal"], errors["trig"])
+
+
+def test_a_smoother_leaves_one_out():
+    x = np.random.default_rng(0).uniform(-1, 1, (60, 1))
+    v = np.sin(5 * x[:, 0])
+    fm = fitted(x, x, 60, kernel="gaussian", scale=40.0)
+    weights = fs.kernel_matrix(x, x, kernel="gaussian", scale=40.0) * ~np.eye(60, dtype=bool)
+    np.testing.assert_allclose(fs.leave_one_out(x, v, fm), weights @ v / weights.sum(1), atol=1e-4)
+
+
+def test_masked_points_count_for_nothing_and_axes_are_pooled():
+    x, y, _ = attention_problem(2, (3, 2), n=10)
+    mask = np.random.default_rng(0).random((3, 2, 10)) > 0.3
+    hidden = np.where(mask[..., None], x, np.nan)
+    together = fitted(hidden, y, 6, axis=(0, -2), mask_x=mask)
+    assert together.batch_shape == (1, 2)
+    points, keys, own = (np.moveaxis(a, 0, 1).reshape(2, 30, *a.shape[3:]) for a in (x, y, mask))
+    wanted = fitted(points, keys, 6, mask_x=own)
+    np.testing.assert_allclose(product(together, x[:1], y[:1])[0], product(wanted, x[0], y[0]), rtol=1e-6)
+    for head in range(2):  # the points that count, alone
+        alone = fitted(points[head][own[head]], keys[head], 6)
+        np.testing.assert_allclose(product(alone, x[0, head], y[0, head]), product(wanted, x[0], y[0])[head], rtol=1e-6)
+
+
+def test_far_points_and_float32():
+    """Only numbers that the exact kernel has, too: no overflow on the way, and an offset changes nothing."""
+    x, y, _ = attention_problem(3)
+    fm = fitted(x, y, 8, kernel="gaussian")
+    assert np.isfinite(fm.query(1e6 * x)).all()
+    far = [(a + 100).astype("float32") for a in (x, y)]
+    wide = fitted(*(a.astype("float64") for a in far), 8, kernel="gaussian", scale=0.3)
+    np.testing.assert_allclose(
+        product(fitted(*far, 8, kernel="gaussian", scale=0.3), *far), product(wide, *far), atol=2e-3
+    )
+
+
+@KERNELS
+def test_libraries_make_the_same_map(few_xp, kernel):
+    x, y, v = attention_problem(4, (2,))
+    wanted = fs.kernel_matvec(x, y, v, fitted(x, y, 6, kernel=kernel, scale=0.4))
+    x, y, v = (few_xp(a) for a in (x, y, v))
+    out = fs.kernel_matvec(x, y, v, fitted(x, y, 6, kernel=kernel, scale=0.4))
+    assert few_xp.is_like(out, v)
+    np.testing.assert_allclose(few_xp.back(out), wanted, rtol=1e-6, atol=1e-6)
+
+
+def test_maps_are_saved_and_compiled(tmp_path):
+    jax = pytest.importorskip("jax")
+    import favorsharp.jax
+
+    assert favorsharp.jax
+    x, y, v = (a.astype("float32") for a in attention_problem(5))
+    fm = fitted(x, y, 6)
+    fs.save(tmp_path / "map", fm)
+    assert fs.load(tmp_path / "map").fingerprint == fm.fingerprint
+    points = [jax.numpy.asarray(a) for a in (x, y, v)]
+    out = jax.jit(fs.kernel_matvec)(*points, fs.load(tmp_path / "map", like=points[0]))
+    np.testing.assert_allclose(out, fs.kernel_matvec(x, y, v, fm), rtol=1e-2, atol=1e-3)
+
+
+def test_errors_name_what_is_wrong():
+    x, y, v = attention_problem(6)
+    fm = fitted(x, y, 6)
+    with pytest.raises(ValueError, match="method 'nystrom' is signed"):
+        fs.linear_attention(x, y, v, fm)
+    with pytest.raises(ValueError, match=r"fit_map\(x, y, m, method='nystrom'\)"):
+        fs.fit(x, y, method="nystrom")
+    with pytest.raises(ValueError, match="takes no draw"):
+        fs.fit_map(x, y, 6, method="nystrom", draw="iid")
+    with pytest.raises(ValueError, match="n=0"):
+        fs.fit_map(x[:0], y, 6, method="nystrom")
