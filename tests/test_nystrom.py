@@ -61,14 +61,15 @@ def test_a_smoother_leaves_one_out():
 def test_masked_points_count_for_nothing_and_axes_are_pooled():
     x, y, _ = attention_problem(2, (3, 2), n=10)
     mask = np.random.default_rng(0).random((3, 2, 10)) > 0.3
-    hidden = np.where(mask[..., None], x, np.nan)
-    together = fitted(hidden, y, 6, axis=(0, -2), mask_x=mask)
+    seen = np.random.default_rng(1).random((3, 2, 10)) > 0.3
+    hidden = [np.where(own[..., None], a, np.nan) for a, own in ((x, mask), (y, seen))]
+    together = fitted(*hidden, 6, axis=(0, -2), mask_x=mask, mask_y=seen)
     assert together.batch_shape == (1, 2)
-    points, keys, own = (np.moveaxis(a, 0, 1).reshape(2, 30, *a.shape[3:]) for a in (x, y, mask))
-    wanted = fitted(points, keys, 6, mask_x=own)
+    points, keys, own, known = (np.moveaxis(a, 0, 1).reshape(2, 30, *a.shape[3:]) for a in (x, y, mask, seen))
+    wanted = fitted(points, keys, 6, mask_x=own, mask_y=known)
     np.testing.assert_allclose(product(together, x[:1], y[:1])[0], product(wanted, x[0], y[0]), rtol=1e-6)
     for head in range(2):  # the points that count, alone
-        alone = fitted(points[head][own[head]], keys[head], 6)
+        alone = fitted(points[head][own[head]], keys[head][known[head]], 6)
         np.testing.assert_allclose(product(alone, x[0, head], y[0, head]), product(wanted, x[0], y[0])[head], rtol=1e-6)
 
 

@@ -166,16 +166,28 @@ def test_saved_and_pickled_maps_come_back(tmp_path):
     assert pickle.loads(pickle.dumps(fm)).fingerprint == fm.fingerprint
 
 
-def test_jit_takes_and_makes_maps():
+def test_jit_takes_maps(tmp_path):
     jax = pytest.importorskip("jax")
     import favorsharp.jax
 
     assert favorsharp.jax
-    q, k, v = (jax.numpy.asarray(x, dtype="float32") for x in attention_problem(9))
-    fm = fitted(q, k, 6)
-    wanted = fs.linear_attention(q, k, v, fm)
-    np.testing.assert_allclose(jax.jit(fs.linear_attention)(q, k, v, fm), wanted, atol=1e-5)
-    np.testing.assert_allclose(jax.jit(lambda q, k: fitted(q, k, 6))(q, k).log_key(k), fm.log_key(k), atol=1e-3)
+    points = [x.astype("float32") for x in attention_problem(9)]
+    fm = fitted(*points[:2], 6)
+    fs.save(tmp_path / "map", fm)
+    lazy = [jax.numpy.asarray(x) for x in points]
+    out = jax.jit(fs.linear_attention)(*lazy, fs.load(tmp_path / "map", like=lazy[0]))
+    np.testing.assert_allclose(out, fs.linear_attention(*points, fm), atol=1e-4)
+
+
+@pytest.mark.slow
+def test_jit_makes_maps():
+    jax = pytest.importorskip("jax")
+    import favorsharp.jax
+
+    assert favorsharp.jax
+    q, k, _ = (x.astype("float32") for x in attention_problem(9))
+    made = jax.jit(lambda q, k: fitted(q, k, 6))(*(jax.numpy.asarray(x) for x in (q, k)))
+    np.testing.assert_allclose(made.log_key(k), fitted(q, k, 6).log_key(k), atol=1e-3)
 
 
 def test_fit_names_what_makes_the_methods_that_it_does_not_make():
@@ -184,7 +196,7 @@ def test_fit_names_what_makes_the_methods_that_it_does_not_make():
         fs.fit(q, k, method="prototypes")
     with pytest.raises(ValueError, match=r"landmarks\(m\)"):
         fs.fit(q, k, method="landmarks")
-    with pytest.raises(ValueError, match="elsewhere: prototypes, landmarks"):
+    with pytest.raises(ValueError, match="elsewhere: nystrom, prototypes, landmarks"):
         fs.fit(q, k, method="prototype")
     with pytest.raises(ValueError, match=r"accepted: .*prototypes.*elsewhere: landmarks"):
         fs.fit_map(q, k, 8, method="prototype")
