@@ -8,7 +8,7 @@ from favorsharp.landmarks.settings import Landmarks
 from favorsharp.landmarks.state import (
     LandmarkState,
     compressed,
-    condense,
+    condensed,
     extended,
     landmark_map,
     log_weights,
@@ -42,7 +42,7 @@ def whole(
         return cast(_read(q, (k, weights, v), settings, grouped), out_dtype)
     chosen = landmark_map(k, weights, moments_of(q, k, key_mask, grouped=grouped), settings)
     if window == 0:
-        return cast(_read(q, condense(chosen, k, weights, v), settings, grouped), out_dtype)
+        return cast(_read(q, condensed(chosen, k, weights, v), settings, grouped), out_dtype)
     if grouped:
         k, v, key_mask, chosen = k[..., None, :, :], v[..., None, :, :], add_mask_axis(key_mask), chosen.expanded()
     out: Array = attention_op.reference(q, k, v, chosen, key_mask=key_mask, window=window)

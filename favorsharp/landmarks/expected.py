@@ -12,9 +12,9 @@ from favorsharp._checks import (
 )
 from favorsharp._heads import split_heads
 from favorsharp._typing import Array
-from favorsharp.landmarks.chosen import centred, gather, nearness
 from favorsharp.landmarks.settings import Landmarks
 from favorsharp.landmarks.state import landmark_map, log_weights, moments_of
+from favorsharp.ops.landmarks import centred, gather, nearness
 from favorsharp.ops.state import finish, hide, tiles_of
 
 

@@ -8,43 +8,17 @@ centred keys y, y' is
     exp( s + s' - |u - u'|^2 / 2 ),    u = L'y,    M = L L',    s = mu_t.y + |u|^2.
 """
 
-from dataclasses import dataclass
-
 from favorsharp._arrays import broadcast_shapes, namespace_of, on_device_of, without_gradient
-from favorsharp._typing import Array, DType
+from favorsharp._typing import DType
 from favorsharp.landmarks.settings import Landmarks
 from favorsharp.moments import Moments
+from favorsharp.ops.landmarks import Metric
 
 RIDGE, STREAM_RIDGE = 1e-6, 1e-3
 """Multiples of tr(S_x) / d that are added to S_x, in whole calls and in streams, whose later queries differ."""
 
 _TINY = 1e-150
 """Added to S_x too, so that it has a Cholesky factor if all queries are equal."""
-
-
-@dataclass(frozen=True, eq=False)
-class Metric:
-    """The metric of keys, for scaled points. All arrays are constants in differentiation.
-
-    Attributes
-    ----------
-    center : array, shape (*b, 1, d)
-        The mean of the keys; y stands for a key minus this mean.
-    lift : array, shape (*b, d, d)
-        L.
-    direction : array, shape (*b, 1, d)
-        mu_t.
-    """
-
-    center: Array
-    lift: Array
-    direction: Array
-
-    def coordinates(self, y: Array) -> tuple[Array, Array]:
-        """Coordinates u and log norms s, (*b, s, d) -> (*b, s, d) and (*b, s, 1), of centred keys."""
-        xp = namespace_of(y)
-        u = y @ self.lift
-        return u, xp.sum(y * self.direction, axis=-1, keepdims=True) + xp.sum(u * u, axis=-1, keepdims=True)
 
 
 def metric_of(moments: Moments, settings: Landmarks, ridge: float, dtype: DType) -> Metric:

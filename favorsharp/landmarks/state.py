@@ -25,10 +25,11 @@ from favorsharp._checks import check_broadcast, check_together
 from favorsharp._heads import add_mask_axis
 from favorsharp._typing import Array, DType
 from favorsharp.exact import gaussian_rows, log_softmax_kernel
-from favorsharp.landmarks.chosen import LandmarkMap, centred, choose, gather
+from favorsharp.landmarks.chosen import LandmarkMap, choose
 from favorsharp.landmarks.metric import RIDGE, STREAM_RIDGE, metric_of
 from favorsharp.landmarks.settings import Landmarks
 from favorsharp.moments import Moments, combine, moments, weighted_moments
+from favorsharp.ops.landmarks import condense
 from favorsharp.ops.state import exact_partial, finish, hide, tiles_of
 
 
@@ -150,36 +151,18 @@ def landmark_map(
     k: Array, log_weight: Array, seen: Moments, settings: Landmarks, *, ridge: float = RIDGE, event: int = 0
 ) -> LandmarkMap:
     """Choose landmarks for keys with log weights, -inf for hidden ones, (*b, s, d) and (*b, s)."""
-    xp = namespace_of(k)
-    dtype, scale = log_weight.dtype, settings.scale_of(k.shape[-1])
-    metric = metric_of(seen, settings, ridge, dtype)
-    visible = log_weight != -xp.inf
-    y, log_mass = centred(hide(k, visible), xp.where(visible, log_weight, 0.0), metric, settings.kernel, scale)
-    return choose(y, log_mass, visible, metric, settings, scale, event)
+    scale = settings.scale_of(k.shape[-1])
+    metric = metric_of(seen, settings, ridge, log_weight.dtype)
+    return choose(k, log_weight, metric, settings, scale, event)
 
 
-@under_own_settings
-def condense(chosen: LandmarkMap, k: Array, log_weight: Array, v: Array) -> tuple[Array, Array, Array]:
+def condensed(chosen: LandmarkMap, k: Array, log_weight: Array, v: Array) -> tuple[Array, Array, Array]:
     """Replace keys with log weights by landmarks: points that are not scaled, log weights, and mean values.
 
     (*b, s, d), (*b, s), (*b, s, e) -> (*b, m, d), (*b, m), (*b, m, e).
     """
-    xp = namespace_of(k, v)
-    dtype = chosen.points.dtype
-    visible = log_weight != -xp.inf
-    k, v, log_weight = hide(k, visible), hide(cast(v, dtype), visible), xp.where(visible, log_weight, 0.0)
-    batch = broadcast_shapes(chosen.batch_shape, k.shape[:-2], v.shape[:-2], log_weight.shape[:-1])
-    total = None
-    for start, stop in tiles_of(k.shape[-2], chosen.num_features, batch):
-        parts = (k[..., start:stop, :], log_weight[..., start:stop], chosen.metric, chosen.kernel, chosen.scale)
-        logs = xp.where(visible[..., start:stop, None], chosen.weights_of(*centred(*parts)), -xp.inf)
-        total = gather(logs, v[..., start:stop, :], total)
-    points = chosen.points
-    assert total is not None  # there are keys
-    log_mass = total.ref + xp.log(xp.where(total.den > 0, total.den, 1.0))
-    if chosen.kernel == "gaussian":
-        log_mass = log_mass + 0.5 * xp.sum(points * points, axis=-1, keepdims=True)
-    return (points + chosen.metric.center) / chosen.scale**0.5, log_mass[..., 0], finish(total)
+    given = {"kernel": chosen.kernel, "scale": chosen.scale}
+    return condense(k, log_weight, v, chosen.points, chosen.used, chosen.metric, **given)
 
 
 @under_own_settings
@@ -254,7 +237,7 @@ def compressed(state: LandmarkState, keep: int, *, ridge: float = STREAM_RIDGE, 
     old, new = slice(0, state.held - keep), slice(state.held - keep, state.held)
     k, log_weight, v = state.keys[..., old, :], state.log_weight[..., old], state.values[..., old, :]
     chosen = landmark_map(k, log_weight, state.moments, state.settings, ridge=ridge, event=event)
-    points, mass, means = condense(chosen, k, log_weight, v)
+    points, mass, means = condensed(chosen, k, log_weight, v)
     return replace(
         state,
         keys=_joined(points, state.keys[..., new, :], 2),
