@@ -94,6 +94,8 @@ MODULES = {
     "exponential_features_vjp": "vjp",
 }
 """For each op, the module of a bundled backend that has its function."""
+LANDMARKS = {"landmark_means": "landmarks", "condense": "landmarks", "weighted_attention": "weighted_attention"}
+"""The same for the ops of landmarks, for which not every bundled backend has kernels."""
 DIFFERENTIABLE = ("exponential_features", "attention", "causal_attention", "kernel_matvec")
 """The ops that the bundled backends implement for torch's autograd, in their modules `torch_ops`."""
 TRACEABLE = ("update", "read", "decode_step")
@@ -105,12 +107,20 @@ WITH_OUT = ("attention", "causal_attention")
 
 
 def bundled_kernels(
-    package: str, library: str, device: str, dtypes: Iterable[str], *, traceable: bool = False, plans: bool = False
+    package: str,
+    library: str,
+    device: str,
+    dtypes: Iterable[str],
+    *,
+    traceable: bool = False,
+    plans: bool = False,
+    landmarks: bool = False,
 ) -> tuple[Kernel, ...]:
     """The kernels of a bundled backend: for the arrays of one library, and for torch tensors on the same device.
 
     With `traceable`, the kernels for torch's autograd also run on traced tensors, and `torch_ops` also has the ops in
-    `TRACEABLE`. With `plans`, the module of decode_step has a function `decode_step_plan`.
+    `TRACEABLE`. With `plans`, the module of decode_step has a function `decode_step_plan`. With `landmarks`, the
+    backend has the ops in `LANDMARKS`.
     """
 
     def kernel(
@@ -130,9 +140,10 @@ def bundled_kernels(
             traceable=traceable,
         )
 
+    modules = MODULES | LANDMARKS if landmarks else MODULES
     return (
-        *(kernel(op, module, library) for op, module in MODULES.items()),
+        *(kernel(op, module, library) for op, module in modules.items()),
         *(kernel(op, "torch_ops", "torch", differentiable=True, traceable=traceable) for op in DIFFERENTIABLE),
-        *(kernel(op, module, "torch") for op, module in MODULES.items() if op not in DIFFERENTIABLE),
+        *(kernel(op, module, "torch") for op, module in modules.items() if op not in DIFFERENTIABLE),
         *(kernel(op, "torch_ops", "torch", differentiable=True, traceable=True) for op in TRACEABLE if traceable),
     )

@@ -11,5 +11,7 @@ from favorsharp.backend import FLOATS, Backend, bundled_kernels
 _DTYPES = ["+".join(names) for count in range(1, len(FLOATS) + 1) for names in combinations(FLOATS, count)]
 
 BACKEND = Backend(
-    "numba", requires=("numba",), kernels=bundled_kernels("favorsharp_numba", "numpy", "cpu", _DTYPES, plans=True)
+    "numba",
+    requires=("numba",),
+    kernels=bundled_kernels("favorsharp_numba", "numpy", "cpu", _DTYPES, plans=True, landmarks=True),
 )

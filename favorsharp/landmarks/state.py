@@ -6,7 +6,6 @@ Whether a compression is due depends only on the numbers of keys seen and held, 
 stream.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,13 +23,14 @@ from favorsharp._arrays import (
 from favorsharp._checks import check_broadcast, check_together
 from favorsharp._heads import add_mask_axis
 from favorsharp._typing import Array, DType
-from favorsharp.exact import gaussian_rows, log_softmax_kernel
+from favorsharp.exact import gaussian_rows
 from favorsharp.landmarks.chosen import LandmarkMap, choose
 from favorsharp.landmarks.metric import RIDGE, STREAM_RIDGE, metric_of
 from favorsharp.landmarks.settings import Landmarks
 from favorsharp.moments import Moments, combine, moments, weighted_moments
 from favorsharp.ops.landmarks import condense
-from favorsharp.ops.state import exact_partial, finish, hide, tiles_of
+from favorsharp.ops.state import hide
+from favorsharp.ops.weighted_attention import read_rows, weighted_attention
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -178,36 +178,16 @@ def read_landmarks(
 
     With `causal_from`, the keys from this position on belong to the queries, and each query sees those up to its own.
     """
-    xp = namespace_of(q, keys, values)
-    dtype, scale = log_weight.dtype, settings.scale_of(q.shape[-1])
-    n, held = q.shape[-2], keys.shape[-2]
+    scale = settings.scale_of(q.shape[-1])
+    if settings.kernel == "softmax":
+        out: Array = weighted_attention(q, keys, log_weight, values, scale=scale, causal_from=causal_from)
+        return out
+    dtype = log_weight.dtype
+    keys = hide(cast(keys, dtype), log_weight != -namespace_of(keys).inf)
+    logs = gaussian_rows(cast(q, dtype), keys, scale)
     batch = broadcast_shapes(q.shape[:-2], keys.shape[:-2], log_weight.shape[:-1], values.shape[:-2])
-    if held == 0:
-        return xp.zeros((*batch, n, values.shape[-1]), dtype=dtype, **on_device_of(q))
-    seen = log_weight != -xp.inf
-    keys, values = hide(cast(keys, dtype), seen), hide(cast(values, dtype), seen)
-    bias, seen = xp.where(seen, log_weight, 0.0)[..., None, :], seen[..., None, :]
-    q = cast(q, dtype)
-    logs = log_rows(q, keys, settings.kernel, scale)
-    order = xp.arange(held, **on_device_of(q))
-    tiles = []
-    for start, stop in tiles_of(n, held, batch):
-        visible = seen
-        if causal_from is not None:
-            visible = seen & (order[None, :] <= causal_from + order[start:stop, None])
-        part = exact_partial(logs(start, stop) + bias, visible, values, mixed=causal_from is not None)
-        tiles.append(xp.broadcast_to(finish(part), (*batch, stop - start, values.shape[-1])))
-    return tiles[0] if len(tiles) == 1 else xp.concat(tiles, axis=-2)
-
-
-def log_rows(x: Array, y: Array, kernel: str, scale: float) -> Callable[[int, int], Array]:
-    """A function that computes rows start to stop of the log kernel of points that are not scaled."""
-    if kernel == "gaussian":
-        rows = gaussian_rows(x, y, scale)
-        return lambda start, stop: cast(rows(start, stop), y.dtype)
-    root = scale**0.5
-    x, y = x * root, y * root
-    return lambda start, stop: log_softmax_kernel(x[..., start:stop, :], y)
+    shape = (*batch, q.shape[-2])
+    return read_rows(lambda start, stop: cast(logs(start, stop), dtype), shape, log_weight, values, causal_from)
 
 
 def log_weights(k: Array, key_mask: Array | None, dtype: DType) -> Array:

@@ -18,9 +18,10 @@ from favorsharp_numba.vectors.emitter import CACHE_LINE, I64, LOG2E, VECTORS, Em
 SET, ADD, TERMS, TAKE = 0, 1, 2, 3
 """How a product begins: SET at 0; ADD at the result so far; TERMS at row[i] + column[j]; TAKE at 0, and then the result
 takes the product with its low parts, which are at the place `row`, in rows like those of the result."""
-STORE, EXP, STREAM, SUMS, SUM = 0, 1, 2, 3, 4
+STORE, EXP, STREAM, SUMS, SUM, NEAREST = 0, 1, 2, 3, 4, 5
 """What is done with a product: STORE it; EXP, store its exponential; STREAM, store that past the caches; SUMS, add up
-the powers of two with two weights and store nothing (`ColumnSums`); SUM, the same with the second weight alone."""
+the powers of two with two weights and store nothing (`ColumnSums`); SUM, the same with the second weight alone;
+NEAREST, find the largest entry of each column and its row, and store nothing else."""
 
 
 class Ahead(NamedTuple):
@@ -110,6 +111,20 @@ def _product(
                 for value, place in zip((top, *added), (tops, *places), strict=True):
                     e.store(value, e.at(place, v * e.lanes))
 
+        def keep_nearest(found, i, j):
+            """Compare a register tile with the largest entries of its columns so far, `largest`, in rows `total`."""
+            bests, owners = (e.pointer(builder.add(x, j)) for x in (largest, total))
+            first = builder.sitofp(i, e.scalar)
+            owner_of = [e.filled(builder.fadd(first, ir.Constant(e.scalar, float(r)))) for r in range(len(found))]
+            for v in range(len(found[0])):
+                best, owner = (e.load(e.at(place, v * e.lanes)) for place in (bests, owners))
+                for line, own in zip(found, owner_of, strict=True):
+                    value = e.get(line[v])
+                    closer = builder.fcmp_ordered(">", value, best)
+                    best, owner = builder.select(closer, value, best), builder.select(closer, own, owner)
+                e.store(best, e.at(bests, v * e.lanes))
+                e.store(owner, e.at(owners, v * e.lanes))
+
         def tile(rows, vectors, i, j):
             bring(i, builder.add(i, number(rows)), j)  # first: for a call, vectors in registers would be stored
             panel = builder.mul(builder.udiv(j, number(VECTORS * e.lanes)), b_panel)
@@ -142,6 +157,9 @@ def _product(
                         builder.store(e.multiply_add(factor, factors[v], e.get(found[r][v])), found[r][v])
             if finish_by in (SUMS, SUM):
                 add_up(found, i, j)
+                return
+            if finish_by == NEAREST:
+                keep_nearest(found, i, j)
                 return
             if start_at == TAKE:
                 lows = e.pointer(builder.add(row, builder.add(builder.mul(i, c_row), j)))
@@ -268,3 +286,13 @@ def product_sums(one, m, n, k, a, a_row, a_step, b, b_panel, b_step, row, column
 def product_sum(one, m, n, k, a, a_row, a_step, b, b_panel, b_step, row, column, sums, ahead):
     """As `product_sums`, for the second weight alone."""
     _product(one, TERMS, SUM, m, n, k, a, a_row, a_step, b, b_panel, b_step, b, b_step, row, column, ahead, sums)
+
+
+@outlined
+def product_nearest(one, m, n, k, a, a_row, a_step, b, b_panel, b_step, row, column, best, owner):
+    """Compare the entries of A B + row + column with best[j], the largest of column j so far, whose row is owner[j].
+
+    Of equal entries the first one stays. NaN is never the largest.
+    """
+    sums = ColumnSums(0, 0, 0, 0, owner, 0, best)
+    _product(one, TERMS, NEAREST, m, n, k, a, a_row, a_step, b, b_panel, b_step, b, b_step, row, column, NOTHING, sums)

@@ -9,7 +9,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from favorsharp_numba.vectors.compiling import outlined
+from favorsharp_numba.vectors.compiling import inlined, outlined
 from favorsharp_numba.vectors.emitter import HALVES, I32, I64, MASKS, Emitter
 
 FLOAT16, BFLOAT16, FLOAT32, FLOAT64 = 0, 1, 2, 3
@@ -341,16 +341,18 @@ def add_rows(one, target, size, x, step, count, factor):
 
 
 @intrinsic
-def _take_row(context, one, n, x, target, low):
+def _take_row(context, one, n, x, factor, target, low):
     def emit(context, builder, signature, args):
-        _, n, x, target, low = args
+        _, n, x, factor, target, low = args
         e = Emitter(builder, signature.args[0])
         source, result, lows = (e.pointer(place) for place in (x, target, low))
+        wide = e.filled(factor)
 
         def body(j, shape):
             kind = shape(e.scalar)
             value, held, lost = (builder.load(e.at(place, j), typ=kind) for place in (source, result, lows))
             value.align = held.align = lost.align = e.item
+            value = builder.fmul(value, wide if isinstance(kind, ir.VectorType) else factor)
             total, lost = e.add_with_low(held, lost, value)
             builder.store(total, e.at(result, j)).align = e.item
             builder.store(lost, e.at(lows, j)).align = e.item
@@ -358,13 +360,19 @@ def _take_row(context, one, n, x, target, low):
         rows_loop(builder, e, n, body)
         return context.get_dummy_value()
 
-    return types.void(one, *[types.int64] * 4), emit
+    return types.void(one, types.int64, types.int64, one, types.int64, types.int64), emit
 
 
 @outlined
+def take_scaled_row(one, n, x, factor, target, low):
+    """target = target + factor x for n items, with the low parts of target as in `product_take`."""
+    _take_row(one, n, x, factor, target, low)
+
+
+@inlined
 def take_row(one, n, x, target, low):
     """target = target + x for n items, with the low parts of target as in `product_take`."""
-    _take_row(one, n, x, target, low)
+    take_scaled_row(one, n, x, one, target, low)
 
 
 @intrinsic

@@ -1,0 +1,122 @@
+"""Prepares what the kernels of landmarks take: packed constants of a metric, and points in whole vectors."""
+
+import math
+from typing import Any
+
+import numpy as np
+
+from favorsharp_numba.host.arguments import Held, broadcast, host, name_of, promoted, widened
+from favorsharp_numba.host.threads import num_threads, share
+from favorsharp_numba.kernels.arguments import ONE, TILE
+from favorsharp_numba.kernels.landmarks import ROOT, Landmarks, gather_landmarks, merge_landmarks, sums_size
+from favorsharp_numba.kernels.workspace import items_of, on_host
+from favorsharp_numba.vectors.compiling import TAGS
+from favorsharp_numba.vectors.emitter import BYTES, VECTORS
+
+
+class LandmarkProblem:
+    """Keys and the landmarks that they are to be added to, in the terms of the kernels.
+
+    Values are given if landmarks are to be condensed; without them, keys are added up.
+    """
+
+    def __init__(
+        self, k: Any, log_weight: Any, v: Any, points: Any, used: Any, metric: Any, *, kernel: str, scale: float
+    ) -> None:  # fmt: skip
+        self.result = promoted(*(name_of(x) for x in (k, log_weight, points, metric.lift)))
+        self.dtype = np.dtype(widened(self.result))
+        self.one = TAGS[self.dtype.name]
+        self.lanes = BYTES // self.dtype.itemsize
+        given = [k.shape[:-2], log_weight.shape[:-1], points.shape[:-2], used.shape[:-2], metric.center.shape[:-2]]
+        self.batch = broadcast(*given, *([] if v is None else [v.shape[:-2]]))
+        self.heads, self.held = math.prod(self.batch), Held()
+        m, d = points.shape[-2:]
+        self.s, constants = self._packed(metric, k.shape[-2], m, d, v, kernel, scale)
+        self.k = self.held.points(k, self.batch)
+        self.v = self.k if v is None else self.held.points(v, self.batch)
+        self.weight = self.held.points(log_weight[..., None], self.batch)
+        self.sides = self._places(constants)
+        self.points = self.rows(points, m, self.s.d_pad)
+        self.used = np.full((*self.batch, self.s.m_pad), -np.inf, self.dtype)
+        self.used[..., :m] = np.where(host(used)[..., 0, :], 0.0, -np.inf)
+
+    def _packed(
+        self, metric: Any, n: int, m: int, d: int, v: Any, kernel: str, scale: float
+    ) -> tuple[Landmarks, Any]:  # fmt: skip
+        """The sizes of the call, and the packed constants of each metric."""
+        lift, width = host(metric.lift).astype(self.dtype, copy=False), VECTORS * self.lanes
+        d_pad, e = self._padded(d), 0 if v is None else v.shape[-1]
+        center = self.lanes * -(-(ONE + 1) // self.lanes)
+        direction = center + d_pad
+        left = direction + d_pad
+        matrix = left + -(-d_pad // width) * d * width
+        zeros = matrix + -(-d_pad // width) * d * width
+        total = zeros + max(d_pad, self._padded(e))
+        piece = self._pieces(n, m, d)
+        s = Landmarks(
+            n, m, self._padded(m), d, d_pad, e, d_pad if v is None else self._padded(e), piece,
+            int(kernel == "gaussian"), int(v is not None), center, direction, left, matrix, zeros, total,
+        )  # fmt: skip
+        out = np.zeros((*lift.shape[:-2], total), self.dtype)
+        out[..., ROOT], out[..., ONE] = scale**0.5, 1
+        out[..., center : center + d] = host(metric.center)[..., 0, :]
+        out[..., direction : direction + d] = host(metric.direction)[..., 0, :]
+        for place, x in ((left, lift), (matrix, lift @ np.swapaxes(lift, -1, -2))):
+            spread = np.zeros((*lift.shape[:-1], -(-d_pad // width) * width), self.dtype)
+            spread[..., :d] = x
+            panels = spread.reshape(*lift.shape[:-1], -1, width).swapaxes(-2, -3)
+            out[..., place : place + panels.shape[-3] * d * width] = panels.reshape(*lift.shape[:-2], -1)
+        return s, out
+
+    def _pieces(self, n: int, m: int, d: int) -> int:
+        """The number of pieces that each head is cut into, so that there are enough tasks for the threads."""
+        threads = num_threads()
+        if self.heads * n * m * d < 4e6 or self.heads >= 2 * threads:
+            return 1
+        return max(1, min(-(-4 * threads // max(1, self.heads)), n // (4 * TILE)))
+
+    def _padded(self, x: int) -> int:
+        """The size rounded up to whole vectors, at least one."""
+        return max(1, -(-x // self.lanes)) * self.lanes
+
+    def _places(self, constants: Any) -> int:
+        """The address of the list of places of each head's part of packed constants."""
+        lead = constants.shape[:-1]
+        self.held.keep(constants)
+        numbers = np.arange(math.prod(lead), dtype=np.int64).reshape(lead) * constants.shape[-1]
+        places = np.broadcast_to(numbers + constants.ctypes.data // constants.itemsize, self.batch)
+        return self.held.keep(np.ascontiguousarray(places).reshape(-1))
+
+    def rows(self, x: Any, m: int, width: int) -> Any:
+        """Rows of each head, padded with zeros to whole vectors; zeros if x is None."""
+        out = np.zeros((*self.batch, m, width), self.dtype)
+        if x is not None:
+            out[..., : x.shape[-1]] = host(x)
+        return out
+
+    def run(self, steps: int, results: Any, masses: Any) -> None:
+        """Add up all keys `steps` times, and write means to `results` and the logarithms of weights to `masses`."""
+        s, place = self.s, self.held.place
+        tasks = self.heads * s.per_head
+        sums = place(np.empty((tasks, int(on_host(sums_size)(s))), self.dtype))
+        logs = place(np.empty(0 if s.condensing else (self.heads, s.n), self.dtype))
+        fixed = (self.k, self.weight, self.v, self.sides, place(self.points), place(self.used), sums, logs)
+        targets = (place(results), place(masses))
+        work = float(self.heads * s.n * s.m * s.d)
+        together = steps if s.per_head == 1 else 1
+        for step in range(0, steps, together):
+            items = items_of(gather_landmarks, s)
+            share(
+                gather_landmarks, tasks, work, items, self.one, s, *fixed, int(step > 0), together, *targets
+            )  # fmt: skip
+            if s.per_head > 1:
+                share(merge_landmarks, self.heads, 0.0, items, self.one, s, sums, *targets)
+
+    def uncentred(self, metric: Any, scale: float) -> Any:
+        """The landmarks as keys are: neither scaled nor centred."""
+        return ((self.points[..., : self.s.d] + host(metric.center)) / scale**0.5).astype(self.dtype, copy=False)
+
+    def log_weights(self, masses: Any) -> Any:
+        """The log weights of landmarks, from masses that contain the Gaussian kernel's own factor of a key."""
+        masses = masses[..., : self.s.m]
+        return masses + 0.5 * np.sum(self.points * self.points, axis=-1) if self.s.gaussian else masses

@@ -1,0 +1,66 @@
+"""The op `weighted_attention`: exact attention to keys with log weights, on the CPU."""
+
+import math
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+
+from favorsharp_numba.host.arguments import LOG2E, Held, broadcast, empty, name_of, promoted, widened
+from favorsharp_numba.host.threads import num_threads, share
+from favorsharp_numba.kernels.arguments import (
+    ALPHA,
+    HEADER,
+    NEAR_ALPHA,
+    NEAR_SCALE,
+    ONE,
+    TILE,
+    Sizes,
+)
+from favorsharp_numba.kernels.weighted_attention import attend
+from favorsharp_numba.kernels.workspace import items_of
+from favorsharp_numba.vectors.compiling import TAGS
+from favorsharp_numba.vectors.emitter import BYTES
+
+
+def weighted_attention(
+    q: Any, keys: Any, log_weight: Any, values: Any, *, scale: float, causal_from: int | None = None
+) -> Any:  # fmt: skip
+    """As `favorsharp.ops.weighted_attention.weighted_attention`."""
+    dtype = widened(promoted(*(name_of(x) for x in (q, keys, log_weight, values))))
+    batch = broadcast(q.shape[:-2], keys.shape[:-2], log_weight.shape[:-1], values.shape[:-2])
+    n, heads = q.shape[-2], math.prod(batch)
+    s, constants = _sizes(*keys.shape[-2:], values.shape[-1], float(scale), dtype)
+    out = empty(q, (*batch, n, s.e), name_of(log_weight))
+    held = Held()
+    arrays = [held.points(x, batch) for x in (q, keys, log_weight[..., None], values)]
+    target, side = held.points(out, batch), held.place(constants)
+    work = float(heads * n * s.m * (s.d + s.e))
+    per_head = _pieces(heads, n, work)
+    first = -1 if causal_from is None else causal_from
+    share(
+        attend, heads * per_head, work, items_of(attend, s), TAGS[dtype], s, side, *arrays, n, first, target, per_head
+    )  # fmt: skip
+    return out
+
+
+@lru_cache(maxsize=64)
+def _sizes(m: int, d: int, e: int, scale: float, dtype: str) -> tuple[Sizes, Any]:
+    """The sizes of a call, and its constants: some scalars, and zeros."""
+    lanes = BYTES // np.dtype(dtype).itemsize
+    d_pad, m_pad, e_pad = (max(1, -(-x // lanes)) * lanes for x in (d, m, e))
+    zeros = -(-HEADER // lanes) * lanes
+    total = zeros + max(d_pad, e_pad)
+    constants = np.zeros(total, dtype)
+    constants[ALPHA], constants[NEAR_ALPHA] = scale**0.5, LOG2E * scale**0.5
+    constants[ONE], constants[NEAR_SCALE] = 1, LOG2E
+    constants.flags.writeable = False
+    return Sizes(d, d_pad, m, m_pad, e, e_pad, m_pad + lanes, *[zeros] * 10, 0, 0, total), constants
+
+
+def _pieces(heads: int, n: int, work: float) -> int:
+    """The number of pieces that the queries of a head are cut into, so that there are enough tasks for the threads."""
+    threads = num_threads()
+    if work < 4e6 or heads == 0 or heads >= 2 * threads:
+        return 1
+    return max(1, min(-(-4 * threads // heads), n // (4 * TILE)))
