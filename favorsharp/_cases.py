@@ -14,7 +14,19 @@ from favorsharp._values import map_arrays
 from favorsharp.dispatch import OPS
 from favorsharp.features import feature_map
 from favorsharp.fitting import fit
-from favorsharp.ops import attention, causal_attention, exponential_features, kernel_matvec, state, vjp  # noqa: F401  fill OPS
+from favorsharp.ops import (  # noqa: F401  fill OPS
+    attention,
+    causal_attention,
+    draw_seeds,
+    exponential_features,
+    kernel_matvec,
+    landmarks,
+    point_moments,
+    state,
+    vjp,
+    weighted_attention,
+)
+from favorsharp.ops.landmarks import Metric
 from favorsharp.ops.state import State, empty_state
 
 
@@ -86,7 +98,7 @@ def _problem(shape: str) -> tuple[Any, Any, Any]:
 def _map(shape: str, to: Callable[[Any], Array]) -> Any:
     """A map for the problem, in the dtype of the computation; fitted in NumPy, so that all libraries get the same."""
     like = to(np.zeros(1))
-    wide = named_dtype(namespace_of(like), "float64" if dtype_name(like) == "float64" else "float32")
+    wide = named_dtype(namespace_of(like), _wide_name(like))
     return map_arrays(_fitted(shape), lambda x: from_host(np.array(x), like, wide))
 
 
@@ -201,6 +213,83 @@ def _kernel_matvec() -> Iterator[Case]:
         yield Case(shape, make)
 
 
+def _wide(host: Any, to: Callable[[Any], Array]) -> Array:
+    """A NumPy array in the dtype of the computation, float32 at least."""
+    like = to(np.zeros(1))
+    return from_host(np.array(host), like, named_dtype(namespace_of(like), _wide_name(like)))
+
+
+def _wide_name(like: Array) -> str:
+    return "float64" if dtype_name(like) == "float64" else "float32"
+
+
+def _weights(shape: tuple[int, ...], masked: bool) -> Any:
+    """Log weights, -inf for hidden keys."""
+    weights = np.random.default_rng(2).integers(-32, 33, shape) / 16
+    return np.where(_mask(shape), weights, -np.inf) if masked else weights
+
+
+def _landmarks(values: bool) -> Iterator[Case]:
+    shapes = [shape for shape in SHAPES if SHAPES[shape][1] > 0]
+    for shape, kernel, masked in itertools.product(shapes, ("softmax", "gaussian"), (False, True)):
+
+        def make(to: Callable[[Any], Array], shape: str = shape, kernel: str = kernel, masked: bool = masked) -> Any:
+            batch, _, d, _, m = SHAPES[shape]
+            _, k, v = _problem(shape)
+            rng = np.random.default_rng(3)
+            center, direction = k.mean(axis=-2, keepdims=True) / 2, k[..., :1, :] / 8
+            metric = Metric(*(_wide(x, to) for x in (center, rng.standard_normal((d, d)) / d, direction)))
+            points, used = rng.standard_normal((*batch, m, d)), np.ones((*batch, 1, m), bool)
+            used[..., 1::5] = False
+            given = (to(_strided(k)), _wide(_weights(k.shape[:-1], masked), to))
+            given += (to(_strided(v)),) if values else ()
+            options = {"kernel": kernel, "scale": 0.5} | ({} if values else {"steps": 2})
+            return (*given, _wide(points, to), to(used), metric), options
+
+        yield Case(f"{shape}, {kernel}{', masked' if masked else ''}", make)
+
+
+def _draw_seeds() -> Iterator[Case]:
+    for shape in SHAPES:
+        if SHAPES[shape][1] == 0:
+            continue
+
+        def make(to: Callable[[Any], Array], shape: str = shape) -> Any:
+            batch, n, _, _, m = SHAPES[shape]
+            logs = np.random.default_rng(4).permutation(n) / 16  # exact in every dtype
+            logs = np.broadcast_to(np.where(np.arange(n) % 7 == 3, -np.inf, logs), (*batch, n))
+            return (_wide(_strided(_problem(shape)[0]), to), _wide(logs, to)), {"num_seeds": m}
+
+        yield Case(shape, make)
+
+
+def _point_moments() -> Iterator[Case]:
+    for shape, masked in itertools.product(SHAPES, (False, True)):
+
+        def make(to: Callable[[Any], Array], shape: str = shape, masked: bool = masked) -> Any:
+            x = np.array(_problem(shape)[0])
+            if x.size:
+                x[..., -1, 0] = np.nan
+            return (to(_strided(x)), to(_mask(x.shape[:-1])) if masked else None), {}
+
+        yield Case(f"{shape}{', masked' if masked else ''}", make)
+
+
+def _weighted_attention() -> Iterator[Case]:
+    for shape, kind in itertools.product(SHAPES, ("", ", masked", ", causal", ", few queries, causal")):
+
+        def make(to: Callable[[Any], Array], shape: str = shape, kind: str = kind) -> Any:
+            q, k, v = _problem(shape)
+            options: dict[str, Any] = {"scale": 0.25}
+            if "causal" in kind:
+                q = q[..., k.shape[-2] // 2 :, :] if "few" in kind else q
+                options["causal_from"] = k.shape[-2] - q.shape[-2]
+            weights = _wide(_weights(k.shape[:-1], kind == ", masked"), to)
+            return (to(_strided(q)), to(k), weights, to(_strided(v))), options
+
+        yield Case(f"{shape}{kind}", make)
+
+
 MAKERS: dict[str, Callable[[], Iterator[Case]]] = {
     "exponential_features": _exponential_features,
     "attention": lambda: itertools.chain(_attention(True, (0, 1, 5, 64)), _unequal()),
@@ -209,6 +298,11 @@ MAKERS: dict[str, Callable[[], Iterator[Case]]] = {
     "read": _read,
     "decode_step": _decode_step,
     "kernel_matvec": _kernel_matvec,
+    "landmark_means": lambda: _landmarks(values=False),
+    "condense": lambda: _landmarks(values=True),
+    "draw_seeds": _draw_seeds,
+    "point_moments": _point_moments,
+    "weighted_attention": _weighted_attention,
 }
 
 

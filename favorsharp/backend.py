@@ -94,7 +94,13 @@ MODULES = {
     "exponential_features_vjp": "vjp",
 }
 """For each op, the module of a bundled backend that has its function."""
-LANDMARKS = {"landmark_means": "landmarks", "condense": "landmarks", "weighted_attention": "weighted_attention"}
+LANDMARKS = {
+    "landmark_means": "landmarks",
+    "condense": "landmarks",
+    "draw_seeds": "draw_seeds",
+    "point_moments": "point_moments",
+    "weighted_attention": "weighted_attention",
+}
 """The same for the ops of landmarks, for which not every bundled backend has kernels."""
 DIFFERENTIABLE = ("exponential_features", "attention", "causal_attention", "kernel_matvec")
 """The ops that the bundled backends implement for torch's autograd, in their modules `torch_ops`."""

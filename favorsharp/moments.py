@@ -145,8 +145,8 @@ def moments(
             )[..., 0]
         x = pool_heads(x, group)
     return Moments(
-        *_side(x, mask_x, averaged_axes(axis, x.ndim)),
-        *_side(y, mask_y, averaged_axes(axis, y.ndim)),
+        *side_of(x, mask_x, averaged_axes(axis, x.ndim)),
+        *side_of(y, mask_y, averaged_axes(axis, y.ndim)),
         dtype=dtype_name(compute_dtype(xp, x, y)),
     )
 
@@ -234,7 +234,7 @@ def _chunked(x: Array, y: Array, axis: Any, mask_x: Any, mask_y: Any, enable_gqa
     )  # checks dtypes and sizes
     values: list[Array] = []
     for name, a in (("x", x), ("y", y)):
-        side = tree_reduce(_merged, [dask.delayed(_side)(block, None, ()) for block in point_blocks(a)])
+        side = tree_reduce(_merged, [dask.delayed(side_of)(block, None, ()) for block in point_blocks(a)])
         shapes = [getattr(wide, f"{field}_{name}").shape for field in ("count", "mean", "covariance")]
         values += [da.from_delayed(side[i], shape, dtype=np.float64) for i, shape in enumerate(shapes)]
     count_x, mean_x, covariance_x, count_y, mean_y, covariance_y = values
@@ -265,7 +265,7 @@ def pool_heads(x: Array, group: int) -> Array:
 _Side = tuple[Array, Array, Array]
 
 
-def _side(x: Array, mask: Array | None, axes: tuple[int, ...]) -> _Side:
+def side_of(x: Array, mask: Array | None, axes: tuple[int, ...] = ()) -> tuple[Array, Array, Array]:
     """Count, mean and covariance of one side, tile by tile."""
     wide = statistics_dtype(x)
     n = x.shape[-2]

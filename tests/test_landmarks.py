@@ -16,6 +16,7 @@ from favorsharp._arrays import has_fused_attention
 from favorsharp.diagnostics import expected_error, load_sample
 from favorsharp.landmarks.seeds import choose_seeds, noise_of
 from favorsharp.landmarks.state import landmark_map, log_weights, moments_of
+from favorsharp.ops.landmarks import Metric
 
 KERNELS = ["softmax", "gaussian"]
 
@@ -87,9 +88,10 @@ def test_as_many_landmarks_as_different_keys_are_exact(xp, kernel):
 
 def test_no_seed_is_drawn_twice(few_xp, rng):
     """The distance of a seed from itself is rounded, and other keys may weigh next to nothing."""
-    u, weight = rng.standard_normal((50, 6)), np.linspace(0, -400, 50)
-    visible = np.ones(50, bool)
-    index, needed = choose_seeds(few_xp(u), few_xp(weight), few_xp(u), few_xp(visible), 60, noise_of(0, 0, 60, 6))
+    u, weight = few_xp(rng.standard_normal((50, 6))), few_xp(np.linspace(0, -200, 50))
+    metric = Metric(0 * u[:1, :], few_xp(np.eye(6)), 0 * u[:1, :])
+    given = {"kernel": "softmax", "scale": 1.0}
+    index, needed = choose_seeds(u, weight, metric, 60, noise_of(0, 0, 60, 6), **given)
     assert sorted(few_xp.back(index)[:50]) == list(range(50))
     assert few_xp.back(needed).tolist() == [True] * 50 + [False] * 10
 

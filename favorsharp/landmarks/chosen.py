@@ -11,6 +11,7 @@ weight for a landmark from which landmarks are chosen again; with the Gaussian k
 
 from dataclasses import dataclass, replace
 from typing import ClassVar
+from typing import Any
 
 from favorsharp._arrays import cast, namespace_of, under_own_settings, without_gradient
 from favorsharp._typing import Array
@@ -100,18 +101,13 @@ def choose(
     event : int
         The same seed gives other random numbers for each event; a stream passes the number of keys seen.
     """
+    given: dict[str, Any] = {"kernel": settings.kernel, "scale": scale}
+    noise = noise_of(settings.seed, event, settings.num_landmarks, k.shape[-1])
+    fixed = without_gradient(k), without_gradient(log_weight)
+    index, needed = choose_seeds(*fixed, metric, settings.num_landmarks, noise, **given)
     xp = namespace_of(k)
-    visible = log_weight != -xp.inf
-    weight = xp.where(visible, log_weight, 0.0)
-    y, log_mass = centred(hide(k, visible), weight, metric, settings.kernel, scale)
-    fixed = without_gradient(y)
-    u, log_norm = metric.coordinates(fixed)
-    noise = noise_of(settings.seed, event, settings.num_landmarks, y.shape[-1])
-    logs = (log_norm + without_gradient(log_mass))[..., 0]
-    index, needed = choose_seeds(u, logs, fixed, visible, settings.num_landmarks, noise)
-    keys = xp.broadcast_to(y, (*index.shape[:-1], *y.shape[-2:]))
-    points, used = xp.take_along_axis(keys, index[..., None], axis=-2), needed[..., None, :]
+    keys = xp.take_along_axis(xp.broadcast_to(k, (*index.shape[:-1], *k.shape[-2:])), index[..., None], axis=-2)
+    points, used = centred(hide(keys, needed), None, metric, settings.kernel, scale)[0], needed[..., None, :]
     if settings.steps:
-        given = {"steps": settings.steps, "kernel": settings.kernel, "scale": scale}
-        points = landmark_means(k, log_weight, points, used, metric, **given)
+        points = landmark_means(k, log_weight, points, used, metric, steps=settings.steps, **given)
     return LandmarkMap(points, used, metric, settings.kernel, scale)

@@ -13,7 +13,9 @@ from typing import Any
 
 from favorsharp._arrays import broadcast_shapes, cast, from_host, namespace_of, on_device_of, statistics_dtype
 from favorsharp._typing import Array
-from favorsharp.ops.state import tiles_of
+from favorsharp.ops.draw_seeds import draw_seeds
+from favorsharp.ops.landmarks import Metric, centred
+from favorsharp.ops.state import hide, tiles_of
 
 CANDIDATES = 4
 """Candidates for each landmark."""
@@ -49,7 +51,7 @@ _drawn._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def choose_seeds(
-    u: Array, log_norm: Array, y: Array, visible: Array, num_landmarks: int, noise: Noise
+    k: Array, log_weight: Array, metric: Metric, num_landmarks: int, noise: Noise, *, kernel: str, scale: float
 ) -> tuple[Array, Array]:
     """Positions of the seeds among the keys, and whether each is used, both (*b, m).
 
@@ -57,43 +59,29 @@ def choose_seeds(
 
     Parameters
     ----------
-    u : array, shape (*b, s, d)
-        Coordinates of the keys in which distances are measured.
-    log_norm : array, shape (*b, s)
-        s plus the log mass of each key.
-    y : array, shape (*b, s, d)
-        The keys, by which equal ones are recognised.
-    visible : array of bool, shape (*b, s)
+    k : array, shape (*b, s, d)
+        Keys, not scaled; equal ones are recognised.
+    log_weight : array, shape (*b, s)
+        -inf for hidden keys.
+    metric : Metric
     num_landmarks : int
     noise : Noise
+    kernel : {"softmax", "gaussian"}
+    scale : float
     """
-    xp = namespace_of(u)
-    wide = statistics_dtype(u)
-    batch = broadcast_shapes(u.shape[:-2], log_norm.shape[:-1], visible.shape[:-1])
-    length = u.shape[-2]
-    u, log_norm, visible = (
-        xp.broadcast_to(x, (*batch, *rest))
-        for x, rest in ((u, u.shape[-2:]), (log_norm, (length,)), (visible, (length,)))
-    )
-    slots = min(noise.offsets.shape[0], length)
-    index, filled = _candidates(y, visible, slots, noise)
-    points = cast(xp.take_along_axis(u, index[..., None], axis=-2), wide)
-    logs = 2 * cast(xp.take_along_axis(log_norm, index, axis=-1), wide)
-    logs = xp.where(filled, logs + from_host(noise.gumbel[:slots], points), -xp.inf)
-    own = xp.sum(points * points, axis=-1)
-    grain = 16 * float(xp.finfo(wide).eps)  # smaller squared distances are rounding errors, and count as 0
-    left = xp.zeros_like(own) + xp.inf
-    picks, needed = [], []
-    for _ in range(num_landmarks):
-        scores = logs + _log_unexplained(left)
-        pick = xp.argmax(scores, axis=-1, keepdims=True)
-        chosen = xp.take_along_axis(points, pick[..., None], axis=-2)
-        size = xp.take_along_axis(own, pick, axis=-1)
-        squares = own + size - 2 * (points @ xp.matrix_transpose(chosen))[..., 0]
-        left = xp.minimum(left, xp.where(squares > grain * (own + size), squares, 0.0))
-        picks.append(pick)
-        needed.append(xp.take_along_axis(scores, pick, axis=-1) > -xp.inf)
-    return xp.take_along_axis(index, xp.concat(picks, axis=-1), axis=-1), xp.concat(needed, axis=-1)
+    xp = namespace_of(k)
+    visible = log_weight != -xp.inf
+    batch = broadcast_shapes(k.shape[:-2], log_weight.shape[:-1], metric.batch_shape)
+    slots = min(noise.offsets.shape[0], k.shape[-2])
+    index, filled = _candidates(k, visible, slots, noise)
+    index, filled = (xp.broadcast_to(x, (*batch, slots)) for x in (index, filled))
+    points = xp.take_along_axis(xp.broadcast_to(k, (*batch, *k.shape[-2:])), index[..., None], axis=-2)
+    weight = xp.take_along_axis(xp.broadcast_to(log_weight, (*batch, k.shape[-2])), index, axis=-1)
+    points, log_mass = centred(hide(points, filled), xp.where(filled, weight, 0.0), metric, kernel, scale)
+    u, log_norm = metric.coordinates(points)
+    logs = 2 * (log_norm + log_mass)[..., 0] + from_host(noise.gumbel[:slots], u, dtype=u.dtype)
+    picks, used = draw_seeds(u, xp.where(filled, logs, -xp.inf), num_seeds=num_landmarks)
+    return xp.take_along_axis(index, picks, axis=-1), used
 
 
 def _candidates(y: Array, visible: Array, slots: int, noise: Noise) -> tuple[Array, Array]:
@@ -120,10 +108,3 @@ def _candidates(y: Array, visible: Array, slots: int, noise: Noise) -> tuple[Arr
     filled = rank < count
     rank = cast(xp.minimum(rank, xp.zeros_like(rank) + (y.shape[-2] - 1)), order.dtype)
     return xp.take_along_axis(order, xp.take_along_axis(different, rank, axis=-1), axis=-1), filled
-
-
-def _log_unexplained(squares: Array) -> Array:
-    """log(1 - exp(-D^2)); -inf where D is 0."""
-    xp = namespace_of(squares)
-    apart = squares > 0
-    return xp.where(apart, xp.log(-xp.expm1(-xp.where(apart, squares, 1.0))), -xp.inf)

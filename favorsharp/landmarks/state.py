@@ -14,6 +14,7 @@ from favorsharp._arrays import (
     cast,
     compute_dtype,
     fused_attention,
+    dtype_name,
     namespace_of,
     on_device_of,
     result_dtype,
@@ -29,6 +30,7 @@ from favorsharp.landmarks.metric import RIDGE, STREAM_RIDGE, metric_of
 from favorsharp.landmarks.settings import Landmarks
 from favorsharp.moments import Moments, combine, moments, weighted_moments
 from favorsharp.ops.landmarks import condense
+from favorsharp.ops.point_moments import point_moments
 from favorsharp.ops.state import hide
 from favorsharp.ops.weighted_attention import read_rows, weighted_attention
 
@@ -136,15 +138,15 @@ def moments_of(q: Array | None, k: Array, key_mask: Array | None, *, grouped: bo
     k = without_gradient(k)
     grouped = grouped and q is not None
     q = k[..., :0, :] if q is None else without_gradient(q)
-    mask_x, mask_y = (xp.all(xp.isfinite(x), axis=-1) for x in (q, k))
-    if key_mask is not None:
-        mask_y = mask_y & key_mask
-        if q.shape[-2] == k.shape[-2]:
-            mask_x = mask_x & (add_mask_axis(key_mask) if grouped else key_mask)
+    mask_x = key_mask if q.shape[-2] == k.shape[-2] else None
     if grouped:
         *batch, group, n, d = q.shape
-        q, mask_x = xp.reshape(q, (*batch, group * n, d)), xp.reshape(mask_x, (*mask_x.shape[:-2], group * n))
-    return moments(q, k, mask_x=mask_x, mask_y=mask_y)
+        q = xp.reshape(q, (*batch, group * n, d))
+        if mask_x is not None:
+            mask_x = xp.broadcast_to(add_mask_axis(mask_x), (*mask_x.shape[:-1], group, n))
+            mask_x = xp.reshape(mask_x, (*mask_x.shape[:-2], group * n))
+    dtype = dtype_name(compute_dtype(xp, q, k))
+    return Moments(*point_moments(q, mask_x), *point_moments(k, key_mask), dtype=dtype)
 
 
 def landmark_map(

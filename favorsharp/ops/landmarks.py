@@ -30,6 +30,11 @@ class Metric:
     lift: Array
     direction: Array
 
+    @property
+    def batch_shape(self) -> tuple[int, ...]:
+        """The leading axes."""
+        return broadcast_shapes(*(x.shape[:-2] for x in (self.center, self.lift, self.direction)))
+
     def coordinates(self, y: Array) -> tuple[Array, Array]:
         """Coordinates u and log norms s, (*b, s, d) -> (*b, s, d) and (*b, s, 1), of centred keys."""
         xp = namespace_of(y)
@@ -96,7 +101,7 @@ def landmark_means(
     Parameters
     ----------
     k : array, shape (*b, s, d)
-        Keys, not scaled.
+        One or more keys, not scaled.
     log_weight : array, shape (*b, s)
         -inf for hidden keys, which may hold anything.
     points : array, shape (*b, m, d)

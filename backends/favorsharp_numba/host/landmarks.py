@@ -27,7 +27,7 @@ class LandmarkProblem:
         self.dtype = np.dtype(widened(self.result))
         self.one = TAGS[self.dtype.name]
         self.lanes = BYTES // self.dtype.itemsize
-        given = [k.shape[:-2], log_weight.shape[:-1], points.shape[:-2], used.shape[:-2], metric.center.shape[:-2]]
+        given = [k.shape[:-2], log_weight.shape[:-1], points.shape[:-2], used.shape[:-2], metric.batch_shape]
         self.batch = broadcast(*given, *([] if v is None else [v.shape[:-2]]))
         self.heads, self.held = math.prod(self.batch), Held()
         m, d = points.shape[-2:]
@@ -57,7 +57,7 @@ class LandmarkProblem:
             n, m, self._padded(m), d, d_pad, e, d_pad if v is None else self._padded(e), piece,
             int(kernel == "gaussian"), int(v is not None), center, direction, left, matrix, zeros, total,
         )  # fmt: skip
-        out = np.zeros((*lift.shape[:-2], total), self.dtype)
+        out = np.zeros((*metric.batch_shape, total), self.dtype)
         out[..., ROOT], out[..., ONE] = scale**0.5, 1
         out[..., center : center + d] = host(metric.center)[..., 0, :]
         out[..., direction : direction + d] = host(metric.direction)[..., 0, :]

@@ -20,10 +20,10 @@ WAYS = 4
 """The number of rows that are worked on side by side where a row is a single vector."""
 
 
-def _blocks(builder, e, n, body):
-    """Emit body(first column, number of vectors) for the columns 0 .. n: VECTORS vectors at a time, then one by one."""
+def _blocks(builder, e, n, body, most=VECTORS):
+    """Emit body(first column, number of vectors) for the columns 0 .. n: `most` vectors at a time, then one by one."""
     start = ir.Constant(I64, 0)
-    for vectors in dict.fromkeys((VECTORS, 1)):
+    for vectors in dict.fromkeys((most, 1)):
         width = ir.Constant(I64, vectors * e.lanes)
         stop = builder.add(start, builder.mul(builder.udiv(builder.sub(n, start), width), width))
         with cgutils.for_range_slice(builder, start, stop, width) as (j, _):
@@ -269,3 +269,33 @@ def _multiply_block(context, one, x, step, rows, n, y, total):
 def multiply_block(one, x, step, rows, n, y, total):
     """x[i, j] = x[i, j] y[i, j], and total[j] = total[j] + sum of x[i, j]. x and y have the same step."""
     _multiply_block(one, x, step, rows, n, y, total)
+
+
+@intrinsic
+def _square_distances(context, one, x, step, rows, n, point, point_step, squares):
+    def emit(context, builder, signature, args):
+        _, x, step, rows, n, point, point_step, squares = args
+        e = Emitter(builder, signature.args[0])
+        block, items, results = e.pointer(x), e.pointer(point), e.pointer(squares)
+
+        def body(j, vectors):
+            sums = [e.accumulator(e.constant(0.0)) for _ in range(vectors)]
+            with cgutils.for_range(builder, rows) as loop:
+                line = e.at(block, builder.add(builder.mul(loop.index, step), j))
+                item = e.broadcast(e.at(items, builder.mul(loop.index, point_step)))
+                for v in range(vectors):
+                    away = builder.fsub(e.load(e.at(line, v * e.lanes)), item)
+                    builder.store(e.multiply_add(away, away, e.get(sums[v])), sums[v])
+            for v in range(vectors):
+                e.store(e.get(sums[v]), e.at(results, builder.add(j, ir.Constant(I64, v * e.lanes))))
+
+        _blocks(builder, e, n, body, most=2 * WAYS)  # additions to one sum wait for each other
+        return context.get_dummy_value()
+
+    return types.void(one, *[types.int64] * 7), emit
+
+
+@outlined
+def square_distances(one, x, step, rows, n, point, point_step, squares):
+    """squares[j] = the sum over i of (x[i, j] - point[i])^2, for a point whose items are `point_step` apart."""
+    _square_distances(one, x, step, rows, n, point, point_step, squares)
