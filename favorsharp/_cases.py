@@ -17,7 +17,6 @@ from favorsharp.fitting import fit
 from favorsharp.ops import (  # noqa: F401  fill OPS
     attention,
     causal_attention,
-    draw_seeds,
     exponential_features,
     kernel_matvec,
     landmarks,
@@ -26,7 +25,7 @@ from favorsharp.ops import (  # noqa: F401  fill OPS
     vjp,
     weighted_attention,
 )
-from favorsharp.ops.landmarks import Metric
+from favorsharp.ops.landmark_metric import Metric
 from favorsharp.ops.state import State, empty_state
 
 
@@ -229,38 +228,43 @@ def _weights(shape: tuple[int, ...], masked: bool) -> Any:
     return np.where(_mask(shape), weights, -np.inf) if masked else weights
 
 
-def _landmarks(values: bool) -> Iterator[Case]:
+def _landmark_case(shape: str, masked: bool, to: Callable[[Any], Array]) -> tuple[Array, Array, Metric]:
+    """Keys, their log weights, and a metric."""
+    _, k, _ = _problem(shape)
+    d = SHAPES[shape][2]
+    center, direction = k.mean(axis=-2, keepdims=True) / 2, k[..., :1, :] / 8
+    lift = np.random.default_rng(3).standard_normal((d, d)) / d
+    weights = _wide(_weights(k.shape[:-1], masked), to)
+    return to(_strided(k)), weights, Metric(*(_wide(x, to) for x in (center, lift, direction)))
+
+
+def _of_keys() -> Iterator[tuple[str, str, bool]]:
     shapes = [shape for shape in SHAPES if SHAPES[shape][1] > 0]
-    for shape, kernel, masked in itertools.product(shapes, ("softmax", "gaussian"), (False, True)):
+    return itertools.product(shapes, ("softmax", "gaussian"), (False, True))
+
+
+def _choose_landmarks() -> Iterator[Case]:
+    for shape, kernel, masked in _of_keys():
 
         def make(to: Callable[[Any], Array], shape: str = shape, kernel: str = kernel, masked: bool = masked) -> Any:
-            batch, _, d, _, m = SHAPES[shape]
-            _, k, v = _problem(shape)
-            rng = np.random.default_rng(3)
-            center, direction = k.mean(axis=-2, keepdims=True) / 2, k[..., :1, :] / 8
-            metric = Metric(*(_wide(x, to) for x in (center, rng.standard_normal((d, d)) / d, direction)))
-            points, used = rng.standard_normal((*batch, m, d)), np.ones((*batch, 1, m), bool)
-            used[..., 1::5] = False
-            given = (to(_strided(k)), _wide(_weights(k.shape[:-1], masked), to))
-            given += (to(_strided(v)),) if values else ()
-            options = {"kernel": kernel, "scale": 0.5} | ({} if values else {"steps": 2})
-            return (*given, _wide(points, to), to(used), metric), options
+            options = {"kernel": kernel, "scale": 0.5, "steps": 2, "seed": 0, "event": 7}
+            return _landmark_case(shape, masked, to), options | {"num_landmarks": SHAPES[shape][-1]}
 
         yield Case(f"{shape}, {kernel}{', masked' if masked else ''}", make)
 
 
-def _draw_seeds() -> Iterator[Case]:
-    for shape in SHAPES:
-        if SHAPES[shape][1] == 0:
-            continue
+def _condense() -> Iterator[Case]:
+    for shape, kernel, masked in _of_keys():
 
-        def make(to: Callable[[Any], Array], shape: str = shape) -> Any:
-            batch, n, _, _, m = SHAPES[shape]
-            logs = np.random.default_rng(4).permutation(n) / 16  # exact in every dtype
-            logs = np.broadcast_to(np.where(np.arange(n) % 7 == 3, -np.inf, logs), (*batch, n))
-            return (_wide(_strided(_problem(shape)[0]), to), _wide(logs, to)), {"num_seeds": m}
+        def make(to: Callable[[Any], Array], shape: str = shape, kernel: str = kernel, masked: bool = masked) -> Any:
+            batch, _, d, _, m = SHAPES[shape]
+            k, weights, metric = _landmark_case(shape, masked, to)
+            points, used = np.random.default_rng(4).standard_normal((*batch, m, d)), np.ones((*batch, 1, m), bool)
+            used[..., 1::5] = False
+            given = (k, weights, to(_strided(_problem(shape)[2])), _wide(points, to), to(used), metric)
+            return given, {"kernel": kernel, "scale": 0.5}
 
-        yield Case(shape, make)
+        yield Case(f"{shape}, {kernel}{', masked' if masked else ''}", make)
 
 
 def _point_moments() -> Iterator[Case]:
@@ -298,9 +302,8 @@ MAKERS: dict[str, Callable[[], Iterator[Case]]] = {
     "read": _read,
     "decode_step": _decode_step,
     "kernel_matvec": _kernel_matvec,
-    "landmark_means": lambda: _landmarks(values=False),
-    "condense": lambda: _landmarks(values=True),
-    "draw_seeds": _draw_seeds,
+    "choose_landmarks": _choose_landmarks,
+    "condense": _condense,
     "point_moments": _point_moments,
     "weighted_attention": _weighted_attention,
 }

@@ -39,6 +39,7 @@ from favorsharp._checks import check_unfollowed
 from favorsharp.dispatch import Backend, Kernel
 from favorsharp.features.folding import FoldedSide, fold
 from favorsharp.features.map_gradients import map_gradients, summed_to
+from favorsharp.ops.landmark_seeds import noise_of
 from favorsharp.ops.state import State, empty_state, has_low_parts, num_leaving, with_recent, with_sums
 from favorsharp.ops.vjp import (
     attention_gradients,
@@ -71,6 +72,7 @@ __all__ = [
     "map_gradients",
     "named_dtype",
     "namespace_of",
+    "noise_of",
     "num_leaving",
     "on_device_of",
     "recorded_or_followed",
@@ -95,9 +97,8 @@ MODULES = {
 }
 """For each op, the module of a bundled backend that has its function."""
 LANDMARKS = {
-    "landmark_means": "landmarks",
+    "choose_landmarks": "landmarks",
     "condense": "landmarks",
-    "draw_seeds": "draw_seeds",
     "point_moments": "point_moments",
     "weighted_attention": "weighted_attention",
 }

@@ -21,8 +21,9 @@ from favorsharp._arrays import broadcast_shapes, cast, namespace_of, on_device_o
 from favorsharp._typing import Array
 from favorsharp._values import astype
 from favorsharp.features.dense_exponential import DenseExponentialMap
-from favorsharp.landmarks.chosen import gather
-from favorsharp.landmarks.seeds import CANDIDATES, Noise, choose_seeds
+from favorsharp.ops.landmark_metric import Metric
+from favorsharp.ops.landmark_seeds import CANDIDATES, Noise, choose_seeds
+from favorsharp.ops.landmarks import gather
 from favorsharp.ops.state import hide, tiles_of
 from favorsharp.parameters import Parameters, embed_key, embed_query
 from favorsharp.samples import sampled
@@ -70,7 +71,10 @@ def _centres(u: Array, seen: Array, m: int, rng: Any) -> tuple[Array, Array]:
     xp = namespace_of(u)
     slots = CANDIDATES * m
     noise = Noise(rng.standard_normal(u.shape[-1]), rng.random(slots), rng.gumbel(size=slots))
-    index, used = choose_seeds(u, xp.zeros_like(u[..., 0]), u, seen, m, noise)
+    origin, covariance = xp.zeros_like(u[..., :1, :]), outer(u[..., :0, :], u[..., :0, :])
+    euclidean = Metric(origin, identity(covariance, covariance), origin)
+    alike = xp.where(seen, -xp.sum(u * u, axis=-1), -xp.inf)  # all queries matter alike: this cancels s = |u|^2
+    index, used = choose_seeds(u, alike, euclidean, m, noise, kernel="softmax", scale=1.0)
     u = xp.broadcast_to(u, (*index.shape[:-1], *u.shape[-2:]))
     points, used = xp.take_along_axis(u, index[..., None], axis=-2), used[..., None, :]
     slot = xp.arange(m, **on_device_of(u))

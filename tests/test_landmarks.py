@@ -14,9 +14,9 @@ from problems import attention_problem
 import favorsharp as fs
 from favorsharp._arrays import has_fused_attention
 from favorsharp.diagnostics import expected_error, load_sample
-from favorsharp.landmarks.seeds import choose_seeds, noise_of
 from favorsharp.landmarks.state import landmark_map, log_weights, moments_of
-from favorsharp.ops.landmarks import Metric
+from favorsharp.ops.landmark_metric import Metric
+from favorsharp.ops.landmark_seeds import choose_seeds, noise_of
 
 KERNELS = ["softmax", "gaussian"]
 

@@ -1,27 +1,43 @@
-"""The ops `landmark_means` and `condense`: landmarks from keys, on the CPU."""
+"""The ops `choose_landmarks` and `condense`: landmarks from keys, on the CPU."""
 
 from typing import Any
 
 import numpy as np
 
+from favorsharp.backend import noise_of
 from favorsharp_numba.host.arguments import numpy_or_torch
 from favorsharp_numba.host.landmarks import LandmarkProblem
 
 
-def landmark_means(
-    k: Any, log_weight: Any, points: Any, used: Any, metric: Any, *, steps: int, kernel: str, scale: float
-) -> Any:
-    """As `favorsharp.ops.landmarks.landmark_means`."""
-    problem = LandmarkProblem(k, log_weight, None, points, used, metric, kernel=kernel, scale=scale)
+def choose_landmarks(
+    k: Any,
+    log_weight: Any,
+    metric: Any,
+    *,
+    num_landmarks: int,
+    steps: int,
+    kernel: str,
+    scale: float,
+    seed: int,
+    event: int,
+) -> tuple[Any, Any]:
+    """As `favorsharp.ops.landmarks.choose_landmarks`."""
+    noise = noise_of(seed, event, num_landmarks, k.shape[-1])
+    options: dict[str, Any] = {"num_landmarks": num_landmarks, "kernel": kernel, "scale": scale}
+    problem = LandmarkProblem(k, log_weight, None, metric, slots=len(noise.offsets), **options)
+    problem.draw(noise)
     problem.run(steps, problem.points, np.empty(0, problem.dtype))
-    return numpy_or_torch(k, np.ascontiguousarray(problem.points[..., : problem.s.d]))
+    used = problem.used[..., None, :num_landmarks] == 0
+    return tuple(numpy_or_torch(k, np.ascontiguousarray(x)) for x in (problem.points[..., : problem.s.d], used))
 
 
 def condense(
     k: Any, log_weight: Any, v: Any, points: Any, used: Any, metric: Any, *, kernel: str, scale: float
 ) -> tuple[Any, Any, Any]:
     """As `favorsharp.ops.landmarks.condense`."""
-    problem = LandmarkProblem(k, log_weight, v, points, used, metric, kernel=kernel, scale=scale)
+    options: dict[str, Any] = {"num_landmarks": points.shape[-2], "kernel": kernel, "scale": scale}
+    problem = LandmarkProblem(k, log_weight, v, metric, batches=(points.shape[:-2], used.shape[:-2]), **options)
+    problem.take(points, used)
     s = problem.s
     values = problem.rows(None, s.m, s.width)
     masses = np.empty((*problem.batch, s.m_pad), problem.dtype)

@@ -11,7 +11,7 @@ from favorsharp_numba.kernels.arguments import TILE
 from favorsharp_numba.kernels.point_moments import MomentSizes, add_points, sums_length
 from favorsharp_numba.kernels.workspace import items_of, on_host
 from favorsharp_numba.vectors.compiling import TAGS
-from favorsharp_numba.vectors.emitter import BYTES, VECTORS
+from favorsharp_numba.vectors.emitter import BYTES
 
 
 def point_moments(x: Any, mask: Any) -> tuple[Any, Any, Any]:
@@ -28,23 +28,21 @@ def point_moments(x: Any, mask: Any) -> tuple[Any, Any, Any]:
     arrays = held.points(x, batch), held.mask(mask, batch), held.place(constants), held.place(sums)
     work = float(heads * n * d * d)
     share(add_points, heads * s.per_head, work, items_of(add_points, s), TAGS["float64"], s, *arrays)
-    found = _moments(sums.reshape(heads, s.per_head, 3 + d, d_pad), d, VECTORS * lanes)
+    found = _merged(sums.reshape(heads, s.per_head, 2 + d, d_pad)[..., :d])
     return tuple(numpy_or_torch(x, part.reshape(*batch, *part.shape[-2:])) for part in found)
 
 
-def _moments(sums: Any, d: int, width: int) -> tuple[Any, Any, Any]:
-    """Count, mean and covariance of each head, from the sums of its tasks (heads, tasks, 3 + d, padded d)."""
-    shift, number, total = sums[:, :, :1, :d], sums[:, :, 1:2, :1], sums[:, :, 2:3, :d]
-    count = number.sum(axis=1)
-    safe = np.maximum(count, 1)
-    mean = ((shift * number + total).sum(axis=1)) / safe
-    away = np.where(number > 0, shift - mean[:, None], 0.0)  # of the shift from the mean
-    products = sums[:, :, 3:, :d]
-    blocks = np.arange(d) // width
-    products = np.where(blocks[:, None] >= blocks[None, :], products, np.swapaxes(products, -1, -2))
-    cross = np.swapaxes(away, -1, -2) @ total
-    products = products + cross + np.swapaxes(cross, -1, -2) + number * (np.swapaxes(away, -1, -2) @ away)
-    return count, mean, products.sum(axis=1) / safe
+def _merged(parts: Any) -> tuple[Any, Any, Any]:
+    """Count, mean and covariance of each head, from those of its tasks (heads, tasks, 2 + d, d)."""
+    count, mean, covariance = parts[:, :, :1, :1], parts[:, :, 1:2], parts[:, :, 2:]
+    if parts.shape[1] == 1:
+        return count[:, 0], mean[:, 0], covariance[:, 0]
+    whole = count.sum(axis=1, keepdims=True)
+    share = count / np.maximum(whole, 1)
+    common = np.sum(share * mean, axis=1, keepdims=True)
+    away = mean - common
+    covariance = np.sum(share * (covariance + np.swapaxes(away, -1, -2) @ away), axis=1)
+    return whole[:, 0], common[:, 0], covariance
 
 
 def _pieces(heads: int, n: int, d: int) -> int:

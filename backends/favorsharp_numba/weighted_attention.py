@@ -55,7 +55,8 @@ def _sizes(m: int, d: int, e: int, scale: float, dtype: str) -> tuple[Sizes, Any
     constants[ALPHA], constants[NEAR_ALPHA] = scale**0.5, LOG2E * scale**0.5
     constants[ONE], constants[NEAR_SCALE] = 1, LOG2E
     constants.flags.writeable = False
-    return Sizes(d, d_pad, m, m_pad, e, e_pad, m_pad + lanes, *[zeros] * 10, 0, 0, total), constants
+    fields = d, d_pad, m, m_pad, e, e_pad, m_pad + lanes, *[zeros] * 10, 0, 0, total
+    return Sizes._make(fields), constants
 
 
 def _pieces(heads: int, n: int, work: float) -> int:

@@ -1,4 +1,4 @@
-"""The choice of landmarks, and the chosen landmarks as a positive feature map with one feature for each landmark.
+"""Chosen landmarks as a positive feature map with one feature for each landmark.
 
 The log feature of a query x at the landmark c is x.c. A key y belongs to its nearest landmark in the metric. There its
 log feature is its log weight, -|u - u_c|^2 / 2 + s - s_c; at all other landmarks it is -inf. So the ops of
@@ -11,14 +11,11 @@ weight for a landmark from which landmarks are chosen again; with the Gaussian k
 
 from dataclasses import dataclass, replace
 from typing import ClassVar
-from typing import Any
 
-from favorsharp._arrays import cast, namespace_of, under_own_settings, without_gradient
+from favorsharp._arrays import cast, namespace_of
 from favorsharp._typing import Array
-from favorsharp.landmarks.seeds import choose_seeds, noise_of
-from favorsharp.landmarks.settings import Landmarks
-from favorsharp.ops.landmarks import Metric, centred, landmark_means, weights_of
-from favorsharp.ops.state import hide
+from favorsharp.ops.landmark_metric import Metric, centred
+from favorsharp.ops.landmarks import weights_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,36 +75,3 @@ class LandmarkMap:
 
     def _key(self, y: Array) -> tuple[Array, Array]:
         return centred(y, None, self.metric, self.kernel, self.scale)
-
-
-@under_own_settings
-def choose(
-    k: Array, log_weight: Array, metric: Metric, settings: Landmarks, scale: float, event: int = 0
-) -> LandmarkMap:
-    """Choose landmarks for keys: seeds, then Lloyd steps.
-
-    Landmarks are differentiable: they are means of keys, where the assignment and the metric are constants.
-
-    Parameters
-    ----------
-    k : array, shape (*b, s, d)
-        Keys, not scaled.
-    log_weight : array, shape (*b, s)
-        -inf for hidden keys.
-    metric : Metric
-    settings : Landmarks
-    scale : float
-        Of the kernel.
-    event : int
-        The same seed gives other random numbers for each event; a stream passes the number of keys seen.
-    """
-    given: dict[str, Any] = {"kernel": settings.kernel, "scale": scale}
-    noise = noise_of(settings.seed, event, settings.num_landmarks, k.shape[-1])
-    fixed = without_gradient(k), without_gradient(log_weight)
-    index, needed = choose_seeds(*fixed, metric, settings.num_landmarks, noise, **given)
-    xp = namespace_of(k)
-    keys = xp.take_along_axis(xp.broadcast_to(k, (*index.shape[:-1], *k.shape[-2:])), index[..., None], axis=-2)
-    points, used = centred(hide(keys, needed), None, metric, settings.kernel, scale)[0], needed[..., None, :]
-    if settings.steps:
-        points = landmark_means(k, log_weight, points, used, metric, steps=settings.steps, **given)
-    return LandmarkMap(points, used, metric, settings.kernel, scale)

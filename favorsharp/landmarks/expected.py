@@ -14,7 +14,8 @@ from favorsharp._heads import split_heads
 from favorsharp._typing import Array
 from favorsharp.landmarks.settings import Landmarks
 from favorsharp.landmarks.state import landmark_map, log_weights, moments_of
-from favorsharp.ops.landmarks import centred, gather, nearness
+from favorsharp.ops.landmark_metric import centred
+from favorsharp.ops.landmarks import gather, nearness
 from favorsharp.ops.state import finish, hide, tiles_of
 
 

@@ -12,7 +12,7 @@ from favorsharp._arrays import broadcast_shapes, namespace_of, on_device_of, wit
 from favorsharp._typing import DType
 from favorsharp.landmarks.settings import Landmarks
 from favorsharp.moments import Moments
-from favorsharp.ops.landmarks import Metric
+from favorsharp.ops.landmark_metric import Metric
 
 RIDGE, STREAM_RIDGE = 1e-6, 1e-3
 """Multiples of tr(S_x) / d that are added to S_x, in whole calls and in streams, whose later queries differ."""

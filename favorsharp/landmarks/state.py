@@ -13,8 +13,8 @@ from favorsharp._arrays import (
     broadcast_shapes,
     cast,
     compute_dtype,
-    fused_attention,
     dtype_name,
+    fused_attention,
     namespace_of,
     on_device_of,
     result_dtype,
@@ -25,11 +25,11 @@ from favorsharp._checks import check_broadcast, check_together
 from favorsharp._heads import add_mask_axis
 from favorsharp._typing import Array, DType
 from favorsharp.exact import gaussian_rows
-from favorsharp.landmarks.chosen import LandmarkMap, choose
+from favorsharp.landmarks.chosen import LandmarkMap
 from favorsharp.landmarks.metric import RIDGE, STREAM_RIDGE, metric_of
 from favorsharp.landmarks.settings import Landmarks
 from favorsharp.moments import Moments, combine, moments, weighted_moments
-from favorsharp.ops.landmarks import condense
+from favorsharp.ops.landmarks import choose_landmarks, condense
 from favorsharp.ops.point_moments import point_moments
 from favorsharp.ops.state import hide
 from favorsharp.ops.weighted_attention import read_rows, weighted_attention
@@ -155,7 +155,18 @@ def landmark_map(
     """Choose landmarks for keys with log weights, -inf for hidden ones, (*b, s, d) and (*b, s)."""
     scale = settings.scale_of(k.shape[-1])
     metric = metric_of(seen, settings, ridge, log_weight.dtype)
-    return choose(k, log_weight, metric, settings, scale, event)
+    points, used = choose_landmarks(
+        k,
+        log_weight,
+        metric,
+        num_landmarks=settings.num_landmarks,
+        steps=settings.steps,
+        kernel=settings.kernel,
+        scale=scale,
+        seed=settings.seed,
+        event=event,
+    )
+    return LandmarkMap(points, used, metric, settings.kernel, scale)
 
 
 def condensed(chosen: LandmarkMap, k: Array, log_weight: Array, v: Array) -> tuple[Array, Array, Array]:
@@ -163,8 +174,8 @@ def condensed(chosen: LandmarkMap, k: Array, log_weight: Array, v: Array) -> tup
 
     (*b, s, d), (*b, s), (*b, s, e) -> (*b, m, d), (*b, m), (*b, m, e).
     """
-    given = {"kernel": chosen.kernel, "scale": chosen.scale}
-    return condense(k, log_weight, v, chosen.points, chosen.used, chosen.metric, **given)
+    given = chosen.points, chosen.used, chosen.metric
+    return condense(k, log_weight, v, *given, kernel=chosen.kernel, scale=chosen.scale)
 
 
 @under_own_settings

@@ -4,50 +4,12 @@ Keys are passed as they are, with log weights; the functions here scale and cent
 assignment of keys to landmarks, and seeds are constants in differentiation.
 """
 
-from dataclasses import dataclass
-
 from favorsharp._arrays import broadcast_shapes, cast, namespace_of, on_device_of, without_gradient
 from favorsharp._typing import Array
 from favorsharp.dispatch import Op
+from favorsharp.ops.landmark_metric import Metric, centred, uncentred
+from favorsharp.ops.landmark_seeds import choose_seeds, noise_of
 from favorsharp.ops.state import Partial, finish, hide, merge, tiles_of
-
-
-@dataclass(frozen=True, eq=False)
-class Metric:
-    """The metric of keys, for scaled points. All arrays are constants in differentiation.
-
-    Attributes
-    ----------
-    center : array, shape (*b, 1, d)
-        The mean of the keys; y stands for a key minus this mean.
-    lift : array, shape (*b, d, d)
-        L.
-    direction : array, shape (*b, 1, d)
-        mu_t.
-    """
-
-    center: Array
-    lift: Array
-    direction: Array
-
-    @property
-    def batch_shape(self) -> tuple[int, ...]:
-        """The leading axes."""
-        return broadcast_shapes(*(x.shape[:-2] for x in (self.center, self.lift, self.direction)))
-
-    def coordinates(self, y: Array) -> tuple[Array, Array]:
-        """Coordinates u and log norms s, (*b, s, d) -> (*b, s, d) and (*b, s, 1), of centred keys."""
-        xp = namespace_of(y)
-        u = y @ self.lift
-        return u, xp.sum(y * self.direction, axis=-1, keepdims=True) + xp.sum(u * u, axis=-1, keepdims=True)
-
-
-def centred(y: Array, log_weight: Array | None, metric: Metric, kernel: str, scale: float) -> tuple[Array, Array]:
-    """Scaled and centred keys, and their log masses (*b, s, 1): log weights plus the kernel's own factor of a key."""
-    xp = namespace_of(y)
-    y = cast(y, metric.center.dtype) * scale**0.5 - metric.center
-    log_mass = xp.zeros_like(y[..., :1]) if log_weight is None else log_weight[..., None]
-    return y, log_mass - 0.5 * xp.sum(y * y, axis=-1, keepdims=True) if kernel == "gaussian" else log_mass
 
 
 def nearness(points: Array, used: Array, metric: Metric, y: Array) -> tuple[Array, Array]:
@@ -91,12 +53,23 @@ def gather(logs: Array, v: Array, total: Partial | None = None) -> Partial:
 
 
 @Op
-def landmark_means(
-    k: Array, log_weight: Array, points: Array, used: Array, metric: Metric, *, steps: int, kernel: str, scale: float
-) -> Array:
-    """Lloyd steps: in each, every landmark moves to the mean of the keys that are nearest to it.
+def choose_landmarks(
+    k: Array,
+    log_weight: Array,
+    metric: Metric,
+    *,
+    num_landmarks: int,
+    steps: int,
+    kernel: str,
+    scale: float,
+    seed: int,
+    event: int,
+) -> tuple[Array, Array]:
+    """Choose landmarks for keys: seeds, then Lloyd steps.
 
-    Keys count with the weights exp(s), times exp(log_weight). Only the last step is differentiable.
+    In a step, every landmark moves to the mean of the keys that are nearest to it; keys count with the weights exp(s)
+    times exp(log_weight). Seeds and the assignment of keys are constants in differentiation, and so are all steps but
+    the last.
 
     Parameters
     ----------
@@ -104,31 +77,39 @@ def landmark_means(
         One or more keys, not scaled.
     log_weight : array, shape (*b, s)
         -inf for hidden keys, which may hold anything.
-    points : array, shape (*b, m, d)
-        Landmarks, scaled and centred.
-    used : array of bool, shape (*b, 1, m)
-        No key belongs to a landmark that is not used.
     metric : Metric
+    num_landmarks : int
+        m.
     steps : int
-        1 or more.
     kernel : {"softmax", "gaussian"}
     scale : float
+    seed, event : int
+        The same seed gives other random numbers for each event.
 
     Returns
     -------
-    array, shape (*b, m, d)
-        Scaled and centred. A landmark without keys stays where it is.
+    points : array, shape (*b, m, d)
+        Landmarks, scaled and centred.
+    used : array of bool, shape (*b, 1, m)
+        False where no key was left to draw: no key belongs to such a landmark.
     """
-    xp = namespace_of(k, points)
+    xp = namespace_of(k)
+    noise = noise_of(seed, event, num_landmarks, k.shape[-1])
+    fixed = without_gradient(k), without_gradient(log_weight)
+    index, needed = choose_seeds(*fixed, metric, num_landmarks, noise, kernel=kernel, scale=scale)
+    keys = xp.take_along_axis(xp.broadcast_to(k, (*index.shape[:-1], *k.shape[-2:])), index[..., None], axis=-2)
+    points, used = centred(hide(keys, needed), None, metric, kernel, scale)[0], needed[..., None, :]
+    if steps == 0:
+        return points, used
     visible = log_weight != -xp.inf
     y, log_mass = centred(hide(k, visible), xp.where(visible, log_weight, 0.0), metric, kernel, scale)
     points = without_gradient(points)
     for _ in range(steps - 1):
-        points = _means(without_gradient(y), without_gradient(log_mass), visible, points, used, metric)
-    return _means(y, log_mass, visible, points, used, metric)
+        points = lloyd_step(without_gradient(y), without_gradient(log_mass), visible, points, used, metric)
+    return lloyd_step(y, log_mass, visible, points, used, metric), used
 
 
-def _means(y: Array, log_mass: Array, visible: Array, points: Array, used: Array, metric: Metric) -> Array:
+def lloyd_step(y: Array, log_mass: Array, visible: Array, points: Array, used: Array, metric: Metric) -> Array:
     """The mean of the keys of each landmark, with weights exp(s); the landmark itself if it has no key."""
     xp = namespace_of(y)
     m = points.shape[-2]
@@ -192,10 +173,3 @@ def condense(
     assert total is not None  # there are keys
     log_mass = (total.ref + xp.log(xp.where(total.den > 0, total.den, 1.0)))[..., 0]
     return *uncentred(points, log_mass, metric, kernel, scale), finish(total)
-
-
-def uncentred(points: Array, log_mass: Array, metric: Metric, kernel: str, scale: float) -> tuple[Array, Array]:
-    """Undo `centred`, for landmarks and the logarithms of their masses (*b, m)."""
-    if kernel == "gaussian":
-        log_mass = log_mass + 0.5 * namespace_of(points).sum(points * points, axis=-1)
-    return (points + metric.center) / scale**0.5, log_mass

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 
 from favorsharp.dispatch import watch
-from favorsharp.ops.draw_seeds import draw_seeds
-from favorsharp.ops.landmarks import Metric, condense, landmark_means
+from favorsharp.ops.landmark_metric import Metric
+from favorsharp.ops.landmark_seeds import draw_seeds
+from favorsharp.ops.landmarks import condense
 from favorsharp.ops.point_moments import point_moments
 from favorsharp.ops.weighted_attention import weighted_attention
 
@@ -33,21 +34,6 @@ def by_key(k, weight, points, used, metric, kernel, scale, condensing):
         c = int(np.argmin(squares))
         log = weight[i] + norm(y) - (0.5 * y @ y if kernel == "gaussian" else 0)
         yield i, c, y, log - (squares[c] / 2 + norm(points[c]) if condensing else 0)
-
-
-@pytest.mark.parametrize("kernel", KERNELS)
-def test_steps_move_landmarks_to_the_means_of_their_keys(xp, rng, kernel):
-    k, weight, _, points, used, metric = problem(rng)
-    want = points.copy()
-    for _ in range(2):
-        found = list(by_key(k, weight, want, used, metric, kernel, 0.7, False))
-        for c in {c for _, c, _, _ in found}:
-            share = np.array([np.exp(log) for _, own, _, log in found if own == c])
-            want[c] = share @ np.array([y for _, own, y, _ in found if own == c]) / share.sum()
-    given = (xp(x) for x in (k, weight, points, used))
-    got = landmark_means(*given, Metric(*map(xp, metric)), steps=2, kernel=kernel, scale=0.7)
-    assert xp.is_like(got, xp(k))
-    np.testing.assert_allclose(xp.back(got), want, rtol=1e-9)
 
 
 @pytest.mark.parametrize("kernel", KERNELS)

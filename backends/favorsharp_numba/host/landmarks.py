@@ -8,6 +8,7 @@ import numpy as np
 from favorsharp_numba.host.arguments import Held, broadcast, host, name_of, promoted, widened
 from favorsharp_numba.host.threads import num_threads, share
 from favorsharp_numba.kernels.arguments import ONE, TILE
+from favorsharp_numba.kernels.landmark_seeds import LISTS, draw
 from favorsharp_numba.kernels.landmarks import ROOT, Landmarks, gather_landmarks, merge_landmarks, sums_size
 from favorsharp_numba.kernels.workspace import items_of, on_host
 from favorsharp_numba.vectors.compiling import TAGS
@@ -15,33 +16,60 @@ from favorsharp_numba.vectors.emitter import BYTES, VECTORS
 
 
 class LandmarkProblem:
-    """Keys and the landmarks that they are to be added to, in the terms of the kernels.
+    """Keys, and the landmarks that are chosen from them or that they are added to, in the terms of the kernels.
 
-    Values are given if landmarks are to be condensed; without them, keys are added up.
+    Values are given if landmarks are to be condensed; without them, keys are added up. `slots` is the number of
+    candidates if seeds are to be drawn, and `batches` are the leading axes of further arrays.
     """
 
     def __init__(
-        self, k: Any, log_weight: Any, v: Any, points: Any, used: Any, metric: Any, *, kernel: str, scale: float
-    ) -> None:  # fmt: skip
-        self.result = promoted(*(name_of(x) for x in (k, log_weight, points, metric.lift)))
+        self,
+        k: Any,
+        log_weight: Any,
+        v: Any,
+        metric: Any,
+        *,
+        num_landmarks: int,
+        kernel: str,
+        scale: float,
+        slots: int = 0,
+        batches: tuple[Any, ...] = (),
+    ) -> None:
+        self.result = promoted(*(name_of(x) for x in (k, log_weight, metric.lift)))
         self.dtype = np.dtype(widened(self.result))
         self.one = TAGS[self.dtype.name]
         self.lanes = BYTES // self.dtype.itemsize
-        given = [k.shape[:-2], log_weight.shape[:-1], points.shape[:-2], used.shape[:-2], metric.batch_shape]
+        given = [k.shape[:-2], log_weight.shape[:-1], metric.batch_shape, *batches]
         self.batch = broadcast(*given, *([] if v is None else [v.shape[:-2]]))
         self.heads, self.held = math.prod(self.batch), Held()
-        m, d = points.shape[-2:]
-        self.s, constants = self._packed(metric, k.shape[-2], m, d, v, kernel, scale)
+        n, d = k.shape[-2:]
+        self.s, constants = self._packed(metric, n, num_landmarks, d, v, kernel, scale, min(slots, n))
         self.k = self.held.points(k, self.batch)
         self.v = self.k if v is None else self.held.points(v, self.batch)
         self.weight = self.held.points(log_weight[..., None], self.batch)
         self.sides = self._places(constants)
-        self.points = self.rows(points, m, self.s.d_pad)
         self.used = np.full((*self.batch, self.s.m_pad), -np.inf, self.dtype)
-        self.used[..., :m] = np.where(host(used)[..., 0, :], 0.0, -np.inf)
+
+    def take(self, points: Any, used: Any) -> None:
+        """Take landmarks that are given."""
+        self.points = self.rows(points, self.s.m, self.s.d_pad)
+        self.used[..., : self.s.m] = np.where(host(used)[..., 0, :], 0.0, -np.inf)
+
+    def draw(self, noise: Any) -> None:
+        """Draw seeds as landmarks."""
+        s, place = self.s, self.held.place
+        self.points = np.empty((*self.batch, s.m, s.d_pad), self.dtype)
+        numbers = np.concatenate([noise.direction, noise.offsets[: s.slots], noise.gumbel[: s.slots]])
+        lists = np.empty((self.heads, LISTS * s.n))
+        grain = np.asarray(16 * np.finfo(np.float64).eps, self.dtype)[()]
+        work = float(self.heads * s.slots * s.m * s.d)
+        share(
+            draw, self.heads, work, items_of(draw, s), self.one, s, self.k, self.weight, self.sides, place(numbers),
+            place(lists), grain, place(self.points), place(self.used),
+        )  # fmt: skip
 
     def _packed(
-        self, metric: Any, n: int, m: int, d: int, v: Any, kernel: str, scale: float
+        self, metric: Any, n: int, m: int, d: int, v: Any, kernel: str, scale: float, slots: int
     ) -> tuple[Landmarks, Any]:  # fmt: skip
         """The sizes of the call, and the packed constants of each metric."""
         lift, width = host(metric.lift).astype(self.dtype, copy=False), VECTORS * self.lanes
@@ -55,7 +83,8 @@ class LandmarkProblem:
         piece = self._pieces(n, m, d)
         s = Landmarks(
             n, m, self._padded(m), d, d_pad, e, d_pad if v is None else self._padded(e), piece,
-            int(kernel == "gaussian"), int(v is not None), center, direction, left, matrix, zeros, total,
+            int(kernel == "gaussian"), int(v is not None), slots, self._padded(slots), center, direction,
+            left, matrix, zeros, total,
         )  # fmt: skip
         out = np.zeros((*metric.batch_shape, total), self.dtype)
         out[..., ROOT], out[..., ONE] = scale**0.5, 1
@@ -103,7 +132,7 @@ class LandmarkProblem:
         fixed = (self.k, self.weight, self.v, self.sides, place(self.points), place(self.used), sums, logs)
         targets = (place(results), place(masses))
         work = float(self.heads * s.n * s.m * s.d)
-        together = steps if s.per_head == 1 else 1
+        together = max(1, steps) if s.per_head == 1 else 1
         for step in range(0, steps, together):
             items = items_of(gather_landmarks, s)
             share(

@@ -1,4 +1,4 @@
-"""The kernels of `landmark_means` and `condense`: each key finds its nearest landmark, and adds its row to the sums of
+"""The kernels of Lloyd steps and of `condense`: each key finds its nearest landmark, and adds its row to the sums of
 that landmark.
 
 The rows are the keys themselves, whose means are the next landmarks, or their values. Logarithms here are natural.
@@ -22,8 +22,9 @@ class Landmarks(NamedTuple):
     """The sizes of a call, and where in the packed constants of a metric the arrays are.
 
     A head is cut into `per_head` tasks. With `condensing`, values are added up, and otherwise keys. `width` is the
-    padded size of what is added up. ROOT is the square root of the scale; keys are ROOT y - center. `lift` holds L and
-    `matrix` holds L L^T, both in panels.
+    padded size of what is added up. `slots` is the number of candidates for seeds, and `slots_pad` the same rounded up
+    to whole vectors; no seeds are drawn if `slots` is 0. ROOT is the square root of the scale; keys are ROOT y -
+    center. `lift` holds L and `matrix` holds L L^T, both in panels.
     """
 
     n: int
@@ -36,6 +37,8 @@ class Landmarks(NamedTuple):
     per_head: int
     gaussian: int
     condensing: int
+    slots: int
+    slots_pad: int
     center: int
     direction: int
     lift: int
@@ -121,13 +124,19 @@ def log_norms_of_landmarks(one, s, side, points, w):
 @inlined
 def log_masses(one, s, side, weight, head, start, count, masses, w):
     """The log weights with which keys count, without the distances to their landmarks; -inf for hidden keys."""
+    load_points(one, weight, NO_MASK, head, start, count, 1, 1, side + ONE, side + s.zeros, masses)
+    add_log_norms(one, s, side, count, masses, w)
+
+
+@inlined
+def add_log_norms(one, s, side, count, masses, w):
+    """Turn the log weights of keys, which are the rows of `w`, into `log_masses`."""
     width, of_u = panel(one), w.squares + TILE
     product(
         one, count, s.d_pad, s.d, w.rows, s.d_pad, 1, side + s.lift, s.d * width, width, w.lifted, s.d_pad
     )  # fmt: skip
     quadratic_rows(one, w.lifted, s.d_pad, count, s.d_pad, side + s.zeros, w.first, of_u)
     quadratic_rows(one, w.rows, s.d_pad, count, s.d_pad, side + s.direction, w.first, w.squares)
-    load_points(one, weight, NO_MASK, head, start, count, 1, 1, side + ONE, side + s.zeros, masses)
     share = one / 2 if s.condensing else one
     for t in range(count):
         value = get(one, masses + t)

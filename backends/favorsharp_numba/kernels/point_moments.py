@@ -7,10 +7,10 @@ from favorsharp_numba.kernels.arguments import TILE, is_hidden
 from favorsharp_numba.kernels.tiles import load_points
 from favorsharp_numba.kernels.workspace import kernel
 from favorsharp_numba.vectors.blocks import sum_block
-from favorsharp_numba.vectors.compiling import inlined
+from favorsharp_numba.vectors.compiling import inlined, outlined
 from favorsharp_numba.vectors.items import get, panel, put
 from favorsharp_numba.vectors.products import product_add
-from favorsharp_numba.vectors.rows import fill, quadratic_rows
+from favorsharp_numba.vectors.rows import combine, fill, quadratic_rows
 
 
 class MomentSizes(NamedTuple):
@@ -22,53 +22,70 @@ class MomentSizes(NamedTuple):
     per_head: int
 
 
-MomentSpace = namedtuple("MomentSpace", "rows factors end")
+MomentSpace = namedtuple("MomentSpace", "rows factors shift total end")
 
 
 @inlined
 def moment_space(s, rows):
     """The parts of the workspace of `add_points`."""
     factors = rows + TILE * s.d_pad
-    end = factors + 2 * TILE
-    return MomentSpace(rows, factors, end)
+    shift = factors + 2 * TILE
+    total = shift + s.d_pad
+    end = total + s.d_pad
+    return MomentSpace(rows, factors, shift, total, end)
 
 
 @inlined
 def sums_length(s):
-    """The number of items of the sums of a task: a shift, the number of points, their sum, and their products."""
-    return (3 + s.d) * s.d_pad
+    """The number of items of the result of a task: the number of points, their mean, and their covariance."""
+    return (2 + s.d) * s.d_pad
 
 
 @kernel(moment_space)
 def add_points(one, s, x, mask, constants, sums, low, high, scratch):
-    """Add the points of the tasks low .. high, minus a shift, to the sums of each task. The sums are 0 before.
+    """The moments of the points of tasks low .. high, in `sums`, which is 0 before.
 
-    The shift is the mean of the first tile: covariances are differences of sums, which would cancel without it. Of the
-    products, only those in and below the diagonal panels are added up. `constants` is the place of a 1 with zeros
-    behind it.
+    Points are added up minus a shift, the mean of the first tile: covariances are differences of sums, which would
+    cancel without it. Of the products, only those in and below the diagonal panels are added up. `constants` is the
+    place of a 1 with zeros behind it.
     """
     w, width = moment_space(s, scratch), panel(one)
     zeros = constants + s.d_pad
     for task in range(low, high):
         head, piece = task // s.per_head, task % s.per_head
-        shift = sums + task * sums_length(s)
-        number, total, products = shift + s.d_pad, shift + 2 * s.d_pad, shift + 3 * s.d_pad
+        number = sums + task * sums_length(s)
+        mean, products = number + s.d_pad, number + 2 * s.d_pad
         start, stop = s.n * piece // s.per_head, s.n * (piece + 1) // s.per_head
-        seen = load_visible(one, s, x, mask, head, start, min(TILE, stop - start), constants, zeros, zeros, w)
+        count = min(TILE, stop - start)
+        fill(one, w.shift, 2 * s.d_pad, one - one)
+        seen = load_visible(one, s, x, mask, head, start, count, constants, zeros, zeros, w)
         if seen > 0:
-            sum_block(one, w.rows, s.d_pad, min(TILE, stop - start), s.d_pad, constants, 0, shift)
-            for j in range(s.d):
-                put(one, shift + j, get(one, shift + j) / seen)
+            sum_block(one, w.rows, s.d_pad, count, s.d_pad, constants, 0, w.shift)
+            combine(one, s.d_pad, one - one, one / seen, w.shift, one - one, w.shift, w.shift)
         for first in range(start, stop, TILE):
             count = min(TILE, stop - first)
-            seen = load_visible(one, s, x, mask, head, first, count, constants, shift, zeros, w)
+            seen = load_visible(one, s, x, mask, head, first, count, constants, w.shift, zeros, w)
             put(one, number, get(one, number) + seen)
-            sum_block(one, w.rows, s.d_pad, count, s.d_pad, constants, 0, total)
+            sum_block(one, w.rows, s.d_pad, count, s.d_pad, constants, 0, w.total)
             for j in range(0, s.d, width):
                 product_add(
                     one, s.d - j, min(width, s.d_pad - j), count, w.rows + j, 1, s.d_pad, w.rows + j, width, s.d_pad,
                     products + j * s.d_pad + j, s.d_pad,
                 )  # fmt: skip
+        if get(one, number) > 0:
+            finish_moments(one, s, get(one, number), w.shift, w.total, mean, products)
+
+
+@outlined
+def finish_moments(one, s, number, shift, total, mean, products):
+    """Turn the sums of shifted points, and of their products, into mean and covariance."""
+    share = one / number
+    combine(one, s.d_pad, one - one, one, shift, share, total, mean)
+    for i in range(s.d):
+        for j in range(i + 1):
+            value = get(one, products + i * s.d_pad + j) - get(one, total + i) * get(one, total + j) * share
+            put(one, products + i * s.d_pad + j, value * share)
+            put(one, products + j * s.d_pad + i, value * share)
 
 
 @inlined

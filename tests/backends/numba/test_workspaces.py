@@ -17,7 +17,6 @@ import favorsharp_numba.kernels
 from favorsharp_numba.host.arguments import Packed
 from favorsharp_numba.host.threads import share
 from favorsharp_numba.kernels import window_rule
-from favorsharp_numba.kernels.draw_seeds import Candidates
 from favorsharp_numba.kernels.exponential_features import Features
 from favorsharp_numba.kernels.landmarks import Landmarks
 from favorsharp_numba.kernels.point_moments import MomentSizes
@@ -41,10 +40,8 @@ def sizes_for(name):
     """Sizes whose parts have different lengths."""
     if name.startswith("exponential_features"):
         return [Features(100, 21, 5, 32, 16, 1, direct, 0) for direct in (0, 1)]
-    if name.startswith("landmarks"):
-        return [Landmarks(100, m, 24, 5, 8, 3, 16, 2, 0, 1, 8, 16, 24, 64, 104, 112) for m in (1, 21, 200)]
-    if name.startswith("draw_seeds"):
-        return [Candidates(21, 24, 5, 8, 3)]
+    if name.startswith("landmark"):
+        return [Landmarks(100, m, 24, 5, 8, 3, 16, 2, 0, 1, 21, 24, 8, 16, 24, 64, 104, 112) for m in (1, 21, 200)]
     if name.startswith("point_moments"):
         return [MomentSizes(100, 5, 8, 1)]
     found = []

@@ -1,0 +1,208 @@
+"""The kernel that draws the seeds of landmarks: candidates among the keys, and then one seed after the other.
+
+It does what `favorsharp.ops.landmark_seeds` does. Projections of keys are in float64, whatever the dtype of the kernel:
+different keys must not have the same one.
+"""
+
+from collections import namedtuple
+
+import numpy as np
+
+from favorsharp_numba.kernels.arguments import NO_MASK, ONE, TILE
+from favorsharp_numba.kernels.landmarks import ROOT, add_log_norms
+from favorsharp_numba.kernels.tiles import load_points, rest_of_tile, transpose
+from favorsharp_numba.kernels.workspace import kernel
+from favorsharp_numba.vectors.blocks import square_distances
+from favorsharp_numba.vectors.compiling import inlined, outlined
+from favorsharp_numba.vectors.items import get, integer_at, lanes, put
+from favorsharp_numba.vectors.rows import combine, fill
+
+LISTS = 3
+"""Lists of float64 for each key, in which a head keeps projections, the order of keys, and room for sorting."""
+
+SeedSpace = namedtuple("SeedSpace", "rows lifted first squares columns logs scores left own distances end")
+
+
+@inlined
+def seed_space(s, rows):
+    """The parts of the workspace of `draw`: candidates as columns, and what is known of each."""
+    lifted = rows + TILE * s.d_pad
+    first = lifted + TILE * s.d_pad
+    squares = first + TILE
+    columns = squares + 2 * TILE
+    logs = columns + s.d * s.slots_pad
+    scores = logs + s.slots_pad
+    left = scores + s.slots_pad
+    own = left + s.slots_pad
+    distances = own + s.slots_pad
+    end = distances + s.slots_pad
+    return SeedSpace(rows, lifted, first, squares, columns, logs, scores, left, own, distances, end)
+
+
+@kernel(seed_space)
+def draw(one, s, k, weight, sides, noise, lists, grain, points, used, low, high, scratch):
+    """The seeds of heads low .. high: their points, scaled and centred, and 0 for a seed that is used, -inf for others.
+
+    `noise` is the place of the float64 numbers of the choice: a direction, the offsets and the noise of the slots.
+    `lists` is the place of the lists of each head. Squared distances are 0 if they are not larger than `grain` times
+    the squared norms of both points.
+    """
+    w = seed_space(s, scratch)
+    for head in range(low, high):
+        side, along = integer_at(sides + 8 * head), lists + head * LISTS * s.n
+        order = along + s.n
+        seen = project(one, s, k, weight, side, head, noise, along, order, w)
+        order = sorted_by(seen, along, order, order + s.n)
+        different = first_of_each(seen, along, order)
+        load_candidates(one, s, k, weight, side, head, noise + s.d, order, different, w)
+        square_distances(one, w.columns, s.slots_pad, s.d, s.slots_pad, side + s.zeros, 0, w.own)
+        pick = first_pick(one, s.slots, w.logs, w.left, w.scores)
+        for j in range(s.m):
+            place = points + (head * s.m + j) * s.d_pad
+            needed = get(one, w.scores + pick) > -np.inf
+            put(one, used + head * s.m_pad + j, one - one if needed else -np.inf * one)
+            if needed:
+                load_key(one, s, k, side, head, order, slot_rank(s, noise + s.d, different, pick), place)
+            else:
+                combine(one, s.d_pad, one - one, -one, side + s.center, one - one, side + s.center, place)
+            square_distances(
+                one, w.columns, s.slots_pad, s.d, s.slots_pad, w.columns + pick, s.slots_pad, w.distances
+            )  # fmt: skip
+            pick = next_pick(one, s.slots, pick, grain, w.own, w.distances, w.logs, w.left, w.scores)
+
+
+# Candidates ----------------------------------------------------------------------------------------------------------
+
+
+@inlined
+def project(one, s, k, weight, side, head, direction, along, order, w):
+    """The projections of all keys, and a list of those that are visible and not NaN; return their number."""
+    seen = 0
+    for start in range(0, s.n, TILE):
+        count = min(TILE, s.n - start)
+        load_points(one, k, NO_MASK, head, start, count, s.d, s.d_pad, side + ONE, side + s.zeros, w.rows)
+        load_points(one, weight, NO_MASK, head, start, count, 1, 1, side + ONE, side + s.zeros, w.first)
+        for t in range(count):
+            value = projection(one, s.d, w.rows + t * s.d_pad, direction)
+            put(1.0, along + start + t, value)
+            if get(one, w.first + t) != -np.inf and value < np.inf:
+                put(1.0, order + seen, 1.0 * (start + t))
+                seen += 1
+    return seen
+
+
+@outlined
+def projection(one, d, row, direction):
+    """The inner product of a row with a direction in float64, as four sums that do not wait for each other."""
+    a = b = c = e = 0.0
+    for j in range(0, d // 4 * 4, 4):
+        a += get(one, row + j) * get(1.0, direction + j)
+        b += get(one, row + j + 1) * get(1.0, direction + j + 1)
+        c += get(one, row + j + 2) * get(1.0, direction + j + 2)
+        e += get(one, row + j + 3) * get(1.0, direction + j + 3)
+    for j in range(d // 4 * 4, d):
+        a += get(one, row + j) * get(1.0, direction + j)
+    return (a + b) + (c + e)
+
+
+@outlined
+def sorted_by(count, along, order, room):
+    """Sort a list of keys by their projections; equal ones keep their order. Return the place of the sorted list."""
+    width = 1
+    while width < count:
+        for start in range(0, count, 2 * width):
+            left, middle, stop = start, min(start + width, count), min(start + 2 * width, count)
+            right = middle
+            for place in range(start, stop):
+                take_left = left < middle
+                if take_left and right < stop:
+                    first, second = get(1.0, order + left), get(1.0, order + right)
+                    take_left = get(1.0, along + int(first)) <= get(1.0, along + int(second))
+                if take_left:
+                    put(1.0, room + place, get(1.0, order + left))
+                    left += 1
+                else:
+                    put(1.0, room + place, get(1.0, order + right))
+                    right += 1
+        order, room, width = room, order, 2 * width
+    return order
+
+
+@outlined
+def first_of_each(count, along, order):
+    """Keep the first of all keys with the same projection in a sorted list; return how many are left."""
+    left, last = 0, 0.0
+    for i in range(count):
+        key = get(1.0, order + i)
+        value = get(1.0, along + int(key))
+        if left == 0 or value != last:
+            put(1.0, order + left, key)
+            left, last = left + 1, value
+    return left
+
+
+@inlined
+def slot_rank(s, offsets, different, slot):
+    """The rank of the candidate of a slot among the different keys, one from each of as many strata as slots."""
+    return int(np.floor((slot + get(1.0, offsets + slot)) * max(different / s.slots, 1.0)))
+
+
+@outlined
+def load_key(one, s, k, side, head, order, rank, row):
+    """Load the key of a rank, scaled and centred."""
+    key = int(get(1.0, order + rank))
+    load_points(one, k, NO_MASK, head, key, 1, s.d, s.d_pad, side + ROOT, side + s.center, row)
+
+
+@inlined
+def load_candidates(one, s, k, weight, side, head, offsets, order, different, w):
+    """The coordinates of all candidates as columns, and their log weights with noise; -inf for slots without one."""
+    for start in range(0, s.slots, TILE):
+        count = min(TILE, s.slots - start)
+        fill(one, w.rows, count * s.d_pad, one - one)
+        fill(one, w.logs + start, count, -np.inf * one)
+        for t in range(count):
+            rank = slot_rank(s, offsets, different, start + t)
+            if rank < different:
+                load_key(one, s, k, side, head, order, rank, w.rows + t * s.d_pad)
+                key, place = int(get(1.0, order + rank)), w.logs + start + t
+                load_points(one, weight, NO_MASK, head, key, 1, 1, 1, side + ONE, side + s.zeros, place)
+        add_log_norms(one, s, side, count, w.logs + start, w)
+        n = rest_of_tile(count, lanes(one))
+        transpose(one, w.lifted, s.d_pad, count, s.d, w.columns + start, s.slots_pad, n)
+        for t in range(start, start + count):
+            value = 2 * get(one, w.logs + t) + get(1.0, offsets + s.slots + t)
+            put(one, w.logs + t, one * value)
+
+
+# Draws ---------------------------------------------------------------------------------------------------------------
+
+
+@outlined
+def first_pick(one, count, logs, left, scores):
+    """Begin with the logs as scores, and no seed near; the first candidate with the largest score."""
+    pick = 0
+    for i in range(count):
+        put(one, left + i, np.inf * one)
+        put(one, scores + i, get(one, logs + i))
+        if get(one, logs + i) > get(one, logs + pick):
+            pick = i
+    return pick
+
+
+@outlined
+def next_pick(one, count, pick, grain, own, squares, logs, left, scores):
+    """Take the squared distances from a new seed into account; the candidate with the largest score after that.
+
+    Its score is its log weight plus the logarithm of what the seeds leave unexplained of it, 1 - exp(-D^2).
+    """
+    size, best = get(one, own + pick), 0
+    for i in range(count):
+        value = get(one, squares + i)
+        if value < get(one, left + i):
+            value = value if value > grain * (size + get(one, own + i)) else one - one
+            put(one, left + i, value)
+            put(one, scores + i, get(one, logs + i) + np.log(-np.expm1(-value)) if value > 0 else -np.inf * one)
+        if get(one, scores + i) > get(one, scores + best):
+            best = i
+    return best
