@@ -14,13 +14,13 @@ from favorsharp._values import map_arrays
 from favorsharp.dispatch import OPS
 from favorsharp.features import feature_map
 from favorsharp.fitting import fit
+from favorsharp.moments import point_moments  # noqa: F401  fills OPS
 from favorsharp.ops import (  # noqa: F401  fill OPS
     attention,
     causal_attention,
     exponential_features,
     kernel_matvec,
     landmarks,
-    point_moments,
     state,
     vjp,
     weighted_attention,

@@ -24,6 +24,7 @@ from favorsharp._checks import (
 )
 from favorsharp._chunks import as_chunked, is_chunked, point_blocks, tree_reduce
 from favorsharp._typing import Array
+from favorsharp.dispatch import Op
 
 _TILE = 8192
 """Number of points that are converted to float64 at once: 4 MiB at d = 64."""
@@ -145,8 +146,8 @@ def moments(
             )[..., 0]
         x = pool_heads(x, group)
     return Moments(
-        *side_of(x, mask_x, averaged_axes(axis, x.ndim)),
-        *side_of(y, mask_y, averaged_axes(axis, y.ndim)),
+        *_strict_moments(x, mask_x, averaged_axes(axis, x.ndim)),
+        *_strict_moments(y, mask_y, averaged_axes(axis, y.ndim)),
         dtype=dtype_name(compute_dtype(xp, x, y)),
     )
 
@@ -263,6 +264,38 @@ def pool_heads(x: Array, group: int) -> Array:
 
 
 _Side = tuple[Array, Array, Array]
+
+
+@Op
+def point_moments(x: Array, mask: Array | None) -> tuple[Array, Array, Array]:
+    """The moments of the visible points; points that are not finite count as hidden.
+
+    Parameters
+    ----------
+    x : array, shape (*b, n, d)
+    mask : array of bool, shape (*b, n), or None
+        True where a point is visible.
+
+    Returns
+    -------
+    count : array, shape (*b, 1, 1)
+    mean : array, shape (*b, 1, d)
+    covariance : array, shape (*b, d, d)
+        Centred second moments, divided by the count. All three are float64 wherever the device has it, and 0 if no
+        point is visible.
+    """
+    finite = namespace_of(x).all(namespace_of(x).isfinite(x), axis=-1)
+    return side_of(x, finite if mask is None else finite & mask)
+
+
+def _strict_moments(x: Array, mask: Array | None, axes: tuple[int, ...]) -> _Side:
+    """Count, mean and covariance of one side; NaN if a visible point is not finite."""
+    if axes:
+        return side_of(x, mask, axes)
+    xp = namespace_of(x)
+    count, mean, covariance = point_moments(x, mask)
+    visible = x.shape[-2] if mask is None else xp.sum(cast(mask, count.dtype), axis=-1)[..., None, None]
+    return count, *(xp.where(count == visible, part, xp.nan) for part in (mean, covariance))
 
 
 def side_of(x: Array, mask: Array | None, axes: tuple[int, ...] = ()) -> tuple[Array, Array, Array]:

@@ -15,7 +15,7 @@ from favorsharp_numba.vectors.emitter import BYTES
 
 
 def point_moments(x: Any, mask: Any) -> tuple[Any, Any, Any]:
-    """As `favorsharp.ops.point_moments.point_moments`."""
+    """As `favorsharp.moments.point_moments`."""
     n, d = x.shape[-2:]
     batch = broadcast(x.shape[:-2], () if mask is None else mask.shape[:-1])
     heads, lanes = math.prod(batch), BYTES // 8

@@ -28,9 +28,8 @@ from favorsharp.exact import gaussian_rows
 from favorsharp.landmarks.chosen import LandmarkMap
 from favorsharp.landmarks.metric import RIDGE, STREAM_RIDGE, metric_of
 from favorsharp.landmarks.settings import Landmarks
-from favorsharp.moments import Moments, combine, moments, weighted_moments
+from favorsharp.moments import Moments, combine, moments, point_moments, weighted_moments
 from favorsharp.ops.landmarks import choose_landmarks, condense
-from favorsharp.ops.point_moments import point_moments
 from favorsharp.ops.state import hide
 from favorsharp.ops.weighted_attention import read_rows, weighted_attention
 

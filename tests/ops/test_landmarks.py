@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 
 from favorsharp.dispatch import watch
+from favorsharp.moments import point_moments
 from favorsharp.ops.landmark_metric import Metric
 from favorsharp.ops.landmark_seeds import draw_seeds
 from favorsharp.ops.landmarks import condense
-from favorsharp.ops.point_moments import point_moments
 from favorsharp.ops.weighted_attention import weighted_attention
 
 KERNELS = ["softmax", "gaussian"]
