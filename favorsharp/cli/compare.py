@@ -173,7 +173,9 @@ def _table(rows: list[Comparison], title: str) -> Table:
     several_draws = len({row.draw for row in rows} - {"none"}) > 1
     headings = ["method", *(["draw"] if several_draws else []), "features", "window", "excess", "predicted", "measured"]
     for heading in [*headings, "ms", "MiB"]:
-        table.add_column(heading, justify="left" if heading in ("method", "draw") else "right")
+        name = heading == "method"
+        table.add_column(heading, justify="left" if name or heading == "draw" else "right", no_wrap=name)
+        table.columns[-1].min_width = 13 if name else None
     previous = rows[0].method
     for row in rows:
         if row.method != previous:
