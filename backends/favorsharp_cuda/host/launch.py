@@ -1,8 +1,11 @@
 """Compiles a kernel when it is first needed on a device, and launches it on the caller's device and stream.
 
+Threads may launch at the same time. A kernel is compiled by one of them, and nothing of it changes afterwards.
+
 `plain`, `tiles`, `gradients` and `exponential_features_gradients` call `run`.
 """
 
+import threading
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from typing import Any
@@ -16,13 +19,15 @@ OLDEST = 80
 """The lowest compute capability that the kernels run on, times 10. Below it there is no cp.async and no bfloat16."""
 
 ALWAYS_SHARED = 48 * 1024
-"""Bytes of shared memory that a block may use unless an attribute of the kernel allows more."""
+"""Bytes of shared memory that a block may use unless an attribute of the kernel allows more. `_kernel` sets the
+attribute once to what the device has, so that launches of other threads never find it too small."""
 
 module_class: Any = None
 """The class of modules, called with (code=, options=, name_expressions=). None stands for `cupy.RawModule`; tests set
 another class."""
 
 _kernels: dict[tuple[int, str], Any] = {}
+_compiling = threading.Lock()
 
 
 class CannotCompile(RuntimeError):
@@ -54,16 +59,12 @@ def run(expression: str, like: Any, grid: int, threads: int, problem: Any, share
             f"as inside `with cupy.cuda.Device({device}):`"
         )
     with on_stream_of(like):
-        kernel = _kernels.get((device, expression))
-        if kernel is None:
-            kernel = _kernels[device, expression] = _compile(expression, device)
-        if shared > ALWAYS_SHARED:
-            if shared > (room := shared_room(device)):
-                raise ValueError(
-                    f"{expression} needs {shared} bytes of shared memory for a block, and device {device} has {room}; "
-                    "accepted there: smaller d and e, fewer features, or float32 for float64"
-                )
-            kernel.max_dynamic_shared_size_bytes = shared
+        kernel = _kernel(expression, device)
+        if shared > ALWAYS_SHARED and shared > (room := shared_room(device)):
+            raise ValueError(
+                f"{expression} needs {shared} bytes of shared memory for a block, and device {device} has {room}; "
+                "accepted there: smaller d and e, fewer features, or float32 for float64"
+            )
         kernel((grid,), (threads,), (problem,), shared_mem=shared)
 
 
@@ -133,6 +134,18 @@ class _Both:
         self.device.__exit__(*error)
 
 
+def _kernel(expression: str, device: int) -> Any:
+    """The kernel on the current device, which is `device`; if several threads need it first, one compiles it."""
+    kernel = _kernels.get((device, expression))
+    if kernel is not None:
+        return kernel
+    with _compiling:
+        kernel = _kernels.get((device, expression))
+        if kernel is None:
+            kernel = _kernels[device, expression] = _compile(expression, device)
+    return kernel
+
+
 def _compile(expression: str, device: int) -> Any:
     if expression not in INSTANTIATIONS:
         raise KeyError(f"{expression} is not in INSTANTIATIONS")
@@ -144,7 +157,10 @@ def _compile(expression: str, device: int) -> Any:
         _check_card(cupy, device)
     try:
         module = make(code=source(), options=OPTIONS, name_expressions=[expression])
-        return module.get_function(expression)
+        kernel = module.get_function(expression)
+        if (room := shared_room(device)) > ALWAYS_SHARED:
+            kernel.max_dynamic_shared_size_bytes = room
+        return kernel
     except Exception as error:
         cure = _cure_of(error)
         if cure is None:

@@ -22,6 +22,7 @@ from on_host import guarded, installed
 import favorsharp as fs
 from favorsharp._values import map_arrays
 from favorsharp.dispatch import OPS
+from favorsharp_cuda.host import launch
 
 WIDER = {"float16": "float32", "bfloat16": "float32", "float32": "float32", "float64": "float64"}
 
@@ -250,11 +251,19 @@ def _cast(value: Any, dtype: Any) -> Any:
 
 def run(name: str, shape: Shape, lengths: Lengths = RAGGED) -> Any:
     """The result of a call by the kernels; inside `installed()`."""
-    kept, HostModule.shared_limit = HostModule.shared_limit, SHARED_LIMITS[shape.card]
+    kept = HostModule.shared_limit
+    _set_card(SHARED_LIMITS[shape.card])
     try:
         return _run(name, shape, lengths)
     finally:
-        HostModule.shared_limit = kept
+        _set_card(kept)
+
+
+def _set_card(shared_limit: int) -> None:
+    """Kernels are loaded for what a block may have: those of another card are forgotten."""
+    if HostModule.shared_limit != shared_limit:
+        launch.forget()
+    HostModule.shared_limit = shared_limit
 
 
 def _run(name: str, shape: Shape, lengths: Lengths) -> Any:

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from on_host import installed
+from on_host import guarded, installed
 from shape_classes import (
     CALLS,
     LENGTHS,
@@ -57,10 +57,10 @@ def on_device(value, library):
             return cupy.asarray(np.ascontiguousarray(value))
         import torch
 
-        host = np.ascontiguousarray(value)
+        host = np.array(value, order="C")  # a copy: torch warns of memory that it must not write to
         if str(host.dtype) == "bfloat16":
             return torch.from_numpy(host.view(np.int16)).to(DEVICES[library]).view(torch.bfloat16)
-        return torch.from_numpy(host.copy()).to(DEVICES[library])
+        return torch.from_numpy(host).to(DEVICES[library])
     if hasattr(type(value), "__dataclass_fields__"):
         return map_arrays(value, lambda x: on_device(x, library))
     return value
@@ -75,6 +75,17 @@ def on_host(value):
         value = value.detach().cpu()
         return (value.float() if value.element_size() < 4 and value.is_floating_point() else value).numpy()
     return value.get() if hasattr(value, "get") else np.asarray(value)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES)
+def test_torch_gets_memory_of_its_own(dtype):
+    """The problems' arrays are read-only, of which torch warns, and a warning is an error here."""
+    pytest.importorskip("torch")
+    given = guarded(np.arange(6).reshape(2, 3).astype(dtype))
+    tensor = on_device(given, "torch on the host")
+    np.testing.assert_array_equal(on_host(tensor), given.astype(on_host(tensor).dtype))
+    tensor.zero_()
+    assert given.astype("float32").any()
 
 
 def gradients_of(name, shape, lengths, library):

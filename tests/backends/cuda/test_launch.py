@@ -1,7 +1,13 @@
-"""What a launch refuses, and in which words: an installation that cannot compile, an old card, arrays elsewhere."""
+"""What a launch refuses, and in which words: an installation that cannot compile, an old card, arrays elsewhere.
 
+And threads that launch one kernel at the same time.
+"""
+
+import threading
+import time
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from favorsharp_cuda.host import launch
@@ -70,3 +76,54 @@ def test_cupy_arrays_of_another_device_are_refused_before_a_launch(monkeypatch):
     monkeypatch.setattr(launch, "_compile", lambda *given: pytest.fail("nothing is compiled"))
     with pytest.raises(ValueError, match=r"on device 1, the current device is 0.*cupy\.cuda\.Device\(1\)"):
         launch.run(INSTANTIATIONS[0], Elsewhere(), 1, 32, None)
+
+
+class Module:
+    """Stands for a module that takes a while to compile, whose kernel notes what is set and asked for."""
+
+    shared_limit = 100_000
+    made, set_to, launched = 0, (), ()
+
+    def __init__(self, **given):
+        Module.made += 1
+        time.sleep(0.05)
+
+    def get_function(self, name):
+        return Kernel()
+
+
+class Kernel:
+    most = launch.ALWAYS_SHARED
+
+    def __setattr__(self, name, value):
+        assert name == "max_dynamic_shared_size_bytes"
+        Module.set_to += (value,)
+        object.__setattr__(self, "most", value)
+
+    def __call__(self, grid, block, args, *, shared_mem):
+        assert shared_mem <= self.most
+        Module.launched += (shared_mem,)
+
+
+def test_threads_compile_a_kernel_once_and_none_takes_memory_from_another(monkeypatch):
+    """Launches of other sizes set nothing: between setting and launching, another thread could set less."""
+    monkeypatch.setattr(launch, "module_class", Module)
+    monkeypatch.setattr(launch, "_kernels", {})
+    for name in ("made", "set_to", "launched"):
+        monkeypatch.setattr(Module, name, getattr(Module, name))
+    sizes = (100_000, 0, 60_000, 50_000)
+    like, begin = np.zeros(1), threading.Barrier(len(sizes))
+
+    def work(shared):
+        begin.wait()
+        launch.run(INSTANTIATIONS[0], like, 1, 32, None, shared)
+
+    threads = [threading.Thread(target=work, args=(shared,)) for shared in sizes]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(Module.launched) == sorted(sizes)
+    assert (Module.made, Module.set_to) == (1, (100_000,))
+    with pytest.raises(ValueError, match="needs 100001 bytes .* device 0 has 100000"):
+        launch.run(INSTANTIATIONS[0], like, 1, 32, None, 100_001)
