@@ -16,14 +16,14 @@ NEWEST ?= $(shell for p in python3.14 python3.13 python3.12 \
 	$$(ls -d "$$(pyenv root 2>/dev/null)"/versions/3.1[2-9]*/bin/python3 2>/dev/null | sort -Vr) $(PYTHON); \
 	do $$p -c '' 2>/dev/null && echo $$p && break; done)
 
-.PHONY: help demo test test-slow test-sweep test-parallel test-models bench lint types layers docs wheel-check gpu-check clean
+.PHONY: help demo test test-slow test-sweep test-parallel test-models bench lint types layers docs wheel-check gpu-bundle gpu-check clean
 
 help:
 	@echo "make demo   compare the methods on the attention sample, leave the picture"
 	@echo "make test   the whole test matrix"
 	@echo "make bench  the kernels against what else a CPU can run"
 	@echo "make test-slow test-sweep test-parallel test-models lint types layers docs wheel-check clean"
-	@echo "make gpu-check  what only an NVIDIA GPU can show, and its benchmark"
+	@echo "make gpu-check  what only an NVIDIA GPU can show, and how fast it is; make gpu-bundle for one without a network"
 
 $(VENV)/made:
 	$(PYTHON) -m venv $(VENV)
@@ -96,8 +96,11 @@ wheel-check: $(VENV)/test
 	dist/newest/bin/python -m pip --disable-pip-version-check install --quiet dist/*.whl
 	cd dist && newest/bin/python ../tests/wheel_smoke.py
 
+gpu-bundle: $(VENV)/made
+	$(BIN)/python tests/gpu/bundle.py
+
 gpu-check: $(VENV)/test
-	@$(BIN)/python tests/gpu_check.py
+	@$(BIN)/python tests/gpu/run.py --seconds 3600 --peers 600
 
 clean:
 	rm -rf $(VENV) dist docs/_build favorsharp-compare.png

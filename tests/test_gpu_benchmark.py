@@ -84,7 +84,7 @@ def test_a_wrong_peer_is_left_out(gpu, monkeypatch):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-@pytest.mark.parametrize("command", [["-m", "benchmarks.gpu"], ["tests/gpu_check.py"]])
+@pytest.mark.parametrize("command", [["-m", "benchmarks.gpu"], ["tests/gpu/run.py"]])
 def test_without_a_gpu_it_says_so_in_one_sentence(command):
     done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode != 0

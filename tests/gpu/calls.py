@@ -1,0 +1,57 @@
+"""Calls for the sanitizers and the profiler: small ones of every kernel, or a few large ones. Nothing is compared."""
+
+import sys
+from functools import partial
+
+from records import DRY, record, short, with_tests
+
+with_tests()
+
+SHAPES = {
+    "first": ("float32-d64-e64-m144-optimal-softmax-sm_90", "float64-d12-e9-m24-optimal-softmax-sm_90"),
+    "wide": ("float32-d128-e128-m130-optimal-softmax-sm_90", "float32-d130-e140-m40-optimal-softmax-sm_90"),
+    "narrow": ("bfloat16-d64-e64-m144-optimal-softmax-sm_90", "float16-d32-e32-m16-optimal-softmax-sm_90"),
+}
+
+
+def small(which: str) -> None:
+    """Every call at some shapes, at ragged lengths."""
+    from shape_classes import CALLS, LENGTHS, VJPS, has_gradients
+    from shape_classes import SHAPES as KNOWN
+    from smoke import on_device
+    from test_gpu import calls_for
+
+    library = "numpy" if DRY else "torch" if which == "narrow" else "cupy"
+    done = failed = 0
+    for shape in [x for x in KNOWN if str(x) in SHAPES[which]]:
+        names = [*CALLS, *(x for x in VJPS if has_gradients(shape) and x in calls_for(library))]
+        for lengths in LENGTHS[8:] if DRY else (LENGTHS[6], LENGTHS[5]):
+            for name in names[:1] if DRY else names:
+                try:
+                    on_device(name, shape, lengths, library)
+                    done += 1
+                except Exception as error:
+                    failed += 1
+                    fields = {"call": name, "shape": str(shape), "lengths": str(lengths), "library": library}
+                    record("call", **fields, ok=False, said=short(error))
+    record("calls", which=which, done=done, failed=failed)
+
+
+def large() -> None:
+    """One call of what the benchmark times, for counters."""
+    import torch
+    from times import runner
+
+    from benchmarks.gpu import QUICK, Case, Token
+
+    attention = partial(Case, 4, 16, 16_384, 64, 64)
+    for case in QUICK[:1] if DRY else (attention(True), attention(False), Token(64, 8, 64, 64), attention(True, True)):
+        with torch.set_grad_enabled(case.backward):
+            runner(case)()
+        if not DRY:
+            torch.cuda.synchronize()
+        record("calls", which=str(case), done=1, failed=0)
+
+
+if __name__ == "__main__":
+    large() if sys.argv[1] == "large" else small(sys.argv[1])
