@@ -18,8 +18,11 @@ import tables_of_times
 from records import ROOT, read
 
 DOCS = ROOT / "docs"
-NOT_YET = "*No GPU has run these kernels yet.*"
+NOT_YET = "*No GPU has run these kernels yet, and nothing is known of their speed.*"
 """The sentence of docs/guide/gpu.md until there is a results page."""
+
+SAID = re.compile(r"\*(No GPU has run|What ran on a GPU)[^*]*\*")
+"""That sentence, or the one in its place that refers to the pages."""
 
 SECTIONS = (*tables.SECTIONS, tables_of_times.times, tables_of_times.peers, tables.kept)
 """Of a results page, in order."""
@@ -69,15 +72,19 @@ def _sections(sections: Iterable[Any], found: tables.Found) -> list[str]:
 
 
 def publish(folders: Sequence[Path], docs: Path = DOCS) -> Path:
-    """Write the page into the docs, and put a reference to it in place of the sentence that there is none."""
+    """Write the page into the docs, and refer to all such pages where the guide says what has run on a GPU."""
     name, text = results(entry for folder in folders for entry in read(folder / "records.jsonl"))
     file = docs / "gpu-results" / name
     file.parent.mkdir(exist_ok=True)
     file.write_text(text)
+    pages = [(each.name, each.read_text().splitlines()[4]) for each in sorted(file.parent.glob("*.md"))]
+    said = ", ".join(f"[{title.removeprefix('# GPU results, ')}](../gpu-results/{name})" for name, title in pages)
     guide = docs / "guide" / "gpu.md"
-    card = text.splitlines()[4].removeprefix("# GPU results, ")
-    said = f"*What ran on a GPU: [{card}](../gpu-results/{name}).*"
-    guide.write_text(guide.read_text().replace(NOT_YET, said))
+    before = guide.read_text()
+    after, found = SAID.subn(f"*What ran on a GPU: {said}.*", before)
+    if found != 1:
+        raise SystemExit(f"{guide} should say once what ran on a GPU, as {NOT_YET!r}; it does {found} times")
+    guide.write_text(after)
     return file
 
 

@@ -92,6 +92,13 @@ def test_the_results_page_goes_into_the_docs_and_the_sentence_that_there_is_none
     assert "2 are right and 2 wrong." in text
     said = f"*What ran on a GPU: [NVIDIA H200, {day}](../gpu-results/{file.name}).*"
     assert (docs / "guide" / "gpu.md").read_text() == f"**What has run.** {said} They have been tested.\n"
+    (docs / "gpu-results" / "2026-01-02-another.md").write_text(text.replace("H200", "A100"))
+    page.publish([folder], docs)
+    guide = (docs / "guide" / "gpu.md").read_text()
+    assert guide.count("[NVIDIA H200, ") == guide.count("[NVIDIA A100, ") == 1
+    (docs / "guide" / "gpu.md").write_text("nothing")
+    with pytest.raises(SystemExit, match="should say once what ran on a GPU"):
+        page.publish([folder], docs)
 
 
 def test_a_run_that_does_not_know_its_card_makes_no_page():
@@ -101,4 +108,13 @@ def test_a_run_that_does_not_know_its_card_makes_no_page():
 
 def test_the_docs_say_that_no_gpu_has_run_the_kernels_as_long_as_there_is_no_page():
     pages = list((page.DOCS / "gpu-results").glob("*.md"))
-    assert (page.NOT_YET in (page.DOCS / "guide" / "gpu.md").read_text()) is not bool(pages)
+    text = " ".join((page.DOCS / "guide" / "gpu.md").read_text().split())
+    assert (page.NOT_YET in text) is not bool(pages)
+
+
+def test_no_other_page_says_so():
+    """Such sentences would stay when there is a page."""
+    for file in (page.ROOT / "README.md", *page.DOCS.rglob("*.md")):
+        text = " ".join(file.read_text().lower().split())
+        says = "no gpu has" in text
+        assert says is (file == page.DOCS / "guide" / "gpu.md" and not (page.DOCS / "gpu-results").exists()), file
