@@ -3,7 +3,7 @@
 import sys
 from functools import partial
 
-from records import DRY, record, short, with_tests
+from records import DRY, context_is_lost, record, short, with_tests
 
 with_tests()
 
@@ -22,19 +22,22 @@ def small(which: str) -> None:
     from test_gpu import calls_for
 
     library = "numpy" if DRY else "torch" if which == "narrow" else "cupy"
-    done = failed = 0
+    todo = []
     for shape in [x for x in KNOWN if str(x) in SHAPES[which]]:
         names = [*CALLS, *(x for x in VJPS if has_gradients(shape) and x in calls_for(library))]
         for lengths in LENGTHS[8:] if DRY else (LENGTHS[6], LENGTHS[5]):
-            for name in names[:1] if DRY else names:
-                try:
-                    on_device(name, shape, lengths, library)
-                    done += 1
-                except Exception as error:
-                    failed += 1
-                    fields = {"call": name, "shape": str(shape), "lengths": str(lengths), "library": library}
-                    record("call", **fields, ok=False, said=short(error))
-    record("calls", which=which, done=done, failed=failed)
+            todo += [(name, shape, lengths, library) for name in (names[:1] if DRY else names)]
+    failed = 0
+    for given in todo:
+        try:
+            on_device(*given)
+        except Exception as error:
+            failed += 1
+            fields = dict(zip(("call", "shape", "lengths", "library"), map(str, given), strict=True))
+            record("call", **fields, ok=False, said=short(error))
+            if context_is_lost(short(error)):
+                break  # the sanitizer has said where, and every other call would fail too
+    record("calls", which=which, calls=len(todo), failed=failed)
 
 
 def large() -> None:
@@ -50,7 +53,7 @@ def large() -> None:
             runner(case)()
         if not DRY:
             torch.cuda.synchronize()
-        record("calls", which=str(case), done=1, failed=0)
+        record("calls", which=str(case), calls=1, failed=0)
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ class Stage:
 
 @dataclass
 class Outcome:
-    """How a stage ended: "passed", "failed (code)", "cut at its limit" or "cannot start"; and its last lines."""
+    """How a stage ended: "passed", "failed (code)", "cut at its limit", "stopped" or "cannot start"; its last lines."""
 
     state: str
     seconds: float = 0.0
@@ -61,7 +61,8 @@ def run(
         end_group(process)
         reader.join(3)
     code = process.poll()
-    outcome.state = "cut at its limit" if cut else "passed" if code == 0 else f"failed ({code})"
+    early = "stopped" if stopped.is_set() else "cut at its limit"
+    outcome.state = early if cut else "passed" if code == 0 else f"failed ({code})"
     outcome.seconds = round(time.monotonic() - begun, 1)
     return outcome
 

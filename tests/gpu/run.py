@@ -37,7 +37,7 @@ class Run:
     Parameters
     ----------
     out, work, bundle : Path
-        The folders of findings, of caches and unpacked wheels, and of what `bundle.py` made.
+        Folders: of findings, of caches and unpacked wheels, and of what `bundle.py` made.
     seconds : float
         Of the whole run.
     dry : bool
@@ -80,8 +80,8 @@ class Run:
             say(f"-- {outcome.state} after {outcome.seconds:.1f} s")
         outcomes.append(outcome)
         tail = [] if outcome.state == "passed" else list(outcome.tail)
-        line = {"state": outcome.state, "seconds": outcome.seconds, "tells": stage.tells}
-        append(self.records, "stage", stage.name, **line, kept=outcome.kept, tail=tail)
+        ended = {"state": outcome.state, "seconds": outcome.seconds, "kept": outcome.kept, "tail": tail}
+        append(self.records, "stage", stage.name, tells=stage.tells, **ended)
         print(f"{stage.name}: {outcome.state}, {outcome.seconds:.0f} s", flush=True)
 
     def _sayer(self, name: str, log: TextIO) -> Callable[[str], None]:

@@ -205,6 +205,8 @@ def test_the_suite_goes_on_after_a_lost_context(tmp_path):
     found = records.read(tmp_path / "records.jsonl")
     lost = [x["test"] for x in found if x["kind"] == "lost context"]
     rest = {x["test"].partition("::")[2]: x["outcome"] for x in found if x["kind"] == "test"}
+    (first,) = [x["said"] for x in found if x["kind"] == "test" and x["test"].endswith("test_first")]
+    assert "crashed" in first  # the process ended: it is not that the tests after it were lucky
     assert lost == ["test_some.py::test_first"]
     assert (rest["test_second"], rest["test_third"]) == ("passed", "failed")
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import turns
 from clocks import DEVICE, ceilings, clock, graph_seconds, host_seconds, kernels
-from records import DRY, record, short
+from records import DRY, context_is_lost, record, short
 from turns import Step
 
 import favorsharp as fs
@@ -45,10 +45,10 @@ def runner(case: Case | Token) -> Callable[[], Any]:
 def measure(case: Case | Token) -> None:
     """Record the times of a case; one of them that cannot be had says why."""
     run = runner(case)
-    ways = {"call": clock, "host": host_seconds} | ({} if DRY else {"kernels": kernels, "graph": graph_seconds})
-    ways["with_host"] = partial(gpu.seconds_on_cpu if DRY else gpu.seconds_on_gpu, rounds=5)
-    if case.backward:
-        ways.pop("graph", None)
+    with_host = partial(gpu.seconds_on_cpu if DRY else gpu.seconds_on_gpu, rounds=5)
+    ways = {"call": clock, "host": host_seconds, "with_host": with_host}
+    if not DRY:
+        ways |= {"kernels": kernels} | ({} if case.backward else {"graph": graph_seconds})
     with torch.set_grad_enabled(case.backward):
         found: dict[str, Any] = {"not_finite": int((~torch.isfinite(run())).sum())}
         run()
@@ -56,6 +56,8 @@ def measure(case: Case | Token) -> None:
             try:
                 found[name] = way(run)
             except RuntimeError as error:
+                if context_is_lost(str(error)):
+                    raise
                 found[f"{name}_said"] = short(error)
     floors = None if case.backward else case.work.seconds
     record("time", case=str(case), tokens=case.tokens, floor=case.floor / case.tokens, floors=floors, **found)
