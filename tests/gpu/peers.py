@@ -79,7 +79,8 @@ def measure(case: Case | Token, name: str, ends: float) -> None:
     with at_most(min(LIMIT, left)), torch.set_grad_enabled(case.backward):
         given, functions, ours = runs(case)
         got = functions[name](*given)
-        apart = None if name.startswith("exact") else float((got.float() - ours.float()).abs().max())
+        largest = ours.float().abs().max()
+        apart = None if name.startswith("exact") else float((got.float() - ours.float()).abs().max() / largest)
         seconds = clock(lambda: functions[name](*given))
     record("peer", case=str(case), name=name, seconds=seconds, tokens=case.tokens, apart=apart)
 

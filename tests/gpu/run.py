@@ -39,9 +39,7 @@ class Run:
     out, work, bundle : Path
         Folders: of findings, of caches and unpacked wheels, and of what `bundle.py` made.
     seconds : float
-        Of the whole run.
-    dry : bool
-        Whether there is no GPU.
+        Of the whole run. `dry` says that there is no GPU.
     """
 
     def __init__(self, out: Path, work: Path, bundle: Path, seconds: float, dry: bool = False) -> None:
@@ -139,10 +137,10 @@ def main() -> int:
     out, work, bundle = (folder.resolve() for folder in (given.out, given.work, given.bundle))
     run = Run(out, work, bundle, given.seconds, given.dry)
     sys.path.append(str(work / "site"))
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: run.stopped.set())
-    settings = stages.Settings(given.jobs, given.peers, given.dry, given.cubins, given.only)
-    failed = run.all(chosen(stages.groups(settings), given.stages))
+    signal.signal(signal.SIGTERM, lambda *_: run.stopped.set())
+    signal.signal(signal.SIGINT, lambda *_: run.stopped.set())
+    plan = stages.groups(stages.Settings(given.jobs, given.peers, given.dry, given.cubins, given.only))
+    failed = run.all(chosen(plan, given.stages))
     print((out / "summary.md").read_text()[:9000])
     return min(failed, 100)
 

@@ -89,6 +89,12 @@ def failures(found: Found) -> list[str]:
     return named(entries, "Tests that failed", "stage", "test", "what", "said")
 
 
+def ended_early(found: Found) -> list[str]:
+    """Processes that did not come to their first step, and the calls of sanitizers and the profiler."""
+    died = named(found["died"], "Processes that did not begin", "stage", "said", "command")
+    return [*died, *named(found["calls"], "Calls that nothing is compared with", "stage", "which", "calls", "failed")]
+
+
 def streams(found: Found) -> list[str]:
     """Checks of streams, threads and graphs."""
     return named(found["streams"], "Streams, threads and graphs", "name", "ok", "value", "said")
@@ -121,5 +127,7 @@ def ends(found: Found) -> list[str]:
     return lines
 
 
-SECTIONS: tuple[Callable[[Found], list[str]], ...] = (*(stages, facts, compiling, calls, failures, streams, rounding),)
+SECTIONS: tuple[Callable[[Found], list[str]], ...] = (
+    *(stages, facts, compiling, calls, failures, ended_early, streams, rounding),
+)
 """In the order of a page."""

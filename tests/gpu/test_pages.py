@@ -29,6 +29,7 @@ def folder(tmp_path):
     append(file, "test", "forward", test="test_gpu.py::test_a", outcome="failed", said="worker crashed")
     append(file, "test", "forward", test="test_gpu.py::test_b", outcome="failed", said="it differs")
     append(file, "test", "forward", test="test_gpu.py::test_c", outcome="passed", said="")
+    append(file, "died", "times", said="a process ended with 1 before its first step", command=["times.py"])
     append(file, "ceilings", "times", bytes_a_second=1.5e12, flops_a_second=600e12, launch=2e-6)
     ends = {"seconds": 9.0, "tells": "calls", "kept": []}
     append(file, "stage", "smoke", state="cut at its limit", tail=["the last line"], **ends)
@@ -49,6 +50,7 @@ def test_a_summary_says_what_was_found(folder):
     nearest = text[text.index("Nearest") :]
     assert nearest.index("| attention |") < nearest.index("| features |")
     assert "| NVRTC | ImportError: none |" in text
+    assert "| times | a process ended with 1 before its first step | ['times.py'] |" in text
 
 
 def test_a_lost_context_is_one_line(folder):
