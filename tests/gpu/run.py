@@ -73,6 +73,7 @@ class Run:
         else:
             say = self._sayer(stage.name, log)
             say("$ " + " ".join(stage.command))
+            append(self.records, "begin", stage.name)
             own = environment.variables(self.work, self.bundle, self.records, stage.name, self.dry) | stage.variables
             outcome = processes.run(stage, min(stage.limit, left), ROOT, own, say, self.stopped)
             say(f"-- {outcome.state} after {outcome.seconds:.1f} s")

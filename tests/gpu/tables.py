@@ -13,10 +13,13 @@ MOST = 100
 
 
 def by_kind(records: Iterable[dict[str, Any]]) -> Found:
-    """Records by their kind; of several that a stage wrote of its end, the last."""
+    """Records by their kind; of a stage that was run several times, those of the last."""
+    records = list(records)
+    begun = {entry["stage"]: number for number, entry in enumerate(records) if entry["kind"] == "begin"}
     found: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    for entry in records:
-        found[entry["kind"]].append(entry)
+    for number, entry in enumerate(records):
+        if number >= begun.get(entry["stage"], 0):
+            found[entry["kind"]].append(entry)
     found["stage"] = list({entry["stage"]: entry for entry in found["stage"]}.values())
     return found
 

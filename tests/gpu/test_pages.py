@@ -1,7 +1,5 @@
 """The summary and the results page, from records; and that the docs say that there is none as long as there is none."""
 
-import json
-
 import page
 import pytest
 import tables
@@ -21,6 +19,10 @@ def folder(tmp_path):
     append(file, "fact", "facts", name="versions", value={"torch": "2.13", "numpy": "2.4"})
     append(file, "fact", "facts", name="NVRTC", value=None, said="ImportError: none")
     shape = {"shape": "float32-d64", "lengths": "n3", "library": "cupy"}
+    append(file, "begin", "smoke")
+    append(file, "call", "smoke", call="mended since", ok=False, said="nothing", **shape)
+    append(file, "stage", "smoke", state="cut at its limit", seconds=9.0, tells="", kept=[], tail=["the last line"])
+    append(file, "begin", "smoke")  # of the second call
     append(file, "call", "smoke", call="features", ok=True, error=1e-6, limit=2e-5, **shape)
     append(file, "call", "smoke", call="attention", ok=True, error=1e-5, limit=2e-5, **shape)
     append(file, "call", "smoke", call="causal", ok=False, error=0.5, limit=2e-5, **shape)
@@ -32,9 +34,8 @@ def folder(tmp_path):
     append(file, "died", "times", said="a process ended with 1 before its first step", command=["times.py"])
     append(file, "ceilings", "times", bytes_a_second=1.5e12, flops_a_second=600e12, launch=2e-6)
     ends = {"seconds": 9.0, "tells": "calls", "kept": []}
-    append(file, "stage", "smoke", state="cut at its limit", tail=["the last line"], **ends)
     append(file, "stage", "forward", state="failed (1)", tail=[], **ends)
-    append(file, "stage", "smoke", state="passed", tail=[], **ends)  # of the second call
+    append(file, "stage", "smoke", state="passed", tail=[], **ends)
     return tmp_path
 
 
@@ -44,7 +45,8 @@ def test_a_summary_says_what_was_found(folder):
     assert text.startswith("# A run on a GPU\n\nOn NVIDIA H200, driver 580.1, CUDA 13.0, torch 2.13.")
     assert "| smoke | passed | 9 | calls |  |" in text
     assert "| forward | failed (1) | 9 | calls | 2 failed, 1 passed |" in text
-    assert "the last line" not in text  # of the first call, which the second has replaced
+    assert "the last line" not in text  # of the first call, which the second replaces
+    assert "mended since" not in text
     assert "2 are right and 2 wrong." in text
     assert "| decode | float32-d64 | n3 | cupy |  |  | the process ended with -11 |" in text
     nearest = text[text.index("Nearest") :]
@@ -105,7 +107,7 @@ def test_the_results_page_goes_into_the_docs_and_the_sentence_that_there_is_none
 
 def test_a_run_that_does_not_know_its_card_makes_no_page():
     with pytest.raises(SystemExit, match="the stage `facts` has to be among the runs"):
-        page.results([json.loads('{"kind": "fact", "at": 0, "name": "card", "value": null, "said": "none"}')])
+        page.results([{"kind": "fact", "stage": "facts", "at": 0, "name": "card", "value": None, "said": "none"}])
 
 
 def test_the_docs_say_that_no_gpu_has_run_the_kernels_as_long_as_there_is_no_page():

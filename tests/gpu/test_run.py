@@ -101,11 +101,12 @@ run.Run(out, out / "work", out, 100).all([[Stage("killed", "", [sys.executable, 
 def test_what_was_found_survives_when_the_run_is_killed(tmp_path):
     process = subprocess.Popen([sys.executable, "-c", DRIVER.format(here=str(HERE), out=str(tmp_path))])
     try:
-        assert wait_until(lambda: records.read(tmp_path / "records.jsonl"))
+        assert wait_until(lambda: len(records.read(tmp_path / "records.jsonl")) == 2)
     finally:
         process.send_signal(signal.SIGKILL)
         process.wait()
-    (found,) = records.read(tmp_path / "records.jsonl")
+    begin, found = records.read(tmp_path / "records.jsonl")
+    assert (begin["kind"], begin["stage"]) == ("begin", "killed")
     assert (found["stage"], found["name"]) == ("killed", "found")
     assert "[killed] $ " in (tmp_path / "log.txt").read_text()
     assert wait_until(lambda: not is_alive(found["value"]))
