@@ -35,8 +35,7 @@ class LandmarkProblem:
         slots: int = 0,
         batches: tuple[Any, ...] = (),
     ) -> None:
-        self.result = promoted(*(name_of(x) for x in (k, log_weight, metric.lift)))
-        self.dtype = np.dtype(widened(self.result))
+        self.dtype = np.dtype(widened(promoted(*(name_of(x) for x in (k, log_weight, metric.lift)))))
         self.one = TAGS[self.dtype.name]
         self.lanes = BYTES // self.dtype.itemsize
         given = [k.shape[:-2], log_weight.shape[:-1], metric.batch_shape, *batches]

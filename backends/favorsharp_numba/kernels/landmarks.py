@@ -1,5 +1,4 @@
-"""The kernels of Lloyd steps and of `condense`: each key finds its nearest landmark, and adds its row to the sums of
-that landmark.
+"""The kernels of Lloyd steps and of `condense`: keys add rows to the sums of their nearest landmarks.
 
 The rows are the keys themselves, whose means are the next landmarks, or their values. Logarithms here are natural.
 """
@@ -82,8 +81,9 @@ Sums = namedtuple("Sums", "top weight weight_low rows lows")
 
 @inlined
 def sums_size(s):
-    """The number of items of the sums of a task: the largest log weight of each landmark, its weights and its rows, and
-    the low parts of these.
+    """The number of items of the sums of a task.
+
+    These are the largest log weight of each landmark, its weights and its rows, and the low parts of both.
     """
     return 3 * s.m_pad + 2 * s.m * s.width
 
