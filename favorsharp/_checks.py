@@ -5,18 +5,8 @@ import operator
 from collections.abc import Iterable
 from typing import Any
 
-from favorsharp._arrays import (
-    FLOATS,
-    broadcast_shapes,
-    device_label,
-    dtype_name,
-    is_array,
-    is_followed,
-    is_scripting,
-    library_of,
-    namespace_of,
-    tensor_fault,
-)
+from favorsharp._arrays import FLOATS, broadcast_shapes, device_label, dtype_name, is_array, library_of, namespace_of
+from favorsharp._autodiff import is_followed, is_scripting, tensor_fault
 from favorsharp._typing import Array, DType, Namespace
 
 

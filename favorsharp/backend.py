@@ -27,14 +27,13 @@ from favorsharp._arrays import (
     broadcast_shapes,
     cast,
     dtype_name,
-    is_followed,
     library_of,
     named_dtype,
     namespace_of,
     on_device_of,
-    recorded_or_followed,
     to_host,
 )
+from favorsharp._autodiff import is_followed, recorded_or_followed
 from favorsharp._checks import check_unfollowed
 from favorsharp.dispatch import Backend, Kernel
 from favorsharp.features.folding import FoldedSide, fold

@@ -7,16 +7,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from favorsharp._arrays import (
-    broadcast_shapes,
-    compute_dtype,
-    dtype_name,
-    is_array,
-    is_followed,
-    is_traced,
-    result_dtype,
-    to_host,
-)
+from favorsharp._arrays import broadcast_shapes, compute_dtype, dtype_name, is_array, result_dtype, to_host
+from favorsharp._autodiff import is_followed, is_traced
 from favorsharp._checks import (
     check_array,
     check_attention,

@@ -5,7 +5,8 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from favorsharp._arrays import cast, is_traced, library_of, namespace_of, to_host, under_own_settings
+from favorsharp._arrays import cast, library_of, namespace_of, to_host, under_own_settings
+from favorsharp._autodiff import is_traced
 from favorsharp._checks import check_choice, check_floats, check_points, check_same_size
 from favorsharp._typing import Array
 from favorsharp._values import astype, map_arrays

@@ -38,16 +38,8 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, ParamSpec, TypeVar, cast
 
-from favorsharp._arrays import (
-    FLOATS,
-    device_of,
-    dtype_name,
-    is_array,
-    is_followed,
-    library_of,
-    needs_gradient,
-    under_own_settings,
-)
+from favorsharp._arrays import FLOATS, device_of, dtype_name, is_array, library_of, under_own_settings
+from favorsharp._autodiff import is_followed, needs_gradient
 from favorsharp._typing import Array
 
 if TYPE_CHECKING:

@@ -11,14 +11,13 @@ from favorsharp._arrays import (
     broadcast_shapes,
     cast,
     compute_dtype,
-    is_traced,
     namespace_of,
     on_device_of,
     result_dtype,
     statistics_dtype,
     under_own_settings,
-    without_gradient,
 )
+from favorsharp._autodiff import is_traced, without_gradient
 from favorsharp._checks import (
     check_attention,
     check_broadcast,

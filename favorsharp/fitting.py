@@ -13,13 +13,12 @@ from favorsharp._arrays import (
     compute_dtype,
     dtype_name,
     is_array,
-    is_traced,
     named_dtype,
     namespace_of,
     statistics_dtype,
     under_own_settings,
-    without_gradient,
 )
+from favorsharp._autodiff import is_traced, without_gradient
 from favorsharp._checks import check_choice, check_floats, check_in_memory, check_integer, check_scale
 from favorsharp._chunks import is_chunked
 from favorsharp._typing import Array

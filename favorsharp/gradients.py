@@ -3,7 +3,8 @@
 from itertools import pairwise
 from typing import Any
 
-from favorsharp._arrays import cast, differentiate, namespace_of, result_dtype
+from favorsharp._arrays import cast, namespace_of, result_dtype
+from favorsharp._autodiff import differentiate
 from favorsharp._checks import check_attention, check_choice, check_floats
 from favorsharp._heads import merge_heads, split_heads
 from favorsharp._typing import Array

@@ -9,7 +9,8 @@ from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
-from favorsharp._arrays import cast, is_followed, namespace_of, result_dtype, without_gradient
+from favorsharp._arrays import cast, namespace_of, result_dtype
+from favorsharp._autodiff import is_followed, without_gradient
 from favorsharp._checks import (
     check_attention,
     check_broadcast,

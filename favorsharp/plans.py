@@ -20,7 +20,8 @@ from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
-from favorsharp._arrays import is_compiling, mode_of_library, records_gradients, signature_of, stamps_of
+from favorsharp._arrays import signature_of, stamps_of
+from favorsharp._autodiff import is_compiling, mode_of_library, records_gradients
 from favorsharp.dispatch import circumstances
 from favorsharp.ops.state import State
 

@@ -12,7 +12,7 @@ import pytest
 from problems import attention_problem
 
 import favorsharp as fs
-from favorsharp._arrays import has_fused_attention
+from favorsharp._autodiff import has_fused_attention
 from favorsharp.diagnostics import expected_error, load_sample
 from favorsharp.landmarks.state import landmark_map, log_weights, moments_of
 from favorsharp.ops.landmark_metric import Metric
@@ -857,7 +857,7 @@ def test_torch_s_own_attention_reads_the_same(monkeypatch, masked, key_heads):
 
 def test_torch_s_own_attention_reads_what_no_derivative_follows(monkeypatch):
     torch = pytest.importorskip("torch")
-    monkeypatch.setattr("favorsharp._arrays.is_followed", lambda x: False)  # tensors without numbers are followed
+    monkeypatch.setattr("favorsharp._autodiff.is_followed", lambda x: False)  # tensors without numbers are followed
     elsewhere, here = torch.empty(3, device="meta"), torch.empty(3)
     trained = torch.empty(3, device="meta", requires_grad=True)
     assert has_fused_attention(elsewhere, elsewhere)

@@ -6,14 +6,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from favorsharp._arrays import (
-    broadcast_shapes,
-    cast,
-    compute_dtype,
-    dtype_name,
-    library_of,
-    needs_gradient,
-)
+from favorsharp._arrays import broadcast_shapes, cast, compute_dtype, dtype_name, library_of
+from favorsharp._autodiff import needs_gradient
 from favorsharp._heads import merge_heads
 from favorsharp._typing import Array
 from favorsharp.calls import checked

@@ -12,15 +12,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from favorsharp._arrays import (
-    broadcast_shapes,
-    cast,
-    compute_dtype,
-    dtype_name,
-    library_of,
-    needs_gradient,
-    result_dtype,
-)
+from favorsharp._arrays import broadcast_shapes, cast, compute_dtype, dtype_name, library_of, result_dtype
+from favorsharp._autodiff import needs_gradient
 from favorsharp._checks import check_attention
 from favorsharp._heads import merge_heads, split_heads
 from favorsharp._typing import Array

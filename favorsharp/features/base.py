@@ -10,11 +10,11 @@ from favorsharp._arrays import (
     cast,
     compute_dtype,
     is_array,
-    is_traced,
     namespace_of,
     to_host,
     under_own_settings,
 )
+from favorsharp._autodiff import is_traced
 from favorsharp._typing import Array
 from favorsharp._values import astype, map_arrays
 from favorsharp.parameters import Parameters, check_data, log_kernel_of

@@ -4,7 +4,8 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from favorsharp._arrays import from_host, is_traced, namespace_of, to_host
+from favorsharp._arrays import from_host, namespace_of, to_host
+from favorsharp._autodiff import is_traced
 from favorsharp._typing import Array
 from favorsharp.features.base import SignedFeatureMap
 from favorsharp.parameters import Parameters

@@ -7,7 +7,8 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from favorsharp._arrays import is_array, is_traced, namespace_of
+from favorsharp._arrays import is_array, namespace_of
+from favorsharp._autodiff import is_traced
 from favorsharp._typing import Array
 from favorsharp.features.base import PositiveFeatureMap
 from favorsharp.methods import method_of

@@ -13,7 +13,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from favorsharp._arrays import cast, namespace_of, on_device_of, without_gradient
+from favorsharp._arrays import cast, namespace_of, on_device_of
+from favorsharp._autodiff import without_gradient
 from favorsharp._typing import Array
 
 __all__ = ["FoldedSide", "fold"]

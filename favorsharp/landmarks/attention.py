@@ -1,6 +1,7 @@
 """Attention through landmarks, for whole sequences (`whole`) and for causal streams (`stream`)."""
 
-from favorsharp._arrays import cast, compute_dtype, has_fused_attention, namespace_of, result_dtype
+from favorsharp._arrays import cast, compute_dtype, namespace_of, result_dtype
+from favorsharp._autodiff import has_fused_attention
 from favorsharp._heads import add_mask_axis
 from favorsharp._typing import Array
 from favorsharp.landmarks.metric import RIDGE

@@ -1,6 +1,7 @@
 """The error that landmarks are expected to make, computed from the choice of landmarks alone."""
 
-from favorsharp._arrays import compute_dtype, on_device_of, under_own_settings, without_gradient
+from favorsharp._arrays import compute_dtype, on_device_of, under_own_settings
+from favorsharp._autodiff import without_gradient
 from favorsharp._checks import (
     check_broadcast,
     check_flag,

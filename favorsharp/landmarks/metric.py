@@ -8,7 +8,8 @@ centred keys y, y' is
     exp( s + s' - |u - u'|^2 / 2 ),    u = L'y,    M = L L',    s = mu_t.y + |u|^2.
 """
 
-from favorsharp._arrays import broadcast_shapes, namespace_of, on_device_of, without_gradient
+from favorsharp._arrays import broadcast_shapes, namespace_of, on_device_of
+from favorsharp._autodiff import without_gradient
 from favorsharp._typing import DType
 from favorsharp.landmarks.settings import Landmarks
 from favorsharp.moments import Moments

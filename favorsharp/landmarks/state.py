@@ -14,13 +14,12 @@ from favorsharp._arrays import (
     cast,
     compute_dtype,
     dtype_name,
-    fused_attention,
     namespace_of,
     on_device_of,
     result_dtype,
     under_own_settings,
-    without_gradient,
 )
+from favorsharp._autodiff import fused_attention, without_gradient
 from favorsharp._checks import check_broadcast, check_together
 from favorsharp._heads import add_mask_axis
 from favorsharp._typing import Array, DType

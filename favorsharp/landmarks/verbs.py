@@ -8,12 +8,12 @@ from favorsharp._arrays import (
     broadcast_shapes,
     cast,
     compute_dtype,
-    differentiate,
     library_of,
     namespace_of,
     result_dtype,
     under_own_settings,
 )
+from favorsharp._autodiff import differentiate
 from favorsharp._checks import (
     check_attention,
     check_broadcast,

@@ -4,7 +4,8 @@ Keys are passed as they are, with log weights; the functions here scale and cent
 assignment of keys to landmarks, and seeds are constants in differentiation.
 """
 
-from favorsharp._arrays import broadcast_shapes, cast, namespace_of, on_device_of, without_gradient
+from favorsharp._arrays import broadcast_shapes, cast, namespace_of, on_device_of
+from favorsharp._autodiff import without_gradient
 from favorsharp._typing import Array
 from favorsharp.dispatch import Op
 from favorsharp.ops.landmark_metric import Metric, centred, uncentred

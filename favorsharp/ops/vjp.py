@@ -9,7 +9,8 @@ from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
-from favorsharp._arrays import differentiate, namespace_of, recorded_gradients
+from favorsharp._arrays import namespace_of
+from favorsharp._autodiff import differentiate, recorded_gradients
 from favorsharp._typing import Array, PositiveMap
 from favorsharp.dispatch import Op
 from favorsharp.ops.attention import attention

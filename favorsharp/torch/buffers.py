@@ -10,7 +10,8 @@ from typing import Any, Self
 import torch
 from torch.nn import functional
 
-from favorsharp._arrays import is_array, is_traced, is_traced_by_mode, stamps_of, statistics_dtype
+from favorsharp._arrays import is_array, stamps_of, statistics_dtype
+from favorsharp._autodiff import is_traced, is_traced_by_mode
 from favorsharp._checks import check_choice, check_flag, check_integer
 from favorsharp._values import map_arrays
 from favorsharp.attention_moments import attention_moments

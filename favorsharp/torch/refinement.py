@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from favorsharp._arrays import is_traced
+from favorsharp._autodiff import is_traced
 from favorsharp._checks import check_integer
 from favorsharp._values import astype
 from favorsharp.draws import draw_rows, generator
