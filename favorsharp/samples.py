@@ -1,4 +1,4 @@
-"""The points that a map is made from: pooled over axes and grouped heads, and a sample of them."""
+"""The points that a map is made from: pooled over axes and grouped heads, a sample of them, and its centres."""
 
 from typing import Any
 
@@ -41,3 +41,20 @@ def sampled(x: Array, seen: Array, rng: Any) -> tuple[Array, Array]:
     place = cast(xp.minimum(rank, xp.zeros_like(rank) + (x.shape[-2] - 1)), order.dtype)
     index = xp.take_along_axis(order, place, axis=-1)
     return xp.take_along_axis(x, index[..., None], axis=-2), rank < count
+
+
+def k_means(x: Array, seen: Array, centres: Array, used: Array, steps: int) -> Array:
+    """Centres (*b, m, d) after steps of k-means on the points that count; a centre without points stays.
+
+    `used` (*b, 1, m) says which centres get points.
+    """
+    xp = namespace_of(x)
+    slot = xp.arange(centres.shape[-2], **on_device_of(x))
+    for _ in range(steps):
+        halves = 0.5 * xp.matrix_transpose(xp.sum(centres * centres, axis=-1, keepdims=True))
+        scores = x @ xp.matrix_transpose(centres) + xp.where(used, -halves, -xp.inf)
+        own = xp.argmax(scores, axis=-1, keepdims=True) == slot
+        shares = xp.matrix_transpose(cast(own & seen[..., None], x.dtype))
+        counts = xp.sum(shares, axis=-1, keepdims=True)
+        centres = xp.where(counts > 0, shares @ x / xp.where(counts > 0, counts, 1.0), centres)
+    return centres

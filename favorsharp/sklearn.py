@@ -41,7 +41,7 @@ from favorsharp._checks import check_choice, check_integer
 from favorsharp._values import astype
 from favorsharp.exact import gaussian_means, kernel_matrix
 from favorsharp.features import feature_map
-from favorsharp.fitting import fit
+from favorsharp.fitting import fit, fit_map
 from favorsharp.landmarks import landmarks
 from favorsharp.landmarks.settings import GAUSSIAN_TILT
 from favorsharp.landmarks.state import map_of_points, state_of_points
@@ -87,6 +87,10 @@ class _KernelEstimator(BaseEstimator):
 
     def _map(self, x: Any, gamma: float, seed: int, weight: Any = None) -> Any:
         check_integer("n_components", self.n_components, 1)
+        if self.method == "nystrom" and weight is None:
+            return fit_map(
+                x, x, self.n_components, method="nystrom", draw=self.draw, kernel="gaussian", scale=2 * gamma, rng=seed
+            )
         data = (x, x) if weight is None else (weighted_moments(x, weight),)
         parameters = fit(*data, method=self.method, kernel="gaussian", scale=2 * gamma)
         return feature_map(parameters, self.n_components, draw=self.draw, rng=seed)
@@ -102,16 +106,17 @@ class _KernelEstimator(BaseEstimator):
 
 
 class RandomFeatures(ClassNamePrefixFeaturesOutMixin, TransformerMixin, _KernelEstimator):
-    """Positive random features of the Gaussian kernel, fitted to the data; a replacement for RBFSampler.
+    """Features of the Gaussian kernel, fitted to the data; a replacement for RBFSampler and Nystroem.
 
-    The dot product of two transformed points estimates exp(-gamma |x - y|^2) without bias. The estimator accepts NumPy
-    arrays and, with scikit-learn's array API dispatch, torch tensors and other arrays. float32 points give float32
-    features.
+    The dot product of two transformed points estimates exp(-gamma |x - y|^2). Random features are positive and
+    unbiased. For linear models `method="nystrom"` is better: its features are biased and can be negative, but their
+    products are much closer to the kernel. The estimator accepts NumPy arrays and, with scikit-learn's array API
+    dispatch, torch tensors and other arrays. float32 points give float32 features.
 
     Parameters
     ----------
     method : str or callable, default="optimal"
-        As in `favorsharp.fit`.
+        As in `favorsharp.fit`, or "nystrom" as in `favorsharp.fit_map`.
     n_components : int, default=256
         Number of features; even for `trig`.
     gamma : {"scale"} or float, default="scale"

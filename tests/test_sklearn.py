@@ -1,6 +1,7 @@
 """The estimators: scikit-learn's own checks, and what they promise beyond them."""
 
 import pickle
+from functools import partial
 from importlib.util import find_spec
 
 import numpy as np
@@ -12,6 +13,7 @@ from sklearn import config_context
 from sklearn.base import clone
 from sklearn.datasets import load_diabetes, load_iris
 from sklearn.ensemble import AdaBoostClassifier, AdaBoostRegressor, VotingRegressor
+from sklearn.kernel_approximation import Nystroem
 from sklearn.linear_model import Ridge
 from sklearn.metrics.pairwise import rbf_kernel
 from sklearn.model_selection import GridSearchCV, cross_validate
@@ -26,6 +28,7 @@ pytestmark = pytest.mark.own_backend
 
 ESTIMATORS = [
     RandomFeatures(n_components=32, random_state=0),
+    RandomFeatures(method="nystrom", n_components=32, random_state=0),
     NadarayaWatsonRegressor(n_components=64, random_state=0),
     NadarayaWatsonRegressor(method="exact"),
     NadarayaWatsonClassifier(n_components=512, random_state=0),
@@ -50,6 +53,26 @@ def test_scikit_learn_accepts_it(estimator, monkeypatch):
     assert len(passed) > 45
     found = 3 * bool(find_spec("array_api_strict")) + 2 * bool(find_spec("torch"))  # strict on devices, torch in dtypes
     assert passed.count("check_array_api_input") >= found
+
+
+def test_nystrom_features_are_nearer_to_the_kernel_than_scikit_learns():
+    """Centres of clusters, where Nystroem has points drawn uniformly; means of three draws."""
+    x = np.random.default_rng(0).standard_normal((1500, 8))
+    exact = rbf_kernel(x, gamma=1 / 16)
+    errors = []
+    for make in (partial(RandomFeatures, method="nystrom"), Nystroem, RandomFeatures):
+        found = [make(n_components=128, gamma=1 / 16, random_state=seed).fit_transform(x) for seed in range(3)]
+        errors.append(np.mean([np.linalg.norm(f @ f.T - exact) for f in found]))
+    assert errors[0] < 0.95 * errors[1]
+    assert errors[0] < 0.2 * errors[2]
+
+
+def test_nystrom_features_of_every_point_are_exact():
+    x = np.random.default_rng(0).standard_normal((40, 3))
+    features = RandomFeatures(method="nystrom", n_components=40, gamma=0.5, random_state=0).fit_transform(x)
+    np.testing.assert_allclose(features @ features.T, rbf_kernel(x, gamma=0.5), atol=1e-7)
+    with pytest.raises(ValueError, match="method='nystrom' takes no draw"):
+        RandomFeatures(method="nystrom", draw="iid").fit(x)
 
 
 def test_features_estimate_the_rbf_kernel():
