@@ -457,6 +457,11 @@ def _names_wished() -> tuple[tuple[str, ...], str]:
     return (_parse(text), VARIABLE) if text else ((), "")
 
 
+def is_restricted() -> bool:
+    """Whether the caller has named the backends that may run, by `use` or in the environment."""
+    return bool(_names_wished()[0])
+
+
 @functools.cache
 def _parse(text: str) -> tuple[str, ...]:
     names = tuple(name.strip() for name in text.split(",") if name.strip())

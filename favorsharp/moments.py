@@ -13,6 +13,7 @@ from favorsharp._arrays import (
     statistics_dtype,
     under_own_settings,
 )
+from favorsharp._autodiff import is_traced
 from favorsharp._checks import (
     check_broadcast,
     check_flag,
@@ -24,7 +25,7 @@ from favorsharp._checks import (
 )
 from favorsharp._chunks import as_chunked, is_chunked, point_blocks, tree_reduce
 from favorsharp._typing import Array
-from favorsharp.dispatch import Op
+from favorsharp.dispatch import Op, is_restricted
 
 _TILE = 8192
 """Number of points that are converted to float64 at once: 4 MiB at d = 64."""
@@ -290,7 +291,7 @@ def point_moments(x: Array, mask: Array | None) -> tuple[Array, Array, Array]:
 
 def _strict_moments(x: Array, mask: Array | None, axes: tuple[int, ...]) -> _Side:
     """Count, mean and covariance of one side; NaN if a visible point is not finite."""
-    if axes:
+    if axes or is_traced(x) or is_restricted():  # a backend that is named for attention need not have this op
         return side_of(x, mask, axes)
     xp = namespace_of(x)
     count, mean, covariance = point_moments(x, mask)

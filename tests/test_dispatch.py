@@ -206,7 +206,8 @@ def test_watch_tells_what_ran(install):
     with dispatch.watch() as calls:
         call()
         call(np.float32)
-    assert calls == [("attention", "numba"), ("attention", "reference")]
+    attention = [call for call in calls if call[0] == "attention"]  # the fits ran an op, too
+    assert attention == [("attention", "numba"), ("attention", "reference")]
 
 
 def test_explain_takes_ops_names_and_functions(install):

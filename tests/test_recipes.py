@@ -83,8 +83,9 @@ def test_adding_an_op(copy):
     for backend in ("favorsharp_numba", "favorsharp_cuda"):
         (copy / backend / "doubled.py").write_text("def doubled(x):\n    return x + x\n")
     cases = copy / "favorsharp/_cases.py"
-    imported = "from favorsharp.ops import "
-    cases.write_text(cases.read_text().replace(imported, f"{imported}doubled, "))
+    imported = "from favorsharp.ops import (  # noqa: F401  fill OPS\n"
+    assert imported in cases.read_text()
+    cases.write_text(cases.read_text().replace(imported, f"{imported}    doubled,\n"))
     made = '    "doubled": lambda: [Case("five", lambda to: ((to(np.arange(5.0)),), {}))],\n'
     insert(cases, '    "exponential_features": _exponential_features,', made)
     run(

@@ -15,7 +15,10 @@ import run
 import stages
 from processes import Stage
 
-pytestmark = pytest.mark.own_backend
+pytestmark = [
+    pytest.mark.own_backend,
+    pytest.mark.filterwarnings("ignore:os.fork"),  # of JAX, where other tests of the process have imported it
+]
 HERE = Path(__file__).parent
 
 
@@ -198,7 +201,8 @@ def test_the_suite_goes_on_after_a_lost_context(tmp_path):
     (tmp_path / "test_some.py").write_text(TESTS)
     (tmp_path / "pytest.ini").write_text("[pytest]\n")
     paths = os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])
-    own = {**os.environ, "PYTHONPATH": paths, "GPU_RECORDS": str(tmp_path / "records.jsonl"), "GPU_STAGE": "forward"}
+    outer = {name: x for name, x in os.environ.items() if not name.startswith("PYTEST_XDIST")}  # of this run's workers
+    own = {**outer, "PYTHONPATH": paths, "GPU_RECORDS": str(tmp_path / "records.jsonl"), "GPU_STAGE": "forward"}
     if importlib.util.find_spec("pytest_timeout") is None:  # starting others takes longest here
         own |= {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTEST_PLUGINS": "xdist.plugin"}
     command = stages._pytest(1, "test_some.py", "-c", "pytest.ini")

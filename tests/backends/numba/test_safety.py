@@ -308,7 +308,7 @@ def test_a_cache_that_names_classes_of_other_sources_is_of_no_account(tmp_path):
         numba.njit(lambda *given: load_points(*given))(
             np.float32(1), points, mask, 0, 0, 1, 1, 1, place, place + 1, place + 2
         )
-        print(x[2], *(signature[1].instance_class.__name__ for signature in load_points.signatures))
+        print(x[2], *set(signature[1].instance_class.__name__ for signature in load_points.signatures))
         """
         assert python(code, package=package, NUMBA_CACHE_DIR=str(tmp_path / "cache")) == f"0.0 {name}"
 
