@@ -43,8 +43,9 @@ def lay_out(folder: Path, bundle: Path) -> None:
 def variables(work: Path, bundle: Path, records: Path, stage: str, dry: bool) -> dict[str, str]:
     """The environment of a stage. `work` has caches, and in `site` what `lay_out` wrote."""
     paths = [str(HERE), str(ROOT), str(ROOT / "backends"), str(work / "site")]
+    outer = {name: x for name, x in os.environ.items() if not name.startswith("PYTEST_XDIST")}
     found = {
-        **os.environ,
+        **outer,  # without what makes pytest-xdist a worker of another run
         "PYTHONPATH": os.pathsep.join([*paths, *filter(None, [os.environ.get("PYTHONPATH")])]),
         "PYTHONUNBUFFERED": "1",
         "PYTHONDONTWRITEBYTECODE": "1",
