@@ -37,14 +37,14 @@ def by_key(k, weight, points, used, metric, kernel, scale, condensing):
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_landmarks_take_the_weights_and_values_of_their_keys(xp, rng, kernel):
+def test_landmarks_take_the_weights_and_values_of_their_keys(few_xp, rng, kernel):
     k, weight, v, points, used, metric = problem(rng)
     masses, means = np.zeros(6), np.zeros((6, 3))
     for i, c, _, log in by_key(k, weight, points, used, metric, kernel, 0.7, True):
         masses[c] += np.exp(log)
         means[c] += np.exp(log) * v[i]
-    given = (xp(x) for x in (k, weight, v, points, used))
-    got = [xp.back(x) for x in condense(*given, Metric(*map(xp, metric)), kernel=kernel, scale=0.7)]
+    given = (few_xp(x) for x in (k, weight, v, points, used))
+    got = [few_xp.back(x) for x in condense(*given, Metric(*map(few_xp, metric)), kernel=kernel, scale=0.7)]
     assert masses[1] == 0
     own = 0.5 * (points**2).sum(-1) if kernel == "gaussian" else 0
     np.testing.assert_allclose(got[0], (points + metric[0]) / 0.7**0.5, rtol=1e-12)
@@ -86,11 +86,11 @@ def test_log_weights_of_any_size(few_xp, rng):
         np.testing.assert_allclose(few_xp.back(a), b, rtol=1e-9, atol=1e-12)
 
 
-def test_seeds_are_the_largest_scores(xp, rng):
+def test_seeds_are_the_largest_scores(few_xp, rng):
     points, logs = rng.standard_normal((2, 30, 4)), rng.gumbel(size=(2, 30))
     logs[0, 3] = -np.inf
     points[:, 7] = points[:, 8]
-    picks, used = (xp.back(x) for x in draw_seeds(xp(points), xp(logs), num_seeds=30))
+    picks, used = (few_xp.back(x) for x in draw_seeds(few_xp(points), few_xp(logs), num_seeds=30))
     for x, log, pick, needed in zip(points, logs, picks, used, strict=True):
         for j in range(30):
             squares = ((x[:, None] - x[pick[:j]]) ** 2).sum(-1).min(axis=1, initial=np.inf)
