@@ -17,7 +17,14 @@ from favorsharp.landmarks import landmarks
 from favorsharp.landmarks.expected import expected_error
 from favorsharp.landmarks.settings import GAUSSIAN_TILT
 from favorsharp.linear_attention import linear_attention
-from favorsharp.methods import DENSE_EXPONENTIAL, POSITIVE_FROM_POINTS, TAKES_PROPOSALS, check_method, method_of
+from favorsharp.methods import (
+    DENSE_EXPONENTIAL,
+    LANDMARKS,
+    POSITIVE_FROM_POINTS,
+    TAKES_PROPOSALS,
+    check_method,
+    method_of,
+)
 from favorsharp.parameters import Parameters, embed_key, embed_query, log_kernel_of
 
 __all__ = [
@@ -385,13 +392,13 @@ def suggest(
         check_same_size("s", y=(-2, y.shape[-2]), v=(-2, v.shape[-2]))
     n, s = x.shape[-2], y.shape[-2]
     check_choice("purpose", purpose, ("kernel", "attention"))
-    methods = (*TAKES_PROPOSALS, *(("landmarks",) if purpose == "attention" else ())) if methods is None else methods
+    methods = (*TAKES_PROPOSALS, *((LANDMARKS,) if purpose == "attention" else ())) if methods is None else methods
     if not (n and s):
         raise ValueError(f"suggest needs points to look at: x has n={n}, y has s={s}; accepted: 1 or more of each")
     values = np.random.default_rng(0).standard_normal((s, 32)) if v is None else v
     found = []
     for method in methods:
-        errors = _errors_of_landmarks(x, y, kernel, scale) if method == "landmarks" else None
+        errors = _errors_of_landmarks(x, y, kernel, scale) if method == LANDMARKS else None
         if errors is None:
             parameters = fit_named(("x", "y"), x, y, method=method, kernel=kernel, scale=scale)
             heads = _heads(parameters, x, y, values, 0, False, 32)
@@ -399,7 +406,7 @@ def suggest(
         m, error = _first(errors, target_error)
         found.append((error > target_error, m, error, method))
     missed, m, error, method = min(found)
-    draw = "none" if method == "landmarks" else "orthogonal"
+    draw = "none" if method == LANDMARKS else "orthogonal"
     cheaper = n * s <= (n + s) * m
     return Suggestion(method, draw, m, error, float(target_error), not missed, cheaper, is_biased(method))
 
@@ -430,7 +437,7 @@ _MOST_LANDMARKS = 512
 """The largest number of landmarks that `suggest` considers; the time of the choice grows with its square."""
 
 
-COMPARED = (*TAKES_PROPOSALS, *POSITIVE_FROM_POINTS, "landmarks")
+COMPARED = (*TAKES_PROPOSALS, *POSITIVE_FROM_POINTS, LANDMARKS)
 """Methods that `compare` measures unless others are named."""
 
 ALONE = "window alone"
@@ -493,7 +500,7 @@ def compare(
     """
     methods, windows, draws, num_features = tuple(methods), tuple(windows), tuple(draws), tuple(num_features)
     for method in methods:
-        check_method(method, positive=True, also=(*POSITIVE_FROM_POINTS, "landmarks"))
+        check_method(method, positive=True, also=(*POSITIVE_FROM_POINTS, LANDMARKS))
     bench = _Bench(q, k, v, seeds, scale, is_causal, repeats)
     alone: dict[int, float] = {}
     for window in windows:
@@ -566,7 +573,7 @@ class _Bench:
         )
 
     def _predicted(self, trial: _Trial, window: int) -> float | None:
-        if trial.method == "landmarks":
+        if trial.method == LANDMARKS:
             q, k, _ = self.points
             return None if window or self.is_causal else _mean(expected_error(q, k, trial.maps[0]))
         if trial.method not in DENSE_EXPONENTIAL or trial.parameters is None:
@@ -580,7 +587,7 @@ def _trials(bench: _Bench, methods: Any, draws: Any, num_features: Any) -> Itera
     q, k, _ = bench.points
     seeds, scale = range(bench.seeds), bench.scale
     for method in methods:
-        if method == "landmarks":
+        if method == LANDMARKS:
             for m in num_features:
                 yield _Trial(method, "none", m, tuple(landmarks(m, scale=scale, rng=seed) for seed in seeds))
         elif method in POSITIVE_FROM_POINTS:
@@ -599,7 +606,7 @@ def _trials(bench: _Bench, methods: Any, draws: Any, num_features: Any) -> Itera
 
 def is_biased(method: Any) -> bool:
     """Whether a method of `compare` or `suggest` does not estimate the kernel without bias."""
-    return method in ("landmarks", ALONE) or not method_of(method).estimates_kernel
+    return method in (LANDMARKS, ALONE) or not method_of(method).estimates_kernel
 
 
 def _no_features(q: Array, scale: float | None) -> FeatureMap:

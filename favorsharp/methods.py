@@ -166,7 +166,7 @@ def method_of(method: MethodLike) -> Method:
 
 _ELSEWHERE = {
     **{name: f"fit_map(x, y, m, method={name!r}) makes a map from the points themselves" for name in FROM_POINTS},
-    "landmarks": "landmarks(m) makes them, and attention takes the result in place of a feature map",
+    LANDMARKS: "landmarks(m) makes them, and attention takes the result in place of a feature map",
 }
 """Where the names are accepted that are not the name of a fit."""
 

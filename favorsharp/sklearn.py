@@ -45,7 +45,7 @@ from favorsharp.fitting import fit, fit_map
 from favorsharp.landmarks import landmarks
 from favorsharp.landmarks.settings import GAUSSIAN_TILT
 from favorsharp.landmarks.state import map_of_points, state_of_points
-from favorsharp.methods import SIGNED, check_method
+from favorsharp.methods import LANDMARKS, SIGNED, check_method
 from favorsharp.moments import combine, weighted_moments
 from favorsharp.regression import gather, left_out, means, products
 
@@ -201,12 +201,12 @@ class _NadarayaWatson(_KernelEstimator):
         self.verbose = verbose
 
     def _start(self, x: Any, v: Any, weight: Any) -> None:
-        check_method(self.method, also=("exact", "landmarks"))
+        check_method(self.method, also=("exact", LANDMARKS))
         seed = self._seed()
         self.gamma_ = self._bandwidth(x, weight)
         if isinstance(self.gamma, str) and self.gamma == "auto_cv":
             self.gamma_ = self._tuned(x, v, seed, weight)
-        if self.method == "landmarks":
+        if self.method == LANDMARKS:
             self.feature_map_: Any = self._landmarks(self.gamma_, seed)
         else:
             self.feature_map_ = None if self.method == "exact" else self._map(x, self.gamma_, seed, weight)
@@ -234,7 +234,7 @@ class _NadarayaWatson(_KernelEstimator):
         """The estimate at each point from all others; NaN where they have hardly any weight."""
         if self.method == "exact":
             return _exact_leave_one_out(x, v, gamma, weight)
-        if self.method == "landmarks":
+        if self.method == LANDMARKS:
             made = map_of_points(x, self._landmarks(gamma, seed), weight)
         else:
             made = self._map(x, gamma, seed, weight)
@@ -266,7 +266,7 @@ class _NadarayaWatson(_KernelEstimator):
             points = (x, v, xp.zeros_like(v[:, 0]) if weight is None else xp.log(weight))
             self._sums = points if held is None else tuple(map(xp.concat, zip(held, points, strict=True)))
             return
-        if self.method == "landmarks":
+        if self.method == LANDMARKS:
             sums: Any = state_of_points(x, v, self.feature_map_, weight)
         else:
             sums = gather(x, v, self.feature_map_, weight)
@@ -280,7 +280,7 @@ class _NadarayaWatson(_KernelEstimator):
             y, v, log_weight = self._sums
             weighted = bool(namespace_of(x).any(log_weight != 0))
             return gaussian_means(x, y, v, 2 * self.gamma_, log_weight if weighted else None)
-        if self.method == "landmarks":
+        if self.method == LANDMARKS:
             return gaussian_means(x, self._sums.keys, self._sums.values, 2 * self.gamma_, self._sums.log_weight)
         return finish(self._sums, x, self.feature_map_)
 

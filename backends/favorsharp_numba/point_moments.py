@@ -6,8 +6,7 @@ from typing import Any
 import numpy as np
 
 from favorsharp_numba.host.arguments import Held, broadcast, numpy_or_torch
-from favorsharp_numba.host.threads import num_threads, share
-from favorsharp_numba.kernels.arguments import TILE
+from favorsharp_numba.host.threads import pieces_of, share
 from favorsharp_numba.kernels.point_moments import MomentSizes, add_points, sums_length
 from favorsharp_numba.kernels.workspace import items_of, on_host
 from favorsharp_numba.vectors.compiling import TAGS
@@ -20,7 +19,7 @@ def point_moments(x: Any, mask: Any) -> tuple[Any, Any, Any]:
     batch = broadcast(x.shape[:-2], () if mask is None else mask.shape[:-1])
     heads, lanes = math.prod(batch), BYTES // 8
     d_pad = max(1, -(-d // lanes)) * lanes
-    s = MomentSizes(n, d, d_pad, _pieces(heads, n, d))
+    s = MomentSizes(n, d, d_pad, pieces_of(heads, n, float(heads * n * d * d)))
     sums = np.zeros((heads * s.per_head, int(on_host(sums_length)(s))))
     constants = np.zeros(2 * d_pad)
     constants[0] = 1
@@ -43,11 +42,3 @@ def _merged(parts: Any) -> tuple[Any, Any, Any]:
     away = mean - common
     covariance = np.sum(share * (covariance + np.swapaxes(away, -1, -2) @ away), axis=1)
     return whole[:, 0], common[:, 0], covariance
-
-
-def _pieces(heads: int, n: int, d: int) -> int:
-    """The number of pieces that each head is cut into, so that there are enough tasks for the threads."""
-    threads = num_threads()
-    if heads * n * d * d < 4e6 or heads == 0 or heads >= 2 * threads:
-        return 1
-    return max(1, min(-(-4 * threads // heads), n // (4 * TILE)))

@@ -7,14 +7,13 @@ from typing import Any
 import numpy as np
 
 from favorsharp_numba.host.arguments import LOG2E, Held, broadcast, empty, name_of, promoted, widened
-from favorsharp_numba.host.threads import num_threads, share
+from favorsharp_numba.host.threads import pieces_of, share
 from favorsharp_numba.kernels.arguments import (
     ALPHA,
     HEADER,
     NEAR_ALPHA,
     NEAR_SCALE,
     ONE,
-    TILE,
     Sizes,
 )
 from favorsharp_numba.kernels.weighted_attention import attend
@@ -36,7 +35,7 @@ def weighted_attention(
     arrays = [held.points(x, batch) for x in (q, keys, log_weight[..., None], values)]
     target, side = held.points(out, batch), held.place(constants)
     work = float(heads * n * s.m * (s.d + s.e))
-    per_head = _pieces(heads, n, work)
+    per_head = pieces_of(heads, n, work)
     first = -1 if causal_from is None else causal_from
     share(
         attend, heads * per_head, work, items_of(attend, s), TAGS[dtype], s, side, *arrays, n, first, target, per_head
@@ -57,11 +56,3 @@ def _sizes(m: int, d: int, e: int, scale: float, dtype: str) -> tuple[Sizes, Any
     constants.flags.writeable = False
     fields = d, d_pad, m, m_pad, e, e_pad, m_pad + lanes, *[zeros] * 10, 0, 0, total
     return Sizes._make(fields), constants
-
-
-def _pieces(heads: int, n: int, work: float) -> int:
-    """The number of pieces that the queries of a head are cut into, so that there are enough tasks for the threads."""
-    threads = num_threads()
-    if work < 4e6 or heads == 0 or heads >= 2 * threads:
-        return 1
-    return max(1, min(-(-4 * threads // heads), n // (4 * TILE)))

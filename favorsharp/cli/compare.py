@@ -17,10 +17,10 @@ import favorsharp as fs
 from favorsharp.cli.files import check_writable, read_attention
 from favorsharp.diagnostics import ALONE, COMPARED, Comparison, load_sample, recommend
 from favorsharp.diagnostics import compare as measure
-from favorsharp.methods import POSITIVE, POSITIVE_FROM_POINTS
+from favorsharp.methods import LANDMARKS, POSITIVE, POSITIVE_FROM_POINTS
 
 METHODS = ",".join(COMPARED)
-NAMES = (*POSITIVE, *POSITIVE_FROM_POINTS, "landmarks")
+NAMES = (*POSITIVE, *POSITIVE_FROM_POINTS, LANDMARKS)
 DEFAULT_WINDOWS = "0,16"
 
 
@@ -240,14 +240,14 @@ def _setting(row: Comparison) -> str:
     window = f", window {row.window}" if row.window else ""
     if row.method == ALONE:
         return f"a window of {row.window} alone"
-    if row.method == "landmarks":
+    if row.method == LANDMARKS:
         return f"{row.num_features} landmarks{window}"
     return f"{row.method} with {row.num_features}{f' {row.draw}' if row.draw != 'none' else ''} features{window}"
 
 
 _PALETTE = ("#9a9a9a", "#5e5e5e", "#56b4e9", "#0072b2", "#009e73", "#c1272d", "#e69f00", "#cc79a7", "#b09030")
 COLOURS = dict(zip(POSITIVE, itertools.cycle(_PALETTE), strict=False))
-COLOURS |= dict(zip((*POSITIVE_FROM_POINTS, "landmarks", ALONE), ("#7b3294", "#000000", "#bbbbbb"), strict=True))
+COLOURS |= dict(zip((*POSITIVE_FROM_POINTS, LANDMARKS, ALONE), ("#7b3294", "#000000", "#bbbbbb"), strict=True))
 
 
 def _draw(rows: list[Comparison], path: Path, target: float, subject: str) -> None:

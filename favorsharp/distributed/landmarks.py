@@ -21,8 +21,7 @@ from favorsharp.distributed.collectives import Exchange, Tied, on_every_rank
 from favorsharp.distributed.shards import agreed
 from favorsharp.landmarks import Landmarks, LandmarkState
 from favorsharp.landmarks.attention import read_state
-from favorsharp.landmarks.metric import RIDGE
-from favorsharp.landmarks.state import compressed, empty_landmarks, extended, moments_of
+from favorsharp.landmarks.state import empty_landmarks, extended, moments_of, reduced
 from favorsharp.moments import Moments, combine
 
 _SIDES = ("count_x", "mean_x", "covariance_x", "count_y", "mean_y", "covariance_y")
@@ -60,11 +59,11 @@ def landmark_attention(
     agreed(told)
     grouped = call.group > 1
     seen = _of_all_ranks(moments_of(call.q, call.k, call.key_mask, grouped=grouped), group)
-    state = _condensed(replace(extended(call.empty, None, call.k, call.v, call.key_mask), moments=seen))
+    state = reduced(replace(extended(call.empty, None, call.k, call.v, call.key_mask), moments=seen))
     sent, ranks = _packed(state), len(told)
     coming = [min(one["length"], settings.num_landmarks) for one in told]
     (rows,) = Exchange.apply(group, (([sent.shape[0]] * ranks, coming),), torch.cat([sent] * ranks), q, k, v)
-    out = read_state(_condensed(_unpacked(rows, state)), call.q, grouped=grouped)
+    out = read_state(reduced(_unpacked(rows, state)), call.q, grouped=grouped)
     return merge_heads(call.group, Tied.apply(cast(out, call.dtype), rows))
 
 
@@ -118,11 +117,6 @@ def _of_all_ranks(own: Moments, group: Any) -> Moments:
         arrays = zip(_SIDES, torch.split(one, sizes), parts, strict=True)
         moments.append(replace(own, **{name: x.reshape(like.shape) for name, x, like in arrays}))
     return reduce(combine, moments)
-
-
-def _condensed(state: LandmarkState) -> LandmarkState:
-    """The state with no more keys than landmarks."""
-    return state if state.held <= state.settings.num_landmarks else compressed(state, 0, ridge=RIDGE)
 
 
 def _packed(state: LandmarkState) -> Array:

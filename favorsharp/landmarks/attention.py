@@ -4,11 +4,9 @@ from favorsharp._arrays import cast, compute_dtype, namespace_of, result_dtype
 from favorsharp._autodiff import has_fused_attention
 from favorsharp._heads import add_mask_axis
 from favorsharp._typing import Array
-from favorsharp.landmarks.metric import RIDGE
 from favorsharp.landmarks.settings import Landmarks
 from favorsharp.landmarks.state import (
     LandmarkState,
-    compressed,
     condensed,
     extended,
     landmark_map,
@@ -18,6 +16,7 @@ from favorsharp.landmarks.state import (
     read_fused,
     read_landmarks,
     ready,
+    reduced,
 )
 from favorsharp.ops.attention import attention as attention_op
 
@@ -94,10 +93,7 @@ def gathered(
     Without a window, reading it gives the result of the call.
     """
     state = extended(state, q, k, v, key_mask, grouped=grouped)
-    keep = num_recent(state)
-    if state.held - keep <= state.settings.num_landmarks:
-        return state
-    return compressed(state, keep, ridge=RIDGE)
+    return reduced(state, num_recent(state))
 
 
 def num_recent(state: LandmarkState) -> int:

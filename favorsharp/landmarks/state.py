@@ -237,6 +237,11 @@ def compressed(state: LandmarkState, keep: int, *, ridge: float = STREAM_RIDGE, 
     )
 
 
+def reduced(state: LandmarkState, keep: int = 0) -> LandmarkState:
+    """The state with no more keys than landmarks, apart from the last `keep`; all queries are known."""
+    return state if state.held - keep <= state.settings.num_landmarks else compressed(state, keep, ridge=RIDGE)
+
+
 def map_of_points(x: Array, settings: Landmarks, weight: Array | None = None) -> LandmarkMap:
     """Landmarks for points (n, d) with positive weights (n,), to be read at points like them."""
     return landmark_map(x, *_mass_and_moments(x, weight), settings)
@@ -253,7 +258,7 @@ def state_with(k: Array, v: Array, log_weight: Array, seen: Moments, settings: L
     """The state of keys (*b, s, d) with values and log weights (*b, s), compressed at once with the given moments."""
     dtype = log_weight.dtype
     state = LandmarkState(cast(k, dtype), log_weight, cast(v, dtype), k.shape[-2], 0, seen, settings)
-    return state if state.held <= settings.num_landmarks else compressed(state, 0, ridge=RIDGE)
+    return reduced(state)
 
 
 def _mass_and_moments(x: Array, weight: Array | None) -> tuple[Array, Moments]:

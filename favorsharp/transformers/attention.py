@@ -220,8 +220,9 @@ def attend(
             fm = map_for(registration, module, query, key, seen, scaling, grouped)
         else:
             fm = replace(registration.landmarks, scale=None if scaling is None else float(scaling))
-        window = 0 if crosses(module, n, s, seen) else registration.window
-        run = partial(approximate, module) if layer is None else partial(remember, layer)
+        cross = crosses(module, n, s, seen)
+        window = 0 if cross else registration.window
+        run = partial(approximate, cross) if layer is None else partial(remember, layer)
         out = run(query, key, value, fm, seen, window, grouped)
     return out.transpose(1, 2).contiguous(), None
 
@@ -261,7 +262,7 @@ def exact(query: Tensor, key: Tensor, value: Tensor, seen: Visible, scaling: flo
 
 
 def approximate(
-    module: Any,
+    cross: bool,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -273,7 +274,7 @@ def approximate(
     """Linear attention; causal queries are at the last positions of the keys, and earlier keys enter by a state."""
     n, s = query.shape[-2], key.shape[-2]
     key_mask, state = seen.key_mask, None
-    if isinstance(fm, Landmarks) and crosses(module, n, s, seen):
+    if isinstance(fm, Landmarks) and cross:
         return read(state_of(query, key, value, fm, seen, grouped), query, fm, enable_gqa=grouped)
     if seen.is_causal and n < s:
         state = init_state(fm, value.shape[-1], like=key, window=window)

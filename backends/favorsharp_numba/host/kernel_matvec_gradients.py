@@ -11,6 +11,7 @@ import numpy as np
 from favorsharp_numba.host.arguments import Held, empty, name_of
 from favorsharp_numba.host.attention_gradients import in_shape_of, map_sums, map_sums_size
 from favorsharp_numba.host.problem import AttentionProblem
+from favorsharp_numba.host.threads import pieces_of
 from favorsharp_numba.kernels.kernel_matvec_gradients import read_gradients
 
 
@@ -51,7 +52,7 @@ def _read_gradients(
     """The gradients of a problem's queries and of their values, and the sums for the map of each head."""
     s, heads, n, held = problem.s, problem.query_heads, problem.num_queries, Held()
     work = float(heads * n * s.m * 2 * (s.d + s.e))
-    per_head = problem.pieces(heads, n, work)
+    per_head = pieces_of(heads, n, work)
     size = map_sums_size(s) if of_map else 0
     points, own, maps = (
         np.zeros(shape, problem.packed.dtype)

@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 
 from favorsharp_numba.host.arguments import Held, broadcast, host, name_of, promoted, widened
-from favorsharp_numba.host.threads import num_threads, share
-from favorsharp_numba.kernels.arguments import ONE, TILE
+from favorsharp_numba.host.threads import pieces_of, share
+from favorsharp_numba.kernels.arguments import ONE
 from favorsharp_numba.kernels.landmark_seeds import LISTS, draw
 from favorsharp_numba.kernels.landmarks import ROOT, Landmarks, gather_landmarks, merge_landmarks, sums_size
 from favorsharp_numba.kernels.workspace import items_of, on_host
@@ -79,7 +79,7 @@ class LandmarkProblem:
         matrix = left + -(-d_pad // width) * d * width
         zeros = matrix + -(-d_pad // width) * d * width
         total = zeros + max(d_pad, self._padded(e))
-        piece = self._pieces(n, m, d)
+        piece = pieces_of(self.heads, n, float(self.heads * n * m * d))
         s = Landmarks(
             n, m, self._padded(m), d, d_pad, e, d_pad if v is None else self._padded(e), piece,
             int(kernel == "gaussian"), int(v is not None), slots, self._padded(slots), center, direction,
@@ -95,13 +95,6 @@ class LandmarkProblem:
             panels = spread.reshape(*lift.shape[:-1], -1, width).swapaxes(-2, -3)
             out[..., place : place + panels.shape[-3] * d * width] = panels.reshape(*lift.shape[:-2], -1)
         return s, out
-
-    def _pieces(self, n: int, m: int, d: int) -> int:
-        """The number of pieces that each head is cut into, so that there are enough tasks for the threads."""
-        threads = num_threads()
-        if self.heads * n * m * d < 4e6 or self.heads >= 2 * threads:
-            return 1
-        return max(1, min(-(-4 * threads // max(1, self.heads)), n // (4 * TILE)))
 
     def _padded(self, x: int) -> int:
         """The size rounded up to whole vectors, at least one."""

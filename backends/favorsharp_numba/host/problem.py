@@ -24,8 +24,8 @@ from favorsharp_numba.host.arguments import (
     target,
     widened,
 )
-from favorsharp_numba.host.threads import num_threads, share
-from favorsharp_numba.kernels.arguments import TILE, Problem
+from favorsharp_numba.host.threads import pieces_of, share
+from favorsharp_numba.kernels.arguments import Problem
 from favorsharp_numba.kernels.attention import gather_keys, merge_segments, read_queries
 from favorsharp_numba.kernels.causal_attention import causal
 from favorsharp_numba.kernels.packed_sequences import packed, packed_causal, packed_windowed
@@ -207,7 +207,7 @@ class AttentionProblem:
         """
         s = self.s
         work = float(self.heads * self.num_keys * s.m * (s.d + s.e))
-        segments = self.pieces(self.heads, self.num_keys, work)
+        segments = pieces_of(self.heads, self.num_keys, work)
         self.new_sums(segments=segments, transposed=2 * s.e <= self.packed.lanes)
         p = self.arguments()
         given, tasks = (p, self.k, self.v, self.mask), self.heads * segments
@@ -232,7 +232,7 @@ class AttentionProblem:
         """Queries read the sums, and the first `recent` keys exactly."""
         s = self.s
         work = float(self.query_heads * self.num_queries * s.m * (s.d + s.e))
-        per_head = self.pieces(self.query_heads, self.num_queries, work)
+        per_head = pieces_of(self.query_heads, self.num_queries, work)
         tasks, p, target = self.query_heads * per_head, self.arguments(), self.held.points(out, self.batch)
         if self._one_column() and recent == 0:
             self.run(read_column, tasks, work, p, self.q, target, int(normalised), per_head)
@@ -275,13 +275,6 @@ class AttentionProblem:
             self.held.points(out, self.batch), self.held.keep(np.array(bounds, np.int64)), sequences,
             self.query_heads, self._kept_between_passes(causal),
         )  # fmt: skip
-
-    def pieces(self, heads: int, length: int, work: float) -> int:
-        """The number of pieces that each head is cut into, so that there are enough tasks for the threads."""
-        threads = num_threads()
-        if work < 4e6 or heads == 0 or heads >= 2 * threads:
-            return 1
-        return max(1, min(-(-4 * threads // heads), length // (4 * TILE)))
 
 
 def absorbed(state: State, k: Any, v: Any, key_mask: Any, feature_map: Any) -> State:

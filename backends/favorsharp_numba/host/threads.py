@@ -22,6 +22,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from favorsharp_numba.host import workspace
+from favorsharp_numba.kernels.arguments import TILE
 from favorsharp_numba.vectors.compiling import jit
 
 SMALL = 4e6
@@ -65,6 +66,14 @@ def num_threads() -> int:
     if "threadpoolctl" in sys.modules:
         limits += _controlled()
     return max(1, min(limits))
+
+
+def pieces_of(heads: int, length: int, work: float) -> int:
+    """The number of pieces that each head is cut into, so that there are enough tasks for the threads."""
+    threads = num_threads()
+    if work < 4e6 or heads == 0 or heads >= 2 * threads:
+        return 1
+    return max(1, min(-(-4 * threads // heads), length // (4 * TILE)))
 
 
 _controller: Any = None
