@@ -3,6 +3,7 @@
 `python tests/backends/cuda/resources.py` compiles every instantiation and rewrites resources.json.
 """
 
+import hashlib
 import importlib.metadata
 import json
 import re
@@ -115,14 +116,23 @@ def disassembler() -> Path:
     raise FileNotFoundError("nvdisasm: pip install nvidia-cuda-nvdisasm")
 
 
-def read_table() -> dict[str, dict[str, Resources]]:
-    """The table that is checked in: by architecture and name."""
-    return json.loads(TABLE.read_text()) if TABLE.exists() else {}  # type: ignore[no-any-return]
+def fingerprint() -> str:
+    """A hash of all that the table depends on but the compiler's version: the code without comments, options, names."""
+    from favorsharp_cuda.host.launch import OPTIONS
+    from favorsharp_cuda.host.source import INSTANTIATIONS, source
+
+    code = re.sub(r"//[^\n]*|/\*.*?\*/", "", source(), flags=re.DOTALL).split()
+    return hashlib.sha256(json.dumps([code, OPTIONS, sorted(INSTANTIATIONS)]).encode()).hexdigest()
+
+
+def read_table() -> dict[str, Any]:
+    """The table that is checked in, by architecture and name; under "fingerprint" what it was made from."""
+    return json.loads(TABLE.read_text())  # type: ignore[no-any-return]
 
 
 def write_table(table: Mapping[str, Mapping[str, Resources]]) -> None:
     """Write it, one kernel a line."""
-    blocks = []
+    blocks = [f' "fingerprint": {json.dumps(fingerprint())}']
     for architecture, kernels in table.items():
         lines = [f"  {json.dumps(name)}: {json.dumps(kernels[name])}" for name in sorted(kernels)]
         blocks.append(f" {json.dumps(architecture)}: {{\n" + ",\n".join(lines) + "\n }")
