@@ -9,12 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from favorsharp._arrays import dtype_name, from_host, is_array, nearest_dtype, to_host
 from favorsharp._typing import Array
-from favorsharp.features import FeatureMap
-from favorsharp.features.dense_exponential import DenseExponentialMap
-from favorsharp.features.discrete import DiscreteMap
-from favorsharp.features.elementwise import ElementwiseMap
-from favorsharp.features.nystrom import NystromMap
-from favorsharp.features.trigonometric import TrigonometricMap
+from favorsharp.features import MAPS, FeatureMap
 from favorsharp.landmarks.settings import Landmarks
 from favorsharp.landmarks.state import LandmarkState
 from favorsharp.moments import Moments
@@ -27,21 +22,10 @@ if TYPE_CHECKING:
 FORMAT = 1
 """The version of the format that `save` writes; `load` reads only this version."""
 
-_KINDS: dict[str, Any] = {
-    kind.__name__: kind
-    for kind in (
-        Moments,
-        Parameters,
-        State,
-        DenseExponentialMap,
-        TrigonometricMap,
-        DiscreteMap,
-        ElementwiseMap,
-        NystromMap,
-        Landmarks,
-        LandmarkState,
-    )
-}
+VALUES: tuple[Any, ...] = (Moments, Parameters, State, *MAPS, Landmarks, LandmarkState)
+"""The library's values: what can be saved, and passed through JAX's transformations."""
+
+_KINDS = {kind.__name__: kind for kind in VALUES}
 
 
 def save(path: "str | Path", value: Moments | Parameters | FeatureMap | State | Landmarks | LandmarkState) -> None:
@@ -142,12 +126,12 @@ def load(path: "str | Path", *, like: Array | None = None) -> Any:
 
 def _taken_apart(value: Any, prefix: str, arrays: dict[str, Any]) -> dict[str, Any]:
     """The fields of a value as JSON can hold them; its arrays are put into `arrays`."""
-    if type(value) not in _KINDS.values():
+    if type(value) not in VALUES:
         raise TypeError(f"value must be Moments, Parameters, a FeatureMap or a State, got {type(value).__name__}")
     entries: dict[str, Any] = {}
     for field in fields(value):
         entry, name = getattr(value, field.name), prefix + field.name
-        if type(entry) in _KINDS.values():
+        if type(entry) in VALUES:
             entries[field.name] = _taken_apart(entry, f"{name}.", arrays)
         elif is_array(entry):
             arrays[name] = to_host(entry)  # bfloat16 becomes float32

@@ -13,11 +13,15 @@ from favorsharp.features.base import FeatureMap, PositiveFeatureMap
 from favorsharp.features.dense_exponential import DenseExponentialMap
 from favorsharp.features.discrete import DiscreteMap
 from favorsharp.features.elementwise import ElementwiseMap
+from favorsharp.features.nystrom import NystromMap
 from favorsharp.features.trigonometric import TrigonometricMap
 from favorsharp.methods import TAKES_PROPOSALS, method_of
 from favorsharp.parameters import Parameters
 
-__all__ = ["FeatureMap", "PositiveFeatureMap", "feature_map"]
+__all__ = ["MAPS", "FeatureMap", "PositiveFeatureMap", "feature_map"]
+
+MAPS = (DenseExponentialMap, TrigonometricMap, DiscreteMap, ElementwiseMap, NystromMap)
+"""The classes of maps; each is a frozen dataclass of arrays, names and numbers."""
 
 
 @under_own_settings
