@@ -20,7 +20,7 @@ NEWEST ?= $(shell for p in python3.14 python3.13 python3.12 \
 .PHONY: help demo test test-slow test-sweep test-parallel test-models bench lint types layers docs wheel-check gpu-bundle gpu-check clean
 
 help:
-	@echo "make demo   compare the methods on the attention sample, leave the picture"
+	@echo "make demo   compare exact attention, landmarks and features on real heads, leave a picture"
 	@echo "make test   the whole test matrix"
 	@echo "make bench  the kernels against what else a CPU can run"
 	@echo "make test-slow test-sweep test-parallel test-models lint types layers docs wheel-check clean"
@@ -32,7 +32,7 @@ $(VENV)/made:
 	touch $@
 
 $(VENV)/cli: $(VENV)/made pyproject.toml
-	$(PIP) --editable '.[cli]'
+	$(PIP) --editable '.[cli,cpu]'
 	touch $@
 
 $(VENV)/test: $(VENV)/made pyproject.toml
@@ -47,7 +47,6 @@ $(VENV)/docs: $(VENV)/made pyproject.toml
 
 demo: $(VENV)/cli
 	$(BIN)/favorsharp compare --output favorsharp-compare.png
-	@echo "The picture is favorsharp-compare.png"
 
 test: $(VENV)/test
 	$(PARALLEL) -m "not slow and not models and not sweep"

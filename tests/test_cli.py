@@ -94,6 +94,23 @@ def test_compare_options(tmp_path, capsys, monkeypatch, arrays):
     assert "No setting reaches an error of 1e-09" in out
 
 
+def test_compare_without_a_file_measures_real_heads_and_a_longer_sequence(tmp_path, capsys, monkeypatch):
+    output = ["--output", str(tmp_path / "a.png"), "--json", str(tmp_path / "a.json")]
+    fast = ["--methods", "posrf,landmarks,optimal", "--features", "16", "--seeds", "1", "--window", "0,16"]
+    code, out, err = run(capsys, monkeypatch, "compare", *fast, *output, "--lengths", "512,700")
+    assert code == 0, err
+    rows = [(row["keys"], row["method"], row["window"]) for row in json.loads((tmp_path / "a.json").read_text())]
+    assert rows[:3] == [(512, "window alone", 16), (512, "posrf", 0), (512, "posrf", 16)]
+    assert rows[7:] == [(700, "window alone", 16), (700, "landmarks", 0), (700, "optimal", 0)]
+    exact, landmarks, optimal = out.splitlines()[-3:]
+    assert exact.startswith("Exact attention over 700 tokens takes ")
+    assert "landmarks" in landmarks
+    assert "optimal" in optimal
+    code, _, err = run(capsys, monkeypatch, "compare", *fast, *output, "--lengths", "0")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "--lengths takes integers of 1 or more" in err
+
+
 def bad_files(folder, arrays):
     """Paths, and what the one line about each says."""
     good = arrays["q"]

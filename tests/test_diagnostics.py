@@ -14,6 +14,25 @@ def test_sample():
     assert q.dtype == np.float16
 
 
+def test_a_longer_sample_begins_with_the_recorded_tokens_and_keeps_their_moments():
+    recorded, longer = load_sample(), load_sample(4 * 512)
+    for x, y in zip(recorded, longer, strict=True):
+        assert y.dtype == np.float16
+        np.testing.assert_array_equal(y[:, :512], x)
+        x, y = x.astype(float), y[:, 512:].astype(float)
+        moved = np.linalg.norm(x.mean(1) - y.mean(1), axis=-1)
+        assert np.all(moved < 0.2 * np.sqrt(x.var(axis=1).sum(axis=-1)))
+        np.testing.assert_allclose(y.var(axis=1).sum(axis=-1), x.var(axis=1).sum(axis=-1), rtol=0.25)
+        assert len(np.unique(y[0], axis=0)) == 3 * 512  # no token is repeated
+    q, k, _ = longer  # what belongs together stays together: a query's own key
+    own = [np.corrcoef((q[:, a : a + 512] * k[:, a : a + 512]).astype(float).sum(-1).ravel(),
+                       (q[:, :512] * k[:, :512]).astype(float).sum(-1).ravel())[0, 1] for a in (512, 1024)]  # fmt: skip
+    assert min(own) > 0.5
+    assert [x.shape for x in load_sample(100)] == [(6, 100, 32)] * 3
+    with pytest.raises(ValueError, match="length must be an integer of 1 or more, got 0"):
+        load_sample(0)
+
+
 def test_relative_error(xp):
     exact = np.array([[[3.0, 4.0]], [[0.0, 2.0]]])
     got = relative_error(xp(exact + np.array([[[0.0, 1.0]], [[2.0, 0.0]]])), xp(exact))

@@ -1,10 +1,10 @@
 """The command `favorsharp compare`: measures settings on the user's queries, keys and values."""
 
-import itertools
 import json
 import math
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,6 +15,7 @@ from rich.table import Table
 
 import favorsharp as fs
 from favorsharp.cli.files import check_writable, read_attention
+from favorsharp.cli.picture import draw
 from favorsharp.diagnostics import ALONE, COMPARED, Comparison, load_sample, recommend
 from favorsharp.diagnostics import compare as measure
 from favorsharp.methods import LANDMARKS, POSITIVE, POSITIVE_FROM_POINTS
@@ -22,6 +23,11 @@ from favorsharp.methods import LANDMARKS, POSITIVE, POSITIVE_FROM_POINTS
 METHODS = ",".join(COMPARED)
 NAMES = (*POSITIVE, *POSITIVE_FROM_POINTS, LANDMARKS)
 DEFAULT_WINDOWS = "0,16"
+DEFAULT_LENGTHS = "512,8192"
+WORTH = 3
+"""How many times as fast as exact attention a setting has to be to get into the summary."""
+SHARPEST = ("optimal", LANDMARKS)
+"""The methods that are measured on long sequences."""
 
 
 def compare(
@@ -29,7 +35,7 @@ def compare(
         Path | None,
         typer.Argument(
             help="q, k, v of shape (heads..., points, size): .npz, .safetensors, or a folder of q.npy, k.npy, v.npy. "
-            "Default: six heads of a sentence encoder, 512 tokens.",
+            "Default: heads of a sentence encoder.",
             show_default=False,
         ),
     ] = None,
@@ -39,6 +45,13 @@ def compare(
     draws: Annotated[str, typer.Option(help="iid, orthogonal, simplex, sobol, antithetic.")] = "orthogonal",
     seeds: Annotated[int, typer.Option(help="Draws that errors are averaged over.", min=1)] = 3,
     heads: Annotated[str | None, typer.Option(help="Which of the leading index, such as 0,3,5.")] = None,
+    lengths: Annotated[
+        str,
+        typer.Option(
+            help="Without a file: the first 512 tokens are real, and more are drawn from these. Longer than 512: two "
+            "heads, optimal features and landmarks only, without windows."
+        ),
+    ] = DEFAULT_LENGTHS,
     causal: Annotated[bool, typer.Option("--causal", help="Fit to the first half, measure on the second.")] = False,
     target: Annotated[float, typer.Option(help="The relative error you need.")] = 0.3,
     array: Annotated[str, typer.Option(help="numpy, torch or cupy.")] = "numpy",
@@ -51,37 +64,80 @@ def compare(
 ) -> None:
     """Measure error, time and memory of the methods, and recommend a setting."""
     console = Console()
-    options = _options(methods, features, window, draws, causal, target)
-    q, k, v, scale = (*load_sample(), None) if file is None else read_attention(file)
-    q, k, v = (_select(x, heads) for x in (q, k, v))
-    if q.shape[-2] != k.shape[-2] and window == DEFAULT_WINDOWS:
-        options["windows"] = [0]  # the user did not ask for a window
-    if any(options["windows"]) and q.shape[-2] != k.shape[-2]:
-        raise ValueError(f"--window needs as many queries as keys, got {q.shape[-2]} and {k.shape[-2]}: use --window 0")
-    if causal and (q.shape[-2] != k.shape[-2] or q.shape[-2] < 4):
-        raise ValueError("--causal needs as many queries as keys, and at least 4")
+    options = _options(methods, features, window, draws, causal, target) | {"seeds": seeds, "is_causal": causal}
+    subjects = _samples(lengths, options) if file is None else [_own(file, window, options)]
+    for subject in subjects:
+        subject.points = tuple(_select(x, heads) for x in subject.points)
+        _check_lengths(subject, causal)
     if output.suffix not in (".png", ".svg", ".pdf"):
         raise ValueError(f"--output must end in .png, .svg or .pdf, got {output}")
     check_writable(output, json_file)
     to = _library(array, dtype)
-    arrays = [_converted(name, x, to, dtype) for name, x in zip("qkv", (q, k, v), strict=True)]
     with fs.use(backend) if backend else nullcontext():
-        rows = _measure(arrays, console, seeds=seeds, scale=scale, is_causal=causal, **options)
-    _draw(rows, output, target, f"{file.name if file else 'sentence encoder'}, {k.shape[-2]} keys")
-    name = file.name if file else "the shipped sample (six heads of a sentence encoder)"
-    console.print(_table(rows, f"{name}: {q.shape[-2]} queries, {k.shape[-2]} keys, d={q.shape[-1]}, {array} {dtype}"))
+        for subject in subjects:
+            arrays = [_converted(name, x, to, dtype) for name, x in zip("qkv", subject.points, strict=True)]
+            subject.rows = [row for run in subject.runs for row in _measure(arrays, console, **run)]
+            console.print(_table(subject.rows, f"{subject.title}, d={subject.points[0].shape[-1]}, {array} {dtype}"))
+            console.print(f"Exact attention takes {_milliseconds(subject.rows[0].exact_seconds)} ms.")
+            console.print(_advice(subject.rows, target))
+    draw([(subject.title, subject.rows) for subject in subjects], output)
     if causal:
         console.print(
             "Causal: maps fitted to the first half of the sequence, errors of the queries of the second half."
         )
-    for note in _notes(rows):
+    for note in _notes([row for subject in subjects for row in subject.rows]):
         console.print(note)
-    console.print(f"Exact attention takes {_milliseconds(rows[0].exact_seconds)} ms.")
-    console.print(_advice(rows, target), style="bold")
     console.print(f"Picture: {output}", soft_wrap=True)
     if json_file is not None:
-        json_file.write_text(json.dumps([row.as_dict() for row in rows], indent=1) + "\n")
+        found = [row.as_dict() | {"keys": s.points[1].shape[-2]} for s in subjects for row in s.rows]
+        json_file.write_text(json.dumps(found, indent=1) + "\n")
         console.print(f"Numbers: {json_file}", soft_wrap=True)
+    for line in _summary(subjects[-1]):
+        console.print(line, style="bold", soft_wrap=True)
+
+
+@dataclass
+class _Subject:
+    """Queries, keys and values, what to measure on them, and the results."""
+
+    title: str
+    points: tuple[Any, ...]
+    runs: list[dict[str, Any]]
+    rows: list[Comparison] = field(default_factory=list)
+
+
+def _samples(lengths: str, options: dict[str, Any]) -> list[_Subject]:
+    """The sample for each length. Drawn tokens are measured with fewer settings, since these take longer."""
+    recorded = load_sample()
+    subjects = []
+    for length in _numbers("--lengths", lengths, 1):
+        title, points, runs = f"six heads of a sentence encoder, {length:,} tokens", load_sample(length), [options]
+        if length > recorded[0].shape[-2]:
+            title = f"two heads of a sentence encoder, {length:,} tokens drawn like real ones"
+            points = tuple(x[:2] for x in points)
+            sharpest = [name for name in options["methods"] if name in SHARPEST]
+            few = options | {"methods": sharpest or options["methods"], "windows": [0], "seeds": 1}
+            alone = options | {"methods": (), "seeds": 1}
+            runs = [alone, few] if any(options["windows"]) else [few]
+        subjects.append(_Subject(title, points, runs))
+    return subjects
+
+
+def _own(file: Path, window: str, options: dict[str, Any]) -> _Subject:
+    """The contents of the user's file."""
+    q, k, v, scale = read_attention(file)
+    options = options | {"scale": scale}
+    if q.shape[-2] != k.shape[-2] and window == DEFAULT_WINDOWS:
+        options["windows"] = [0]  # the user did not ask for a window
+    return _Subject(f"{file.name}: {q.shape[-2]} queries, {k.shape[-2]} keys", (q, k, v), [options])
+
+
+def _check_lengths(subject: _Subject, causal: bool) -> None:
+    n, s = (x.shape[-2] for x in subject.points[:2])
+    if any(any(run["windows"]) for run in subject.runs) and n != s:
+        raise ValueError(f"--window needs as many queries as keys, got {n} and {s}: use --window 0")
+    if causal and (n != s or n < 4):
+        raise ValueError("--causal needs as many queries as keys, and at least 4")
 
 
 def _options(methods: str, features: str, window: str, draws: str, causal: bool, target: float) -> dict[str, Any]:
@@ -215,7 +271,7 @@ def _number(value: float | None, form: str) -> str:
 
 
 def _milliseconds(seconds: float) -> str:
-    return f"{1e3 * seconds:.3g}"
+    return f"{1e3 * seconds:.3g}" if seconds < 1 else f"{1e3 * seconds:,.0f}"
 
 
 def _advice(rows: list[Comparison], target: float) -> str:
@@ -236,6 +292,26 @@ def _advice(rows: list[Comparison], target: float) -> str:
     return text
 
 
+def _summary(subject: _Subject) -> list[str]:
+    """The time of exact attention, and for landmarks and `optimal` the setting with the least error that saves time."""
+    exact = subject.rows[0].exact_seconds
+    lines = [
+        f"Exact attention over {subject.points[1].shape[-2]:,} tokens takes {_milliseconds(exact)} ms, and its time "
+        "grows with the square of their number. The time of what follows grows in proportion to it."
+    ]
+    for method, law in ((LANDMARKS, "biased; each call chooses its own"), ("optimal", "unbiased; one map, many calls")):
+        rows = [row for row in subject.rows if row.method == method]
+        faster = [row for row in rows if WORTH * row.seconds <= exact]
+        if faster:
+            best = min(faster, key=lambda row: row.measured)
+            gain, off = exact / best.seconds, 100 * best.measured
+            text = f"{_milliseconds(best.seconds)} ms, {gain:.0f} times as fast, with an error of {off:.0f} %"
+            lines.append(f"{_setting(best)}: {text} ({law}).")
+        elif rows:
+            lines.append(f"{method}: no setting is {WORTH} times as fast as exact attention at this length.")
+    return lines
+
+
 def _setting(row: Comparison) -> str:
     window = f", window {row.window}" if row.window else ""
     if row.method == ALONE:
@@ -243,85 +319,3 @@ def _setting(row: Comparison) -> str:
     if row.method == LANDMARKS:
         return f"{row.num_features} landmarks{window}"
     return f"{row.method} with {row.num_features}{f' {row.draw}' if row.draw != 'none' else ''} features{window}"
-
-
-_PALETTE = ("#9a9a9a", "#5e5e5e", "#56b4e9", "#0072b2", "#009e73", "#c1272d", "#e69f00", "#cc79a7", "#b09030")
-COLOURS = dict(zip(POSITIVE, itertools.cycle(_PALETTE), strict=False))
-COLOURS |= dict(zip((*POSITIVE_FROM_POINTS, LANDMARKS, ALONE), ("#7b3294", "#000000", "#bbbbbb"), strict=True))
-
-
-def _draw(rows: list[Comparison], path: Path, target: float, subject: str) -> None:
-    """Plot the error against features and against time, with one line for each method; other windows are dashed."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    from matplotlib import pyplot as plt
-    from matplotlib.lines import Line2D
-    from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator, ScalarFormatter
-
-    plain = {"axes.spines.top": False, "axes.spines.right": False, "font.size": 10, "axes.titlelocation": "left"}
-    with plt.rc_context(plain):
-        figure, (left, right) = plt.subplots(1, 2, figsize=(10.5, 4.4), sharey=True, layout="constrained")
-        windows = sorted({row.window for row in rows})
-        styles = ["-", (0, (4, 2)), (0, (1, 1.5)), (0, (5, 1, 1, 1))]
-        groups: dict[tuple[str, str, int], list[Comparison]] = {}
-        for row in rows:
-            groups.setdefault((row.method, row.draw, row.window), []).append(row)
-        for (method, _, window), group in groups.items():
-            look = {
-                "color": COLOURS[method],
-                "linestyle": styles[windows.index(window) % len(styles)],
-                "linewidth": 2.4 if method == "optimal" else 1.3,
-                "marker": "o",
-                "markersize": 4.5 if method == "optimal" else 3,
-                "zorder": 3 if method == "optimal" else 2,
-            }
-            errors = [row.measured for row in group]
-            if method == ALONE:
-                left.axhline(errors[0], **look | {"marker": None})
-            else:
-                left.plot([row.num_features for row in group], errors, **look)
-            right.plot([1e3 * row.seconds for row in group], errors, **look)
-        for axis in (left, right):
-            axis.set_xscale("log")
-            axis.grid(axis="y", color="#e8e8e8", linewidth=0.8)
-            axis.set_axisbelow(True)
-            axis.axhline(target, color="#444444", linewidth=0.8, linestyle=":")
-        counts = sorted({row.num_features for row in rows if row.num_features})
-        left.xaxis.set_major_locator(FixedLocator(counts))
-        left.xaxis.set_major_formatter(ScalarFormatter())
-        left.xaxis.set_minor_locator(NullLocator())
-        right.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        right.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        right.xaxis.set_minor_formatter(NullFormatter())
-        figure.suptitle(subject, x=0.01, ha="left", fontsize=10, color="#444444")
-        right.axvline(1e3 * rows[0].exact_seconds, color="#444444", linewidth=0.8)
-        right.annotate(
-            "exact attention",
-            (1e3 * rows[0].exact_seconds, 0),
-            xycoords=("data", "axes fraction"),
-            xytext=(4, 4),
-            textcoords="offset points",
-            fontsize=8,
-            color="#444444",
-        )
-        left.annotate(f"target {target:g}", (0, target), xycoords=("axes fraction", "data"), fontsize=8, va="bottom")
-        left.set(xlabel="features", ylabel="relative error of attention", title="Error against features or landmarks")
-        left.set_ylim(bottom=0)
-        right.set(xlabel="milliseconds", title="Error against time")
-        methods = {row.method: f"{row.method} (biased)" if row.biased else row.method for row in rows}
-        handles = [Line2D([], [], color=COLOURS[name], linewidth=2, label=label) for name, label in methods.items()]
-        if len(windows) > 1 or windows[0]:
-            handles += [
-                Line2D(
-                    [],
-                    [],
-                    color="#444444",
-                    linestyle=styles[i % len(styles)],
-                    label=f"window {w}" if w else "no window",
-                )
-                for i, w in enumerate(windows)
-            ]
-        figure.legend(handles=handles, loc="outside right upper", frameon=False)
-        figure.savefig(path, dpi=160)
-        plt.close(figure)
