@@ -1,13 +1,14 @@
 """Moments weighted by attention, for fits that are good where attention is large: the public `attention_moments`."""
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from favorsharp._arrays import (
     broadcast_shapes,
     cast,
-    compute_dtype,
-    dtype_name,
     namespace_of,
     on_device_of,
     statistics_dtype,
@@ -83,45 +84,95 @@ def attention_moments(
         raise ValueError("attention_moments takes no dask arrays: pass a sample of points in memory")
     data = moments(x, y, axis=axis, mask_x=mask_x, mask_y=mask_y, enable_gqa=enable_gqa)  # checks the arguments too
     factor = kernel_scale(kernel, scale, data.size)
-    xp = check_floats(x=x, y=y)
+    check_floats(x=x, y=y)
     n, s = x.shape[-2], y.shape[-2]
     if check_flag("is_causal", is_causal) and n != s:
         raise ValueError(f"is_causal needs as many queries as keys: x has n={n}, y has s={s}")
     group = check_group(enable_gqa, x, y, ("x", "y"))
-    positions = xp.arange(n, **on_device_of(x))
-    visible_x = _visible(mask_x, x)
+    pairs = _pairs(x, y, data, group, mask_x, mask_y, is_causal)
+    sums = _weighted_sums(pairs, lambda x, y: _logits(x, y, data, kernel, factor), power)
+    return _shifted(pairs, sums, data, averaged_axes(axis, len(pairs.batch) + 2))
+
+
+@dataclass(frozen=True, eq=False)
+class _Pairs:
+    """Queries (*b, n, d) and keys (*b, s, d), centred at their plain means and 0 where hidden; and who sees whom.
+
+    Centring keeps sums from being differences of large numbers. `positions` (n,) are those of the queries if calls are
+    causal; the g queries of a group follow each other on the axis n.
+    """
+
+    x: Array
+    y: Array
+    visible_x: Array
+    visible_y: Array
+    positions: Array | None
+
+    @property
+    def batch(self) -> tuple[int, ...]:
+        """The leading axes of the pairs."""
+        return broadcast_shapes(self.x.shape[:-2], self.y.shape[:-2])
+
+    def visible(self, part: slice) -> Array:
+        """Which keys some of the queries see, (*b, n', s)."""
+        visible = self.visible_x[..., part, None] & self.visible_y[..., None, :]
+        if self.positions is None:
+            return visible
+        last = namespace_of(self.y).arange(self.y.shape[-2], **on_device_of(self.y))
+        return visible & (self.positions[part, None] >= last[None, :])
+
+
+def _pairs(
+    x: Array, y: Array, data: Moments, group: int, mask_x: Array | None, mask_y: Array | None, is_causal: bool
+) -> _Pairs:
+    """The points as the sums take them; the g queries of each key head are pooled."""
+    xp = namespace_of(x, y)
+    positions = xp.arange(x.shape[-2], **on_device_of(x))
+    visible_x, visible_y = _visible(mask_x, x), _visible(mask_y, y)
     if group > 1:
         x, visible_x = pool_heads(x, group), pool_heads(visible_x[..., None], group)[..., 0]
         positions = xp.concat([positions] * group)
-    visible_y = _visible(mask_y, y)
     dtype = statistics_dtype(x)
-    # centred at the plain means, so that the sums below are not differences of large numbers
     x, y = cast(x, dtype) - data.mean_x, cast(y, dtype) - data.mean_y
     x, y = xp.where(visible_x[..., None], x, 0.0), xp.where(visible_y[..., None], y, 0.0)
-    batch = broadcast_shapes(x.shape[:-2], y.shape[:-2])
-    shift = 0.0 if kernel == "gaussian" else xp.matrix_transpose(factor * (y @ xp.matrix_transpose(data.mean_x)))
-    rows, columns, cross = [], xp.zeros((*batch, 1, s), dtype=dtype, **on_device_of(x)), 0.0
-    step = max(1, _TILE_ELEMENTS // max(1, s * math.prod(batch)))
-    for start in range(0, x.shape[-2], step):
-        part = slice(start, min(start + step, x.shape[-2]))
-        if kernel == "gaussian":
-            logits = log_gaussian(x[..., part, :] + (data.mean_x - data.mean_y), y, factor)
-        else:
-            logits = log_softmax_kernel(factor**0.5 * x[..., part, :], factor**0.5 * y) + shift
-        visible = visible_x[..., part, None] & visible_y[..., None, :]
-        if is_causal:
-            visible = visible & (positions[part, None] >= positions[None, :s])
-        weights = _weights(logits, visible, power)
+    return _Pairs(x, y, visible_x, visible_y, positions if is_causal else None)
+
+
+def _logits(x: Array, y: Array, data: Moments, kernel: str, factor: float) -> Array:
+    """Log kernels of centred queries and keys, up to a constant for each query."""
+    if kernel == "gaussian":
+        return log_gaussian(x + (data.mean_x - data.mean_y), y, factor)
+    transposed = namespace_of(y).matrix_transpose
+    shift = transposed(factor * (y @ transposed(data.mean_x)))
+    return log_softmax_kernel(factor**0.5 * x, factor**0.5 * y) + shift
+
+
+def _weighted_sums(pairs: _Pairs, logits: Callable[[Array, Array], Array], power: float) -> tuple[Array, Array, Array]:
+    """The weights of queries (*b, n, 1) and of keys (*b, 1, s), and the weighted sum of x y' (*b, d, d)."""
+    xp = namespace_of(pairs.x, pairs.y)
+    n, s = pairs.x.shape[-2], pairs.y.shape[-2]
+    zeros = partial(xp.zeros, dtype=pairs.x.dtype, **on_device_of(pairs.x))
+    rows, columns, cross = [zeros((*pairs.batch, 0, 1))], zeros((*pairs.batch, 1, s)), zeros((*pairs.batch, 1, 1))
+    step = max(1, _TILE_ELEMENTS // max(1, s * math.prod(pairs.batch)))
+    for start in range(0, n, step):
+        part = slice(start, min(start + step, n))
+        x = pairs.x[..., part, :]
+        weights = _weights(logits(x, pairs.y), pairs.visible(part), power)
         rows.append(xp.sum(weights, axis=-1, keepdims=True))
         columns = columns + xp.sum(weights, axis=-2, keepdims=True)
-        cross = cross + xp.matrix_transpose(x[..., part, :]) @ (weights @ y)
-    row = xp.concat(rows, axis=-2) if rows else xp.zeros((*batch, 0, 1), dtype=dtype, **on_device_of(x))
-    axes = averaged_axes(axis, len(batch) + 2)
+        cross = cross + xp.matrix_transpose(x) @ (weights @ pairs.y)
+    return xp.concat(rows, axis=-2), columns, cross
+
+
+def _shifted(pairs: _Pairs, sums: tuple[Array, Array, Array], data: Moments, axes: tuple[int, ...]) -> Moments:
+    """The moments from sums around the plain means of `data`, averaged over axes."""
+    xp = namespace_of(pairs.x, pairs.y)
+    transposed = xp.matrix_transpose
+    x, y, (row, columns, cross) = pairs.x, pairs.y, sums
     total = _summed(columns, (*axes, -1))
     safe = xp.where(total > 0, total, 1.0)
-    step_x = _summed(xp.matrix_transpose(row) @ x, axes) / safe
+    step_x = _summed(transposed(row) @ x, axes) / safe
     step_y = _summed(columns @ y, axes) / safe
-    transposed = xp.matrix_transpose
     return Moments(
         total,
         data.mean_x + step_x,
@@ -129,9 +180,8 @@ def attention_moments(
         total,
         data.mean_y + step_y,
         _summed(transposed(y) @ (transposed(columns) * y), axes) / safe - transposed(step_y) @ step_y,
-        dtype=dtype_name(compute_dtype(xp, x, y) if data.dtype == "float64" else data.dtype),
-        cross=_summed(cross + xp.zeros((*batch, 1, 1), dtype=dtype, **on_device_of(x)), axes) / safe
-        - transposed(step_x) @ step_y,
+        dtype=data.dtype,
+        cross=_summed(cross, axes) / safe - transposed(step_x) @ step_y,
     )
 
 
