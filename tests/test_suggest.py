@@ -56,7 +56,7 @@ def test_no_points_are_refused():
 
 def test_exact_is_cheaper_until_the_products_of_features_are_fewer(monkeypatch):
     """n s products of points against (n + s) m of points and rows."""
-    monkeypatch.setattr("favorsharp.diagnostics._SIZES", (64,))
+    monkeypatch.setattr("favorsharp.diagnostics.suggestion._SIZES", (64,))
     rng = np.random.default_rng(0)
     for n, s, cheaper in ((128, 128, True), (129, 128, False), (64, 10_000, True), (65, 10_000, False)):
         x, y = rng.standard_normal((n, 4)), rng.standard_normal((s, 4))

@@ -16,8 +16,9 @@ from rich.table import Table
 import favorsharp as fs
 from favorsharp.cli.files import check_writable, read_attention
 from favorsharp.cli.picture import draw
-from favorsharp.diagnostics import ALONE, COMPARED, Comparison, load_sample, recommend
+from favorsharp.diagnostics import Comparison, load_sample, recommend
 from favorsharp.diagnostics import compare as measure
+from favorsharp.diagnostics.comparison import ALONE, COMPARED
 from favorsharp.methods import LANDMARKS, POSITIVE, POSITIVE_FROM_POINTS
 
 METHODS = ",".join(COMPARED)

@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from favorsharp.diagnostics import ALONE, Comparison
+from favorsharp.diagnostics import Comparison
+from favorsharp.diagnostics.comparison import ALONE
 from favorsharp.methods import LANDMARKS, POSITIVE_FROM_POINTS
 
 Panel = tuple[str, Sequence[Comparison]]

@@ -18,7 +18,7 @@ except Exception as missing:
 
 
 def test_the_table_is_of_this_source():
-    """A change of the kernels needs the table anew, which takes ten minutes. Then the table speaks for all instances."""
+    """A change of the kernels needs the table anew, which takes ten minutes. It then speaks for all instances."""
     table = resources.read_table()
     assert table["fingerprint"] == resources.fingerprint(), "run python tests/backends/cuda/resources.py"
     for architecture in resources.ARCHITECTURES:
