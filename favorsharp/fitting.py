@@ -143,8 +143,8 @@ def fit_map(
     It also makes the maps that need the points themselves, for which moments are not enough. **They are biased**. With
     `method="prototypes"`, for attention, a feature is exact attention from a mean of queries. More features do not lead
     to the exact kernel; but for queries and keys like those of the fit, the error is less than half of that of as many
-    random features. With `method="nystrom"`, for sums of kernels, features are kernels with m of the points. They can
-    be negative. The errors of smooth kernels in few dimensions are far below those of random features.
+    random features. With `method="nystrom"`, for sums of kernels, features are made of kernels with m centres. They
+    can be negative. The errors of smooth kernels in few dimensions are far below those of random features.
 
     Parameters
     ----------
@@ -166,7 +166,8 @@ def fit_map(
         As in `moments`.
     rng : None, int, SeedSequence or numpy Generator
         As in `feature_map`. For prototypes it chooses 1,024 of the queries, if there are more, and the starting points;
-        for Nystrom maps 1,024 of the queries and as many keys, and the centres among these.
+        for Nystrom maps 512 of the queries and as many keys, or with 512 or more features as many of each as there are
+        features, and the centres among these.
 
     Returns
     -------
@@ -216,14 +217,17 @@ def _map_from_points(method: str, x: Array, y: Array, num_features: int, rng: An
     m, own = check_integer("num_features", num_features, 1), generator(rng)
     check_in_memory(x=x, y=y)
     check_floats(x=x, y=y)
+    same = y is x and fitting["mask_y"] is fitting["mask_x"]
     x, y = without_gradient(x), without_gradient(y)
-    fitted = fit_named(("x", "y"), x, y, method="optimal", **fitting)
+    # with the Gaussian kernel, centres need no other coordinates than those of the points
+    base = "posrf" if method == "nystrom" and fitting["kernel"] == "gaussian" else "optimal"
+    fitted = fit_named(("x", "y"), x, y, method=base, **fitting)
     if x.shape[-2] == 0:
         raise ValueError(f"method {method!r} makes a map from queries: x has n=0; accepted: 1 or more")
     group = x.shape[-3] // y.shape[-3] if fitting["enable_gqa"] else 1
     wide = statistics_dtype(x)
     points = pooled(cast(x, wide), fitting["mask_x"], fitting["axis"], group)
-    keys = pooled(cast(y, wide), fitting["mask_y"], fitting["axis"], 1)
+    keys = points if same else pooled(cast(y, wide), fitting["mask_y"], fitting["axis"], 1)
     make = prototype_map if method == "prototypes" else nystrom_map
     made: FeatureMap = astype(make(fitted, *points, *keys, m, own), fitted.g1.dtype)
     return made

@@ -1,24 +1,35 @@
 """Nystrom's method: a map of kernels with m centres, which are chosen from sample points (docs: theory, nystrom).
 
-With the centres C, the kernel K(x, y) is replaced by K(x, C) K(C, C)^-1 K(C, y). Centres are drawn one after the other
-from a sample of queries and keys, each in proportion to the error of the kernel of the point with itself that the
-centres so far leave: randomly pivoted Cholesky (arXiv 2207.06503). Then a few steps of k-means move them.
+With the centres C, the kernel K(x, y) is replaced by K(x, C) A K(C, y). Centres are chosen from a sample of queries and
+keys: some uniformly, and the others in proportion to the error of the kernel of the point with itself that the first
+ones leave. A step of k-means moves them, and they are drawn towards the mean of the points. A is the inverse of
+K(C, C), plus what a ridge regression of the kernel matrix of the sample adds to it.
 """
 
+import math
 from dataclasses import replace
 from typing import Any
 
-from favorsharp._algebra import identity, zeros_row
+from favorsharp._algebra import identity, outer
 from favorsharp._arrays import broadcast_shapes, cast, from_host, namespace_of, on_device_of
 from favorsharp._typing import Array
 from favorsharp._values import astype
-from favorsharp.features.nystrom import NystromMap
+from favorsharp.features.nystrom import NystromMap, gaussian
 from favorsharp.ops.state import hide
 from favorsharp.parameters import Parameters, embed_key, embed_query
-from favorsharp.samples import k_means, sampled
+from favorsharp.samples import SAMPLE, k_means, sampled
 
-STEPS = 3
-"""Steps of k-means. With ten, errors are 1 % smaller."""
+UNIFORM = 0.25
+"""The share of centres that are chosen uniformly."""
+
+TOWARDS_MEAN = 0.15
+"""The part of the way to the mean of all points that a centre moves if there are many more points than centres."""
+
+LEAST = 1e-5
+"""What features leave of the kernels of points with themselves, on average, below which no regression follows."""
+
+RIDGE = 0.1
+"""The ridge of the regression, in units of one point's square features."""
 
 
 def nystrom_map(
@@ -31,62 +42,109 @@ def nystrom_map(
     """
     xp = namespace_of(x, y)
     least = num_features * float(xp.finfo(fitted.g1.dtype).eps)
-    p = _coordinates(astype(fitted, x.dtype))
-    x, seen_x = sampled(hide(x, seen_x), seen_x, rng)
-    y, seen_y = sampled(hide(y, seen_y), seen_y, rng)
-    u, v = embed_query(p, x)[0], embed_key(p, y)[0]
-    batch = broadcast_shapes(u.shape[:-2], v.shape[:-2])
-    points = xp.concat([xp.broadcast_to(a, (*batch, *a.shape[-2:])) for a in (u, v)], axis=-2)
-    seen = xp.concat([xp.broadcast_to(a, (*batch, a.shape[-1])) for a in (seen_x, seen_y)], axis=-1)
-    centres = _pivots(points, seen, num_features, rng)
-    centres = k_means(points, seen, centres, xp.ones_like(centres[..., :1, :1], dtype=xp.bool), STEPS)
-    return NystromMap(p, num_features, centres, _inverse_root(_gaussian(centres, centres), least))
+    most = max(SAMPLE, 2 * num_features)
+    if y is x:
+        x, seen_x = sampled(hide(x, seen_x), seen_x, rng, most)
+        y, seen_y = x[..., :0, :], seen_x[..., :0]
+    else:
+        x, seen_x = sampled(hide(x, seen_x), seen_x, rng, most // 2)
+        y, seen_y = sampled(hide(y, seen_y), seen_y, rng, most // 2)
+    seen = _joined(seen_x[..., None], seen_y[..., None])
+    p = _coordinates(astype(fitted, x.dtype), _joined(x, y), seen)
+    points = _joined(embed_query(p, x)[0], embed_key(p, y)[0])
+    noise = from_host(rng.gumbel(size=(2, most)), points)
+    centres = _centres(points, seen[..., 0], num_features, least, noise)
+    root = _inverse_root(gaussian(centres, centres), least)
+    points, seen = sampled(points, seen[..., 0], rng, max(SAMPLE // 2, 2 * num_features))  # enough for the regression
+    stretch = _stretch(points, gaussian(points, centres) @ root, seen[..., None])
+    return NystromMap(p, num_features, centres, root @ stretch)
 
 
-def _coordinates(p: Parameters) -> Parameters:
-    """The coordinates of centres: those of `optimal`, or with the Gaussian kernel the points minus a common mean."""
+def _joined(a: Array, b: Array) -> Array:
+    """Both along the point axis, (*b, n, d) and (*b, s, d) -> (*b, n + s, d)."""
+    xp = namespace_of(a, b)
+    batch = broadcast_shapes(a.shape[:-2], b.shape[:-2])
+    return xp.concat([xp.broadcast_to(x, (*batch, *x.shape[-2:])) for x in (a, b)], axis=-2)
+
+
+def _coordinates(p: Parameters, points: Array, seen: Array) -> Parameters:
+    """The coordinates of centres: those of `optimal`, or with the Gaussian kernel the points minus their mean."""
     own = replace(p, method="nystrom", a=namespace_of(p.a).zeros_like(p.a))
     if p.kernel == "softmax":
         return own
-    eye, mean = identity(p.g1, p.g2), 0.5 * (p.center_x + p.center_y)
-    return replace(own, g1=eye, g2=eye, center_x=mean + zeros_row(eye), center_y=mean + zeros_row(eye))
+    centre = _mean(points, seen) * math.sqrt(p.scale)
+    eye = identity(p.g1, p.g2)
+    return replace(own, g1=eye, g2=eye, center_x=centre, center_y=centre)
 
 
-def _gaussian(points: Array, centres: Array) -> Array:
-    """exp(-|u - c|^2 / 2), (*b, n, m)."""
+def _mean(points: Array, seen: Array) -> Array:
+    """The mean of the points that count, (*b, 1, d); zeros if there are none."""
     xp = namespace_of(points)
-    own, other = (xp.sum(a * a, axis=-1, keepdims=True) for a in (points, centres))
-    squares = own + xp.matrix_transpose(other) - 2 * (points @ xp.matrix_transpose(centres))
-    return xp.exp(-0.5 * xp.maximum(squares, xp.zeros_like(squares)))
+    weight = cast(seen, points.dtype)
+    count = xp.sum(weight, axis=-2, keepdims=True)
+    return xp.sum(points * weight, axis=-2, keepdims=True) / xp.maximum(count, xp.ones_like(count))
 
 
-def _pivots(points: Array, seen: Array, m: int, rng: Any) -> Array:
-    """Centres, chosen by randomly pivoted Cholesky, (*b, m, d); some are equal if fewer points count."""
+def _centres(points: Array, seen: Array, m: int, least: float, noise: Array) -> Array:
+    """Centres, (*b, m, d); some are equal if fewer points count. `noise` has two rows of Gumbel numbers."""
     xp = namespace_of(points)
-    left = cast(seen, points.dtype)  # what the centres so far leave of the kernel of each point with itself
-    least = 1e3 * float(xp.finfo(points.dtype).eps)
-    shares = from_host(rng.random(m), points)
-    factor = xp.zeros((*points.shape[:-1], 0), dtype=points.dtype, **on_device_of(points))
-    centres = []
-    for i in range(m):
-        along = xp.cumulative_sum(left, axis=-1)
-        pick = xp.argmax(cast(along > shares[i] * along[..., -1:], xp.int8), axis=-1, keepdims=True)
-        centre = xp.take_along_axis(points, pick[..., None], axis=-2)
-        row = xp.take_along_axis(factor, pick[..., None], axis=-2)
-        rest = xp.take_along_axis(left, pick, axis=-1)[..., None]
-        column = _gaussian(points, centre) - factor @ xp.matrix_transpose(row)
-        column = xp.where(rest > least, column / xp.sqrt(xp.where(rest > least, rest, 1.0)), 0.0)
-        factor = xp.concat([factor, column], axis=-1)
-        left = left - column[..., 0] ** 2
-        left = xp.where((left > least) & seen, left, 0.0)
-        centres.append(centre)
-    return xp.concat(centres, axis=-2)
+    count = xp.sum(cast(seen, xp.int64), axis=-1, keepdims=True)
+    # which numbers a point gets must not depend on masked points
+    rank = xp.cumulative_sum(cast(seen, count.dtype), axis=-1) - 1
+    rank = xp.maximum(rank, xp.zeros_like(rank))
+    noise = [
+        xp.take_along_axis(row + xp.zeros_like(seen[..., :1], dtype=row.dtype), rank, axis=-1)
+        for row in (noise[0, :], noise[1, :])
+    ]
+    first = _take(points, xp.where(seen, noise[0], -xp.inf), count, max(1, round(UNIFORM * m)))
+    features = gaussian(points, first) @ _inverse_root(gaussian(first, first), least)
+    left = 1 - xp.sum(features * features, axis=-1)
+    log_left = xp.log(xp.clip(left, float(xp.finfo(left.dtype).eps), 1.0))
+    rest = _take(points, xp.where(seen, log_left + noise[1], -xp.inf), count, m - first.shape[-2])
+    centres = xp.concat([first, rest], axis=-2)
+    centres = k_means(points, seen, centres, xp.ones_like(centres[..., :1, :1], dtype=xp.bool), 1)
+    share = m / cast(count, points.dtype)[..., None]
+    # as many centres as points are to stay where the points are: then the map is exact
+    way = TOWARDS_MEAN * (1 - xp.minimum(share, xp.ones_like(share)) ** 2)
+    return centres + way * (_mean(points, seen[..., None]) - centres)
+
+
+def _take(points: Array, key: Array, count: Array, m: int) -> Array:
+    """The points with the largest keys, (*b, m, d); repeated if there are fewer than m, which `count` says."""
+    xp = namespace_of(points)
+    order = xp.argsort(key, axis=-1, descending=True)
+    slot = xp.arange(m, dtype=count.dtype, **on_device_of(points)) % xp.maximum(count, xp.ones_like(count))
+    index = xp.take_along_axis(order, cast(slot + xp.zeros_like(count), order.dtype), axis=-1)
+    return xp.take_along_axis(points, index[..., None], axis=-2)
+
+
+def _stretch(points: Array, features: Array, seen: Array) -> Array:
+    """L with L L^T = I + B, where features B features^T is nearest to what the features leave of the kernel matrix.
+
+    What they leave has no negative eigenvalues, so B has none. float32 is enough for the products, because B is small
+    where features are large. Where features leave less than `LEAST`, rounding errors could be larger, and B is 0.
+    """
+    xp = namespace_of(points)
+    wide, weight = points.dtype, cast(seen, points.dtype)
+    features = features * weight
+    own = xp.sum(weight - xp.sum(features * features, axis=-1, keepdims=True), axis=(-2, -1), keepdims=True)
+    points, features = cast(points, xp.float32), cast(features, xp.float32)
+    moment = outer(features, features)
+    left = cast(outer(features, gaussian(points, points) @ features) - moment @ moment, wide)
+    moment = cast(moment, wide)
+    eye = identity(moment, moment)
+    inverse = xp.linalg.inv(moment + RIDGE * eye)
+    added = xp.where(own > LEAST * xp.sum(weight, axis=(-2, -1), keepdims=True), inverse @ left @ inverse, 0.0)
+    return xp.linalg.cholesky(eye + 0.5 * (added + xp.matrix_transpose(added)))
 
 
 def _inverse_root(matrix: Array, least: float) -> Array:
-    """The inverse root of a second moment; eigenvalues below `least` times the largest are left out."""
+    """R with R R^T the inverse of a second moment; eigenvalues below `least` times the largest are left out.
+
+    The columns are eigenvectors: mixed ones would lose digits where kernels are rounded to float32.
+    """
     xp = namespace_of(matrix)
     values, axes = xp.linalg.eigh(matrix)
     values = values[..., None, :]
     kept = values > least * values[..., -1:]
-    return axes * xp.where(kept, 1 / xp.sqrt(xp.where(kept, values, 1.0)), 0.0) @ xp.matrix_transpose(axes)
+    return axes * xp.where(kept, 1 / xp.sqrt(xp.where(kept, values, 1.0)), 0.0)

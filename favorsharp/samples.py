@@ -29,18 +29,25 @@ def pooled(x: Array, mask: Array | None, axis: int | tuple[int, ...], group: int
     return x, seen[..., 0]
 
 
-def sampled(x: Array, seen: Array, rng: Any) -> tuple[Array, Array]:
-    """Up to `SAMPLE` of the points that count, one from each of as many strata, and which entries are filled."""
+def sampled(x: Array, seen: Array, rng: Any, most: int = SAMPLE) -> tuple[Array, Array]:
+    """Up to `most` of the points that count, one from each of as many strata, and which entries are filled.
+
+    No point is taken twice. The strata begin at a random point, so that all points have the same chance.
+    """
     xp = namespace_of(x)
-    slots = min(SAMPLE, x.shape[-2])
+    slots = min(most, x.shape[-2])
     count = xp.sum(cast(seen, x.dtype), axis=-1, keepdims=True)
-    offset = from_host(rng.random(SAMPLE)[:slots], x)
+    offset = from_host(rng.random(most)[:slots], x)
     slot = xp.arange(slots, dtype=x.dtype, **on_device_of(x))
-    rank = xp.floor((slot + offset) * xp.maximum(count / slots, xp.ones_like(count)))
+    width = xp.maximum(count / slots, xp.ones_like(count))
+    start, stop = xp.floor(slot * width), xp.floor((slot + 1) * width)
+    rank = start + xp.floor(offset * (stop - start))
+    rank = rank + xp.where(count > slots, xp.floor(offset[:1] * count), xp.zeros_like(count))
+    rank = rank - count * xp.floor(rank / xp.maximum(count, xp.ones_like(count)))
     order = xp.argsort(cast(~seen, xp.int8), axis=-1, stable=True)
     place = cast(xp.minimum(rank, xp.zeros_like(rank) + (x.shape[-2] - 1)), order.dtype)
     index = xp.take_along_axis(order, place, axis=-1)
-    return xp.take_along_axis(x, index[..., None], axis=-2), rank < count
+    return xp.take_along_axis(x, index[..., None], axis=-2), slot < count
 
 
 def k_means(x: Array, seen: Array, centres: Array, used: Array, steps: int) -> Array:

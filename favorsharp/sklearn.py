@@ -48,6 +48,7 @@ from favorsharp.landmarks.state import map_of_points, state_of_points
 from favorsharp.methods import LANDMARKS, SIGNED, check_method
 from favorsharp.moments import combine, weighted_moments
 from favorsharp.regression import gather, left_out, means, products
+from favorsharp.samples import SAMPLE
 
 __all__ = ["NadarayaWatsonClassifier", "NadarayaWatsonRegressor", "RandomFeatures"]
 
@@ -88,6 +89,7 @@ class _KernelEstimator(BaseEstimator):
     def _map(self, x: Any, gamma: float, seed: int, weight: Any = None) -> Any:
         check_integer("n_components", self.n_components, 1)
         if self.method == "nystrom" and weight is None:
+            x = _sample(x, max(SAMPLE, 2 * self.n_components), seed)
             return fit_map(
                 x, x, self.n_components, method="nystrom", draw=self.draw, kernel="gaussian", scale=2 * gamma, rng=seed
             )
@@ -103,6 +105,15 @@ class _KernelEstimator(BaseEstimator):
         tags.array_api_support = True
         tags.input_tags.sparse = False
         return tags
+
+
+def _sample(x: Any, most: int, seed: int) -> Any:
+    """Up to `most` of the points, in their order."""
+    if x.shape[0] <= most:
+        return x
+    chosen = np.sort(np.random.default_rng(seed).permutation(x.shape[0])[:most])
+    xp = namespace_of(x)
+    return xp.take(x, from_host(chosen, x, dtype=xp.int64), axis=0)
 
 
 class RandomFeatures(ClassNamePrefixFeaturesOutMixin, TransformerMixin, _KernelEstimator):

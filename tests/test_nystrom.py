@@ -27,13 +27,34 @@ def test_as_many_centres_as_points_are_exact(kernel):
 
 
 @KERNELS
-def test_kernels_with_the_centres_are_exact(kernel):
-    x, y, _ = attention_problem(1, n=100)
-    fm = fitted(x, y, 12, kernel=kernel, scale=0.5)
+def test_more_than_the_kernels_of_centres(kernel):
+    """The usual map with these centres leaves out part of the kernel, and a regression adds some of it."""
+    x, _, _ = attention_problem(1, n=300)
+    fm = fitted(x, x, 12, kernel=kernel, scale=0.1)
     p = fm.parameters
-    centres = (fm.projection @ np.linalg.inv(p.g1).T + p.center_x) / 0.5**0.5
-    exact = fs.kernel_matrix(centres, y, kernel=kernel, scale=0.5)
-    np.testing.assert_allclose(product(fm, centres, y), exact, rtol=1e-6, atol=1e-9)
+    centres = (fm.projection @ np.linalg.inv(p.g1).T + p.center_x) / 0.1**0.5
+    key = fs.kernel_matrix(centres, x, kernel=kernel, scale=0.1)
+    usual = key.T @ np.linalg.solve(fs.kernel_matrix(centres, centres, kernel=kernel, scale=0.1), key)
+    exact = fs.kernel_matrix(x, x, kernel=kernel, scale=0.1)
+    added = np.linalg.eigvalsh(product(fm, x, x) - usual)
+    assert added.min() > -1e-6 * added.max()
+    if kernel == "gaussian":
+        assert np.linalg.norm(product(fm, x, x) - exact) < 0.97 * np.linalg.norm(usual - exact)
+
+
+@KERNELS
+@pytest.mark.parametrize("m", [1, 5, 40])
+def test_equal_and_few_points(kernel, m):
+    """Copies of three points, a constant column among theirs; and one point alone."""
+    points = np.random.default_rng(0).standard_normal((3, 4))
+    points[:, 1] = 2.0
+    for x in (np.repeat(points, 50, axis=0), points[:1]):
+        fm = fitted(x, x, m, kernel=kernel, scale=0.5)
+        found = product(fm, x, x)
+        assert found.shape == (len(x), len(x))
+        assert np.isfinite(found).all()
+        if m >= 5:
+            np.testing.assert_allclose(found, fs.kernel_matrix(x, x, kernel=kernel, scale=0.5), rtol=0.05)
 
 
 def test_smooth_kernels_are_far_more_accurate_than_with_random_features():
@@ -66,10 +87,10 @@ def test_masked_points_count_for_nothing_and_axes_are_pooled():
     assert together.batch_shape == (1, 2)
     points, keys, own, known = (np.moveaxis(a, 0, 1).reshape(2, 30, *a.shape[3:]) for a in (x, y, mask, seen))
     wanted = fitted(points, keys, 6, mask_x=own, mask_y=known)
-    np.testing.assert_allclose(product(together, x[:1], y[:1])[0], product(wanted, x[0], y[0]), rtol=1e-6)
+    np.testing.assert_allclose(product(together, x[:1], y[:1])[0], product(wanted, x[0], y[0]), rtol=1e-4)
     for head in range(2):  # the points that count, alone
         alone = fitted(points[head][own[head]], keys[head][known[head]], 6)
-        np.testing.assert_allclose(product(alone, x[0, head], y[0, head]), product(wanted, x[0], y[0])[head], rtol=1e-6)
+        np.testing.assert_allclose(product(alone, x[0, head], y[0, head]), product(wanted, x[0], y[0])[head], rtol=1e-4)
 
 
 def test_far_points_and_float32():
@@ -91,7 +112,7 @@ def test_libraries_make_the_same_map(few_xp, kernel):
     x, y, v = (few_xp(a) for a in (x, y, v))
     out = fs.kernel_matvec(x, y, v, fitted(x, y, 6, kernel=kernel, scale=0.4))
     assert few_xp.is_like(out, v)
-    np.testing.assert_allclose(few_xp.back(out), wanted, rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(few_xp.back(out), wanted, rtol=1e-4, atol=1e-4)
 
 
 def test_maps_are_saved_and_compiled(tmp_path):

@@ -1,10 +1,12 @@
-"""The features of Nystrom's method: kernels of a point with m centres, times the inverse root of their own kernel."""
+"""The features of Nystrom's method: kernels of a point with m centres, times a matrix."""
 
+import math
 from dataclasses import dataclass
 
-from favorsharp._arrays import namespace_of
+from favorsharp._arrays import cast, namespace_of, under_own_settings
 from favorsharp._typing import Array
 from favorsharp.features.base import SignedFeatureMap
+from favorsharp.ops.state import tiles_of
 from favorsharp.parameters import embed_key, embed_query
 
 
@@ -18,7 +20,7 @@ class NystromMap(SignedFeatureMap):
     Attributes
     ----------
     root : array, shape (*b, m, m)
-        The inverse root of the matrix exp(-|c - c'|^2 / 2).
+        A root of a matrix near the inverse of exp(-|c - c'|^2 / 2).
     """
 
     root: Array
@@ -31,10 +33,33 @@ class NystromMap(SignedFeatureMap):
         """Features without their factor, and its logarithm, (*b, s, m) and (*b, s, 1)."""
         return self._parts(*embed_key(self.parameters, y))
 
+    def query(self, x: Array) -> Array:
+        """Features of queries, (*b, n, d) -> (*b, n, m), in the dtype of x."""
+        if self.parameters.kernel == "softmax":
+            return super().query(x)
+        return self._gaussian(x)
+
+    def key(self, y: Array) -> Array:
+        """Features of keys, (*b, s, d) -> (*b, s, m), in the dtype of y."""
+        if self.parameters.kernel == "softmax":
+            return super().key(y)
+        return self._gaussian(y)
+
+    @under_own_settings
+    def _gaussian(self, x: Array) -> Array:
+        """Features with the Gaussian kernel: g1 and g2 are the identity, and queries and keys have the same ones."""
+        prepared, wide = self._prepared("x", x)
+        p = prepared.parameters
+        outs = []
+        for a, b in tiles_of(x.shape[-2], self.num_features, self.batch_shape):
+            u = wide[..., a:b, :] * math.sqrt(p.scale) - p.center_x
+            outs.append(cast(gaussian(u, prepared.projection) @ prepared.root, x.dtype))
+        return outs[0] if len(outs) == 1 else namespace_of(x).concat(outs, axis=-2)
+
     def _parts(self, u: Array, log_factor: Array) -> tuple[Array, Array]:
         xp = namespace_of(u)
         half = 0.5 * xp.sum(u * u, axis=-1, keepdims=True)
-        scores = u @ xp.matrix_transpose(self.projection) - 0.5 * _squares(self.projection)
+        scores = u @ xp.matrix_transpose(self.projection) - _halves(self.projection)
         top = xp.max(scores, axis=-1, keepdims=True)
         features = xp.exp(scores - top) @ self.root
         if self.parameters.kernel == "gaussian":  # the factor of the point is exp(-|u|^2 / 2)
@@ -42,7 +67,15 @@ class NystromMap(SignedFeatureMap):
         return features, top + log_factor
 
 
-def _squares(centres: Array) -> Array:
-    """|c|^2 as a row, (*b, 1, m)."""
+def gaussian(points: Array, centres: Array) -> Array:
+    """exp(-|u - c|^2 / 2), (*b, n, m)."""
+    xp = namespace_of(points, centres)
+    logs = points @ xp.matrix_transpose(centres) - _halves(centres)
+    logs = logs - 0.5 * xp.sum(points * points, axis=-1, keepdims=True)
+    return xp.exp(xp.minimum(logs, xp.zeros_like(logs[..., :1])))
+
+
+def _halves(centres: Array) -> Array:
+    """|c|^2 / 2 as a row, (*b, 1, m)."""
     xp = namespace_of(centres)
-    return xp.matrix_transpose(xp.sum(centres * centres, axis=-1, keepdims=True))
+    return 0.5 * xp.matrix_transpose(xp.sum(centres * centres, axis=-1, keepdims=True))
