@@ -53,7 +53,12 @@ def iid(num_rows: int, size: int, rng: np.random.Generator) -> Rows:
 
 def orthogonal(num_rows: int, size: int, rng: np.random.Generator) -> Rows:
     """Blocks of d mutually orthogonal rows: Haar directions, independent chi_d lengths (arXiv 2009.14794)."""
-    return _blocks(np.eye(size), num_rows, size, rng)
+    if num_rows >= size:
+        return _blocks(np.eye(size), num_rows, size, rng)
+    # the first columns of a Haar matrix need no others
+    directions, lengths = _haar(1, size, rng, num_rows)[0].T, np.sqrt(rng.chisquare(size, num_rows))
+    rows: Rows = lengths[:, None] * directions
+    return rows
 
 
 def simplex(num_rows: int, size: int, rng: np.random.Generator) -> Rows:
@@ -120,9 +125,9 @@ def _blocks(directions: Rows, num_rows: int, size: int, rng: np.random.Generator
     return rows[:num_rows]
 
 
-def _haar(num_blocks: int, size: int, rng: np.random.Generator) -> Rows:
-    """Orthogonal matrices, uniformly distributed (Mezzadri, arXiv math-ph/0609050)."""
-    q, r = np.linalg.qr(rng.standard_normal((num_blocks, size, size)))
+def _haar(num_blocks: int, size: int, rng: np.random.Generator, columns: int | None = None) -> Rows:
+    """Orthogonal matrices, or their first columns, uniformly distributed (Mezzadri, arXiv math-ph/0609050)."""
+    q, r = np.linalg.qr(rng.standard_normal((num_blocks, size, size if columns is None else columns)))
     # Without the signs LAPACK's Q favours some directions, and positive features then estimate 0.7 to 1.3 times the
     # kernel, depending on the direction of x + y.
     signs = np.where(np.diagonal(r, axis1=-2, axis2=-1) < 0, -1.0, 1.0)

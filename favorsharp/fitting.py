@@ -19,7 +19,7 @@ from favorsharp._arrays import (
     under_own_settings,
 )
 from favorsharp._autodiff import is_traced, without_gradient
-from favorsharp._checks import check_choice, check_floats, check_in_memory, check_integer, check_scale
+from favorsharp._checks import check_choice, check_floats, check_in_memory, check_integer, check_points, check_scale
 from favorsharp._chunks import is_chunked
 from favorsharp._typing import Array
 from favorsharp._values import astype
@@ -219,9 +219,10 @@ def _map_from_points(method: str, x: Array, y: Array, num_features: int, rng: An
     check_floats(x=x, y=y)
     same = y is x and fitting["mask_y"] is fitting["mask_x"]
     x, y = without_gradient(x), without_gradient(y)
-    # with the Gaussian kernel, centres need no other coordinates than those of the points
-    base = "posrf" if method == "nystrom" and fitting["kernel"] == "gaussian" else "optimal"
-    fitted = fit_named(("x", "y"), x, y, method=base, **fitting)
+    if method == "nystrom" and fitting["kernel"] == "gaussian":
+        fitted = _without_transform(x, y, **fitting)
+    else:
+        fitted = fit_named(("x", "y"), x, y, method="optimal", **fitting)
     if x.shape[-2] == 0:
         raise ValueError(f"method {method!r} makes a map from queries: x has n=0; accepted: 1 or more")
     group = x.shape[-3] // y.shape[-3] if fitting["enable_gqa"] else 1
@@ -231,6 +232,19 @@ def _map_from_points(method: str, x: Array, y: Array, num_features: int, rng: An
     make = prototype_map if method == "prototypes" else nystrom_map
     made: FeatureMap = astype(make(fitted, *points, *keys, m, own), fitted.g1.dtype)
     return made
+
+
+def _without_transform(x: Array, y: Array, **fitting: Any) -> Parameters:
+    """The parameters of a map in the coordinates of the points. Without masks, no moments are computed."""
+    check_points("x", x, "(*b, n, d)")
+    check_points("y", y, "(*b, s, d)")
+    if fitting["mask_x"] is None and fitting["mask_y"] is None:
+        for name, data in (("x", x), ("y", y)):
+            xp = namespace_of(data)
+            if not is_traced(data) and not bool(xp.all(xp.isfinite(data))):
+                raise ValueError(f"{name} holds values that are not finite: cannot fit to them")
+        x, y = x[..., :1, :], y[..., :1, :]
+    return fit_named(("x", "y"), x, y, method="posrf", **fitting)
 
 
 @under_own_settings

@@ -51,7 +51,10 @@ def nystrom_map(
         y, seen_y = sampled(hide(y, seen_y), seen_y, rng, most // 2)
     seen = _joined(seen_x[..., None], seen_y[..., None])
     p = _coordinates(astype(fitted, x.dtype), _joined(x, y), seen)
-    points = _joined(embed_query(p, x)[0], embed_key(p, y)[0])
+    if p.kernel == "gaussian":  # the coordinates are the points minus a mean: no product with g1 or g2
+        points = _joined(x, y) * math.sqrt(p.scale) - p.center_x
+    else:
+        points = _joined(embed_query(p, x)[0], embed_key(p, y)[0])
     noise = from_host(rng.gumbel(size=(2, most)), points)
     centres = _centres(points, seen[..., 0], num_features, least, noise)
     root = _inverse_root(gaussian(centres, centres), least)

@@ -39,13 +39,15 @@ from favorsharp._arrays import (
 )
 from favorsharp._checks import check_choice, check_integer
 from favorsharp._values import astype
+from favorsharp.draws import DRAWS
 from favorsharp.exact import gaussian_means, kernel_matrix
 from favorsharp.features import feature_map
 from favorsharp.fitting import fit, fit_map
 from favorsharp.landmarks import landmarks
 from favorsharp.landmarks.settings import GAUSSIAN_TILT
 from favorsharp.landmarks.state import map_of_points, state_of_points
-from favorsharp.methods import LANDMARKS, SIGNED, check_method
+from favorsharp.map_choice import PURPOSES, choose_map
+from favorsharp.methods import LANDMARKS, SIGNED, check_method, method_of
 from favorsharp.moments import combine, weighted_moments
 from favorsharp.regression import gather, left_out, means, products
 from favorsharp.samples import SAMPLE
@@ -86,15 +88,21 @@ class _KernelEstimator(BaseEstimator):
     def _accepted(self) -> str:
         return f"{' or '.join(map(repr, self._GAMMAS))} or a positive finite number"
 
-    def _map(self, x: Any, gamma: float, seed: int, weight: Any = None) -> Any:
+    def _map(self, x: Any, gamma: float, seed: int, weight: Any = None, method: Any = None) -> Any:
+        """The map of a method, by default the method of the estimator."""
         check_integer("n_components", self.n_components, 1)
-        if self.method == "nystrom" and weight is None:
+        method = self.method if method is None else method
+        if method == "nystrom" and weight is None:
+            draw = self.draw if self.method == "nystrom" else "orthogonal"
             x = _sample(x, max(SAMPLE, 2 * self.n_components), seed)
             return fit_map(
-                x, x, self.n_components, method="nystrom", draw=self.draw, kernel="gaussian", scale=2 * gamma, rng=seed
+                x, x, self.n_components, method="nystrom", draw=draw, kernel="gaussian", scale=2 * gamma, rng=seed
             )
+        check_method(method)
+        if not method_of(method).is_fitted:  # such a method looks at no data
+            x, weight = x[:1, ...], None
         data = (x, x) if weight is None else (weighted_moments(x, weight),)
-        parameters = fit(*data, method=self.method, kernel="gaussian", scale=2 * gamma)
+        parameters = fit(*data, method=method, kernel="gaussian", scale=2 * gamma)
         return feature_map(parameters, self.n_components, draw=self.draw, rng=seed)
 
     def _seed(self) -> int:
@@ -119,27 +127,35 @@ def _sample(x: Any, most: int, seed: int) -> Any:
 class RandomFeatures(ClassNamePrefixFeaturesOutMixin, TransformerMixin, _KernelEstimator):
     """Features of the Gaussian kernel, fitted to the data; a replacement for RBFSampler and Nystroem.
 
-    The dot product of two transformed points estimates exp(-gamma |x - y|^2). Random features are positive and
-    unbiased. For linear models `method="nystrom"` is better: its features are biased and can be negative, but their
-    products are much closer to the kernel. The estimator accepts NumPy arrays and, with scikit-learn's array API
-    dispatch, torch tensors and other arrays. float32 points give float32 features.
+    The dot product of two transformed points approximates exp(-gamma |x - y|^2). By default the method is chosen by its
+    error on a sample. The estimator accepts NumPy arrays and, with scikit-learn's array API dispatch, torch tensors and
+    other arrays. float32 points give float32 features.
 
     Parameters
     ----------
-    method : str or callable, default="optimal"
-        As in `favorsharp.fit`, or "nystrom" as in `favorsharp.fit_map`.
+    method : str or callable, default="auto"
+        "auto" compares "nystrom", "trig" and, up to 256 columns, "optimal". "nystrom" is as in `favorsharp.fit_map`:
+        its features are biased and can be negative, and their products are closest to smooth kernels. Others are as in
+        `favorsharp.fit`, unbiased except "relu", "elu" and callables.
     n_components : int, default=256
         Number of features; even for `trig`.
-    gamma : {"scale"} or float, default="scale"
-        "scale" is 1 / (n_features X.var()).
+    gamma : {"scale"}, float or None, default=None
+        None is 1 / n_features, as in scikit-learn; "scale" is 1 / (n_features X.var()).
     draw : str, default="orthogonal"
-        As in `favorsharp.feature_map`.
+        As in `favorsharp.feature_map`; not used with "nystrom".
     random_state : int, RandomState or None, default=None
+    purpose : {"inner product", "smoothing"}, default="inner product"
+        What "auto" compares: the products, which linear models use, or the products with each row divided by its sum,
+        for averages of values.
 
     Attributes
     ----------
     feature_map_ : FeatureMap
     gamma_ : float
+    method_ : str or callable
+        The method that was used.
+    reason_ : str
+        Why: the errors of the methods, if they were compared.
     n_features_in_ : int
     feature_names_in_ : ndarray of str
         Only if the data have feature names.
@@ -149,34 +165,58 @@ class RandomFeatures(ClassNamePrefixFeaturesOutMixin, TransformerMixin, _KernelE
     >>> import numpy as np
     >>> from favorsharp.sklearn import RandomFeatures
     >>> X = np.random.default_rng(0).standard_normal((100, 3))
-    >>> RandomFeatures(n_components=64, random_state=0).fit_transform(X).shape
+    >>> features = RandomFeatures(n_components=64, random_state=0)
+    >>> features.fit_transform(X).shape
     (100, 64)
+    >>> features.method_
+    'nystrom'
     """
 
     _GAMMAS = ("scale",)
 
     def __init__(
         self,
-        method: Any = "optimal",
+        method: Any = "auto",
         n_components: int = 256,
-        gamma: Any = "scale",
+        gamma: Any = None,
         draw: Any = "orthogonal",
         random_state: Any = None,
+        purpose: str = "inner product",
     ) -> None:
         self.method = method
         self.n_components = n_components
         self.gamma = gamma
         self.draw = draw
         self.random_state = random_state
+        self.purpose = purpose
 
     def fit(self, X: Any, y: Any = None) -> Self:  # noqa: N803
         """Fit the features to X, shape (n, d), and draw them."""
+        check_choice("purpose", self.purpose, PURPOSES)
+        check_method(self.method, also=("auto", "nystrom"))
         X = self._points(X, reset=True)  # noqa: N806
-        self.gamma_ = self._bandwidth(X)
-        self.feature_map_ = self._map(X, self.gamma_, self._seed())
+        self.gamma_ = 1.0 / X.shape[1] if self.gamma is None else self._bandwidth(X)
+        seed = self._seed()
+        if self.method == "auto":
+            check_choice("draw", self.draw, tuple(DRAWS))
+            self._choose(X, seed)
+        else:
+            self.feature_map_, self.method_ = self._map(X, self.gamma_, seed), self.method
+            self.reason_ = "the method was given"
         self._projection = self.feature_map_.projection
         self._n_features_out = self.feature_map_.num_features
         return self
+
+    def _choose(self, x: Any, seed: int) -> None:
+        def make(method: str) -> Any:
+            return self._map(x, self.gamma_, seed, method=method)
+
+        m = check_integer("n_components", self.n_components, 1)
+        choice = choose_map(x, 2 * self.gamma_, m, self.purpose, make, np.random.default_rng(seed))
+        self.feature_map_, self.method_, self.reason_ = choice.feature_map, choice.method, choice.reason
+
+    def _accepted(self) -> str:
+        return "'scale', None or a positive finite number"
 
     def transform(self, X: Any) -> Any:  # noqa: N803
         """Compute the features of X, shape (n, d) -> (n, n_components), in the dtype of X."""

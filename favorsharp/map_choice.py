@@ -1,0 +1,99 @@
+"""The choice of a feature map for points: candidates are made and compared with the exact kernel on a sample.
+
+`favorsharp.sklearn.RandomFeatures(method="auto")` is the public door.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from favorsharp._arrays import cast, from_host, namespace_of, statistics_dtype, to_host
+from favorsharp._typing import Array
+from favorsharp.exact import kernel_matrix
+from favorsharp.features import FeatureMap
+
+PURPOSES = ("inner product", "smoothing")
+"""What features may be for: products that are near the kernel, or near the kernel with rows divided by their sums."""
+
+CANDIDATES = ("nystrom", "trig", "optimal")
+"""The methods that are compared."""
+
+SAMPLE = 512
+"""Points at which candidates are compared."""
+
+WIDE = 256
+"""With more columns `optimal` is not tried: its fit alone would take longer than all the rest."""
+
+CLEAR = 0.5
+"""A first candidate with less than this share of the error that is expected of `trig` is chosen without the others."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The chosen map, the method that made it, and why."""
+
+    feature_map: FeatureMap
+    method: str
+    reason: str
+
+
+def choose_map(x: Array, scale: float, m: int, purpose: str, make: Callable[[str], FeatureMap], rng: Any) -> Choice:
+    """The map of m features with the least error for points x (n, d) and the Gaussian kernel.
+
+    `make` makes the map of a method; `rng` is a NumPy generator.
+    """
+    n = x.shape[0]
+    xp = namespace_of(x)
+    rows = np.sort(rng.permutation(n)[:SAMPLE])
+    points = xp.take(x, from_host(rows, x, dtype=xp.int64), axis=0)
+    wide = cast(points, statistics_dtype(points))
+    exact = to_host(kernel_matrix(wide, wide, kernel="gaussian", scale=scale)).astype(np.float64)
+    error = _smoothing_error if purpose == "smoothing" else _product_error
+    made, errors = {}, {}
+    for method in CANDIDATES:
+        if (method == "trig" and m % 2) or (method == "optimal" and x.shape[1] > WIDE):
+            continue
+        made[method] = make(method)
+        query, key = (to_host(features).astype(np.float64) for features in _features(made[method], wide))
+        errors[method] = error(query @ key.T, exact, n)
+        if purpose != "smoothing" and errors[method] < CLEAR * _expected_of_trig(exact, m, n):
+            break
+    best = min(errors, key=lambda method: errors[method])
+    found = ", ".join(f"{method} {value:.3g}" for method, value in errors.items())
+    what = "the smoothing matrix" if purpose == "smoothing" else "the kernel matrix"
+    reason = f"relative error of {what} on {len(rows)} points: {found}"
+    if len(errors) == 1 and best == CANDIDATES[0] and purpose != "smoothing":
+        reason += f"; about {_expected_of_trig(exact, m, n):.2g} is expected of trig"
+    return Choice(made[best], best, reason)
+
+
+def _features(feature_map: FeatureMap, x: Array) -> tuple[Array, Array]:
+    return feature_map.query(x), feature_map.key(x)
+
+
+def _product_error(found: Any, exact: Any, n: int) -> float:
+    """The relative error of the kernel matrix of all n points. The diagonal of a sample would count too much in it."""
+    return float(np.sqrt(_square_sum(found - exact, n) / _square_sum(exact, n)))
+
+
+def _square_sum(matrix: Any, n: int) -> float:
+    """The sum of squares of a matrix of n points, from that of a sample of them."""
+    own = np.mean(np.diagonal(matrix) ** 2)
+    size = len(matrix)
+    others = (np.sum(matrix**2) - size * own) / (size * (size - 1)) if size > 1 else 0.0
+    return float(n * own + n * (n - 1.0) * others)
+
+
+def _expected_of_trig(exact: Any, m: int, n: int) -> float:
+    """The error that iid Fourier features are expected to have: their products have the variance (1 - K^2)^2 / m."""
+    return float(np.sqrt(_square_sum((1 - exact**2) / np.sqrt(m), n) / _square_sum(exact, n)))
+
+
+def _smoothing_error(found: Any, exact: Any, n: int) -> float:
+    """The relative error of the kernel matrix with its rows divided by their sums; rows without a sum are wrong."""
+    total = found.sum(axis=1, keepdims=True)
+    wanted = exact / exact.sum(axis=1, keepdims=True)
+    weights = np.where(total > 0, found / np.where(total > 0, total, 1.0), 0.0)
+    return float(np.linalg.norm(weights - wanted) / np.linalg.norm(wanted))
