@@ -35,9 +35,10 @@ RIDGE = 0.1
 def nystrom_map(
     fitted: Parameters, x: Array, seen_x: Array, y: Array, seen_y: Array, num_features: int, rng: Any
 ) -> NystromMap:
-    """The map for pooled queries and keys, (*b, n, d) and (*b, s, d), and the parameters of `optimal` for them.
+    """The map for pooled queries and keys, (*b, n, d) and (*b, s, d), and the parameters fitted to them.
 
-    `rng` is a NumPy generator. The inverse root leaves out eigenvalues that rounding errors in the dtype of the
+    These are those of `optimal`, or of `posrf` for the Gaussian kernel: g1 and g2 are the identity then. `rng` is a
+    NumPy generator. The inverse root leaves out eigenvalues that rounding errors in the dtype of the
     parameters would swamp.
     """
     xp = namespace_of(x, y)
@@ -71,13 +72,12 @@ def _joined(a: Array, b: Array) -> Array:
 
 
 def _coordinates(p: Parameters, points: Array, seen: Array) -> Parameters:
-    """The coordinates of centres: those of `optimal`, or with the Gaussian kernel the points minus their mean."""
+    """The coordinates of centres: those of the fit, and with the Gaussian kernel the points minus their mean."""
     own = replace(p, method="nystrom", a=namespace_of(p.a).zeros_like(p.a))
     if p.kernel == "softmax":
         return own
     centre = _mean(points, seen) * math.sqrt(p.scale)
-    eye = identity(p.g1, p.g2)
-    return replace(own, g1=eye, g2=eye, center_x=centre, center_y=centre)
+    return replace(own, center_x=centre, center_y=centre)
 
 
 def _mean(points: Array, seen: Array) -> Array:

@@ -22,13 +22,14 @@ from sklearn.preprocessing import StandardScaler
 from sklearn.utils.estimator_checks import check_estimator
 
 import favorsharp as fs
-from favorsharp.sklearn import NadarayaWatsonClassifier, NadarayaWatsonRegressor, RandomFeatures
+from favorsharp.sklearn import FeatureRidge, NadarayaWatsonClassifier, NadarayaWatsonRegressor, RandomFeatures
 
 pytestmark = pytest.mark.own_backend
 
 ESTIMATORS = [
     RandomFeatures(n_components=32, random_state=0),
     RandomFeatures(method="optimal", n_components=32, random_state=0),
+    FeatureRidge(n_components=32, random_state=0),
     NadarayaWatsonRegressor(n_components=64, random_state=0),
     NadarayaWatsonRegressor(method="exact"),
     NadarayaWatsonClassifier(n_components=512, random_state=0),
@@ -42,7 +43,10 @@ ESTIMATORS = [
 @pytest.mark.parametrize("estimator", ESTIMATORS, ids=str)
 def test_scikit_learn_accepts_it(estimator, monkeypatch):
     monkeypatch.setenv("SCIPY_ARRAY_API", "1")
-    results = check_estimator(estimator, on_fail=None, on_skip=None)
+    # a sample of repeated points is another sample
+    known = {"check_sample_weight_equivalence_on_dense_data": "features of points whatever their weights"}
+    expected = known if isinstance(estimator, FeatureRidge) else {}
+    results = check_estimator(estimator, on_fail=None, on_skip=None, expected_failed_checks=expected)
     failed = [
         (r["check_name"], r["exception"])
         for r in results
@@ -478,3 +482,55 @@ def test_landmarks_classify_by_shares():
     assert model.score(x, exact.predict(x)) > 0.9
     np.testing.assert_allclose(model.predict_proba(x).sum(1), 1)
     assert np.isfinite(model.predict_proba(1e4 * x)).all()
+
+
+def ridge_table():
+    rng = np.random.default_rng(10)
+    x = rng.standard_normal((60, 3))
+    y = np.stack([np.sin(2 * x[:, 0]), x[:, 1] ** 2], axis=1) + 0.3 * rng.standard_normal((60, 2))
+    return x, y, rng.integers(0, 3, 60).astype(float)
+
+
+def test_a_ridge_path_leaves_each_point_out():
+    """Against a regression of scikit-learn without each point, from features that are held fixed."""
+    x, y, weight = ridge_table()
+    alphas = [1e-3, 1e-1, 10.0]
+    model = FeatureRidge(alpha=alphas, n_components=20, random_state=0).fit(x, y, sample_weight=weight)
+    features = model.features_.transform(x)
+    errors = np.zeros((3, 60))
+    for i, alpha in enumerate(alphas):
+        for j in np.flatnonzero(weight):
+            others = np.arange(60) != j
+            fitted = Ridge(alpha=alpha).fit(features[others], y[others], sample_weight=weight[others])
+            errors[i, j] = ((fitted.predict(features[j : j + 1]) - y[j]) ** 2).mean()
+    wanted = np.average(errors, axis=1, weights=weight)
+    np.testing.assert_allclose(model.alpha_errors_, wanted, rtol=1e-6)
+    assert model.alpha_ == alphas[np.argmin(wanted)]
+    whole = Ridge(alpha=model.alpha_).fit(features, y, sample_weight=weight)
+    np.testing.assert_allclose(model.predict(x), whole.predict(features), rtol=1e-6)
+
+
+def test_ridge_blocks_and_weights():
+    x, y, weight = ridge_table()
+    y, parts = y[:, 0], (slice(0, 25), slice(25, 60))
+    options = {"n_components": 16, "method": "trig", "gamma": 0.3, "random_state": 0}
+    whole = FeatureRidge(alpha=0.1, **options).fit(x, y, sample_weight=weight)
+    blocks, several = FeatureRidge(alpha=0.1, **options), FeatureRidge(**options)
+    for part in parts:
+        for model in (blocks, several):
+            model.partial_fit(x[part], y[part], sample_weight=weight[part])
+    np.testing.assert_allclose(blocks.predict(x), whole.predict(x), rtol=1e-8)
+    repeated = (np.repeat(a, weight.astype(int), axis=0) for a in (x, y))
+    np.testing.assert_allclose(
+        FeatureRidge(alpha=0.1, **options).fit(*repeated).predict(x), whole.predict(x), rtol=1e-8
+    )
+    assert several.alpha_errors_.shape == (19,)
+    assert several.alpha_errors_.argmin() not in (0, 18)
+    assert whole.fit(x.astype(np.float32), y).predict(x.astype(np.float32)).dtype == np.float32
+
+
+@pytest.mark.parametrize("alpha", [-1.0, np.nan, [], "one", [[1.0]]])
+def test_bad_penalties_are_named(alpha):
+    x, y, _ = ridge_table()
+    with pytest.raises((TypeError, ValueError), match="alpha must be"):
+        FeatureRidge(alpha=alpha).fit(x, y)

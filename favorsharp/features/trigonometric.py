@@ -15,8 +15,10 @@ class TrigonometricMap(SignedFeatureMap):
     def query_parts(self, x: Array) -> tuple[Array, Array]:
         """Cosines and sines, and the log factor, (*b, n, m) and (*b, n, 1)."""
         xp = namespace_of(x)
-        x = x * math.sqrt(self.parameters.scale)
-        angles = x @ xp.matrix_transpose(self.projection)
+        root = math.sqrt(self.parameters.scale)
+        angles = x @ xp.matrix_transpose(self.projection * root)
         waves = xp.concat([xp.cos(angles), xp.sin(angles)], axis=-1) * math.sqrt(2 / self.num_features)
-        half = 0.5 * xp.sum(x * x, axis=-1, keepdims=True)
-        return waves, half if self.parameters.kernel == "softmax" else xp.zeros_like(half)
+        if self.parameters.kernel == "gaussian":
+            return waves, xp.zeros_like(waves[..., :1])
+        x = x * root
+        return waves, 0.5 * xp.sum(x * x, axis=-1, keepdims=True)
