@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
-from favorsharp._arrays import cast, is_array
+from favorsharp._arrays import cast, dtype_name, is_array
 from favorsharp._typing import Array
 
 
@@ -21,7 +21,7 @@ def map_arrays(value: Any, change: Callable[[Array], Array]) -> Any:
 
 
 def astype(value: Any, dtype: Any) -> Any:
-    """A copy of a dataclass with its arrays in the given dtype; the value itself if they have it already.
+    """A copy of a dataclass with its arrays of numbers in the given dtype; the value itself if they have it already.
 
     It matters that the value itself is returned: backends keep what they derive from an object as long as it exists.
     """
@@ -29,6 +29,8 @@ def astype(value: Any, dtype: Any) -> Any:
 
     def change(x: Array) -> Array:
         nonlocal same
+        if x.dtype == dtype or dtype_name(x) == "bool":
+            return x
         changed = cast(x, dtype)
         same = same and changed is x
         return changed

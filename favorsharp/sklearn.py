@@ -22,7 +22,6 @@ from sklearn.utils._array_api import (  # private, and imported nowhere else
     get_namespace_and_device,
     supported_float_dtypes,
 )
-from sklearn.utils.metaestimators import available_if
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
 
@@ -59,6 +58,9 @@ __all__ = ["FeatureRidge", "NadarayaWatsonClassifier", "NadarayaWatsonRegressor"
 
 NARROW = ("float16", "bfloat16", "float32", "bool", "int8", "uint8", "int16", "uint16")
 """Dtypes of values that float32 holds without loss."""
+
+NW_CANDIDATES = (LANDMARKS, "optimal")
+"""The methods that Nadaraya-Watson estimators compare: these have non-negative weights."""
 
 GRID = tuple(2.0**power for power in range(-4, 7))
 """The factors of the "scale" value that `gamma="auto_cv"` tries."""
@@ -423,20 +425,26 @@ class _NadarayaWatson(_KernelEstimator):
         self.verbose = verbose
 
     def _start(self, x: Any, v: Any, weight: Any) -> None:
-        check_method(self.method, also=("exact", LANDMARKS))
+        check_method(self.method, also=("auto", "exact", LANDMARKS))
         seed = self._seed()
-        self.gamma_ = self._bandwidth(x, weight)
+        self.gamma_, self.method_ = self._bandwidth(x, weight), self.method
+        gammas = [self.gamma_]
         if isinstance(self.gamma, str) and self.gamma == "auto_cv":
-            self.gamma_ = self._tuned(x, v, seed, weight)
-        if self.method == LANDMARKS:
+            gammas = [factor * self.gamma_ for factor in GRID]
+        methods = NW_CANDIDATES if self.method == "auto" else (self.method,)
+        if len(gammas) * len(methods) > 1:
+            self.method_, self.gamma_ = self._tuned(x, v, seed, weight, methods, gammas)
+        if self.method_ == LANDMARKS:
             self.feature_map_: Any = self._landmarks(self.gamma_, seed)
+        elif self.method_ == "exact":
+            self.feature_map_ = None
         else:
-            self.feature_map_ = None if self.method == "exact" else self._map(x, self.gamma_, seed, weight)
+            self.feature_map_ = self._map(x, self.gamma_, seed, weight, method=self.method_)
         self._reference = x[:1, ...]  # the library, device and dtype of the fit
         self._sums: Any = None
 
-    def _tuned(self, x: Any, v: Any, seed: int, weight: Any) -> float:
-        """The candidate gamma whose leave-one-out estimates are closest to v; each costs one pass over the data."""
+    def _tuned(self, x: Any, v: Any, seed: int, weight: Any, methods: Any, gammas: list[float]) -> tuple[Any, float]:
+        """The method and gamma whose leave-one-out estimates are closest to v; each pair costs a pass over the data."""
         from tqdm import tqdm
 
         host = to_host(v).astype(np.float64)
@@ -445,21 +453,23 @@ class _NadarayaWatson(_KernelEstimator):
         own = counts * host
         rest = counts.sum() - counts
         others = (own.sum(axis=0) - own) / np.where(rest > 0, rest, 1.0)
-        errors: dict[float, float] = {}
-        for gamma in tqdm([factor * self.gamma_ for factor in GRID], desc="bandwidth", disable=not self.verbose):
-            out = to_host(self._left_out(x, v, gamma, seed, weight))
+        errors: dict[tuple[Any, float], float] = {}
+        pairs = [(method, gamma) for method in methods for gamma in gammas]
+        for method, gamma in tqdm(pairs, desc="bandwidth", disable=not self.verbose):
+            out = to_host(self._left_out(x, v, gamma, seed, weight, method))
             out = np.where(np.isnan(out), others, out)  # a point without neighbours gets the mean of all others
-            errors[gamma] = float(np.average(((out / size - host / size) ** 2).mean(axis=1), weights=counts[:, 0]))
-        return min(errors, key=lambda gamma: errors[gamma])
+            error = ((out / size - host / size) ** 2).mean(axis=1)
+            errors[method, gamma] = float(np.average(error, weights=counts[:, 0]))
+        return min(pairs, key=lambda pair: errors[pair])
 
-    def _left_out(self, x: Any, v: Any, gamma: float, seed: int, weight: Any) -> Any:
+    def _left_out(self, x: Any, v: Any, gamma: float, seed: int, weight: Any, method: Any) -> Any:
         """The estimate at each point from all others; NaN where they have hardly any weight."""
-        if self.method == "exact":
+        if method == "exact":
             return _exact_leave_one_out(x, v, gamma, weight)
-        if self.method == LANDMARKS:
+        if method == LANDMARKS:
             made = map_of_points(x, self._landmarks(gamma, seed), weight)
         else:
-            made = self._map(x, gamma, seed, weight)
+            made = self._map(x, gamma, seed, weight, method=method)
         return left_out(x, v, astype(made, compute_dtype(namespace_of(x, v), x, v)), weight)
 
     def _landmarks(self, gamma: float, seed: int) -> Any:
@@ -484,11 +494,11 @@ class _NadarayaWatson(_KernelEstimator):
             self._start(x, v, weight)
         x, v, weight = (None if a is None else cast(a, self._reference.dtype) for a in (x, v, weight))
         held = self._sums
-        if self.method == "exact":
+        if self.method_ == "exact":
             points = (x, v, xp.zeros_like(v[:, 0]) if weight is None else xp.log(weight))
             self._sums = points if held is None else tuple(map(xp.concat, zip(held, points, strict=True)))
             return
-        if self.method == LANDMARKS:
+        if self.method_ == LANDMARKS:
             sums: Any = state_of_points(x, v, self.feature_map_, weight)
         else:
             sums = gather(x, v, self.feature_map_, weight)
@@ -498,11 +508,11 @@ class _NadarayaWatson(_KernelEstimator):
         check_is_fitted(self)
         check_same_namespace(x, self, attribute="_reference", method=method)
         x = cast(self._points(x, reset=False), self._reference.dtype)
-        if self.method == "exact":
+        if self.method_ == "exact":
             y, v, log_weight = self._sums
             weighted = bool(namespace_of(x).any(log_weight != 0))
             return gaussian_means(x, y, v, 2 * self.gamma_, log_weight if weighted else None)
-        if self.method == LANDMARKS:
+        if self.method_ == LANDMARKS:
             return gaussian_means(x, self._sums.keys, self._sums.values, 2 * self.gamma_, self._sums.log_weight)
         return finish(self._sums, x, self.feature_map_)
 
@@ -536,6 +546,7 @@ class NadarayaWatsonRegressor(RegressorMixin, _NadarayaWatson):  # numpydoc igno
     method : str or callable, default="optimal"
         As in `favorsharp.fit`; "exact" for exact sums in quadratic time; or "landmarks", which replaces the points by
         n_components weighted ones. Landmarks are biased, but on continuous data their error is several times smaller.
+        "auto" takes "landmarks" or "optimal", whichever has the smaller leave-one-out square error on the first block.
         With a signed method (`trig`, `poisson`, `geometric`) a row whose estimated denominator is not positive is NaN.
     n_components : int, default=256
         Features or landmarks. `partial_fit` holds up to twice as many landmarks.
@@ -554,6 +565,8 @@ class NadarayaWatsonRegressor(RegressorMixin, _NadarayaWatson):  # numpydoc igno
     feature_map_ : FeatureMap, Landmarks or None
         None for "exact".
     gamma_ : float
+    method_ : str or callable
+        The method that is used.
     n_features_in_ : int
 
     Examples
@@ -614,6 +627,7 @@ class NadarayaWatsonClassifier(ClassifierMixin, _NadarayaWatson):
     classes_ : array
     feature_map_ : FeatureMap, Landmarks or None
     gamma_ : float
+    method_ : str or callable
     n_features_in_ : int
 
     Examples
@@ -663,21 +677,37 @@ class NadarayaWatsonClassifier(ClassifierMixin, _NadarayaWatson):
 
     def predict(self, X: Any) -> Any:  # noqa: N803
         """Predict the classes with the largest shares, shape (n, d) -> (n,)."""
-        # the denominator of a signed map may not be positive, so classes are ordered by the numerators
-        shares = self._estimate(X, "predict", products if self.method in SIGNED else means)
+        shares = self._shares(X, "predict")
         found = self._named()[np.argmax(to_host(shares), axis=1)]
         return found if isinstance(self.classes_, np.ndarray) else from_host(found, shares, dtype=self.classes_.dtype)
+
+    def predict_proba(self, X: Any) -> Any:  # noqa: N803
+        """Estimate the shares of the classes, shape (n, d) -> (n, classes).
+
+        With a signed method, estimates below 0 are taken as 0. If there is none above 0, the least one is subtracted
+        from all; if they are equal, so are the shares.
+        """
+        return self._shares(X, "predict_proba")
+
+    def decision_function(self, X: Any) -> Any:  # noqa: N803
+        """The shares of `predict_proba`, or for two classes the second minus the first, (n, d) -> (n, classes) or (n,).
+
+        They are finite for every method.
+        """
+        shares = self._shares(X, "decision_function")
+        return shares[:, 1] - shares[:, 0] if len(self._named()) == 2 else shares
+
+    def _shares(self, x: Any, method: str) -> Any:
+        if getattr(self, "method_", None) not in SIGNED:  # before a fit, this says so
+            return self._estimate(x, method)
+        # the denominator of a signed map may not be positive, so shares are made from the numerators
+        parts = self._estimate(x, method, products)
+        xp = namespace_of(parts)
+        lifted = parts - xp.where(xp.max(parts, axis=1, keepdims=True) > 0, 0.0, xp.min(parts, axis=1, keepdims=True))
+        lifted = xp.clip(lifted, 0.0, None)
+        total = xp.sum(lifted, axis=1, keepdims=True)
+        return xp.where(total > 0, lifted / xp.where(total > 0, total, 1.0), 1.0 / parts.shape[1])
 
     def _named(self) -> Any:
         """The classes as a NumPy array."""
         return to_host(self.classes_)
-
-    def _is_positive(self) -> bool:
-        if self.method in SIGNED:
-            raise AttributeError(f"method {self.method!r} is signed: its shares can be negative: no probabilities")
-        return True
-
-    @available_if(_is_positive)
-    def predict_proba(self, X: Any) -> Any:  # noqa: N803
-        """Estimate the shares of the classes, shape (n, d) -> (n, classes); signed methods do not have this method."""
-        return self._estimate(X, "predict_proba")
