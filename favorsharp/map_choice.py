@@ -20,7 +20,7 @@ PURPOSES = ("inner product", "smoothing")
 CANDIDATES = ("nystrom", "trig", "optimal")
 """The methods that are compared."""
 
-SAMPLE = 512
+SAMPLE = 256
 """Points at which candidates are compared."""
 
 WIDE = 256
@@ -56,8 +56,8 @@ def choose_map(x: Array, scale: float, m: int, purpose: str, make: Callable[[str
         if (method == "trig" and m % 2) or (method == "optimal" and x.shape[1] > WIDE):
             continue
         made[method] = make(method)
-        query, key = (to_host(features).astype(np.float64) for features in _features(made[method], wide))
-        errors[method] = error(query @ key.T, exact, n)
+        features = to_host(made[method].query(wide)).astype(np.float64)
+        errors[method] = error(features @ features.T, exact, n)
         if purpose != "smoothing" and errors[method] < CLEAR * _expected_of_trig(exact, m, n):
             break
     best = min(errors, key=lambda method: errors[method])
@@ -67,10 +67,6 @@ def choose_map(x: Array, scale: float, m: int, purpose: str, make: Callable[[str
     if len(errors) == 1 and best == CANDIDATES[0] and purpose != "smoothing":
         reason += f"; about {_expected_of_trig(exact, m, n):.2g} is expected of trig"
     return Choice(made[best], best, reason)
-
-
-def _features(feature_map: FeatureMap, x: Array) -> tuple[Array, Array]:
-    return feature_map.query(x), feature_map.key(x)
 
 
 def _product_error(found: Any, exact: Any, n: int) -> float:

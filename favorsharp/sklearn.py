@@ -50,7 +50,7 @@ from favorsharp.methods import LANDMARKS, SIGNED, check_method, method_of
 from favorsharp.moments import combine, weighted_moments
 from favorsharp.ops.state import tiles_of
 from favorsharp.regression import gather, left_out, means, products
-from favorsharp.ridge import joined, ridge_path, sums_of
+from favorsharp.ridge import RidgePath, joined, ridge_path, sums_of
 from favorsharp.samples import SAMPLE
 
 __all__ = ["FeatureRidge", "NadarayaWatsonClassifier", "NadarayaWatsonRegressor", "RandomFeatures"]
@@ -305,7 +305,7 @@ class FeatureRidge(RegressorMixin, _KernelEstimator):  # numpydoc ignore=PR02
         self._sums: Any = None
         penalties = self._penalties()
         data = self._add(X, y, sample_weight)
-        path = ridge_path(self._sums, penalties)
+        path = self._path(penalties)
         errors = None
         if len(penalties) > 1:
             errors = sum(path.left_out(*block) for block in self._blocks(*data))
@@ -319,7 +319,7 @@ class FeatureRidge(RegressorMixin, _KernelEstimator):  # numpydoc ignore=PR02
         """
         penalties = self._penalties()
         self._add(X, y, sample_weight)
-        path = ridge_path(self._sums, penalties)
+        path = self._path(penalties)
         self._finish(path, penalties, None if len(penalties) == 1 else path.generalised())
         return self
 
@@ -368,6 +368,9 @@ class FeatureRidge(RegressorMixin, _KernelEstimator):  # numpydoc ignore=PR02
         self._sums = held
         return data
 
+    def _path(self, penalties: list[float]) -> RidgePath:
+        return ridge_path(self._sums, penalties)
+
     def _blocks(self, x: Any, y: Any, weight: Any) -> Any:
         """Features, values and weights of blocks of points."""
         start = 0
@@ -377,7 +380,7 @@ class FeatureRidge(RegressorMixin, _KernelEstimator):  # numpydoc ignore=PR02
                 yield cast(self.features_.transform(tile), y.dtype), y[start:stop, ...], weight[start:stop]
             start = stop
 
-    def _finish(self, path: Any, penalties: list[float], errors: Any) -> None:
+    def _finish(self, path: RidgePath, penalties: list[float], errors: Any) -> None:
         best = 0
         if errors is not None:
             xp = namespace_of(errors)
