@@ -30,6 +30,16 @@ def test_every_row_is_standard_normal(draw):
     assert stats.kstest((first_and_last**2).sum(-1), "chi2", args=(d,)).pvalue > 1e-4
 
 
+def test_fewer_orthogonal_rows_than_columns():
+    """They are the first columns of a Haar matrix, drawn without the others; signs of LAPACK's Q would show here."""
+    pairs = np.stack([draw_rows("orthogonal", 2, 3, seed) for seed in range(3000)])
+    np.testing.assert_allclose((pairs[:, 0] * pairs[:, 1]).sum(-1), 0, atol=1e-12)
+    direction = np.array([1.0, 1.0, -1.0]) / 3**0.5
+    for sample in (pairs[:, 0, 0], pairs[:, 1, 2], pairs[:, 1] @ direction):
+        assert stats.kstest(sample, "norm").pvalue > 1e-4
+    assert stats.kstest((pairs**2).sum(-1)[:, 1], "chi2", args=(3,)).pvalue > 1e-4
+
+
 def test_orthogonal_blocks():
     rows = draw_rows("orthogonal", 20, 8, 0)
     for block in (rows[:8], rows[8:16], rows[16:]):

@@ -5,6 +5,7 @@ import pytest
 from problems import attention_problem
 
 import favorsharp as fs
+from favorsharp.samples import sampled
 
 KERNELS = pytest.mark.parametrize("kernel", ["softmax", "gaussian"])
 
@@ -127,6 +128,19 @@ def test_maps_are_saved_and_compiled(tmp_path):
     points = [jax.numpy.asarray(a) for a in (x, y, v)]
     out = jax.jit(fs.kernel_matvec)(*points, fs.load(tmp_path / "map", like=points[0]))
     np.testing.assert_allclose(out, fs.kernel_matvec(x, y, v, fm), rtol=1e-2, atol=1e-3)
+
+
+def test_a_sample_holds_no_point_twice():
+    """And every point has the same chance."""
+    x, seen = np.arange(37.0)[:, None], np.arange(37) % 5 > 0
+    counts = np.zeros(37)
+    for seed in range(400):
+        found, filled = sampled(x, seen, np.random.default_rng(seed), 20)
+        assert filled.all()
+        assert len(set(found[:, 0])) == 20
+        counts[found[:, 0].astype(int)] += 1
+    assert counts[~seen].sum() == 0
+    assert abs(counts[seen] / 400 - 20 / 29).max() < 0.12
 
 
 def test_errors_name_what_is_wrong():
