@@ -24,6 +24,25 @@ def merge_heads(group: int, out: Array) -> Array:
     return namespace_of(out).reshape(out, (*batch, heads * group, n, e))
 
 
+def join_queries(group: int, q: Array) -> Array:
+    """The queries of one token by the key head that they read, (*b, h g, 1, d) -> (*b, h, g, d).
+
+    They need no group axis if all of them see the same keys.
+    """
+    if group == 1:
+        return q
+    *batch, heads, _, d = q.shape
+    return namespace_of(q).reshape(q, (*batch, heads // group, group, d))
+
+
+def part_queries(group: int, out: Array) -> Array:
+    """Undo `join_queries`, (*b, h, g, e) -> (*b, h g, 1, e)."""
+    if group == 1:
+        return out
+    *batch, heads, _, e = out.shape
+    return namespace_of(out).reshape(out, (*batch, heads * group, 1, e))
+
+
 def add_mask_axis(mask: Array | None) -> Array | None:
     """Give a mask of the key heads the group axis, (*b, h, s) -> (*b, h, 1, s); a mask (s,) serves all heads."""
     return mask if mask is None or mask.ndim < 2 else mask[..., None, :]

@@ -185,8 +185,9 @@ class Kernel:
         function takes their bounds, a list of integers, after the map. There are one or more points. It returns no
         state, and is differentiable if the kernel is.
     plan : str, optional
-        For decode_step: ``"module:function"``. The function takes the arguments of a first call. It returns a function
-        for calls whose arrays have the same shapes, dtypes and memory layouts, or None if there is none.
+        For decode_step: ``"module:function"``. The function takes the arguments of a first call, with grouped
+        queries joined by the key head that they read (`favorsharp._heads.join_queries`). It returns a function for
+        calls whose arrays have the same shapes, dtypes and memory layouts, or None if there is none.
     takes_out : bool
         For attention and causal_attention: whether the function, and `packed`, take an array for the result as `out`.
         They return that array if they wrote to it.

@@ -6,6 +6,7 @@ and choice for later calls. Calls with `Landmarks` in place of a feature map go 
 """
 
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -24,7 +25,7 @@ from favorsharp._checks import (
     check_points,
     check_same_size,
 )
-from favorsharp._heads import grouped, merge_heads, split_heads
+from favorsharp._heads import grouped, join_queries, merge_heads, part_queries, split_heads
 from favorsharp._typing import Array
 from favorsharp._values import astype
 from favorsharp.calls import (
@@ -485,12 +486,13 @@ def decode_step(
     if isinstance(feature_map, Landmarks):
         return landmark_step(q, k, v, state, feature_map, enable_gqa=enable_gqa)
     key = None
-    if enable_gqa is False and isinstance(state, State):
-        key = key_of(feature_map, q, k, v, with_layout=True, state=layout_of(state))
+    if isinstance(state, State):
+        key = key_of(feature_map, q, k, v, enable_gqa, with_layout=True, state=layout_of(state))
     if (plan := find(feature_map, key)) is not None:
-        result: tuple[Array, State] = plan.run(q, k, v, state, plan.feature_map)
-        result[1].remember("known_layout", plan.layout)
-        return result
+        group = q.shape[-3] // k.shape[-3] if enable_gqa else 1
+        out, after = plan.run(join_queries(group, q), k, v, state, plan.feature_map)
+        after.remember("known_layout", plan.layout)
+        return part_queries(group, out), after
     xp, group = check_attention(q, k, v, is_causal=False, key_mask=None, enable_gqa=enable_gqa)
     if q.shape[-2] != 1 or k.shape[-2] != 1:
         raise ValueError(
@@ -500,15 +502,22 @@ def decode_step(
     check_state(state, feature_map, k=k)
     check_values(state, v)
     prepared: Any = astype(feature_map, state.kv.dtype)
-    if group > 1:
-        prepared = prepared.expanded()
-    arguments = (*grouped(group, q, k, v, None)[:3], with_group_axis(group, state), prepared)
-    run = decode_step_op.implementation(*arguments)
-    call = (run.plan(*arguments) if key is not None and run.plan is not None else None) or run.run
-    out, after = call(*arguments)
+    arguments = join_queries(group, q), k, v, state, prepared
+    chosen = decode_step_op.implementation(*grouped(group, q, k, v, None)[:3], with_group_axis(group, state), prepared)
+    run = chosen.plan(*arguments) if key is not None and chosen.plan is not None else None
+    if run is None:
+        run = chosen.run if group == 1 else partial(_by_group, chosen.run)
+    out, after = run(*arguments)
     if key is not None and q.dtype == k.dtype == v.dtype:
-        keep(feature_map, key, Plan(call, prepared, layout_of(state)))
-    after = without_group_axis(group, after)
+        keep(feature_map, key, Plan(run, prepared, layout_of(state)))
     if after.fingerprint != state.fingerprint:
         after = replace(after, fingerprint=state.fingerprint)
-    return cast(merge_heads(group, out), result_dtype(xp, q, k, v)), after
+    return cast(part_queries(group, out), result_dtype(xp, q, k, v)), after
+
+
+def _by_group(run: Any, q: Array, k: Array, v: Array, state: State, feature_map: Any) -> tuple[Array, State]:
+    """Run the op `decode_step`, which takes grouped heads by a group axis, with joined queries (*b, h, g, d)."""
+    group = q.shape[-2]
+    points = q[..., :, None, :], k[..., None, :, :], v[..., None, :, :]
+    out, after = run(*points, with_group_axis(group, state), feature_map.expanded())
+    return out[..., 0, :], without_group_axis(group, after)

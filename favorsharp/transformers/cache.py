@@ -289,11 +289,18 @@ def _shapes(given: Tensor, received: Tensor) -> str:
 
 
 def _compact(state: State | LandmarkState) -> State | LandmarkState:
-    """A state whose recent keys are copies, because views would keep the arrays of the whole prompt in memory.
+    """A state whose recent keys are copies if they are views, which would keep the arrays of a whole prompt in memory.
 
-    A state of landmarks holds no views.
+    Only states with a window have recent keys. A state that needs no copy is returned itself, because what a step knows
+    of its state for the next one is lost in another value.
     """
-    if isinstance(state, LandmarkState):
+    if isinstance(state, LandmarkState) or not state.window:
         return state
     names = ("recent_k", "recent_v", "recent_mask")
-    return replace(state, **{name: getattr(state, name).clone() for name in names})
+    views = {name: x.clone() for name in names if _is_part(x := getattr(state, name))}
+    return replace(state, **views) if views else state
+
+
+def _is_part(x: Tensor) -> bool:
+    """Whether the memory of a tensor is larger than the tensor, or holds its numbers more than once."""
+    return bool(x.untyped_storage().nbytes() != x.numel() * x.element_size())

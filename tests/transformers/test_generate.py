@@ -5,7 +5,9 @@ import torch
 from tiny import MODELS, inputs, output
 from transformers import DynamicCache, EncoderDecoderCache
 
+import favorsharp as fs
 from favorsharp.transformers import StateCache, calibrate, register
+from favorsharp.transformers.cache import StateLayer
 
 NAMES = ("favorsharp", "windowed")
 
@@ -146,6 +148,22 @@ def test_a_prompt_may_come_in_pieces(implementation):
     cache = StateCache()
     parts = [model(input_ids=piece, cache=cache).logits for piece in ids.split([5, 1, 4, 2], dim=1)]
     torch.testing.assert_close(torch.cat(parts, dim=1), whole, rtol=1e-5, atol=1e-6)
+
+
+def test_a_cache_keeps_the_very_state_of_a_step():
+    """With it goes what the step knows of the state, which makes the next step fast. Views are copied once."""
+    layer = StateLayer()
+    key = torch.randn(1, 2, 9, 4)
+    fm = fs.feature_map(fs.fit(key, key), 8, rng=0)
+    for window in (0, 2):
+        state = fs.init_state(fm, 4, like=key, window=window)
+        _, state = fs.linear_attention(key, key, key, fm, is_causal=True, window=window, state=state, return_state=True)
+        layer.take(state)
+        assert (layer.state is state) is (window == 0)
+        again = layer.state
+        layer.take(again)
+        assert layer.state is again
+        assert layer.state.recent_k.untyped_storage().nbytes() == layer.state.recent_k.numel() * 4
 
 
 def test_a_cache_can_be_emptied_and_not_cropped():

@@ -45,9 +45,9 @@ class Turn:
         self.one = packed.one
         self.heads, self.d = math.prod(batch), sizes.d
         self.keeps = has_low_parts(state.kv)
-        self.work = float(self.heads * sizes.m * (4 * size + 2 * sizes.d))
+        self.work = float(self.heads * sizes.m * (4 * size + 2 * sizes.d) * q.shape[-2])
         self.scratch = items_of(turn, sizes)
-        out = empty(q, (*batch, 1, size), name_of(q))
+        out = empty(q, (*batch, q.shape[-2], size), name_of(q))
         self.empty_like, self.start_of = np.empty_like, _start_of_whole
         if is_torch(q):
             import torch
@@ -59,6 +59,7 @@ class Turn:
         plan.append(self.held.constant(indices(packed.batch, batch)))
         for x in (q, k, v, out):
             plan += [part for name, part in self.held.points(x, batch)._asdict().items() if name != "base"]
+        plan.append(q.shape[-2])
         # constants stay; the arrays of the first call are released
         self.held.arrays = [x for x in self.held.arrays if not hasattr(x, "owner")]
         assert len(plan) == PLAN_SIZE
@@ -104,7 +105,7 @@ def turn_of(q: Any, k: Any, v: Any, state: State, feature_map: Any) -> Turn | No
     """The plan for arrays of these layouts, or None if the kernel cannot take them."""
     held = state.kv, state.z, state.c
     batch, dtype = tuple(state.kv.shape[:-2]), state.kv.dtype
-    if state.window or q.shape[-2] != 1 or k.shape[-2] != 1:
+    if state.window or q.shape[-2] == 0 or k.shape[-2] != 1:
         return None
     if any(tuple(x.shape[:-2]) != batch for x in (q, k, v, *held)) or batch != broadcast(
         feature_map.batch_shape, batch

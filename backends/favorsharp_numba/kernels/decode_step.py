@@ -18,12 +18,14 @@ HEADS = 12
 """The number of heads with the same map whose log features are computed together: the map is read once for all."""
 
 # A plan is a list of integers: the fields of `Sizes`; the places of the packed constants of queries and of keys, and
-# the address of `map_of`; and for q, k, v and out the fields of `Points` other than `base`.
+# the address of `map_of`; for q, k, v and out the fields of `Points` other than `base`; and the number of queries that
+# read each head.
 NUM_SIZES = len(Sizes._fields)
 MAPS = NUM_SIZES
 POINTS = MAPS + 3
 POINTS_SIZE = len(Points._fields) - 1
-PLAN_SIZE = POINTS + 4 * POINTS_SIZE
+QUERIES = POINTS + 4 * POINTS_SIZE
+PLAN_SIZE = QUERIES + 1
 
 
 @inlined
@@ -49,7 +51,8 @@ def points_at(plan, number, base):
 
 
 TurnSpace = namedtuple(
-    "TurnSpace", "points dense factors values keys queries scales tops new_tops zeros ignored numerator total end"
+    "TurnSpace",
+    "points dense factors values keys queries scales tops new_tops zeros ignored numerator total no_key no_value end",
 )
 
 
@@ -68,15 +71,18 @@ def turn_space(s, points):
     ignored = zeros + s.m_pad
     numerator = ignored + s.m_pad
     total = numerator + s.e_pad
-    end = total + TILE
+    no_key = total + TILE
+    no_value = no_key + s.m_pad
+    end = no_value + s.e_pad
     return TurnSpace(
-        points, dense, factors, values, keys, queries, scales, tops, new_tops, zeros, ignored, numerator, total, end
-    )
+        points, dense, factors, values, keys, queries, scales, tops, new_tops, zeros, ignored, numerator, total, no_key,
+        no_value, end,
+    )  # fmt: skip
 
 
 @kernel(turn_space)
 def turn(one, plan, q, k, v, out, kv, z, c, new_kv, new_z, new_c, kept_k, kept_v, low, high, scratch):
-    """One token for heads low .. high.
+    """One token for heads low .. high: a key, a value, and one query or several.
 
     `plan` is the address of a plan, which is the same for all tokens; the others are addresses of arrays. The arrays of
     a state have no gaps, and its logarithms are natural. If kept_k and kept_v are not 0, the key and the value of the
@@ -91,7 +97,9 @@ def turn(one, plan, q, k, v, out, kv, z, c, new_kv, new_z, new_c, kept_k, kept_v
     kept_k, kept_v = place_at(one, kept_k), place_at(one, kept_v)
     fill(one, w.zeros, s.m_pad, one - one)
     fill(one, w.ignored, s.m_pad, one - one)
+    fill(one, w.no_value, s.e_pad, one - one)
     fill(one, w.tops, s.m_pad, -np.inf * one)
+    num_queries = integer_at(plan + 8 * QUERIES)
     first = low
     while first < high:
         number = integer_at(map_of + 8 * first)
@@ -99,27 +107,36 @@ def turn(one, plan, q, k, v, out, kv, z, c, new_kv, new_z, new_c, kept_k, kept_v
         while count < HEADS and first + count < high and integer_at(map_of + 8 * (first + count)) == number:
             count += 1
         side = key_side + number * s.total
-        load_token(one, keys_from, first, count, s.d, s.d_pad, side + ALPHA, side + s.center, w.points)
-        load_token(one, values_from, first, count, s.e, s.e_pad, side + ONE, side + s.total - s.e_pad, w.values)
+        load_token(one, keys_from, first, count, 0, s.d, s.d_pad, side + ALPHA, side + s.center, w.points)
+        load_token(one, values_from, first, count, 0, s.e, s.e_pad, side + ONE, side + s.total - s.e_pad, w.values)
         if kept_k != 0:
             zeros = side + s.total - max(s.d_pad, s.e_pad)
-            load_token(one, keys_from, first, count, s.d, s.d, side + ONE, zeros, kept_k + first * s.d)
-            load_token(one, values_from, first, count, s.e, s.e, side + ONE, zeros, kept_v + first * s.e)
+            load_token(one, keys_from, first, count, 0, s.d, s.d, side + ONE, zeros, kept_k + first * s.d)
+            load_token(one, values_from, first, count, 0, s.e, s.e, side + ONE, zeros, kept_v + first * s.e)
         log_factors(one, s, side, w.points, count, w.dense, w.factors)
         log_keys(one, s, side, w.points, count, w.factors, w.keys, s.m_pad, NOTHING)
         side = query_side + number * s.total
-        load_token(one, queries_from, first, count, s.d, s.d_pad, side + ALPHA, side + s.center, w.points)
-        zero_or_nan(one, s, side, w.points, count, w.factors)
-        log_keys(one, s, side, w.points, count, w.factors, w.queries, s.m_pad, NOTHING)
-        for t in range(count):
-            turn_head(one, s, side, first + t, t, kv, z, c, new_kv, new_z, new_c, out_to, w)
+        for row in range(num_queries):
+            load_token(one, queries_from, first, count, row, s.d, s.d_pad, side + ALPHA, side + s.center, w.points)
+            zero_or_nan(one, s, side, w.points, count, w.factors)
+            log_keys(one, s, side, w.points, count, w.factors, w.queries, s.m_pad, NOTHING)
+            for t in range(count):
+                key, value = w.keys + t * s.m_pad, w.values + t * s.e_pad
+                if row == 0:
+                    turn_head(one, s, side, first + t, t, row, key, value, kv, z, c, new_kv, new_z, new_c, out_to, w)
+                else:  # the new state takes no key, and stays as it is
+                    fill(one, w.no_key, s.m_pad, -np.inf * one)
+                    turn_head(
+                        one, s, side, first + t, t, row, w.no_key, w.no_value, new_kv, new_z, new_c, new_kv, new_z,
+                        new_c, out_to, w,
+                    )  # fmt: skip
         first += count
 
 
 @inlined
-def turn_head(one, s, side, head, t, kv, z, c, new_kv, new_z, new_c, out, w):
-    """The state of a head takes its key, the t-th of those in the workspace, and its query reads the new state."""
-    key, query = w.keys + t * s.m_pad, w.queries + t * s.m_pad
+def turn_head(one, s, side, head, t, row, key, value, kv, z, c, new_kv, new_z, new_c, out, w):
+    """The state of a head takes a key, and its query, the t-th of those in the workspace, reads the new state."""
+    query = w.queries + t * s.m_pad
     line = head * s.m
     copy(one, place_at(one, c) + line, s.m, w.tops)
     reference = turn_tops(one, s.m_pad, w.tops, key, query, w.new_tops, w.scales)
@@ -130,17 +147,17 @@ def turn_head(one, s, side, head, t, kv, z, c, new_kv, new_z, new_c, out, w):
     line *= s.e
     turn_rows(
         one, place_at(one, kv) + line, place_at(one, new_kv) + line, s.m, s.e, w.scales, key, query,
-        w.values + t * s.e_pad, w.numerator,
+        value, w.numerator,
     )  # fmt: skip
     put(one, w.total, one / weights if weights != 0 else weights)
-    store_points(one, out, head, 0, 1, s.e, s.e_pad, w.total, w.numerator)
+    store_points(one, out, head, row, 1, s.e, s.e_pad, w.total, w.numerator)
 
 
 @inlined
-def load_token(one, points, first, count, size, pad, factor, offset, rows):
-    """As `load_points`, for the single point of each of some heads."""
+def load_token(one, points, first, count, row, size, pad, factor, offset, rows):
+    """As `load_points`, for one point of each of some heads."""
     for t in range(count):
-        load_points(one, points, NO_MASK, first + t, 0, 1, size, pad, factor, offset, rows + t * pad)
+        load_points(one, points, NO_MASK, first + t, row, 1, size, pad, factor, offset, rows + t * pad)
 
 
 @inlined

@@ -334,6 +334,29 @@ def test_tokens_one_by_one_equal_the_sequence(e):
                 np.testing.assert_allclose(out, want[..., t : t + 1, :], atol=error)
 
 
+@pytest.mark.parametrize("window", [0, 2])
+@pytest.mark.parametrize("layout", ["whole", "heads last"])
+def test_tokens_of_grouped_heads_equal_the_sequence(layout, window):
+    """Several queries read a key head; a query of NaN gives NaN to itself only."""
+    q, k, v = attention_problem(8, (2, 3), n=6, e=5)
+    q = np.concatenate([q, -q, 0.5 * q], axis=1)
+    fm = fs.feature_map(fs.fit(k, k), 19, rng=0)
+    if layout == "heads last":
+        q, k, v = (np.ascontiguousarray(x.swapaxes(1, 2)).swapaxes(1, 2) for x in (q, k, v))
+    with fs.use("reference"):
+        want = fs.linear_attention(q, k, v, fm, is_causal=True, enable_gqa=True, window=window)
+    state = fs.init_state(fm, 5, like=k, window=window)
+    for t in range(6):
+        token = [x[..., t : t + 1, :] for x in (q, k, v)]
+        out, state = fs.decode_step(*token, state, fm, enable_gqa=True)
+        np.testing.assert_allclose(out, want[..., t : t + 1, :], atol=1e-12)
+    token[0][:, 4] = np.nan
+    for backend in ("numba", "reference"):
+        with fs.use(backend):
+            out, _ = fs.decode_step(*token, state, fm, enable_gqa=True)
+        assert np.array_equal(np.isnan(out).all(axis=-1)[0, :, 0], np.arange(9) == 4)
+
+
 @pytest.mark.parametrize("recording", [False, True])
 @pytest.mark.parametrize("name", ["kv", "z", "c"])
 def test_a_state_that_begins_to_need_gradients_is_looked_at_again(name, recording):
