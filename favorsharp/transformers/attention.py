@@ -17,7 +17,7 @@ from favorsharp.linear_attention import decode_step, init_state, linear_attentio
 from favorsharp.methods import LANDMARKS, MethodLike, check_method, method_of
 from favorsharp.transformers.cache import StateLayer, layer_of
 from favorsharp.transformers.masks import Visible, compact_mask, read_mask
-from favorsharp.transformers.models import guard, label
+from favorsharp.transformers.models import guard, heard, label
 
 Tensor = Any
 
@@ -192,6 +192,7 @@ def attend(
     transformers calls this for every layer. It refuses dropout of attention weights, which do not exist here; attention
     patterns other than bidirectional and causal; biases; and keywords that might change the result.
     """
+    heard()
     if dropout:
         raise ValueError(
             f"attention dropout is {dropout}: there are no attention weights to drop; accepted: 0 (in the config: "

@@ -8,10 +8,13 @@ raise an error for such a model.
 import inspect
 import re
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from functools import lru_cache, partial, wraps
 from typing import Any
+from weakref import WeakSet
 
+import torch
 from transformers import PreTrainedModel
 
 _INTERFACE = re.compile(r"ALL_ATTENTION_FUNCTIONS|get_interface\(|AttentionInterface")
@@ -100,11 +103,69 @@ def _names_of(config: Any) -> Iterator[Any]:
             yield from _names_of(part)
 
 
+def attention_layers(model: Any) -> Iterator[tuple[str, Any, Any]]:
+    """The attention layers of a model with their names and configs; of nested ones only the innermost."""
+    configs: dict[str, Any] = {}
+    kept: list[tuple[str, Any, Any]] = []
+    for name, module in model.named_modules():
+        parent = name.rpartition(".")[0]
+        config = getattr(module, "config", None)
+        configs[name] = config if hasattr(config, "_attn_implementation") else configs.get(parent)
+        kind = type(module)
+        if not isinstance(module, PreTrainedModel) and ("Attention" in kind.__name__ or _asks(kind)):
+            kept = [entry for entry in kept if not name.startswith(f"{entry[0]}.")]
+            kept.append((name, module, configs[name]))
+    yield from kept
+
+
+def _asks(kind: type) -> bool:
+    """Whether the source of a class of transformers looks up an attention function."""
+    return any(
+        base.__name__ in _layers_of_file(base.__module__)[1]
+        for base in kind.__mro__
+        if base.__module__.startswith("transformers.models.")
+    )
+
+
 def _check_layers(model: Any, requested: str) -> None:
     kinds = dict.fromkeys(type(module) for module in model.modules())
-    if not any(_reaches(kind) for kind in kinds):
+    if not any(reaches(kind) for kind in kinds):
         layers = [kind.__name__ for kind in kinds if "Attention" in kind.__name__ and not _is_of_torch(kind)]
         raise ValueError(_message(model, requested, layers[0] if layers else None))
+    if not any(map(_asks, kinds)):  # its layers are not of transformers, and only a call shows what they do
+        _listen(model, requested)
+
+
+_listening: WeakSet[Any] = WeakSet()
+"""Models that run for the first time, and whose layers have not yet called a registered attention."""
+
+
+def heard() -> None:
+    """Note that a registered attention was called."""
+    _listening.clear()
+
+
+def _listen(model: Any, requested: str) -> None:
+    """Warn after the first call of a model if none of its layers called a registered attention."""
+
+    def before(model: Any, args: Any) -> None:
+        if not torch.compiler.is_compiling():
+            _listening.add(model)
+
+    def after(model: Any, args: Any, out: Any) -> None:
+        if torch.compiler.is_compiling():
+            return
+        if model in _listening:
+            _listening.discard(model)
+            warnings.warn(
+                f"no attention layer of {type(model).__name__} called attn_implementation={requested!r}, so nothing of "
+                "it is approximated: favorsharp.transformers.check(model) lists its layers",
+                stacklevel=3,
+            )
+        for hook in hooks:
+            hook.remove()
+
+    hooks = [model.register_forward_pre_hook(before), model.register_forward_hook(after)]
 
 
 def _message(model: Any, requested: str, layer: str | None) -> str:
@@ -123,7 +184,7 @@ def _is_of_torch(kind: type) -> bool:
     return kind.__module__.partition(".")[0] == "torch"
 
 
-def _reaches(kind: type) -> bool:
+def reaches(kind: type) -> bool:
     """Whether a layer of this class may look up its attention by name; True if its source is not known."""
     for base in kind.__mro__:
         package = base.__module__.partition(".")[0]
