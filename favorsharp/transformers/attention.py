@@ -18,6 +18,7 @@ from favorsharp.methods import LANDMARKS, MethodLike, check_method, method_of
 from favorsharp.transformers.cache import StateLayer, layer_of
 from favorsharp.transformers.masks import Visible, compact_mask, read_mask
 from favorsharp.transformers.models import guard, heard, label
+from favorsharp.transformers.windows import NearKeys, near_attention, near_step
 
 Tensor = Any
 
@@ -206,8 +207,14 @@ def attend(
     else:
         causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
         seen = read_mask(attention_mask, n, s, causal)
+    if attention_mask is None and sliding_window is not None and seen.reach is None:
+        seen = replace(seen, reach=int(sliding_window) - 1)
     _check_sliding(registration, module, sliding_window, seen, s if layer is None else layer.seen + s)
     grouped = query.shape[1] != key.shape[1]
+    if seen.reach is not None:
+        if _collector is not None and _collector.wants(module):
+            _collector.windows += 1
+        return near(layer, query, key, value, seen, scaling).transpose(1, 2).contiguous(), None
     if _collector is not None and _collector.wants(module):
         _collector.collect(registration, module, query, key, seen, scaling, grouped)
         out = exact(query, key, value, seen, scaling, grouped)
@@ -242,12 +249,26 @@ def _check_keywords(registration: Registration, module: Any, keywords: dict[str,
 
 
 def _check_sliding(registration: Registration, module: Any, window: int | None, seen: Visible, length: int) -> None:
-    """Refuse a sliding window that hides a key. If such a model has a mask, the mask has been checked before."""
-    if window is not None and length > window + (0 if seen.is_causal else 1):
+    """Refuse a sliding window that hides a key and is not in the mask that the layer got."""
+    if window is not None and seen.reach is None and length > window + (0 if seen.is_causal else 1):
         raise ValueError(
             f"{label(module)} has a sliding window of {window}, and {length} keys: the window is not served by "
             f"attn_implementation={registration.name!r}; accepted: sequences no longer than the window"
         )
+
+
+def near(
+    layer: StateLayer | None, query: Tensor, key: Tensor, value: Tensor, seen: Visible, scaling: float | None
+) -> Tensor:
+    """Attention of a layer with a sliding window, which is exact with every method."""
+    if layer is None:
+        return near_attention(query, key, value, seen, scaling)
+    if not seen.is_causal:
+        raise ValueError("a bidirectional sliding window cannot go on from a StateCache; accepted: use_cache=False")
+    state = layer.state
+    out, state = near_step(state if isinstance(state, NearKeys) else None, query, key, value, seen, scaling)
+    layer.take(state)
+    return out
 
 
 def exact(query: Tensor, key: Tensor, value: Tensor, seen: Visible, scaling: float | None, grouped: bool) -> Tensor:
@@ -456,8 +477,11 @@ def is_cross(module: Any) -> bool:
 
 
 def crosses(module: Any, n: int, s: int, seen: Visible) -> bool:
-    """Whether the queries of a call come from another sequence than its keys."""
-    return is_cross(module) or (n != s and not seen.is_causal)
+    """Whether the queries of a call come from another sequence than its keys.
+
+    No causal mask is of such a call, even if its layer does not say that it is causal, as in some decoders.
+    """
+    return not seen.is_causal and (is_cross(module) or n != s)
 
 
 _collector: Any = None

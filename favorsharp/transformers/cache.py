@@ -17,8 +17,12 @@ from favorsharp.landmarks.state import LandmarkState
 from favorsharp.ops.state import State
 from favorsharp.transformers.masks import compact_mask
 from favorsharp.transformers.models import label
+from favorsharp.transformers.windows import NearKeys
 
 Tensor = Any
+
+Memory = State | LandmarkState | NearKeys
+"""What a layer of the cache holds."""
 
 _MARK = "_favorsharp_layer"
 """Attribute of the keys that the cache returns; through it the attention function finds the layer of the cache."""
@@ -40,7 +44,7 @@ class StateLayer(CacheLayerMixin):
 
     def __init__(self) -> None:
         super().__init__()
-        self.state: State | LandmarkState | None = None
+        self.state: Memory | None = None
         self.seen = 0
         self._given: tuple[Tensor, Tensor] | None = None
         self._received = False
@@ -91,7 +95,7 @@ class StateLayer(CacheLayerMixin):
             )
         self._received = self._given is not None
 
-    def take(self, state: State | LandmarkState, *, keep: tuple[Tensor, Tensor] | None = None) -> None:
+    def take(self, state: Memory, *, keep: tuple[Tensor, Tensor] | None = None) -> None:
         """Store the state that contains the last keys; `keep` are empty keys and values to return in later steps."""
         self.state = _compact(state)
         if self._given is not None:
@@ -288,13 +292,13 @@ def _shapes(given: Tensor, received: Tensor) -> str:
     )
 
 
-def _compact(state: State | LandmarkState) -> State | LandmarkState:
+def _compact(state: Memory) -> Memory:
     """A state whose recent keys are copies if they are views, which would keep the arrays of a whole prompt in memory.
 
     Only states with a window have recent keys. A state that needs no copy is returned itself, because what a step knows
     of its state for the next one is lost in another value.
     """
-    if isinstance(state, LandmarkState) or not state.window:
+    if not isinstance(state, State) or not state.window:
         return state
     names = ("recent_k", "recent_v", "recent_mask")
     views = {name: x.clone() for name in names if _is_part(x := getattr(state, name))}

@@ -18,7 +18,7 @@ from favorsharp.transformers.attention import (
     WITHOUT_MAPS,
     FrozenMaps,
     Registration,
-    is_cross,
+    crosses,
     set_collector,
 )
 from favorsharp.transformers.masks import Visible
@@ -45,6 +45,8 @@ class _Collector:
     modules: frozenset[int]
     layers: dict[int, _Layer] = field(default_factory=dict)
     query_mask: Tensor = None
+    windows: int = 0
+    """The number of calls of layers with a sliding window, which need no map."""
 
     def wants(self, module: Any) -> bool:
         return id(module) in self.modules
@@ -63,7 +65,7 @@ class _Collector:
             why = WITHOUT_MAPS[registration.method]
             raise ValueError(f"attn_implementation={registration.name!r} {why}: there is nothing to calibrate")
         mask_x = seen.key_mask
-        if is_cross(module) or query.shape[-2] != key.shape[-2]:
+        if crosses(module, query.shape[-2], key.shape[-2], seen) or query.shape[-2] != key.shape[-2]:
             # the padding of the queries is known from the self-attention before this layer
             fits = self.query_mask is not None and self.query_mask.shape[-1] == query.shape[-2]
             mask_x = self.query_mask if fits and self.query_mask.shape[0] in (1, query.shape[0]) else None
@@ -143,6 +145,11 @@ def calibrate(model: Any, batches: Iterable[Any]) -> dict[str, FeatureMap]:
             module.training = True
     if count == 0:
         raise ValueError("batches must hold at least one batch, got none")
+    if not collector.layers and collector.windows:
+        raise ValueError(
+            f"every attention layer of {type(model).__name__} has a sliding window, which is exact with every method: "
+            "there is nothing to calibrate"
+        )
     if not collector.layers:
         raise ValueError(
             f"no attention layer of {type(model).__name__} called a registered attention: its attn_implementation is "

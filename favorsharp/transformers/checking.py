@@ -20,7 +20,8 @@ class LayerCheck(NamedTuple):
     kind : str
         The name of its class.
     attention : {"approximated", "exact", "unchanged"}
-        "exact" is softmax attention through the method "exact"; "unchanged" is whatever the model does without us.
+        "exact" is softmax attention by the method "exact", or within a sliding window with any method; "unchanged" is
+        whatever the model does without us.
     why : str
         The method and what is still needed, or the reason why the layer is unchanged.
     """
@@ -98,7 +99,17 @@ def _checked(name: str, module: Any, config: Any) -> LayerCheck:
         return LayerCheck(name, kind, "unchanged", f"its attn_implementation is {asked!r}")
     if registration.method == EXACT:
         return LayerCheck(name, kind, "exact", "softmax attention")
+    if isinstance(size := _window_of(module, config), int):
+        return LayerCheck(name, kind, "exact", f"a sliding window of {size} positions")
     return LayerCheck(name, kind, "approximated", _approximation(registration, module))
+
+
+def _window_of(module: Any, config: Any) -> Any:
+    """The sliding window that a layer says it has, or that its config has for all layers."""
+    if hasattr(module, "sliding_window"):
+        return module.sliding_window
+    of_all = getattr(config, "layer_types", None) is None and not getattr(module, "is_cross_attention", False)
+    return getattr(config, "sliding_window", None) if of_all and getattr(config, "use_sliding_window", True) else None
 
 
 def _approximation(registration: Registration, module: Any) -> str:

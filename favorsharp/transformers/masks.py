@@ -7,7 +7,9 @@ n by n mask is made:
     bool   (B, 1, 1, s)   every query sees the keys that are True
     int8   (B, 1, 1, s)   query i sees the keys that are 1, up to its own position
     int16  (B, 1, 1, s)   a pattern that is not supported: the layer that reads it raises an error
-    int32  (B, 1, 1, s)   a pattern that is unknown under torch.compile: the layer that reads it raises an error
+    int32  (B, 1, 1, s)   as int8, and a key is seen by queries at most `reach` positions after it
+    int64  (B, 1, 1, s)   as bool, and a key is seen by queries at most `reach` positions away
+    uint8  (B, 1, 1, s)   a pattern that is unknown under torch.compile: the layer that reads it raises an error
     a stride of 0         no key is padding
 
 Other code does not know this format. So the mask is a `CompactMask`, a tensor that can be moved but not computed with.
@@ -18,7 +20,7 @@ the bidirectional and the causal pattern.
 """
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,9 +35,8 @@ _ACCEPTED = (
 
 
 _REFUSED = {
-    torch.int16: "the model asks for another attention pattern (a sliding window, chunks, packed sequences, a prefix); "
-    + _ACCEPTED,
-    torch.int32: "the model composes its attention mask of several parts, whose values are not known under "
+    torch.int16: "the model asks for another attention pattern (chunks, packed sequences, a prefix); " + _ACCEPTED,
+    torch.uint8: "the model composes its attention mask of several parts, whose values are not known under "
     "torch.compile; pass attention_mask (all ones, where nothing is padding): without it packed sequences are looked "
     "for",
 }
@@ -58,6 +59,9 @@ _MOVES = frozenset(
 """Operations on a mask that do not depend on the meaning of its numbers."""
 
 
+_HIDDEN = -9000.0
+"""A bias that hides a key: models that add -10000 round it in half precision, and exp of it is 0 in every dtype."""
+
 _RECORDED = (2, 3)
 """The lengths of the two axes that a mask has in addition while a graph is recorded."""
 
@@ -70,13 +74,20 @@ class CompactMask(torch.Tensor):
     mask as the condition of `torch.where`, because it has the usual meaning of a boolean mask there.
     """
 
+    reach: int | None = None
+    """The largest distance of a key that a query sees, for masks of sliding windows."""
+
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name, own = func.__name__, bool(args) and isinstance(args[0], CompactMask)
         if own and name in _MOVES and (name != "__getitem__" or _keeps_queries(args[1])):
             out = super().__torch_function__(func, types, args, kwargs)
-            if not isinstance(out, torch.Tensor) or out.dtype == args[0].dtype:
+            if not isinstance(out, torch.Tensor):
+                return out
+            if out.dtype == args[0].dtype:
+                if isinstance(out, CompactMask):
+                    out.reach = args[0].reach
                 return out
         others = (*args[1:], *kwargs.values())
         is_condition = own and func is torch.where and not any(isinstance(x, CompactMask) for x in others)
@@ -132,10 +143,13 @@ class Visible:
         True where a key is not padding; None if no key is padding.
     is_causal : bool
         Whether each of the queries, which are at the last n positions, sees only keys up to its own position.
+    reach : int or None
+        The largest distance of a key that a query sees, with a sliding window; None without one.
     """
 
     key_mask: Tensor
     is_causal: bool
+    reach: int | None = None
 
 
 def compact_mask(
@@ -167,8 +181,8 @@ def compact_mask(
     Returns
     -------
     CompactMask, or a tensor with two more axes
-        A mask for a pattern that is neither bidirectional nor causal raises an error only when a layer reads it,
-        because some models make masks that none of their layers uses.
+        A mask for a pattern that is not bidirectional, causal or a sliding window raises an error only when a layer
+        reads it, because some models make masks that none of their layers uses.
 
     Raises
     ------
@@ -197,8 +211,11 @@ def compact_mask(
         padding = attention_mask[:, kv_offset : kv_offset + kv_length]
         if not torch.compiler.is_compiling() and bool(padding.all()):
             padding = None
-    dtype = torch.int8 if is_causal else torch.bool
-    if is_causal and mask_function is not causal_mask_function:
+    dtype, reach = torch.int8 if is_causal else torch.bool, None
+    window = None if torch.compiler.is_compiling() else _window_of(mask_function)
+    if window is not None:
+        dtype, reach = window
+    elif is_causal and mask_function is not causal_mask_function:
         whole = kv_offset + kv_length
         dtype = _recognised(mask_function, attention_mask, batch_size, q_length, q_offset, whole, use_vmap, device)
     if padding is None:
@@ -207,7 +224,51 @@ def compact_mask(
         mask = padding[:, None, None, :].to(dtype).clone(memory_format=torch.contiguous_format)
     if torch.compiler.is_compiling() or type(mask) is not torch.Tensor:
         return mask[..., None, None].expand(*mask.shape, *_RECORDED)
-    return mask.as_subclass(CompactMask)
+    mask = mask.as_subclass(CompactMask)
+    mask.reach = reach
+    return mask
+
+
+def _window_of(mask_function: Any) -> tuple[torch.dtype, int] | None:
+    """The dtype of the mask and the reach of a sliding window, from the parts that transformers made the pattern of."""
+    parts = list(_parts_of(mask_function))
+    is_causal = causal_mask_function in parts
+    reaches: list[int] = []
+    for part in parts:
+        if part is causal_mask_function or part is bidirectional_mask_function:
+            continue
+        size = _held_by(part).get("sliding_window")
+        name = getattr(part, "__qualname__", "")
+        if not isinstance(size, int) or getattr(part, "__module__", None) != _MASKS_OF_TRANSFORMERS:
+            return None
+        if name.startswith("sliding_window_bidirectional_overlay."):
+            reaches.append(size)
+        elif name.startswith("sliding_window_overlay.") and is_causal and size > 0:
+            reaches.append(size - 1)
+        else:
+            return None
+    return (torch.int32 if is_causal else torch.int64, min(reaches)) if reaches else None
+
+
+_MASKS_OF_TRANSFORMERS = "transformers.masking_utils"
+
+
+def _parts_of(mask_function: Any) -> Iterator[Any]:
+    """The patterns of which a pattern is the intersection."""
+    if getattr(mask_function, "__qualname__", "").startswith("and_masks.") and (
+        mask_function.__module__ == _MASKS_OF_TRANSFORMERS
+    ):
+        for part in _held_by(mask_function).get("mask_functions", ()):
+            yield from _parts_of(part)
+    else:
+        yield mask_function
+
+
+def _held_by(function: Any) -> dict[str, Any]:
+    """The variables that a function has from the function in which it was made."""
+    cells = getattr(function, "__closure__", None) or ()
+    names = function.__code__.co_freevars if cells else ()
+    return {name: cell.cell_contents for name, cell in zip(names, cells, strict=True)}
 
 
 def read_mask(mask: Any, n: int, s: int, is_causal: bool) -> Visible:
@@ -229,7 +290,7 @@ def read_mask(mask: Any, n: int, s: int, is_causal: bool) -> Visible:
         If the mask is anything else.
     """
     if isinstance(mask, CompactMask):
-        return _read_compact(mask.plain(), n, s, is_causal)
+        return _read_compact(mask.plain(), n, s, is_causal, mask.reach)
     if isinstance(mask, torch.Tensor) and mask.ndim == 4 + len(_RECORDED):
         return _read_compact(mask[..., 0, 0], n, s, is_causal)
     if mask is None:
@@ -248,7 +309,7 @@ def read_mask(mask: Any, n: int, s: int, is_causal: bool) -> Visible:
     return _read_dense(mask, n, s, is_causal)
 
 
-def _read_compact(mask: Tensor, n: int, s: int, is_causal: bool) -> Visible:
+def _read_compact(mask: Tensor, n: int, s: int, is_causal: bool, reach: int | None = None) -> Visible:
     if mask.dtype in _REFUSED:
         raise ValueError(_REFUSED[mask.dtype])
     if mask.ndim != 4 or mask.shape[-1] != s:
@@ -257,9 +318,14 @@ def _read_compact(mask: Tensor, n: int, s: int, is_causal: bool) -> Visible:
             "mask has, with those that its cache holds"
         )
     key_mask = None if mask.stride(-1) == 0 else mask[:, :1, 0, :].bool()
-    if mask.dtype is torch.int8:
-        if not is_causal:
-            raise ValueError("the model's attention mask is causal, and its layer says it is not")
+    if mask.dtype in (torch.int32, torch.int64):
+        if reach is None or (mask.dtype is torch.int64 and n != s):
+            raise ValueError(
+                f"a sliding window with n={n} queries and s={s} keys: its length was lost, or its queries belong to "
+                "another sequence; accepted: the mask as the model made it, in self-attention"
+            )
+        return Visible(key_mask, mask.dtype is torch.int32, reach)
+    if mask.dtype is torch.int8:  # the mask decides, as it does in eager attention, and not what the layer says it is
         return Visible(key_mask, True)
     return Visible(key_mask, is_causal and n == 1)
 
@@ -273,7 +339,7 @@ def _read_dense(mask: Tensor, n: int, s: int, is_causal: bool) -> Visible:
     if mask.dtype is not torch.bool:
         if not mask.dtype.is_floating_point:
             raise TypeError(f"attention mask has dtype {mask.dtype}; accepted: bool, or floats added to the scores")
-        hidden = mask <= torch.finfo(mask.dtype).min / 2
+        hidden = mask <= max(_HIDDEN, torch.finfo(mask.dtype).min / 2)
         if bool((~hidden & (mask != 0)).any()):
             raise ValueError(f"attention mask adds a bias to the scores, which features do not take; {_ACCEPTED}")
         mask = ~hidden
@@ -313,11 +379,11 @@ def _recognised(
 ) -> torch.dtype:
     """The dtype that tells whether a composed pattern is causal, bidirectional, or another one, for these lengths.
 
-    A sliding window that is at least as long as the sequence is causal. Keys that a cache has seen count towards the
-    length: a window that hides a past key is another pattern, even if the block of new keys is short.
+    Chunks that are at least as long as the sequence are causal. Keys that a cache has seen count towards the length: a
+    pattern that hides a past key is another pattern, even if the block of new keys is short.
     """
     if torch.compiler.is_compiling():
-        return torch.int32
+        return torch.uint8
 
     def dense(function: Callable[..., Any], **options: Any) -> Tensor:
         return sdpa_mask(

@@ -3,9 +3,9 @@
 import pytest
 import torch
 from tiny import MODELS, bert, gpt2, inputs, llama, output
-from transformers import MistralConfig, MistralForCausalLM
 
 from favorsharp.transformers import StateCache, calibrate, register
+from favorsharp.transformers.attention import REGISTERED, attend
 from favorsharp.transformers.masks import CompactMask, read_mask
 
 
@@ -75,7 +75,7 @@ def test_other_patterns_are_refused(pattern, implementation):
         (torch.ones(1, 1, 5, 6, dtype=torch.bool), ValueError, "n=6, s=6"),
         ("causal", TypeError, "str"),
         (torch.ones(1, 1, 1, 6, dtype=torch.int8), TypeError, "int8"),
-        (torch.ones(1, 1, 1, 6, dtype=torch.int8).as_subclass(CompactMask), ValueError, "says it is not"),
+        (torch.ones(1, 1, 1, 6, dtype=torch.int32).as_subclass(CompactMask), ValueError, "its length was lost"),
         (torch.ones(1, 1, 1, 5, dtype=torch.bool).as_subclass(CompactMask), ValueError, "5 keys, and its layer has 6"),
     ],
 )
@@ -89,39 +89,26 @@ def test_no_mask_before_a_prefix_is_refused():
         read_mask(None, 2, 6, is_causal=True)
 
 
-def mistral(window):
-    torch.manual_seed(0)
-    config = MistralConfig(
-        vocab_size=50,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        sliding_window=window,
-    )
-    return MistralForCausalLM(config).double().eval()
+def test_the_mask_decides_whether_attention_is_causal():
+    """Some decoders do not mark their layers as causal, and some encoders do; eager attention adds the mask alone."""
+    mask = torch.ones(1, 1, 1, 6, dtype=torch.int8).as_subclass(CompactMask)
+    assert read_mask(mask, 6, 6, is_causal=False).is_causal
+    assert not read_mask(torch.ones(1, 1, 1, 6, dtype=torch.bool), 6, 6, is_causal=True).is_causal
+    posrf = REGISTERED["posrf"]
+    layer = llama().model.layers[0].self_attn
+    layer.is_causal, layer.is_decoder = False, True
+    q, k, v = torch.randn(3, 1, 4, 6, 8, dtype=torch.float64)
+    seen = attend(posrf, layer, q, k, v, mask)[0]
+    later = torch.cat([k[:, :, :5], k[:, :, 5:] + 9.0], dim=2)
+    torch.testing.assert_close(attend(posrf, layer, q, later, v, mask)[0][:, :5], seen[:, :5])
 
 
-@pytest.mark.parametrize("implementation", ["exact", "posrf"])
-def test_a_sliding_window_counts_where_it_hides_a_key(implementation):
-    batch = inputs("llama")
-    model = mistral(20)  # longer than the sequence: plain causal
-    model.set_attn_implementation("eager")
-    eager = output(model, **batch)
-    model.set_attn_implementation(implementation)
-    found = output(model, **batch)
-    if implementation == "exact":
-        assert (found - eager).abs().max() < 1e-6
-    model = mistral(8)
-    model.set_attn_implementation(implementation)
-    with pytest.raises(ValueError, match="sliding window"):
-        output(model, **batch)
-    if implementation == "posrf":  # one new token at a time, and still the window would hide what a state holds
-        cache = StateCache()
-        model(input_ids=batch["input_ids"][:, :8], cache=cache)
-        with pytest.raises(ValueError, match="sliding window"):
-            model(input_ids=batch["input_ids"][:, 8:9], cache=cache)
+def test_a_bias_of_minus_10000_hides_a_key():
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        mask = torch.where(PADDING, 0.0, -10000.0).to(dtype)[:, None, None, :]
+        assert torch.equal(read_mask(mask.expand(2, 1, 6, 6), 6, 6, is_causal=False).key_mask, PADDING[:, None])
+    with pytest.raises(ValueError, match="adds a bias"):
+        read_mask(torch.full((1, 1, 6, 6), -100.0), 6, 6, is_causal=False)
 
 
 def test_packed_sequences_are_refused():

@@ -255,7 +255,6 @@ def test_masks_pass_the_end_of_a_graph_and_exports():
         {"seq_idx": torch.zeros(2, 10)},
         {"softcap": 30.0},
         {"output_attentions": True},
-        {"sliding_window": 9},
         {"anything": 0},
     ],
     ids=lambda keyword: next(iter(keyword)),
@@ -274,12 +273,18 @@ def test_keywords_are_served_or_refused(keyword):
     attend(REGISTERED["exact"], module, q, k, k, None, **nothing)
 
 
-def test_a_sliding_window_that_hides_no_key_passes():
+def test_a_sliding_window_is_served_by_its_mask_or_without_any():
     module = llama().model.layers[0].self_attn
-    q = torch.ones(2, 4, 10, 8)
-    attend(REGISTERED["exact"], module, q, q, q, None, sliding_window=10)
+    q = torch.randn(2, 4, 10, 8)
+    attend(REGISTERED["exact"], module, q, q, q, compact_mask(2, 10, 10), sliding_window=10)
     with pytest.raises(ValueError, match="sliding window of 9, and 10 keys"):
         attend(REGISTERED["exact"], module, q, q, q, compact_mask(2, 10, 10), sliding_window=9)
+    windowed = compact_mask(2, 10, 10, mask_function=hf.masking_utils.sliding_window_causal_mask_function(9))
+    for mask in (None, windowed):
+        found = attend(REGISTERED["exact"], module, q, q, q, mask, sliding_window=9)[0]
+        whole = attend(REGISTERED["exact"], module, q, q, q, None)[0]
+        torch.testing.assert_close(found[:, :9], whole[:, :9])
+        assert not torch.allclose(found[:, 9], whole[:, 9])
 
 
 def test_unknown_keywords_of_masks_and_caches_are_refused():
