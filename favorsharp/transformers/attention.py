@@ -17,7 +17,7 @@ from favorsharp.linear_attention import decode_step, init_state, linear_attentio
 from favorsharp.methods import LANDMARKS, MethodLike, check_method, method_of
 from favorsharp.transformers.cache import StateLayer, layer_of
 from favorsharp.transformers.masks import Visible, compact_mask, read_mask
-from favorsharp.transformers.models import guard, heard, label
+from favorsharp.transformers.models import adds_masks_only, guard, heard, label
 from favorsharp.transformers.windows import NearKeys, near_attention, near_step
 
 Tensor = Any
@@ -206,6 +206,8 @@ def attend(
         seen = Visible(None, False)
     else:
         causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
+        if attention_mask is None and causal:
+            causal = not adds_masks_only(module)
         seen = read_mask(attention_mask, n, s, causal)
     if attention_mask is None and sliding_window is not None and seen.reach is None:
         seen = replace(seen, reach=int(sliding_window) - 1)

@@ -5,11 +5,12 @@ transformers calls the cache in each layer; the attention function finds the lay
 
 import sys
 from dataclasses import replace
+from functools import cache, partialmethod
 from types import FrameType
 from typing import Any
 
 import torch
-from transformers import AttentionMaskInterface
+from transformers import AttentionMaskInterface, DynamicCache, cache_utils
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from favorsharp._values import map_arrays
@@ -36,8 +37,9 @@ class StateLayer(CacheLayerMixin):
     `update` marks the new keys and returns them with their values; the attention function then adds them to the state.
     For cross-attention, `keys` and `values` are empty after the first step, and these keys are marked too.
 
-    The attention function must receive exactly the tensors that `update` returned, and only once, because a state
-    cannot tell whether it already contains a key.
+    The attention function must receive the tensors that `update` returned, or others for the same positions that the
+    layer made of them, as latent attention does; and only once, because a state cannot tell whether it already contains
+    a key.
     """
 
     is_sliding = False
@@ -68,6 +70,11 @@ class StateLayer(CacheLayerMixin):
                 f"{_name_of(caller)} gives its cache {', '.join(unknown)}, which a StateCache does not serve; "
                 f"{_INSTEAD}"
             )
+        if caller is not None and getattr(_config_of(caller), "cross_attention_layers", None):
+            raise ValueError(
+                f"{_name_of(caller)} belongs to a model that keeps self-attention and cross-attention in one cache and "
+                f"looks for the keys of an image there, which a StateCache does not hold; {_INSTEAD}"
+            )
         if self._given is not None:
             _hand_out(None, None)
             raise ValueError(self._why_not_taken(caller))
@@ -79,21 +86,19 @@ class StateLayer(CacheLayerMixin):
 
     def receive(self, module: Any, key: Tensor, value: Tensor) -> None:
         """Check that attention received what `update` returned last, or the empty keys of an earlier step."""
+        given = self._given
         _hand_out(None, None)
         if key is self.keys and self.keys is not None:
-            given = self.values
-        elif self._given is not None and key is self._given[0] and not self._received:
-            given = self._given[1]
-        else:
+            if value is not self.values:
+                raise ValueError(f"{label(module)} changes the values of its cache in a later step; {_INSTEAD}")
+        elif given is None or self._received:
+            raise ValueError(_again(module))
+        elif {key.shape[-2], value.shape[-2]} != {given[0].shape[-2]} or key.shape[0] != given[0].shape[0]:
             raise ValueError(
-                f"{label(module)} attends again to keys that its cache gave out before (in a second call, or shared "
-                f"by another layer), and a StateCache would count them twice; {_INSTEAD}"
+                f"{label(module)} changes its keys between cache and attention: the cache gave shape "
+                f"{tuple(given[0].shape)}, and attention gets {tuple(key.shape)}, which are other positions; {_INSTEAD}"
             )
-        if value is not given:
-            raise ValueError(
-                f"{label(module)} changes its values between cache and attention: {_shapes(given, value)}; {_INSTEAD}"
-            )
-        self._received = self._given is not None
+        self._received = given is not None
 
     def take(self, state: Memory, *, keep: tuple[Tensor, Tensor] | None = None) -> None:
         """Store the state that contains the last keys; `keep` are empty keys and values to return in later steps."""
@@ -112,8 +117,7 @@ class StateLayer(CacheLayerMixin):
                 "do not; accepted: reset() it, or a new one"
             )
         name = _name_of(caller)
-        config = getattr(caller.f_locals["self"], "config", None) if caller is not None else None
-        registered = getattr(config, "_attn_implementation", None)
+        registered = getattr(None if caller is None else _config_of(caller), "_attn_implementation", None)
         if AttentionMaskInterface._global_mapping.get(registered) is not compact_mask:
             return (
                 f"a StateCache was passed to a model whose attention is not favorsharp's: keys that {name} gave it "
@@ -186,8 +190,14 @@ class StateCache(Cache):
     With landmarks it keeps a `favorsharp.LandmarkState`, whose size varies between m and 2 m keys and two blocks.
     An encoder-decoder model takes `EncoderDecoderCache(StateCache(), StateCache())`, with one cache for self-attention
     and one for cross-attention. The attention of the model must be registered by `register`, and calibrated unless its
-    method needs no calibration. Beam
-    search is supported; cropping is not. Use a cache for one generation only; `reset` empties it.
+    method needs no calibration. Beam search is supported; cropping is not. Use a cache for one generation only; `reset`
+    empties it.
+
+    Parameters
+    ----------
+    config : transformers.PreTrainedConfig, optional
+        The config of the model. Only models that have convolutions or recurrences beside their attention need it: the
+        cache then holds their states too, as a `DynamicCache` does.
 
     Examples
     --------
@@ -204,22 +214,32 @@ class StateCache(Cache):
     (1, True)
     """
 
-    def __init__(self) -> None:
-        super().__init__(layer_class_to_replicate=StateLayer)
+    def __init__(self, config: Any = None) -> None:
+        if config is None:
+            super().__init__(layer_class_to_replicate=StateLayer)
+        else:
+            super().__init__(layers=[_layer_for(layer) for layer in DynamicCache(config=config).layers])
 
-    def _refuse_other_memory(self, *args: Any, **kwargs: Any) -> Any:
-        raise ValueError(
-            f"{_name_of(_caller())} keeps another memory than keys and values in its cache (of a convolution, a "
-            "recurrence or an indexer), which a StateCache does not hold; accepted: a "
-            "DynamicCache(config=model.config), or no cache"
-        )
+    def _other_memory(self, name: str, *args: Any, **kwargs: Any) -> Any:
+        if self.layer_class_to_replicate is not None or name == "update_indexer":
+            raise ValueError(
+                f"{_name_of(_caller())} keeps another memory than keys and values in its cache (of a convolution, a "
+                "recurrence or an indexer), for which this StateCache has no place; accepted: "
+                "StateCache(config=model.config) for convolutions and recurrences, a DynamicCache(config=model.config) "
+                "for all"
+            )
+        return getattr(super(), name)(*args, **kwargs)
 
-    has_previous_state = get_conv_state = update_conv_state = _refuse_other_memory
-    get_recurrent_state = update_recurrent_state = update_indexer = _refuse_other_memory
+    has_previous_state = partialmethod(_other_memory, "has_previous_state")
+    get_conv_state = partialmethod(_other_memory, "get_conv_state")
+    update_conv_state = partialmethod(_other_memory, "update_conv_state")
+    get_recurrent_state = partialmethod(_other_memory, "get_recurrent_state")
+    update_recurrent_state = partialmethod(_other_memory, "update_recurrent_state")
+    update_indexer = partialmethod(_other_memory, "update_indexer")
 
     @property
     def num_bytes(self) -> int:
-        """The memory of all states in bytes."""
+        """The memory of all states in bytes, those of convolutions and recurrences included."""
         sizes = []
 
         def measured(x: Tensor) -> Tensor:
@@ -227,9 +247,55 @@ class StateCache(Cache):
             return x
 
         for layer in self.layers:
-            if layer.state is not None:
+            if getattr(layer, "state", None) is not None:
                 map_arrays(layer.state, measured)
+            for held in (getattr(layer, "conv_states", {}), getattr(layer, "recurrent_states", {})):
+                sizes += [x.untyped_storage().nbytes() for x in held.values() if x is not None]
         return sum(sizes)
+
+
+def _layer_for(layer: Any) -> Any:
+    """The layer of a StateCache in place of the layer of a DynamicCache."""
+    if isinstance(layer, cache_utils.DynamicLayer):
+        is_linear = isinstance(layer, cache_utils.LinearAttentionLayer)
+        return _hybrid_layer()(layer.number_of_states) if is_linear else StateLayer()
+    if isinstance(layer, cache_utils.LinearAttentionLayer | cache_utils.DummyLayer):
+        return layer
+    raise ValueError(
+        f"the model keeps a {type(layer).__name__} in its cache, for which a StateCache has no place; accepted: a "
+        "DynamicCache(config=model.config), or no cache"
+    )
+
+
+@cache
+def _hybrid_layer() -> Any:
+    """The class of layers that keep a recurrence beside their keys."""
+
+    class HybridStateLayer(cache_utils.LinearAttentionLayer, StateLayer):  # type: ignore[misc]
+        """A `StateLayer` with the states of convolutions and recurrences."""
+
+        def __init__(self, number_of_states: int = 1) -> None:
+            StateLayer.__init__(self)
+            cache_utils.LinearAttentionLayer.__init__(self, number_of_states=number_of_states)
+
+        def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
+            if not args:
+                super().lazy_initialization(**kwargs)
+
+        def reset(self) -> None:
+            """Forget everything."""
+            super().reset()
+            StateLayer.reset(self)
+
+        def reorder_cache(self, beam_idx: Tensor) -> None:
+            """Take the rows of the batch in another order."""
+            super().reorder_cache(beam_idx)
+            StateLayer.reorder_cache(self, beam_idx)
+
+        crop, get_max_length = StateLayer.crop, StateLayer.get_max_length
+        offload, prefetch = StateLayer.offload, StateLayer.prefetch
+
+    return HybridStateLayer
 
 
 def layer_of(module: Any, key: Tensor, value: Tensor) -> StateLayer | None:
@@ -241,16 +307,37 @@ def layer_of(module: Any, key: Tensor, value: Tensor) -> StateLayer | None:
         If the module got keys and values from its cache, and then passed other ones to attention, or the same ones a
         second time.
     """
+    global _spent
     layer: StateLayer | None = getattr(key, _MARK, None)
+    if torch.compiler.is_compiling() or (layer is None and _handed_out is None and _spent is None):
+        return layer
+    before, _spent = _spent, None
+    handed = _handed_out
+    caller = None if handed is None else _running(id(handed[1]))
+    if layer is None:
+        if handed is not None and caller is not None:
+            layer = handed[0]
+        elif before is not None and before[0] == id(module):
+            same = _running(before[1])
+            if same is not None and same > before[2]:
+                raise ValueError(_again(module))
     if layer is not None:
         layer.receive(module, key, value)
-    elif _handed_out is not None and not torch.compiler.is_compiling() and _is_below(_handed_out[1]):
-        given = _handed_out[0]._given
-        if given is not None:
-            raise ValueError(
-                f"{label(module)} changes its keys between cache and attention: {_shapes(given[0], key)}; {_INSTEAD}"
-            )
+        if handed is not None and caller is not None:
+            _spent = id(module), id(handed[1]), caller
     return layer
+
+
+_spent: tuple[int, int, tuple[int, ...]] | None = None
+"""The attention module that got the keys of a cache last, the call of the module that has them, both by their ids (a
+frame that is kept would keep its tensors), and how far that call had come: a second call of attention comes later."""
+
+
+def _again(module: Any) -> str:
+    return (
+        f"{label(module)} attends again to keys that its cache gave out before (in a second call, or shared by another "
+        f"layer), and a StateCache would count them twice; {_INSTEAD}"
+    )
 
 
 _handed_out: tuple[StateLayer, FrameType] | None = None
@@ -270,26 +357,24 @@ def _caller() -> FrameType | None:
     return frame
 
 
+def _config_of(caller: FrameType) -> Any:
+    return getattr(caller.f_locals["self"], "config", None)
+
+
 def _name_of(caller: FrameType | None) -> str:
     return "the model" if caller is None else label(caller.f_locals["self"])
 
 
-def _is_below(caller: FrameType) -> bool:
-    """Whether the frame is still on the stack, so that its call led to the current one."""
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None and frame is not caller:
+def _running(caller: int) -> tuple[int, ...] | None:
+    """How far the frame with this id has come, and each frame that it called, if it is on the stack."""
+    places: list[int] = []
+    frame: FrameType | None = sys._getframe(2)
+    while frame is not None:
+        places.append(frame.f_lasti)
+        if id(frame) == caller:
+            return tuple(reversed(places))
         frame = frame.f_back
-    return frame is not None
-
-
-def _shapes(given: Tensor, received: Tensor) -> str:
-    """The part of an error message that describes the change by shapes."""
-    if given.shape == received.shape:
-        return f"the cache gave shape {tuple(given.shape)}, and attention gets other numbers of that shape"
-    return (
-        f"the cache gave shape {tuple(given.shape)}, and attention gets {tuple(received.shape)}, repeated, split or "
-        "rebuilt, which a state cannot follow"
-    )
+    return None
 
 
 def _compact(state: Memory) -> Memory:

@@ -180,6 +180,24 @@ def _message(model: Any, requested: str, layer: str | None) -> str:
     )
 
 
+def adds_masks_only(module: Any) -> bool:
+    """Whether a layer is of a model of transformers that has eager attention only, where no mask hides no key.
+
+    In the others no mask leaves it to the layer whether its attention is causal, as in torch's own attention.
+    """
+    return not torch.compiler.is_compiling() and _has_eager_only(type(module).__module__)
+
+
+@lru_cache(maxsize=1024)
+def _has_eager_only(module: str) -> bool:
+    if not module.startswith("transformers.models."):
+        return False
+    try:
+        return not re.search(r"_supports_(sdpa|flash_attn) = True", inspect.getsource(sys.modules[module]))
+    except (KeyError, OSError, TypeError):
+        return False
+
+
 def _is_of_torch(kind: type) -> bool:
     return kind.__module__.partition(".")[0] == "torch"
 

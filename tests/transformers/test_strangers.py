@@ -311,48 +311,79 @@ def steps(model, cache):
 
 
 BETWEEN = {
-    "DiffLlamaForCausalLM": ({"num_key_value_heads": 2}, "changes its values"),
-    "JetMoeForCausalLM": ({"num_key_value_heads": 2, "kv_channels": 8, "num_local_experts": 4}, "changes its keys"),
-    "DeepseekV3ForCausalLM": (
-        {
-            "n_routed_experts": 4,
-            "num_experts_per_tok": 2,
-            "n_group": 1,
-            "topk_group": 1,
-            "q_lora_rank": 16,
-            "kv_lora_rank": 16,
-            "qk_rope_head_dim": 8,
-            "qk_nope_head_dim": 8,
-            "v_head_dim": 8,
-            "moe_intermediate_size": 32,
-        },
-        "changes its keys",
-    ),
+    "JetMoeForCausalLM": {"num_key_value_heads": 2, "kv_channels": 8, "num_local_experts": 4},
+    "DeepseekV3ForCausalLM": {
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "n_group": 1,
+        "topk_group": 1,
+        "q_lora_rank": 16,
+        "kv_lora_rank": 16,
+        "qk_rope_head_dim": 8,
+        "qk_nope_head_dim": 8,
+        "v_head_dim": 8,
+        "moe_intermediate_size": 32,
+    },
 }
 
 
 @pytest.mark.parametrize("name", BETWEEN)
-def test_a_layer_that_changes_what_its_cache_gave_is_refused(name):
-    options, what = BETWEEN[name]
-    model = made(name, "favorsharp", **options)
+def test_a_layer_may_make_its_keys_of_what_its_cache_gave(name):
+    """JetMoe repeats its keys, latent attention makes keys and values of a few numbers."""
+    model = made(name, "favorsharp", **BETWEEN[name])
     calibrate(model, [IDS])
     whole = output(model, input_ids=IDS, attention_mask=torch.ones_like(IDS), use_cache=False)
-    torch.testing.assert_close(steps(model, hf.DynamicCache()), whole, rtol=1e-4, atol=1e-4)
-    family = name.removesuffix("ForCausalLM")
-    with pytest.raises(ValueError, match=rf"{family}\w* \(layer 0\) {what}.*accepted for such a layer: a DynamicCache"):
+    for cache in (hf.DynamicCache(), StateCache(), StateCache(config=model.config)):
+        torch.testing.assert_close(steps(model, cache), whole, rtol=1e-4, atol=1e-4)
+
+
+def test_a_layer_that_attends_twice_is_refused():
+    model = made("DiffLlamaForCausalLM", "favorsharp", num_key_value_heads=2)
+    calibrate(model, [IDS])
+    with pytest.raises(
+        ValueError, match=r"DiffLlama\w* \(layer 0\) attends again.*accepted for such a layer: a DynamicCache"
+    ):
         steps(model, StateCache())
     steps(model, hf.DynamicCache())  # the refusal leaves nothing behind
 
 
-def test_a_model_with_other_memory_is_refused():
-    model = made(
-        "Lfm2ForCausalLM",
-        "favorsharp",
-        num_key_value_heads=2,
-        layer_types=["conv", "full_attention"],
-    )
-    with pytest.raises(ValueError, match=r"Lfm2ShortConv.* another memory.*accepted: a DynamicCache"):
+HYBRIDS = {
+    "Lfm2ForCausalLM": {"num_key_value_heads": 2, "layer_types": ["conv", "full_attention"]},
+    "Qwen3NextForCausalLM": {
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "layer_types": ["linear_attention", "full_attention"],
+        "moe_intermediate_size": 32,
+        "shared_expert_intermediate_size": 32,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "linear_num_value_heads": 4,
+        "linear_num_key_heads": 2,
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 8,
+    },
+}
+
+
+@pytest.mark.parametrize("name", HYBRIDS)
+def test_a_model_with_other_memory_needs_a_cache_of_its_config(name):
+    model = made(name, "favorsharp", **HYBRIDS[name])
+    with pytest.raises(ValueError, match=r"another memory.*accepted: StateCache\(config=model.config\)"):
         steps(model, StateCache())
+    whole = output(model, input_ids=IDS, attention_mask=torch.ones_like(IDS), use_cache=False)
+    cache = StateCache(config=model.config)
+    torch.testing.assert_close(steps(model, cache), whole, rtol=1e-4, atol=1e-4)
+    assert cache.num_bytes > 0
+    cache.reset()
+    torch.testing.assert_close(steps(model, cache), whole, rtol=1e-4, atol=1e-4)
+
+
+def test_a_model_that_looks_for_keys_in_its_cache_is_refused():
+    module = Between(None)
+    module.config.cross_attention_layers = [1]
+    module.what = lambda module, cache, x: cache.update(x, x, 0)
+    with pytest.raises(ValueError, match=r"Between belongs to a model.*in one cache.*accepted"):
+        module(StateCache(), torch.ones(1, 2, 4, 8))
 
 
 class Between(torch.nn.Module):
@@ -377,14 +408,10 @@ def twice(module, cache, x):
     return call(module, x, keys, values) + call(module, x, keys, values)
 
 
-def new_values(module, cache, x):
+def twice_of_its_own(module, cache, x):
     keys, values = cache.update(x, x.clone(), 0)
-    return call(module, x, keys, values * 2)
-
-
-def new_keys(module, cache, x):
-    keys, values = cache.update(x, x.clone(), 0)
-    return call(module, x, keys * 2, values)
+    first = call(module, x, keys * 2, values)
+    return first + call(module, x, keys * 2, values)
 
 
 def half(module, cache, x):
@@ -405,8 +432,7 @@ def shared(module, cache, x):
 
 KINDS = {
     twice: "attends again to keys",
-    new_values: "changes its values",
-    new_keys: "changes its keys",
+    twice_of_its_own: "attends again to keys",
     half: "changes its keys",
     update_twice: "calls update twice",
     shared: "attends again to keys",
