@@ -17,7 +17,7 @@ from favorsharp.linear_attention import decode_step, init_state, linear_attentio
 from favorsharp.methods import LANDMARKS, MethodLike, check_method, method_of
 from favorsharp.transformers.cache import StateLayer, layer_of
 from favorsharp.transformers.masks import Visible, compact_mask, read_mask
-from favorsharp.transformers.models import adds_masks_only, guard, heard, label
+from favorsharp.transformers.models import adds_masks_only, guard, heard, label, warn_once
 from favorsharp.transformers.windows import NearKeys, near_attention, near_step
 
 Tensor = Any
@@ -60,6 +60,9 @@ class Registration:
         The seed of every draw.
     landmarks : Landmarks or None
         The settings of the method "landmarks".
+    room : int or None
+    per, dropout : str
+        As in `register`.
     """
 
     name: str
@@ -70,12 +73,40 @@ class Registration:
     seed: int
     calibration: str
     landmarks: Landmarks | None
+    room: int | None = None
+    per: str = "head"
+    dropout: str = "ignore"
+
+    def landmarks_for(self, module: Any, heads: int, scaling: float | None) -> Landmarks:
+        """The settings of landmarks for each key head of a layer."""
+        assert self.landmarks is not None
+        shares = 1 if self.per == "head" else heads
+        if self.per == "model":
+            layers = getattr(getattr(module, "config", None), "num_hidden_layers", None)
+            if not isinstance(layers, int):
+                raise ValueError(
+                    f"per='model' needs the number of layers, and the config of {label(module)} has no "
+                    "num_hidden_layers; accepted: per='layer' or 'head'"
+                )
+            shares *= layers
+        if self.num_features < shares:
+            raise ValueError(
+                f"num_features={self.num_features} for a whole {self.per} is less than one landmark for each of "
+                f"{shares} heads of {label(module)}; accepted: {shares} or more"
+            )
+        m, scale = self.num_features // shares, None if scaling is None else float(scaling)
+        return _settings(self.landmarks, m, m if self.room is None else self.room, scale)
 
     def draw_for(self, size: int, like: Tensor) -> Any:
         """The random rows for heads of this size, on the device of `like`; all layers use the same draw."""
         if not isinstance(self.draw, str):
             return self.draw
         return _rows(self.draw, self.num_features, size, self.seed, like.device)
+
+
+@lru_cache(maxsize=256)
+def _settings(settings: Landmarks, m: int, room: int, scale: float | None) -> Landmarks:
+    return replace(settings, num_landmarks=m, room=room, scale=scale)
 
 
 REGISTERED: dict[str, Registration] = {}
@@ -91,6 +122,9 @@ def register(
     draw: Any = "orthogonal",
     rng: Any = None,
     calibration: str = "input",
+    room: int | None = None,
+    per: str = "head",
+    dropout: str = "ignore",
 ) -> None:
     """Register linear attention, by random features or landmarks, under a name for `attn_implementation`.
 
@@ -120,6 +154,15 @@ def register(
         input, separately for each head and each row of the batch; causal and cross-attention raise an error, because a
         fit to the sequence would show it its own future. With "frozen", every layer raises an error. Methods that fit
         nothing (`posrf`) need no calibration. Landmarks take none.
+    room : int, optional
+        How many keys beyond its landmarks a stream of landmarks holds, as in `favorsharp.landmarks`; None means as many
+        as landmarks.
+    per : {"head", "layer", "model"}
+        What `num_features` landmarks are for: each key head, or all key heads of a layer or of all layers together, in
+        equal shares. Features take "head" only.
+    dropout : {"ignore", "refuse"}
+        What happens in training if the model asks for dropout of attention weights, which do not exist here. With
+        "ignore" the model trains without it, and warns once; with "refuse" it raises an error.
 
     Raises
     ------
@@ -154,11 +197,15 @@ def register(
     if isinstance(draw, str):
         check_choice("draw", draw, DRAWS, also=", an (m, d) array of rows, or a pair (rows, log_weight)")
     check_choice("calibration", calibration, ("input", "frozen"))
+    check_choice("per", per, ("head", "layer", "model"))
+    check_choice("dropout", dropout, ("ignore", "refuse"))
     m = check_integer("num_features", num_features, 1)
     settings = None
     if method == LANDMARKS:
         check_landmark_options(draw, calibrated=calibration != "input")
-        settings = landmarks(m, rng=rng)
+        settings = landmarks(m, room=room, rng=rng)
+    elif room is not None or per != "head":
+        raise ValueError(f"room and per are of method 'landmarks', and method is {method!r}; accepted: their defaults")
     registration = Registration(
         name=name,
         method=method,
@@ -168,6 +215,9 @@ def register(
         seed=int(generator(rng).integers(2**62)) if settings is None else settings.seed,
         calibration=calibration,
         landmarks=settings,
+        room=room,
+        per=per,
+        dropout=dropout,
     )
     REGISTERED[name] = registration
     AttentionInterface.register(name, partial(attend, registration))
@@ -190,15 +240,12 @@ def attend(
 ) -> tuple[Tensor, None]:
     """Compute the attention of one layer, (B, H, n, d) with keys and values of (B, Hkv, s, d) -> (B, n, H, d).
 
-    transformers calls this for every layer. It refuses dropout of attention weights, which do not exist here; attention
-    patterns other than bidirectional and causal; biases; and keywords that might change the result.
+    transformers calls this for every layer. It refuses attention patterns other than bidirectional, causal and sliding
+    windows; biases; and keywords that might change the result.
     """
     heard()
     if dropout:
-        raise ValueError(
-            f"attention dropout is {dropout}: there are no attention weights to drop; accepted: 0 (in the config: "
-            "attention_probs_dropout_prob, attn_pdrop or attention_dropout), or model.eval()"
-        )
+        _without_dropout(registration, module, dropout)
     _check_keywords(registration, module, kwargs)
     layer = layer_of(module, key, value)
     n, s = query.shape[-2], key.shape[-2]
@@ -225,11 +272,12 @@ def attend(
             raise ValueError("method 'exact' needs every key: a StateCache has none; accepted: a DynamicCache")
         out = exact(query, key, value, seen, scaling, grouped)
     else:
+        _check_positions(module, seen, kwargs.get("position_ids"), n == s)
         fm: FeatureMap | Landmarks
         if registration.landmarks is None:
             fm = map_for(registration, module, query, key, seen, scaling, grouped)
         else:
-            fm = replace(registration.landmarks, scale=None if scaling is None else float(scaling))
+            fm = registration.landmarks_for(module, key.shape[1], scaling)
         cross = crosses(module, n, s, seen)
         window = 0 if cross else registration.window
         run = partial(approximate, cross) if layer is None else partial(remember, layer)
@@ -237,7 +285,32 @@ def attend(
     return out.transpose(1, 2).contiguous(), None
 
 
+def _without_dropout(registration: Registration, module: Any, dropout: float) -> None:
+    what = f"attention dropout is {dropout}: there are no attention weights to drop"
+    how = "(in the config: attention_probs_dropout_prob, attn_pdrop or attention_dropout)"
+    if registration.dropout == "refuse":
+        raise ValueError(f"{what}; accepted: 0 {how}, or model.eval()")
+    warn_once(module, "dropout", f"{what}, and the model trains without it; 0 {how} says so")
+
+
+def _check_positions(module: Any, seen: Visible, position_ids: Any, is_whole: bool) -> None:
+    """Warn if padding on the left moves the positions of its rows, which the caller did not correct."""
+    if seen.key_mask is None or position_ids is None or not is_whole or torch.compiler.is_compiling():
+        return
+    if position_ids.shape[0] == 1 < seen.key_mask.shape[0] and not bool(seen.key_mask[:, 0, 0].all()):
+        warn_once(
+            module,
+            "positions",
+            "rows are padded on the left, and their positions count the padding: an approximation of such a row "
+            "differs from that of the row alone; pass position_ids=(attention_mask.cumsum(-1) - 1).clamp(min=0), as "
+            "generate does",
+        )
+
+
 def _check_keywords(registration: Registration, module: Any, keywords: dict[str, Any]) -> None:
+    collected = None if torch.compiler.is_compiling() else _collected()
+    if any("attentions" in name for name in collected or ()):
+        keywords = keywords | {"output_attentions": True}
     unknown = [
         name
         for name, value in keywords.items()
@@ -484,6 +557,15 @@ def crosses(module: Any, n: int, s: int, seen: Visible) -> bool:
     No causal mask is of such a call, even if its layer does not say that it is causal, as in some decoders.
     """
     return not seen.is_causal and (is_cross(module) or n != s)
+
+
+def _collected() -> Any:
+    """What transformers records in the running call besides its result; it does not tell every layer."""
+    try:
+        from transformers.utils.output_capturing import _active_collector
+    except ImportError:  # versions that tell every layer
+        return None
+    return _active_collector.get()
 
 
 _collector: Any = None

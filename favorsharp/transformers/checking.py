@@ -116,7 +116,7 @@ def _approximation(registration: Registration, module: Any) -> str:
     """The method of a layer, its size, and what the layer needs before its first call."""
     m = registration.num_features
     if registration.method in WITHOUT_MAPS:
-        return f"{m} landmarks"
+        return f"{m} landmarks" + ("" if registration.per == "head" else f" a {registration.per}")
     method = method_of(registration.method)
     label = registration.method if isinstance(registration.method, str) else "a method of the caller's"
     what = f"{label} with {m} features"

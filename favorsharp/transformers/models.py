@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from functools import lru_cache, partial, wraps
 from typing import Any
-from weakref import WeakSet
+from weakref import WeakSet, ref
 
 import torch
 from transformers import PreTrainedModel
@@ -31,6 +31,21 @@ def label(module: Any) -> str:
     """The name of a layer in error messages."""
     index = getattr(module, "layer_idx", None)
     return type(module).__name__ + ("" if index is None else f" (layer {index})")
+
+
+_warned: dict[tuple[int, str], Any] = {}
+"""The configs of models that were warned, weakly, by their ids and by what they were warned of."""
+
+
+def warn_once(module: Any, of: str, message: str) -> None:
+    """Warn once for all layers that share a config, which are those of a model or of a part of it."""
+    if torch.compiler.is_compiling():
+        return
+    config = getattr(module, "config", module)
+    known = _warned.get((id(config), of))
+    if known is None or known() is not config:
+        _warned[id(config), of] = ref(config)
+        warnings.warn(f"{label(module)}: {message}", stacklevel=4)
 
 
 def guard(names: Any) -> None:

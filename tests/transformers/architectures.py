@@ -12,8 +12,10 @@ import inspect
 import re
 import signal
 import sys
+import textwrap
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -388,9 +390,22 @@ def _time_limit() -> Iterator[None]:
 
 # The page -------------------------------------------------------------------------------------------------------------
 
+PAGE = Path(__file__).parents[2] / "docs" / "guide" / "architectures.md"
+
+_HEAD = """# Architectures of transformers
+
+This page is written by `python tests/transformers/architectures.py`, and `make test-architectures` checks it. Each
+architecture of transformers {version} is built from a small config with random weights, and `method="exact"` is
+compared with eager attention: without a mask, and with padding on the right and on the left of unequal rows. Causal
+models also generate greedily, with a `DynamicCache` and with `StateCache(config=model.config)`. A query that sees no
+key may differ from eager attention, as it does in torch's attention. Of {total} architectures {served} are served.
+{refused} are refused, with the reason. {outside} have no attention that a registered name reaches, and are refused too.
+{missing} were not reached, because no small model of them ran.
+"""
+
 
 def main(arguments: list[str]) -> None:
-    """Run the named architectures, or all of them, and print what became of each."""
+    """Run the named architectures and print what became of each; without names, run all and write the page."""
     hf.logging.set_verbosity_error()
     torch.set_num_threads(1)
     prepare()
@@ -399,11 +414,55 @@ def main(arguments: list[str]) -> None:
         found[model_type] = outcome(model_type)
         print(model_type, *found[model_type], sep=" | ", flush=True)
     if not arguments:
-        page(found)
+        PAGE.write_text(page(found))
 
 
-def page(found: dict[str, Outcome]) -> None:
-    """Write the page."""
+def page(found: dict[str, Outcome]) -> str:
+    """The page, in Markdown."""
+
+    def named(kind: str, accepts: Callable[[str], bool] = lambda why: True) -> list[str]:
+        return [name for name, (own, why) in found.items() if own == kind and accepts(why)]
+
+    counts = {kind: len(named(kind)) for kind in ("served", "refused", "outside")}
+    missing = len(named("not reached"))
+    parts = [_HEAD.format(version=hf.__version__, total=len(found), missing=missing, **counts)]
+    states = named("served", lambda why: why == "StateCache too")
+    fails = named("served", lambda why: why.startswith("StateCache:"))
+    rest = [name for name in named("served") if name not in states and name not in fails]
+    parts += ["## Served, also with a StateCache", _names(states)]
+    parts += ["## Served, and refused with a StateCache", _reasons(found, fails)]
+    parts += ["## Served, without generation by a StateCache", _names(rest)]
+    parts += ["## Refused", _reasons(found, named("refused"))]
+    parts += ["## Outside the attention interface", _names(named("outside"))]
+    parts += ["## Not reached", _names(named("not reached"))]
+    wrong = named("wrong")
+    parts += ["## Wrong", _reasons(found, wrong)] if wrong else []
+    return "\n\n".join(part.strip("\n") for part in parts) + "\n"
+
+
+def served(text: str) -> set[str]:
+    """The architectures that a page lists as served."""
+    return set(re.findall(r"`([\w.-]+)`", text[text.index("## Served") : text.index("## Refused")]))
+
+
+def _names(names: list[str]) -> str:
+    return textwrap.fill(", ".join(f"`{name}`" for name in names), 118, break_on_hyphens=False, break_long_words=False)
+
+
+def _reasons(found: dict[str, Outcome], names: list[str]) -> str:
+    """The architectures by the reason of their refusal, without the names of layers and what is accepted."""
+    by_reason: dict[str, list[str]] = {}
+    for name in names:
+        why = found[name].why.removeprefix("StateCache: ").removeprefix("ValueError: ")
+        why = re.sub(r"^\w+( \(layer \d+\))? (?=computes|attends|keeps|belongs|changes)", "a layer ", why)
+        why = re.split(r"[;(]|\. |: | of shape | is not served by", why)[0].strip()
+        by_reason.setdefault(why, []).append(name)
+    return "\n".join(
+        textwrap.fill(
+            f"- {why}: {', '.join(f'`{name}`' for name in group)}", 118, subsequent_indent="  ", break_on_hyphens=False
+        )
+        for why, group in sorted(by_reason.items())
+    )
 
 
 if __name__ == "__main__":

@@ -244,13 +244,18 @@ def test_arguments_of_register(options, error, message):
         register(**options)
 
 
-def test_dropout_and_what_features_lack_is_refused():
+def test_dropout_warns_once_or_is_refused_and_what_features_lack_is_refused():
     model = bert()
     model.set_attn_implementation("favorsharp")
     for layer in model.encoder.layer:
         layer.attention.self.dropout.p = 0.1
     output(model, **inputs("bert"))  # none in evaluation mode
     model.train()
+    with pytest.warns(UserWarning, match=r"attention dropout is 0.1.*trains without it") as found:
+        first = output(model, **inputs("bert"))
+    assert len(found) == 1
+    torch.testing.assert_close(output(model, **inputs("bert")), first)
+    register("favorsharp", num_features=16, rng=0, dropout="refuse")
     with pytest.raises(ValueError, match=r"attention dropout is 0.1.*accepted: 0"):
         output(model, **inputs("bert"))
     model.eval()

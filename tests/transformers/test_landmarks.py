@@ -276,3 +276,50 @@ def test_it_compiles():
     model.encoder.layer = model.encoder.layer[:1]
     got = output(torch.compile(model, fullgraph=True, backend="aot_eager"), **batch)
     torch.testing.assert_close(got, output(model, **batch), rtol=1e-6, atol=1e-6)
+
+
+def test_a_number_of_landmarks_is_shared_by_the_heads_of_a_layer_or_of_a_model():
+    """Two layers of two key heads; the room is as large as the share, or what is asked for."""
+    model, batch = MODELS["llama"](), inputs("llama", n=40)
+    for per, number in (("head", 6), ("layer", 12), ("model", 24)):
+        register("shared", method="landmarks", num_features=number, per=per, room=3, rng=0)
+        model.set_attn_implementation("shared")
+        cache = StateCache()
+        out = output(model, **batch, cache=cache)
+        assert {layer.state.settings.num_landmarks for layer in cache.layers} == {6}
+        assert {layer.state.settings.room for layer in cache.layers} == {3}
+        assert max(layer.state.held for layer in cache.layers) <= 9
+        if per == "head":
+            want = out
+        torch.testing.assert_close(out, want)
+    register("shared", method="landmarks", num_features=3, per="model")
+    with pytest.raises(ValueError, match=r"num_features=3 for a whole model.*accepted: 4 or more"):
+        output(model, **batch)
+    with pytest.raises(ValueError, match="room and per are of method 'landmarks'"):
+        register("shared", per="layer")
+    with pytest.raises(ValueError, match="per must be one of|per"):
+        register("shared", method="landmarks", per="token")
+
+
+def test_padding_on_the_left_without_positions_warns_once():
+    register("landmarks", method="landmarks", num_features=4)
+    model, batch = MODELS["llama"](), inputs("llama")
+    model.set_attn_implementation("landmarks")
+    mask = torch.arange(12)[None] >= torch.tensor([0, 3, 5])[:, None]
+    given = batch | {"attention_mask": mask.long(), "use_cache": False}
+    output(model, **given, position_ids=(mask.cumsum(-1) - 1).clamp(min=0))
+    output(model, **(given | {"attention_mask": mask.flip(1).long()}))
+    with pytest.warns(UserWarning, match="padded on the left.*position_ids") as found:
+        output(model, **given)
+    output(model, **given)
+    assert len(found) == 1
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_attentions_are_refused_everywhere(name):
+    """GPT-2 does not tell its layers that they are asked for."""
+    register("landmarks", method="landmarks", num_features=4)
+    model = MODELS[name]()
+    model.set_attn_implementation("landmarks")
+    with pytest.raises(ValueError, match="output_attentions is not served"):
+        output(model, **inputs(name), output_attentions=True)
