@@ -28,6 +28,8 @@ def test_every_script_runs_and_every_peer_is_right(tmp_path, monkeypatch):
         ("classification", {"draws": 2, "tuning_draws": 1, "m": 8, "names": ["banknote"]}),
         ("regression", {"rows": 150, "largest": 16, "seeds": 2}),
         ("draws", {"seeds": 2, "largest": 16}),
+        ("long_sequences", {"quick": True}),
+        ("language_model", {"quick": True}),
     ],
 )
 def test_every_experiment_of_the_papers_leaves_a_table_and_a_picture(name, options, tmp_path, monkeypatch):
@@ -44,6 +46,7 @@ def test_every_experiment_of_the_papers_leaves_a_table_and_a_picture(name, optio
     made_up = datasets.Dataset("banknote", points, (points[:, 0] > 0).astype(int), (), (0, 1), "nobody")
     monkeypatch.setattr(datasets, "fetch_banknote", lambda: made_up)
     monkeypatch.syspath_prepend(str(Path(__file__).parents[1]))
+    monkeypatch.chdir(tmp_path)  # where the language model leaves its checkpoint
     importlib.import_module(f"benchmarks.paper.{name}").main(output=tmp_path, **options)
     text = (tmp_path / "paper" / f"_{name}.md").read_text()
     assert "nan" not in text
