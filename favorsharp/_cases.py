@@ -14,6 +14,9 @@ from favorsharp._values import map_arrays
 from favorsharp.dispatch import OPS
 from favorsharp.features import feature_map
 from favorsharp.fitting import fit
+from favorsharp.landmarks import landmarks as make_landmarks
+from favorsharp.landmarks.attention import landmark_stream  # noqa: F401  fills OPS
+from favorsharp.landmarks.state import empty_landmarks
 from favorsharp.moments import point_moments  # noqa: F401  fills OPS
 from favorsharp.ops import (  # noqa: F401  fill OPS
     attention,
@@ -294,6 +297,26 @@ def _weighted_attention() -> Iterator[Case]:
         yield Case(f"{shape}{kind}", make)
 
 
+def _landmark_stream() -> Iterator[Case]:
+    """Streams with no more different keys than landmarks, so that results do not depend on which seeds are drawn."""
+    for shape, window, grouped in itertools.product(("plain", "one", "none", "primes"), (0, 5), (False, True)):
+
+        def make(
+            to: Callable[[Any], Array], shape: str = shape, window: int = window, grouped: bool = grouped
+        ) -> Any:  # fmt: skip
+            q, k, v = _problem(shape)
+            m = SHAPES[shape][-1]
+            k = k[..., np.arange(k.shape[-2]) % m, :]
+            x = np.stack([q, q + 0.25], axis=-3) if grouped else q
+            keys = to(_strided(k))
+            empty = empty_landmarks(
+                make_landmarks(m, room=3, scale=0.25), tuple(k.shape[:-2]), k.shape[-1], v.shape[-1], window, keys
+            )
+            return (to(x), keys, to(v), empty), {"key_mask": to(_mask(k.shape[:-1])), "grouped": grouped}
+
+        yield Case(f"{shape}, window {window}{', grouped' if grouped else ''}", make)
+
+
 MAKERS: dict[str, Callable[[], Iterator[Case]]] = {
     "exponential_features": _exponential_features,
     "attention": lambda: itertools.chain(_attention(True, (0, 1, 5, 64)), _unequal()),
@@ -306,6 +329,7 @@ MAKERS: dict[str, Callable[[], Iterator[Case]]] = {
     "condense": _condense,
     "point_moments": _point_moments,
     "weighted_attention": _weighted_attention,
+    "landmark_stream": _landmark_stream,
 }
 
 

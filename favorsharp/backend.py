@@ -38,7 +38,10 @@ from favorsharp._checks import check_unfollowed
 from favorsharp.dispatch import Backend, Kernel
 from favorsharp.features.folding import FoldedSide, fold
 from favorsharp.features.map_gradients import map_gradients, summed_to
-from favorsharp.ops.landmark_seeds import noise_of
+from favorsharp.landmarks.metric import STREAM_RIDGE
+from favorsharp.landmarks.state import LandmarkState, segments_of
+from favorsharp.moments import Moments
+from favorsharp.ops.landmark_seeds import CANDIDATES, noise_of
 from favorsharp.ops.state import State, empty_state, has_low_parts, num_leaving, with_recent, with_sums
 from favorsharp.ops.vjp import (
     attention_gradients,
@@ -49,10 +52,14 @@ from favorsharp.ops.vjp import (
 )
 
 __all__ = [
+    "CANDIDATES",
     "FLOATS",
+    "STREAM_RIDGE",
     "Backend",
     "FoldedSide",
     "Kernel",
+    "LandmarkState",
+    "Moments",
     "State",
     "attention_gradients",
     "broadcast_shapes",
@@ -75,6 +82,7 @@ __all__ = [
     "num_leaving",
     "on_device_of",
     "recorded_or_followed",
+    "segments_of",
     "state_gradients",
     "summed_to",
     "to_host",
@@ -98,6 +106,7 @@ MODULES = {
 LANDMARKS = {
     "choose_landmarks": "landmarks",
     "condense": "landmarks",
+    "landmark_stream": "landmark_stream",
     "point_moments": "point_moments",
     "weighted_attention": "weighted_attention",
 }

@@ -16,6 +16,7 @@ from favorsharp._arrays import dtype_name, from_host, namespace_of, to_host
 from favorsharp._cases import MAKERS, Case, cases, gradient_cases
 from favorsharp._typing import Array
 from favorsharp.dispatch import OPS, Backend, Implementation, Kernel, backends, request_of, use, watch
+from favorsharp.landmarks.state import LandmarkState
 from favorsharp.ops.attention import attention
 from favorsharp.ops.causal_attention import causal_attention
 from favorsharp.ops.exponential_features import exponential_features
@@ -302,6 +303,9 @@ _REFERENCES: dict[str, Callable[..., Any]] = {
 def _arrays_of(result: Any) -> list[Array]:
     if isinstance(result, tuple):
         return [array for part in result for array in _arrays_of(part)]
+    if isinstance(result, LandmarkState):  # the order of its keys depends on the draw
+        seen = result.moments
+        return [seen.mean_x, seen.covariance_x, seen.mean_y, seen.covariance_y]
     if isinstance(result, State):
         return [result.kv, result.z, result.c, result.recent_k, result.recent_v]
     return [result]

@@ -6,16 +6,10 @@ from typing import Any
 
 import numpy as np
 
-from favorsharp_numba.host.arguments import LOG2E, Held, broadcast, empty, name_of, promoted, widened
+from favorsharp_numba.host.arguments import Held, broadcast, empty, name_of, promoted, widened
+from favorsharp_numba.host.reading import reading_constants, reading_places
 from favorsharp_numba.host.threads import pieces_of, share
-from favorsharp_numba.kernels.arguments import (
-    ALPHA,
-    HEADER,
-    NEAR_ALPHA,
-    NEAR_SCALE,
-    ONE,
-    Sizes,
-)
+from favorsharp_numba.kernels.arguments import Sizes
 from favorsharp_numba.kernels.weighted_attention import attend
 from favorsharp_numba.kernels.workspace import items_of
 from favorsharp_numba.vectors.compiling import TAGS
@@ -45,14 +39,9 @@ def weighted_attention(
 
 @lru_cache(maxsize=64)
 def _sizes(m: int, d: int, e: int, scale: float, dtype: str) -> tuple[Sizes, Any]:
-    """The sizes of a call, and its constants: some scalars, and zeros."""
+    """The sizes of a call, and its constants."""
     lanes = BYTES // np.dtype(dtype).itemsize
     d_pad, m_pad, e_pad = (max(1, -(-x // lanes)) * lanes for x in (d, m, e))
-    zeros = -(-HEADER // lanes) * lanes
-    total = zeros + max(d_pad, e_pad)
-    constants = np.zeros(total, dtype)
-    constants[ALPHA], constants[NEAR_ALPHA] = scale**0.5, LOG2E * scale**0.5
-    constants[ONE], constants[NEAR_SCALE] = 1, LOG2E
-    constants.flags.writeable = False
+    zeros, total = reading_places(lanes, d_pad, e_pad)
     fields = d, d_pad, m, m_pad, e, e_pad, m_pad + lanes, *[zeros] * 10, 0, 0, total
-    return Sizes._make(fields), constants
+    return Sizes._make(fields), reading_constants(d_pad, e_pad, scale, dtype)

@@ -4,19 +4,20 @@ from favorsharp._arrays import cast, compute_dtype, namespace_of, result_dtype
 from favorsharp._autodiff import has_fused_attention
 from favorsharp._heads import add_mask_axis
 from favorsharp._typing import Array
+from favorsharp.dispatch import Op
 from favorsharp.landmarks.settings import Landmarks
 from favorsharp.landmarks.state import (
     LandmarkState,
     condensed,
+    entered,
     extended,
     landmark_map,
     log_weights,
     moments_of,
-    positions_until_due,
     read_fused,
     read_landmarks,
-    ready,
     reduced,
+    segments_of,
 )
 from favorsharp.ops.attention import attention as attention_op
 
@@ -52,36 +53,55 @@ def whole(
 def stream(
     q: Array, k: Array, v: Array, state: LandmarkState, *, key_mask: Array | None = None, grouped: bool = False
 ) -> tuple[Array, LandmarkState]:
+    """`landmark_stream`, by a kernel if the kernel of the landmarks is softmax."""
+    run = landmark_stream if state.settings.kernel == "softmax" else landmark_stream.reference
+    result: tuple[Array, LandmarkState] = run(q, k, v, state, key_mask=key_mask, grouped=grouped)
+    return result
+
+
+@Op
+def landmark_stream(
+    q: Array, k: Array, v: Array, state: LandmarkState, *, key_mask: Array | None = None, grouped: bool = False
+) -> tuple[Array, LandmarkState]:
     """Attention of query i to the visible keys 0 .. i and to those of the state, and the state after all of them.
 
-    The keys are taken in segments that end where the state has to be compressed. The result is in the dtype of the
-    state.
+    The keys are taken in segments that end where the state has to be compressed. The reference calls other ops.
+
+    Parameters
+    ----------
+    q : array, shape (*b, n, d), or (*b, g, n, d) if `grouped`
+    k : array, shape (*b, n, d)
+    v : array, shape (*b, n, e)
+    state : LandmarkState
+    key_mask : array of bool, shape (*b, n), optional
+        True where a key is visible.
+    grouped : bool
+        Whether g heads of queries read each head of keys.
+
+    Returns
+    -------
+    out : array, shape (*b, n, e) or (*b, g, n, e)
+        In the dtype of the state.
+    state : LandmarkState
     """
-    xp = namespace_of(q, k, v)
-    start = 0
     outs: list[Array] = []
-    while start < k.shape[-2] or not outs:
-        state = ready(state)
-        stop = min(k.shape[-2], start + positions_until_due(state))
-        part = slice(start, stop)
-        before = state.held
+    for segment in segments_of(state, k.shape[-2]):
+        state = entered(state, segment)
+        part = slice(segment.start, segment.stop)
         mask = None if key_mask is None else key_mask[..., part]
         state = extended(state, q[..., part, :], k[..., part, :], v[..., part, :], mask, grouped=grouped)
         held = state.keys, state.log_weight, state.values
-        outs.append(_read(q[..., part, :], held, state.settings, grouped, causal_from=before))
-        start = stop
-    return outs[0] if len(outs) == 1 else xp.concat(outs, axis=-2), state
+        outs.append(_read(q[..., part, :], held, state.settings, grouped, causal_from=segment.held))
+    return outs[0] if len(outs) == 1 else namespace_of(q, k, v).concat(outs, axis=-2), state
 
 
 def absorbed(state: LandmarkState, k: Array, v: Array, key_mask: Array | None) -> LandmarkState:
     """The state after further keys without queries (`update`)."""
-    start = 0
-    while start < k.shape[-2]:
-        state = ready(state)
-        part = slice(start, min(k.shape[-2], start + positions_until_due(state)))
+    for segment in segments_of(state, k.shape[-2]) if k.shape[-2] > 0 else ():
+        state = entered(state, segment)
+        part = slice(segment.start, segment.stop)
         mask = None if key_mask is None else key_mask[..., part]
         state = extended(state, None, k[..., part, :], v[..., part, :], mask)
-        start = part.stop
     return state
 
 

@@ -6,8 +6,9 @@ Whether a compression is due depends only on the numbers of keys seen and held, 
 stream.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from favorsharp._arrays import (
     broadcast_shapes,
@@ -118,12 +119,40 @@ def empty_landmarks(
     )
 
 
-def positions_until_due(state: LandmarkState) -> int:
+class Segment(NamedTuple):
+    """Keys start .. stop of a call, between two compressions.
+
+    If `due`, the keys held are compressed before the first one enters: `before` keys, with the random numbers of the
+    event `seen`, the number of keys seen. After that, `held` keys are held.
+    """
+
+    start: int
+    stop: int
+    due: bool
+    seen: int
+    before: int
+    held: int
+
+
+def segments_of(state: LandmarkState, length: int) -> Iterator[Segment]:
+    """The segments of a call with so many keys; at least one, which is empty if there is no key."""
+    start, held, seen = 0, state.held, state.num_seen
+    while True:
+        before = held
+        if due := _until_due(state, held, seen) == 0:
+            held = state.settings.num_landmarks + state.window
+        stop = min(length, start + _until_due(state, held, seen))
+        yield Segment(start, stop, due, seen, before, held)
+        held, seen, start = held + stop - start, seen + stop - start, stop
+        if start == length:
+            return
+
+
+def _until_due(state: LandmarkState, held: int, seen: int) -> int:
     """The number of keys that can enter before the next compression; 0 if it is due before the next key."""
-    block = max(state.window, 1)
     full = state.settings.num_landmarks + state.settings.room
-    needed = max(0, full - (state.held - state.window))
-    return needed + -(state.num_seen + needed) % block
+    needed = max(0, full - (held - state.window))
+    return needed + -(seen + needed) % max(state.window, 1)
 
 
 def moments_of(q: Array | None, k: Array, key_mask: Array | None, *, grouped: bool = False) -> Moments:
@@ -270,11 +299,9 @@ def _mass_and_moments(x: Array, weight: Array | None) -> tuple[Array, Moments]:
     return xp.log(cast(weight, dtype)), weighted_moments(x, weight)
 
 
-def ready(state: LandmarkState) -> LandmarkState:
-    """The state, compressed if a compression is due before the next key."""
-    if positions_until_due(state) > 0:
-        return state
-    return compressed(state, state.window, event=state.num_seen)
+def entered(state: LandmarkState, segment: Segment) -> LandmarkState:
+    """The state, compressed if that is due before a segment enters."""
+    return compressed(state, state.window, event=segment.seen) if segment.due else state
 
 
 def read_fused(

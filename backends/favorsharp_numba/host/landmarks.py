@@ -15,6 +15,17 @@ from favorsharp_numba.vectors.compiling import TAGS
 from favorsharp_numba.vectors.emitter import BYTES, VECTORS
 
 
+def places_of(lanes: int, d: int, d_pad: int, e_pad: int) -> tuple[int, int, int, int, int, int]:
+    """Where the arrays of packed constants are (see `Landmarks`), and the number of constants."""
+    panels = -(-d_pad // (VECTORS * lanes)) * d * VECTORS * lanes
+    center = lanes * -(-(ONE + 1) // lanes)
+    direction = center + d_pad
+    left = direction + d_pad
+    matrix = left + panels
+    zeros = matrix + panels
+    return center, direction, left, matrix, zeros, zeros + max(d_pad, e_pad)
+
+
 class LandmarkProblem:
     """Keys, and the landmarks that are chosen from them or that they are added to, in the terms of the kernels.
 
@@ -73,12 +84,7 @@ class LandmarkProblem:
         """The sizes of the call, and the packed constants of each metric."""
         lift, width = host(metric.lift).astype(self.dtype, copy=False), VECTORS * self.lanes
         d_pad, e = self._padded(d), 0 if v is None else v.shape[-1]
-        center = self.lanes * -(-(ONE + 1) // self.lanes)
-        direction = center + d_pad
-        left = direction + d_pad
-        matrix = left + -(-d_pad // width) * d * width
-        zeros = matrix + -(-d_pad // width) * d * width
-        total = zeros + max(d_pad, self._padded(e))
+        center, direction, left, matrix, zeros, total = places_of(self.lanes, d, d_pad, self._padded(e))
         piece = pieces_of(self.heads, n, float(self.heads * n * m * d))
         s = Landmarks(
             n, m, self._padded(m), d, d_pad, e, d_pad if v is None else self._padded(e), piece,

@@ -49,26 +49,33 @@ def draw(one, s, k, weight, sides, noise, lists, grain, points, used, low, high,
     """
     w = seed_space(s, scratch)
     for head in range(low, high):
+        own, own_used = points + head * s.m * s.d_pad, used + head * s.m_pad
         side, along = integer_at(sides + 8 * head), lists + head * LISTS * s.n
-        order = along + s.n
-        seen = project(one, s, k, weight, side, head, noise, along, order, w)
-        order = sorted_by(seen, along, order, order + s.n)
-        different = first_of_each(seen, along, order)
-        load_candidates(one, s, k, weight, side, head, noise + s.d, order, different, w)
-        square_distances(one, w.columns, s.slots_pad, s.d, s.slots_pad, side + s.zeros, 0, w.own)
-        pick = first_pick(one, s.slots, w.logs, w.left, w.scores)
-        for j in range(s.m):
-            place = points + (head * s.m + j) * s.d_pad
-            needed = get(one, w.scores + pick) > -np.inf
-            put(one, used + head * s.m_pad + j, one - one if needed else -np.inf * one)
-            if needed:
-                load_key(one, s, k, side, head, order, slot_rank(s, noise + s.d, different, pick), place)
-            else:
-                combine(one, s.d_pad, one - one, -one, side + s.center, one - one, side + s.center, place)
-            square_distances(
-                one, w.columns, s.slots_pad, s.d, s.slots_pad, w.columns + pick, s.slots_pad, w.distances
-            )  # fmt: skip
-            pick = next_pick(one, s.slots, pick, grain, w.own, w.distances, w.logs, w.left, w.scores)
+        draw_head(one, s, k, weight, side, head, noise, along, grain, own, own_used, w)
+
+
+@outlined
+def draw_head(one, s, k, weight, side, head, noise, along, grain, points, used, w):
+    """The seeds of a head, as `draw` describes them; `along` is the place of its lists."""
+    order = along + s.n
+    seen = project(one, s, k, weight, side, head, noise, along, order, w)
+    order = sorted_by(seen, along, order, order + s.n)
+    different = first_of_each(seen, along, order)
+    load_candidates(one, s, k, weight, side, head, noise + s.d, order, different, w)
+    square_distances(one, w.columns, s.slots_pad, s.d, s.slots_pad, side + s.zeros, 0, w.own)
+    pick = first_pick(one, s.slots, w.logs, w.left, w.scores)
+    for j in range(s.m):
+        place = points + j * s.d_pad
+        needed = get(one, w.scores + pick) > -np.inf
+        put(one, used + j, one - one if needed else -np.inf * one)
+        if needed:
+            load_key(one, s, k, side, head, order, slot_rank(s, noise + s.d, different, pick), place)
+        else:
+            combine(one, s.d_pad, one - one, -one, side + s.center, one - one, side + s.center, place)
+        square_distances(
+            one, w.columns, s.slots_pad, s.d, s.slots_pad, w.columns + pick, s.slots_pad, w.distances
+        )  # fmt: skip
+        pick = next_pick(one, s.slots, pick, grain, w.own, w.distances, w.logs, w.left, w.scores)
 
 
 # Candidates ----------------------------------------------------------------------------------------------------------

@@ -226,12 +226,23 @@ def gather_landmarks(
         head, piece = task // s.per_head, task % s.per_head
         side, own, total = integer_at(sides + 8 * head), points + head * s.m * s.d_pad, sums_at(s, sums, task)
         start, stop = s.n * piece // s.per_head, s.n * (piece + 1) // s.per_head
-        for step in range(steps):
-            aim(one, s, side, own, used + head * s.m_pad, w)
-            empty_sums(one, s, total)
-            add_keys(one, s, side, own, k, weight, v, head, start, stop, total, logs, known or step > 0, w)
-            if s.per_head == 1:
-                settle(one, s, total, results + head * s.m * s.width, masses + head * s.m_pad)
+        gather(
+            one, s, side, k, weight, v, head, start, stop, own, used + head * s.m_pad, total, logs + head * s.n, known,
+            steps, results + head * s.m * s.width, masses + head * s.m_pad, w,
+        )  # fmt: skip
+
+
+@outlined
+def gather(
+    one, s, side, k, weight, v, head, start, stop, points, used, sums, logs, known, steps, results, masses, w
+):  # fmt: skip
+    """The keys start .. stop of a head go through some steps; places are those of the head."""
+    for step in range(steps):
+        aim(one, s, side, points, used, w)
+        empty_sums(one, s, sums)
+        add_keys(one, s, side, points, k, weight, v, head, start, stop, sums, logs, known or step > 0, w)
+        if s.per_head == 1:
+            settle(one, s, sums, results, masses)
 
 
 @inlined
@@ -242,7 +253,7 @@ def add_keys(one, s, side, points, k, weight, v, head, start, stop, sums, logs, 
     for first in range(start, stop, TILE):
         count = min(TILE, stop - first)
         load_points(one, k, NO_MASK, head, first, count, s.d, s.d_pad, side + ROOT, side + s.center, w.rows)
-        masses, rows = w.logs if s.condensing else logs + head * s.n + first, w.rows
+        masses, rows = w.logs if s.condensing else logs + first, w.rows
         if not known:
             log_masses(one, s, side, weight, head, first, count, masses, w)
         if s.condensing:

@@ -10,7 +10,7 @@ from favorsharp_numba.vectors.blocks import sum_block
 from favorsharp_numba.vectors.compiling import inlined, outlined
 from favorsharp_numba.vectors.items import get, panel, put
 from favorsharp_numba.vectors.products import product_add
-from favorsharp_numba.vectors.rows import combine, fill, quadratic_rows
+from favorsharp_numba.vectors.rows import add_rows, combine, copy, fill, quadratic_rows
 
 
 class MomentSizes(NamedTuple):
@@ -49,31 +49,36 @@ def add_points(one, s, x, mask, constants, sums, low, high, scratch):
     cancel without it. Of the products, only those in and below the diagonal panels are added up. `constants` is the
     place of a 1 with zeros behind it.
     """
-    w, width = moment_space(s, scratch), panel(one)
-    zeros = constants + s.d_pad
+    w = moment_space(s, scratch)
     for task in range(low, high):
         head, piece = task // s.per_head, task % s.per_head
-        number = sums + task * sums_length(s)
-        mean, products = number + s.d_pad, number + 2 * s.d_pad
         start, stop = s.n * piece // s.per_head, s.n * (piece + 1) // s.per_head
-        count = min(TILE, stop - start)
-        fill(one, w.shift, 2 * s.d_pad, one - one)
-        seen = load_visible(one, s, x, mask, head, start, count, constants, zeros, zeros, w)
-        if seen > 0:
-            sum_block(one, w.rows, s.d_pad, count, s.d_pad, constants, 0, w.shift)
-            combine(one, s.d_pad, one - one, one / seen, w.shift, one - one, w.shift, w.shift)
-        for first in range(start, stop, TILE):
-            count = min(TILE, stop - first)
-            seen = load_visible(one, s, x, mask, head, first, count, constants, w.shift, zeros, w)
-            put(one, number, get(one, number) + seen)
-            sum_block(one, w.rows, s.d_pad, count, s.d_pad, constants, 0, w.total)
-            for j in range(0, s.d, width):
-                product_add(
-                    one, s.d - j, min(width, s.d_pad - j), count, w.rows + j, 1, s.d_pad, w.rows + j, width, s.d_pad,
-                    products + j * s.d_pad + j, s.d_pad,
-                )  # fmt: skip
-        if get(one, number) > 0:
-            finish_moments(one, s, get(one, number), w.shift, w.total, mean, products)
+        add_range(one, s, x, mask, head, start, stop, constants, sums + task * sums_length(s), w)
+
+
+@outlined
+def add_range(one, s, x, mask, head, start, stop, constants, number, w):
+    """The moments of the points start .. stop of a head, at the place `number`."""
+    width, zeros = panel(one), constants + s.d_pad
+    mean, products = number + s.d_pad, number + 2 * s.d_pad
+    count = min(TILE, stop - start)
+    fill(one, w.shift, 2 * s.d_pad, one - one)
+    seen = load_visible(one, s, x, mask, head, start, count, constants, zeros, zeros, w)
+    if seen > 0:
+        sum_block(one, w.rows, s.d_pad, count, s.d_pad, constants, 0, w.shift)
+        combine(one, s.d_pad, one - one, one / seen, w.shift, one - one, w.shift, w.shift)
+    for first in range(start, stop, TILE):
+        count = min(TILE, stop - first)
+        seen = load_visible(one, s, x, mask, head, first, count, constants, w.shift, zeros, w)
+        put(one, number, get(one, number) + seen)
+        sum_block(one, w.rows, s.d_pad, count, s.d_pad, constants, 0, w.total)
+        for j in range(0, s.d, width):
+            product_add(
+                one, s.d - j, min(width, s.d_pad - j), count, w.rows + j, 1, s.d_pad, w.rows + j, width, s.d_pad,
+                products + j * s.d_pad + j, s.d_pad,
+            )  # fmt: skip
+    if get(one, number) > 0:
+        finish_moments(one, s, get(one, number), w.shift, w.total, mean, products)
 
 
 @outlined
@@ -100,3 +105,23 @@ def load_visible(one, s, x, mask, head, start, count, factor, shift, zeros, w):
         else:
             seen += 1
     return seen
+
+
+@outlined
+def merge_moments(one, s, held, added, w):
+    """Add moments to others (Chan, Golub and LeVeque 1983: no differences of large numbers)."""
+    before, more = get(one, held), get(one, added)
+    if more == 0:
+        return
+    if before == 0:
+        copy(one, added, sums_length(s), held)
+        return
+    share, nothing = more / (before + more), one - one
+    put(one, held, before + more)
+    mean = held + s.d_pad
+    combine(one, s.d_pad, nothing, one, added + s.d_pad, -one, mean, w.shift)
+    combine(one, s.d_pad, nothing, one, mean, share, w.shift, mean)
+    for i in range(s.d):
+        line, other = held + (2 + i) * s.d_pad, added + (2 + i) * s.d_pad
+        combine(one, s.d_pad, nothing, one - share, line, share, other, line)
+        add_rows(one, line, s.d_pad, w.shift, s.d_pad, 1, share * (one - share) * get(one, w.shift + i))

@@ -79,20 +79,25 @@ def attend(one, s, side, q, keys, weight, values, num_queries, causal_from, out,
     for task in range(low, high):
         head, share = task // per_head, task % per_head
         load_weighted(one, s, side, keys, weight, values, head, w)
-        finite = is_finite(one, side, w.values, s.e_pad, s.m, s.e_pad, w.numerator)
-        visible = first_visible(one, s, w)
-        stop = num_queries * (share + 1) // per_head
-        for start in range(num_queries * share // per_head, stop, TILE):
-            count = min(TILE, stop - start)
-            load_points(one, q, NO_MASK, head, start, count, s.d, s.d_pad, side + NEAR_ALPHA, side + s.center, w.points)
-            turn_queries(one, s, side, count, False, w.points, w.points, w.factors, w.columns)
-            attend_tile(one, s, side, start, count, causal_from, finite, w)
-            for t in range(count):  # a query that sees no key reads 0, also if it is not finite
-                if visible >= (s.m if causal_from < 0 else causal_from + start + t + 1):
-                    put(one, w.total + t, one - one)
-                    fill(one, w.numerator + t * s.e_pad, s.e_pad, one - one)
-            invert(one, w.total, count)
-            store_points(one, out, head, start, count, s.e, s.e_pad, w.total, w.numerator)
+        visible, finite = first_visible(one, s, w), is_finite(one, side, w.values, s.e_pad, s.m, s.e_pad, w.numerator)
+        start, stop = num_queries * share // per_head, num_queries * (share + 1) // per_head
+        read_range(one, s, side, q, head, start, stop, causal_from, visible, finite, out, w)
+
+
+@outlined
+def read_range(one, s, side, q, head, low, high, causal_from, visible, finite, out, w):
+    """The queries low .. high of a head read its keys, which have been loaded. Keys before `visible` are hidden."""
+    for start in range(low, high, TILE):
+        count = min(TILE, high - start)
+        load_points(one, q, NO_MASK, head, start, count, s.d, s.d_pad, side + NEAR_ALPHA, side + s.center, w.points)
+        turn_queries(one, s, side, count, False, w.points, w.points, w.factors, w.columns)
+        attend_tile(one, s, side, start, count, causal_from, finite, w)
+        for t in range(count):  # a query that sees no key reads 0, also if it is not finite
+            if visible >= (s.m if causal_from < 0 else causal_from + start + t + 1):
+                put(one, w.total + t, one - one)
+                fill(one, w.numerator + t * s.e_pad, s.e_pad, one - one)
+        invert(one, w.total, count)
+        store_points(one, out, head, start, count, s.e, s.e_pad, w.total, w.numerator)
 
 
 @inlined

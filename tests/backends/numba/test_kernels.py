@@ -17,7 +17,7 @@ pytestmark = pytest.mark.own_backend
 pytest.importorskip("numba")
 
 OPS = ["exponential_features", "attention", "causal_attention", "update", "read", "decode_step", "kernel_matvec"]
-OPS += ["choose_landmarks", "condense", "point_moments", "weighted_attention"]
+OPS += ["choose_landmarks", "condense", "point_moments", "weighted_attention", "landmark_stream"]
 
 
 @pytest.mark.parametrize("library", ["numpy", "torch"])

@@ -18,6 +18,7 @@ from favorsharp_numba.host.arguments import Packed
 from favorsharp_numba.host.threads import share
 from favorsharp_numba.kernels import window_rule
 from favorsharp_numba.kernels.exponential_features import Features
+from favorsharp_numba.kernels.landmark_stream import Stream
 from favorsharp_numba.kernels.landmarks import Landmarks
 from favorsharp_numba.kernels.point_moments import MomentSizes
 from favorsharp_numba.kernels.workspace import items_of, on_host
@@ -31,7 +32,9 @@ LAYOUTS = {
     f"{module.__name__.rpartition('.')[2]}.{name}": value
     for module in MODULES
     for name, value in vars(module).items()
-    if name.endswith(("_space", "_sums_at")) and value.py_func.__module__ == module.__name__
+    if name != "metric_space"  # it takes other arguments
+    and name.endswith(("_space", "_sums_at"))
+    and value.py_func.__module__ == module.__name__
 }
 KERNELS = {value for module in MODULES for value in vars(module).values() if hasattr(value, "layout")}
 
@@ -40,6 +43,9 @@ def sizes_for(name):
     """Sizes whose parts have different lengths."""
     if name.startswith("exponential_features"):
         return [Features(100, 21, 5, 32, 16, 1, direct, 0) for direct in (0, 1)]
+    if name.startswith("landmark_stream"):
+        places = 16, 32, 48, 112, 176, 192
+        return [Stream(5, 16, 8, m, 32, 3, 16, 2, 1, 7, 40, 48, 20, 32, 4, 3, *places, 16, 32) for m in (1, 21)]
     if name.startswith("landmark"):
         return [Landmarks(100, m, 24, 5, 8, 3, 16, 2, 0, 1, 21, 24, 8, 16, 24, 64, 104, 112) for m in (1, 21, 200)]
     if name.startswith("point_moments"):
