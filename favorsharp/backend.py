@@ -39,7 +39,7 @@ from favorsharp.dispatch import Backend, Kernel
 from favorsharp.features.folding import FoldedSide, fold
 from favorsharp.features.map_gradients import map_gradients, summed_to
 from favorsharp.landmarks.metric import STREAM_RIDGE
-from favorsharp.landmarks.state import LandmarkState, segments_of
+from favorsharp.landmarks.state import LandmarkState, grown, segments_of
 from favorsharp.moments import Moments
 from favorsharp.ops.landmark_seeds import CANDIDATES, noise_of
 from favorsharp.ops.state import State, empty_state, has_low_parts, num_leaving, with_recent, with_sums
@@ -71,6 +71,7 @@ __all__ = [
     "features_gradients",
     "fold",
     "gradients_through_map",
+    "grown",
     "has_low_parts",
     "is_followed",
     "kernel_matvec_gradients",
@@ -121,6 +122,10 @@ WITH_OUT = ("attention", "causal_attention")
 """The ops whose functions take `out`."""
 
 
+PLANNED = ("decode_step", "landmark_stream")
+"""The ops whose modules have a function for plans, named like the op with `_plan` behind it."""
+
+
 def bundled_kernels(
     package: str,
     library: str,
@@ -134,7 +139,7 @@ def bundled_kernels(
     """The kernels of a bundled backend: for the arrays of one library, and for torch tensors on the same device.
 
     With `traceable`, the kernels for torch's autograd also run on traced tensors, and `torch_ops` also has the ops in
-    `TRACEABLE`. With `plans`, the module of decode_step has a function `decode_step_plan`. With `landmarks`, the
+    `TRACEABLE`. With `plans`, the modules of the ops in `PLANNED` have functions for plans. With `landmarks`, the
     backend has the ops in `LANDMARKS`.
     """
 
@@ -146,7 +151,7 @@ def bundled_kernels(
             op=op,
             target=target,
             packed=f"{target}_packed" if op in PACKED else None,
-            plan=f"{target}_plan" if op == "decode_step" and plans else None,
+            plan=f"{target}_plan" if op in PLANNED and plans else None,
             takes_out=op in WITH_OUT,
             libraries=frozenset({library}),
             devices=frozenset({device}),

@@ -185,9 +185,10 @@ class Kernel:
         function takes their bounds, a list of integers, after the map. There are one or more points. It returns no
         state, and is differentiable if the kernel is.
     plan : str, optional
-        For decode_step: ``"module:function"``. The function takes the arguments of a first call, with grouped
-        queries joined by the key head that they read (`favorsharp._heads.join_queries`). It returns a function for
-        calls whose arrays have the same shapes, dtypes and memory layouts, or None if there is none.
+        For decode_step and landmark_stream: ``"module:function"``. The function takes the arguments of a first call;
+        those of decode_step have grouped queries joined by the key head that they read
+        (`favorsharp._heads.join_queries`). It returns a function for calls whose arrays (for landmark_stream: other
+        than those of the state) have the same shapes, dtypes and memory layouts, or None if there is none.
     takes_out : bool
         For attention and causal_attention: whether the function, and `packed`, take an array for the result as `out`.
         They return that array if they wrote to it.

@@ -1,5 +1,6 @@
 """Landmarks: the laws of the choice, of reading them, of windows and of streams."""
 
+import copy
 import importlib
 import pickle
 from dataclasses import replace
@@ -246,6 +247,31 @@ def test_whole_call_chunks_and_tokens_are_one_stream(few_xp, window):
     np.testing.assert_allclose(got, few_xp.back(want), rtol=1e-8, atol=1e-9)
     assert_states(few_xp, state, last)
     assert last.held <= 8 + 5 + 2 * max(window, 1)
+
+
+@pytest.mark.parametrize("window", [0, 4])
+def test_states_of_tokens_are_values(few_xp, window):
+    """A state goes on twice, and copies of it too, with grouped heads; hidden keys that are not finite stay hidden."""
+    q, k, v = (few_xp.back(x).copy() for x in stream_problem(few_xp, n=40, batch=(4,)))
+    k, v, mask = k[:2], v[:2], np.arange(40) != 3
+    k[:, 3], v[:, 3] = np.nan, np.inf
+    arrays, lm = [few_xp(x) for x in (q, k, v)], fs.landmarks(8, room=9)
+    options = {"is_causal": True, "window": window, "enable_gqa": True, "return_state": True}
+    want, last = fs.linear_attention(*arrays, lm, key_mask=few_xp(mask), **options)
+    want = few_xp.back(want)
+    _, state = fs.linear_attention(*part(arrays, 0, 20), lm, key_mask=few_xp(mask[:20]), **options)
+    for t in range(20, 40):
+        out, after = fs.decode_step(*part(arrays, t, t + 1), state, lm, enable_gqa=True)
+        other, _ = fs.decode_step(*part(arrays, 5, 6), state, lm, enable_gqa=True)
+        again, twin = fs.decode_step(*part(arrays, t, t + 1), state, lm, enable_gqa=True)
+        for x in (out, again):
+            np.testing.assert_allclose(few_xp.back(x), want[:, t : t + 1], rtol=1e-8, atol=1e-9)
+        assert not np.allclose(few_xp.back(other), want[:, t : t + 1])
+        state = copy.copy(after) if t % 7 == 0 else twin if t % 3 == 0 else after
+    shown = [few_xp.back(getattr(s, name)) for s in (state, last) for name in ("log_weight", "values")]
+    np.testing.assert_allclose(shown[0], shown[2], rtol=1e-8, atol=1e-9)
+    np.testing.assert_allclose(few_xp.back(state.moments.covariance_x), few_xp.back(last.moments.covariance_x))
+    assert state.num_seen == last.num_seen
 
 
 @pytest.mark.parametrize("window", WINDOWS)
@@ -601,6 +627,11 @@ def vjp_gradients(function, arrays, weight):
     return [x.numpy() for x in pullback(torch.asarray(weight))]
 
 
+def numpy_gradients(function, arrays, weight):
+    _, pullback = fs.vjp(fs.linear_attention, *arrays, function.args[0], **function.keywords)
+    return pullback(weight)
+
+
 class Through:
     """linear_attention with landmarks as a function of q, k and v."""
 
@@ -618,6 +649,9 @@ class Through:
         (torch_gradients, "gaussian", 0, 2),
         (torch_gradients, "softmax", 3, 1),
         (torch_gradients, "softmax", 0, 0),
+        (numpy_gradients, "softmax", 0, 3),
+        (numpy_gradients, "gaussian", 0, 1),
+        (numpy_gradients, "softmax", 0, 0),
         (vjp_gradients, "softmax", 3, 3),
         (jax_gradients, "gaussian", 3, 1),
     ],
@@ -651,10 +685,34 @@ def test_gradients_of_a_stream_are_finite_and_causal():
         assert (x.grad[:, 1:40].abs().amax(-1) > 0).all()
 
 
-def test_numpy_arrays_have_no_gradients():
+@pytest.mark.parametrize(
+    ("options", "kernel"),
+    [({}, "softmax"), ({"is_causal": True}, "softmax"), ({"is_causal": True, "window": 4}, "gaussian")],
+)
+def test_gradients_of_numpy_arrays_are_those_of_autograd(options, kernel):
+    """Grouped heads that share keys, a mask, values that are broadcast, packed sequences, and a long tile."""
+    q, k, v = attention_problem(16, (2, 4), n=90)
+    k, v = k[:, :2], v[:1, :1]
+    mask = np.random.default_rng(4).random((2, 1, 90)) > 0.2
+    k[~np.broadcast_to(mask, k.shape[:-1])] = np.nan
+    options = {**options, "enable_gqa": True, "cu_seqlens": [0, 30, 90]}
+    lm, weight = (
+        fs.landmarks(8, room=4, kernel=kernel),
+        np.random.default_rng(5).standard_normal((2, 4, 90, v.shape[-1])),
+    )
+    out, pullback = fs.vjp(fs.linear_attention, q, k, v, lm, key_mask=mask, **options)
+    torch = pytest.importorskip("torch")
+    given = [torch.asarray(x) for x in (q, k, v)]
+    same, reverse = fs.vjp(fs.linear_attention, *given, lm, key_mask=torch.asarray(mask), **options)
+    np.testing.assert_allclose(out, same.numpy(), rtol=1e-9, atol=1e-11)
+    for own, want in zip(pullback(weight), reverse(torch.asarray(weight)), strict=True):
+        np.testing.assert_allclose(own, want.numpy(), rtol=1e-7, atol=1e-9)
+
+
+def test_numpy_arrays_with_a_window_in_both_directions_have_no_gradients():
     q, k, v = attention_problem(0)
-    with pytest.raises(TypeError, match=r"numpy arrays: .* accepted: torch tensors and JAX arrays"):
-        fs.vjp(fs.linear_attention, q, k, v, fs.landmarks(4))
+    with pytest.raises(TypeError, match=r"numpy arrays with window=4: .* accepted: torch tensors and JAX arrays"):
+        fs.vjp(fs.linear_attention, q, k, v, fs.landmarks(4), window=4)
 
 
 def test_compiled_by_jax():

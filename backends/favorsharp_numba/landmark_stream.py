@@ -3,6 +3,7 @@
 from typing import Any
 
 from favorsharp_numba.host.landmark_stream import StreamProblem
+from favorsharp_numba.host.landmark_tokens import token_of
 
 
 def landmark_stream(
@@ -10,3 +11,6 @@ def landmark_stream(
 ) -> tuple[Any, Any]:  # fmt: skip
     """As `favorsharp.landmarks.attention.landmark_stream`."""
     return StreamProblem(q, k, v, state, key_mask, grouped).run()
+
+
+landmark_stream_plan = token_of

@@ -7,8 +7,8 @@ stream.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from dataclasses import dataclass, fields, replace
+from typing import Any, ClassVar, NamedTuple
 
 from favorsharp._arrays import (
     broadcast_shapes,
@@ -78,6 +78,29 @@ class LandmarkState:
     window: int
     moments: Moments
     settings: Landmarks
+
+    store: ClassVar[Any] = None
+    """What a backend keeps beside the state of a token: memory with room for further keys, in which the state lies."""
+    next_token: ClassVar[Any] = None
+    """What `decode_step` keeps of its checks for the next token."""
+
+    def remember(self, name: str, value: Any) -> None:
+        """Attach `store` or `next_token`. They are not part of the value: `replace` drops them."""
+        object.__setattr__(self, name, value)
+
+    def __getattr__(self, name: str) -> Any:
+        """The moments of a state that `grown` made, when they are first asked for."""
+        if name != "moments" or "pending" not in vars(self):
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        before, queries, start, grouped = vars(self)["pending"]
+        d, held = self.keys.shape[-1], self.held
+        seen = moments_of(queries[..., start:held, :d], self.keys[..., start:, :], None, grouped=grouped)
+        self.remember("moments", combine(before, seen))
+        return self.moments
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The fields alone."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
 
     @property
     def v_size(self) -> int:
@@ -250,6 +273,28 @@ def extended(
         num_seen=state.num_seen + k.shape[-2],
         moments=combine(state.moments, moments_of(q, k, key_mask, grouped=grouped)),
     )
+
+
+def grown(
+    state: LandmarkState,
+    keys: Array,
+    log_weight: Array,
+    values: Array,
+    before: Moments,
+    queries: Array,
+    start: int,
+    grouped: bool,
+) -> LandmarkState:
+    """The state with a further exact key, whose moments are computed when they are asked for.
+
+    They are `before` and those of the queries (*b, n, d), or (*b, g, n, d) if `grouped`, and keys from the position
+    `start` on; there may be more queries and more coordinates than keys have.
+    """
+    after = object.__new__(LandmarkState)
+    own = {"keys": keys, "log_weight": log_weight, "values": values, "num_seen": state.num_seen + 1}
+    pending = before, queries, start, grouped
+    vars(after).update(own, window=state.window, settings=state.settings, pending=pending)
+    return after
 
 
 def compressed(state: LandmarkState, keep: int, *, ridge: float = STREAM_RIDGE, event: int = 0) -> LandmarkState:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 from favorsharp._arrays import (
     broadcast_shapes,
@@ -11,9 +11,10 @@ from favorsharp._arrays import (
     library_of,
     namespace_of,
     result_dtype,
+    signature_of,
     under_own_settings,
 )
-from favorsharp._autodiff import differentiate
+from favorsharp._autodiff import differentiate, mode_of_library, records_gradients
 from favorsharp._checks import (
     check_attention,
     check_broadcast,
@@ -31,7 +32,9 @@ from favorsharp._checks import (
 )
 from favorsharp._heads import merge_heads, merged_batch, split_heads
 from favorsharp._typing import Array
-from favorsharp.landmarks.attention import absorbed, gathered, read_state, stream, whole
+from favorsharp.dispatch import circumstances
+from favorsharp.landmarks.attention import absorbed, gathered, landmark_stream, read_state, stream, whole
+from favorsharp.landmarks.gradients import gradients_of
 from favorsharp.landmarks.settings import Landmarks, landmarks
 from favorsharp.landmarks.state import LandmarkState, empty_landmarks
 
@@ -186,15 +189,51 @@ def landmark_read(state: Any, q: Array, settings: Landmarks, *, enable_gqa: bool
 def landmark_step(
     q: Array, k: Array, v: Array, state: Any, settings: Landmarks, *, enable_gqa: bool
 ) -> tuple[Array, LandmarkState]:
-    """`decode_step` with landmarks."""
+    """`decode_step` with landmarks. A token like the one before is not checked again (see `favorsharp.plans`)."""
+    key, known = _key_of_token(q, k, v, state, enable_gqa), getattr(state, "next_token", None)
+    if known is None or known.key != key or state.settings != settings:
+        known = _checked_token(q, k, v, state, settings, enable_gqa, key)
+    out, after = known.run(split_heads(known.group, q), k, v, state, grouped=known.group > 1)
+    if known.key is not None:
+        after.remember("next_token", known)
+    return cast(merge_heads(known.group, out), known.dtype), after
+
+
+class _Token(NamedTuple):
+    """What `decode_step` keeps of its checks: for which key they hold, the function to run, and more."""
+
+    key: Any
+    run: Callable[..., Any]
+    group: int
+    dtype: Any
+
+
+def _key_of_token(q: Array, k: Array, v: Array, state: Any, enable_gqa: Any) -> Any:
+    """What the checks of a token look at, besides the state; None if they must not be skipped."""
+    mode, around = mode_of_library(), circumstances()
+    held = [getattr(state, name, None) for name in ("keys", "log_weight", "values")]
+    if mode is None or around is None or records_gradients(held):
+        return None
+    parts = [signature_of(x, with_layout=True) for x in (q, k, v)]
+    return None if None in parts else (mode, around, signature_of(enable_gqa), *parts)
+
+
+def _checked_token(
+    q: Array, k: Array, v: Array, state: Any, settings: Landmarks, enable_gqa: bool, key: Any
+) -> _Token:  # fmt: skip
+    """Check the arguments of `landmark_step`, and choose what runs it."""
     xp, group = check_attention(q, k, v, is_causal=False, key_mask=None, enable_gqa=enable_gqa)
     if q.shape[-2] != 1 or k.shape[-2] != 1:
         raise ValueError(
             f"decode_step takes one token: q has n={q.shape[-2]}, k has s={k.shape[-2]}; accepted: 1 and 1"
         )
     _check_state(state, settings, k=k, v=v)
-    out, state = stream(split_heads(group, q), k, v, state, grouped=group > 1)
-    return cast(merge_heads(group, out), result_dtype(xp, q, k, v)), state
+    dtype, plan = result_dtype(xp, q, k, v), None
+    if key is not None and settings.kernel == "softmax":
+        x = split_heads(group, q)
+        make = landmark_stream.implementation(x, k, v, state).plan
+        plan = make and make(x, k, v, state, grouped=group > 1)
+    return _Token(None, stream, group, dtype) if plan is None else _Token(key, plan, group, dtype)
 
 
 @under_own_settings
@@ -219,17 +258,38 @@ def landmark_vjp(
     q: Array, k: Array, v: Array, settings: Landmarks, **options: Any
 ) -> tuple[Array, Callable[[Array], tuple[Array, ...]]]:
     """`vjp` of `linear_attention` with landmarks; the choice of landmarks is constant in differentiation."""
-    if library_of(q) not in ("torch", "jax"):
-        raise TypeError(
-            f"{library_of(q)} arrays: attention through landmarks is differentiated by the library of the arrays; "
-            "accepted: torch tensors and JAX arrays"
-        )
     options |= {"state": None, "return_state": False, "out": None}
+    if library_of(q) not in ("torch", "jax"):
+        return _own_vjp(q, k, v, settings, options)
 
     def function(q: Array, k: Array, v: Array) -> Array:
         return landmark_attention(q, k, v, settings, **options)
 
     return differentiate(function, (q, k, v))
+
+
+def _own_vjp(
+    q: Array, k: Array, v: Array, settings: Landmarks, options: dict[str, Any]
+) -> tuple[Array, Callable[[Array], tuple[Array, ...]]]:
+    """`landmark_vjp` for arrays whose library differentiates nothing."""
+    is_causal, window = options["is_causal"], options["window"]
+    if window and not is_causal:
+        raise TypeError(
+            f"{library_of(q)} arrays with window={window}: a window in both directions around landmarks is "
+            "differentiated by the library of the arrays; accepted: torch tensors and JAX arrays, window=0, or "
+            "is_causal=True"
+        )
+    out = landmark_attention(q, k, v, settings, **options)
+    group = q.shape[-3] // k.shape[-3] if options["enable_gqa"] else 1
+
+    @under_own_settings
+    def pullback(gradient: Array) -> tuple[Array, ...]:
+        x, g = (split_heads(group, z) if group > 1 else z[..., None, :, :] for z in (q, gradient))
+        names = "is_causal", "window", "key_mask", "bounds"
+        dq, dk, dv = gradients_of(x, k, v, settings, g, **{name: options[name] for name in names})
+        return namespace_of(q).reshape(dq, q.shape), dk, dv
+
+    return out, pullback
 
 
 def _check_state(

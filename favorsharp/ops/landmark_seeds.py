@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from favorsharp._arrays import broadcast_shapes, cast, from_host, namespace_of, on_device_of, statistics_dtype
+from favorsharp._autodiff import is_compiling
 from favorsharp._typing import Array
 from favorsharp.ops.landmark_metric import Metric, centred
 from favorsharp.ops.state import hide, tiles_of
@@ -33,16 +34,22 @@ def noise_of(seed: int, event: int, num_landmarks: int, size: int) -> Noise:
     """The random numbers for a choice. `event` is 0 in a whole call, and in a stream the number of keys seen."""
     import numpy as np
 
-    return Noise(*(np.asarray(numbers) for numbers in _drawn(seed, event, CANDIDATES * num_landmarks, size)))
+    slots = CANDIDATES * num_landmarks
+    if is_compiling():
+        return Noise(*(np.asarray(numbers) for numbers in _drawn(seed, event, slots, size)))
+    return Noise(*_arrays_of(seed, event, slots, size))
+
+
+def _arrays_of(seed: int, event: int, slots: int, size: int) -> tuple[Any, ...]:
+    import numpy as np
+
+    rng = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(event,)))
+    return rng.standard_normal(size), rng.random(slots), rng.gumbel(size=slots)
 
 
 def _drawn(seed: int, event: int, slots: int, size: int) -> tuple[tuple[float, ...], ...]:
     """The numbers of `noise_of` in Python, which a compiled graph can hold."""
-    import numpy as np
-
-    rng = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(event,)))
-    arrays = (rng.standard_normal(size), rng.random(slots), rng.gumbel(size=slots))
-    return tuple(tuple(array.tolist()) for array in arrays)
+    return tuple(tuple(array.tolist()) for array in _arrays_of(seed, event, slots, size))
 
 
 # What torch.compiler.assume_constant_result does, without importing torch.

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -70,11 +71,11 @@ class StreamProblem:
         longest = max(1, *(max(x.before, x.held + x.stop - x.start) for x in self.segments))
         slots, wide = min(CANDIDATES * m, most), 8 // np.dtype(self.dtype).itemsize
         d_wide = self.lanes // wide * -(-d_pad * wide // self.lanes)
-        places = places_of(self.lanes, d, d_pad, e_pad)
-        zeros, total = reading_places(self.lanes, d_pad, e_pad)
+        center, direction, lift, _, zeros, total = places_of(self.lanes, d, d_pad, e_pad)
+        read_places = reading_places(self.lanes, d_pad, e_pad)
         return Stream(
             d, d_pad, d_wide, m, m_pad, e, e_pad, wide, group, state.held, longest, self._padded(longest), slots,
-            self._padded(slots), state.window, state.settings.steps, *places, zeros, total,
+            state.window, state.settings.steps, center, direction, lift, zeros, total, *read_places,
         )  # fmt: skip
 
     def _padded(self, x: int) -> int:
@@ -98,11 +99,8 @@ class StreamProblem:
         due = [x for x in self.segments if x.due]
         numbers = np.zeros((max(1, len(due)), s.d + 2 * s.slots))
         for row, x in zip(numbers, due, strict=False):
-            noise = noise_of(settings.seed, x.seen, settings.num_landmarks, s.d)
             slots = min(s.slots, x.before - s.keep)
-            row[: s.d] = noise.direction
-            row[s.d : s.d + slots] = noise.offsets[:slots]
-            row[s.d + slots : s.d + 2 * slots] = noise.gumbel[:slots]
+            row[: s.d + 2 * slots] = _numbers(settings.seed, x.seen, settings.num_landmarks, s.d, slots)
         return numbers
 
     def _moments(self) -> Any:
@@ -124,3 +122,10 @@ class StreamProblem:
         given = (numpy_or_torch(self.k, np.ascontiguousarray(x)) for x in parts)
         dtype = max(self.state.moments.dtype, widened(promoted(name_of(self.q), name_of(self.k))))
         return Moments(*given, dtype=dtype)
+
+
+@lru_cache(maxsize=256)  # the layers of a model share a seed
+def _numbers(seed: int, event: int, num_landmarks: int, size: int, slots: int) -> Any:
+    """The random numbers of a compression in one list."""
+    noise = noise_of(seed, event, num_landmarks, size)
+    return np.concatenate([noise.direction, noise.offsets[:slots], noise.gumbel[:slots]])

@@ -18,23 +18,23 @@ from favorsharp_numba.vectors.rows import FLOAT64, combine, fill, load_rows
 TINY = 1e-150
 """Added to the covariance of queries, so that it has a Cholesky factor if all queries are equal."""
 
-MetricSpace = namedtuple("MetricSpace", "factor turned inner work lift matrix center mean vector direction end")
+MetricSpace = namedtuple("MetricSpace", "factor turned inner work lift center mean vector inside direction end")
 
 
 @inlined
 def metric_space(d, pad, factor):
-    """The parts of the workspace of `solve_metric`, with its results `lift`, `matrix`, `center` and `direction`."""
+    """The parts of the workspace of `solve_metric`, with its results `lift`, `center` and `direction`."""
     turned = factor + d * pad
     inner = turned + d * pad
     work = inner + d * pad
     lift = work + d * pad
-    matrix = lift + d * pad
-    center = matrix + d * pad
+    center = lift + d * pad
     mean = center + pad
     vector = mean + pad
-    direction = vector + pad
+    inside = vector + pad
+    direction = inside + pad
     end = direction + pad
-    return MetricSpace(factor, turned, inner, work, lift, matrix, center, mean, vector, direction, end)
+    return MetricSpace(factor, turned, inner, work, lift, center, mean, vector, inside, direction, end)
 
 
 @outlined
@@ -58,13 +58,13 @@ def solve_metric(one, d, pad, queries, keys, scale, tilt, ridge, w):
     cholesky(one, d, pad, w.inner, w.work)
     forward(one, d, pad, w.work, w.factor, w.inner)
     transpose(one, w.inner, pad, d, d, w.lift, pad, pad)
-    product(one, d, pad, d, w.inner, 1, pad, w.inner, width, pad, w.matrix, pad)
     root = np.sqrt(scale)
     combine(one, pad, nothing, root, mean_y, nothing, mean_y, w.center)
     combine(one, pad, nothing, root, mean_x, nothing, mean_x, w.mean)
-    fill(one, w.vector, 2 * pad, nothing)  # the direction too
+    fill(one, w.vector, 3 * pad, nothing)  # `inside` and the direction too
     sum_block(one, cov_y, pad, d, pad, w.mean, 1, w.vector)
-    sum_block(one, w.matrix, pad, d, pad, w.vector, 1, w.direction)
+    sum_block(one, w.lift, pad, d, pad, w.vector, 1, w.inside)
+    sum_block(one, w.inner, pad, d, pad, w.inside, 1, w.direction)
     combine(one, pad, nothing, one, w.mean, -tilt * scale, w.direction, w.direction)
 
 
@@ -102,11 +102,10 @@ def forward(one, d, pad, factor, right, solution):
 
 @outlined
 def pack_metric(one, s, pad, w, side):
-    """Write a metric to the packed constants of `Landmarks`, which have the scalars and the zeros already."""
+    """Write a metric to packed constants, which have the scalars and the zeros already."""
     bytes_apart, factor, zeros, width = 8 * pad, side + ONE, side + s.zeros, panel(one)
     load_rows(one, FLOAT64, 8 * w.center, bytes_apart, 1, s.d, s.d_pad, factor, zeros, side + s.center)
     load_rows(one, FLOAT64, 8 * w.direction, bytes_apart, 1, s.d, s.d_pad, factor, zeros, side + s.direction)
     for j in range(0, s.d, width):
         n, place = min(width, s.d - j), j * s.d
         load_rows(one, FLOAT64, 8 * (w.lift + j), bytes_apart, s.d, n, width, factor, zeros, side + s.lift + place)
-        load_rows(one, FLOAT64, 8 * (w.matrix + j), bytes_apart, s.d, n, width, factor, zeros, side + s.matrix + place)

@@ -15,12 +15,16 @@ from favorsharp_numba.kernels.workspace import kernel
 from favorsharp_numba.vectors.blocks import square_distances
 from favorsharp_numba.vectors.compiling import inlined, outlined
 from favorsharp_numba.vectors.items import get, integer_at, lanes, put
-from favorsharp_numba.vectors.rows import combine, fill
+from favorsharp_numba.vectors.picks import any_smaller, first_largest
+from favorsharp_numba.vectors.rows import combine, copy, fill
 
 LISTS = 3
 """Lists of float64 for each key, in which a head keeps projections, the order of keys, and room for sorting."""
 
-SeedSpace = namedtuple("SeedSpace", "rows lifted first squares columns logs scores left own distances end")
+FAR = 37.0
+"""A squared distance from which on log(1 - exp(-D^2)) rounds to 0."""
+
+SeedSpace = namedtuple("SeedSpace", "rows lifted first norms columns logs scores left owner squares distances end")
 
 
 @inlined
@@ -28,15 +32,16 @@ def seed_space(s, rows):
     """The parts of the workspace of `draw`: candidates as columns, and what is known of each."""
     lifted = rows + TILE * s.d_pad
     first = lifted + TILE * s.d_pad
-    squares = first + TILE
-    columns = squares + 2 * TILE
+    norms = first + TILE
+    columns = norms + 2 * TILE
     logs = columns + s.d * s.slots_pad
     scores = logs + s.slots_pad
     left = scores + s.slots_pad
-    own = left + s.slots_pad
-    distances = own + s.slots_pad
+    owner = left + s.slots_pad
+    squares = owner + s.slots_pad
+    distances = squares + s.slots_pad
     end = distances + s.slots_pad
-    return SeedSpace(rows, lifted, first, squares, columns, logs, scores, left, own, distances, end)
+    return SeedSpace(rows, lifted, first, norms, columns, logs, scores, left, owner, squares, distances, end)
 
 
 @kernel(seed_space)
@@ -49,33 +54,29 @@ def draw(one, s, k, weight, sides, noise, lists, grain, points, used, low, high,
     """
     w = seed_space(s, scratch)
     for head in range(low, high):
-        own, own_used = points + head * s.m * s.d_pad, used + head * s.m_pad
         side, along = integer_at(sides + 8 * head), lists + head * LISTS * s.n
-        draw_head(one, s, k, weight, side, head, noise, along, grain, own, own_used, w)
-
-
-@outlined
-def draw_head(one, s, k, weight, side, head, noise, along, grain, points, used, w):
-    """The seeds of a head, as `draw` describes them; `along` is the place of its lists."""
-    order = along + s.n
-    seen = project(one, s, k, weight, side, head, noise, along, order, w)
-    order = sorted_by(seen, along, order, order + s.n)
-    different = first_of_each(seen, along, order)
-    load_candidates(one, s, k, weight, side, head, noise + s.d, order, different, w)
-    square_distances(one, w.columns, s.slots_pad, s.d, s.slots_pad, side + s.zeros, 0, w.own)
-    pick = first_pick(one, s.slots, w.logs, w.left, w.scores)
-    for j in range(s.m):
-        place = points + j * s.d_pad
-        needed = get(one, w.scores + pick) > -np.inf
-        put(one, used + j, one - one if needed else -np.inf * one)
-        if needed:
-            load_key(one, s, k, side, head, order, slot_rank(s, noise + s.d, different, pick), place)
-        else:
-            combine(one, s.d_pad, one - one, -one, side + s.center, one - one, side + s.center, place)
-        square_distances(
-            one, w.columns, s.slots_pad, s.d, s.slots_pad, w.columns + pick, s.slots_pad, w.distances
-        )  # fmt: skip
-        pick = next_pick(one, s.slots, pick, grain, w.own, w.distances, w.logs, w.left, w.scores)
+        order = along + s.n
+        seen = project(one, s, k, weight, side, head, noise, along, order, w)
+        order = sorted_by(seen, along, order, order + s.n)
+        different = first_of_each(seen, along, order)
+        load_candidates(one, s, k, weight, side, head, noise + s.d, order, different, w)
+        square_distances(one, w.columns, s.slots_pad, s.d, s.slots_pad, side + s.zeros, 0, w.squares)
+        fill(one, w.logs + s.slots, s.slots_pad - s.slots, -np.inf * one)
+        copy(one, w.logs, s.slots_pad, w.scores)
+        fill(one, w.left, s.slots_pad, np.inf * one)
+        for j in range(s.m):
+            pick = first_largest(one, s.slots_pad, w.scores)
+            place = points + (head * s.m + j) * s.d_pad
+            needed = get(one, w.scores + pick) > -np.inf
+            put(one, used + head * s.m_pad + j, one - one if needed else -np.inf * one)
+            if needed:
+                load_key(one, s, k, side, head, order, slot_rank(s, noise + s.d, different, pick), place)
+            else:
+                combine(one, s.d_pad, one - one, -one, side + s.center, one - one, side + s.center, place)
+            square_distances(
+                one, w.columns, s.slots_pad, s.d, s.slots_pad, w.columns + pick, s.slots_pad, w.distances
+            )  # fmt: skip
+            take_seed(one, s.slots_pad, j, pick, grain, w)
 
 
 # Candidates ----------------------------------------------------------------------------------------------------------
@@ -118,19 +119,15 @@ def sorted_by(count, along, order, room):
     width = 1
     while width < count:
         for start in range(0, count, 2 * width):
-            left, middle, stop = start, min(start + width, count), min(start + 2 * width, count)
-            right = middle
-            for place in range(start, stop):
-                take_left = left < middle
-                if take_left and right < stop:
-                    first, second = get(1.0, order + left), get(1.0, order + right)
-                    take_left = get(1.0, along + int(first)) <= get(1.0, along + int(second))
-                if take_left:
-                    put(1.0, room + place, get(1.0, order + left))
-                    left += 1
-                else:
-                    put(1.0, room + place, get(1.0, order + right))
-                    right += 1
+            middle, stop = min(start + width, count), min(start + 2 * width, count)
+            left, right, place = start, middle, start
+            while left < middle and right < stop:  # without branches, whose outcomes no processor could predict
+                first, second = get(1.0, order + left), get(1.0, order + right)
+                take_left = get(1.0, along + int(first)) <= get(1.0, along + int(second))
+                put(1.0, room + place, first if take_left else second)
+                left, right, place = left + take_left, right + (not take_left), place + 1
+            copy(1.0, order + left, middle - left, room + place)
+            copy(1.0, order + right, stop - right, room + place + middle - left)
         order, room, width = room, order, 2 * width
     return order
 
@@ -174,7 +171,7 @@ def load_candidates(one, s, k, weight, side, head, offsets, order, different, w)
                 load_key(one, s, k, side, head, order, rank, w.rows + t * s.d_pad)
                 key, place = int(get(1.0, order + rank)), w.logs + start + t
                 load_points(one, weight, NO_MASK, head, key, 1, 1, 1, side + ONE, side + s.zeros, place)
-        add_log_norms(one, s, side, count, w.logs + start, w)
+        add_log_norms(one, s, side, count, w.logs + start, w.rows, w.lifted, w.first, w.norms)
         n = rest_of_tile(count, lanes(one))
         transpose(one, w.lifted, s.d_pad, count, s.d, w.columns + start, s.slots_pad, n)
         for t in range(start, start + count):
@@ -186,30 +183,25 @@ def load_candidates(one, s, k, weight, side, head, offsets, order, different, w)
 
 
 @outlined
-def first_pick(one, count, logs, left, scores):
-    """Begin with the logs as scores, and no seed near; the first candidate with the largest score."""
-    pick = 0
-    for i in range(count):
-        put(one, left + i, np.inf * one)
-        put(one, scores + i, get(one, logs + i))
-        if get(one, logs + i) > get(one, logs + pick):
-            pick = i
-    return pick
+def take_seed(one, n, number, pick, grain, w):
+    """Take the squared distances from a new seed into account, which is number `number` and the candidate `pick`.
 
-
-@outlined
-def next_pick(one, count, pick, grain, own, squares, logs, left, scores):
-    """Take the squared distances from a new seed into account; the candidate with the largest score after that.
-
-    Its score is its log weight plus the logarithm of what the seeds leave unexplained of it, 1 - exp(-D^2).
+    `w` has lists of n candidates, in whole vectors: `distances` and `squares`, the squared distances from the seed and
+    the squared norms; `left` and `owner`, those from the nearest seed and its number; `logs` and `scores`. The score of
+    a candidate is its log weight plus the logarithm of what the seeds leave unexplained of it, 1 - exp(-D^2).
     """
-    size, best = get(one, own + pick), 0
-    for i in range(count):
-        value = get(one, squares + i)
-        if value < get(one, left + i):
-            value = value if value > grain * (size + get(one, own + i)) else one - one
-            put(one, left + i, value)
-            put(one, scores + i, get(one, logs + i) + np.log(-np.expm1(-value)) if value > 0 else -np.inf * one)
-        if get(one, scores + i) > get(one, scores + best):
-            best = i
-    return best
+    size = get(one, w.squares + pick)
+    for i in range(0, n, lanes(one)):
+        if any_smaller(one, w.distances + i, w.left + i):
+            for t in range(i, i + lanes(one)):
+                value = get(one, w.distances + t)
+                if value < get(one, w.left + t):
+                    value = value if value > grain * (size + get(one, w.squares + t)) else one - one
+                    put(one, w.left + t, value)
+                    put(one, w.owner + t, one * number)
+                    score = get(one, w.logs + t)
+                    if value <= 0:
+                        score = -np.inf * one
+                    elif value < FAR:
+                        score += np.log(-np.expm1(-value))
+                    put(one, w.scores + t, score)

@@ -9,15 +9,16 @@ from typing import NamedTuple
 
 import numpy as np
 
-from favorsharp_numba.kernels.arguments import NO_MASK, ONE, TILE, Mask, Points, Sizes, is_hidden
+from favorsharp_numba.kernels.arguments import NO_MASK, ONE, Mask, Points, Sizes, is_hidden
+from favorsharp_numba.kernels.landmark_compression import compress_keys, compression_space
 from favorsharp_numba.kernels.landmark_metric import metric_space, pack_metric, solve_metric
-from favorsharp_numba.kernels.landmark_seeds import LISTS, draw_head, seed_space
-from favorsharp_numba.kernels.landmarks import ROOT, Landmarks, gather, landmark_space, sums_at, sums_size
+from favorsharp_numba.kernels.landmarks import ROOT
 from favorsharp_numba.kernels.point_moments import (
     MomentSizes,
-    add_range,
+    add_shifted,
     merge_moments,
     moment_space,
+    shift_by_tile,
     sums_length,
 )
 from favorsharp_numba.kernels.tiles import is_finite, load_points, rest_of_tile, store_points
@@ -37,8 +38,8 @@ class Stream(NamedTuple):
 
     `held` is the largest number of keys that are held at once. `keep` of those held stay exact in a compression. Sizes
     that end in _pad are rounded up to whole vectors, `d_wide` is d in whole vectors of float64, and `wide` is the
-    number of items in 8 bytes. The packed constants of a metric are those of `Landmarks`; those for reading have
-    `read_total` items, with zeros from `read_zeros` on.
+    number of items in 8 bytes. The packed constants of a metric are those of `Landmarks` without
+    `matrix`. Those for reading have `read_total` items, with zeros from `read_zeros` on.
     """
 
     d: int
@@ -54,13 +55,11 @@ class Stream(NamedTuple):
     held: int
     held_pad: int
     slots: int
-    slots_pad: int
     keep: int
     steps: int
     center: int
     direction: int
     lift: int
-    matrix: int
     zeros: int
     total: int
     read_zeros: int
@@ -74,15 +73,6 @@ class Values(NamedTuple):
     tilt: float
     ridge: float
     grain: float
-
-
-@inlined
-def choice(s, n, slots_pad, condensing):
-    """The sizes of a compression of n keys."""
-    return Landmarks(
-        n, s.m, s.m_pad, s.d, s.d_pad, s.e if condensing else 0, s.e_pad if condensing else s.d_pad, 1, 0, condensing,
-        min(s.slots, n), slots_pad, s.center, s.direction, s.lift, s.matrix, s.zeros, s.total,
-    )  # fmt: skip
 
 
 @inlined
@@ -101,39 +91,24 @@ def moment_sizes(s):
     return MomentSizes(0, s.d, s.d_wide, 1)
 
 
-StreamSpace = namedtuple(
-    "StreamSpace",
-    "side rows weight values points used means masses sums logs lists unit added metric moments seeds landmarks reads "
-    "end",
-)
+StreamSpace = namedtuple("StreamSpace", "side rows weight values ones unit added metric moments compression reads end")
 
 
 @inlined
 def stream_space(s, side):
-    """The parts of the workspace of `stream`. The parts from `lists` to `moments` are in float64."""
-    keys, values_of = choice(s, s.held, s.slots_pad, 0), choice(s, s.held, s.slots_pad, 1)
+    """The parts of the workspace of `stream`. The parts from `unit` to `moments` are in float64."""
     rows = side + s.total
     weight = rows + s.held * s.d_pad
     values = weight + s.held_pad
-    points = values + s.held * s.e_pad
-    used = points + s.m * s.d_pad
-    means = used + s.m_pad
-    masses = means + s.m * s.e_pad
-    sums = masses + s.m_pad
-    logs = sums + max(sums_size(keys), sums_size(values_of))
-    lists = logs + s.held_pad
-    unit = lists + s.wide * LISTS * s.held_pad
+    ones = values + s.held * s.e_pad
+    unit = ones + s.held_pad
     added = unit + s.wide * 2 * s.d_wide
     metric = added + s.wide * sums_length(moment_sizes(s))
     moments = metric + s.wide * metric_space(s.d, s.d_wide, 0).end
-    seeds = moments + s.wide * moment_space(moment_sizes(s), 0).end
-    landmarks = seed_space(keys, seeds).end
-    reads = landmarks + max(landmark_space(keys, 0).end, landmark_space(values_of, 0).end)
+    compression = moments + s.wide * moment_space(moment_sizes(s), 0).end
+    reads = compression_space(s, compression).end
     end = weighted_space(reading(s, s.held, s.held_pad), reads).end
-    return StreamSpace(
-        side, rows, weight, values, points, used, means, masses, sums, logs, lists, unit, added, metric, moments, seeds,
-        landmarks, reads, end,
-    )  # fmt: skip
+    return StreamSpace(side, rows, weight, values, ones, unit, added, metric, moments, compression, reads, end)
 
 
 @inlined
@@ -186,10 +161,9 @@ def stream(
             add_moments(one, s, q, k, mask, head, start, stop, plan, totals, w)
             read(one, s, side, q, out, head, start, stop, held, plan, w)
             held += stop - start
-        fill(one, w.logs, held, one)
-        store_points(one, new_keys, head, 0, held, s.d, s.d_pad, w.logs, w.rows)
-        store_points(one, new_weight, head, 0, held, 1, 1, w.logs, w.weight)
-        store_points(one, new_values, head, 0, held, s.e, s.e_pad, w.logs, w.values)
+        store_points(one, new_keys, head, 0, held, s.d, s.d_pad, w.ones, w.rows)
+        store_points(one, new_weight, head, 0, held, 1, 1, w.ones, w.weight)
+        store_points(one, new_values, head, 0, held, s.e, s.e_pad, w.ones, w.values)
 
 
 @outlined
@@ -200,7 +174,7 @@ def begin(one, s, x, w):
     put(one, w.side + ONE, one)
     fill(1.0, wide_place(one, w.unit), 2 * s.d_wide, 0.0)
     put(1.0, wide_place(one, w.unit), 1.0)
-    fill(one, landmark_space(choice(s, s.held, s.slots_pad, 0), w.landmarks).nothing, TILE, one - one)
+    fill(one, w.ones, s.held_pad, one)
 
 
 @inlined
@@ -214,41 +188,26 @@ def load_held(one, s, keys, values, head, start, held, count, w):
 @outlined
 def compress(one, s, x, nothing, held, noise, moments, w):
     """Replace the keys that are held, except for the last `keep`, by m landmarks; return how many are held then."""
-    n, values = held - s.keep, wide_place(one, w.metric)
-    slots_pad = rest_of_tile(min(s.slots, n), lanes(one))
-    t, metric = choice(s, n, slots_pad, 0), metric_space(s.d, s.d_wide, values)
-    queries = moments + sums_length(moment_sizes(s))
-    solve_metric(1.0, s.d, s.d_wide, moments, queries, x.scale, x.tilt, x.ridge, metric)
-    pack_metric(one, t, s.d_wide, metric, w.side)
-    keys, weight = points_of(one, w.rows, s.d_pad, nothing), points_of(one, w.weight, 1, nothing)
-    fill(one, w.used, s.m_pad, -np.inf * one)
-    lists, space = wide_place(one, w.lists), seed_space(t, w.seeds)
-    draw_head(one, t, keys, weight, w.side, 0, noise, lists, one * x.grain, w.points, w.used, space)
-    room, sums = landmark_space(t, w.landmarks), sums_at(t, w.sums, 0)
-    gather(
-        one, t, w.side, keys, weight, keys, 0, 0, n, w.points, w.used, sums, w.logs, 0, s.steps, w.points, w.masses,
-        room,
-    )  # fmt: skip
-    t = choice(s, n, slots_pad, 1)
-    room, sums = landmark_space(t, w.landmarks), sums_at(t, w.sums, 0)
-    fill(one, w.means, s.m * s.e_pad, one - one)
-    gather(
-        one, t, w.side, keys, weight, points_of(one, w.values, s.e_pad, nothing), 0, 0, n, w.points, w.used, sums,
-        w.logs, 0, 1, w.means, w.masses, room,
-    )  # fmt: skip
-    replace_keys(one, s, n, w)
+    n, metric = held - s.keep, metric_space(s.d, s.d_wide, wide_place(one, w.metric))
+    keys = moments + sums_length(moment_sizes(s))
+    solve_metric(1.0, s.d, s.d_wide, moments, keys, x.scale, x.tilt, x.ridge, metric)
+    pack_metric(one, s, s.d_wide, metric, w.side)
+    space, points = compression_space(s, w.compression), points_of(one, w.rows, s.d_pad, nothing)
+    lists = wide_place(one, space.lists)
+    compress_keys(one, s, n, one * x.grain, noise, lists, w.side, points, w.rows, w.weight, w.values, space)
+    replace_keys(one, s, n, space, w)
     return s.m + s.keep
 
 
 @inlined
-def replace_keys(one, s, n, w):
+def replace_keys(one, s, n, found, w):
     """The landmarks take the places of the first n keys; the others move up to them."""
     share = one / get(one, w.side + ROOT)
     for c in range(s.m):
-        line = c * s.d_pad
-        combine(one, s.d_pad, one - one, share, w.points + line, share, w.side + s.center, w.rows + line)
-    copy(one, w.masses, s.m, w.weight)
-    copy(one, w.means, s.m * s.e_pad, w.values)
+        row, line = found.landmarks + c * 2 * s.d_pad, w.rows + c * s.d_pad
+        combine(one, s.d_pad, one - one, share, row, share, w.side + s.center, line)
+    copy(one, found.weights, s.m, w.weight)
+    copy(one, found.means, s.m * s.e_pad, w.values)
     for t in range(s.keep):
         source, target = n + t, s.m + t
         copy(one, w.rows + source * s.d_pad, s.d_pad, w.rows + target * s.d_pad)
@@ -267,9 +226,14 @@ def add_moments(one, s, q, k, mask, head, start, stop, nothing, totals, w):
     for g in range(s.group + 1 if stop > start else 0):
         of_keys = g == s.group
         points = points_from(k, head, 0, nothing) if of_keys else points_from(q, head * s.group + g, 0, nothing)
+        own = totals + length if of_keys else totals
         fill(1.0, added, length, 0.0)
-        add_range(1.0, t, points, seen, 0, start, stop, unit, added, space)
-        merge_moments(1.0, t, totals + length if of_keys else totals, added, space)
+        if get(1.0, own) > 0:
+            copy(1.0, own + t.d_pad, t.d_pad, space.shift)
+        else:
+            shift_by_tile(1.0, t, points, seen, 0, start, stop, unit, space)
+        add_shifted(1.0, t, points, seen, 0, start, stop, unit, added, space)
+        merge_moments(1.0, t, own, added, space)
 
 
 @outlined

@@ -125,25 +125,26 @@ def log_norms_of_landmarks(one, s, side, points, w):
 def log_masses(one, s, side, weight, head, start, count, masses, w):
     """The log weights with which keys count, without the distances to their landmarks; -inf for hidden keys."""
     load_points(one, weight, NO_MASK, head, start, count, 1, 1, side + ONE, side + s.zeros, masses)
-    add_log_norms(one, s, side, count, masses, w)
+    add_log_norms(one, s, side, count, masses, w.rows, w.lifted, w.first, w.squares)
 
 
 @inlined
-def add_log_norms(one, s, side, count, masses, w):
-    """Turn the log weights of keys, which are the rows of `w`, into `log_masses`."""
-    width, of_u = panel(one), w.squares + TILE
-    product(
-        one, count, s.d_pad, s.d, w.rows, s.d_pad, 1, side + s.lift, s.d * width, width, w.lifted, s.d_pad
-    )  # fmt: skip
-    quadratic_rows(one, w.lifted, s.d_pad, count, s.d_pad, side + s.zeros, w.first, of_u)
-    quadratic_rows(one, w.rows, s.d_pad, count, s.d_pad, side + s.direction, w.first, w.squares)
+def add_log_norms(one, s, side, count, masses, rows, lifted, first, squares):
+    """Turn the log weights of a tile of keys into `log_masses`, and compute their coordinates in `lifted`.
+
+    `first` and `squares` have room for one and for two tiles.
+    """
+    width, of_u = panel(one), squares + TILE
+    product(one, count, s.d_pad, s.d, rows, s.d_pad, 1, side + s.lift, s.d * width, width, lifted, s.d_pad)
+    quadratic_rows(one, lifted, s.d_pad, count, s.d_pad, side + s.zeros, first, of_u)
+    quadratic_rows(one, rows, s.d_pad, count, s.d_pad, side + s.direction, first, squares)
     share = one / 2 if s.condensing else one
     for t in range(count):
         value = get(one, masses + t)
         if value != -np.inf:
-            value += get(one, w.first + t) + share * get(one, of_u + t)
+            value += get(one, first + t) + share * get(one, of_u + t)
             if s.gaussian:
-                value -= one / 2 * get(one, w.squares + t)
+                value -= one / 2 * get(one, squares + t)
             put(one, masses + t, value)
 
 
@@ -226,23 +227,12 @@ def gather_landmarks(
         head, piece = task // s.per_head, task % s.per_head
         side, own, total = integer_at(sides + 8 * head), points + head * s.m * s.d_pad, sums_at(s, sums, task)
         start, stop = s.n * piece // s.per_head, s.n * (piece + 1) // s.per_head
-        gather(
-            one, s, side, k, weight, v, head, start, stop, own, used + head * s.m_pad, total, logs + head * s.n, known,
-            steps, results + head * s.m * s.width, masses + head * s.m_pad, w,
-        )  # fmt: skip
-
-
-@outlined
-def gather(
-    one, s, side, k, weight, v, head, start, stop, points, used, sums, logs, known, steps, results, masses, w
-):  # fmt: skip
-    """The keys start .. stop of a head go through some steps; places are those of the head."""
-    for step in range(steps):
-        aim(one, s, side, points, used, w)
-        empty_sums(one, s, sums)
-        add_keys(one, s, side, points, k, weight, v, head, start, stop, sums, logs, known or step > 0, w)
-        if s.per_head == 1:
-            settle(one, s, sums, results, masses)
+        for step in range(steps):
+            aim(one, s, side, own, used + head * s.m_pad, w)
+            empty_sums(one, s, total)
+            add_keys(one, s, side, own, k, weight, v, head, start, stop, total, logs, known or step > 0, w)
+            if s.per_head == 1:
+                settle(one, s, total, results + head * s.m * s.width, masses + head * s.m_pad)
 
 
 @inlined
@@ -253,7 +243,7 @@ def add_keys(one, s, side, points, k, weight, v, head, start, stop, sums, logs, 
     for first in range(start, stop, TILE):
         count = min(TILE, stop - first)
         load_points(one, k, NO_MASK, head, first, count, s.d, s.d_pad, side + ROOT, side + s.center, w.rows)
-        masses, rows = w.logs if s.condensing else logs + first, w.rows
+        masses, rows = w.logs if s.condensing else logs + head * s.n + first, w.rows
         if not known:
             log_masses(one, s, side, weight, head, first, count, masses, w)
         if s.condensing:

@@ -56,17 +56,30 @@ def add_points(one, s, x, mask, constants, sums, low, high, scratch):
         add_range(one, s, x, mask, head, start, stop, constants, sums + task * sums_length(s), w)
 
 
-@outlined
+@inlined
 def add_range(one, s, x, mask, head, start, stop, constants, number, w):
     """The moments of the points start .. stop of a head, at the place `number`."""
-    width, zeros = panel(one), constants + s.d_pad
-    mean, products = number + s.d_pad, number + 2 * s.d_pad
-    count = min(TILE, stop - start)
-    fill(one, w.shift, 2 * s.d_pad, one - one)
+    shift_by_tile(one, s, x, mask, head, start, stop, constants, w)
+    add_shifted(one, s, x, mask, head, start, stop, constants, number, w)
+
+
+@outlined
+def shift_by_tile(one, s, x, mask, head, start, stop, constants, w):
+    """Make the shift the mean of the first tile."""
+    zeros, count = constants + s.d_pad, min(TILE, stop - start)
+    fill(one, w.shift, s.d_pad, one - one)
     seen = load_visible(one, s, x, mask, head, start, count, constants, zeros, zeros, w)
     if seen > 0:
         sum_block(one, w.rows, s.d_pad, count, s.d_pad, constants, 0, w.shift)
         combine(one, s.d_pad, one - one, one / seen, w.shift, one - one, w.shift, w.shift)
+
+
+@outlined
+def add_shifted(one, s, x, mask, head, start, stop, constants, number, w):
+    """As `add_range`, for a shift that is known; it must not be much farther from the points than these are apart."""
+    width, zeros = panel(one), constants + s.d_pad
+    mean, products = number + s.d_pad, number + 2 * s.d_pad
+    fill(one, w.total, s.d_pad, one - one)
     for first in range(start, stop, TILE):
         count = min(TILE, stop - first)
         seen = load_visible(one, s, x, mask, head, first, count, constants, w.shift, zeros, w)
