@@ -118,6 +118,8 @@ TRACEABLE = ("update", "read", "decode_step")
 """Ops that `torch_ops` of a traceable backend has too, for traced calls and for calls that record gradients."""
 PACKED = ("attention", "causal_attention", "attention_vjp")
 """The ops whose modules also have a function for packed sequences, named like the op with `_packed` behind it."""
+OF_POINTS = ("exponential_features",)
+"""The ops whose modules may have a function for points and a map, named like the op with `_of_points` behind it."""
 WITH_OUT = ("attention", "causal_attention")
 """The ops whose functions take `out`."""
 
@@ -135,12 +137,13 @@ def bundled_kernels(
     traceable: bool = False,
     plans: bool = False,
     landmarks: bool = False,
+    of_points: bool = False,
 ) -> tuple[Kernel, ...]:
     """The kernels of a bundled backend: for the arrays of one library, and for torch tensors on the same device.
 
     With `traceable`, the kernels for torch's autograd also run on traced tensors, and `torch_ops` also has the ops in
     `TRACEABLE`. With `plans`, the modules of the ops in `PLANNED` have functions for plans. With `landmarks`, the
-    backend has the ops in `LANDMARKS`.
+    backend has the ops in `LANDMARKS`. With `of_points`, the modules of `OF_POINTS` have those functions.
     """
 
     def kernel(
@@ -153,6 +156,7 @@ def bundled_kernels(
             packed=f"{target}_packed" if op in PACKED else None,
             plan=f"{target}_plan" if op in PLANNED and plans else None,
             takes_out=op in WITH_OUT,
+            of_points=f"{package}.{modules[op]}:{op}_of_points" if op in OF_POINTS and of_points else None,
             libraries=frozenset({library}),
             devices=frozenset({device}),
             dtypes=frozenset(dtypes),

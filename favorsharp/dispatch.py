@@ -192,6 +192,11 @@ class Kernel:
     takes_out : bool
         For attention and causal_attention: whether the function, and `packed`, take an array for the result as `out`.
         They return that array if they wrote to it.
+    of_points : str, optional
+        For exponential_features: ``"module:function"``, which computes features of the points that a caller of a map
+        has. It is called as function(x, feature_map, side, logarithms=..., out=...) with side "query" or "key", returns
+        features or their logarithms in the dtype of x, and writes them to `out` if that is not None. It is not called
+        if torch records gradients.
     """
 
     op: str
@@ -205,9 +210,10 @@ class Kernel:
     packed: str | None = None
     plan: str | None = None
     takes_out: bool = False
+    of_points: str | None = None
 
     def __post_init__(self) -> None:
-        for name in ("target", "packed", "plan"):
+        for name in ("target", "packed", "plan", "of_points"):
             value = getattr(self, name)
             if value is not None and not all(value.partition(":")):
                 raise ValueError(f"{name} must read 'module:function', got {value!r}")
@@ -244,6 +250,7 @@ class Implementation:
     packed: Callable[..., Any] | None = None
     plan: Callable[..., Any] | None = None
     takes_out: bool = False
+    of_points: Callable[..., Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -336,13 +343,14 @@ def _function(target: str) -> Callable[..., Any] | str:
 @functools.cache
 def _implementation(kernel: Kernel) -> Implementation | str:
     """What a kernel declares, imported; or the reason why it cannot be imported."""
-    run, packed, plan = (
-        None if target is None else _function(target) for target in (kernel.target, kernel.packed, kernel.plan)
+    run, packed, plan, of_points = (
+        None if target is None else _function(target)
+        for target in (kernel.target, kernel.packed, kernel.plan, kernel.of_points)
     )
-    for found in (run, packed, plan):
+    for found in (run, packed, plan, of_points):
         if isinstance(found, str):
             return found
-    return Implementation(run, packed, plan, kernel.takes_out)  # type: ignore[arg-type]  # none of them is a string
+    return Implementation(run, packed, plan, kernel.takes_out, of_points)  # type: ignore[arg-type]  # none of them is a string
 
 
 _generation = 0
@@ -638,6 +646,14 @@ class Op(Generic[P, R]):
         kernel = _decide(request).kernel
         # a kernel is chosen only if it could be imported, so this is no string
         return self._own if kernel is None else cast(Implementation, _implementation(kernel))
+
+    def offers_of_points(self, *args: Any) -> bool:
+        """Whether such a call would run a kernel whose `of_points` can be called. `watch` does not record this."""
+        request = request_of(self.name, *args)
+        if request.traced or request.gradient:
+            return False
+        kernel = _choose(request, _names_wished()[0]).kernel
+        return kernel is not None and kernel.of_points is not None
 
     def __repr__(self) -> str:
         return f"<favorsharp op {self.name}>"

@@ -13,5 +13,5 @@ _DTYPES = ["+".join(names) for count in range(1, len(FLOATS) + 1) for names in c
 BACKEND = Backend(
     "numba",
     requires=("numba",),
-    kernels=bundled_kernels("favorsharp_numba", "numpy", "cpu", _DTYPES, plans=True, landmarks=True),
+    kernels=bundled_kernels("favorsharp_numba", "numpy", "cpu", _DTYPES, plans=True, landmarks=True, of_points=True),
 )

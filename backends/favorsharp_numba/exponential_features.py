@@ -1,4 +1,4 @@
-"""exp(u W^T + row + column), which is written to memory as it is computed, and its gradients."""
+"""exp(u W^T + row + column), which is written to memory as it is computed, its gradients, and features of points."""
 
 import math
 from typing import Any
@@ -11,16 +11,25 @@ from favorsharp_numba.host.arguments import (
     broadcast,
     expanded,
     host,
+    indices,
     like_array,
     name_of,
+    pack,
     promoted,
     summed_to,
     target,
     widened,
 )
 from favorsharp_numba.host.threads import share
-from favorsharp_numba.kernels.arguments import ONE, TILE
-from favorsharp_numba.kernels.exponential_features import ZEROS, Features, features, features_backward
+from favorsharp_numba.kernels.arguments import ONE, TILE, Points
+from favorsharp_numba.kernels.exponential_features import (
+    ZEROS,
+    Features,
+    PointFeatures,
+    features,
+    features_backward,
+    features_of_points,
+)
 from favorsharp_numba.kernels.workspace import items_of
 from favorsharp_numba.vectors.compiling import TAGS
 from favorsharp_numba.vectors.emitter import BYTES, VECTORS
@@ -80,20 +89,63 @@ def exponential_features(u: Any, rows: Any, row: Any, column: Any, *, out: Any =
     p = _Problem(u, rows, row, column)
     shape = (*p.batch, p.n, p.m)
     result = target(out, (u, rows, row, column), shape, p.result)
-    points = p.held.points(result, p.batch)
-    starts = points.base + p.held.arrays[-1].values
-    direct = points.kind == KINDS[p.dtype.name] and points.column == p.dtype.itemsize and p.m % p.lanes == 0
-    stream = (
-        direct
-        and math.prod(shape) * p.dtype.itemsize > STREAM_BYTES
-        and points.row % BYTES == 0
-        and bool(np.all(starts % BYTES == 0))
-    )
+    points, direct, stream = _destination(p.held, result, p.batch, p.dtype)
     p.run(features, float(math.prod(shape) * (p.d + 12)), points, direct=direct, stream=stream)
     if out is None or result is out:
         return result
     out[...] = result
     return out
+
+
+def exponential_features_of_points(
+    x: Any, feature_map: Any, side: str, *, logarithms: bool = False, out: Any = None
+) -> Any:
+    """The features of a map's queries or keys, or their logarithms, (*b, n, d) -> (*b, n, m), in the dtype of x.
+
+    Parameters
+    ----------
+    x : array, shape (*b, n, d)
+        Points as the caller has them; the transform of the map is part of the constants.
+    feature_map : DenseExponentialMap
+    side : {"query", "key"}
+    logarithms : bool
+        Whether to return the logarithms of features.
+    out : array, shape (*b, n, m), optional
+        It receives the result.
+    """
+    dtype = widened(name_of(x))
+    packed, s, *constants = pack(feature_map, dtype, None)
+    batch, held, n = broadcast(x.shape[:-2], packed.batch), Held(), x.shape[-2]
+    shape = (*batch, n, s.m)
+    result = target(out, (x,), shape, name_of(x))
+    points, direct, stream = _destination(held, result, batch, packed.dtype)
+    p = PointFeatures(
+        n=n,
+        per_head=max(1, -(-n // (8 * TILE))),
+        side=held.place(constants[side == "key"]),
+        map_of=held.constant(indices(packed.batch, batch)),
+        direct=int(direct and (stream or not logarithms)),
+        stream=int(stream),
+        logarithms=int(logarithms),
+    )
+    tasks, work = math.prod(batch) * p.per_head, float(math.prod(shape) * (s.d + 12))
+    given = held.points(x, batch), points
+    share(features_of_points, tasks, work, items_of(features_of_points, s), packed.one, s, p, *given)
+    if out is None or result is out:
+        return result
+    out[...] = result
+    return out
+
+
+def _destination(held: Held, result: Any, batch: tuple[int, ...], dtype: Any) -> tuple[Points, bool, bool]:
+    """An array of results as a kernel takes it; whether it can write whole vectors there, and past the caches."""
+    points = held.points(result, batch)
+    starts = points.base + held.arrays[-1].values
+    whole = result.shape[-1] * dtype.itemsize % BYTES == 0
+    direct = points.kind == KINDS[dtype.name] and points.column == dtype.itemsize and whole
+    large = math.prod(result.shape) * dtype.itemsize > STREAM_BYTES
+    stream = direct and large and points.row % BYTES == 0 and bool(np.all(starts % BYTES == 0))
+    return points, direct, stream
 
 
 def exponential_features_backward(gradient: Any, u: Any, rows: Any, row: Any, column: Any) -> tuple[Any, Any, Any, Any]:

@@ -15,6 +15,7 @@ from favorsharp._arrays import (
     under_own_settings,
 )
 from favorsharp._autodiff import is_traced
+from favorsharp._checks import check_out
 from favorsharp._typing import Array
 from favorsharp._values import astype, map_arrays
 from favorsharp.parameters import Parameters, check_data, log_kernel_of
@@ -55,13 +56,13 @@ class FeatureMap:
     """The kind of computation: "exponential", "elementwise" or "signed"; kernels accelerate the first."""
 
     @under_own_settings
-    def query(self, x: Array) -> Array:
-        """Features of queries, (*b, n, d) -> (*b, n, m), in the dtype of x."""
+    def query(self, x: Array, *, out: Array | None = None) -> Array:
+        """Features of queries, (*b, n, d) -> (*b, n, m), in the dtype of x; written to `out` if that is given."""
         raise NotImplementedError
 
     @under_own_settings
-    def key(self, y: Array) -> Array:
-        """Features of keys, (*b, s, d) -> (*b, s, m), in the dtype of y."""
+    def key(self, y: Array, *, out: Array | None = None) -> Array:
+        """Features of keys, (*b, s, d) -> (*b, s, m), in the dtype of y; written to `out` if that is given."""
         raise NotImplementedError
 
     @property
@@ -115,6 +116,21 @@ class FeatureMap:
         dtype = compute_dtype(check_data(self.parameters, **{name: x}), x)
         return astype(self, dtype), cast(x, dtype)
 
+    def _check_out(self, name: str, x: Array, out: Array | None) -> None:
+        """Check the array for the features of x, if there is one."""
+        if out is not None:
+            check_data(self.parameters, **{name: x})
+            batch = broadcast_shapes(x.shape[:-2], self.batch_shape)
+            check_out(out, x, (*batch, x.shape[-2], self.num_features), x.dtype)
+
+
+def written(result: Array, out: Array | None) -> Array:
+    """The result; if `out` is given, that, after the result was written to it."""
+    if out is None:
+        return result
+    out[...] = result
+    return out
+
 
 def _digest(entries: list[tuple[str, Any]]) -> str:
     digest = hashlib.blake2b(digest_size=16)
@@ -136,56 +152,62 @@ class PositiveFeatureMap(FeatureMap):
     family: ClassVar[str] = "elementwise"
 
     @under_own_settings
-    def log_query(self, x: Array) -> Array:
+    def log_query(self, x: Array, *, out: Array | None = None) -> Array:
         """Logarithms of query features, 1/sqrt(m) included.
 
         Parameters
         ----------
         x : array, shape (*b, n, d)
             Queries, not scaled.
+        out : array, shape (*b, n, m), optional
+            The array to write the result to, in the dtype of x; it is also returned. It saves the first access to new
+            memory, which takes longer than the computation if the result is large.
 
         Returns
         -------
         array, shape (*b, n, m)
             In the dtype of x; computed in float32 at least.
         """
-        prepared, wide = self._prepared("x", x)
-        return cast(prepared._log_query(wide), x.dtype)
+        return self._features("x", x, "query", True, out)
 
     @under_own_settings
-    def log_key(self, y: Array) -> Array:
+    def log_key(self, y: Array, *, out: Array | None = None) -> Array:
         """Logarithms of key features, 1/sqrt(m) included, (*b, s, d) -> (*b, s, m), as `log_query`."""
-        prepared, wide = self._prepared("y", y)
-        return cast(prepared._log_key(wide), y.dtype)
+        return self._features("y", y, "key", True, out)
 
     @under_own_settings
-    def query(self, x: Array) -> Array:
-        """Features of queries, exp(log_query(x)), in the dtype of x."""
-        prepared, wide = self._prepared("x", x)
-        return cast(prepared._query(wide), x.dtype)
+    def query(self, x: Array, *, out: Array | None = None) -> Array:
+        """Features of queries, exp(log_query(x)), in the dtype of x; written to `out` if that is given."""
+        return self._features("x", x, "query", False, out)
 
     @under_own_settings
-    def key(self, y: Array) -> Array:
-        """Features of keys, exp(log_key(y)), in the dtype of y."""
-        prepared, wide = self._prepared("y", y)
-        return cast(prepared._key(wide), y.dtype)
+    def key(self, y: Array, *, out: Array | None = None) -> Array:
+        """Features of keys, exp(log_key(y)), in the dtype of y; written to `out` if that is given."""
+        return self._features("y", y, "key", False, out)
 
     @under_own_settings
     def log_kernel(self, x: Array, y: Array) -> Array:
         """The exact log kernel that the features stand for, (*b, n, d), (*b, s, d) -> (*b, n, s)."""
         return log_kernel_of(self.parameters, x, y)
 
-    def _log_query(self, x: Array) -> Array:
+    def log_features(self, side: str, x: Array) -> Array:
+        """Logarithms of features, computed by functions of the arrays' library alone, as references of ops must.
+
+        `side` is "query" or "key". The result has the dtype of x.
+        """
+        prepared, wide = self._prepared(side, x)
+        return cast(prepared._log_features(side, wide), x.dtype)
+
+    def _features(self, name: str, x: Array, side: str, logarithms: bool, out: Array | None) -> Array:
+        """Features of one side, or their logarithms, written to `out` if that is given."""
+        self._check_out(name, x, out)
+        prepared, wide = self._prepared(name, x)
+        result = prepared._log_features(side, wide)
+        return written(cast(result if logarithms else namespace_of(wide).exp(result), x.dtype), out)
+
+    def _log_features(self, side: str, x: Array) -> Array:
+        """Logarithms of features of points in the dtype of the map; `side` is "query" or "key"."""
         raise NotImplementedError
-
-    def _log_key(self, y: Array) -> Array:
-        raise NotImplementedError
-
-    def _query(self, x: Array) -> Array:
-        return namespace_of(x).exp(self._log_query(x))
-
-    def _key(self, y: Array) -> Array:
-        return namespace_of(y).exp(self._log_key(y))
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -201,15 +223,17 @@ class SignedFeatureMap(FeatureMap):
         return self.query_parts(y)
 
     @under_own_settings
-    def query(self, x: Array) -> Array:
-        """Features of queries, (*b, n, d) -> (*b, n, m), in the dtype of x."""
+    def query(self, x: Array, *, out: Array | None = None) -> Array:
+        """Features of queries, (*b, n, d) -> (*b, n, m), in the dtype of x; written to `out` if that is given."""
+        self._check_out("x", x, out)
         prepared, wide = self._prepared("x", x)
         features, log_factor = prepared.query_parts(wide)
-        return cast(features * namespace_of(x).exp(log_factor), x.dtype)
+        return written(cast(features * namespace_of(x).exp(log_factor), x.dtype), out)
 
     @under_own_settings
-    def key(self, y: Array) -> Array:
-        """Features of keys, (*b, s, d) -> (*b, s, m), in the dtype of y."""
+    def key(self, y: Array, *, out: Array | None = None) -> Array:
+        """Features of keys, (*b, s, d) -> (*b, s, m), in the dtype of y; written to `out` if that is given."""
+        self._check_out("y", y, out)
         prepared, wide = self._prepared("y", y)
         features, log_factor = prepared.key_parts(wide)
-        return cast(features * namespace_of(y).exp(log_factor), y.dtype)
+        return written(cast(features * namespace_of(y).exp(log_factor), y.dtype), out)

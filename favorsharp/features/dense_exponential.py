@@ -2,14 +2,14 @@
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
-from favorsharp._arrays import namespace_of
+from favorsharp._arrays import cast, namespace_of
 from favorsharp._nonfinite import finite_or_nan
 from favorsharp._typing import Array
-from favorsharp.features.base import PositiveFeatureMap
+from favorsharp.features.base import PositiveFeatureMap, written
 from favorsharp.ops.exponential_features import exponential_features
-from favorsharp.parameters import Parameters, embed_key, embed_query
+from favorsharp.parameters import Parameters, check_data, embed_key, embed_query
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -53,22 +53,25 @@ class DenseExponentialMap(PositiveFeatureMap):
         v, log_factor = embed_key(self.parameters, y)
         return v, _row(v, log_factor)
 
-    def _log_query(self, x: Array) -> Array:
-        return self._log(*self.query_terms(x))
+    def _terms(self, side: str, x: Array) -> tuple[Array, Array]:
+        return self.query_terms(x) if side == "query" else self.key_terms(x)
 
-    def _log_key(self, y: Array) -> Array:
-        return self._log(*self.key_terms(y))
-
-    def _query(self, x: Array) -> Array:
-        u, row = self.query_terms(x)
-        return exponential_features(u, self.rows, row, self.column)
-
-    def _key(self, y: Array) -> Array:
-        v, row = self.key_terms(y)
-        return exponential_features(v, self.rows, row, self.column)
-
-    def _log(self, u: Array, row: Array) -> Array:
+    def _log_features(self, side: str, x: Array) -> Array:
+        u, row = self._terms(side, x)
         return u @ namespace_of(u).matrix_transpose(self.rows) + (row + self.column)
+
+    def _features(self, name: str, x: Array, side: str, logarithms: bool, out: Array | None) -> Array:
+        """As for every map; a kernel that takes the points as they are computes the features in one pass."""
+        self._check_out(name, x, out)
+        check_data(self.parameters, **{name: x})
+        if exponential_features.offers_of_points(x, self, out):
+            run: Any = exponential_features.implementation(x, self).of_points
+            return run(x, self, side, logarithms=logarithms, out=out)
+        if logarithms:
+            return super()._features(name, x, side, logarithms, out)
+        prepared, wide = self._prepared(name, x)
+        u, row = prepared._terms(side, wide)
+        return written(cast(exponential_features(u, prepared.rows, row, prepared.column), x.dtype), out)
 
 
 def _row(u: Array, log_factor: Array) -> Array:

@@ -35,15 +35,12 @@ class ElementwiseMap(PositiveFeatureMap):
             num_features = int(probe.shape[-1])
         return cls(parameters, num_features, w)
 
-    def _log_query(self, x: Array) -> Array:
+    def _log_features(self, side: str, x: Array) -> Array:
         projected = (x * math.sqrt(self.parameters.scale)) @ namespace_of(x).matrix_transpose(self.projection)
         method: Any = self.parameters.method
         known = method_of(method).logarithm
         logarithm = _log(method(projected)) if known is None else known(projected)
         return logarithm - 0.5 * math.log(self.num_features)
-
-    def _log_key(self, y: Array) -> Array:
-        return self._log_query(y)
 
 
 def _log(features: Array) -> Array:

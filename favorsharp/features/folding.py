@@ -20,6 +20,13 @@ from favorsharp._typing import Array
 __all__ = ["FoldedSide", "fold"]
 
 
+ROUNDING = {"float32": 2.0**-21, "float64": 2.0**-40}
+"""For each dtype that kernels compute in: how far the quadratic form of an orthogonal matrix may be from |z|^2.
+
+That is four roundings of float32; and what a fit leaves in float64, whose matrices are products of several factors.
+"""
+
+
 @dataclass(frozen=True, eq=False)
 class FoldedSide:
     """The constants of queries or of keys; the first axis runs over the maps of a batch.
@@ -35,7 +42,8 @@ class FoldedSide:
     column : array, shape (count, m)
     rows : array, shape (count, m, d)
     dense : array, shape (count, d, d)
-        0 if the quadratic form is a multiple of |z|^2 in all maps of the batch; `beta` then holds it.
+        0 if the quadratic form is a multiple of |z|^2 in all maps of the batch; `beta` then holds it. It is one if g is
+        a multiple of an orthogonal matrix: for `sderf`, and for `optimal` and `aderf` of sides with equal moments.
     """
 
     root: float
@@ -49,7 +57,9 @@ class FoldedSide:
     dense: Array
 
 
-def fold(feature_map: Any, prepared: Callable[[Array], Array] = without_gradient) -> tuple[FoldedSide, FoldedSide]:
+def fold(
+    feature_map: Any, prepared: Callable[[Array], Array] = without_gradient, *, dtype: str = "float64"
+) -> tuple[FoldedSide, FoldedSide]:
     """The constants of a dense-exponential map's queries and keys.
 
     Parameters
@@ -58,6 +68,9 @@ def fold(feature_map: Any, prepared: Callable[[Array], Array] = without_gradient
         Its leading axes are flattened.
     prepared : callable
         Applied to each array of the map, to put it where the constants are needed.
+    dtype : str
+        The dtype that the kernels compute in. A quadratic form that differs from a multiple of |z|^2 by the rounding
+        of this dtype, or of a fit, counts as one.
     """
 
     def flat(x: Array) -> Array:
@@ -69,13 +82,21 @@ def fold(feature_map: Any, prepared: Callable[[Array], Array] = without_gradient
     rows, column = flat(feature_map.rows), flat(feature_map.column)[:, 0, :]
     root, gaussian = math.sqrt(p.scale), p.kernel == "gaussian"
     return (
-        _side(root, g1, center_x, center_y, center_y, rows, column, gaussian),
-        _side(root, g2, center_y, center_x, center_y, rows, column, gaussian),
+        _side(root, g1, center_x, center_y, center_y, rows, column, gaussian, ROUNDING[dtype]),
+        _side(root, g2, center_y, center_x, center_y, rows, column, gaussian, ROUNDING[dtype]),
     )
 
 
 def _side(
-    root: float, g: Array, own: Array, other: Array, near_center: Array, rows: Array, column: Array, gaussian: bool
+    root: float,
+    g: Array,
+    own: Array,
+    other: Array,
+    near_center: Array,
+    rows: Array,
+    column: Array,
+    gaussian: bool,
+    rounding: float,
 ) -> FoldedSide:
     xp = namespace_of(g)
     if gaussian:
@@ -84,9 +105,11 @@ def _side(
     else:
         linear, offset, beta = other, 0.5 * xp.sum(own * other, axis=-1), 0.0
         near_center = xp.zeros_like(own)
-    first = g[:, :1, :1]
-    is_multiple = xp.all(g == first * xp.eye(g.shape[-1], dtype=g.dtype, **on_device_of(g)))
-    beta = beta + xp.where(is_multiple, 0.5 * first[:, 0, 0] ** 2, 0.0)
+    form = xp.matrix_transpose(g) @ g
+    first = form[:, :1, :1]
+    multiple = first * xp.eye(g.shape[-1], dtype=g.dtype, **on_device_of(g))
+    is_multiple = xp.all(xp.abs(form - multiple) <= rounding * first)
+    beta = beta + xp.where(is_multiple, 0.5 * first[:, 0, 0], 0.0)
     dense = math.sqrt(0.5) * xp.astype(xp.logical_not(is_multiple), g.dtype) * xp.matrix_transpose(g)
     return FoldedSide(root, own, linear, near_center, offset, beta, column, rows @ g, dense)
 

@@ -4,7 +4,7 @@ from favorsharp._arrays import broadcast_shapes, cast, compute_dtype, namespace_
 from favorsharp._typing import Array, PositiveMap
 from favorsharp.dispatch import Op
 from favorsharp.ops.blocks import Rows, far_step, near_partial, tile_of
-from favorsharp.ops.state import State, absorb, empty_state, finish, merge, read_partial, tiles_of
+from favorsharp.ops.state import State, absorb, empty_state, finish, log_features, merge, read_partial, tiles_of
 
 
 @Op
@@ -43,10 +43,9 @@ def attention(
         outs = [cast(finish(part), out_dtype) for _, _, part in parts]
     else:
         state = absorb(state, k, v, key_mask, feature_map)
-        outs = [
-            cast(finish(read_partial(state, feature_map.log_query(cast(q[..., a:b, :], dtype)))), out_dtype)
-            for a, b in tiles_of(q.shape[-2], state.num_features, full_batch)
-        ]
+        tiles = (cast(q[..., a:b, :], dtype) for a, b in tiles_of(q.shape[-2], state.num_features, full_batch))
+        parts = (read_partial(state, log_features(feature_map, "query", tile)) for tile in tiles)
+        outs = [cast(finish(part), out_dtype) for part in parts]
     outs = [xp.broadcast_to(out, (*full_batch, *out.shape[-2:])) for out in outs]
     return outs[0] if len(outs) == 1 else xp.concat(outs, axis=-2)
 

@@ -21,6 +21,7 @@ from favorsharp.ops.state import (
     absorb_features,
     exact_partial,
     hide,
+    log_features,
     masked,
     merge,
     pair_partial,
@@ -88,17 +89,17 @@ def far_step(
         batch = broadcast_shapes(q.shape[:-2], state.kv.shape[:-2])
         parts = []
         for a, b in tiles_of(min(tile, length - start), max(state.num_features, 3 * window), batch):
-            lq = feature_map.log_query(cast(q[..., start + a : start + b, :], state.kv.dtype))
+            lq = log_features(feature_map, "query", cast(q[..., start + a : start + b, :], state.kv.dtype))
             parts.append((start + a, start + b, read_partial(state, lq)))
         return parts, state
     dtype = state.kv.dtype
-    lq = feature_map.log_query(cast(rows_between(q, start, start + tile), dtype))
+    lq = log_features(feature_map, "query", cast(rows_between(q, start, start + tile), dtype))
     part = read_partial(state, lq)
     if last > 0 and first < min(k.shape[-2], limit):
         mask = rows_between(key_mask[..., None], first, last)[..., 0]
         if limit < last:
             mask = mask & (namespace_of(mask).arange(first, last, **on_device_of(mask)) < limit)
-        lk = masked(feature_map.log_key(hide(cast(rows_between(k, first, last), dtype), mask)), mask)
+        lk = masked(log_features(feature_map, "key", hide(cast(rows_between(k, first, last), dtype), mask)), mask)
         values = hide(cast(rows_between(v, first, last), dtype), mask)
         part = merge(part, _prefix_partial(lq, lk, values, max(window, 1), reverse))
         state = absorb_features(state, lk, values)

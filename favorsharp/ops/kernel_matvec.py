@@ -3,7 +3,7 @@
 from favorsharp._arrays import broadcast_shapes, cast, compute_dtype, namespace_of, result_dtype
 from favorsharp._typing import Array, PositiveMap
 from favorsharp.dispatch import Op
-from favorsharp.ops.state import absorb, empty_state, read_partial, tiles_of
+from favorsharp.ops.state import absorb, empty_state, log_features, read_partial, tiles_of
 
 
 @Op
@@ -36,7 +36,7 @@ def kernel_matvec(x: Array, y: Array, v: Array, feature_map: PositiveMap) -> Arr
     )
     outs = []
     for a, b in tiles_of(x.shape[-2], state.num_features, full_batch):
-        part = read_partial(state, feature_map.log_query(cast(x[..., a:b, :], dtype)))
+        part = read_partial(state, log_features(feature_map, "query", cast(x[..., a:b, :], dtype)))
         out = cast(part.num * xp.exp(part.ref), out_dtype)
         outs.append(xp.broadcast_to(out, (*full_batch, *out.shape[-2:])))
     return outs[0] if len(outs) == 1 else xp.concat(outs, axis=-2)

@@ -10,7 +10,7 @@ references of attention are built from the functions of this module.
 """
 
 import math
-from collections.abc import Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -25,6 +25,17 @@ TILE_ELEMENTS = 1 << 20
 """Number of log features held at once, over all heads: 4 MiB of float32."""
 PART = 512
 """Keys that are summed separately: a float32 sum over many more keys, one after the other, would lose digits."""
+
+
+def log_features(feature_map: PositiveMap, side: str, x: Array) -> Array:
+    """Log features of queries or keys (`side`), without kernels: a reference runs none.
+
+    The methods of a map of this package may run one; maps of others have no such choice.
+    """
+    own: Callable[[str, Array], Array] | None = getattr(feature_map, "log_features", None)
+    if own is not None:
+        return own(side, x)
+    return feature_map.log_query(x) if side == "query" else feature_map.log_key(x)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -222,7 +233,7 @@ def read(state: State, q: Array, feature_map: PositiveMap) -> Array:
     width = max(state.num_features, state.recent_k.shape[-2])
     for start, stop in tiles_of(q.shape[-2], width, broadcast_shapes(q.shape[:-2], state.kv.shape[:-2])):
         tile = cast(q[..., start:stop, :], state.kv.dtype)
-        partial = read_partial(state, feature_map.log_query(tile))
+        partial = read_partial(state, log_features(feature_map, "query", tile))
         if state.recent_k.shape[-2] > 0:
             k, v = cast(state.recent_k, tile.dtype), cast(state.recent_v, tile.dtype)
             visible = state.recent_mask[..., None, :]
@@ -289,7 +300,7 @@ def absorb(state: State, k: Array, v: Array, key_mask: Array | None, feature_map
         if start == stop:
             continue
         mask = None if key_mask is None else key_mask[..., start:stop]
-        lk = masked(feature_map.log_key(hide(cast(k[..., start:stop, :], state.kv.dtype), mask)), mask)
+        lk = masked(log_features(feature_map, "key", hide(cast(k[..., start:stop, :], state.kv.dtype), mask)), mask)
         state = absorb_features(state, lk, hide(cast(v[..., start:stop, :], state.kv.dtype), mask))
     return state
 

@@ -192,7 +192,7 @@ class Packed:
         self.dtype = np.dtype(dtype)
         self.one = TAGS[dtype]
         self.batch: tuple[int, ...] = tuple(feature_map.batch_shape)
-        self.query, self.key = fold(feature_map, to_host)
+        self.query, self.key = fold(feature_map, to_host, dtype=dtype)
         self.has_dense = any(np.any(side.dense) for side in (self.query, self.key))
         self.count, self.m, self.d = self.query.rows.shape
         self.lanes = BYTES // self.dtype.itemsize
@@ -268,16 +268,22 @@ _packed: "weakref.WeakKeyDictionary[Any, dict[Any, Any]]" = weakref.WeakKeyDicti
 """By feature map. Maps are frozen; but if a tensor of a map was written to in place, its version is another one."""
 
 
-def pack(feature_map: Any, dtype: str, e: int) -> tuple[Packed, Sizes, Any, Any]:
-    """The packed map, its sizes and both sides' constants for values of size e. The last result of each map is kept."""
+def pack(feature_map: Any, dtype: str, e: int | None) -> tuple[Packed, Sizes, Any, Any]:
+    """The packed map, its sizes and both sides' constants for values of size e; of any size if e is None.
+
+    The last result of each map is kept.
+    """
     known = _packed.setdefault(feature_map, {})
-    key = (dtype, e, versions_of(feature_map))
-    if key not in known:
-        packed = Packed(feature_map, dtype)
-        sizes = packed.layout(e)
-        known.clear()
-        known[key] = (packed, sizes, *packed.constants(sizes))
-    found: tuple[Packed, Sizes, Any, Any] = known[key]
+    versions = versions_of(feature_map)
+    found: tuple[Packed, Sizes, Any, Any]
+    for (name, size, seen), found in tuple(known.items()):
+        if (name, seen) == (dtype, versions) and e in (None, size):
+            return found
+    packed = Packed(feature_map, dtype)
+    sizes = packed.layout(packed.d if e is None else e)
+    found = (packed, sizes, *packed.constants(sizes))
+    known.clear()
+    known[dtype, sizes.e, versions] = found
     return found
 
 

@@ -1,17 +1,28 @@
 """The kernels of `exponential_features`, forward and backward: features exp(u W^T + row + column) and their
-gradients.
+gradients; and features of points, which a map transforms.
 """
 
 from collections import namedtuple
 from typing import NamedTuple
 
-from favorsharp_numba.kernels.arguments import NO_MASK, ONE, TILE
-from favorsharp_numba.kernels.tiles import load_points, store_points
+import numpy as np
+
+from favorsharp_numba.kernels.arguments import ALPHA, NO_MASK, ONE, TILE
+from favorsharp_numba.kernels.tiles import load_points, log_factors, store_points
 from favorsharp_numba.kernels.workspace import kernel
 from favorsharp_numba.vectors.blocks import multiply_block
 from favorsharp_numba.vectors.compiling import inlined
 from favorsharp_numba.vectors.items import get, integer_at, panel, put
-from favorsharp_numba.vectors.products import product, product_add, product_exp, product_exp_stream
+from favorsharp_numba.vectors.products import (
+    product,
+    product_add,
+    product_exp,
+    product_exp_stream,
+    product_natural_stream,
+    product_power,
+    product_power_stream,
+    product_terms,
+)
 from favorsharp_numba.vectors.rows import fill, total_of
 
 
@@ -92,6 +103,88 @@ def features(one, s, u, row, rows, columns, constants, out, low, high, scratch):
                     w.terms, terms,
                 )  # fmt: skip
                 store_points(one, out, head, start, count, s.m, s.m_pad, w.ones, w.tile)
+
+
+class PointFeatures(NamedTuple):
+    """What the kernel for features of points takes besides the sizes of the packed map.
+
+    A head of n points is cut into `per_head` tasks. `side` is the place of the packed constants of all maps, and
+    `map_of` the address of the list of the map of each head. `direct` and `stream` are those of `Features`;
+    `logarithms`: the result has the logarithms of features.
+    """
+
+    n: int
+    per_head: int
+    side: int
+    map_of: int
+    direct: int
+    stream: int
+    logarithms: int
+
+
+PointSpace = namedtuple("PointSpace", "points dense factors scales tile end")
+
+
+@inlined
+def point_space(s, points):
+    """The parts of the workspace of `features_of_points`; `tile` holds features that are not stored directly."""
+    dense = points + TILE * s.d_pad
+    factors = dense + TILE * s.d_pad
+    scales = factors + 2 * TILE
+    tile = scales + TILE
+    end = tile + TILE * s.m_pad
+    return PointSpace(points, dense, factors, scales, tile, end)
+
+
+@kernel(point_space)
+def features_of_points(one, s, p, x, out, low, high, scratch):
+    """The features of tasks low .. high, from points as the caller has them; `p` is a `PointFeatures`.
+
+    The packed constants give logarithms to base 2.
+    """
+    w = point_space(s, scratch)
+    fill(one, w.scales, TILE, np.log(2.0) * one if p.logarithms else one)
+    for task in range(low, high):
+        head, piece = task // p.per_head, task % p.per_head
+        stop = p.n * (piece + 1) // p.per_head
+        side = p.side + integer_at(p.map_of + 8 * head) * s.total
+        for start in range(p.n * piece // p.per_head, stop, TILE):
+            count = min(TILE, stop - start)
+            load_points(one, x, NO_MASK, head, start, count, s.d, s.d_pad, side + ALPHA, side + s.center, w.points)
+            log_factors(one, s, side, w.points, count, w.dense, w.factors)
+            place, step = w.tile, s.m_pad
+            if p.direct:
+                place = (out.base + integer_at(out.offsets + 8 * head) + start * out.row) // out.item
+                step = out.row // out.item
+            put_features(one, s, p, side, count, place, step, w)
+            if not p.direct:
+                store_points(one, out, head, start, count, s.m, s.m_pad, w.scales, w.tile)
+
+
+@inlined
+def put_features(one, s, p, side, count, place, step, w):
+    """Put the features of a tile of points, or their logarithms, in rows `step` items apart.
+
+    Logarithms that are not stored past the caches are to base 2.
+    """
+    panel_size, width = s.d * panel(one), panel(one)
+    panels, column = side + s.panels, side + s.column
+    if p.logarithms and p.stream:
+        product_natural_stream(
+            one, count, s.m_pad, s.d, w.points, s.d_pad, 1, panels, panel_size, width, place, step, w.factors, column
+        )  # fmt: skip
+    elif p.logarithms:
+        product_terms(
+            one, count, s.m_pad, s.d, w.points, s.d_pad, 1, panels, panel_size, width, place, step, w.factors, column
+        )  # fmt: skip
+    elif p.stream:
+        product_power_stream(
+            one, count, s.m_pad, s.d, w.points, s.d_pad, 1, panels, panel_size, width, place, step, w.factors, column
+        )  # fmt: skip
+    else:
+        product_power(
+            one, count, s.m_pad, s.d, w.points, s.d_pad, 1, panels, panel_size, width, place, step, w.factors, column
+        )  # fmt: skip
 
 
 BackwardSpace = namedtuple("BackwardSpace", "points terms features slopes result end")

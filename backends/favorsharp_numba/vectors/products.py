@@ -18,10 +18,12 @@ from favorsharp_numba.vectors.emitter import CACHE_LINE, I64, LOG2E, VECTORS, Em
 SET, ADD, TERMS, TAKE = 0, 1, 2, 3
 """How a product begins: SET at 0; ADD at the result so far; TERMS at row[i] + column[j]; TAKE at 0, and then the result
 takes the product with its low parts, which are at the place `row`, in rows like those of the result."""
-STORE, EXP, STREAM, SUMS, SUM, NEAREST = 0, 1, 2, 3, 4, 5
+STORE, EXP, STREAM, SUMS, SUM, NEAREST, POWER, POWER_STREAM, NATURAL_STREAM = range(9)
 """What is done with a product: STORE it; EXP, store its exponential; STREAM, store that past the caches; SUMS, add up
 the powers of two with two weights and store nothing (`ColumnSums`); SUM, the same with the second weight alone;
-NEAREST, find the largest entry of each column and its row, and store nothing else."""
+NEAREST, find the largest entry of each column and its row, and store nothing else; POWER, store the powers of two;
+POWER_STREAM, store these past the caches; NATURAL_STREAM, store log(2) times the product past the caches."""
+PAST_CACHES = (STREAM, POWER_STREAM, NATURAL_STREAM)
 
 
 class Ahead(NamedTuple):
@@ -171,9 +173,13 @@ def _product(
                         place, low_place = (e.at(x[r], v * e.lanes) for x in (result_rows, low_rows))
                         value, low = e.add_with_low(e.load(place), e.load(low_place), value)
                         e.store(low, low_place)
-                    if finish_by != STORE:
-                        value = e.exp2(builder.fmul(value, e.constant(LOG2E)), above=True)
-                    e.store(value, e.at(result_rows[r], v * e.lanes), stream=finish_by == STREAM)
+                    if finish_by in (EXP, STREAM):
+                        value = builder.fmul(value, e.constant(LOG2E))
+                    elif finish_by == NATURAL_STREAM:
+                        value = builder.fmul(value, e.constant(1 / LOG2E))
+                    if finish_by not in (STORE, NATURAL_STREAM):
+                        value = e.exp2(value, above=True)
+                    e.store(value, e.at(result_rows[r], v * e.lanes), stream=finish_by in PAST_CACHES)
 
         left_column = number(0)
         for vectors in dict.fromkeys((VECTORS, VECTORS // 2, 1)):
@@ -274,6 +280,29 @@ def product_exp(one, m, n, k, a, a_row, a_step, b, b_panel, b_step, c, c_row, ro
 def product_exp_stream(one, m, n, k, a, a_row, a_step, b, b_panel, b_step, c, c_row, row, column):
     """C = exp(A B + row + column), stored past the caches. C and c_row are multiples of a vector."""
     _product(one, TERMS, STREAM, m, n, k, a, a_row, a_step, b, b_panel, b_step, c, c_row, row, column, NOTHING, NO_SUMS)
+
+
+@outlined
+def product_power(one, m, n, k, a, a_row, a_step, b, b_panel, b_step, c, c_row, row, column):
+    """C = 2**(A B + row + column)."""
+    _product(one, TERMS, POWER, m, n, k, a, a_row, a_step, b, b_panel, b_step, c, c_row, row, column, NOTHING, NO_SUMS)
+
+
+@outlined
+def product_power_stream(one, m, n, k, a, a_row, a_step, b, b_panel, b_step, c, c_row, row, column):
+    """C = 2**(A B + row + column), stored past the caches. C and c_row are multiples of a vector."""
+    _product(
+        one, TERMS, POWER_STREAM, m, n, k, a, a_row, a_step, b, b_panel, b_step, c, c_row, row, column, NOTHING, NO_SUMS
+    )  # fmt: skip
+
+
+@outlined
+def product_natural_stream(one, m, n, k, a, a_row, a_step, b, b_panel, b_step, c, c_row, row, column):
+    """C = log(2) (A B + row + column), stored past the caches. C and c_row are multiples of a vector."""
+    _product(
+        one, TERMS, NATURAL_STREAM, m, n, k, a, a_row, a_step, b, b_panel, b_step, c, c_row, row, column, NOTHING,
+        NO_SUMS,
+    )  # fmt: skip
 
 
 @outlined
