@@ -271,7 +271,7 @@ def _layer_for(layer: Any) -> Any:
 def _hybrid_layer() -> Any:
     """The class of layers that keep a recurrence beside their keys."""
 
-    class HybridStateLayer(cache_utils.LinearAttentionLayer, StateLayer):  # type: ignore[misc]
+    class HybridStateLayer(cache_utils.LinearAttentionLayer, StateLayer):
         """A `StateLayer` with the states of convolutions and recurrences."""
 
         def __init__(self, number_of_states: int = 1) -> None:

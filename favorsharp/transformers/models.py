@@ -157,7 +157,8 @@ _listening: WeakSet[Any] = WeakSet()
 
 def heard() -> None:
     """Note that a registered attention was called."""
-    _listening.clear()
+    if not torch.compiler.is_compiling():
+        _listening.clear()
 
 
 def _listen(model: Any, requested: str) -> None:
