@@ -709,6 +709,17 @@ def test_gradients_of_numpy_arrays_are_those_of_autograd(options, kernel):
         np.testing.assert_allclose(own, want.numpy(), rtol=1e-7, atol=1e-9)
 
 
+def test_gradients_of_numpy_arrays_with_unequal_lengths():
+    torch = pytest.importorskip("torch")
+    q, k, v = attention_problem(16, (2,), n=30)
+    for keys in (0, 20):
+        arrays, weight = (q, k[0, :keys], v[:, :keys]), np.ones((2, 30, v.shape[-1]))
+        _, pullback = fs.vjp(fs.linear_attention, *arrays, fs.landmarks(8))
+        _, reverse = fs.vjp(fs.linear_attention, *(torch.asarray(x) for x in arrays), fs.landmarks(8))
+        for own, want in zip(pullback(weight), reverse(torch.asarray(weight)), strict=True):
+            np.testing.assert_allclose(own, want.numpy(), rtol=1e-7, atol=1e-9)
+
+
 def test_numpy_arrays_with_a_window_in_both_directions_have_no_gradients():
     q, k, v = attention_problem(0)
     with pytest.raises(TypeError, match=r"numpy arrays with window=4: .* accepted: torch tensors and JAX arrays"):

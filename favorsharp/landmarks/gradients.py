@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from favorsharp._arrays import broadcast_shapes, cast, compute_dtype, namespace_of, on_device_of
-from favorsharp._heads import add_mask_axis
 from favorsharp._typing import Array
 from favorsharp.landmarks.chosen import LandmarkMap
 from favorsharp.landmarks.metric import RIDGE, STREAM_RIDGE
@@ -55,11 +54,11 @@ def gradients_of(
     y, values = (xp.broadcast_to(cast(z, dtype), (*batch, *z.shape[-2:])) for z in (k, v))
     g = xp.broadcast_to(cast(gradient, dtype), (*batch, *q.shape[-3:-1], v.shape[-1]))
     parts = []
-    for a, b in pairwise(bounds or [0, None]):
-        mask = None if key_mask is None else xp.broadcast_to(key_mask[..., a:b], (*batch, *y[..., a:b, 0].shape[-1:]))
-        given = (z[..., a:b, :] for z in (x, y, values, g))
+    for span in [slice(None)] if bounds is None else [slice(a, b) for a, b in pairwise(bounds)]:
+        x_own, y_own, v_own, g_own = (z[..., span, :] for z in (x, y, values, g))
+        mask = None if key_mask is None else xp.broadcast_to(key_mask[..., span], y_own.shape[:-1])
         run = _stream if is_causal else _whole
-        parts.append(run(*given, settings, mask, window))
+        parts.append(run(x_own, y_own, v_own, g_own, settings, mask, window))
     joined = (z[0] if len(z) == 1 else xp.concat(z, axis=-2) for z in zip(*parts, strict=True))
     found = (cast(_summed(z, like.shape), like.dtype) for z, like in zip(joined, (q, k, v), strict=True))
     dq, dk, dv = found
@@ -144,7 +143,7 @@ def _read_backwards(
         return xp.zeros_like(q), held
     seen = held[1] != -xp.inf
     keys, values = hide(held[0], seen)[..., None, :, :], hide(held[2], seen)[..., None, :, :]
-    weight, seen = xp.where(seen, held[1], 0.0)[..., None, None, :], add_mask_axis(seen)[..., None, :]
+    weight, seen = xp.where(seen, held[1], 0.0)[..., None, None, :], seen[..., None, None, :]
     if settings.kernel == "gaussian":
         weight = weight - scale / 2 * xp.sum(keys * keys, axis=-1)[..., None, :]
     dk, dw, dv = xp.zeros_like(keys), xp.zeros_like(weight), xp.zeros_like(values)

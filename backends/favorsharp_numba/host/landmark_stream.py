@@ -50,8 +50,9 @@ class StreamProblem:
         out = empty(state.keys, (*self.queries, self.n, s.e), self.dtype)
         shapes = (*self.batch, self.kept, s.d), (*self.batch, self.kept, 1), (*self.batch, self.kept, s.e)
         new = [empty(state.keys, shape, self.dtype) for shape in shapes]
-        given = [held.points(array, batch) for array, batch in ((self.q, self.queries), (self.k, self.batch))]
-        given += [held.points(self.v, self.batch), held.mask(self.mask, self.batch)]
+        given: list[Any] = [held.points(self.q, self.queries)]
+        given += [held.points(array, self.batch) for array in (self.k, self.v)]
+        given += [held.mask(self.mask, self.batch)]
         given += [held.points(array, self.batch) for array in (state.keys, state.log_weight[..., None], state.values)]
         targets = [held.points(out, self.queries), *(held.points(array, self.batch) for array in new)]
         share(
@@ -119,9 +120,11 @@ class StreamProblem:
         for side in range(2):
             own = moments[..., side, :, : self.s.d]
             parts += [own[..., :1, :1], own[..., 1:2, :], own[..., 2:, :]]
-        given = (numpy_or_torch(self.k, np.ascontiguousarray(x)) for x in parts)
+        count_x, mean_x, cov_x, count_y, mean_y, cov_y = (
+            numpy_or_torch(self.k, np.ascontiguousarray(x)) for x in parts
+        )
         dtype = max(self.state.moments.dtype, widened(promoted(name_of(self.q), name_of(self.k))))
-        return Moments(*given, dtype=dtype)
+        return Moments(count_x, mean_x, cov_x, count_y, mean_y, cov_y, dtype=dtype)
 
 
 @lru_cache(maxsize=256)  # the layers of a model share a seed

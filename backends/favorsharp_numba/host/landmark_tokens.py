@@ -16,7 +16,7 @@ from favorsharp_numba.host.arguments import Held, empty, host, name_of, start_of
 from favorsharp_numba.host.landmark_stream import StreamProblem
 from favorsharp_numba.host.reading import reading_constants, reading_places
 from favorsharp_numba.host.threads import share
-from favorsharp_numba.kernels.landmark_token import TOKEN_SIZES, take_token
+from favorsharp_numba.kernels.landmark_token import ROOM, TOKEN_SIZES, take_token
 from favorsharp_numba.kernels.workspace import items_of
 from favorsharp_numba.vectors.compiling import TAGS
 from favorsharp_numba.vectors.emitter import BYTES
@@ -28,7 +28,9 @@ class Store:
     Rows are padded to whole vectors. `used` rows are in use; the first ones, up to `start`, were held before.
     """
 
-    def __init__(self, state: LandmarkState, room: int, group: tuple[int, ...], pads: tuple[int, int]) -> None:
+    def __init__(
+        self, state: LandmarkState, room: int, group: tuple[int, ...], pads: tuple[int, int], plan: list[int]
+    ) -> None:
         batch, dtype, held = state.batch_shape, name_of(state.log_weight), state.held
         (d_pad, e_pad), like = pads, state.keys
         self.keys = empty(like, (*batch, room, d_pad), dtype)
@@ -45,6 +47,7 @@ class Store:
             host(self.values)[..., :held, :][np.broadcast_to(hidden, (*batch, held))] = 0
         self.places = tuple(start_of(x) // x.itemsize for x in (self.keys, self.weight, self.values, self.queries))
         self.moments, self.start, self.used, self.room = state.moments, held, held, room
+        self.plan = np.array([*plan[:ROOM], room, *plan[ROOM + 1 :]], dtype=np.int64)
         self.lock = threading.Lock()
 
     def claim(self, position: int) -> bool:
@@ -65,7 +68,8 @@ class Token:
         self.d, self.e = state.keys.shape[-1], state.v_size
         self.dtype = name_of(state.log_weight)
         self.one, lanes = TAGS[self.dtype], BYTES // np.dtype(self.dtype).itemsize
-        self.pads = tuple(max(1, -(-x // lanes)) * lanes for x in (self.d, self.e))
+        d_pad, e_pad = (max(1, -(-x // lanes)) * lanes for x in (self.d, self.e))
+        self.pads = d_pad, e_pad
         self.heads = math.prod(self.batch)
         self.shape = (*self.batch, *self.group, 1, self.e)
         scale = state.settings.scale_of(self.d)
@@ -89,8 +93,7 @@ class Token:
             first = next(iter(segments_of(state, 1 << 62)))
             if first.due:
                 return StreamProblem(q, k, v, state, None, grouped).run()
-            store = Store(state, held + first.stop, self.group, self.pads)
-            store.plan = np.array([*self.plan[:5], store.room, *self.plan[6:]], dtype=np.int64)
+            store = Store(state, held + first.stop, self.group, self.pads, self.plan)
             store.claim(held)
         out = empty(state.keys, self.shape, self.dtype)
         room = -(-store.room // self.lanes) * self.lanes

@@ -11,7 +11,14 @@ from collections import namedtuple
 import numpy as np
 
 from favorsharp_numba.kernels.arguments import NO_MASK, TILE
-from favorsharp_numba.kernels.landmark_seeds import LISTS, first_of_each, projection, sorted_by, take_seed
+from favorsharp_numba.kernels.landmark_seeds import (
+    LISTS,
+    begin_draw,
+    best_candidate,
+    first_of_each,
+    projection,
+    sorted_by,
+)
 from favorsharp_numba.kernels.landmarks import (
     ROOT,
     Landmarks,
@@ -26,14 +33,14 @@ from favorsharp_numba.kernels.tiles import load_points, rest_of_tile, transpose
 from favorsharp_numba.vectors.blocks import square_distances
 from favorsharp_numba.vectors.compiling import inlined, outlined
 from favorsharp_numba.vectors.items import get, lanes, panel, put
-from favorsharp_numba.vectors.picks import first_largest
+from favorsharp_numba.vectors.picks import take_nearer
 from favorsharp_numba.vectors.products import product, product_nearest
 from favorsharp_numba.vectors.rows import combine, copy, dot_rows, fill, quadratic_rows
 
 CompressionSpace = namedtuple(
     "CompressionSpace",
-    "rows columns along squares first masses logs scores left distances owner best landmarks used bias norms nothing "
-    "means weights sums lists end",
+    "rows columns along squares first masses logs scores left known distances owner best landmarks used bias norms "
+    "nothing means weights sums lists end",
 )
 
 
@@ -67,7 +74,8 @@ def compression_space(s, rows):
     logs = masses + n
     scores = logs + n
     left = scores + n
-    distances = left + n
+    known = left + n
+    distances = known + n
     owner = distances + n
     best = owner + n
     landmarks = best + n
@@ -81,8 +89,8 @@ def compression_space(s, rows):
     lists = sums + max(sums_size(sums_of_rows(s, n)), sums_size(sums_of_values(s, n)))
     end = lists + s.wide * LISTS * n
     return CompressionSpace(
-        rows, columns, along, squares, first, masses, logs, scores, left, distances, owner, best, landmarks, used, bias,
-        norms, nothing, means, weights, sums, lists, end,
+        rows, columns, along, squares, first, masses, logs, scores, left, known, distances, owner, best, landmarks,
+        used, bias, norms, nothing, means, weights, sums, lists, end,
     )  # fmt: skip
 
 
@@ -151,9 +159,7 @@ def score_candidates(one, s, n, noise, lists, keys, weight, w):
         if rank < different:
             key = int(get(1.0, order + rank))
             put(one, w.logs + key, 2 * get(one, w.masses + key) + one * get(1.0, gumbel + slot))
-    copy(one, w.logs, padded_keys(n), w.scores)
-    fill(one, w.left, padded_keys(n), np.inf * one)
-    fill(one, w.owner, padded_keys(n), one - one)
+    begin_draw(one, padded_keys(n), w)
 
 
 @outlined
@@ -161,7 +167,7 @@ def draw_seeds(one, s, n, grain, side, w):
     """The seeds as landmarks, and the seed that is nearest to each key."""
     step = 2 * s.d_pad
     for j in range(s.m):
-        pick, row = first_largest(one, padded_keys(n), w.scores), w.landmarks + j * step
+        pick, row = best_candidate(one, rest_of_tile(n, lanes(one)), w), w.landmarks + j * step
         needed = get(one, w.scores + pick) > -np.inf
         put(one, w.used + j, one - one if needed else -np.inf * one)
         if needed:
@@ -170,7 +176,8 @@ def draw_seeds(one, s, n, grain, side, w):
                 count = rest_of_tile(min(TILE, n - start), lanes(one))
                 line = w.columns + start * s.d
                 square_distances(one, line, TILE, s.d, count, row + s.d_pad, 1, w.distances + start)
-            take_seed(one, rest_of_tile(n, lanes(one)), j, pick, grain, w)
+            size, count = get(one, w.squares + pick), rest_of_tile(n, lanes(one))
+            take_nearer(one, count, w.distances, w.squares, size, grain, j, w.left, w.owner)
         else:
             fill(one, row, step, one - one)
             combine(one, s.d_pad, one - one, -one, side + s.center, one - one, side + s.center, row)

@@ -15,6 +15,9 @@ from favorsharp_numba.vectors.items import get, lanes, panel, put
 from favorsharp_numba.vectors.products import product
 from favorsharp_numba.vectors.rows import FLOAT64, combine, fill, load_rows
 
+ROWS = 16
+"""The rows of a product that are computed together, a multiple of a vector."""
+
 TINY = 1e-150
 """Added to the covariance of queries, so that it has a Cholesky factor if all queries are equal."""
 
@@ -51,8 +54,14 @@ def solve_metric(one, d, pad, queries, keys, scale, tilt, ridge, w):
     add_to_diagonal(one, d, pad, ridge / d * trace + TINY, w.inner)
     cholesky(one, d, pad, w.inner, w.factor)
     transpose(one, w.factor, pad, d, d, w.turned, pad, pad)
-    product(one, d, pad, d, w.factor, pad, 1, cov_y, width, pad, w.work, pad)
-    product(one, d, pad, d, w.work, pad, 1, w.turned, width, pad, w.inner, pad)
+    for i in range(0, d, ROWS):  # U has zeros below its diagonal, and only the other part of U S_y U' is needed
+        count, own = min(ROWS, d - i), i * pad + i
+        product(
+            one, count, pad, d - i, w.factor + own, pad, 1, cov_y + i * pad, width, pad, w.work + i * pad, pad
+        )  # fmt: skip
+        product(
+            one, count, pad - i, d - i, w.work + own, pad, 1, w.turned + own, width, pad, w.inner + own, pad
+        )  # fmt: skip
     combine(one, size, nothing, tilt * scale, w.inner, nothing, w.inner, w.inner)
     add_to_diagonal(one, d, pad, one, w.inner)
     cholesky(one, d, pad, w.inner, w.work)

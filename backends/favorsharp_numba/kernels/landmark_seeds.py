@@ -15,7 +15,7 @@ from favorsharp_numba.kernels.workspace import kernel
 from favorsharp_numba.vectors.blocks import square_distances
 from favorsharp_numba.vectors.compiling import inlined, outlined
 from favorsharp_numba.vectors.items import get, integer_at, lanes, put
-from favorsharp_numba.vectors.picks import any_smaller, first_largest
+from favorsharp_numba.vectors.picks import first_largest, take_nearer
 from favorsharp_numba.vectors.rows import combine, copy, fill
 
 LISTS = 3
@@ -24,7 +24,9 @@ LISTS = 3
 FAR = 37.0
 """A squared distance from which on log(1 - exp(-D^2)) rounds to 0."""
 
-SeedSpace = namedtuple("SeedSpace", "rows lifted first norms columns logs scores left owner squares distances end")
+SeedSpace = namedtuple(
+    "SeedSpace", "rows lifted first norms columns logs scores left known owner squares distances end"
+)
 
 
 @inlined
@@ -37,11 +39,14 @@ def seed_space(s, rows):
     logs = columns + s.d * s.slots_pad
     scores = logs + s.slots_pad
     left = scores + s.slots_pad
-    owner = left + s.slots_pad
+    known = left + s.slots_pad
+    owner = known + s.slots_pad
     squares = owner + s.slots_pad
     distances = squares + s.slots_pad
     end = distances + s.slots_pad
-    return SeedSpace(rows, lifted, first, norms, columns, logs, scores, left, owner, squares, distances, end)
+    return SeedSpace(
+        rows, lifted, first, norms, columns, logs, scores, left, known, owner, squares, distances, end
+    )  # fmt: skip
 
 
 @kernel(seed_space)
@@ -62,10 +67,9 @@ def draw(one, s, k, weight, sides, noise, lists, grain, points, used, low, high,
         load_candidates(one, s, k, weight, side, head, noise + s.d, order, different, w)
         square_distances(one, w.columns, s.slots_pad, s.d, s.slots_pad, side + s.zeros, 0, w.squares)
         fill(one, w.logs + s.slots, s.slots_pad - s.slots, -np.inf * one)
-        copy(one, w.logs, s.slots_pad, w.scores)
-        fill(one, w.left, s.slots_pad, np.inf * one)
+        begin_draw(one, s.slots_pad, w)
         for j in range(s.m):
-            pick = first_largest(one, s.slots_pad, w.scores)
+            pick = best_candidate(one, s.slots_pad, w)
             place = points + (head * s.m + j) * s.d_pad
             needed = get(one, w.scores + pick) > -np.inf
             put(one, used + head * s.m_pad + j, one - one if needed else -np.inf * one)
@@ -76,7 +80,8 @@ def draw(one, s, k, weight, sides, noise, lists, grain, points, used, low, high,
             square_distances(
                 one, w.columns, s.slots_pad, s.d, s.slots_pad, w.columns + pick, s.slots_pad, w.distances
             )  # fmt: skip
-            take_seed(one, s.slots_pad, j, pick, grain, w)
+            size = get(one, w.squares + pick)
+            take_nearer(one, s.slots_pad, w.distances, w.squares, size, grain, j, w.left, w.owner)
 
 
 # Candidates ----------------------------------------------------------------------------------------------------------
@@ -183,25 +188,30 @@ def load_candidates(one, s, k, weight, side, head, offsets, order, different, w)
 
 
 @outlined
-def take_seed(one, n, number, pick, grain, w):
-    """Take the squared distances from a new seed into account, which is number `number` and the candidate `pick`.
+def best_candidate(one, n, w):
+    """The candidate with the largest score: its log weight plus the logarithm of what the seeds leave unexplained.
 
-    `w` has lists of n candidates, in whole vectors: `distances` and `squares`, the squared distances from the seed and
-    the squared norms; `left` and `owner`, those from the nearest seed and its number; `logs` and `scores`. The score of
-    a candidate is its log weight plus the logarithm of what the seeds leave unexplained of it, 1 - exp(-D^2).
+    That is 1 - exp(-D^2), D being the distance to the nearest seed. `w` has lists of n candidates, in whole vectors:
+    `left`, their squared distances D^2, and `logs`. `scores` are those for the distances `known`. Distances only become
+    smaller, and scores with them, so only the largest score has to be brought up to date.
     """
-    size = get(one, w.squares + pick)
-    for i in range(0, n, lanes(one)):
-        if any_smaller(one, w.distances + i, w.left + i):
-            for t in range(i, i + lanes(one)):
-                value = get(one, w.distances + t)
-                if value < get(one, w.left + t):
-                    value = value if value > grain * (size + get(one, w.squares + t)) else one - one
-                    put(one, w.left + t, value)
-                    put(one, w.owner + t, one * number)
-                    score = get(one, w.logs + t)
-                    if value <= 0:
-                        score = -np.inf * one
-                    elif value < FAR:
-                        score += np.log(-np.expm1(-value))
-                    put(one, w.scores + t, score)
+    pick = first_largest(one, n, w.scores)
+    while get(one, w.left + pick) != get(one, w.known + pick):
+        value, score = get(one, w.left + pick), get(one, w.logs + pick)
+        put(one, w.known + pick, value)
+        if value <= 0:
+            score = -np.inf * one
+        elif value < FAR:
+            score += np.log(-np.expm1(-value))
+        put(one, w.scores + pick, score)
+        pick = first_largest(one, n, w.scores)
+    return pick
+
+
+@inlined
+def begin_draw(one, n, w):
+    """No seed is near any candidate."""
+    copy(one, w.logs, n, w.scores)
+    fill(one, w.left, n, np.inf * one)
+    fill(one, w.known, n, np.inf * one)
+    fill(one, w.owner, n, one - one)

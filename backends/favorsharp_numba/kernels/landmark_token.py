@@ -15,7 +15,9 @@ from favorsharp_numba.vectors.rows import combine, fill, quadratic_rows, total_o
 
 TOKEN_SIZES = 10
 """The integers of a plan before those of arrays: d, d_pad, e, e_pad, the number of query heads for each key head, the
-number of keys for which there is room, and the places of the constants for reading and of their zeros."""
+number of keys for which there is room (at ROOM), the place of the constants for reading, where their zeros are, and
+two zeros."""
+ROOM = 5
 
 TokenSpace = namedtuple("TokenSpace", "point scores squares zeros ignored numerator total end")
 

@@ -1,4 +1,4 @@
-"""How seeds are picked: candidates that a new seed is near to, and the candidate with the largest score.
+"""How seeds are picked: distances to the nearest seed, and the candidate with the largest score.
 
 Places, strides and block lengths are as in `vectors/blocks.py`.
 """
@@ -14,16 +14,32 @@ from favorsharp_numba.vectors.emitter import I64, Emitter
 
 
 @intrinsic
-def any_smaller(context, one, x, y):
-    """Whether any item of the vector at x is smaller than that of the vector at y."""
-
+def _take_nearer(context, one, n, distances, squares, size, grain, number, left, owner):
     def emit(context, builder, signature, args):
+        _, n, distances, squares, size, grain, number, left, owner = args
         e = Emitter(builder, signature.args[0])
-        smaller = builder.fcmp_ordered("<", e.load(e.pointer(args[1])), e.load(e.pointer(args[2])))
-        bits = ir.IntType(e.lanes)
-        return builder.icmp_unsigned("!=", builder.bitcast(smaller, bits), ir.Constant(bits, 0))
+        sources, owns, lefts, owners = (e.pointer(x) for x in (distances, squares, left, owner))
+        size, grain, number, nothing = e.filled(size), e.filled(grain), e.filled(number), e.constant(0.0)
+        with cgutils.for_range_slice(builder, ir.Constant(I64, 0), n, ir.Constant(I64, e.lanes)) as (j, _):
+            value, old = e.load(e.at(sources, j)), e.load(e.at(lefts, j))
+            rounding = builder.fmul(grain, builder.fadd(size, e.load(e.at(owns, j))))
+            value = builder.select(builder.fcmp_ordered("<=", value, rounding), nothing, value)
+            nearer = builder.fcmp_ordered("<", value, old)
+            e.store(builder.select(nearer, value, old), e.at(lefts, j))
+            e.store(builder.select(nearer, number, e.load(e.at(owners, j))), e.at(owners, j))
+        return context.get_dummy_value()
 
-    return types.boolean(one, types.int64, types.int64), emit
+    return types.void(one, *[types.int64] * 3, one, one, one, types.int64, types.int64), emit
+
+
+@outlined
+def take_nearer(one, n, distances, squares, size, grain, number, left, owner):
+    """left = the smaller of left and distances, and owner = number where that is the distance, for n items.
+
+    A squared distance is 0 if it is not larger than grain times the sum of the squared norms `size` and `squares`. A
+    distance of NaN is never the smaller. n is a number of whole vectors.
+    """
+    _take_nearer(one, n, distances, squares, one * size, one * grain, one * number, left, owner)
 
 
 @intrinsic
