@@ -28,7 +28,8 @@ def test_attention_never_holds_all_features(options):
     q, k, v = np.random.default_rng(0).standard_normal((3, 1, N, D)).astype(np.float32)
     fm = fs.feature_map(fs.fit(q, k), M, rng=0)
     output = N * D * 4 / MIB  # 4 MiB; the feature matrix of one side would be 16 MiB, the scores 1 GiB
-    # the tiles of the output are joined at the end, and a window keeps the numerators of one pass during the other
+    # the tiles of the output are joined at the end, and a window keeps the numerators of one pass during the other, or
+    # the sums of the blocks of one head for each thread
     assert peak(lambda: fs.linear_attention(q, k, v, fm, **options)) < 3 * output + 14
 
 

@@ -25,11 +25,12 @@ from favorsharp_numba.host.arguments import (
     widened,
 )
 from favorsharp_numba.host.threads import pieces_of, share
-from favorsharp_numba.kernels.arguments import Problem
+from favorsharp_numba.kernels.arguments import TILE, Problem
 from favorsharp_numba.kernels.attention import gather_keys, merge_segments, read_queries
 from favorsharp_numba.kernels.causal_attention import causal
 from favorsharp_numba.kernels.packed_sequences import packed, packed_causal, packed_windowed
 from favorsharp_numba.kernels.single_column import gather_column, read_column
+from favorsharp_numba.kernels.two_sided_windows import kept_sums, two_sided
 from favorsharp_numba.kernels.window_rule import NEIGHBOURS
 from favorsharp_numba.kernels.windowed_attention import windowed
 from favorsharp_numba.kernels.workspace import items_of
@@ -196,9 +197,12 @@ class AttentionProblem:
             **self._fixed,
         )
 
-    def run(self, kernel: Any, tasks: int, work: float, *arguments: Any) -> None:
-        """Run a kernel for all tasks, shared among threads; `work` is the number of multiplications in all."""
-        share(kernel, tasks, work, items_of(kernel, self.s), self.one, self.s, *arguments)
+    def run(self, kernel: Any, tasks: int, work: float, *arguments: Any, extra: int = 0) -> None:
+        """Run a kernel for all tasks, shared among threads; `work` is the number of multiplications in all.
+
+        `extra` is the number of items that each thread has behind its workspace.
+        """
+        share(kernel, tasks, work, items_of(kernel, self.s) + extra, self.one, self.s, *arguments)
 
     def gather(self, *, normalised: bool = True) -> None:
         """Add up all keys, in segments if there are fewer heads than the threads need.
@@ -246,8 +250,18 @@ class AttentionProblem:
         near = self.window * (1 + 2 * NEIGHBOURS)
         cost = float(self.query_heads * self.num_queries * (s.m * (s.d + s.e) + near * s.d))
         p = self.arguments(causal=causal, first_query=first_query)
-        target, kept = self.held.points(out, self.batch), self._kept_between_passes(causal)
-        self.run(windowed, self.heads, cost, p, self.q, self.k, self.v, self.mask, target, kept)
+        target = self.held.points(out, self.batch)
+        kept = 0 if self._in_one_pass(causal) else self._kept_between_passes(causal)
+        given = (p, self.q, self.k, self.v, self.mask, target)
+        if self._in_one_pass(causal):
+            extra = kept_sums(s, self.num_keys, self.window)
+            self.run(two_sided, self.heads, cost, *given, extra=extra)
+        else:
+            self.run(windowed, self.heads, cost, *given, kept)
+
+    def _in_one_pass(self, causal: bool) -> bool:
+        """Whether the sums of all blocks may be kept: they are not larger than the features of the keys of a head."""
+        return not causal and self.window >= max(TILE, self.s.e_pad)
 
     def _kept_between_passes(self, causal: bool) -> int:
         """The place for what queries have read, between the two passes of bidirectional attention with a window."""

@@ -274,6 +274,33 @@ def test_packed_sequences_are_one_call_and_do_not_see_each_other(is_causal, grou
         np.testing.assert_allclose(got, np.concatenate(pieces, axis=-2), atol=1e-12)
 
 
+@pytest.mark.parametrize("n", [1, 64, 65, 129, 512, 700])
+@pytest.mark.parametrize("window", [64, 70, 200])
+def test_a_window_in_both_directions_of_a_tile_or_more(window, n):
+    """Blocks and groups of blocks that end within the sequence; a block that is hidden; heads that share keys."""
+    q, k, v = attention_problem(21, (1, 2), n=n, e=6)
+    mask = key_mask(3, k.shape[:-1], "holes")
+    mask[..., 64 : min(n, 3 * window)] = False
+    fm = fs.feature_map(fs.fit(q, k), 20, rng=0)
+    for dtype, error in ((np.float64, 1e-12), (np.float32, 2e-5)):
+        a = [x.astype(dtype) for x in (q, k, v)]
+        for options in ({}, {"key_mask": mask}):
+            got, want = both(*a, fm, window=window, **options)
+            np.testing.assert_allclose(got, want, atol=error)
+    many = np.concatenate([q, q[:, ::-1], 2 * q], axis=1)
+    got, want = both(
+        many, k, v, fs.feature_map(fs.fit(q, k, axis=(0, 1, -2)), 20, rng=0), window=window, enable_gqa=True
+    )
+    np.testing.assert_allclose(got, want, atol=1e-12)
+
+
+def test_only_queries_that_see_a_key_that_is_not_finite_lose_their_result():
+    q, k, v = attention_problem(22, n=500)
+    k[250, 0] = np.nan
+    got, want = both(q, k, v, fs.feature_map(fs.fit(q, np.nan_to_num(k)), 20, rng=0), window=64)
+    np.testing.assert_array_equal(np.isnan(got), np.isnan(want))
+
+
 def test_packed_and_whole_sequences_share_kernels():
     """Between kernels a constant is a type of its own: one among the arguments compiles the kernel called once more.
 
