@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from favorsharp._arrays import cast, namespace_of, under_own_settings
 from favorsharp._typing import Array
-from favorsharp.features.base import SignedFeatureMap
+from favorsharp.features.base import SignedFeatureMap, written
 from favorsharp.ops.state import tiles_of
 from favorsharp.parameters import embed_key, embed_query
 
@@ -33,28 +33,25 @@ class NystromMap(SignedFeatureMap):
         """Features without their factor, and its logarithm, (*b, s, m) and (*b, s, 1)."""
         return self._parts(*embed_key(self.parameters, y))
 
-    def query(self, x: Array) -> Array:
-        """Features of queries, (*b, n, d) -> (*b, n, m), in the dtype of x."""
-        if self.parameters.kernel == "softmax":
-            return super().query(x)
-        return self._gaussian(x)
+    def query(self, x: Array, *, out: Array | None = None) -> Array:
+        """Features of queries, (*b, n, d) -> (*b, n, m), in the dtype of x; written to `out` if that is given."""
+        return super().query(x, out=out) if self.parameters.kernel == "softmax" else self._gaussian("x", x, out)
 
-    def key(self, y: Array) -> Array:
-        """Features of keys, (*b, s, d) -> (*b, s, m), in the dtype of y."""
-        if self.parameters.kernel == "softmax":
-            return super().key(y)
-        return self._gaussian(y)
+    def key(self, y: Array, *, out: Array | None = None) -> Array:
+        """Features of keys, (*b, s, d) -> (*b, s, m), in the dtype of y; written to `out` if that is given."""
+        return super().key(y, out=out) if self.parameters.kernel == "softmax" else self._gaussian("y", y, out)
 
     @under_own_settings
-    def _gaussian(self, x: Array) -> Array:
+    def _gaussian(self, name: str, x: Array, out: Array | None) -> Array:
         """Features with the Gaussian kernel: g1 and g2 are the identity, and queries and keys have the same ones."""
-        prepared, wide = self._prepared("x", x)
+        self._check_out(name, x, out)
+        prepared, wide = self._prepared(name, x)
         p = prepared.parameters
-        outs = []
+        parts = []
         for a, b in tiles_of(x.shape[-2], self.num_features, self.batch_shape):
             u = wide[..., a:b, :] * math.sqrt(p.scale) - p.center_x
-            outs.append(cast(gaussian(u, prepared.projection) @ prepared.root, x.dtype))
-        return outs[0] if len(outs) == 1 else namespace_of(x).concat(outs, axis=-2)
+            parts.append(cast(gaussian(u, prepared.projection) @ prepared.root, x.dtype))
+        return written(parts[0] if len(parts) == 1 else namespace_of(x).concat(parts, axis=-2), out)
 
     def _parts(self, u: Array, log_factor: Array) -> tuple[Array, Array]:
         xp = namespace_of(u)
