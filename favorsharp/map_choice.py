@@ -13,12 +13,10 @@ from favorsharp._arrays import cast, from_host, namespace_of, statistics_dtype, 
 from favorsharp._typing import Array
 from favorsharp.exact import kernel_matrix
 from favorsharp.features import FeatureMap
+from favorsharp.methods import FOR_KERNELS
 
 PURPOSES = ("inner product", "smoothing")
 """What features may be for: products that are near the kernel, or near the kernel with rows divided by their sums."""
-
-CANDIDATES = ("nystrom", "trig", "optimal")
-"""The methods that are compared."""
 
 SAMPLE = 256
 """Points at which candidates are compared."""
@@ -52,7 +50,7 @@ def choose_map(x: Array, scale: float, m: int, purpose: str, make: Callable[[str
     exact = to_host(kernel_matrix(wide, wide, kernel="gaussian", scale=scale)).astype(np.float64)
     error = _smoothing_error if purpose == "smoothing" else _product_error
     made, errors = {}, {}
-    for method in CANDIDATES:
+    for method in FOR_KERNELS:
         if (method == "trig" and m % 2) or (method == "optimal" and x.shape[1] > WIDE):
             continue
         made[method] = make(method)
@@ -64,7 +62,7 @@ def choose_map(x: Array, scale: float, m: int, purpose: str, make: Callable[[str
     found = ", ".join(f"{method} {value:.3g}" for method, value in errors.items())
     what = "the smoothing matrix" if purpose == "smoothing" else "the kernel matrix"
     reason = f"relative error of {what} on {len(rows)} points: {found}"
-    if len(errors) == 1 and best == CANDIDATES[0] and purpose != "smoothing":
+    if len(errors) == 1 and best == FOR_KERNELS[0] and purpose != "smoothing":
         reason += f"; about {_expected_of_trig(exact, m, n):.2g} is expected of trig"
     return Choice(made[best], best, reason)
 

@@ -48,6 +48,8 @@ class Method:
         closed form.
     logarithm : callable, optional
         Elementwise methods only: it takes projected inputs, and returns the logarithms of the features.
+    for_kernels : bool
+        Whether `favorsharp.map_choice` tries it, which looks for the features nearest to a Gaussian kernel.
     """
 
     name: str
@@ -59,6 +61,7 @@ class Method:
     log_second_moment: Callable[[Parameters, Array, Array], Array] | None = None
     excess: Callable[[Parameters, Moments], Array] | None = None
     logarithm: Callable[[Array], Array] | None = None
+    for_kernels: bool = False
 
     @property
     def is_fitted(self) -> bool:
@@ -76,18 +79,16 @@ class Method:
         return self.kind == "dense-exponential" and self.fit is not None and not self.paired
 
 
-def _dense(
-    name: str, title: str, fit: Callable[[formulas.Statistics], formulas.Values], *, paired: bool = False
-) -> Method:
+def _dense(name: str, title: str, fit: Callable[[formulas.Statistics], formulas.Values], **options: bool) -> Method:
     """A method with dense-exponential features, exp(rows.u + row + column)."""
     return Method(
         name,
         title,
         "dense-exponential",
         fit,
-        paired=paired,
         log_second_moment=formulas.dense_second_moment,
         excess=formulas.dense_excess,
+        **options,
     )
 
 
@@ -97,7 +98,7 @@ _RECORDS = (
     _dense("saderf", "FAVOR#, SADERF (arXiv 2302.00787)", formulas.saderf),
     _dense("aderf", "FAVOR#, ADERF (arXiv 2302.00787)", formulas.aderf),
     _dense("sderf", "FAVOR#, SDERF (arXiv 2302.00787)", formulas.sderf),
-    _dense("optimal", "the best of the dense-exponential family (docs: theory)", formulas.optimal),
+    _dense("optimal", "the best of the dense-exponential family (docs: theory)", formulas.optimal, for_kernels=True),
     Method(
         "trig",
         "random Fourier features (Rahimi and Recht 2007)",
@@ -106,6 +107,7 @@ _RECORDS = (
         paired=True,
         signed=True,
         log_second_moment=formulas.trig_second_moment,
+        for_kernels=True,
     ),
     _dense("hyperbolic", "hyperbolic features (arXiv 2009.14794)", formulas.plain, paired=True),
     Method(
@@ -127,7 +129,7 @@ _RECORDS = (
     ),
     Method("relu", "relu of projections", "elementwise", formulas.plain, logarithm=formulas.log_relu),
     Method("elu", "elu + 1 of projections", "elementwise", formulas.plain, logarithm=formulas.log_elu),
-    Method("nystrom", "Nystrom's method (docs: theory)", "nystrom", None, signed=True),
+    Method("nystrom", "Nystrom's method (docs: theory)", "nystrom", None, signed=True, for_kernels=True),
     Method("prototypes", "attention from means of queries (docs: theory)", "dense-exponential", None),
 )
 
@@ -157,6 +159,10 @@ DENSE_EXPONENTIAL = tuple(name for name in METHODS if TABLE[name].kind == "dense
 
 TAKES_PROPOSALS = tuple(name for name, record in TABLE.items() if record.takes_proposals)
 """Methods that `compare` and `suggest` try. `refine`, and rows and log weights of the caller, work with these only."""
+
+
+FOR_KERNELS = tuple(name for name in reversed(TABLE) if TABLE[name].for_kernels)
+"""Methods that are compared for a Gaussian kernel; the first is usually the best."""
 
 
 def method_of(method: MethodLike) -> Method:
