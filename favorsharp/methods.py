@@ -79,7 +79,14 @@ class Method:
         return self.kind == "dense-exponential" and self.fit is not None and not self.paired
 
 
-def _dense(name: str, title: str, fit: Callable[[formulas.Statistics], formulas.Values], **options: bool) -> Method:
+def _dense(
+    name: str,
+    title: str,
+    fit: Callable[[formulas.Statistics], formulas.Values],
+    *,
+    paired: bool = False,
+    for_kernels: bool = False,
+) -> Method:
     """A method with dense-exponential features, exp(rows.u + row + column)."""
     return Method(
         name,
@@ -88,7 +95,8 @@ def _dense(name: str, title: str, fit: Callable[[formulas.Statistics], formulas.
         fit,
         log_second_moment=formulas.dense_second_moment,
         excess=formulas.dense_excess,
-        **options,
+        paired=paired,
+        for_kernels=for_kernels,
     )
 
 
@@ -161,7 +169,7 @@ TAKES_PROPOSALS = tuple(name for name, record in TABLE.items() if record.takes_p
 """Methods that `compare` and `suggest` try. `refine`, and rows and log weights of the caller, work with these only."""
 
 
-FOR_KERNELS = tuple(name for name in reversed(TABLE) if TABLE[name].for_kernels)
+FOR_KERNELS = tuple(record.name for record in reversed(_RECORDS) if record.for_kernels)
 """Methods that are compared for a Gaussian kernel; the first is usually the best."""
 
 
