@@ -240,18 +240,20 @@ class StateCache(Cache):
     @property
     def num_bytes(self) -> int:
         """The memory of all states in bytes, those of convolutions and recurrences included."""
-        sizes = []
+        held: dict[int, int] = {}  # arrays of a state may share their memory
 
         def measured(x: Tensor) -> Tensor:
-            sizes.append(x.untyped_storage().nbytes())
+            held[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
             return x
 
         for layer in self.layers:
             if getattr(layer, "state", None) is not None:
                 map_arrays(layer.state, measured)
-            for held in (getattr(layer, "conv_states", {}), getattr(layer, "recurrent_states", {})):
-                sizes += [x.untyped_storage().nbytes() for x in held.values() if x is not None]
-        return sum(sizes)
+            for states in (getattr(layer, "conv_states", {}), getattr(layer, "recurrent_states", {})):
+                for x in states.values():
+                    if x is not None:
+                        measured(x)
+        return sum(held.values())
 
 
 def _layer_for(layer: Any) -> Any:

@@ -8,6 +8,7 @@ from transformers import DynamicCache, EncoderDecoderCache
 import favorsharp as fs
 from favorsharp.transformers import StateCache, calibrate, register
 from favorsharp.transformers.cache import StateLayer
+from favorsharp.transformers.windows import NearKeys
 
 NAMES = ("favorsharp", "windowed")
 
@@ -164,6 +165,14 @@ def test_a_cache_keeps_the_very_state_of_a_step():
         layer.take(again)
         assert layer.state is again
         assert layer.state.recent_k.untyped_storage().nbytes() == layer.state.recent_k.numel() * 4
+
+
+def test_memory_that_arrays_share_counts_once():
+    cache = StateCache()
+    whole = torch.zeros(1, 2, 6, 8)
+    cache.layers.append(StateLayer())
+    cache.layers[0].state = NearKeys(whole[..., :4], whole[..., 4:], torch.ones(1, 6, dtype=torch.bool))
+    assert cache.num_bytes == whole.numel() * 4 + 6
 
 
 def test_a_cache_can_be_emptied_and_not_cropped():
