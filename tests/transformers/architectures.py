@@ -344,7 +344,8 @@ def _signals(name: str, config: Any) -> Iterator[dict[str, Any]]:
         size = getattr(part, "image_size", None) or 32
         height, width = size if isinstance(size, list | tuple) else (size, size)
         channels = getattr(part, "num_channels", None) or 3
-        yield {name: torch.randn(2, channels, height, width, generator=_seeded(2))}
+        if height * width <= 128**2:  # larger ones make millions of pairs of patches
+            yield {name: torch.randn(2, channels, height, width, generator=_seeded(2))}
         yield {name: torch.randn(2, channels, 64, 64, generator=_seeded(2))}
 
 
@@ -455,7 +456,9 @@ def _reasons(found: dict[str, Outcome], names: list[str]) -> str:
     for name in names:
         why = found[name].why.removeprefix("StateCache: ").removeprefix("ValueError: ")
         why = re.sub(r"^\w+( \(layer \d+\))? (?=computes|attends|keeps|belongs|changes)", "a layer ", why)
-        why = re.split(r"[;(]|\. |: | of shape | is not served by", why)[0].strip()
+        why = re.sub(r"^(.*) is not served by .*", r"its attention gets \1", why)
+        why = re.sub(r" of shape .* is of", " of", why)
+        why = re.split(r"[;(]|\. |: ", why)[0].strip()
         by_reason.setdefault(why, []).append(name)
     return "\n".join(
         textwrap.fill(
