@@ -136,7 +136,9 @@ def factor(done: float) -> float:
 
 
 def train(minutes: float, checkpoint: Path) -> None:
-    """Train for a time, and write the checkpoint every minute and at the end."""
+    """Train for a time with one thread, and write the checkpoint every minute and at the end."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     torch.manual_seed(0)
     rng = np.random.default_rng(0)
     source, model = text(READ), LanguageModel()
@@ -165,6 +167,7 @@ def train(minutes: float, checkpoint: Path) -> None:
             saved = time.perf_counter()
             save(model, checkpoint, seen, (saved - begin) / 60)
     save(model, checkpoint, seen, minutes)
+    torch.set_num_threads(threads)
 
 
 def load(checkpoint: Path) -> tuple[LanguageModel, dict[str, Any]]:
@@ -362,11 +365,10 @@ def main(
     output: Annotated[Path, typer.Option(help="The folder of the documentation.")] = DOCS,
     checkpoint: Annotated[Path, typer.Option(help="Where the model is, or is to be.")] = Path("language-model.pt"),
     minutes: Annotated[float, typer.Option(help="How long to train, if there is no model.")] = 44.5,
-    texts: Annotated[int, typer.Option(help="How many texts to read.")] = 48,
+    texts: Annotated[int, typer.Option(help="How many texts to read.")] = 24,
     quick: Annotated[bool, typer.Option(help="Two steps and two texts: whether it runs.")] = False,
 ) -> None:
     """Write the table and the picture."""
-    torch.set_num_threads(1)
     if quick:
         minutes, texts = 0.02, 2
     run(output, checkpoint, minutes=minutes, texts=texts, counts=(16, 32) if quick else (32, 64, 128))
