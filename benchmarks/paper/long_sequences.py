@@ -185,9 +185,9 @@ def draw(rows: list[Row], output: Path) -> None:
             axis.set_xticks(LENGTHS, [f"{n:,}" for n in LENGTHS])
             axis.set_xlabel("tokens")
             axis.set_title(source)
-            axis.set_ylim(bottom=0)
+        axes[0][0].set_ylim(bottom=0)
         axes[0][0].set_ylabel("relative error of attention")
-        axes[0][0].legend(frameon=False)
+        axes[0][0].legend(frameon=False, loc="upper left")
 
 
 def run(output: Path, checkpoint: Path | None, lengths: Any, settings: Any) -> list[Row]:
