@@ -48,7 +48,8 @@ def test_every_experiment_of_the_papers_leaves_a_table_and_a_picture(name, optio
     monkeypatch.syspath_prepend(str(Path(__file__).parents[1]))
     monkeypatch.chdir(tmp_path)  # where the language model leaves its checkpoint
     importlib.import_module(f"benchmarks.paper.{name}").main(output=tmp_path, **options)
-    text = (tmp_path / "paper" / f"_{name}.md").read_text()
+    page = name.replace("_", "-")
+    text = (tmp_path / "paper" / f"_{page}.md").read_text()
     assert "nan" not in text
     assert text.count("`optimal`") >= 2
-    assert (tmp_path / "_static" / f"paper-{name}.png").stat().st_size > 10_000
+    assert (tmp_path / "_static" / f"paper-{page}.png").stat().st_size > 10_000
