@@ -21,10 +21,10 @@ from favorsharp._checks import (
 )
 from favorsharp._heads import grouped, merge_heads, merged_batch, split_heads
 from favorsharp._typing import Array, DType, Namespace
-from favorsharp._values import astype
 from favorsharp.dispatch import Implementation
 from favorsharp.features import FeatureMap, PositiveFeatureMap
 from favorsharp.ops.state import State, empty_state, with_group_axis
+from favorsharp.plans import prepared_map
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,9 +117,7 @@ def checked(
     xp, group = check_attention(q, k, v, is_causal=is_causal, key_mask=key_mask, enable_gqa=enable_gqa)
     check_map(feature_map, group, q=q, k=k)
     window = check_window(window, q, k)
-    prepared: Any = astype(feature_map, compute_dtype(xp, q, k, v))
-    if group > 1:
-        prepared = prepared.expanded()
+    prepared = prepared_map(feature_map, compute_dtype(xp, q, k, v), grouped=group > 1)
     return Call(
         *grouped(group, q, k, v, key_mask),
         feature_map=prepared,

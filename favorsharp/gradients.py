@@ -8,13 +8,13 @@ from favorsharp._autodiff import differentiate
 from favorsharp._checks import check_attention, check_choice, check_floats
 from favorsharp._heads import merge_heads, split_heads
 from favorsharp._typing import Array
-from favorsharp._values import astype
 from favorsharp.calls import Call, check_bounds, checked
 from favorsharp.features import PositiveFeatureMap
 from favorsharp.landmarks.settings import Landmarks
 from favorsharp.landmarks.verbs import landmark_vjp
 from favorsharp.methods import DENSE_EXPONENTIAL
 from favorsharp.ops.vjp import Pullback, attention_vjp, exponential_features_vjp, kernel_matvec_vjp
+from favorsharp.plans import prepared_map
 from favorsharp.regression import check_products, columns, gather, products
 
 __all__ = ["vjp"]
@@ -80,7 +80,7 @@ def vjp(function: Any, *arguments: Any, **options: Any) -> tuple[Array, Pullback
 
 def _kernel_matvec(x: Array, y: Array, v: Array, feature_map: Any, *, of_map: bool = False) -> tuple[Array, Pullback]:
     v, single = columns("v", v)
-    prepared: Any = astype(feature_map, check_products(x, y, v, feature_map))
+    prepared = prepared_map(feature_map, check_products(x, y, v, feature_map))
     _check_of_map(of_map, feature_map)
     if isinstance(prepared, PositiveFeatureMap):
         out, inner = kernel_matvec_vjp(x, y, v, prepared, of_map=of_map)

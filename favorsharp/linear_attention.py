@@ -27,7 +27,6 @@ from favorsharp._checks import (
 )
 from favorsharp._heads import grouped, join_queries, merge_heads, part_queries, split_heads
 from favorsharp._typing import Array
-from favorsharp._values import astype
 from favorsharp.calls import (
     Call,
     check_bounds,
@@ -58,7 +57,7 @@ from favorsharp.ops.state import State, empty_state, with_group_axis, without_gr
 from favorsharp.ops.state import decode_step as decode_step_op
 from favorsharp.ops.state import read as read_op
 from favorsharp.ops.state import update as update_op
-from favorsharp.plans import Plan, find, keep, key_of, layout_of
+from favorsharp.plans import Plan, find, keep, key_of, layout_of, prepared_map
 
 
 def attention(
@@ -398,7 +397,7 @@ def update(
     check_map(feature_map, 1, k=k)
     check_state(state, feature_map, k=k)
     check_values(state, v)
-    prepared = astype(feature_map, state.kv.dtype)
+    prepared = prepared_map(feature_map, state.kv.dtype)
     return replace(update_op(state, k, v, prepared, key_mask=key_mask), fingerprint=state.fingerprint)
 
 
@@ -436,9 +435,7 @@ def read(state: Any, q: Array, /, feature_map: FeatureMap | Landmarks, *, enable
     check_state(state, feature_map, q=q)
     group = check_group_of_state(enable_gqa, q, state.kv.shape[:-2])
     check_map(feature_map, group, q=q)
-    prepared = astype(feature_map, state.kv.dtype)
-    if group > 1:
-        prepared = prepared.expanded()
+    prepared = prepared_map(feature_map, state.kv.dtype, grouped=group > 1)
     return merge_heads(group, read_op(with_group_axis(group, state), split_heads(group, q), prepared))
 
 
@@ -501,7 +498,7 @@ def decode_step(
     check_map(feature_map, group, q=q, k=k)
     check_state(state, feature_map, k=k)
     check_values(state, v)
-    prepared: Any = astype(feature_map, state.kv.dtype)
+    prepared: Any = prepared_map(feature_map, state.kv.dtype)
     arguments = join_queries(group, q), k, v, state, prepared
     chosen = decode_step_op.implementation(*grouped(group, q, k, v, None)[:3], with_group_axis(group, state), prepared)
     run = chosen.plan(*arguments) if key is not None and chosen.plan is not None else None
@@ -519,5 +516,6 @@ def _by_group(run: Any, q: Array, k: Array, v: Array, state: State, feature_map:
     """Run the op `decode_step`, which takes grouped heads by a group axis, with joined queries (*b, h, g, d)."""
     group = q.shape[-2]
     points = q[..., :, None, :], k[..., None, :, :], v[..., None, :, :]
-    out, after = run(*points, with_group_axis(group, state), feature_map.expanded())
+    prepared = prepared_map(feature_map, state.kv.dtype, grouped=True)
+    out, after = run(*points, with_group_axis(group, state), prepared)
     return out[..., 0, :], without_group_axis(group, after)

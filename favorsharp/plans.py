@@ -12,6 +12,9 @@ two functions must not look at anything but what the key holds:
 - for `decode_step`, of the state: the same of its arrays as of the arguments, its window and its fingerprint;
 - the backends that `use` or the environment asks for, and the global settings of the array library.
 
+A map in the dtype of a computation, or with an axis for grouped heads, is kept in the same way (`prepared_map`):
+backends find again what they derived from it.
+
 If you add a check that looks at more, add that to `key_of`. tests/test_plans.py varies each argument of a call that has
 a plan. See docs: design, calls like one before.
 """
@@ -22,6 +25,7 @@ from weakref import WeakKeyDictionary
 
 from favorsharp._arrays import signature_of, stamps_of
 from favorsharp._autodiff import is_compiling, mode_of_library, records_gradients
+from favorsharp._values import astype
 from favorsharp.dispatch import circumstances
 from favorsharp.ops.state import State
 
@@ -87,6 +91,28 @@ def layout_of(state: State) -> Hashable:
         return state.known_layout
     parts = [signature_of(x, with_layout=True) for x in arrays]
     return None if None in parts else Layout((*parts, state.window, state.fingerprint))
+
+
+def prepared_map(feature_map: Any, dtype: Any, *, grouped: bool = False) -> Any:
+    """The map in a dtype, with an axis for grouped heads if wanted: for later calls the same object, or the map itself.
+
+    A map whose tensors need gradients is prepared for each call, because the graph of one call must not be that of
+    another; so is a map in traced calls, and one of a library other than NumPy and torch.
+    """
+    key = None
+    if mode_of_library() is not None and (held := getattr(feature_map, "arrays", None)) is not None:
+        stamps = stamps_of(held)
+        trained = any(stamp is None or stamp[0] for stamp in stamps)
+        if not trained and all(signature_of(x) is not None for x in held):
+            key = ("prepared", dtype, grouped, stamps)
+    if (plan := find(feature_map, key)) is not None:
+        return plan.feature_map
+    prepared: Any = astype(feature_map, dtype)
+    if grouped:
+        prepared = prepared.expanded()
+    if key is not None and prepared is not feature_map:
+        keep(feature_map, key, Plan(prepared_map, prepared))
+    return prepared
 
 
 def find(feature_map: Any, key: Hashable) -> Plan | None:

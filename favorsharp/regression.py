@@ -32,6 +32,7 @@ from favorsharp.ops.kernel_matvec import kernel_matvec as kernel_matvec_op
 from favorsharp.ops.state import State, empty_state, read_partial, tiles_of
 from favorsharp.ops.state import read as read_op
 from favorsharp.ops.state import update as update_op
+from favorsharp.plans import prepared_map
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,7 +101,7 @@ def kernel_matvec(x: Array, y: Array, v: Array, /, feature_map: FeatureMap) -> A
     if is_chunked(x, y, v):
         return _chunked(x, y, v, feature_map, products)
     v, single = columns("v", v)
-    prepared: Any = astype(feature_map, check_products(x, y, v, feature_map))
+    prepared = prepared_map(feature_map, check_products(x, y, v, feature_map))
     if isinstance(prepared, PositiveFeatureMap):
         out = kernel_matvec_op(x, y, v, prepared)
     else:
@@ -150,7 +151,7 @@ def nadaraya_watson(x: Array, y: Array, v: Array, /, feature_map: FeatureMap | L
     if is_chunked(x, y, v):
         return _chunked(x, y, v, feature_map, means)
     v, single = columns("v", v)
-    prepared: Any = astype(feature_map, check_products(x, y, v, feature_map))
+    prepared = prepared_map(feature_map, check_products(x, y, v, feature_map))
     if isinstance(prepared, PositiveFeatureMap):
         out = attention(x, y, v, prepared)
     else:

@@ -65,8 +65,8 @@ class DenseExponentialMap(PositiveFeatureMap):
         self._check_out(name, x, out)
         check_data(self.parameters, **{name: x})
         if exponential_features.offers_of_points(x, self, out):
-            run: Any = exponential_features.implementation(x, self).of_points
-            return run(x, self, side, logarithms=logarithms, out=out)
+            op: Any = exponential_features
+            return op.implementation(x, self).of_points(x, self, side, logarithms=logarithms, out=out)
         if logarithms:
             return super()._features(name, x, side, logarithms, out)
         prepared, wide = self._prepared(name, x)

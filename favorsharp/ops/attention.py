@@ -44,8 +44,8 @@ def attention(
     else:
         state = absorb(state, k, v, key_mask, feature_map)
         tiles = (cast(q[..., a:b, :], dtype) for a, b in tiles_of(q.shape[-2], state.num_features, full_batch))
-        parts = (read_partial(state, log_features(feature_map, "query", tile)) for tile in tiles)
-        outs = [cast(finish(part), out_dtype) for part in parts]
+        read = (read_partial(state, log_features(feature_map, "query", tile)) for tile in tiles)
+        outs = [cast(finish(part), out_dtype) for part in read]
     outs = [xp.broadcast_to(out, (*full_batch, *out.shape[-2:])) for out in outs]
     return outs[0] if len(outs) == 1 else xp.concat(outs, axis=-2)
 

@@ -268,10 +268,15 @@ _packed: "weakref.WeakKeyDictionary[Any, dict[Any, Any]]" = weakref.WeakKeyDicti
 """By feature map. Maps are frozen; but if a tensor of a map was written to in place, its version is another one."""
 
 
+MOST_SIZES = 4
+"""The most sizes of values for which a packed map is kept."""
+
+
 def pack(feature_map: Any, dtype: str, e: int | None) -> tuple[Packed, Sizes, Any, Any]:
     """The packed map, its sizes and both sides' constants for values of size e; of any size if e is None.
 
-    The last result of each map is kept.
+    The results of each map are kept for its latest numbers and dtype. A forward and a backward pass share the packed
+    map, though their values differ in size.
     """
     known = _packed.setdefault(feature_map, {})
     versions = versions_of(feature_map)
@@ -279,10 +284,12 @@ def pack(feature_map: Any, dtype: str, e: int | None) -> tuple[Packed, Sizes, An
     for (name, size, seen), found in tuple(known.items()):
         if (name, seen) == (dtype, versions) and e in (None, size):
             return found
-    packed = Packed(feature_map, dtype)
+    same = [result for (name, _, seen), result in tuple(known.items()) if (name, seen) == (dtype, versions)]
+    if len(same) in (0, MOST_SIZES):
+        known.clear()
+    packed = same[0][0] if same else Packed(feature_map, dtype)
     sizes = packed.layout(packed.d if e is None else e)
     found = (packed, sizes, *packed.constants(sizes))
-    known.clear()
     known[dtype, sizes.e, versions] = found
     return found
 

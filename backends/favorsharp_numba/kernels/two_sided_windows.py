@@ -7,6 +7,7 @@ computed once and kept, and the sums before a block and those after it are merge
 """
 
 from collections import namedtuple
+from typing import Any
 
 import numpy as np
 
@@ -73,10 +74,10 @@ def sums_size(s):
     return s.m * s.e_pad + 2 * s.m_pad
 
 
-def kept_sums(s, num_keys, window):
+def kept_sums(s: Any, num_keys: int, window: int) -> int:
     """The number of items that `two_sided` needs behind its workspace."""
     blocks = -(-num_keys // window)
-    return (blocks + blocks // GROUP + 2) * (s.m * s.e_pad + 2 * s.m_pad)
+    return int((blocks + blocks // GROUP + 2) * (s.m * s.e_pad + 2 * s.m_pad))
 
 
 @inlined
