@@ -20,7 +20,7 @@ from favorsharp.parameters import Parameters
 from favorsharp.regression import kernel_matvec, leave_one_out, nadaraya_watson
 from favorsharp.storage import load, save
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "METHODS",
