@@ -21,6 +21,20 @@ def test_every_script_runs_and_every_peer_is_right(tmp_path, monkeypatch):
     assert all(table.work in text for table in found)
 
 
+def test_public_calls_run(tmp_path, monkeypatch):
+    pytest.importorskip("numba")
+    pytest.importorskip("torch")
+    import importlib
+    from pathlib import Path
+
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1]))
+    script = importlib.import_module("benchmarks.public_calls")
+    script.main(quick=True, output=tmp_path / "calls.md")
+    rows = [line for line in (tmp_path / "calls.md").read_text().splitlines() if line.startswith("| ")]
+    assert len(rows) >= 12
+    assert not [row for row in rows if "nan" in row]
+
+
 @pytest.mark.parametrize(
     ("name", "options"),
     [
