@@ -1,7 +1,7 @@
 """Time what the guide tells users to write: `python -m benchmarks.public_calls` writes docs/calls.md.
 
-Every row is a whole public call, with its checks, fits and choices. Beside it stands a call that bounds or competes with
-it. The two take turns in one process.
+Every row is a whole public call, with its checks, fits and choices. Beside it stands a call that bounds it or competes
+with it. The two take turns in one process.
 """
 
 import datetime
@@ -119,10 +119,10 @@ def page(found: list[measure.Table]) -> str:
         "# What public calls cost",
         "",
         f"Measured {datetime.date.today().isoformat()}: {stamp}.",
-        f"NumPy arrays in float32, eight heads of 64, {M} features or landmarks; medians of calls that take turns in one",
-        "process. A ratio above 1 means that our call takes less time than the one beside it.",
-        "`python -m benchmarks.public_calls` writes this page; [benchmarks](benchmarks.md) has the kernels beside other",
-        "implementations.",
+        f"NumPy arrays in float32, eight heads of 64, {M} features or landmarks; medians of calls that take turns",
+        "in one process. A ratio above 1 means that our call takes less time than the one beside it.",
+        "`python -m benchmarks.public_calls` writes this page; [benchmarks](benchmarks.md) has the kernels beside",
+        "other implementations.",
         "",
         "| call | ms | beside it | ms | ratio | goal |",
         "|---|---|---|---|---|---|",
