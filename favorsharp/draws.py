@@ -51,9 +51,13 @@ def iid(num_rows: int, size: int, rng: np.random.Generator) -> Rows:
     return rng.standard_normal((num_rows, size))
 
 
+_WHOLE = 256
+"""Up to this size whole orthogonal matrices are drawn for any number of rows, as in version 0.1.0."""
+
+
 def orthogonal(num_rows: int, size: int, rng: np.random.Generator) -> Rows:
     """Blocks of d mutually orthogonal rows: Haar directions, independent chi_d lengths (arXiv 2009.14794)."""
-    if num_rows >= size:
+    if num_rows >= size or size <= _WHOLE:
         return _blocks(np.eye(size), num_rows, size, rng)
     # the first columns of a Haar matrix need no others
     directions, lengths = _haar(1, size, rng, num_rows)[0].T, np.sqrt(rng.chisquare(size, num_rows))
