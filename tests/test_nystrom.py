@@ -143,6 +143,18 @@ def test_a_sample_holds_no_point_twice():
     assert abs(counts[seen] / 400 - 20 / 29).max() < 0.12
 
 
+@KERNELS
+def test_out_receives_the_features_and_is_checked(kernel):
+    x, _, _ = attention_problem(7, n=9)
+    fm, out = fitted(x, x, 6, kernel=kernel), np.zeros((9, 6))
+    for method in (fm.query, fm.key):
+        assert method(x, out=out) is out
+        np.testing.assert_array_equal(out, method(x))
+        for other in (np.zeros((1, 9, 6)), np.zeros((9, 6), np.float32)):
+            with pytest.raises(ValueError, match=r"out has shape .*accepted: \(9, 6\) and float64"):
+                method(x, out=other)
+
+
 def test_errors_name_what_is_wrong():
     x, y, v = attention_problem(6)
     fm = fitted(x, y, 6)
