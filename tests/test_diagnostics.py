@@ -67,6 +67,28 @@ def test_prediction_on_real_heads(method, window):
         assert 0.68 < predicted_error(parameters, q, k, v, m, window=window) / measured < 1.36
 
 
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_no_error_is_predicted_where_every_key_is_near(is_causal):
+    q, k, v = attention_problem(7, n=32)
+    parameters, options = fs.fit(q, k), {"is_causal": is_causal, "rows": 32}
+    assert predicted_error(parameters, q, k, v, 16, window=16, **options) == 0
+    assert predicted_error(parameters, q, k, v, 16, window=15, **options) > 0
+
+
+def test_predictions_level_off_where_far_keys_are_averaged_evenly():
+    q, k, v = attention_problem(7, n=32)
+    q, k = 4 * q, 4 * k
+    blocks = np.arange(32) // 8
+    weights = fs.kernel_matrix(q, k)
+    weights /= weights.sum(-1, keepdims=True)
+    far = abs(blocks[:, None] - blocks) > 1
+    kept = weights * far
+    lost = kept - far * kept.sum(-1, keepdims=True) / far.sum(-1, keepdims=True)
+    wanted = np.linalg.norm(lost @ v) / np.linalg.norm(weights @ v)
+    found = predicted_error(fs.fit(q, k, method="posrf"), q, k, v, 1, window=8, rows=32)
+    assert found == pytest.approx(wanted, rel=0.02)
+
+
 def test_prediction_needs_a_dense_exponential_method():
     q, k, v = attention_problem(1)
     with pytest.raises(ValueError, match="got method 'relu'"):

@@ -720,6 +720,21 @@ def test_gradients_of_numpy_arrays_with_unequal_lengths():
             np.testing.assert_allclose(own, want.numpy(), rtol=1e-7, atol=1e-9)
 
 
+@pytest.mark.parametrize("steps", [0, 2])
+def test_tiles_do_not_matter_to_gradients_of_numpy_arrays(monkeypatch, steps):
+    q, k, v = attention_problem(20, (2,), n=70)
+    lm = fs.landmarks(6, room=40, steps=steps)
+
+    def results():
+        pullbacks = [fs.vjp(fs.linear_attention, q, k, v, lm, is_causal=causal)[1] for causal in (False, True)]
+        return [x for pullback in pullbacks for x in pullback(v)]
+
+    want = results()
+    monkeypatch.setattr("favorsharp.ops.state.TILE_ELEMENTS", 1)  # 16 points
+    for a, b in zip(results(), want, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-11)
+
+
 def test_numpy_arrays_with_a_window_in_both_directions_have_no_gradients():
     q, k, v = attention_problem(0)
     with pytest.raises(TypeError, match=r"numpy arrays with window=4: .* accepted: torch tensors and JAX arrays"):

@@ -569,6 +569,22 @@ def test_ridge_blocks_and_weights():
     assert whole.fit(x.astype(np.float32), y).predict(x.astype(np.float32)).dtype == np.float32
 
 
+def test_the_errors_of_ridge_blocks_are_those_of_generalised_cross_validation():
+    """By the matrix that turns values into estimates; features have the gamma that was asked for."""
+    x, y, _ = ridge_table()
+    alphas, model = [1e-3, 1e-1, 10.0], FeatureRidge(n_components=20, gamma=0.3, random_state=0)
+    model.set_params(alpha=alphas)
+    for part in (slice(0, 25), slice(25, 60)):
+        model.partial_fit(x[part], y[part] + 7.0)
+    assert model.gamma_ == model.features_.gamma_ == 0.3
+    features = model.features_.transform(x)
+    features -= features.mean(axis=0)
+    for alpha, found in zip(alphas, model.alpha_errors_, strict=True):
+        hat = features @ np.linalg.solve(features.T @ features + alpha * np.eye(20), features.T) + 1 / 60
+        wanted = ((y - hat @ y) ** 2).mean() / (1 - np.trace(hat) / 60) ** 2
+        np.testing.assert_allclose(found, wanted, rtol=1e-6)
+
+
 @pytest.mark.parametrize("alpha", [-1.0, np.nan, [], "one", [[1.0]]])
 def test_bad_penalties_are_named(alpha):
     x, y, _ = ridge_table()

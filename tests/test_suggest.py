@@ -5,6 +5,7 @@ import pytest
 
 import favorsharp as fs
 from favorsharp.diagnostics import load_sample, predicted_error, relative_error
+from favorsharp.landmarks.settings import GAUSSIAN_TILT
 
 
 @pytest.mark.parametrize("target", [0.6, 0.4])
@@ -80,6 +81,14 @@ def test_landmarks_are_not_suggested_where_features_need_fewer():
     x = np.random.default_rng(0).standard_normal((400, 6))
     found = fs.suggest(x, x, target_error=0.2, kernel="gaussian", scale=0.001, purpose="attention")
     assert found.num_features == 16
+
+
+def test_landmarks_for_a_gaussian_kernel_have_its_tilt():
+    x = np.random.default_rng(0).standard_normal((60, 3))
+    found = fs.suggest(x, x, target_error=0.3, kernel="gaussian", purpose="attention", methods=["landmarks"])
+    settings = fs.landmarks(found.num_features, kernel="gaussian", tilt=GAUSSIAN_TILT)
+    expected = fs.diagnostics.expected_error(x, x, settings).mean()
+    assert found.predicted_error == pytest.approx(float(expected))
 
 
 def test_the_purpose_is_checked():
