@@ -585,6 +585,15 @@ def test_the_errors_of_ridge_blocks_are_those_of_generalised_cross_validation():
         np.testing.assert_allclose(found, wanted, rtol=1e-6)
 
 
+def test_a_ridge_without_a_penalty_has_the_shortest_coefficients():
+    """Of all that fit, because there are more features than points."""
+    x, y, _ = ridge_table()
+    model = FeatureRidge(method="trig", alpha=0.0, n_components=100, gamma=10.0, random_state=0).fit(x, y)
+    features = model.features_.transform(x)
+    wanted = np.linalg.lstsq(features - features.mean(axis=0), y - y.mean(axis=0), rcond=1e-9)[0]
+    np.testing.assert_allclose(model.coef_, wanted.T, atol=1e-8)
+
+
 @pytest.mark.parametrize("alpha", [-1.0, np.nan, [], "one", [[1.0]]])
 def test_bad_penalties_are_named(alpha):
     x, y, _ = ridge_table()

@@ -77,6 +77,8 @@ def test_a_stream_of_near_keys_is_the_whole():
         out, state = near_step(state, *(x[:, :, part] for x in (q, k, v)), Visible(mask, True, 6), None)
         outs.append(out)
         assert state.keys.shape[-2] <= 6
+        for x in (state.keys, state.values, state.mask):  # not views, which would keep the whole prompt
+            assert x.untyped_storage().nbytes() == x.numel() * x.element_size()
     torch.testing.assert_close(torch.cat(outs, dim=2), want)
 
 
