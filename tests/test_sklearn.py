@@ -1,6 +1,7 @@
 """The estimators: scikit-learn's own checks, and what they promise beyond them."""
 
 import pickle
+import re
 from functools import partial
 from importlib.util import find_spec
 
@@ -102,6 +103,26 @@ def test_auto_is_never_far_behind_the_best(gamma, purpose, expected):
     assert chosen <= 1.02 * min(error(method)[0] for method in ("nystrom", "trig", "optimal"))
     assert features.method_ in features.reason_
     assert features.method_ == expected
+
+
+def test_auto_knows_the_error_of_fourier_features():
+    """What it says is expected of independent ones is their error over draws."""
+    x = np.random.default_rng(0).standard_normal((300, 4))
+    options, exact = {"n_components": 64, "gamma": 0.1}, rbf_kernel(x, gamma=0.1)
+    reason = RandomFeatures(random_state=0, **options).fit(x).reason_
+    expected = float(re.search(r"about (\S+) is expected of trig", reason)[1])
+    errors = []
+    for seed in range(10):
+        features = RandomFeatures("trig", draw="iid", random_state=seed, **options).fit_transform(x)
+        errors.append(np.linalg.norm(features @ features.T - exact) / np.linalg.norm(exact))
+    assert expected == pytest.approx(np.mean(np.square(errors)) ** 0.5, rel=0.15)
+
+
+def test_auto_does_not_fit_transforms_of_many_columns():
+    x = np.random.default_rng(0).standard_normal((40, 257))
+    for columns, tried in ((256, True), (257, False)):
+        features = RandomFeatures(n_components=8, purpose="smoothing", random_state=0).fit(x[:, :columns])
+        assert ("optimal" in features.reason_) == tried
 
 
 def test_gamma_none_is_that_of_scikit_learn():
@@ -583,6 +604,14 @@ def test_the_errors_of_ridge_blocks_are_those_of_generalised_cross_validation():
         hat = features @ np.linalg.solve(features.T @ features + alpha * np.eye(20), features.T) + 1 / 60
         wanted = ((y - hat @ y) ** 2).mean() / (1 - np.trace(hat) / 60) ** 2
         np.testing.assert_allclose(found, wanted, rtol=1e-6)
+
+
+def test_points_of_no_weight_count_for_nothing_in_a_ridge():
+    x, y, weight = ridge_table()
+    model, kept = FeatureRidge(method="nystrom", n_components=16, random_state=0), weight > 0
+    found = model.fit(x, y, sample_weight=weight).predict(x)
+    wanted = model.fit(x[kept], y[kept], sample_weight=weight[kept]).predict(x)
+    np.testing.assert_allclose(found, wanted, rtol=1e-8)
 
 
 def test_a_ridge_without_a_penalty_has_the_shortest_coefficients():

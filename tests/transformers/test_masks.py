@@ -3,10 +3,11 @@
 import pytest
 import torch
 from tiny import MODELS, bert, gpt2, inputs, llama, output
+from transformers import masking_utils
 
 from favorsharp.transformers import StateCache, calibrate, register
 from favorsharp.transformers.attention import REGISTERED, attend
-from favorsharp.transformers.masks import CompactMask, read_mask
+from favorsharp.transformers.masks import CompactMask, compact_mask, read_mask
 
 
 @pytest.fixture(autouse=True)
@@ -101,6 +102,15 @@ def test_the_mask_decides_whether_attention_is_causal():
     seen = attend(posrf, layer, q, k, v, mask)[0]
     later = torch.cat([k[:, :, :5], k[:, :, 5:] + 9.0], dim=2)
     torch.testing.assert_close(attend(posrf, layer, q, later, v, mask)[0][:, :5], seen[:, :5])
+
+
+def test_the_shorter_of_two_windows_counts_and_a_moved_mask_keeps_it():
+    windows = (masking_utils.sliding_window_overlay(size) for size in (5, 3, 4))
+    pattern = masking_utils.and_masks(masking_utils.causal_mask_function, *windows)
+    mask = compact_mask(1, 6, 6, mask_function=pattern)
+    for moved in (mask, mask.clone(), mask.to("cpu", copy=True), mask[:1]):
+        found = read_mask(moved, 6, 6, is_causal=True)
+        assert (found.is_causal, found.reach) == (True, 2)
 
 
 def test_a_bias_of_minus_10000_hides_a_key():
