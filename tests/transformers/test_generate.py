@@ -3,7 +3,7 @@
 import pytest
 import torch
 from tiny import MODELS, inputs, output
-from transformers import DynamicCache, EncoderDecoderCache
+from transformers import DynamicCache, EncoderDecoderCache, FalconH1Config
 
 import favorsharp as fs
 from favorsharp.transformers import StateCache, calibrate, register
@@ -185,6 +185,20 @@ def test_a_cache_can_be_emptied_and_not_cropped():
     cache.reset()
     assert cache.get_seq_length() == 0
     assert torch.equal(model(input_ids=ids, cache=cache).logits, first)
+
+
+def test_a_layer_with_a_recurrence_reorders_and_forgets_it():
+    config = FalconH1Config(num_hidden_layers=1, hidden_size=32, num_attention_heads=4, num_key_value_heads=2)
+    cache, rows = StateCache(config=config), torch.randn(3, 4, 2)
+    cache.update_recurrent_state(rows.clone(), 0)
+    cache.layers[0].state = NearKeys(rows[:, None], rows[:, None], torch.ones(3, 4, dtype=torch.bool))
+    order = torch.tensor([2, 0, 0])
+    cache.reorder_cache(order)
+    assert torch.equal(cache.layers[0].recurrent_states[0], rows[order])
+    assert torch.equal(cache.layers[0].state.keys, rows[order, None])
+    cache.reset()
+    assert cache.layers[0].state is None
+    assert not cache.layers[0].recurrent_states[0].any()
 
 
 def test_another_attention_cannot_read_a_cache_of_states():
