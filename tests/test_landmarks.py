@@ -274,6 +274,15 @@ def test_states_of_tokens_are_values(few_xp, window):
     assert state.num_seen == last.num_seen
 
 
+def test_every_token_is_checked_against_the_landmarks_of_its_state():
+    arrays, lm = attention_problem(0, n=3), fs.landmarks(4)
+    state = fs.init_state(lm, arrays[2].shape[-1], like=arrays[1])
+    for t in range(3):
+        with pytest.raises(ValueError, match="state comes from other landmarks"):
+            fs.decode_step(*part(arrays, t, t + 1), state, fs.landmarks(5))
+        _, state = fs.decode_step(*part(arrays, t, t + 1), state, lm)
+
+
 @pytest.mark.parametrize("window", WINDOWS)
 def test_no_output_depends_on_a_later_token(few_xp, window):
     arrays = [few_xp.back(x) for x in stream_problem(few_xp)]
