@@ -45,6 +45,17 @@ def test_a_row_whose_estimated_denominator_is_not_positive_is_nan():
     np.testing.assert_array_equal(np.isnan(got).any(-1), total <= 0)
 
 
+@pytest.mark.parametrize(("dtype", "least"), [("float32", 1e-4), ("float64", 1e-10)])
+def test_an_estimate_without_a_point_is_nan_where_rounding_errors_are_left(dtype, least):
+    """The first point has nearly all of its weight itself."""
+    for share, is_lost in ((least / 10, True), (least * 10, False)):
+        x, v = np.array([[1.0, 0.0], [share, 1.0], [0.0, 1.0]], dtype), np.array([5.0, 7.0, 9.0], dtype)
+        fm = fs.feature_map(fs.fit(x, x, method="relu"), 2, draw=np.eye(2, dtype=dtype))
+        found = fs.leave_one_out(x, v, fm)
+        assert np.isnan(found[0]) == is_lost
+        np.testing.assert_allclose(found[1:], [9, 7], rtol=1e-2)
+
+
 def test_it_converges_to_the_exact_estimate():
     x, y, v = attention_problem(3, n=40, s=300, d=2)
     weights = fs.kernel_matrix(x, y, kernel="gaussian")

@@ -74,6 +74,13 @@ def test_nystrom_features_are_nearer_to_the_kernel_than_scikit_learns():
     assert errors[0] < 0.2 * errors[2]
 
 
+def test_centres_come_from_all_points_of_a_sorted_table():
+    x = np.sort(np.random.default_rng(0).uniform(-5, 5, (2000, 1)), axis=0)
+    features = RandomFeatures("nystrom", n_components=64, gamma=1.0, random_state=0).fit_transform(x)
+    kept = (features**2).sum(axis=1)  # of the kernels of points with themselves, which are 1
+    assert min(part.mean() for part in np.split(kept, 20)) > 0.8
+
+
 def test_nystrom_features_of_every_point_are_exact():
     x = np.random.default_rng(0).standard_normal((40, 3))
     features = RandomFeatures(method="nystrom", n_components=40, gamma=0.5, random_state=0).fit_transform(x)

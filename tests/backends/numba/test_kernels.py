@@ -294,6 +294,14 @@ def test_a_window_in_both_directions_of_a_tile_or_more(window, n):
     np.testing.assert_allclose(got, want, atol=1e-12)
 
 
+def test_a_stream_of_repeated_keys_takes_the_candidates_of_the_reference():
+    """There are more different keys than candidates, and each key comes three times."""
+    q, k, v = attention_problem(23, (2,), n=120)
+    k = np.repeat(k[:, :40], 3, axis=1)
+    got, want = both(q, k, v, fs.landmarks(4, room=100), is_causal=True)
+    np.testing.assert_allclose(got, want, rtol=1e-8, atol=1e-10)
+
+
 def test_only_queries_that_see_a_key_that_is_not_finite_lose_their_result():
     q, k, v = attention_problem(22, n=500)
     k[250, 0] = np.nan
