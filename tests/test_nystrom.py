@@ -155,6 +155,15 @@ def test_out_receives_the_features_and_is_checked(kernel):
                 method(x, out=other)
 
 
+@KERNELS
+@pytest.mark.parametrize("name", ["x", "y"])
+def test_points_that_are_not_finite_are_named(kernel, name):
+    x, y, _ = attention_problem(6)
+    (x if name == "x" else y)[3, 1] = np.nan
+    with pytest.raises(ValueError, match=f"^{name} holds values that are not finite"):
+        fitted(x, y, 6, kernel=kernel)
+
+
 def test_errors_name_what_is_wrong():
     x, y, v = attention_problem(6)
     fm = fitted(x, y, 6)
