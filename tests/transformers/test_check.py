@@ -3,7 +3,7 @@
 import pytest
 import torch
 import transformers as hf
-from tiny import inputs, llama, whisper
+from tiny import bert, inputs, llama, whisper
 
 from favorsharp.transformers import calibrate, check, register
 
@@ -37,6 +37,20 @@ def test_only_layers_that_see_no_future_need_no_calibration():
     model.set_attn_implementation("favorsharp")
     free = {layer.name for layer in check(model).layers if "calibrate" not in layer.why}
     assert free == {"model.encoder.layers.0.self_attn", "model.encoder.layers.1.self_attn"}
+
+
+def test_a_frozen_method_needs_calibration_everywhere():
+    register("frozen", num_features=16, rng=0, calibration="frozen")
+    model = bert()
+    for name, needed in (("favorsharp", False), ("frozen", True)):
+        model.set_attn_implementation(name)
+        assert {"calibrate it first" in layer.why for layer in check(model).layers} == {needed}
+
+
+def test_a_compiled_model_is_checked_as_the_model_itself():
+    model = llama()
+    model.set_attn_implementation("landmarks")
+    assert check(torch.compile(model)) == check(model)
 
 
 def test_layers_outside_the_interface_and_parts_by_another_name_are_unchanged():

@@ -56,14 +56,19 @@ def test_near_attention_is_softmax_attention_over_a_band(n, s, is_causal):
             want = torch.stack(
                 [
                     softmax_attention(
-                        q[:, :, i : i + 1], k, v, enable_gqa=True, key_mask=seen[..., i, :].expand(2, 1, s)
+                        q[:, :, i : i + 1],
+                        k,
+                        v,
+                        enable_gqa=True,
+                        scale=0.3,
+                        key_mask=seen[..., i, :].expand(2, 1, s),
                     )
                     for i in range(n)
                 ]
                 or [q.new_zeros(2, 4, 0, 3)],
                 dim=2,
             ).reshape(2, 4, n, 3)
-            found = near_attention(q, k, v, Visible(padding, is_causal, reach), None)
+            found = near_attention(q, k, v, Visible(padding, is_causal, reach), 0.3)
             torch.testing.assert_close(found, want)
 
 
