@@ -104,6 +104,12 @@ def log_weights(y: np.ndarray, points: np.ndarray, held: Held) -> np.ndarray:
     return np.array([log_norm(y, held) - log_norm(c, held) - 0.5 * distance(y, c, held.matrix) for y, c in pairs])
 
 
+def conserving_log_weights(y: np.ndarray, points: np.ndarray, held: Held) -> np.ndarray:
+    """The log weights that conserve the means of kernels over queries, E exp(x.y) = exp(mu.y + y'My / 2)."""
+    mean = lambda z: held.direction @ z + z @ held.matrix @ z / 2  # noqa: E731
+    return np.array([mean(row) - mean(c) for row, c in zip(y, points[held.labels], strict=True)])
+
+
 def attention(
     x: np.ndarray, y: np.ndarray, v: np.ndarray, points: np.ndarray, held: Held, kernel: str, near: np.ndarray | None
 ) -> np.ndarray:
@@ -138,7 +144,7 @@ def stream(x, y, v, settings, window: int, kernel: str, noise_at) -> np.ndarray:
             away = keys[:old] - held.center
             mass = weight[:old] + [own_mass(row, kernel) for row in away]
             points = condense(away, mass, held, settings, noise_at(t))
-            logs = mass + log_weights(away, points, held)
+            logs = mass + conserving_log_weights(away, points, held)
             mine = held.labels[None, :] == np.arange(m)[: len(points), None]
             share = np.where(mine, np.exp(logs), 0)
             log_mass = np.log(share.sum(1)) - [own_mass(c, kernel) for c in points]

@@ -32,11 +32,21 @@ def choose_landmarks(
 
 
 def condense(
-    k: Any, log_weight: Any, v: Any, points: Any, used: Any, metric: Any, *, kernel: str, scale: float
+    k: Any,
+    log_weight: Any,
+    v: Any,
+    points: Any,
+    used: Any,
+    metric: Any,
+    *,
+    kernel: str,
+    scale: float,
+    conserving: bool = False,
 ) -> tuple[Any, Any, Any]:
     """As `favorsharp.ops.landmarks.condense`."""
     options: dict[str, Any] = {"num_landmarks": points.shape[-2], "kernel": kernel, "scale": scale}
-    problem = LandmarkProblem(k, log_weight, v, metric, batches=(points.shape[:-2], used.shape[:-2]), **options)
+    options |= {"conserving": conserving, "batches": (points.shape[:-2], used.shape[:-2])}
+    problem = LandmarkProblem(k, log_weight, v, metric, **options)
     problem.take(points, used)
     s = problem.s
     values = problem.rows(None, s.m, s.width)

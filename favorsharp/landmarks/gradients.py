@@ -89,7 +89,7 @@ def _stream(
         if segment.due:
             old, new = _split((state.keys, state.log_weight, state.values), segment.before - window)
             made = _compression(old, state.moments, settings, STREAM_RIDGE, segment.seen)
-            keys, weight, values = _joined(condensed(made.chosen, *old), new)
+            keys, weight, values = _joined(condensed(made.chosen, *old, conserving=True), new)
             state = replace(state, keys=keys, log_weight=weight, values=values)
         own = None if mask is None else mask[..., part]
         state = extended(state, q[..., part, :], k[..., part, :], v[..., part, :], own, grouped=True)
@@ -105,7 +105,7 @@ def _stream(
         found.append((dq, dk, dv))
         if made is not None:
             old, new = _split(after, m)
-            after = _joined(_compress_backwards(made, old), new)
+            after = _joined(_compress_backwards(made, old, conserving=True), new)
     dq, dk, dv = (z[0] if len(z) == 1 else xp.concat(z[::-1], axis=-2) for z in zip(*found, strict=True))
     return dq, dk, dv
 
@@ -228,8 +228,12 @@ def _owners(chosen: LandmarkMap, y: Array) -> Array:
     return xp.concat([xp.argmax(cast(x, xp.int8), axis=-1) for x in near], axis=-1)
 
 
-def _compress_backwards(made: _Compression, after: Held) -> Held:
-    """The gradients of keys, log weights and values, given those of the landmarks that replace them."""
+def _compress_backwards(made: _Compression, after: Held, *, conserving: bool = False) -> Held:
+    """The gradients of keys, log weights and values, given those of the landmarks that replace them.
+
+    The log weight of a key, apart from its mass, is s - s_c - |u - u_c|^2 / 2 or, conserving,
+    s - s_c - (|u|^2 - |u_c|^2) / 2.
+    """
     xp, metric, points = namespace_of(made.y), made.chosen.metric, made.chosen.points
     back = xp.matrix_transpose(metric.lift)
     dpoints, dweight, dvalues = after[0] / made.chosen.scale**0.5, after[1][..., None], after[2]
@@ -237,14 +241,18 @@ def _compress_backwards(made: _Compression, after: Held) -> Held:
     slope, slope_c = metric.direction + 2 * (u @ back), metric.direction + 2 * (u_c @ back)
     if made.chosen.kernel == "gaussian":
         slope, dpoints = slope - made.y, dpoints + dweight * points
-    away = u - _of_owner(u_c, made.own)
-    logs = made.log_mass + norm - _of_owner(norm_c, made.own) - 0.5 * xp.sum(away * away, axis=-1, keepdims=True)
+    pull = _of_owner(u_c, made.own)
+    away, pull = (u, pull) if conserving else (u - pull, u - pull)
+    squares = xp.sum(away * away, axis=-1, keepdims=True)
+    if conserving:
+        squares = squares - xp.sum(pull * pull, axis=-1, keepdims=True)
+    logs = made.log_mass + norm - _of_owner(norm_c, made.own) - 0.5 * squares
     share, means = _shares(made, made.own, logs, made.values)
     inner = xp.sum(_of_owner(dvalues, made.own) * (made.values - _of_owner(means, made.own)), axis=-1, keepdims=True)
     dlogs = share * (_of_owner(dweight, made.own) + inner)
-    away = away @ back
+    away, pull = away @ back, pull @ back
     dy, dv = dlogs * (slope - away), share * _of_owner(dvalues, made.own)
-    dpoints = dpoints + _to_owner(dlogs * away, made.own, points) - slope_c * _to_owner(dlogs, made.own, points)
+    dpoints = dpoints + _to_owner(dlogs * pull, made.own, points) - slope_c * _to_owner(dlogs, made.own, points)
     if made.made_by is None:
         dy = dy + _to_seeds(dpoints, made)
     else:

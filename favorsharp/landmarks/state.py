@@ -219,13 +219,16 @@ def landmark_map(
     return LandmarkMap(points, used, metric, settings.kernel, scale)
 
 
-def condensed(chosen: LandmarkMap, k: Array, log_weight: Array, v: Array) -> tuple[Array, Array, Array]:
+def condensed(
+    chosen: LandmarkMap, k: Array, log_weight: Array, v: Array, *, conserving: bool = False
+) -> tuple[Array, Array, Array]:
     """Replace keys with log weights by landmarks: points that are not scaled, log weights, and mean values.
 
-    (*b, s, d), (*b, s), (*b, s, e) -> (*b, m, d), (*b, m), (*b, m, e).
+    (*b, s, d), (*b, s), (*b, s, e) -> (*b, m, d), (*b, m), (*b, m, e). Conserving weights are for keys that are
+    compressed again and again: the least squared error makes a kernel smaller each time.
     """
     given = chosen.points, chosen.used, chosen.metric
-    return condense(k, log_weight, v, *given, kernel=chosen.kernel, scale=chosen.scale)
+    return condense(k, log_weight, v, *given, kernel=chosen.kernel, scale=chosen.scale, conserving=conserving)
 
 
 @under_own_settings
@@ -297,12 +300,16 @@ def grown(
     return after
 
 
-def compressed(state: LandmarkState, keep: int, *, ridge: float = STREAM_RIDGE, event: int = 0) -> LandmarkState:
-    """The state with its keys condensed to m landmarks, except for the last `keep`."""
+def compressed(state: LandmarkState, keep: int, *, once: bool = False, event: int = 0) -> LandmarkState:
+    """The state with its keys condensed to m landmarks, except for the last `keep`.
+
+    `once` says that all queries are known and that the landmarks are not compressed again.
+    """
     old, new = slice(0, state.held - keep), slice(state.held - keep, state.held)
     k, log_weight, v = state.keys[..., old, :], state.log_weight[..., old], state.values[..., old, :]
+    ridge = RIDGE if once else STREAM_RIDGE
     chosen = landmark_map(k, log_weight, state.moments, state.settings, ridge=ridge, event=event)
-    points, mass, means = condensed(chosen, k, log_weight, v)
+    points, mass, means = condensed(chosen, k, log_weight, v, conserving=not once)
     return replace(
         state,
         keys=_joined(points, state.keys[..., new, :], 2),
@@ -313,7 +320,7 @@ def compressed(state: LandmarkState, keep: int, *, ridge: float = STREAM_RIDGE, 
 
 def reduced(state: LandmarkState, keep: int = 0) -> LandmarkState:
     """The state with no more keys than landmarks, apart from the last `keep`; all queries are known."""
-    return state if state.held - keep <= state.settings.num_landmarks else compressed(state, keep, ridge=RIDGE)
+    return state if state.held - keep <= state.settings.num_landmarks else compressed(state, keep, once=True)
 
 
 def map_of_points(x: Array, settings: Landmarks, weight: Array | None = None) -> LandmarkMap:

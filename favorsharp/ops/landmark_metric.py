@@ -35,6 +35,11 @@ class Metric:
         u = y @ self.lift
         return u, xp.sum(y * self.direction, axis=-1, keepdims=True) + xp.sum(u * u, axis=-1, keepdims=True)
 
+    def log_means(self, y: Array) -> Array:
+        """Logarithms of the means of keys' kernels over queries, s - |u|^2 / 2, (*b, s, d) -> (*b, s, 1)."""
+        u, log_norm = self.coordinates(y)
+        return log_norm - 0.5 * namespace_of(y).sum(u * u, axis=-1, keepdims=True)
+
 
 def centred(y: Array, log_weight: Array | None, metric: Metric, kernel: str, scale: float) -> tuple[Array, Array]:
     """Scaled and centred keys, and their log masses (*b, s, 1): log weights plus the kernel's own factor of a key."""

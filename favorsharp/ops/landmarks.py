@@ -28,16 +28,20 @@ def nearness(points: Array, used: Array, metric: Metric, y: Array) -> tuple[Arra
     return scores, nearest == slots
 
 
-def weights_of(points: Array, used: Array, metric: Metric, y: Array, log_mass: Array) -> Array:
+def weights_of(
+    points: Array, used: Array, metric: Metric, y: Array, log_mass: Array, *, conserving: bool = False
+) -> Array:
     """The log weight of each key at its own landmark, -inf at the others, (*b, s, m).
 
-    Keys are scaled and centred, and have log masses (*b, s, 1).
+    Keys are scaled and centred, and have log masses (*b, s, 1). For `conserving` see `condense`.
     """
     xp = namespace_of(y)
     scores, own = nearness(points, used, metric, y)
-    u, log_norm = metric.coordinates(y)
-    rest = log_norm - 0.5 * xp.sum(u * u, axis=-1, keepdims=True) + log_mass
-    return xp.where(own, scores + rest - xp.matrix_transpose(metric.coordinates(points)[1]), -xp.inf)
+    if conserving:
+        logs = xp.matrix_transpose(-metric.log_means(points))
+    else:
+        logs = scores - xp.matrix_transpose(metric.coordinates(points)[1])
+    return xp.where(own, logs + metric.log_means(y) + log_mass, -xp.inf)
 
 
 def gather(logs: Array, v: Array, total: Partial | None = None) -> Partial:
@@ -135,6 +139,7 @@ def condense(
     *,
     kernel: str,
     scale: float,
+    conserving: bool = False,
 ) -> tuple[Array, Array, Array]:
     """Replace keys by landmarks: every key adds its weight and its value to its nearest landmark.
 
@@ -151,6 +156,8 @@ def condense(
     metric : Metric
     kernel : {"softmax", "gaussian"}
     scale : float
+    conserving : bool
+        Whether the weight of a key conserves the mean of its kernel over queries, or makes its squared error least.
 
     Returns
     -------
@@ -168,7 +175,7 @@ def condense(
     total = None
     for start, stop in tiles_of(k.shape[-2], points.shape[-2], batch):
         y, mass = centred(k[..., start:stop, :], log_weight[..., start:stop], metric, kernel, scale)
-        logs = weights_of(points, used, metric, y, mass)
+        logs = weights_of(points, used, metric, y, mass, conserving=conserving)
         logs = xp.where(visible[..., start:stop, None], logs, -xp.inf)
         total = gather(logs, v[..., start:stop, :], total)
     assert total is not None  # there are keys

@@ -44,6 +44,7 @@ class LandmarkProblem:
         kernel: str,
         scale: float,
         slots: int = 0,
+        conserving: bool = False,
         batches: tuple[Any, ...] = (),
     ) -> None:
         self.dtype = np.dtype(widened(promoted(*(name_of(x) for x in (k, log_weight, metric.lift)))))
@@ -53,7 +54,7 @@ class LandmarkProblem:
         self.batch = broadcast(*given, *([] if v is None else [v.shape[:-2]]))
         self.heads, self.held = math.prod(self.batch), Held()
         n, d = k.shape[-2:]
-        self.s, constants = self._packed(metric, n, num_landmarks, d, v, kernel, scale, min(slots, n))
+        self.s, constants = self._packed(metric, n, num_landmarks, d, v, kernel, scale, min(slots, n), conserving)
         self.k = self.held.points(k, self.batch)
         self.v = self.k if v is None else self.held.points(v, self.batch)
         self.weight = self.held.points(log_weight[..., None], self.batch)
@@ -79,7 +80,7 @@ class LandmarkProblem:
         )  # fmt: skip
 
     def _packed(
-        self, metric: Any, n: int, m: int, d: int, v: Any, kernel: str, scale: float, slots: int
+        self, metric: Any, n: int, m: int, d: int, v: Any, kernel: str, scale: float, slots: int, conserving: bool
     ) -> tuple[Landmarks, Any]:  # fmt: skip
         """The sizes of the call, and the packed constants of each metric."""
         lift, width = host(metric.lift).astype(self.dtype, copy=False), VECTORS * self.lanes
@@ -88,7 +89,7 @@ class LandmarkProblem:
         piece = pieces_of(self.heads, n, float(self.heads * n * m * d))
         s = Landmarks(
             n, m, self._padded(m), d, d_pad, e, d_pad if v is None else self._padded(e), piece,
-            int(kernel == "gaussian"), int(v is not None), slots, self._padded(slots), center, direction,
+            int(kernel == "gaussian"), int(v is not None), int(conserving), slots, self._padded(slots), center, direction,
             left, matrix, zeros, total,
         )  # fmt: skip
         out = np.zeros((*metric.batch_shape, total), self.dtype)

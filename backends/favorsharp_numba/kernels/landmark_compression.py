@@ -53,13 +53,13 @@ def padded_keys(n):
 @inlined
 def sums_of_rows(s, n):
     """The sizes with which rows of keys are added up."""
-    return Landmarks(n, s.m, s.m_pad, s.d, s.d_pad, 0, 2 * s.d_pad, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0)
+    return Landmarks(n, s.m, s.m_pad, s.d, s.d_pad, 0, 2 * s.d_pad, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0)
 
 
 @inlined
 def sums_of_values(s, n):
     """The sizes with which values are added up."""
-    return Landmarks(n, s.m, s.m_pad, s.d, s.d_pad, s.e, s.e_pad, 1, 0, 1, 0, 0, 0, 0, 0, 0, 0, 0)
+    return Landmarks(n, s.m, s.m_pad, s.d, s.d_pad, s.e, s.e_pad, 1, 0, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0)
 
 
 @inlined
@@ -185,7 +185,7 @@ def draw_seeds(one, s, n, grain, side, w):
 
 @outlined
 def assign(one, s, n, w):
-    """The nearest landmark of each key, and u.u_c - |u_c|^2 / 2 for it."""
+    """The nearest landmark of each key."""
     step, own = 2 * s.d_pad, w.landmarks + s.d_pad
     dot_rows(one, own, own, step, s.m, s.d_pad, w.bias)
     for c in range(s.m):
@@ -202,17 +202,17 @@ def assign(one, s, n, w):
 
 @outlined
 def weigh(one, s, n, side, w):
-    """Turn log masses into the log weights of keys at their landmarks."""
+    """Turn log masses into the log weights of keys at their landmarks, which conserve the means of kernels."""
     step, own, squares = 2 * s.d_pad, w.landmarks, w.norms + s.m_pad
     quadratic_rows(one, own + s.d_pad, step, s.m, s.d_pad, side + s.zeros, w.norms, squares)
     quadratic_rows(one, own, step, s.m, s.d_pad, side + s.direction, w.norms, w.bias)
     for c in range(s.m):
-        put(one, w.norms + c, get(one, w.norms + c) + get(one, squares + c))
+        put(one, w.norms + c, get(one, w.norms + c) + one / 2 * get(one, squares + c))
     for t in range(n):
         value = get(one, w.masses + t)
         if value != -np.inf:
             value -= one / 2 * get(one, w.squares + t)
-            put(one, w.masses + t, value + get(one, w.best + t) - get(one, w.norms + int(get(one, w.owner + t))))
+            put(one, w.masses + t, value - get(one, w.norms + int(get(one, w.owner + t))))
 
 
 @outlined

@@ -21,7 +21,7 @@ class Landmarks(NamedTuple):
     """The sizes of a call, and where in the packed constants of a metric the arrays are.
 
     A head is cut into `per_head` tasks. With `condensing`, values are added up, and otherwise keys. `width` is the
-    padded size of what is added up. `slots` is the number of candidates for seeds, and `slots_pad` the same rounded up
+    padded size of what is added up; `conserving` is the option of `condense`. `slots` is the number of candidates for seeds, and `slots_pad` the same rounded up
     to whole vectors; no seeds are drawn if `slots` is 0. ROOT is the square root of the scale; keys are ROOT y -
     center. `lift` holds L and `matrix` holds L L^T, both in panels.
     """
@@ -36,6 +36,7 @@ class Landmarks(NamedTuple):
     per_head: int
     gaussian: int
     condensing: int
+    conserving: int
     slots: int
     slots_pad: int
     center: int
@@ -110,7 +111,8 @@ def aim(one, s, side, points, used, w):
 
 @inlined
 def log_norms_of_landmarks(one, s, side, points, w):
-    """The log norms s of the landmarks of a head."""
+    """The log norms s of the landmarks of a head; if weights conserve means of kernels, the log means."""
+    share = one / 2 if s.conserving else one
     width, squares = panel(one), w.norms + s.m_pad
     product(
         one, s.m, s.d_pad, s.d, points, s.d_pad, 1, side + s.lift, s.d * width, width, w.lifted, s.d_pad
@@ -118,7 +120,7 @@ def log_norms_of_landmarks(one, s, side, points, w):
     quadratic_rows(one, w.lifted, s.d_pad, s.m, s.d_pad, side + s.zeros, w.norms, squares)
     quadratic_rows(one, points, s.d_pad, s.m, s.d_pad, side + s.direction, w.norms, w.other)
     for c in range(s.m):
-        put(one, w.norms + c, get(one, w.norms + c) + get(one, squares + c))
+        put(one, w.norms + c, get(one, w.norms + c) + share * get(one, squares + c))
 
 
 @inlined
@@ -253,7 +255,7 @@ def add_keys(one, s, side, points, k, weight, v, head, start, stop, sums, logs, 
         for t in range(count):
             value, c = get(one, masses + t), int(get(one, w.owner + t))
             if s.condensing:
-                value += get(one, w.best + t) - get(one, w.norms + c)
+                value -= get(one, w.norms + c) - (one - one if s.conserving else get(one, w.best + t))
             if value != -np.inf:
                 factor = weight_at(one, s, sums, c, value)
                 add_row(one, s, sums, c, factor, rows + t * s.width, factor)
