@@ -265,9 +265,9 @@ def _condense() -> Iterator[Case]:
             points, used = np.random.default_rng(4).standard_normal((*batch, m, d)), np.ones((*batch, 1, m), bool)
             used[..., 1::5] = False
             given = (k, weights, to(_strided(_problem(shape)[2])), _wide(points, to), to(used), metric)
-            return given, {"kernel": kernel, "scale": 0.5}
+            return given, {"kernel": kernel, "scale": 0.5, "conserving": masked}
 
-        yield Case(f"{shape}, {kernel}{', masked' if masked else ''}", make)
+        yield Case(f"{shape}, {kernel}{', masked, conserving' if masked else ''}", make)
 
 
 def _point_moments() -> Iterator[Case]:

@@ -317,6 +317,28 @@ def test_stream_is_the_definition(few_xp, kernel, window):
     np.testing.assert_allclose(few_xp.back(got), want, rtol=1e-7, atol=1e-8)
 
 
+@pytest.mark.parametrize("kernel", ["softmax", "gaussian"])
+def test_a_stream_conserves_the_mean_kernel_of_its_keys(few_xp, kernel):
+    """With a tilt of 0, the mean is that over queries with the mean and covariance of those seen."""
+    q, k, v = attention_problem(23, n=25, d=4)
+    lm = fs.landmarks(8, kernel=kernel, tilt=0, room=16)
+    arrays = [few_xp(x) for x in (q, k, v)]
+    _, state = fs.linear_attention(*arrays, lm, is_causal=True, return_state=True)
+    assert state.held == 9  # the last key is exact
+    x, y, points = (z * lm.scale_of(4) ** 0.5 for z in (q[:24], k[:24], few_xp.back(state.keys)[:8]))
+    cov = np.cov(x.T, bias=True)
+    cov += 1e-3 / 4 * np.trace(cov) * np.eye(4)
+
+    def mean_kernels(z):
+        away = z - y.mean(0)
+        mean = x.mean(0) - (y.mean(0) if kernel == "gaussian" else 0)
+        own = -0.5 * (away**2).sum(1) if kernel == "gaussian" else 0
+        return np.exp(away @ mean + ((away @ cov) * away).sum(1) / 2 + own)
+
+    got = np.exp(few_xp.back(state.log_weight)[:8]) @ mean_kernels(points)
+    np.testing.assert_allclose(got, mean_kernels(y).sum(), rtol=1e-9)
+
+
 def test_single_precision_devices():
     strict = pytest.importorskip("array_api_strict")
     arrays = [x[:2].astype(np.float32) for x in load_sample()]

@@ -36,15 +36,19 @@ def by_key(k, weight, points, used, metric, kernel, scale, condensing):
         yield i, c, y, log - (squares[c] / 2 + norm(points[c]) if condensing else 0)
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
-def test_landmarks_take_the_weights_and_values_of_their_keys(few_xp, rng, kernel):
+@pytest.mark.parametrize(("kernel", "conserving"), [("softmax", False), ("gaussian", False), ("gaussian", True)])
+def test_landmarks_take_the_weights_and_values_of_their_keys(few_xp, rng, kernel, conserving):
     k, weight, v, points, used, metric = problem(rng)
     masses, means = np.zeros(6), np.zeros((6, 3))
-    for i, c, _, log in by_key(k, weight, points, used, metric, kernel, 0.7, True):
+    mean = lambda z: float(metric[2][0] @ z + (z @ metric[1]) @ (z @ metric[1]) / 2)  # noqa: E731
+    for i, c, y, log in by_key(k, weight, points, used, metric, kernel, 0.7, True):
+        if conserving:
+            log = weight[i] + mean(y) - mean(points[c]) - (0.5 * y @ y if kernel == "gaussian" else 0)
         masses[c] += np.exp(log)
         means[c] += np.exp(log) * v[i]
     given = (few_xp(x) for x in (k, weight, v, points, used))
-    got = [few_xp.back(x) for x in condense(*given, Metric(*map(few_xp, metric)), kernel=kernel, scale=0.7)]
+    options = {"kernel": kernel, "scale": 0.7, "conserving": conserving}
+    got = [few_xp.back(x) for x in condense(*given, Metric(*map(few_xp, metric)), **options)]
     assert masses[1] == 0
     own = 0.5 * (points**2).sum(-1) if kernel == "gaussian" else 0
     np.testing.assert_allclose(got[0], (points + metric[0]) / 0.7**0.5, rtol=1e-12)
