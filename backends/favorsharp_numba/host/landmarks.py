@@ -89,8 +89,8 @@ class LandmarkProblem:
         piece = pieces_of(self.heads, n, float(self.heads * n * m * d))
         s = Landmarks(
             n, m, self._padded(m), d, d_pad, e, d_pad if v is None else self._padded(e), piece,
-            int(kernel == "gaussian"), int(v is not None), int(conserving), slots, self._padded(slots), center, direction,
-            left, matrix, zeros, total,
+            int(kernel == "gaussian"), int(v is not None), int(conserving), slots, self._padded(slots), center,
+            direction, left, matrix, zeros, total,
         )  # fmt: skip
         out = np.zeros((*metric.batch_shape, total), self.dtype)
         out[..., ROOT], out[..., ONE] = scale**0.5, 1

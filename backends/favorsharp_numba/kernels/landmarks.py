@@ -20,10 +20,10 @@ from favorsharp_numba.vectors.rows import combine, dot_rows, fill, quadratic_row
 class Landmarks(NamedTuple):
     """The sizes of a call, and where in the packed constants of a metric the arrays are.
 
-    A head is cut into `per_head` tasks. With `condensing`, values are added up, and otherwise keys. `width` is the
-    padded size of what is added up; `conserving` is the option of `condense`. `slots` is the number of candidates for seeds, and `slots_pad` the same rounded up
-    to whole vectors; no seeds are drawn if `slots` is 0. ROOT is the square root of the scale; keys are ROOT y -
-    center. `lift` holds L and `matrix` holds L L^T, both in panels.
+    A head is cut into `per_head` tasks. With `condensing`, values are added up, and otherwise keys. `conserving` is the
+    option of `condense`. `width` is the padded size of what is added up. `slots` is the number of candidates for seeds,
+    and `slots_pad` the same rounded up to whole vectors; no seeds are drawn if `slots` is 0. ROOT is the square root of
+    the scale; keys are ROOT y - center. `lift` holds L and `matrix` holds L L^T, both in panels.
     """
 
     n: int
