@@ -47,7 +47,7 @@ def sizes_for(name):
         places = 16, 32, 48, 112, 128
         return [Stream(5, 16, 8, m, 32, 3, 16, 2, 1, 7, 40, 48, 20, 4, 3, *places, 16, 32) for m in (1, 21)]
     if name.startswith("landmark"):
-        return [Landmarks(100, m, 24, 5, 8, 3, 16, 2, 0, 1, 21, 24, 8, 16, 24, 64, 104, 112) for m in (1, 21, 200)]
+        return [Landmarks(100, m, 24, 5, 8, 3, 16, 2, 0, 1, 1, 21, 24, 8, 16, 24, 64, 104, 112) for m in (1, 21, 200)]
     if name.startswith("point_moments"):
         return [MomentSizes(100, 5, 8, 1)]
     found = []
