@@ -289,11 +289,12 @@ def _hybrid_layer() -> Any:
             super().reset()
             StateLayer.reset(self)
 
-        def reorder_cache(self, beam_idx: Tensor) -> None:
-            """Take the rows of the batch in another order."""
-            super().reorder_cache(beam_idx)
-            StateLayer.reorder_cache(self, beam_idx)
+        def _rows(self, change: Any) -> None:
+            StateLayer._rows(self, change)
+            for states in (self.conv_states, self.recurrent_states):
+                states.update({i: change(x) for i, x in states.items() if x is not None})
 
+        reorder_cache = StateLayer.reorder_cache
         crop, get_max_length = StateLayer.crop, StateLayer.get_max_length
         offload, prefetch = StateLayer.offload, StateLayer.prefetch
 

@@ -187,13 +187,20 @@ def test_a_cache_can_be_emptied_and_not_cropped():
     assert torch.equal(model(input_ids=ids, cache=cache).logits, first)
 
 
-def test_a_layer_with_a_recurrence_reorders_and_forgets_it():
+@pytest.mark.parametrize(
+    ("change", "argument", "order"),
+    [
+        ("reorder_cache", torch.tensor([2, 0, 0]), [2, 0, 0]),
+        ("batch_repeat_interleave", 2, [0, 0, 1, 1, 2, 2]),
+        ("batch_select_indices", torch.tensor([1]), [1]),
+    ],
+)
+def test_a_layer_with_a_recurrence_changes_its_rows_and_forgets_it(change, argument, order):
     config = FalconH1Config(num_hidden_layers=1, hidden_size=32, num_attention_heads=4, num_key_value_heads=2)
     cache, rows = StateCache(config=config), torch.randn(3, 4, 2)
     cache.update_recurrent_state(rows.clone(), 0)
     cache.layers[0].state = NearKeys(rows[:, None], rows[:, None], torch.ones(3, 4, dtype=torch.bool))
-    order = torch.tensor([2, 0, 0])
-    cache.reorder_cache(order)
+    getattr(cache, change)(argument)
     assert torch.equal(cache.layers[0].recurrent_states[0], rows[order])
     assert torch.equal(cache.layers[0].state.keys, rows[order, None])
     cache.reset()
