@@ -144,7 +144,8 @@ def stream(x, y, v, settings, window: int, kernel: str, noise_at) -> np.ndarray:
             away = keys[:old] - held.center
             mass = weight[:old] + [own_mass(row, kernel) for row in away]
             points = condense(away, mass, held, settings, noise_at(t))
-            logs = mass + conserving_log_weights(away, points, held)
+            weigh = conserving_log_weights if kernel == "softmax" else log_weights
+            logs = mass + weigh(away, points, held)
             mine = held.labels[None, :] == np.arange(m)[: len(points), None]
             share = np.where(mine, np.exp(logs), 0)
             log_mass = np.log(share.sum(1)) - [own_mass(c, kernel) for c in points]

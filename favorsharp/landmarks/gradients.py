@@ -14,6 +14,7 @@ from favorsharp.landmarks.metric import RIDGE, STREAM_RIDGE
 from favorsharp.landmarks.settings import Landmarks
 from favorsharp.landmarks.state import (
     condensed,
+    conserves_means,
     empty_landmarks,
     extended,
     landmark_map,
@@ -89,7 +90,7 @@ def _stream(
         if segment.due:
             old, new = _split((state.keys, state.log_weight, state.values), segment.before - window)
             made = _compression(old, state.moments, settings, STREAM_RIDGE, segment.seen)
-            keys, weight, values = _joined(condensed(made.chosen, *old, conserving=True), new)
+            keys, weight, values = _joined(condensed(made.chosen, *old, conserving=conserves_means(settings)), new)
             state = replace(state, keys=keys, log_weight=weight, values=values)
         own = None if mask is None else mask[..., part]
         state = extended(state, q[..., part, :], k[..., part, :], v[..., part, :], own, grouped=True)
@@ -105,7 +106,7 @@ def _stream(
         found.append((dq, dk, dv))
         if made is not None:
             old, new = _split(after, m)
-            after = _joined(_compress_backwards(made, old, conserving=True), new)
+            after = _joined(_compress_backwards(made, old, conserving=conserves_means(settings)), new)
     dq, dk, dv = (z[0] if len(z) == 1 else xp.concat(z[::-1], axis=-2) for z in zip(*found, strict=True))
     return dq, dk, dv
 

@@ -309,13 +309,18 @@ def compressed(state: LandmarkState, keep: int, *, once: bool = False, event: in
     k, log_weight, v = state.keys[..., old, :], state.log_weight[..., old], state.values[..., old, :]
     ridge = RIDGE if once else STREAM_RIDGE
     chosen = landmark_map(k, log_weight, state.moments, state.settings, ridge=ridge, event=event)
-    points, mass, means = condensed(chosen, k, log_weight, v, conserving=not once)
+    points, mass, means = condensed(chosen, k, log_weight, v, conserving=not once and conserves_means(state.settings))
     return replace(
         state,
         keys=_joined(points, state.keys[..., new, :], 2),
         log_weight=_joined(mass, state.log_weight[..., new], 1),
         values=_joined(means, state.values[..., new, :], 2),
     )
+
+
+def conserves_means(settings: Landmarks) -> bool:
+    """Whether compressions of a stream conserve the mean kernel of a key: only for attention, where it helps."""
+    return settings.kernel == "softmax"
 
 
 def reduced(state: LandmarkState, keep: int = 0) -> LandmarkState:
