@@ -1,6 +1,7 @@
 """Modules: calibrated once, then frozen; saved, moved, compiled and differentiated like any other."""
 
 import copy
+import gc
 import pickle
 import warnings
 
@@ -776,6 +777,14 @@ def test_graphs_are_not_made_of_nothing():
 def _train_in_parallel(rank, folder, calibrated):
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
     torch.set_num_threads(1)
+    torch.save(_trained_in_parallel(rank, calibrated), f"{folder}/{rank}.pt")
+    # A DistributedDataParallel that dies after its process group was destroyed waits, with the interpreter's lock, for
+    # a thread of gloo that may wait for the lock.
+    gc.collect()
+    torch.distributed.destroy_process_group()
+
+
+def _trained_in_parallel(rank, calibrated):
     x = torch.randn(4, 20, 16, generator=torch.Generator().manual_seed(0))
     torch.manual_seed(0)
     module = MultiheadAttention(16, 2, batch_first=True, num_features=8, rng=rank)  # rows differ by rank
@@ -785,10 +794,7 @@ def _train_in_parallel(rank, folder, calibrated):
     with fs.use("reference"):
         own = x[2 * rank : 2 * rank + 2]
         parallel(own, own, own)[0].square().mean().backward()
-    torch.save(
-        {"projection": module.attention.projection, "gradient": module.in_proj_weight.grad}, f"{folder}/{rank}.pt"
-    )
-    torch.distributed.destroy_process_group()
+    return {"projection": module.attention.projection, "gradient": module.in_proj_weight.grad.clone()}
 
 
 @pytest.mark.slow
