@@ -35,6 +35,7 @@ from favorsharp._arrays import (
 )
 from favorsharp._autodiff import is_followed, recorded_or_followed
 from favorsharp._checks import check_unfollowed
+from favorsharp._derived import derived
 from favorsharp.dispatch import Backend, Kernel
 from favorsharp.features.folding import FoldedSide, fold
 from favorsharp.features.map_gradients import map_gradients, summed_to
@@ -66,6 +67,7 @@ __all__ = [
     "bundled_kernels",
     "cast",
     "check_unfollowed",
+    "derived",
     "dtype_name",
     "empty_state",
     "features_gradients",

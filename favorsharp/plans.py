@@ -21,10 +21,10 @@ a plan. See docs: design, calls like one before.
 
 from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary
 
-from favorsharp._arrays import signature_of, stamps_of
+from favorsharp._arrays import signature_of
 from favorsharp._autodiff import is_compiling, mode_of_library, records_gradients
+from favorsharp._derived import derived, is_trained, made_from
 from favorsharp._values import astype
 from favorsharp.dispatch import circumstances
 from favorsharp.ops.state import State
@@ -56,8 +56,8 @@ class Layout:
 MOST = 64
 """The most plans kept for a map. If there are more, for example because lengths vary, the oldest is forgotten."""
 
-_plans: WeakKeyDictionary[Any, dict[Hashable, Plan]] = WeakKeyDictionary()
-"""The plans of each map by key. A plan that takes the map itself holds None for it, so that it can be freed."""
+_PLANS = "plans"
+"""The key of a map's plans among what was made from it."""
 
 
 def key_of(
@@ -70,10 +70,9 @@ def key_of(
     mode = mode_of_library()
     if mode is None or state is None or (around := circumstances()) is None:
         return None
-    held = getattr(feature_map, "arrays", None)  # read after the mode: compilers cannot trace a cached property
-    if held is None:
+    if getattr(feature_map, "arrays", None) is None:  # read after the mode: compilers cannot trace a cached property
         return None
-    key: list[Hashable] = [mode, around, stamps_of(held), state]
+    key: list[Hashable] = [mode, around, state]
     for x in arguments:
         part = signature_of(x, with_layout=with_layout)
         if part is None:
@@ -99,26 +98,28 @@ def prepared_map(feature_map: Any, dtype: Any, *, grouped: bool = False) -> Any:
     A map whose tensors need gradients is prepared for each call, because the graph of one call must not be that of
     another; so is a map in traced calls, and one of a library other than NumPy and torch.
     """
-    key = None
-    if mode_of_library() is not None and (held := getattr(feature_map, "arrays", None)) is not None:
-        stamps = stamps_of(held)
-        trained = any(stamp is None or stamp[0] for stamp in stamps)
-        if not trained and all(signature_of(x) is not None for x in held):
-            key = ("prepared", dtype, grouped, stamps)
-    if (plan := find(feature_map, key)) is not None:
-        return plan.feature_map
-    prepared: Any = astype(feature_map, dtype)
-    if grouped:
-        prepared = prepared.expanded()
-    if key is not None and prepared is not feature_map:
-        keep(feature_map, key, Plan(prepared_map, prepared))
-    return prepared
+
+    def prepare() -> Any:
+        prepared: Any = astype(feature_map, dtype)
+        return prepared.expanded() if grouped else prepared
+
+    held = None if mode_of_library() is None else getattr(feature_map, "arrays", None)
+    if held is None or is_trained(feature_map) or any(signature_of(x) is None for x in held):
+        return prepare()
+    prepared = derived(feature_map, ("prepared", dtype, grouped), lambda: _unless(feature_map, prepare()))
+    return feature_map if prepared is None else prepared
+
+
+def _unless(feature_map: Any, value: Any) -> Any:
+    """The value, or None in place of the map itself, so that the map can be freed."""
+    return None if value is feature_map else value
 
 
 def find(feature_map: Any, key: Hashable) -> Plan | None:
     """The plan that an earlier call of this map kept under the key, or None."""
-    own = None if key is None else _plans.get(feature_map)
-    plan = None if own is None else own.get(key)
+    if key is None:
+        return None
+    plan: Plan | None = made_from(feature_map).get(_PLANS, {}).get(key)
     if plan is None or plan.feature_map is not None:
         return plan
     return Plan(plan.run, feature_map, plan.layout)
@@ -126,7 +127,7 @@ def find(feature_map: Any, key: Hashable) -> Plan | None:
 
 def keep(feature_map: Any, key: Hashable, plan: Plan) -> None:
     """Keep a plan for later calls that have this key."""
-    own = _plans.setdefault(feature_map, {})
+    own = derived(feature_map, _PLANS, dict)
     while len(own) >= MOST:
         own.pop(next(iter(own)), None)
-    own[key] = plan._replace(feature_map=None) if plan.feature_map is feature_map else plan
+    own[key] = plan._replace(feature_map=_unless(feature_map, plan.feature_map))

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import favorsharp as fs
-from favorsharp import plans
+from favorsharp import _derived, plans
 
 torch = pytest.importorskip("torch")
 
@@ -41,6 +41,10 @@ def outcome(call):
 def described(x):
     host = np.asarray(x.detach()) if isinstance(x, torch.Tensor) else np.asarray(x)
     return type(x).__name__, str(x.dtype), host.round(4).tolist(), getattr(x, "requires_grad", None)
+
+
+def plans_of(feature_map):
+    return _derived.made_from(feature_map).get("plans", {})
 
 
 class Derived(np.ndarray):
@@ -93,11 +97,11 @@ def test_one_other_argument_of_linear_attention(library, base):
     calls += [(own, other, base) for other in (made(library, method="relu"), made(library, method="trig"), None)]
     for arguments, used_map, options in calls:
         with np.errstate(all="ignore"):
-            plans._plans.clear()
+            _derived._stores.clear()
             fresh = outcome(lambda: fs.linear_attention(*arguments, used_map, **options))  # noqa: B023
-            plans._plans.clear()
+            _derived._stores.clear()
             fs.linear_attention(*own, feature_map, **base)
-            assert plans._plans, "the first call has no plan"
+            assert plans_of(feature_map), "the first call has no plan"
             assert outcome(lambda: fs.linear_attention(*arguments, used_map, **options)) == fresh  # noqa: B023
 
 
@@ -115,11 +119,11 @@ def test_one_other_argument_of_decode_step(library, window):
     if library == "torch":
         calls.append((own, replace(state, kv=state.kv.clone().requires_grad_())))
     for arguments, used in calls:
-        plans._plans.clear()
+        _derived._stores.clear()
         fresh = outcome(lambda: fs.decode_step(*arguments, used, feature_map))  # noqa: B023
-        plans._plans.clear()
+        _derived._stores.clear()
         fs.decode_step(*own, state, feature_map)
-        assert plans._plans, "the first call has no plan"
+        assert plans_of(feature_map), "the first call has no plan"
         assert outcome(lambda: fs.decode_step(*arguments, used, feature_map)) == fresh  # noqa: B023
 
 
@@ -147,7 +151,7 @@ def test_a_map_whose_tensors_change_has_no_old_plan():
     before = fs.linear_attention(*own, feature_map)
     feature_map.rows.mul_(0.5)
     after = fs.linear_attention(*own, feature_map)
-    plans._plans.clear()
+    _derived._stores.clear()
     assert torch.equal(after, fs.linear_attention(*own, feature_map))
     assert not torch.allclose(before, after, atol=1e-3)
 
@@ -156,11 +160,11 @@ def test_plans_are_few_and_die_with_their_map():
     feature_map = made("numpy")
     for n in range(1, plans.MOST + 10):
         fs.linear_attention(*points("numpy", n=n), feature_map)
-    assert len(plans._plans[feature_map]) == plans.MOST
-    count = len(plans._plans)
+    assert len(plans_of(feature_map)) == plans.MOST
+    count = len(_derived._stores)
     del feature_map
     gc.collect()
-    assert len(plans._plans) == count - 1
+    assert len(_derived._stores) == count - 1
 
 
 def test_a_prepared_map_is_the_same_object_until_its_numbers_change():

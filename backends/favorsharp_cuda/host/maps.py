@@ -9,13 +9,12 @@ call does not wait for the GPU, and its kernels always compute the product, with
 """
 
 import math
-import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from favorsharp.backend import FoldedSide, cast, fold, named_dtype, namespace_of, on_device_of
+from favorsharp.backend import FoldedSide, cast, derived, fold, named_dtype, namespace_of, on_device_of
 from favorsharp_cuda.host import arrays
 from favorsharp_cuda.host.declarations import TILE
 from favorsharp_cuda.host.launch import stream_of
@@ -150,9 +149,6 @@ def _split(matrix: Any) -> tuple[Any, Any]:
 
 # The cache -----------------------------------------------------------------------------------------------------------
 
-_known: "weakref.WeakKeyDictionary[Any, dict[Any, Any]]" = weakref.WeakKeyDictionary()
-"""Packed forms by feature map. A map is packed again if a tensor of it was changed in place, as the version tells."""
-
 _captured: dict[int, Any] = {}
 """Packed forms that captured graphs use, by identity. They are kept for ever: a graph holds addresses only, and nothing
 tells when it is deleted."""
@@ -171,12 +167,7 @@ def _kept(feature_map: Any, key: tuple[Any, ...], make: Callable[[bool], Any]) -
     if any(arrays.is_torch(x) and x.requires_grad for x in feature_map.arrays):
         return make(False)
     stream, is_capturing = stream_of(feature_map.rows)
-    known = _known.setdefault(feature_map, {})
-    versions = tuple(None if x.is_inference() else x._version for x in feature_map.arrays if arrays.is_torch(x))
-    if known.get("versions", versions) != versions:
-        known.clear()
-    known["versions"] = versions
-    streams = known.setdefault(key, {})
+    streams = derived(feature_map, ("cuda", *key), dict)
     if is_capturing:
         if not streams:
             return make(False)

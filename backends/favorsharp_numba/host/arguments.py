@@ -4,14 +4,13 @@ Arrays are read in place wherever a kernel can read them. Everything else in `ho
 """
 
 import math
-import weakref
 from collections.abc import Sequence
 from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from favorsharp.backend import FoldedSide, fold, to_host
+from favorsharp.backend import FoldedSide, derived, fold, to_host
 from favorsharp_numba.kernels.arguments import (
     ALPHA,
     BETA,
@@ -198,6 +197,20 @@ class Packed:
         self.lanes = BYTES // self.dtype.itemsize
         self.panel = VECTORS * self.lanes
         self.gaussian = feature_map.parameters.kernel == "gaussian"
+        self._by_size: dict[int, tuple[Sizes, Any, Any]] = {}
+
+    def for_values(self, e: int | None) -> tuple[Sizes, Any, Any]:
+        """The sizes and both sides' constants for values of size e; of any size if e is None."""
+        if e is None:
+            e = next(iter(tuple(self._by_size)), self.d)
+        found = self._by_size.get(e)
+        if found is None:
+            sizes = self.layout(e)
+            found = sizes, *self.constants(sizes)
+            if len(self._by_size) >= MOST_SIZES:
+                self._by_size = {}
+            self._by_size[e] = found
+        return found
 
     def layout(self, e: int) -> Sizes:
         """The sizes of a problem with values of size e, and where the constants are."""
@@ -264,39 +277,17 @@ class Packed:
         out[:, place : place + panels * d * self.panel] = spread.reshape(count, -1)
 
 
-_packed: "weakref.WeakKeyDictionary[Any, dict[Any, Any]]" = weakref.WeakKeyDictionary()
-"""By feature map. Maps are frozen; but if a tensor of a map was written to in place, its version is another one."""
-
-
 MOST_SIZES = 4
-"""The most sizes of values for which a packed map is kept."""
+"""The most sizes of values for which a packed map keeps its constants."""
 
 
 def pack(feature_map: Any, dtype: str, e: int | None) -> tuple[Packed, Sizes, Any, Any]:
     """The packed map, its sizes and both sides' constants for values of size e; of any size if e is None.
 
-    The results of each map are kept for its latest numbers and dtype. A forward and a backward pass share the packed
-    map, though their values differ in size.
+    A forward and a backward pass share the packed map, though their values differ in size.
     """
-    known = _packed.setdefault(feature_map, {})
-    versions = versions_of(feature_map)
-    found: tuple[Packed, Sizes, Any, Any]
-    for (name, size, seen), found in tuple(known.items()):
-        if (name, seen) == (dtype, versions) and e in (None, size):
-            return found
-    same = [result for (name, _, seen), result in tuple(known.items()) if (name, seen) == (dtype, versions)]
-    if len(same) in (0, MOST_SIZES):
-        known.clear()
-    packed = same[0][0] if same else Packed(feature_map, dtype)
-    sizes = packed.layout(packed.d if e is None else e)
-    found = (packed, sizes, *packed.constants(sizes))
-    known[dtype, sizes.e, versions] = found
-    return found
-
-
-def versions_of(feature_map: Any) -> tuple[int | None, ...]:
-    """How often each tensor of a map has been written to; None for tensors of inference mode, which do not count."""
-    return tuple(None if x.is_inference() else x._version for x in feature_map.arrays if is_torch(x))
+    packed: Packed = derived(feature_map, ("numba", dtype), lambda: Packed(feature_map, dtype))
+    return packed, *packed.for_values(e)
 
 
 # Batches -------------------------------------------------------------------------------------------------------------

@@ -1,0 +1,43 @@
+"""What was made from a feature map before: one store for plans of calls, prepared maps and the backends' packed maps.
+
+Maps are frozen, but the tensors of torch that a map holds may be written to, or begin to need gradients. Then all that
+was made from the map is forgotten.
+"""
+
+from collections.abc import Callable, Hashable
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
+
+from favorsharp._arrays import stamps_of
+
+
+class _Made(NamedTuple):
+    """What was made from a map whose tensors had these stamps, by key."""
+
+    stamps: tuple[Any, ...]
+    by_key: dict[Hashable, Any]
+
+
+_stores: "WeakKeyDictionary[Any, _Made]" = WeakKeyDictionary()
+
+
+def made_from(feature_map: Any) -> dict[Hashable, Any]:
+    """What was made from a map with its present numbers, by key; nothing in it may refer to the map itself."""
+    stamps = stamps_of(feature_map.arrays)
+    store = _stores.get(feature_map)
+    if store is None or store.stamps != stamps:
+        store = _stores[feature_map] = _Made(stamps, {})
+    return store.by_key
+
+
+def derived(feature_map: Any, key: Hashable, make: Callable[[], Any]) -> Any:
+    """The value that was made under a key from a map with its present numbers, or a new one from `make`."""
+    made = made_from(feature_map)
+    if key not in made:
+        made[key] = make()
+    return made[key]
+
+
+def is_trained(feature_map: Any) -> bool:
+    """Whether a tensor of the map needs gradients or was made in inference mode, so that its changes go unnoticed."""
+    return any(stamp is None or stamp[0] for stamp in stamps_of(feature_map.arrays))
