@@ -1,6 +1,7 @@
 """Scratch memory is a tile, not a feature matrix."""
 
 import tracemalloc
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -20,26 +21,37 @@ def peak(call):
     return most / MIB
 
 
+CALLS = [
+    {},
+    {"is_causal": True},
+    {"window": 64},
+    {"is_causal": True, "window": 64},
+    {"is_causal": True, "window": 1000},
+]
+
+
 @pytest.mark.parametrize(
-    "options",
-    [{}, {"is_causal": True}, {"window": 64}, {"is_causal": True, "window": 64}, {"is_causal": True, "window": 1000}],
+    ("options", "backend"), [*((options, None) for options in CALLS), *((CALLS[i], "reference") for i in (0, 3))]
 )
-def test_attention_never_holds_all_features(options):
+def test_attention_never_holds_all_features(options, backend):
     q, k, v = np.random.default_rng(0).standard_normal((3, 1, N, D)).astype(np.float32)
     fm = fs.feature_map(fs.fit(q, k), M, rng=0)
     output = N * D * 4 / MIB  # 4 MiB; the feature matrix of one side would be 16 MiB, the scores 1 GiB
     # the tiles of the output are joined at the end, and a window keeps the numerators of one pass during the other, or
     # the sums of the blocks of one head for each thread
-    assert peak(lambda: fs.linear_attention(q, k, v, fm, **options)) < 3 * output + 14
+    with fs.use(backend) if backend else nullcontext():
+        assert peak(lambda: fs.linear_attention(q, k, v, fm, **options)) < 3 * output + 14
 
 
-def test_longer_sequences_take_no_more_scratch():
+@pytest.mark.parametrize("backend", [None, "reference"])
+def test_longer_sequences_take_no_more_scratch(backend):
     def scratch(n):
         q, k, v = np.random.default_rng(0).standard_normal((3, 1, n, 16)).astype(np.float32)
         fm = fs.feature_map(fs.fit(q, k), 64, rng=0)
         return peak(lambda: fs.linear_attention(q, k, v, fm)) - 2 * n * 16 * 4 / MIB
 
-    assert scratch(1 << 17) < scratch(1 << 15) + 1
+    with fs.use(backend) if backend else nullcontext():
+        assert scratch(1 << 17) < scratch(1 << 15) + 1
 
 
 def test_fits_are_gathered_in_tiles():
