@@ -15,7 +15,7 @@ from favorsharp.dispatch import OPS
 from favorsharp.features import feature_map
 from favorsharp.fitting import fit
 from favorsharp.landmarks import landmarks as make_landmarks
-from favorsharp.landmarks.attention import landmark_stream  # noqa: F401  fills OPS
+from favorsharp.landmarks.attention import landmark_stream, landmark_window  # noqa: F401  fills OPS
 from favorsharp.landmarks.state import empty_landmarks
 from favorsharp.moments import point_moments  # noqa: F401  fills OPS
 from favorsharp.ops import (  # noqa: F401  fill OPS
@@ -256,18 +256,44 @@ def _choose_landmarks() -> Iterator[Case]:
         yield Case(f"{shape}, {kernel}{', masked' if masked else ''}", make)
 
 
+def _given_landmarks(shape: str, to: Callable[[Any], Array]) -> tuple[Array, Array]:
+    """Landmarks, and which of them are used."""
+    batch, _, d, _, m = SHAPES[shape]
+    points, used = np.random.default_rng(4).standard_normal((*batch, m, d)), np.ones((*batch, 1, m), bool)
+    used[..., 1::5] = False
+    return _wide(points, to), to(used)
+
+
 def _condense() -> Iterator[Case]:
     for shape, kernel, masked in _of_keys():
 
         def make(to: Callable[[Any], Array], shape: str = shape, kernel: str = kernel, masked: bool = masked) -> Any:
-            batch, _, d, _, m = SHAPES[shape]
             k, weights, metric = _landmark_case(shape, masked, to)
-            points, used = np.random.default_rng(4).standard_normal((*batch, m, d)), np.ones((*batch, 1, m), bool)
-            used[..., 1::5] = False
-            given = (k, weights, to(_strided(_problem(shape)[2])), _wide(points, to), to(used), metric)
+            given = (k, weights, to(_strided(_problem(shape)[2])), *_given_landmarks(shape, to), metric)
             return given, {"kernel": kernel, "scale": 0.5, "conserving": masked}
 
         yield Case(f"{shape}, {kernel}{', masked, conserving' if masked else ''}", make)
+
+
+def _landmark_window() -> Iterator[Case]:
+    kinds = ("softmax", False, 1), ("softmax", True, 64), ("gaussian", True, 5)
+    for shape, (kernel, masked, window) in itertools.product([s for s in SHAPES if SHAPES[s][1] > 0], kinds):
+
+        def make(
+            to: Callable[[Any], Array],
+            shape: str = shape,
+            kernel: str = kernel,
+            masked: bool = masked,
+            window: int = window,
+        ) -> Any:
+            q, _, v = _problem(shape)
+            k, _, metric = _landmark_case(shape, masked, to)
+            hidden = ~_mask(k.shape[:-1]) if masked else np.zeros(k.shape[:-1], bool)
+            weights = _wide(np.where(hidden, -np.inf, 0.0), to)
+            given = (to(_strided(q)), k, weights, to(_strided(v)), *_given_landmarks(shape, to), metric)
+            return given, {"window": window, "kernel": kernel, "scale": 0.5}
+
+        yield Case(f"{shape}, {kernel}, window {window}{', masked' if masked else ''}", make)
 
 
 def _point_moments() -> Iterator[Case]:
@@ -330,6 +356,7 @@ MAKERS: dict[str, Callable[[], Iterator[Case]]] = {
     "point_moments": _point_moments,
     "weighted_attention": _weighted_attention,
     "landmark_stream": _landmark_stream,
+    "landmark_window": _landmark_window,
 }
 
 

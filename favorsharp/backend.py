@@ -110,6 +110,7 @@ LANDMARKS = {
     "choose_landmarks": "landmarks",
     "condense": "landmarks",
     "landmark_stream": "landmark_stream",
+    "landmark_window": "landmark_window",
     "point_moments": "point_moments",
     "weighted_attention": "weighted_attention",
 }

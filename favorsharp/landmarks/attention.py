@@ -1,10 +1,13 @@
 """Attention through landmarks, for whole sequences (`whole`) and for causal streams (`stream`)."""
 
+from typing import Any
+
 from favorsharp._arrays import cast, compute_dtype, namespace_of, result_dtype
 from favorsharp._autodiff import has_fused_attention
 from favorsharp._heads import add_mask_axis
 from favorsharp._typing import Array
 from favorsharp.dispatch import Op
+from favorsharp.landmarks.chosen import LandmarkMap
 from favorsharp.landmarks.settings import Landmarks
 from favorsharp.landmarks.state import (
     LandmarkState,
@@ -20,6 +23,7 @@ from favorsharp.landmarks.state import (
     segments_of,
 )
 from favorsharp.ops.attention import attention as attention_op
+from favorsharp.ops.landmark_metric import Metric
 
 
 def whole(
@@ -45,8 +49,56 @@ def whole(
     if window == 0:
         return cast(_read(q, condensed(chosen, k, weights, v), settings, grouped), out_dtype)
     if grouped:
-        k, v, key_mask, chosen = k[..., None, :, :], v[..., None, :, :], add_mask_axis(key_mask), chosen.expanded()
-    out: Array = attention_op.reference(q, k, v, chosen, key_mask=key_mask, window=window)
+        k, v, weights, chosen = k[..., None, :, :], v[..., None, :, :], add_mask_axis(weights), chosen.expanded()
+    given = chosen.points, chosen.used, chosen.metric
+    options: dict[str, Any] = {"kernel": chosen.kernel, "scale": chosen.scale}
+    out: Array = landmark_window(q, k, weights, v, *given, window=window, **options)
+    return out
+
+
+@Op
+def landmark_window(
+    q: Array,
+    k: Array,
+    log_weight: Array,
+    v: Array,
+    points: Array,
+    used: Array,
+    metric: Metric,
+    *,
+    window: int,
+    kernel: str,
+    scale: float,
+) -> Array:
+    """Attention with a window in both directions: near keys exactly, all others through landmarks.
+
+    Each key belongs to its nearest landmark. The keys of a query's own block and of the neighbouring blocks are scored
+    exactly, and take no part in the landmarks that this query reads.
+
+    Parameters
+    ----------
+    q : array, shape (*b, n, d)
+    k : array, shape (*b, n, d)
+        One or more keys, not scaled.
+    log_weight : array, shape (*b, n)
+        0, and -inf for hidden keys, whose points and values may hold anything. In the dtype to compute in.
+    v : array, shape (*b, n, e)
+    points : array, shape (*b, m, d)
+        Landmarks, scaled and centred.
+    used : array of bool, shape (*b, 1, m)
+    metric : Metric
+    window : int
+        The length of a block, at least 1.
+    kernel : {"softmax", "gaussian"}
+    scale : float
+
+    Returns
+    -------
+    array, shape (*b, n, e)
+        In the dtype that q, k and v promote to; zeros where no key is visible.
+    """
+    chosen, visible = LandmarkMap(points, used, metric, kernel, scale), log_weight != -namespace_of(q).inf
+    out: Array = attention_op.reference(q, k, v, chosen, key_mask=visible, window=window)
     return out
 
 

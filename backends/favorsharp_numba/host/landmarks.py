@@ -5,9 +5,9 @@ from typing import Any
 
 import numpy as np
 
-from favorsharp_numba.host.arguments import Held, broadcast, host, name_of, promoted, widened
+from favorsharp_numba.host.arguments import LOG2E, Held, broadcast, host, name_of, promoted, widened
 from favorsharp_numba.host.threads import pieces_of, share
-from favorsharp_numba.kernels.arguments import ONE
+from favorsharp_numba.kernels.arguments import HEADER, NEAR_SCALE, ONE
 from favorsharp_numba.kernels.landmark_seeds import LISTS, draw
 from favorsharp_numba.kernels.landmarks import ROOT, Landmarks, gather_landmarks, merge_landmarks, sums_size
 from favorsharp_numba.kernels.workspace import items_of, on_host
@@ -18,7 +18,7 @@ from favorsharp_numba.vectors.emitter import BYTES, VECTORS
 def places_of(lanes: int, d: int, d_pad: int, e_pad: int) -> tuple[int, int, int, int, int, int]:
     """Where the arrays of packed constants are (see `Landmarks`), and the number of constants."""
     panels = -(-d_pad // (VECTORS * lanes)) * d * VECTORS * lanes
-    center = lanes * -(-(ONE + 1) // lanes)
+    center = lanes * -(-HEADER // lanes)
     direction = center + d_pad
     left = direction + d_pad
     matrix = left + panels
@@ -93,7 +93,7 @@ class LandmarkProblem:
             direction, left, matrix, zeros, total,
         )  # fmt: skip
         out = np.zeros((*metric.batch_shape, total), self.dtype)
-        out[..., ROOT], out[..., ONE] = scale**0.5, 1
+        out[..., ROOT], out[..., ONE], out[..., NEAR_SCALE] = scale**0.5, 1, LOG2E
         out[..., center : center + d] = host(metric.center)[..., 0, :]
         out[..., direction : direction + d] = host(metric.direction)[..., 0, :]
         for place, x in ((left, lift), (matrix, lift @ np.swapaxes(lift, -1, -2))):

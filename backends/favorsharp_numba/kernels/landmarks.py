@@ -48,7 +48,7 @@ class Landmarks(NamedTuple):
 
 
 ROOT = 0
-"""The place of the square root of the scale in packed constants; the other scalar is at ONE."""
+"""The place of the square root of the scale in packed constants. Other scalars are at ONE, ZERO and NEAR_SCALE."""
 
 Space = namedtuple(
     "Space", "toward bias norms other lifted rows columns first squares logs best owner nothing values end"

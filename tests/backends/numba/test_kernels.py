@@ -18,6 +18,7 @@ pytest.importorskip("numba")
 
 OPS = ["exponential_features", "attention", "causal_attention", "update", "read", "decode_step", "kernel_matvec"]
 OPS += ["choose_landmarks", "condense", "point_moments", "weighted_attention", "landmark_stream"]
+OPS += ["landmark_window"]
 
 
 @pytest.mark.parametrize("library", ["numpy", "torch"])
@@ -464,3 +465,17 @@ def test_sums_of_one_column_keep_the_range_of_the_dtype():
         want = fs.kernel_matvec(*(a.astype(np.float64) for a in (peaks, peaks, v)), fm)
     assert want.max() > 1e10  # 1e46 times a value
     np.testing.assert_allclose(got, want, rtol=1e-3)
+
+
+@pytest.mark.parametrize("window", [16, 70])  # units of several blocks, and of one
+def test_windows_around_landmarks_over_several_groups_of_units(window):
+    """Sums of prefixes are kept before each eighth unit; queries of two heads read the same keys."""
+    q, k, v = attention_problem(5, (2,), n=1300)
+    mask = key_mask(6, k.shape[:-1], "holes")
+    k[~mask], v[~mask] = np.nan, np.inf
+    queries = np.concatenate([q, -q])
+    with watch() as calls:
+        got, want = both(queries, k, v, fs.landmarks(40), window=window, key_mask=mask, enable_gqa=True)
+    assert calls[-1][0] == "landmark_window"
+    assert ("landmark_window", "numba") in calls
+    np.testing.assert_allclose(got, want, atol=1e-11)
