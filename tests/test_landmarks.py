@@ -681,6 +681,8 @@ class Through:
         (numpy_gradients, "gaussian", 0, 1),
         (numpy_gradients, "softmax", 0, 0),
         (vjp_gradients, "softmax", 3, 3),
+        (numpy_gradients, "softmax", 3, 3),
+        (numpy_gradients, "gaussian", 1, 0),
         (jax_gradients, "gaussian", 3, 1),
     ],
 )
@@ -715,7 +717,13 @@ def test_gradients_of_a_stream_are_finite_and_causal():
 
 @pytest.mark.parametrize(
     ("options", "kernel"),
-    [({}, "softmax"), ({"is_causal": True}, "softmax"), ({"is_causal": True, "window": 4}, "gaussian")],
+    [
+        ({}, "softmax"),
+        ({"is_causal": True}, "softmax"),
+        ({"is_causal": True, "window": 4}, "gaussian"),
+        ({"window": 3}, "softmax"),
+        ({"window": 16}, "gaussian"),
+    ],
 )
 def test_gradients_of_numpy_arrays_are_those_of_autograd(options, kernel):
     """Grouped heads that share keys, a mask, values that are broadcast, packed sequences, and a long tile."""
@@ -752,21 +760,16 @@ def test_gradients_of_numpy_arrays_with_unequal_lengths():
 def test_tiles_do_not_matter_to_gradients_of_numpy_arrays(monkeypatch, steps):
     q, k, v = attention_problem(20, (2,), n=70)
     lm = fs.landmarks(6, room=40, steps=steps)
+    calls = {}, {"is_causal": True}, {"window": 24}
 
     def results():
-        pullbacks = [fs.vjp(fs.linear_attention, q, k, v, lm, is_causal=causal)[1] for causal in (False, True)]
+        pullbacks = [fs.vjp(fs.linear_attention, q, k, v, lm, **options)[1] for options in calls]
         return [x for pullback in pullbacks for x in pullback(v)]
 
     want = results()
     monkeypatch.setattr("favorsharp.ops.state.TILE_ELEMENTS", 1)  # 16 points
     for a, b in zip(results(), want, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-11)
-
-
-def test_numpy_arrays_with_a_window_in_both_directions_have_no_gradients():
-    q, k, v = attention_problem(0)
-    with pytest.raises(TypeError, match=r"numpy arrays with window=4: .* accepted: torch tensors and JAX arrays"):
-        fs.vjp(fs.linear_attention, q, k, v, fs.landmarks(4), window=4)
 
 
 def test_compiled_by_jax():

@@ -1,15 +1,16 @@
 """The gradients of attention through landmarks in array functions, for arrays whose library differentiates nothing.
 
 They are those of autograd: the metric, the seeds and the assignment of keys to landmarks are constants. A stream is
-gone through backwards, segment by segment; a bidirectional call is one compression and one read.
+gone through backwards, segment by segment; a bidirectional call is one compression and one read, which for windows is
+in `window_gradients`.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import pairwise
 
 from favorsharp._arrays import broadcast_shapes, cast, compute_dtype, namespace_of, on_device_of
 from favorsharp._typing import Array
-from favorsharp.landmarks.chosen import LandmarkMap
+from favorsharp.landmarks.compressions import Held, compress_backwards, compression
 from favorsharp.landmarks.metric import RIDGE, STREAM_RIDGE
 from favorsharp.landmarks.settings import Landmarks
 from favorsharp.landmarks.state import (
@@ -17,19 +18,12 @@ from favorsharp.landmarks.state import (
     conserves_means,
     empty_landmarks,
     extended,
-    landmark_map,
     log_weights,
     moments_of,
     segments_of,
 )
-from favorsharp.moments import Moments
-from favorsharp.ops.landmark_metric import centred
-from favorsharp.ops.landmark_seeds import choose_seeds, noise_of
-from favorsharp.ops.landmarks import gather, lloyd_step, nearness
+from favorsharp.landmarks.window_gradients import windowed_backwards
 from favorsharp.ops.state import hide, tiles_of
-
-Held = tuple[Array, Array, Array]
-"""Keys (*b, s, d), log weights (*b, s) and values (*b, s, e), or their gradients."""
 
 
 def gradients_of(
@@ -46,7 +40,7 @@ def gradients_of(
 ) -> tuple[Array, Array, Array]:
     """The gradients of q (*b, g, n, d), k (*b, s, d) and v (*b, s, e), given that of the result (*b, g, n, e).
 
-    The window counts in causal calls only. With `bounds`, sequences are packed.
+    With `bounds`, sequences are packed.
     """
     xp, dtype = namespace_of(q, k, v), compute_dtype(namespace_of(q), q, k, v)
     masked = () if key_mask is None else key_mask.shape[:-1]
@@ -73,9 +67,14 @@ def _whole(
     if k.shape[-2] <= settings.num_landmarks:
         dq, (dk, _, dv) = _read_backwards(q, held, settings, g)
         return dq, dk, dv
-    made = _compression(held, moments_of(q, k, mask, grouped=True), settings, RIDGE, 0)
+    made = compression(held, moments_of(q, k, mask, grouped=True), settings, RIDGE, 0)
+    if window:
+        root = settings.scale_of(q.shape[-1]) ** 0.5
+        center = made.chosen.metric.center[..., None, :, :] if settings.kernel == "gaussian" else 0.0
+        dq, dk, dv = windowed_backwards(q * root - center, g, made, window)
+        return dq * root, dk * root, dv
     dq, after = _read_backwards(q, condensed(made.chosen, *held), settings, g)
-    dk, _, dv = _compress_backwards(made, after)
+    dk, _, dv = compress_backwards(made, after)
     return dq, dk, dv
 
 
@@ -89,7 +88,7 @@ def _stream(
         part, made = slice(segment.start, segment.stop), None
         if segment.due:
             old, new = _split((state.keys, state.log_weight, state.values), segment.before - window)
-            made = _compression(old, state.moments, settings, STREAM_RIDGE, segment.seen)
+            made = compression(old, state.moments, settings, STREAM_RIDGE, segment.seen)
             keys, weight, values = _joined(condensed(made.chosen, *old, conserving=conserves_means(settings)), new)
             state = replace(state, keys=keys, log_weight=weight, values=values)
         own = None if mask is None else mask[..., part]
@@ -106,7 +105,7 @@ def _stream(
         found.append((dq, dk, dv))
         if made is not None:
             old, new = _split(after, m)
-            after = _joined(_compress_backwards(made, old, conserving=conserves_means(settings)), new)
+            after = _joined(compress_backwards(made, old, conserving=conserves_means(settings)), new)
     dq, dk, dv = (z[0] if len(z) == 1 else xp.concat(z[::-1], axis=-2) for z in zip(*found, strict=True))
     return dq, dk, dv
 
@@ -179,129 +178,3 @@ def _softmax(logits: Array, visible: Array) -> Array:
     p = xp.exp(logits - xp.where(top == -xp.inf, 0.0, top))
     total = xp.sum(p, axis=-1, keepdims=True)
     return p / xp.where(total == 0, 1.0, total)
-
-
-# Compressions ---------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, eq=False)
-class _Compression:
-    """A choice of landmarks for keys that are held, in scaled and centred coordinates.
-
-    `made_by` (*b, s) is the landmark whose centre a key is part of, and `own` the landmark that the key belongs to.
-    Without Lloyd steps, `seeds` (*b, m) are the positions of the keys that are landmarks.
-    """
-
-    chosen: LandmarkMap
-    visible: Array
-    y: Array
-    log_mass: Array
-    values: Array
-    made_by: Array | None
-    seeds: Array | None
-    own: Array
-
-
-def _compression(held: Held, seen: Moments, settings: Landmarks, ridge: float, event: int) -> _Compression:
-    xp = namespace_of(held[0])
-    k, weight, v = held
-    m, visible = settings.num_landmarks, weight != -xp.inf
-    before = landmark_map(
-        k, weight, seen, replace(settings, steps=max(0, settings.steps - 1)), ridge=ridge, event=event
-    )
-    metric, kernel, scale = before.metric, before.kernel, before.scale
-    y, log_mass = centred(hide(k, visible), xp.where(visible, weight, 0.0), metric, kernel, scale)
-    if settings.steps == 0:
-        noise = noise_of(settings.seed, event, m, k.shape[-1])
-        made_by, seeds = None, choose_seeds(k, weight, metric, m, noise, kernel=kernel, scale=scale)[0]
-        chosen = before
-    else:
-        made_by, seeds = _owners(before, y), None
-        chosen = replace(before, points=lloyd_step(y, log_mass, visible, before.points, before.used, metric))
-    return _Compression(chosen, visible, y, log_mass, hide(v, visible), made_by, seeds, _owners(chosen, y))
-
-
-def _owners(chosen: LandmarkMap, y: Array) -> Array:
-    """The nearest landmark of each key, (*b, s)."""
-    xp = namespace_of(y)
-    tiles = tiles_of(y.shape[-2], chosen.num_features, tuple(y.shape[:-2]))
-    near = (nearness(chosen.points, chosen.used, chosen.metric, y[..., a:b, :])[1] for a, b in tiles)
-    return xp.concat([xp.argmax(cast(x, xp.int8), axis=-1) for x in near], axis=-1)
-
-
-def _compress_backwards(made: _Compression, after: Held, *, conserving: bool = False) -> Held:
-    """The gradients of keys, log weights and values, given those of the landmarks that replace them.
-
-    The log weight of a key, apart from its mass, is s - s_c - |u - u_c|^2 / 2 or, conserving,
-    s - s_c - (|u|^2 - |u_c|^2) / 2.
-    """
-    xp, metric, points = namespace_of(made.y), made.chosen.metric, made.chosen.points
-    back = xp.matrix_transpose(metric.lift)
-    dpoints, dweight, dvalues = after[0] / made.chosen.scale**0.5, after[1][..., None], after[2]
-    (u, norm), (u_c, norm_c) = metric.coordinates(made.y), metric.coordinates(points)
-    slope, slope_c = metric.direction + 2 * (u @ back), metric.direction + 2 * (u_c @ back)
-    if made.chosen.kernel == "gaussian":
-        slope, dpoints = slope - made.y, dpoints + dweight * points
-    pull = _of_owner(u_c, made.own)
-    away, pull = (u, pull) if conserving else (u - pull, u - pull)
-    squares = xp.sum(away * away, axis=-1, keepdims=True)
-    if conserving:
-        squares = squares - xp.sum(pull * pull, axis=-1, keepdims=True)
-    logs = made.log_mass + norm - _of_owner(norm_c, made.own) - 0.5 * squares
-    share, means = _shares(made, made.own, logs, made.values)
-    inner = xp.sum(_of_owner(dvalues, made.own) * (made.values - _of_owner(means, made.own)), axis=-1, keepdims=True)
-    dlogs = share * (_of_owner(dweight, made.own) + inner)
-    away, pull = away @ back, pull @ back
-    dy, dv = dlogs * (slope - away), share * _of_owner(dvalues, made.own)
-    dpoints = dpoints + _to_owner(dlogs * pull, made.own, points) - slope_c * _to_owner(dlogs, made.own, points)
-    if made.made_by is None:
-        dy = dy + _to_seeds(dpoints, made)
-    else:
-        share, _ = _shares(made, made.made_by, norm + made.log_mass, made.y)
-        own = _of_owner(dpoints, made.made_by)
-        inner = share * xp.sum(own * (made.y - _of_owner(points, made.made_by)), axis=-1, keepdims=True)
-        dy, dlogs = dy + share * own + inner * slope, dlogs + inner
-    return dy * made.chosen.scale**0.5, dlogs[..., 0], dv
-
-
-def _shares(made: _Compression, owner: Array, logs: Array, rows: Array) -> tuple[Array, Array]:
-    """The share of each key in the weight of a landmark (*b, s, 1), and the mean row of each landmark."""
-    xp, m = namespace_of(logs), made.chosen.num_features
-    slots, total = xp.arange(m, **on_device_of(logs)), None
-    for a, b in tiles_of(logs.shape[-2], m, tuple(logs.shape[:-2])):
-        member = (owner[..., a:b, None] == slots) & made.visible[..., a:b, None]
-        total = gather(xp.where(member, logs[..., a:b, :], -xp.inf), rows[..., a:b, :], total)
-    assert total is not None  # there are keys
-    den = xp.where(total.den > 0, total.den, 1.0)
-    level = xp.where(total.den > 0, total.ref, 0.0) + xp.log(den)
-    share = xp.exp(xp.where(made.visible[..., None], logs - _of_owner(level, owner), -xp.inf))
-    return share, total.num / den
-
-
-def _of_owner(x: Array, owner: Array) -> Array:
-    """The row of each key's landmark, (*b, m, d) -> (*b, s, d)."""
-    xp = namespace_of(x)
-    x = xp.broadcast_to(x, (*owner.shape[:-1], *x.shape[-2:]))
-    return xp.take_along_axis(x, owner[..., None], axis=-2)
-
-
-def _to_owner(rows: Array, owner: Array, points: Array) -> Array:
-    """The sum of the rows of each landmark's keys, (*b, s, d) -> (*b, m, d)."""
-    xp, m = namespace_of(rows), points.shape[-2]
-    slots, total = xp.arange(m, **on_device_of(rows)), xp.zeros_like(points[..., :1])
-    for a, b in tiles_of(rows.shape[-2], m, tuple(rows.shape[:-2])):
-        member = cast(owner[..., a:b, None] == slots, rows.dtype)
-        total = total + xp.matrix_transpose(member) @ rows[..., a:b, :]
-    return total
-
-
-def _to_seeds(dpoints: Array, made: _Compression) -> Array:
-    """The gradients of landmarks at the keys that are their seeds, (*b, m, d) -> (*b, s, d)."""
-    xp, s = namespace_of(dpoints), made.y.shape[-2]
-    used = xp.matrix_transpose(made.chosen.used)
-    order, dpoints = xp.arange(s, **on_device_of(dpoints)), xp.where(used, dpoints, 0.0)
-    assert made.seeds is not None
-    seeds, parts = made.seeds[..., None, :], []
-    for a, b in tiles_of(s, dpoints.shape[-2], tuple(dpoints.shape[:-2])):
-        parts.append(cast(order[a:b, None] == seeds, dpoints.dtype) @ dpoints)
-    return parts[0] if len(parts) == 1 else xp.concat(parts, axis=-2)

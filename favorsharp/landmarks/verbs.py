@@ -272,13 +272,6 @@ def _own_vjp(
     q: Array, k: Array, v: Array, settings: Landmarks, options: dict[str, Any]
 ) -> tuple[Array, Callable[[Array], tuple[Array, ...]]]:
     """`landmark_vjp` for arrays whose library differentiates nothing."""
-    is_causal, window = options["is_causal"], options["window"]
-    if window and not is_causal:
-        raise TypeError(
-            f"{library_of(q)} arrays with window={window}: a window in both directions around landmarks is "
-            "differentiated by the library of the arrays; accepted: torch tensors and JAX arrays, window=0, or "
-            "is_causal=True"
-        )
     out = landmark_attention(q, k, v, settings, **options)
     group = q.shape[-3] // k.shape[-3] if options["enable_gqa"] else 1
 

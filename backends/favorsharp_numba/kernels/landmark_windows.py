@@ -123,7 +123,7 @@ def unit_length(window: int) -> int:
 def kept_items(s: Any, window: int) -> int:
     """The number of items behind the workspace: two for each key, and the sums before each group of units."""
     groups = -(-s.n // (unit_length(window) * GROUP))
-    return 2 * s.n + groups * (3 * s.m_pad + 2 * s.m * s.width)
+    return int(2 * s.n + groups * (3 * s.m_pad + 2 * s.m * s.width))
 
 
 @inlined
