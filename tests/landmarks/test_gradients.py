@@ -167,3 +167,25 @@ def test_compiled_by_jax():
         want = jax.tree_util.tree_leaves(call(*host, mask, lm))
         for a, b in zip(jax.tree_util.tree_leaves(jax.jit(call)(*given, lm)), want, strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-8, atol=1e-9)
+
+
+def test_states_and_grouped_heads_compiled_by_jax():
+    """One function of everything that a stream does, so that there is one compilation."""
+    jax = pytest.importorskip("jax")
+    jax.config.update("jax_enable_x64", True)
+    import favorsharp.jax  # noqa: F401
+
+    q, k, v = attention_problem(18, (2,), n=16, d=3)
+    host = np.concatenate([q, -q]), k, v, np.arange(16) < np.array([[16], [9]])
+    lm = fs.landmarks(3, room=2)
+
+    def call(q, k, v, mask):
+        out = fs.linear_attention(q, k, v, lm, key_mask=mask, enable_gqa=True)
+        start = q[:2, :9], k[:, :9], v[:, :9]
+        _, state = fs.linear_attention(*start, lm, is_causal=True, return_state=True)
+        token, state = fs.decode_step(q[:2, 9:10], k[:, 9:10], v[:, 9:10], state, lm)
+        other = fs.update(fs.init_state(lm, v.shape[-1], like=k), k[:, 10:], v[:, 10:], lm)
+        return out, token, fs.read(fs.combine(state, other), q[:2], lm)
+
+    for a, b in zip(jax.jit(call)(*(jax.numpy.asarray(x) for x in host)), call(*host), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-8, atol=1e-9)
