@@ -3,6 +3,7 @@
 import math
 
 from favorsharp._arrays import from_host, namespace_of, on_device_of
+from favorsharp._autodiff import is_traced
 from favorsharp._typing import Array
 
 
@@ -39,10 +40,14 @@ def row_sum(x: Array) -> Array:
 
 def identity(s1: Array, s2: Array) -> Array:
     """Identity matrices, in the shape that s1 and s2 broadcast to."""
-    xp = namespace_of(s1, s2)
-    like = xp.zeros_like(s1 + s2)
-    indices = xp.arange(s1.shape[-1], **on_device_of(like))
-    return like + xp.astype(indices[:, None] == indices[None, :], like.dtype)
+    return on_diagonal(namespace_of(s1, s2).zeros_like(s1 + s2), 1.0)
+
+
+def on_diagonal(s: Array, row: Array | float) -> Array:
+    """Return s with a row, shape (*b, 1, d), or a number added to the diagonal."""
+    xp = namespace_of(s)
+    indices = xp.arange(s.shape[-1], **on_device_of(s))
+    return s + xp.astype(indices[:, None] == indices[None, :], s.dtype) * row
 
 
 def zeros_row(matrix: Array) -> Array:
@@ -63,27 +68,31 @@ def regular(s: Array, other: Array, ridge: float) -> Array:
     size = s.shape[-1]
     measure = xp.where(own > 0, own, xp.where(borrowed > 0, borrowed, float(size))) / size
     added = xp.where(own > 0, ridge * measure, (ridge or 1.0) * measure)
-    return s + identity(s, s) * added + tie_break(s, ridge) * measure
+    return on_diagonal(s, added + tie_break(s, ridge) * measure)
 
 
 def tie_break(s: Array, ridge: float) -> Array:
-    """A diagonal matrix of different entries, at most half of the default ridge; zeros without a ridge.
+    """Different entries for a diagonal, shape (d,), at most half of the default ridge; zeros without a ridge.
 
     If the points do not span the space, all eigenvalues outside their span are equal to the ridge. Then the axes there
     would be determined by rounding errors alone.
     """
     largest = 0.5 * min(ridge, least_ridge(s))
-    return identity(s, s) * from_host([largest * ((_GOLDEN * axis) % 1) for axis in range(s.shape[-1])], like=s)
+    return from_host([largest * ((_GOLDEN * axis) % 1) for axis in range(s.shape[-1])], like=s)
 
 
 def principal(matrix: Array, ridge: float) -> tuple[Array, Array]:
     """The eigenvalues (*b, 1, d) of a second moment, largest first and at least zero, and its axes as rows."""
     xp = namespace_of(matrix)
-    matrix = matrix + tie_break(matrix, ridge) * (trace(matrix) / matrix.shape[-1])
-    values, axes = xp.linalg.eigh(matrix)
-    axes = xp.flip(xp.matrix_transpose(axes), axis=-2)
-    values = xp.flip(values, axis=-1)[..., None, :]
+    values, axes = eigen(on_diagonal(matrix, tie_break(matrix, ridge) * (trace(matrix) / matrix.shape[-1])))
     return xp.maximum(values, xp.zeros_like(values)), axes * signs(axes)
+
+
+def eigen(s: Array) -> tuple[Array, Array]:
+    """The eigenvalues (*b, 1, d) of a symmetric matrix, largest first, and the eigenvectors as rows."""
+    xp = namespace_of(s)
+    values, axes = xp.linalg.eigh(s)
+    return xp.flip(values, axis=-1)[..., None, :], xp.flip(xp.matrix_transpose(axes), axis=-2)
 
 
 def balance(s1: Array, s2: Array, ridge: float) -> tuple[Array, Array]:
@@ -91,9 +100,19 @@ def balance(s1: Array, s2: Array, ridge: float) -> tuple[Array, Array]:
     xp = namespace_of(s1, s2)
     # a Cholesky factor costs much less than a square root, but needs the least ridge: rounding is smaller than this
     factor = triangular if ridge >= min(least_ridge(s1), least_ridge(s2)) else square_root
-    root1, inverse1 = factor(regular(s1, s2, ridge))
-    root2, _ = factor(regular(s2, s1, ridge))
-    u, sigma, _ = xp.linalg.svd(xp.matrix_transpose(root1) @ root2, full_matrices=False)
+    s1, s2 = regular(s1, s2, ridge), regular(s2, s1, ridge)
+    root1, inverse1 = factor(s1)
+    transposed = xp.matrix_transpose(root1)
+    if factor is triangular and not is_traced(root1):
+        squares, axes = eigen(transposed @ s2 @ root1)
+        # small eigenvalues of squares lose digits: those that only the ridge makes would lose their order
+        least = max(1e-6, 1e4 * float(xp.finfo(squares.dtype).eps))
+        if bool(xp.all(squares[..., -1:] > least * squares[..., :1])):
+            scales = xp.matrix_transpose(squares) ** 0.25
+            g1 = scales * (axes @ inverse1)
+            sign = signs(g1)
+            return g1 * sign, sign / scales * (axes @ transposed)
+    u, sigma, _ = xp.linalg.svd(transposed @ factor(s2)[0], full_matrices=False)
     g1 = xp.sqrt(sigma)[..., :, None] * (xp.matrix_transpose(u) @ inverse1)
     g1 = g1 * signs(g1)
     # the closed formula for g2 gives the same matrix; but with the inverse, g1^T g2 = I holds up to rounding, and

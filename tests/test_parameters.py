@@ -308,6 +308,18 @@ def test_axes_off_the_span_of_the_points_follow_from_the_data(rng, method):
         np.testing.assert_allclose(fm.log_query(elsewhere), maps[0].log_query(elsewhere), rtol=1e-6, atol=1e-6)
 
 
+def test_both_ways_to_balance_find_the_same_axes(monkeypatch):
+    """Eigenvalues of squares, for data that span the space; singular values, for traced arrays and other data."""
+    q, k = (x.astype(np.float64) for x in sample())
+    quick = fs.fit(q, k)
+    monkeypatch.setattr("favorsharp._algebra.is_traced", lambda x: True)
+    careful = fs.fit(q, k)
+    for name in ("g1", "g2"):
+        np.testing.assert_allclose(getattr(quick, name), getattr(careful, name), rtol=1e-9, atol=1e-9)
+    product = np.swapaxes(quick.g1, -1, -2) @ quick.g2
+    np.testing.assert_allclose(product, np.broadcast_to(np.eye(q.shape[-1]), product.shape), atol=1e-12)
+
+
 @pytest.mark.parametrize("method", ["saderf", "aderf", "optimal"])
 @pytest.mark.parametrize("side", [0, 1])
 def test_a_side_without_spread_takes_the_measure_of_the_other(side, method):
