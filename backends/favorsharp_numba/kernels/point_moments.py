@@ -86,12 +86,21 @@ def add_shifted(one, s, x, mask, head, start, stop, constants, number, w):
         put(one, number, get(one, number) + seen)
         sum_block(one, w.rows, s.d_pad, count, s.d_pad, constants, 0, w.total)
         for j in range(0, s.d, width):
-            product_add(
-                one, s.d - j, min(width, s.d_pad - j), count, w.rows + j, 1, s.d_pad, w.rows + j, width, s.d_pad,
-                products + j * s.d_pad + j, s.d_pad,
-            )  # fmt: skip
+            # the first rows below the diagonal need only the first half of the panel
+            half = min(width // 2, s.d - j)
+            add_products(one, s, count, j, half, min(width // 2, s.d_pad - j), j, products, w)
+            add_products(one, s, count, j + half, s.d - j - half, min(width, s.d_pad - j), j, products, w)
     if get(one, number) > 0:
         finish_moments(one, s, get(one, number), w.shift, w.total, mean, products)
+
+
+@inlined
+def add_products(one, s, count, i, rows, columns, j, products, w):
+    """Add up products of the coordinates i .. i + rows with j .. j + columns."""
+    product_add(
+        one, rows, columns, count, w.rows + i, 1, s.d_pad, w.rows + j, panel(one), s.d_pad,
+        products + i * s.d_pad + j, s.d_pad,
+    )  # fmt: skip
 
 
 @outlined
