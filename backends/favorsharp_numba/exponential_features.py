@@ -81,7 +81,7 @@ class _Problem:
         sizes = Features(self.n, self.m, self.d, self.m_pad, self.d_pad, self.per_head, int(direct), int(stream))
         tasks, items = self.heads * self.per_head, items_of(kernel, sizes)
         fixed = (self.u, self.row, self.packed, self.terms, self.constants)
-        share(kernel, tasks, work, items, self.one, sizes, *fixed, *arguments)
+        share(kernel, tasks, work, items, self.one, sizes, *fixed, *arguments, of_torch=self.held.of_torch)
 
 
 def exponential_features(u: Any, rows: Any, row: Any, column: Any, *, out: Any = None) -> Any:
@@ -130,7 +130,8 @@ def exponential_features_of_points(
     )
     tasks, work = math.prod(batch) * p.per_head, float(math.prod(shape) * (s.d + 12))
     given = held.points(x, batch), points
-    share(features_of_points, tasks, work, items_of(features_of_points, s), packed.one, s, p, *given)
+    items = items_of(features_of_points, s)
+    share(features_of_points, tasks, work, items, packed.one, s, p, *given, of_torch=held.of_torch)
     if out is None or result is out:
         return result
     out[...] = result

@@ -26,7 +26,8 @@ def point_moments(x: Any, mask: Any) -> tuple[Any, Any, Any]:
     held = Held()
     arrays = held.points(x, batch), held.mask(mask, batch), held.place(constants), held.place(sums)
     work = float(heads * n * d * d)
-    share(add_points, heads * s.per_head, work, items_of(add_points, s), TAGS["float64"], s, *arrays)
+    items, of_torch = items_of(add_points, s), held.of_torch
+    share(add_points, heads * s.per_head, work, items, TAGS["float64"], s, *arrays, of_torch=of_torch)
     found = _merged(sums.reshape(heads, s.per_head, 2 + d, d_pad)[..., :d])
     return tuple(numpy_or_torch(x, part.reshape(*batch, *part.shape[-2:])) for part in found)
 

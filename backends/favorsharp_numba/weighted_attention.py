@@ -32,7 +32,8 @@ def weighted_attention(
     per_head = pieces_of(heads, n, work)
     first = -1 if causal_from is None else causal_from
     share(
-        attend, heads * per_head, work, items_of(attend, s), TAGS[dtype], s, side, *arrays, n, first, target, per_head
+        attend, heads * per_head, work, items_of(attend, s), TAGS[dtype], s, side, *arrays, n, first, target, per_head,
+        of_torch=held.of_torch,
     )  # fmt: skip
     return out
 

@@ -138,10 +138,17 @@ def _constant(x: Any) -> Constant:
 
 
 class Held:
-    """Makes arguments of kernels from arrays, and keeps the arrays alive whose addresses they contain."""
+    """Makes arguments of kernels from arrays, and keeps the arrays alive whose addresses they contain.
+
+    Attributes
+    ----------
+    of_torch : bool
+        Whether points of torch are among them.
+    """
 
     def __init__(self) -> None:
         self.arrays: list[Any] = []
+        self.of_torch = False
 
     def keep(self, x: Any) -> int:
         """The address of a NumPy array."""
@@ -157,6 +164,7 @@ class Held:
         """An array (*b, n, size) as a kernel takes it."""
         a = Address(x)
         self.arrays.append(a)
+        self.of_torch = self.of_torch or is_torch(x)
         offsets = self.constant(a.offsets(batch, 2))
         return Points(KINDS[a.kind], a.start, offsets, a.strides[-2], a.strides[-1], a.item)
 

@@ -85,7 +85,8 @@ class Turn:
         if self.work < SMALL:
             turn(self.one, self.plan, *places, *rows, 0, self.heads, self._scratch())
         else:
-            share(turn, self.heads, self.work, self.scratch, self.one, self.plan, *places, *rows)
+            given = (turn, self.heads, self.work, self.scratch, self.one, self.plan, *places, *rows)
+            share(*given, of_torch=self.held.of_torch)
         new = State(kv, z, c, state.window, state.recent_k, state.recent_v, state.recent_mask, state.fingerprint)
         if self.keeps:
             new.remember("single_tokens", After(kept, position + 1))

@@ -58,7 +58,7 @@ class StreamProblem:
         share(
             stream, self.heads, float(self.heads * self.n * s.held * (s.d + s.e)), items_of(stream, s),
             TAGS[self.dtype], s, x, side, held.keep(self._plan()), len(self.segments), place(self._noise()), *given,
-            place(moments), *targets,
+            place(moments), *targets, of_torch=held.of_torch,
         )  # fmt: skip
         keys, weight, values = new
         seen = {"num_seen": state.num_seen + self.n, "moments": self._found(moments)}

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from favorsharp.backend import LandmarkState, grown, segments_of
-from favorsharp_numba.host.arguments import Held, empty, host, name_of, start_of, usable_where_it_lies
+from favorsharp_numba.host.arguments import Held, empty, host, is_torch, name_of, start_of, usable_where_it_lies
 from favorsharp_numba.host.landmark_stream import StreamProblem
 from favorsharp_numba.host.reading import reading_constants, reading_places
 from favorsharp_numba.host.threads import share
@@ -100,7 +100,7 @@ class Token:
         work = float(self.heads * math.prod(self.group) * held * (self.d + self.e))
         share(
             take_token, self.heads, work, items_of(take_token, (*self.pads, room)), self.one, start_of(store.plan),
-            start_of(q), start_of(k), start_of(v), start_of(out), *store.places, held,
+            start_of(q), start_of(k), start_of(v), start_of(out), *store.places, held, of_torch=is_torch(q),
         )  # fmt: skip
         n, keys, values = held + 1, store.keys, store.values
         after = grown(

@@ -76,7 +76,7 @@ class LandmarkProblem:
         work = float(self.heads * s.slots * s.m * s.d)
         share(
             draw, self.heads, work, items_of(draw, s), self.one, s, self.k, self.weight, self.sides, place(numbers),
-            place(lists), grain, place(self.points), place(self.used),
+            place(lists), grain, place(self.points), place(self.used), of_torch=self.held.of_torch,
         )  # fmt: skip
 
     def _packed(
@@ -135,7 +135,8 @@ class LandmarkProblem:
         for step in range(0, steps, together):
             items = items_of(gather_landmarks, s)
             share(
-                gather_landmarks, tasks, work, items, self.one, s, *fixed, int(step > 0), together, *targets
+                gather_landmarks, tasks, work, items, self.one, s, *fixed, int(step > 0), together, *targets,
+                of_torch=self.held.of_torch,
             )  # fmt: skip
             if s.per_head > 1:
                 share(merge_landmarks, self.heads, 0.0, items, self.one, s, sums, *targets)

@@ -202,7 +202,8 @@ class AttentionProblem:
 
         `extra` is the number of items that each thread has behind its workspace.
         """
-        share(kernel, tasks, work, items_of(kernel, self.s) + extra, self.one, self.s, *arguments)
+        items, of_torch = items_of(kernel, self.s) + extra, self.held.of_torch
+        share(kernel, tasks, work, items, self.one, self.s, *arguments, of_torch=of_torch)
 
     def gather(self, *, normalised: bool = True) -> None:
         """Add up all keys, in segments if there are fewer heads than the threads need.

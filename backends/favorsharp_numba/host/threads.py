@@ -21,7 +21,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from favorsharp_numba.host import workspace
+from favorsharp_numba.host import torch_team, workspace
 from favorsharp_numba.kernels.arguments import TILE
 from favorsharp_numba.vectors.compiling import jit
 
@@ -127,19 +127,17 @@ class Work:
         self.fault: BaseException | None = None
 
     def run(self) -> None:
-        """Take part as the caller, wait for the workers, and raise what went wrong.
+        """Take part as the caller, and wait for the workers; `fault` is what went wrong.
 
-        An interrupt is raised after all workers have finished, because they write to the caller's memory.
+        An interrupt is kept until all workers have finished, because they write to the caller's memory.
         """
-        self._take_part()
+        self.take_part()
         while True:
             try:
                 self._wait()
                 break
             except BaseException as fault:
                 self._stop(fault)
-        if self.fault is not None:
-            raise self.fault
 
     def take_part_as_worker(self) -> None:
         """Take part as a worker thread."""
@@ -147,16 +145,18 @@ class Work:
             if self.next == self.tasks:
                 return
             self.busy.value += 1
-        self._take_part()
+        self.take_part()
         with self.lock:
             self.busy.value -= 1
             if self.waiting and self.busy.value == 0:
                 self.ended.release()
 
-    def _take_part(self) -> None:
+    def take_part(self) -> None:
         """Run the kernel for shares of the tasks, large shares first, until none is left."""
         try:
             with self.lock:
+                if self.started == self.threads:  # there is no workspace for a further thread
+                    return
                 place = workspace.place_in(self.memory[self.started])
                 self.started += 1
             while True:
@@ -234,7 +234,15 @@ def _keep_apart(count: int) -> None:
                 os.sched_setaffinity(worker, places)
 
 
-def share(kernel: Callable[..., None], tasks: int, work: float, items: int, one: Any, *arguments: Any) -> None:
+def share(
+    kernel: Callable[..., None],
+    tasks: int,
+    work: float,
+    items: int,
+    one: Any,
+    *arguments: Any,
+    of_torch: bool = False,
+) -> None:
     """Call kernel(one, *arguments, low, high, place) for shares low .. high of the tasks.
 
     Parameters
@@ -250,6 +258,8 @@ def share(kernel: Callable[..., None], tasks: int, work: float, items: int, one:
         The dtype that the kernel computes in.
     *arguments
         Further arguments of the kernel.
+    of_torch : bool
+        Whether the arrays are torch's, so that its threads should do the work if they can.
     """
     if tasks == 0:
         return
@@ -259,5 +269,8 @@ def share(kernel: Callable[..., None], tasks: int, work: float, items: int, one:
         kernel(one, *arguments, 0, tasks, workspace.place_in(memory[0]))
         return
     shared = Work(kernel, (one, *arguments), tasks, memory)
-    _call_workers(shared)
-    shared.run()
+    if not (of_torch and torch_team.run(shared)):
+        _call_workers(shared)
+        shared.run()
+    if shared.fault is not None:
+        raise shared.fault

@@ -118,8 +118,18 @@ SHARED = """
             else:
                 begun.set()
                 of_helper()
-        share(kernel, 2, 1e9, 16, TAGS["float32"])
+        share(kernel, 2, 1e9, 16, TAGS["float32"], of_torch="torch" in sys.modules)
 """
+POOLS = pytest.mark.parametrize("of_torch", [False, True], ids=["own threads", "threads of torch"])
+
+
+def shared(code, *, of_torch):
+    """Run code after SHARED on two threads, our own or those of torch; return what it prints."""
+    if of_torch:
+        pytest.importorskip("torch")
+    start = "import sys\n" + of_torch * "import torch\ntorch.set_num_threads(2)\n"
+    code = start + textwrap.dedent(SHARED) + textwrap.dedent(code)
+    return python(code, NUMBA_NUM_THREADS="2")
 
 
 @pytest.mark.skipif(
@@ -154,12 +164,12 @@ def test_helpers_run_where_their_caller_may_but_not_on_its_processor():
     share_two(lambda: ended.append("helped"))
     print(*ended)
     """
-    code = textwrap.dedent(SHARED) + textwrap.dedent(code) + textwrap.dedent(refused)
-    assert python(code, NUMBA_NUM_THREADS="2") == "helped helped"
+    assert shared(textwrap.dedent(code) + textwrap.dedent(refused), of_torch=False) == "helped helped"
 
 
+@POOLS
 @pytest.mark.parametrize("sleep", [0, 0.2], ids=["while it waits", "while it works"])
-def test_an_interrupt_is_raised_when_no_helper_writes_any_more(sleep):
+def test_an_interrupt_is_raised_when_no_helper_writes_any_more(sleep, of_torch):
     code = f"""
     import signal
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts what runs behind it with none
@@ -171,12 +181,13 @@ def test_an_interrupt_is_raised_when_no_helper_writes_any_more(sleep):
     try:
         share_two(interrupt, lambda: time.sleep({sleep}))
     except KeyboardInterrupt:
-        print(*ended)
+        print(*set(ended))
     """
-    assert python(textwrap.dedent(SHARED) + textwrap.dedent(code), NUMBA_NUM_THREADS="2") == "helper"
+    assert shared(code, of_torch=of_torch) == "helper"
 
 
-def test_what_goes_wrong_on_a_helper_is_raised_by_the_call():
+@POOLS
+def test_what_goes_wrong_on_a_helper_is_raised_by_the_call(of_torch):
     code = """
     def fail():
         raise ArithmeticError("of a helper")
@@ -185,10 +196,36 @@ def test_what_goes_wrong_on_a_helper_is_raised_by_the_call():
     except ArithmeticError as fault:
         print(fault)
     share_two(lambda: ended.append("next"))
-    print(*ended)
+    print(*set(ended))  # it may have done both tasks
     """
-    found = python(textwrap.dedent(SHARED) + textwrap.dedent(code), NUMBA_NUM_THREADS="2")
-    assert found.split("\n") == ["of a helper", "next"]
+    assert shared(code, of_torch=of_torch).split("\n") == ["of a helper", "next"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="GNU's entry points of OpenMP")
+def test_threads_of_torch_work_for_its_arrays():
+    """With the bits of our own threads, which work for other arrays, beside a first caller, and in a forked child."""
+    code = """
+    import os
+    from favorsharp_numba.host import threads, torch_team
+    torch.set_num_threads(3)  # more than Numba's limit: one of them finds no place
+    tensors = [torch.from_numpy(x) for x in (q, k, v)]
+    of_tensors = fs.feature_map(fs.fit(*tensors[:2], method="posrf"), 64, rng=0)
+    def attend(causal):
+        with fs.use("numba"):
+            return fs.linear_attention(*tensors, of_tensors, is_causal=causal).numpy()
+    found = [attend(causal) for causal in (False, True)]
+    share_two(lambda: ended.append(threading.get_ident()))
+    assert not threads._workers and ended[0] != caller
+    assert all((run(is_causal=bool(causal)) == x).all() for causal, x in enumerate(found))
+    assert threads._workers
+    with torch_team._free:  # another caller
+        assert not torch_team.run(None) and (attend(True) == found[1]).all()
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if not torch_team.run(None) and (attend(True) == found[1]).all() else 1)
+    print(os.waitpid(child, 0)[1])
+    """
+    assert shared(code, of_torch=True) == "0"
 
 
 def test_results_do_not_depend_on_the_number_of_threads(tmp_path):
