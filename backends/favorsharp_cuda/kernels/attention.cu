@@ -27,7 +27,8 @@ template <class T, int E> KERNEL(THREADS) read(ARGUMENT Problem p) {
   const SideView side = side_of(p, p.query, index);
   const float *totals = totals_of(p, along(index, p.key_axis)), *c = totals, *z = totals + p.m_pad;
   copy_stage<P, E>(p, stages, side, totals, 0);
-  load_points(view<const T>(p.q, index), first, 0, count, (int)p.d, side.root(), side.center(), points, D, unscale);
+  load_points(view<const T>(p.q, index), in_pieces<T>(p.q, p.d), first, 0, count, (int)p.d, side.root(), side.center(), points,
+              D, unscale);
   __syncwarp();
   const float back[2] = {unscale[row_of(0)] * side.unscale(), unscale[row_of(1)] * side.unscale()};
   Reading<E> reading;
@@ -70,14 +71,9 @@ template <class T, int E> KERNEL(THREADS) read(ARGUMENT Problem p) {
     const float den = quad_sum(reading.den[h]);
     const float ref = reading.ref[h] + (factors && r < count ? factors[first + r] : 0.0f);
     const float by = p.normalised ? (den == 0 ? 0.0f : 1.0f / den) : exp2_of(ref);
-    if (r < count) {
-#pragma unroll
-      for (int n = 0; n < E / 8; n++)
-#pragma unroll
-        for (int i = 0; i < 2; i++)
-          if (column_of(n, i) < p.e) put(&out.at(first + r, column_of(n, i)), reading.num[n][2 * h + i] * by);
-      if (stats.start && lane_of() % 4 == 0) stats.at(first + r, 0) = by, stats.at(first + r, 1) = safe(ref) * LN_2;
-    }
+    store_row<T, E / 8>(out, in_pieces<T>(p.out, p.e), r < count, first + r, 0, p.e,
+                        [&](int n, int i) { return reading.num[n][2 * h + i] * by; });
+    if (r < count && stats.start && lane_of() % 4 == 0) stats.at(first + r, 0) = by, stats.at(first + r, 1) = safe(ref) * LN_2;
   }
 }
 

@@ -73,8 +73,8 @@ template <class T, int E> KERNEL(WALK_BOUNDS) walk(ARGUMENT Problem p) {
       Reading<E> reading;
       __syncthreads();
       if (reads)
-        load_points(s.q(), start - first_query, low, high, (int)p.d, s.query().root(), s.query().center(), s.queries(), s.size(),
-                    s.query_unscale());
+        load_points(s.q(), in_pieces<T>(p.q, p.d), start - first_query, low, high, (int)p.d, s.query().root(),
+                    s.query().center(), s.queries(), s.size(), s.query_unscale());
       reading.start();
 #pragma unroll
       for (int c = 0; c < LANE_COLUMNS; c++)
@@ -139,6 +139,19 @@ template <class T, int E> KERNEL(WALK_BOUNDS) walk(ARGUMENT Problem p) {
       }
       __syncthreads();
       const View<T> out = s.template array<T>(Start::OUT, p.out);
+      if (!(p.flags & (WALK_LOAD | WALK_STORE)) && in_pieces<T>(p.out, p.e)) {
+        constexpr int N = ITEMS<T>;
+#pragma unroll 1
+        for (int t = threadIdx.x; t < high * (E / N); t += THREADS) {
+          const int row = t / (E / N), column = t % (E / N) * N;
+          if (row < low || s.e_first + column >= p.e) continue;
+          float x[N];
+#pragma unroll
+          for (int i = 0; i < N; i++) x[i] = staged[row * (E + 8) + column + i] * totals[row];
+          store_piece(&out.at(start - first_query + row, s.e_first + column), x);
+        }
+        continue;
+      }
 #pragma unroll 1
       for (int t = threadIdx.x; t < high * E; t += THREADS) {
         const int row = t / E;

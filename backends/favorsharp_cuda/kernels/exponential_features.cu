@@ -15,7 +15,7 @@ template <class T> KERNEL(THREADS) features(ARGUMENT Problem p) {
   const int count = (int)min(p.num_queries - first, (i64)TILE);
   for (int j = threadIdx.x; j < D; j += THREADS) center[j] = 0;
   __syncthreads();
-  load_points(u, first, 0, count, (int)p.d, 1.0f, center, points, D, unscale);
+  load_points(u, in_pieces<T>(p.q, p.d), first, 0, count, (int)p.d, 1.0f, center, points, D, unscale);
   __syncwarp();
   float back[2], own[2];
 #pragma unroll
@@ -28,20 +28,24 @@ template <class T> KERNEL(THREADS) features(ARGUMENT Problem p) {
   for (i64 j = 0; j < p.m; j += TILE) {
     const int features = (int)min(p.m - j, (i64)TILE);
     __syncthreads();
-    load_points(w, j, 0, features, (int)p.d, 1.0f, center, weights, D, weights_unscale);
+    load_points(w, in_pieces<T>(p.k, p.d), j, 0, features, (int)p.d, 1.0f, center, weights, D, weights_unscale);
     __syncthreads();
     float log[LANE_COLUMNS][4];
     multiply_points(log, points, weights, D);
 #pragma unroll
     for (int n = 0; n < LANE_COLUMNS; n++)
 #pragma unroll
-      for (int i = 0; i < 4; i++) {
-        const int r = row_of(i / 2), c = column_of(n, i % 2);
-        if (r < count && c < features) {
-          const float sum = log[n][i] * (back[i / 2] * weights_unscale[c]) + (own[i / 2] + widened(column.at(0, j + c)));
-          put(&out.at(first + r, j + c), exp_of(sum));
-        }
+      for (int i = 0; i < 2; i++) {
+        const int c = column_of(n, i);
+        const float bias = c < features ? widened(column.at(0, j + c)) : 0.0f, scale = weights_unscale[c];
+#pragma unroll
+        for (int h = 0; h < 2; h++)
+          log[n][2 * h + i] = exp_of(log[n][2 * h + i] * (back[h] * scale) + (own[h] + bias));
       }
+#pragma unroll
+    for (int h = 0; h < 2; h++)
+      store_row<T, LANE_COLUMNS>(out, in_pieces<T>(p.out, p.m), row_of(h) < count, first + row_of(h), j, p.m,
+                                 [&](int n, int i) { return log[n][2 * h + i]; });
   }
 }
 

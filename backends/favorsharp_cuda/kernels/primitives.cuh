@@ -33,7 +33,20 @@ DEVICE float to_float(half x) { return ::host::half_to_float(x.bits); }
 DEVICE float to_float(bfloat16 x) { return ::host::bf16_to_float(x.bits); }
 DEVICE half to_half(float x) { return {::host::float_to_half(x)}; }
 DEVICE bfloat16 to_bfloat16(float x) { return {::host::float_to_bf16(x)}; }
+DEVICE u32 to_halves(float low, float high) { return (u32)to_half(low).bits | (u32)to_half(high).bits << 16; }
+DEVICE u32 to_bfloat16s(float low, float high) { return (u32)to_bfloat16(low).bits | (u32)to_bfloat16(high).bits << 16; }
 DEVICE float exp2_of(float x) { return exp2f(x); }
+template <class X> DEVICE X *global(X *x) { return x; }
+
+// 16 bytes at once, from and to an address that is a multiple of 16.
+DEVICE uint4 load_16(const void *from, ::host::HOST_HERE) {
+  ::host::check_aligned(from, 16, place);
+  return *(const uint4 *)from;
+}
+DEVICE void store_16(void *to, uint4 x, ::host::HOST_HERE) {
+  ::host::check_aligned(to, 16, place);
+  *(uint4 *)to = x;
+}
 
 // d += a b, where a is (16, 16) and b is (16, 8), in the fragments of mma.m16n8k16
 DEVICE void mma(float (&d)[4], const u32 (&a)[4], const u32 (&b)[2], half, ::host::HOST_HERE) {
@@ -77,6 +90,24 @@ DEVICE half to_half(float x) {
 DEVICE bfloat16 to_bfloat16(float x) {
   bfloat16 y;
   asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(y.bits) : "f"(x));
+  return y;
+}
+// 16 bytes at once, from and to an address that is a multiple of 16.
+DEVICE uint4 load_16(const void *from) { return *(const uint4 *)from; }
+DEVICE void store_16(void *to, uint4 x) { *(uint4 *)to = x; }
+// Returns x, which the compiler then knows as an address of global memory.
+template <class X> DEVICE X *global(X *x) {
+  __builtin_assume(__isGlobal(x));
+  return x;
+}
+DEVICE u32 to_halves(float low, float high) {  // two numbers in one word
+  u32 y;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(high), "f"(low));
+  return y;
+}
+DEVICE u32 to_bfloat16s(float low, float high) {
+  u32 y;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(high), "f"(low));
   return y;
 }
 DEVICE float exp2_of(float x) {

@@ -17,7 +17,8 @@ template <class T> KERNEL(THREADS) factors(ARGUMENT Problem p) {
   const int count = (int)min(p.num_queries - first, (i64)TILE);
   float squares[2] = {0, 0};
   if (p.has_dense) {
-    load_points(view<const T>(p.q, index), first, 0, count, (int)p.d, side.root(), side.center(), points, D, unscale);
+    load_points(view<const T>(p.q, index), in_pieces<T>(p.q, p.d), first, 0, count, (int)p.d, side.root(), side.center(),
+                points, D, unscale);
     for (i64 r = p.m_pad; r < p.plane_rows; r += TILE) {
       copy_side(rows, side, r, p.plane_rows);
       commit_copies();
@@ -100,8 +101,8 @@ template <class T, int E> KERNEL(THREADS) absorb(ARGUMENT Problem p) {
   for (i64 first = low; first < high; first += TILE) {
     const int count = (int)min(high - first, (i64)TILE);
     __syncthreads();
-    load_points(k, first, 0, count, (int)p.d, side.root(), side.center(), points, D, unscale);
-    load_values<T, E>(v, first, 0, count, 0, p.e, factors, values, nullptr);
+    load_points(k, in_pieces<T>(p.k, p.d), first, 0, count, (int)p.d, side.root(), side.center(), points, D, unscale);
+    load_values<T, E>(v, in_pieces<T>(p.v, p.e), first, 0, count, 0, p.e, factors, values, nullptr);
     if (threadIdx.x < TILE) bias[threadIdx.x] = (int)threadIdx.x < count ? factors[first + threadIdx.x] : -INFINITY_F;
     __syncthreads();
     float log[LANE_COLUMNS][4], old[2];

@@ -40,17 +40,17 @@ template <class T, int E> struct Walk {
   DEVICE i64 *starts(Start first = Start::Q) const { return (i64 *)(numbers(9) + 4) + (int)first; }
 
   template <class X> DEVICE View<X> array(Start which, const Array &x) const {
-    return {(X *)starts(which)[0], x.row, x.column};
+    return {global((X *)starts(which)[0]), x.row, x.column};
   }
   DEVICE View<const T> q() const { return array<const T>(Start::Q, p.q); }
   DEVICE View<const T> k() const { return array<const T>(Start::K, p.k); }
   DEVICE View<const T> v() const { return array<const T>(Start::V, p.v); }
   DEVICE SideView side(Start which) const {
-    return {(const float *)starts(which)[0], (const u16 *)starts(which)[1], size()};
+    return {global((const float *)starts(which)[0]), global((const u16 *)starts(which)[1]), size()};
   }
   DEVICE SideView query() const { return side(Start::QUERY); }
   DEVICE SideView key() const { return side(Start::KEY); }
-  DEVICE const float *factors() const { return (const float *)starts(Start::KEY_FACTORS)[0]; }
+  DEVICE const float *factors() const { return global((const float *)starts(Start::KEY_FACTORS)[0]); }
 
   DEVICE Layout layout() const { return {(int)p.m_pad, E}; }
   DEVICE bool single() const { return p.stages == 1; }
@@ -68,8 +68,8 @@ template <class T, int E> struct Walk {
   // Load keys first + low .. first + high as the entering tile. Returns whether one of them is not finite.
   DEVICE bool load_keys(int first, int low, int high) {
     __syncthreads();
-    load_points(k(), first, low, high, (int)p.d, key().root(), key().center(), keys(), size(), key_unscale());
-    bool odd = load_values<T, E>(v(), first, low, high, e_first, p.e, factors(), values(), nullptr);
+    load_points(k(), in_pieces<T>(p.k, p.d), first, low, high, (int)p.d, key().root(), key().center(), keys(), size(), key_unscale());
+    bool odd = load_values<T, E>(v(), in_pieces<T>(p.v, p.e), first, low, high, e_first, p.e, factors(), values(), nullptr);
     const int r = threadIdx.x;
     if (r < TILE) {
       key_bias()[r] = r >= low && r < high ? factors()[first + r] : -INFINITY_F;
@@ -118,9 +118,8 @@ template <class T, int E> struct Walk {
 #pragma unroll
           for (int n = 0; n < E / 8; n++) {
             const float2 own = *(const float2 *)(state + layout().at(again(tile) * TILE + r, column_of(n, 0)));
-            u16 *const to = sums() + r * (E + 8) + column_of(n, 0);
-            put_planes<P>(to, TILE * (E + 8), own.x);
-            put_planes<P>(to + 1, TILE * (E + 8), own.y);
+            const float pair[2] = {own.x, own.y};
+            put_pieces<P>(sums() + r * (E + 8) + column_of(n, 0), TILE * (E + 8), pair);
           }
           if (lane_of() % 4 == 0) {
             far_bias()[r] = c[h] + column[h];
@@ -175,8 +174,10 @@ template <class T, int E> struct Walk {
 #pragma unroll
     for (int n = 0; n < LANE_COLUMNS; n++)
 #pragma unroll
-      for (int i = 0; i < 4; i++)
-        put_planes<P>(features() + row_of(i / 2) * (TILE + 8) + column_of(n, i % 2), TILE * (TILE + 8), weights[n][i]);
+      for (int h = 0; h < 2; h++) {
+        const float pair[2] = {weights[n][2 * h], weights[n][2 * h + 1]};
+        put_pieces<P>(features() + row_of(h) * (TILE + 8) + column_of(n, 0), TILE * (TILE + 8), pair);
+      }
   }
 
   // Write the sums of 64 features, with the entering keys, to `next`.
@@ -308,8 +309,8 @@ template <class T, int E> struct Walk {
     const int w = (int)p.window, first_block = start / w, last_block = (start + high - 1) / w;
     const int from = max((first_block - 1) * w, 0);
     const int to = (int)min((i64)(last_block + (p.causal ? 1 : 2)) * w, p.num_keys);
-    load_points(q(), start - (int)p.first_query, low, high, (int)p.d, query().root(), query().near_center(), queries(), size(),
-                query_unscale(), squares());
+    load_points(q(), in_pieces<T>(p.q, p.d), start - (int)p.first_query, low, high, (int)p.d, query().root(),
+                query().near_center(), queries(), size(), query_unscale(), squares());
     __syncwarp();
     float back[2], norm[2];
     int block[2];  // counted from the block of the first row
@@ -323,8 +324,10 @@ template <class T, int E> struct Walk {
     for (int first = from; first < to; first += TILE) {
       const int count = min(to - first, TILE), r = threadIdx.x;
       __syncthreads();
-      load_points(k(), first, 0, count, (int)p.d, key().root(), key().near_center(), keys(), size(), key_unscale(), squares());
-      const bool odd = load_values<T, E>(v(), first, 0, count, e_first, p.e, factors(), values(), odd_keys());
+      load_points(k(), in_pieces<T>(p.k, p.d), first, 0, count, (int)p.d, key().root(), key().near_center(), keys(), size(),
+                  key_unscale(), squares());
+      const bool whole = in_pieces<T>(p.v, p.e);
+      const bool odd = load_values<T, E>(v(), whole, first, 0, count, e_first, p.e, factors(), values(), odd_keys());
       if (r < TILE) {  // load_values has a barrier, so the squares are there
         key_bias()[r] = p.gaussian ? -0.5f * query().near_unscale() * squares()[r] : 0.0f;
         if (r >= count || factors()[first + r] == -INFINITY_F) key_bias()[r] = -INFINITY_F;

@@ -45,14 +45,20 @@ KERNEL(32) check_copies(const u16 *x, u16 *out) {
   for (int i = 0; i < 8; i++) out[256 + lane * 8 + i] = rows[256 + lane * 8 + i];
 }
 
-KERNEL(32) check_numbers(const float *x, u16 *halves, u16 *bfloats, float *back, float *powers, int n) {
+KERNEL(32) check_numbers(const float *x, u16 *halves, u16 *bfloats, u32 *pairs, float *back, float *powers, int n) {
   for (int i = threadIdx.x; i < n; i += 32) {
     halves[i] = to_half(x[i]).bits;
     bfloats[i] = to_bfloat16(x[i]).bits;
+    const u32 pair = to_halves(x[i], x[n - 1 - i]), bfloat_pair = to_bfloat16s(x[i], x[n - 1 - i]);
+    pairs[2 * i] = pair, pairs[2 * i + 1] = bfloat_pair;
     back[2 * i] = to_float(to_half(x[i]));
     back[2 * i + 1] = to_float(to_bfloat16(x[i]));
     powers[i] = exp2_of(x[i]);
   }
+}
+
+KERNEL(32) check_pieces(const u32 *x, u32 *out) {
+  store_16(out + threadIdx.x * 4, load_16(global(x) + (31 - threadIdx.x) * 4));
 }
 
 KERNEL(32) check_warp(const float *x, float *out) {

@@ -1,6 +1,7 @@
 """What the kernels take of a GPU, from NVRTC and the disassembler, on a machine without one.
 
-`python tests/backends/cuda/resources.py` compiles every instantiation and rewrites resources.json.
+`python tests/backends/cuda/resources.py` compiles every instantiation and rewrites resources.json. With names of
+kernels (`walk absorb`), it compiles the instances of these only, which is right if no other kernel has changed.
 """
 
 import hashlib
@@ -16,7 +17,7 @@ from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
 TABLE = Path(__file__).with_name("resources.json")
@@ -28,8 +29,8 @@ INSTRUCTIONS = {
     "STL": "stores to it",
 }
 
-SMALL_SPILL = 24
-"""Bytes that an instance may spill: a few registers, as in five instances of `absorb` and `read`."""
+SMALL_SPILL = 48
+"""Bytes that an instance may spill: a few registers, as in some instances of `absorb`, `read` and `walk`."""
 
 BATCH = 12  # names in one run of NVRTC
 
@@ -92,20 +93,60 @@ def read_log(log: str) -> dict[str, Resources]:
 
 
 def count_instructions(cubin: bytes) -> dict[str, Resources]:
-    """How often each of `INSTRUCTIONS` stands in each kernel, by symbol."""
+    """How often each of `INSTRUCTIONS` stands in each kernel, and how many loads it has in flight, by symbol."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
         command = [str(disassembler()), "-c", file.name]
         text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    counts: dict[str, Counter[str]] = {}
-    current: Counter[str] = Counter()
+    return {symbol: _counts(lines) for symbol, lines in read_listing(text).items()}
+
+
+class Instruction(NamedTuple):
+    """Whether an instruction depends on a predicate, its name with all that follows it after points, its operands."""
+
+    conditional: bool
+    name: str
+    operands: str
+
+
+def read_listing(text: str) -> dict[str, list[Instruction]]:
+    """The instructions of each kernel, by symbol, from what nvdisasm prints."""
+    found: dict[str, list[Instruction]] = {}
+    current: list[Instruction] = []
     for line in text.splitlines():
         if section := re.match(r"\s*\.section\s+\.text\.(\w+)", line):
-            current = counts.setdefault(section[1], Counter())
-        elif instruction := re.match(r"\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9]+)", line):
-            current[instruction[1]] += 1
-    return {symbol: {name: of[name] for name in INSTRUCTIONS} for symbol, of in counts.items()}
+            current = found.setdefault(section[1], [])
+        elif instruction := re.match(r"\s*/\*[0-9a-f]+\*/\s+(@!?U?P\w+\s+)?([A-Z0-9_.]+)\s*([^;]*)", line):
+            current.append(Instruction(bool(instruction[1]), instruction[2], instruction[3]))
+    return found
+
+
+def _counts(instructions: list[Instruction]) -> Resources:
+    counts = Counter(each.name.partition(".")[0] for each in instructions)
+    return {name: counts[name] for name in INSTRUCTIONS} | {
+        "in flight": in_flight(instructions),
+        "pieces in flight": in_flight(instructions, ".128"),
+    }
+
+
+def in_flight(instructions: Iterable[Instruction], width: str = "") -> int:
+    """The most loads from global memory that are issued before an instruction needs one of them.
+
+    The listing is read from top to bottom, as if no conditional branch were taken; loads of `width` are counted.
+    """
+    pending: list[range] = []
+    most = 0
+    for conditional, name, operands in instructions:
+        registers = [int(number) for number in re.findall(r"\bR(\d+)", operands)]
+        leaves = not conditional and name in ("EXIT", "RET", "BRA")
+        if leaves or any(x in load for x in registers for load in pending):
+            pending = []
+        if name.startswith("LDG") and width in name and registers:
+            size = 4 if ".128" in name else 2 if ".64" in name else 1
+            pending.append(range(registers[0], registers[0] + size))
+            most = max(most, len(pending))
+    return most
 
 
 def disassembler() -> Path:
@@ -159,6 +200,11 @@ def complaints(found: Mapping[str, Resources], table: Mapping[str, Resources]) -
             for what in ("HMMA", "LDSM", "LDGSTS")
             if now[what] != then[what]
         ]
+        said += [
+            f"{name}: {now[what]} loads {what}, {then[what]} in the table"
+            for what in ("in flight", "pieces in flight")
+            if what in now and now[what] < then.get(what, 0)
+        ]
     return said
 
 
@@ -168,19 +214,28 @@ def representatives(names: Iterable[str]) -> list[str]:
     return [list(group)[-1] for _, group in by_kernel]
 
 
-def main() -> None:
-    """Compile everything for every architecture and write the table."""
+def kernel_of(name: str) -> str:
+    """The kernel of an instance: "walk" for "favorsharp::walk<float, 64>"."""
+    return name.removeprefix("favorsharp::").partition("<")[0]
+
+
+def main(*kernels: str) -> None:
+    """Compile all kernels, or those of the given names, for every architecture and write the table."""
     from favorsharp_cuda.host.source import INSTANTIATIONS
 
+    chosen = [
+        name for name in INSTANTIATIONS if not kernels or name.removeprefix("favorsharp::").partition("<")[0] in kernels
+    ]
     with ThreadPoolExecutor() as pool:
-        results: list[Any] = list(pool.map(lambda a: compile_for(a, INSTANTIATIONS), ARCHITECTURES))
-    table = dict(zip(ARCHITECTURES, results, strict=True))
+        results: list[Any] = list(pool.map(lambda a: compile_for(a, chosen), ARCHITECTURES))
+    kept: dict[str, Any] = read_table() if kernels else {}
+    table = {a: kept.get(a, {}) | found for a, found in zip(ARCHITECTURES, results, strict=True)}
     write_table(table)
     for architecture, kernels in table.items():
         for line in complaints(kernels, kernels):
             print(f"{architecture}: {line}", file=sys.stderr)
-    print(f"{TABLE.name}: {len(INSTANTIATIONS)} kernels for {', '.join(ARCHITECTURES)}, by {sysconfig.get_platform()}")
+    print(f"{TABLE.name}: {len(chosen)} kernels for {', '.join(ARCHITECTURES)}, by {sysconfig.get_platform()}")
 
 
 if __name__ == "__main__":
-    main()
+    main(*sys.argv[1:])

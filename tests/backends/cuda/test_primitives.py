@@ -14,7 +14,7 @@ pytest.importorskip("favorsharp_cuda")
 CHECKS = Path(__file__).with_name("primitives_check.cu")
 NAMES = [
     *(f"favorsharp::check_mma<favorsharp::{dtype}>" for dtype in ("half", "bfloat16")),
-    *(f"favorsharp::check_{what}" for what in ("matrices", "copies", "numbers", "warp")),
+    *(f"favorsharp::check_{what}" for what in ("matrices", "copies", "numbers", "pieces", "warp")),
 ]
 
 
@@ -101,13 +101,22 @@ def test_conversions_round_to_nearest(launch):
     x = np.concatenate([x, ties]).astype(np.float32)
     halves, bfloats = (np.zeros(x.size, np.uint16) for _ in range(2))
     back, powers = np.zeros((x.size, 2), np.float32), np.zeros(x.size, np.float32)
-    launch("check_numbers", x, halves, bfloats, back, powers, np.int32(x.size))
+    pairs = np.zeros((x.size, 2), np.uint32)
+    launch("check_numbers", x, halves, bfloats, pairs, back, powers, np.int32(x.size))
+    for both, single in ((pairs[:, 0], halves), (pairs[:, 1], bfloats)):  # a number and that from the other end
+        np.testing.assert_array_equal(both, as_words(np.stack([single, single[::-1]], axis=-1)))
     with np.errstate(over="ignore"):
         np.testing.assert_array_equal(halves.view(np.float16), x.astype(np.float16))
         np.testing.assert_array_equal(back[:, 0], x.astype(np.float16).astype(np.float32))
         bits = x.view(np.uint32)
         np.testing.assert_array_equal(bfloats, (bits + 0x7FFF + (bits >> 16 & 1)) >> 16)
         np.testing.assert_allclose(powers, np.exp2(x.astype(np.float64)).astype(np.float32), rtol=3e-7)
+
+
+def test_pieces_of_16_bytes(launch):
+    x, out = np.arange(128, dtype=np.uint32).reshape(32, 4), np.zeros((32, 4), np.uint32)
+    launch("check_pieces", x, out)
+    np.testing.assert_array_equal(out, x[::-1])
 
 
 def test_sums_and_maxima_of_a_warp(launch):

@@ -36,6 +36,43 @@ def test_representatives_take_what_the_table_says(architecture):
     assert not said, "\n".join([*said, "if this is wanted: python tests/backends/cuda/resources.py"])
 
 
+def test_loads_are_in_flight_together():
+    """Points and values come in pieces of 16 bytes, several of which are issued before the first is needed.
+
+    In `absorb` the count may be that of the sums, which it adds to in pieces of 16 bytes too.
+    """
+    table = resources.read_table()
+    for architecture in resources.ARCHITECTURES:
+        for name, taken in table[architecture].items():
+            if resources.kernel_of(name) in ("walk", "absorb", "read", "factors", "features"):
+                assert taken["pieces in flight"] >= 4, (architecture, name)
+
+
+LISTING = """
+ .section .text.f
+        /*0000*/                   LDG.E.128 R4, desc[UR4][R2.64] ;
+        /*0010*/              @!P0 LDG.E.128 R8, desc[UR4][R2.64+0x10] ;
+        /*0020*/              @P1 BRA `(.L_x_1) ;
+        /*0030*/                   LDG.E.U16 R12, desc[UR4][R2.64+0x20] ;
+        /*0040*/                   FADD R13, R7, R1 ;
+        /*0050*/                   LDG.E R14, desc[UR4][R2.64+0x30] ;
+        /*0060*/                   EXIT ;
+        /*0070*/                   LDG.E R15, desc[UR4][R2.64+0x30] ;
+"""
+
+
+def test_loads_in_flight_are_counted_up_to_the_first_use():
+    """R7 is the last word of the first load, so the addition waits for it."""
+    instructions = resources.read_listing(LISTING)["f"]
+    assert resources.in_flight(instructions) == 3
+    assert resources.in_flight(instructions, ".128") == 2
+    assert resources.in_flight(instructions[4:]) == 1
+    now = {"registers": 1, "shared": 0, "spilled": 0, "LDL": 0, "STL": 0, "HMMA": 0, "LDSM": 0, "LDGSTS": 0}
+    found = {"f": now | {"in flight": 1, "pieces in flight": 4}}
+    assert resources.complaints(found, found) == []
+    assert resources.complaints(found, {"f": found["f"] | {"in flight": 3}}) == ["f: 1 loads in flight, 3 in the table"]
+
+
 WASTEFUL = """
 template <int N> __global__ void __launch_bounds__(1024) f(float *x) {
   float kept[N];

@@ -32,6 +32,10 @@ HOST_UNSEEN inline void enlist(void *shared, const void *global, unsigned bytes,
   current->copy[current->copies++] = copy;
 }
 
+inline void check_aligned(const void *address, unsigned bytes, Place place) {
+  if ((uintptr_t)address % bytes) fail(place, "%u bytes at %p, which is no multiple of them", bytes, address);
+}
+
 // Between its issue and the wait the destination holds nothing: written here, and again where the copy lands. Both
 // writes are the kernel's own to the sanitizers.
 inline void cp_async(void *shared, const void *global, unsigned bytes, unsigned source_bytes, HOST_HERE) {
