@@ -12,14 +12,15 @@ from favorsharp_cuda.host import arrays
 from favorsharp_cuda.host.declarations import GRADIENT_ROWS, GRADIENT_THREADS, GRADIENTS, PART
 from favorsharp_cuda.host.launch import run, shared_room
 from favorsharp_cuda.host.maps import plain_map
+from favorsharp_cuda.host.occupancy import MULTIPROCESSORS, cut
 from favorsharp_cuda.host.problem import Problem, Sums, key_batch_of, new_sums
 from favorsharp_cuda.host.source import SWEEPS, Sweep, expression
 
 WIDEST = 128
 """The most entries that a point can have. Kernels other than `gradient_sweep` are compiled for widths 64 and 128."""
-ENOUGH_BLOCKS = 512
-"""A number of blocks that keeps a large GPU busy."""
-SHORTEST_SEGMENT = 512
+BLOCKS = 2 * MULTIPROCESSORS
+"""The number of blocks that a large GPU runs at the same time."""
+SHORTEST_SEGMENT = 256
 """The fewest points of a segment: its sums cost as much as reading some hundred points."""
 
 
@@ -142,9 +143,8 @@ def wider_of(width: int) -> int:
 
 def segments_of(heads: int, points: int, block: int) -> tuple[int, int]:
     """How many segments to cut the points of a head into, and the points of a segment, a multiple of `block`."""
-    wanted = max(1, min(-(-ENOUGH_BLOCKS // max(1, heads)), points // SHORTEST_SEGMENT))
-    blocks = max(1, -(-points // block))
-    span = max(1, min(-(-blocks // wanted), PART // block)) * block
+    _, span = cut(heads, points, block, BLOCKS, SHORTEST_SEGMENT)
+    span = min(span, PART // block * block)
     return max(1, -(-points // span)), span
 
 

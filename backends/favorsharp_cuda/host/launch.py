@@ -11,6 +11,7 @@ from functools import cache
 from typing import Any
 
 from favorsharp_cuda.host import arrays
+from favorsharp_cuda.host.occupancy import MULTIPROCESSORS
 from favorsharp_cuda.host.source import INSTANTIATIONS, source
 
 OPTIONS = ("-std=c++17",)
@@ -79,6 +80,18 @@ def _shared_room(device: int) -> int:
     import cupy
 
     return int(cupy.cuda.Device(device).attributes["MaxSharedMemoryPerBlockOptin"])
+
+
+def multiprocessors(device: int) -> int:
+    """How many multiprocessors a device has."""
+    return _multiprocessors(device) if module_class is None else MULTIPROCESSORS
+
+
+@cache
+def _multiprocessors(device: int) -> int:
+    import cupy
+
+    return int(cupy.cuda.Device(device).attributes["MultiProcessorCount"])
 
 
 def current_device() -> int:

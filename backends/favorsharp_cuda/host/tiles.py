@@ -10,21 +10,16 @@ from typing import Any
 from favorsharp.backend import broadcast_shapes
 from favorsharp_cuda.host import arrays
 from favorsharp_cuda.host.declarations import START, THREADS, TILE, Scan, Walk
-from favorsharp_cuda.host.launch import run, shared_room
+from favorsharp_cuda.host.launch import multiprocessors, run, shared_room
 from favorsharp_cuda.host.maps import tile_map
+from favorsharp_cuda.host.occupancy import ABSORBED, cut, resident, stages_of
 from favorsharp_cuda.host.problem import Lows, Problem, Sums, key_batch_of, new_lows, new_sums
 from favorsharp_cuda.host.source import TILE_TYPES, VALUE_SIZES, WALKED_SIZES, expression
 
 LARGEST = 128
 """The most entries that a point or a value can have."""
 
-SHARED_LIMIT = 163 * 1024
-"""The most bytes of shared memory that a launch with a second stage takes: the limit of compute capability 8.0."""
-
-BLOCKS = 528
-"""The number of blocks at which a launch aims if there are few heads: four for each multiprocessor of an H100."""
-
-SHORTEST = 1024
+SHORTEST = 128
 """The fewest positions of a segment."""
 
 LONGEST = 1 << 30
@@ -129,6 +124,7 @@ class Tiles:
         self.feature_map, self.like, self.dtype, self.e = feature_map, like, dtype, e
         self.map = tile_map(feature_map)
         self.d, self.room = feature_map.parameters.g1.shape[-1], room_of(like)
+        self.multiprocessors = multiprocessors(arrays.device_number(like))
         self.part = walked_size(dtype, self.d, e, self.room) if walks else 0
         self.padded_e = walked_value_size(e, self.part) if walks else value_size(e)
 
@@ -241,16 +237,13 @@ class Tiles:
             p.array("query_factors", self.factors(q, None, p.batch, query=True))
         blocks = -(-q.shape[-2] // TILE)
         sizes = (self.dtype, self.d, self.padded_e)
-        stages = 2 if self.map.padded_m > TILE and self.has_room(shared_of_read(*sizes, 2)) else 1
+        one, two = shared_of_read(*sizes), shared_of_read(*sizes, 2)
+        stages = stages_of("read", self.padded_e, one, two, self.room) if self.map.padded_m > TILE else 1
         p.set(
             num_queries=q.shape[-2], segments=blocks, totals=p.hold(totals), normalised=normalised, stages=stages
         )  # fmt: skip
         shared = shared_of_read(*sizes, stages)
         run(expression("read", self.dtype, self.padded_e), self.like, p.heads * blocks, THREADS, p.values, shared)
-
-    def has_room(self, second_stage: int) -> bool:
-        """Whether a launch may use a second stage, which copies ahead, if it then takes so many bytes in total."""
-        return second_stage <= min(SHARED_LIMIT, self.room)
 
     def walk(
         self,
@@ -284,7 +277,11 @@ class Tiles:
         size = self.part
         parts = self.padded_e // size
         unit = window if window >= TILE else TILE // window * window if window else TILE
-        segments, span = self.cut(heads * parts, n, unit)
+        one, two = (shared_of_walk(self.dtype, self.d, size, stages) for stages in (1, 2))
+        stages = stages_of("walk", size, one, two, self.room)
+        shared = two if stages == 2 else one
+        slots = self.multiprocessors * resident("walk", size, shared, self.room)
+        segments, span = cut(heads * parts, n, unit, slots, SHORTEST, ABSORBED)
         shift = 2 * window * (-1 if reverse else 1)
         sums = None
         if segments > 1:
@@ -314,7 +311,6 @@ class Tiles:
         p.sums("out", new, new_low)
         own = 2 * sums_size(self.map.padded_m, size)
         scratch = arrays.empty(self.like, (heads * segments * parts, own), "float32")
-        stages = 2 if self.has_room(shared_of_walk(self.dtype, self.d, size, 2)) else 1
         p.set(
             num_queries=q.shape[-2], num_keys=n, first_query=first_query, window=window, causal=causal,
             reverse=reverse, limit=limit, segments=segments, span=span, shift=shift, flags=flags, stages=stages,
@@ -322,15 +318,7 @@ class Tiles:
         )  # fmt: skip
         blocks = heads * segments * parts
         name = expression("walk", self.dtype, size)
-        run(name, self.like, blocks, THREADS, p.values, shared_of_walk(self.dtype, self.d, size, stages))
-
-    def cut(self, heads: int, length: int, unit: int) -> tuple[int, int]:
-        """The number of segments into which to cut a length, and their span, which is a multiple of `unit`."""
-        wanted = max(1, min(-(-BLOCKS // max(1, heads)), length // max(SHORTEST, unit)))
-        if 2 * heads >= BLOCKS:
-            wanted = 1  # the heads alone fill the GPU, so that no scan is needed
-        span = -(-max(1, length) // (wanted * unit)) * unit
-        return max(1, -(-length // span)), span
+        run(name, self.like, blocks, THREADS, p.values, shared)
 
 
 def features(u: Any, rows: Any, row: Any, column: Any, out: Any) -> None:
@@ -451,7 +439,8 @@ def read(out: Any, q: Any, feature_map: Any, sums: Sums, key_batch: tuple[int, .
 
 def gather(t: Tiles, k: Any, v: Any, key_mask: Any, keys: tuple[int, ...]) -> Any:
     """The sums of each segment of the keys; the number of segments is chosen to fill the GPU."""
-    s = k.shape[-2]
-    segments, span = t.cut(math.prod(keys) * (t.map.padded_m // TILE), s, TILE)
+    s, shared = k.shape[-2], shared_of_absorb(t.dtype, t.d, t.padded_e)
+    slots = t.multiprocessors * resident("absorb", t.padded_e, shared, t.room)
+    segments, span = cut(math.prod(keys) * (t.map.padded_m // TILE), s, TILE, slots, SHORTEST)
     factors = t.factors(k, key_mask, keys, query=False)
     return t.absorb(k, v, factors, keys, (segments, span, 0, s))

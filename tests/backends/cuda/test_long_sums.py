@@ -24,8 +24,8 @@ LIMIT = 1e-5
 @pytest.fixture(autouse=True)
 def on_tensor_cores_that_cut(monkeypatch):
     """And in as few pieces as there may be: those of a GPU that many heads fill."""
-    monkeypatch.setattr(tiles, "BLOCKS", 1)
-    monkeypatch.setattr(gradients, "ENOUGH_BLOCKS", 1)
+    monkeypatch.setattr(tiles, "SHORTEST", 1 << 30)
+    monkeypatch.setattr(gradients, "SHORTEST_SEGMENT", 1 << 30)
     with installed() as name, fs.use(name):
         launch.module_class = TruncatingModule
         yield
