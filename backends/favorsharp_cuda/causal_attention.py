@@ -66,9 +66,7 @@ def _attend(
         sums, new_low = plain.causal(
             out, queries, keys, values, feature_map, key_mask, given, low, stats=stats, **numbers
         )  # fmt: skip
-    one_a_key_head = _one_along(batch, key_batch)
-    kv, z, c = (x[one_a_key_head] for x in sums)
-    kv_low, z_low = (None if x is None else x[one_a_key_head] for x in new_low)
+    kv, z, c, kv_low, z_low = _of_key_heads((*sums, *new_low), batch, key_batch)
     if state is None:
         nothing = _nothing(k, v, key_batch)
         state = State(kv=kv, z=z, c=c, window=window, **nothing, fingerprint=None)
@@ -88,6 +86,14 @@ def _nothing(k: Any, v: Any, batch: tuple[int, ...]) -> dict[str, Any]:
         "recent_v": arrays.empty(v, (*batch, 0, v.shape[-1]), arrays.name_of(v)),
         "recent_mask": arrays.empty(k, (*batch, 0), "bool"),
     }
+
+
+def _of_key_heads(sums: tuple[Any, ...], batch: tuple[int, ...], keys: tuple[int, ...]) -> tuple[Any, ...]:
+    """Of the sums of all heads of `batch`, one entry for each head of `keys`."""
+    if batch == keys:
+        return sums
+    chosen = _one_along(batch, keys)
+    return tuple(None if x is None else x[chosen] for x in sums)
 
 
 def _one_along(batch: tuple[int, ...], keys: tuple[int, ...]) -> tuple[Any, ...]:

@@ -5,7 +5,7 @@ Arrays are CuPy arrays or torch tensors. Tests also run the kernels on the CPU, 
 
 import sys
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,12 @@ WIDER = {"float16": "float32", "bfloat16": "float32", "float32": "float32", "flo
 
 def is_torch(x: Any) -> bool:
     """Whether x is a torch tensor."""
-    return type(x).__module__.partition(".")[0] == "torch" or hasattr(x, "data_ptr")
+    return _of_torch(type(x))
+
+
+@cache
+def _of_torch(kind: type) -> bool:
+    return kind.__module__.partition(".")[0] == "torch" or hasattr(kind, "data_ptr")
 
 
 def is_numpy(x: Any) -> bool:
@@ -103,8 +108,8 @@ def readable(x: Any) -> Any:
     The result has no gradient and no pending negation or conjugation. It is aligned and in native byte order.
     """
     if is_torch(x):
-        x = x.detach()
-        return x if usable_where_it_lies(x) else x.resolve_neg().resolve_conj()
+        x = x.detach() if x.requires_grad else x
+        return x.resolve_neg().resolve_conj() if x.is_neg() or x.is_conj() else x
     return x if usable_where_it_lies(x) else np.array(x, dtype=x.dtype.newbyteorder("="))
 
 

@@ -196,9 +196,14 @@ class Backward:
         keys = key_batch_of(feature_map, k, v, key_mask)
         of_state = () if state is None else tuple(state[0].shape[:-2])
         self.batch = broadcast_shapes(tuple(q.shape[:-2]), keys, of_state, batch)
+        self.problem = Problem(self.batch, GRADIENTS)
+        self.heads = self.problem.heads
+        self._fill(feature_map, stats, key_mask, value_width)
+
+    def _fill(self, feature_map: Any, stats: Any, key_mask: Any, value_width: int) -> None:
+        """Set what is the same in all launches."""
+        p, q, k = self.problem, self.q, self.k
         packed = plain_map(feature_map, self.wide)
-        p = self.problem = Problem(self.batch, GRADIENTS)
-        self.heads = p.heads
         p.number("map_axis", tuple(feature_map.batch_shape))
         for name, x in (("q", q), ("k", k), ("stats", stats)):
             if x is not None:
@@ -209,8 +214,8 @@ class Backward:
             query=p.hold(packed.query), key=p.hold(packed.key), constants=packed.size, has_dense=packed.has_dense,
             gaussian=feature_map.parameters.kernel == "gaussian", m=self.m, d=self.d, slices=self.slices,
             slice=self.slice, width=self.width, value_width=value_width,
-            num_queries=self.n, num_keys=self.s, window=window, causal=causal, heads=self.heads,
-            of_factors=window > 0 or only_near or not self.normalised,
+            num_queries=self.n, num_keys=self.s, window=self.window, causal=self.causal, heads=self.heads,
+            of_factors=self.window > 0 or self.only_near or not self.normalised,
         )  # fmt: skip
         for name, shape in (
             *((f"query_{name}", (self.n,)) for name in ("factor", "near", "last", "weights", "slopes")),
@@ -218,7 +223,7 @@ class Backward:
             *(("dq", (self.n, self.d)), ("dk", (self.s, self.d))),
         ):
             # no sweep writes these arrays if keys are not read through features
-            p.set(**{name: self._place(*shape, zero=only_near and name in ("key_slopes", "dk"))})
+            p.set(**{name: self._place(*shape, zero=self.only_near and name in ("key_slopes", "dk"))})
 
     def pass_back(self, of_map: bool) -> "MapSums | None":
         """Run the kernels whose results `of_points`, `of_values` and `of_state` return.
@@ -260,7 +265,7 @@ class Backward:
     def _give(self, sums: Sums | None) -> None:
         """Let the following sweeps start from these sums, before they add any point of the other side."""
         if sums is None:
-            self.problem.values["given_kv"]["start"] = 0
+            self.problem.side("given_kv", start=0)
             return
         kv, z, c = sums
         columns = self.of_columns[-1][0]

@@ -10,7 +10,7 @@ call does not wait for the GPU, and its kernels always compute the product, with
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -95,6 +95,8 @@ class TileMap:
     plane_rows: int
     header_size: int
     has_dense: bool
+    problems: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
+    """What `tiles` keeps with the map: problems in which its constants are set."""
 
 
 def tile_map(feature_map: Any) -> TileMap:
@@ -164,8 +166,9 @@ def _kept(feature_map: Any, key: tuple[Any, ...], make: Callable[[bool], Any]) -
     tensor, but not its version. While a graph is captured, the result of an earlier call on any stream is used. If
     there is none, the result is not cached, because its arrays are filled only when the graph runs.
     """
-    if any(arrays.is_torch(x) and x.requires_grad for x in feature_map.arrays):
-        return make(False)
+    for x in feature_map.arrays:
+        if arrays.is_torch(x) and x.requires_grad:
+            return make(False)
     stream, is_capturing = stream_of(feature_map.rows)
     streams = derived(feature_map, ("cuda", *key), dict)
     if is_capturing:

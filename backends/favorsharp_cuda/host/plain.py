@@ -75,8 +75,8 @@ def _problem(
     """The problem, with the map's constants, the sizes, and the arrays that are not None."""
     packed = plain_map(feature_map, arrays.WIDER[dtype])
     problem.number("map_axis", tuple(feature_map.batch_shape))
-    problem.values["query"]["header"] = problem.hold(packed.query)
-    problem.values["key"]["header"] = problem.hold(packed.key)
+    problem.side("query", header=problem.hold(packed.query))
+    problem.side("key", header=problem.hold(packed.key))
     problem.set(
         m=feature_map.num_features, d=feature_map.parameters.g1.shape[-1], e=e, has_dense=packed.has_dense,
         map_rows=packed.size, gaussian=feature_map.parameters.kernel == "gaussian",
@@ -208,16 +208,9 @@ Recent = tuple[Any, Any, Any]
 
 
 def decode(
-    q: Any,
-    k: Any,
-    v: Any,
-    feature_map: Any,
-    key_mask: Any,
-    sums: Sums,
-    low: Lows,
-    entering: int = 1,
+    q: Any, k: Any, v: Any, feature_map: Any, key_mask: Any, sums: Sums, low: Lows, entering: int = 1,
     recent: Recent | None = None,
-) -> tuple[Any, tuple[Sums, Lows], Recent | None] | None:
+) -> tuple[Any, tuple[Sums, Lows], Recent | None] | None:  # fmt: skip
     """One token: what its queries read when its key is included, the new sums with low parts, and new recent keys.
 
     Without recent keys, the token's key enters the sums. With them, it is appended to the recent keys, and the first
@@ -248,22 +241,27 @@ def decode(
         problem.lows("in", low)
         problem.lows("out", new_low)
     problem.set(num_queries=group, segments=parts, span=span, limit=entering)
-    after = None
-    if recent is not None:
-        before, length = recent[0].shape[-2], recent[0].shape[-2] + 1 - entering
-        after = (
-            arrays.empty(q, (*token, length, d), dtype),
-            arrays.empty(q, (*token, length, e), dtype),
-            arrays.empty(q, (*token, length), "bool"),
-        )
-        names = ("recent_k", "recent_v", "recent_mask")
-        for name, x, written, trailing in zip(names, recent, after, (2, 2, 1), strict=True):
-            problem.array(name, x, trailing)
-            problem.array(f"{name}_out", written, trailing)
-        problem.set(num_keys=before, recent=length)
+    after = None if recent is None else _recent_after(problem, q, recent, token, entering)
     name = expression("decode", dtype, heads, int(recent is not None))
     run(name, q, blocks * parts, DECODE_THREADS, problem.values, shared)
     return out, (sums, low) if new is None else (new, new_low), after
+
+
+def _recent_after(problem: Problem, q: Any, recent: Recent, batch: tuple[int, ...], entering: int) -> Recent:
+    """Arrays for the recent keys after a token, of which `entering` have left; both are set in the problem."""
+    (before, d), e, dtype = recent[0].shape[-2:], recent[1].shape[-1], arrays.name_of(q)
+    length = before + 1 - entering
+    after = (
+        arrays.empty(q, (*batch, length, d), dtype),
+        arrays.empty(q, (*batch, length, e), dtype),
+        arrays.empty(q, (*batch, length), "bool"),
+    )
+    names = ("recent_k", "recent_v", "recent_mask")
+    for name, x, written, trailing in zip(names, recent, after, (2, 2, 1), strict=True):
+        problem.array(name, x, trailing)
+        problem.array(f"{name}_out", written, trailing)
+    problem.set(num_keys=before, recent=length)
+    return after
 
 
 def cut_of_decode(

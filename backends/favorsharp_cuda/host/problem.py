@@ -4,8 +4,9 @@
 """
 
 import math
+from array import array
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any
 
 import numpy as np
@@ -31,31 +32,44 @@ class Problem:
 
     def __init__(self, batch: Sequence[int], layout: Any = PROBLEM, keys: Sequence[int] = ()) -> None:
         self.batch = tuple(batch)
-        axes = [axis for axis, size in enumerate(self.batch) if size != 1]
-        of_keys = [1] * (len(self.batch) - len(keys)) + list(keys)
-        axes.sort(key=lambda axis: of_keys[axis] == 1)
-        if len(axes) > AXES:
-            raise ValueError(f"batch {self.batch} has {len(axes)} axes longer than 1, accepted: at most {AXES}")
-        self._axes = axes
+        self._axes = _axes_of(self.batch, tuple(keys))
         self.heads = math.prod(self.batch)
-        self.values = np.zeros(1, layout)
-        self.values["shape"] = _padded([self.batch[axis] for axis in axes], 1)
+        self._numbers = array("q", bytes(layout.itemsize))  # all fields are numbers of eight bytes
+        self._layout, self._places = layout, _places_of(layout)
+        self._write("shape", _padded([self.batch[axis] for axis in self._axes], 1))
         self.held: list[Any] = []
 
     def set(self, **numbers: int) -> None:
         """Set fields that are numbers."""
         for name, value in numbers.items():
-            self.values[name] = value
+            self._numbers[self._places[name]] = value
+
+    def copy(self) -> "Problem":
+        """Another problem in which the same is set."""
+        other = Problem.__new__(Problem)
+        other.__dict__ |= self.__dict__
+        other._numbers, other.held = self._numbers[:], self.held[:]
+        return other
+
+    @property
+    def values(self) -> Any:
+        """The structure as a NumPy array of shape (1,), which shares the memory of the problem."""
+        return np.frombuffer(self._numbers, self._layout)
 
     def array(self, name: str, x: Any, trailing: int = 2) -> None:
         """Set an array of shape (*b, rows, columns), or (*b, rows) if `trailing` is 1."""
         x = arrays.readable(x)
         self.held.append(x)
         start, strides = arrays.place_of(x)
-        entry = self.values[name]
-        entry["start"], entry["row"] = start, strides[-trailing]
-        entry["column"] = strides[-1] if trailing == 2 else 0
-        entry["axis"] = self._steps(tuple(x.shape[:-trailing]), strides[: len(x.shape) - trailing])
+        place = self._places[name]
+        steps = _steps_of_array(tuple(x.shape), strides, trailing, len(self.batch), self._axes)
+        self._numbers[place] = start
+        self._numbers[place + 1 : place + 1 + len(steps)] = steps
+
+    def side(self, name: str, **numbers: int) -> None:
+        """Set fields of one side of the maps, "query" or "key"."""
+        for field, value in numbers.items():
+            self._numbers[self._places[f"{name}.{field}"]] = value
 
     def sums(self, suffix: str, sums: "Sums | None", low: "Lows" = (None, None)) -> None:
         """Set the sums of a state and their low parts, as far as there are any; `suffix` is "in" or "out"."""
@@ -75,11 +89,11 @@ class Problem:
         The other batch broadcasts to this one.
         """
         steps = [math.prod(batch[axis + 1 :]) for axis in range(len(batch))]
-        self.values[name] = self._steps(batch, tuple(steps))
+        self._write(name, self._steps(batch, tuple(steps)))
 
     def axes(self, name: str, numbers: Sequence[int]) -> None:
         """Set one number for each axis of the batch."""
-        self.values[name] = _padded([numbers[axis] for axis in self._axes], 1)
+        self._write(name, _padded([numbers[axis] for axis in self._axes], 1))
 
     def hold(self, x: Any) -> int:
         """Keep an array alive, and return its address."""
@@ -87,7 +101,42 @@ class Problem:
         return arrays.place_of(x)[0]
 
     def _steps(self, shape: tuple[int, ...], strides: tuple[int, ...]) -> list[int]:
-        return _steps(shape, strides, len(self.batch), tuple(self._axes))
+        return _steps(shape, strides, len(self.batch), self._axes)
+
+    def _write(self, name: str, numbers: Sequence[int]) -> None:
+        place = self._places[name]
+        self._numbers[place : place + len(numbers)] = array("q", numbers)
+
+
+@lru_cache(maxsize=1024)
+def _axes_of(batch: tuple[int, ...], keys: tuple[int, ...]) -> tuple[int, ...]:
+    """The axes of a batch that are longer than 1; those along which the keys are broadcast come last."""
+    axes = [axis for axis, size in enumerate(batch) if size != 1]
+    of_keys = [1] * (len(batch) - len(keys)) + list(keys)
+    axes.sort(key=lambda axis: of_keys[axis] == 1)
+    if len(axes) > AXES:
+        raise ValueError(f"batch {batch} has {len(axes)} axes longer than 1, accepted: at most {AXES}")
+    return tuple(axes)
+
+
+@cache
+def _places_of(layout: Any) -> dict[str, int]:
+    """Where each field of a structure begins, counted in numbers of eight bytes; also "field.field" of a nested one."""
+    places = {}
+    for name, (kind, offset) in ((name, field[:2]) for name, field in layout.fields.items()):
+        places[name] = offset // 8
+        for inner, field in (kind.fields or {}).items():
+            places[f"{name}.{inner}"] = (offset + field[1]) // 8
+    return places
+
+
+@lru_cache(maxsize=4096)
+def _steps_of_array(
+    shape: tuple[int, ...], strides: tuple[int, ...], trailing: int, rank: int, axes: tuple[int, ...]
+) -> "array[int]":
+    """The fields of an `Array` behind its address, in their order."""
+    column, leading = strides[-1] if trailing == 2 else 0, len(shape) - trailing
+    return array("q", (strides[-trailing], column, *_steps(shape[:leading], strides[:leading], rank, axes)))
 
 
 @lru_cache(maxsize=1024)

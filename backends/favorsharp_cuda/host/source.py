@@ -3,7 +3,7 @@
 `launch` compiles them; the modules that launch kernels name them with `expression`.
 """
 
-from functools import cache
+from functools import cache, lru_cache
 from importlib.resources import files
 from typing import NamedTuple
 
@@ -42,6 +42,7 @@ def source() -> str:
     return "".join(f'#line 1 "{name}"\n{text}\n' for name, text in texts.items())
 
 
+@lru_cache(maxsize=1024)
 def expression(kernel: str, *arguments: str | int) -> str:
     """The name of an instance of a kernel. The template arguments are given as numbers and names of dtypes."""
     names = ", ".join(TYPES.get(x, x) if isinstance(x, str) else str(x) for x in arguments)

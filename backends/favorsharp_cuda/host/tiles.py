@@ -5,6 +5,7 @@ file. `Tiles` has one method for each kernel.
 """
 
 import math
+from functools import lru_cache
 from typing import Any
 
 from favorsharp.backend import broadcast_shapes
@@ -22,6 +23,9 @@ LARGEST = 128
 SHORTEST = 128
 """The fewest positions of a segment."""
 
+PROBLEMS_KEPT = 64
+"""The most problems that are kept with a packed map."""
+
 LONGEST = 1 << 30
 """The limit for positions in `walk`: it counts them in 32 bits, and a window shifts them by twice its length."""
 
@@ -35,6 +39,7 @@ def fit(x: Any, e: int, *, walks: bool = False) -> bool:
     return walked_size(dtype, d, e, room) > 0 if walks else widest_value(dtype, d, room) > 0
 
 
+@lru_cache(maxsize=1024)
 def value_size(e: int) -> int:
     """The size to which `absorb` and `read` pad values."""
     return next(size for size in VALUE_SIZES if e <= size)
@@ -79,12 +84,14 @@ def shared_of_walk(dtype: str, d: int, e: int, stages: int = 1) -> int:
     return (2 + stages) * points_bytes(d) + 2 * values_bytes(dtype, e) + values_bytes(dtype, TILE) + numbers
 
 
+@lru_cache(maxsize=1024)
 def widest_value(dtype: str, d: int, room: int) -> int:
     """The largest size of values that fits into `absorb` and `read` together with points of size d; 0 if none does."""
     sizes = (e for e in VALUE_SIZES if max(shared_of_absorb(dtype, d, e), shared_of_read(dtype, d, e)) <= room)
     return max(sizes, default=0)
 
 
+@lru_cache(maxsize=1024)
 def walked_size(dtype: str, d: int, e: int, room: int) -> int:
     """The number of columns of the values that a block of `walk` processes: the largest that fits; 0 if none does."""
     for size in sorted(WALKED_SIZES, reverse=True):
@@ -95,6 +102,7 @@ def walked_size(dtype: str, d: int, e: int, room: int) -> int:
     return 0
 
 
+@lru_cache(maxsize=1024)
 def walked_value_size(e: int, size: int) -> int:
     """The size to which values are padded if `walk` processes them in parts of the given size."""
     return next(padded for padded in VALUE_SIZES if e <= padded and padded % size == 0)
@@ -129,13 +137,20 @@ class Tiles:
         self.padded_e = walked_value_size(e, self.part) if walks else value_size(e)
 
     def problem(self, batch: tuple[int, ...], key_batch: tuple[int, ...]) -> Problem:
-        """A problem in which the map's constants and the sizes are set."""
+        """A problem in which the map's constants and the sizes are set; they are kept with the packed map."""
+        known, key = self.map.problems, (batch, key_batch, self.e, self.padded_e)
+        if key not in known:
+            if len(known) >= PROBLEMS_KEPT:
+                known.clear()
+            known[key] = self._new_problem(batch, key_batch)
+        return known[key].copy()
+
+    def _new_problem(self, batch: tuple[int, ...], key_batch: tuple[int, ...]) -> Problem:
         p, m = Problem(batch), self.map
         p.number("map_axis", tuple(self.feature_map.batch_shape))
         p.number("key_axis", key_batch)
         for side, header, matrix in (("query", m.query_header, m.query_planes), ("key", m.key_header, m.key_planes)):
-            p.values[side]["header"] = p.hold(header)
-            p.values[side]["planes"] = p.hold(matrix)
+            p.side(side, header=p.hold(header), planes=p.hold(matrix))
         p.set(
             m=self.feature_map.num_features, m_pad=m.padded_m, d=self.d, e=self.e, padded_d=m.padded_d,
             padded_e=self.padded_e, plane_rows=m.plane_rows, header_size=m.header_size, segments=1, normalised=1,
@@ -149,7 +164,7 @@ class Tiles:
         out = arrays.empty(self.like, (*batch, n, 1), "float32")
         p = self.problem(batch, ())
         if not query:
-            p.values["query"] = p.values["key"]
+            p.side("query", header=p.hold(self.map.key_header), planes=p.hold(self.map.key_planes))
         p.array("q", x)
         p.array("out", out)
         if mask is not None:
@@ -246,79 +261,72 @@ class Tiles:
         run(expression("read", self.dtype, self.padded_e), self.like, p.heads * blocks, THREADS, p.values, shared)
 
     def walk(
-        self,
-        q: Any,
-        k: Any,
-        v: Any,
-        factors: Any,
-        key_batch: tuple[int, ...],
-        *,
-        out: Any,
-        window: int,
-        state: Sums | None = None,
-        low: Lows = (None, None),
-        new: Sums | None = None,
-        new_low: Lows = (None, None),
-        first_query: int = 0,
-        limit: int,
-        causal: bool = True,
-        reverse: bool = False,
-        partial: Any = None,
-        stats: Any = None,
-    ) -> None:
+        self, q: Any, k: Any, v: Any, factors: Any, key_batch: tuple[int, ...], *, out: Any, window: int, limit: int,
+        state: Sums | None = None, low: Lows = (None, None), new: Sums | None = None, new_low: Lows = (None, None),
+        first_query: int = 0, causal: bool = True, reverse: bool = False, partial: Any = None, stats: Any = None,
+    ) -> None:  # fmt: skip
         """Causal attention, or one direction of bidirectional attention with a window.
 
         Queries read the sums of the keys before them (after them, with `reverse`), and near keys exactly.
         """
-        n, batch, heads = k.shape[-2], tuple(out.shape[:-2]), math.prod(out.shape[:-2])
+        n, heads, parts = k.shape[-2], math.prod(out.shape[:-2]), self.padded_e // self.part
         if n >= LONGEST:
             raise ValueError(f"k has s={n}; accepted by the CUDA kernels: fewer than {LONGEST} positions in one call")
         window = min(window, LONGEST // 2)  # a sequence has two such blocks at most: all keys are near
-        size = self.part
-        parts = self.padded_e // size
-        unit = window if window >= TILE else TILE // window * window if window else TILE
-        one, two = (shared_of_walk(self.dtype, self.d, size, stages) for stages in (1, 2))
-        stages = stages_of("walk", size, one, two, self.room)
-        shared = two if stages == 2 else one
-        slots = self.multiprocessors * resident("walk", size, shared, self.room)
-        segments, span = cut(heads * parts, n, unit, slots, SHORTEST, ABSORBED)
-        shift = 2 * window * (-1 if reverse else 1)
-        sums = None
-        if segments > 1:
-            sums = self.absorb(k, v, factors, key_batch, (segments, span, shift, limit))
-            self.scan(sums, key_batch, state=state, low=low, before=True, reverse=reverse)
-        elif state is not None:
-            sums = arrays.empty(
-                self.like, (math.prod(key_batch), 1, sums_size(self.map.padded_m, self.padded_e)), "float32"
-            )
-            self.scan(sums, key_batch, state=state, low=low, before=True, empty=True)
-        p = self.problem(batch, key_batch)
-        p.array("k", k)
-        p.array("v", v)
-        p.array("q", q)
-        p.array("out", out)
-        p.array("key_factors", factors)
-        flags = 0
-        if window and not reverse:
-            flags |= Walk.NEAR
+        stages, shared, segments, span = self._cut_of_walk(heads * parts, n, window)
+        cut = segments, span, 2 * window * (-1 if reverse else 1), limit
+        sums = self._sums_before(k, v, factors, key_batch, cut, state, low, reverse)
+        p = self.problem(tuple(out.shape[:-2]), key_batch)
+        for name, x in (("k", k), ("v", v), ("q", q), ("out", out), ("key_factors", factors)):
+            p.array(name, x)
+        flags = Walk.NEAR if window and not reverse else Walk(0)
         if stats is not None:
             p.array("stats", stats)
         if window or stats is not None:
-            p.array("query_factors", self.factors(q, None, batch, query=True))
+            p.array("query_factors", self.factors(q, None, p.batch, query=True))
         if partial is not None:
             flags |= Walk.LOAD if reverse else Walk.STORE
             p.array("partial_sums", partial)
         p.sums("out", new, new_low)
-        own = 2 * sums_size(self.map.padded_m, size)
-        scratch = arrays.empty(self.like, (heads * segments * parts, own), "float32")
+        blocks = heads * segments * parts
+        scratch = arrays.empty(self.like, (blocks, 2 * sums_size(self.map.padded_m, self.part)), "float32")
         p.set(
             num_queries=q.shape[-2], num_keys=n, first_query=first_query, window=window, causal=causal,
-            reverse=reverse, limit=limit, segments=segments, span=span, shift=shift, flags=flags, stages=stages,
+            reverse=reverse, limit=limit, segments=segments, span=span, shift=cut[2], flags=flags, stages=stages,
             scratch=p.hold(scratch), sums=0 if sums is None else p.hold(sums),
         )  # fmt: skip
-        blocks = heads * segments * parts
-        name = expression("walk", self.dtype, size)
-        run(name, self.like, blocks, THREADS, p.values, shared)
+        run(expression("walk", self.dtype, self.part), self.like, blocks, THREADS, p.values, shared)
+
+    def _cut_of_walk(self, blocks: int, n: int, window: int) -> tuple[int, int, int, int]:
+        """The stages and the shared memory of `walk`, the number of segments and their span.
+
+        `blocks` is the number of blocks for each segment. A segment has whole blocks of the window, or whole tiles.
+        """
+        unit = window if window >= TILE else TILE // window * window if window else TILE
+        one, two = (shared_of_walk(self.dtype, self.d, self.part, stages) for stages in (1, 2))
+        stages = stages_of("walk", self.part, one, two, self.room)
+        shared = two if stages == 2 else one
+        slots = self.multiprocessors * resident("walk", self.part, shared, self.room)
+        return stages, shared, *cut(blocks, n, unit, slots, SHORTEST, ABSORBED)
+
+    def _sums_before(
+        self, k: Any, v: Any, factors: Any, key_batch: tuple[int, ...], cut: tuple[int, int, int, int],
+        state: Sums | None, low: Lows, reverse: bool,
+    ) -> Any:  # fmt: skip
+        """The sums from which `walk` starts in each segment, with those of a state; None if there are none.
+
+        `cut` is that of `absorb`.
+        """
+        if cut[0] > 1:
+            sums = self.absorb(k, v, factors, key_batch, cut)
+            self.scan(sums, key_batch, state=state, low=low, before=True, reverse=reverse)
+            return sums
+        if state is None:
+            return None
+        size = sums_size(self.map.padded_m, self.padded_e)
+        sums = arrays.empty(self.like, (math.prod(key_batch), 1, size), "float32")
+        self.scan(sums, key_batch, state=state, low=low, before=True, empty=True)
+        return sums
 
 
 def features(u: Any, rows: Any, row: Any, column: Any, out: Any) -> None:

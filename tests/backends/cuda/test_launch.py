@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from favorsharp_cuda.host import launch
+from favorsharp_cuda.host.problem import Problem
 from favorsharp_cuda.host.source import INSTANTIATIONS
 
 pytestmark = pytest.mark.own_backend
@@ -127,3 +128,20 @@ def test_threads_compile_a_kernel_once_and_none_takes_memory_from_another(monkey
     assert (Module.made, Module.set_to) == (1, (100_000,))
     with pytest.raises(ValueError, match="needs 100001 bytes .* device 0 has 100000"):
         launch.run(INSTANTIATIONS[0], like, 1, 32, None, 100_001)
+
+
+def test_a_copy_of_a_problem_is_its_own():
+    """What is set once for a map is copied for each launch; a launch must not leave anything behind."""
+    first = Problem((2, 1, 3))
+    first.set(m=5)
+    second, x = first.copy(), np.zeros((2, 1, 3, 4, 7), np.float32)[..., :6]
+    second.array("q", x)
+    second.set(m=6)
+    assert (first.values["m"][0], second.values["m"][0]) == (5, 6)
+    assert first.values["q"]["start"] == 0
+    entry = second.values["q"][0]
+    assert (entry["start"], entry["row"], entry["column"]) == (x.ctypes.data, 7, 1)
+    assert entry["axis"][-2:].tolist() == [84, 28]
+    assert second.values["shape"][0].tolist() == [1] * 6 + [2, 3]
+    assert len(first.held) == 0
+    assert len(second.held) == 1
