@@ -15,11 +15,20 @@ from favorsharp._arrays import (
     is_array,
     named_dtype,
     namespace_of,
+    on_device_of,
     statistics_dtype,
     under_own_settings,
 )
 from favorsharp._autodiff import is_traced, without_gradient
-from favorsharp._checks import check_choice, check_floats, check_in_memory, check_integer, check_points, check_scale
+from favorsharp._checks import (
+    check_choice,
+    check_floats,
+    check_in_memory,
+    check_integer,
+    check_points,
+    check_same_size,
+    check_scale,
+)
 from favorsharp._chunks import is_chunked
 from favorsharp._typing import Array
 from favorsharp._values import astype
@@ -238,13 +247,21 @@ def _without_transform(x: Array, y: Array, **fitting: Any) -> Parameters:
     """The parameters of a map in the coordinates of the points. Without masks, no moments are computed."""
     check_points("x", x, "(*b, n, d)")
     check_points("y", y, "(*b, s, d)")
-    if fitting["mask_x"] is None and fitting["mask_y"] is None:
-        for name, data in (("x", x), ("y", y)):
-            xp = namespace_of(data)
-            if not is_traced(data) and not bool(xp.all(xp.isfinite(data))):
-                raise ValueError(f"{name} holds values that are not finite: cannot fit to them")
-        x, y = x[..., :1, :], y[..., :1, :]
-    return fit_named(("x", "y"), x, y, method="posrf", **fitting)
+    if fitting["mask_x"] is not None or fitting["mask_y"] is not None:
+        return fit_named(("x", "y"), x, y, method="posrf", **fitting)
+    size = x.shape[-1]
+    check_same_size("d", x=(-1, size), y=(-1, y.shape[-1]))
+    for name, data in (("x", x),) if y is x else (("x", x), ("y", y)):
+        xp = namespace_of(data)
+        if not is_traced(data) and not bool(xp.all(xp.isfinite(data))):
+            raise ValueError(f"{name} holds values that are not finite: cannot fit to them")
+    # one point and one column have the axes, the dtype and the scale of all
+    p = fit_named(("x", "y"), x[..., :1, :1], y[..., :1, :1], method="posrf", **fitting)
+    xp = namespace_of(p.a)
+    eye = xp.eye(size, dtype=p.a.dtype, **on_device_of(p.a))
+    eye = xp.broadcast_to(eye, (*p.g1.shape[:-2], size, size)) if p.g1.ndim > 2 else eye
+    zeros = xp.zeros_like(eye[..., :1, :])
+    return replace(p, a=zeros, g1=eye, g2=eye, center_x=zeros, center_y=zeros)
 
 
 @under_own_settings

@@ -1,9 +1,9 @@
-"""Nystrom's method: a map of kernels with m centres, which are chosen from sample points (docs: theory, nystrom).
+"""Nystrom's method: a map of kernels with centres, which are chosen from sample points (docs: theory, nystrom).
 
-With the centres C, the kernel K(x, y) is replaced by K(x, C) A K(C, y). Centres are chosen from a sample of queries and
-keys: some uniformly, and the others in proportion to the error of the kernel of the point with itself that the first
-ones leave. A step of k-means moves them, and they are drawn towards the mean of the points. A is the inverse of
-K(C, C), plus what a ridge regression of the kernel matrix of the sample adds to it.
+With the centres C, the kernel K(x, y) is replaced by K(x, C) A K(C, y). The centres are drawn from a sample of queries
+and keys, and move part of the way to the means of the points around them. There are more centres than features: A has
+the rank m, and describes the m largest directions of K(C, C). It is the inverse of K(C, C) along these, plus what a
+ridge regression of the kernel matrix of the sample adds to it.
 """
 
 import math
@@ -19,11 +19,11 @@ from favorsharp.ops.state import hide
 from favorsharp.parameters import Parameters, embed_key, embed_query
 from favorsharp.samples import SAMPLE, k_means, sampled
 
-UNIFORM = 0.25
-"""The share of centres that are chosen uniformly."""
+OVERSAMPLING = 1.5
+"""Centres for each feature."""
 
-TOWARDS_MEAN = 0.15
-"""The part of the way to the mean of all points that a centre moves if there are many more points than centres."""
+TOWARDS_MEANS = 0.5
+"""The part of the way from a point of the sample to the mean of the points around it that a centre moves."""
 
 LEAST = 1e-5
 """What features leave of the kernels of points with themselves, on average, below which no regression follows."""
@@ -56,9 +56,9 @@ def nystrom_map(
         points = _joined(x, y) * math.sqrt(p.scale) - p.center_x
     else:
         points = _joined(embed_query(p, x)[0], embed_key(p, y)[0])
-    noise = from_host(rng.gumbel(size=(2, most)), points)
-    centres = _centres(points, seen[..., 0], num_features, least, noise)
-    root = _inverse_root(gaussian(centres, centres), least)
+    noise = from_host(rng.random(most), points)
+    centres = _centres(points, seen[..., 0], math.ceil(OVERSAMPLING * num_features), noise)
+    root = _inverse_root(gaussian(centres, centres), num_features, least)
     points, seen = sampled(points, seen[..., 0], rng, max(SAMPLE // 2, 2 * num_features))  # enough for the regression
     stretch = _stretch(points, gaussian(points, centres) @ root, seen[..., None])
     return NystromMap(p, num_features, centres, root @ stretch)
@@ -88,28 +88,16 @@ def _mean(points: Array, seen: Array) -> Array:
     return xp.sum(points * weight, axis=-2, keepdims=True) / xp.maximum(count, xp.ones_like(count))
 
 
-def _centres(points: Array, seen: Array, m: int, least: float, noise: Array) -> Array:
-    """Centres, (*b, m, d); some are equal if fewer points count. `noise` has two rows of Gumbel numbers."""
+def _centres(points: Array, seen: Array, count: int, noise: Array) -> Array:
+    """Centres, (*b, count, d); some are equal if fewer points count. `noise` has a random number for each point."""
     xp = namespace_of(points)
-    count = xp.sum(cast(seen, xp.int64), axis=-1, keepdims=True)
     # which numbers a point gets must not depend on masked points
-    rank = xp.cumulative_sum(cast(seen, count.dtype), axis=-1) - 1
-    rank = xp.maximum(rank, xp.zeros_like(rank))
-    noise = [
-        xp.take_along_axis(row + xp.zeros_like(seen[..., :1], dtype=row.dtype), rank, axis=-1)
-        for row in (noise[0, :], noise[1, :])
-    ]
-    first = _take(points, xp.where(seen, noise[0], -xp.inf), count, max(1, round(UNIFORM * m)))
-    features = gaussian(points, first) @ _inverse_root(gaussian(first, first), least)
-    left = 1 - xp.sum(features * features, axis=-1)
-    log_left = xp.log(xp.clip(left, float(xp.finfo(left.dtype).eps), 1.0))
-    rest = _take(points, xp.where(seen, log_left + noise[1], -xp.inf), count, m - first.shape[-2])
-    centres = xp.concat([first, rest], axis=-2)
-    centres = k_means(points, seen, centres, xp.ones_like(centres[..., :1, :1], dtype=xp.bool), 1)
-    share = m / cast(count, points.dtype)[..., None]
-    # as many centres as points are to stay where the points are: then the map is exact
-    way = TOWARDS_MEAN * (1 - xp.minimum(share, xp.ones_like(share)) ** 2)
-    return centres + way * (_mean(points, seen[..., None]) - centres)
+    rank = xp.cumulative_sum(cast(seen, xp.int64), axis=-1) - 1
+    noise = noise + xp.zeros_like(seen[..., :1], dtype=noise.dtype)
+    noise = xp.take_along_axis(noise, xp.maximum(rank, xp.zeros_like(rank)), axis=-1)
+    drawn = _take(points, xp.where(seen, noise, -1.0), rank[..., -1:] + 1, count)
+    means = k_means(points, seen, drawn, xp.ones_like(drawn[..., :1, :1], dtype=xp.bool), 1)
+    return drawn + TOWARDS_MEANS * (means - drawn)
 
 
 def _take(points: Array, key: Array, count: Array, m: int) -> Array:
@@ -141,13 +129,14 @@ def _stretch(points: Array, features: Array, seen: Array) -> Array:
     return xp.linalg.cholesky(eye + 0.5 * (added + xp.matrix_transpose(added)))
 
 
-def _inverse_root(matrix: Array, least: float) -> Array:
-    """R with R R^T the inverse of a second moment; eigenvalues below `least` times the largest are left out.
+def _inverse_root(matrix: Array, m: int, least: float) -> Array:
+    """R of m columns with R R^T the inverse of a second moment along its m largest directions.
 
-    The columns are eigenvectors: mixed ones would lose digits where kernels are rounded to float32.
+    Eigenvalues below `least` times the largest are left out. The columns are eigenvectors: mixed ones would lose digits
+    where kernels are rounded to float32.
     """
     xp = namespace_of(matrix)
     values, axes = xp.linalg.eigh(matrix)
-    values = values[..., None, :]
+    values, axes = values[..., None, -m:], axes[..., -m:]
     kept = values > least * values[..., -1:]
     return axes * xp.where(kept, 1 / xp.sqrt(xp.where(kept, values, 1.0)), 0.0)

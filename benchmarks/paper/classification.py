@@ -23,6 +23,9 @@ from favorsharp.sklearn import NadarayaWatsonClassifier
 NAMES = ("abalone", "banknote", "car", "yeast", "cmc", "nursery", "wifi", "chess")
 METHODS = ("trig", "poisson", "geometric", "posrf", "hyperbolic", "oprf", "saderf", "aderf", "sderf", "optimal",
            "relu", "elu")  # fmt: skip
+WITHOUT_DRAWS = ("nystrom", "landmarks")
+"""Methods that choose points, which are biased."""
+ALL = (*METHODS, *WITHOUT_DRAWS)
 DRAWS = ("orthogonal", "iid", "simplex", "sobol", "antithetic")
 WIDTHS = tuple(2.0 ** np.arange(-4, 2.51, 0.5))
 """Factors of the standardised points: the candidates for the bandwidth."""
@@ -90,12 +93,20 @@ def exact(split: Split, width: float) -> float:
 def by_features(split: Split, method: str, width: float, seeds: range, *, draw: str = "orthogonal", m: int = 128,
                 ridge: float | None = None) -> np.ndarray:  # fmt: skip
     """Shares of right answers, in per cent, one for each seed."""
-    dtype = np.float64 if method in ("trig", "poisson", "geometric") else np.float32
+    dtype = np.float64 if method in ("trig", "poisson", "geometric", "nystrom") else np.float32
     x, y = split.x.astype(dtype), split.y.astype(dtype)
-    parameters = fs.fit(x, y, method=method, kernel="gaussian", scale=width**2, ridge=ridge)
+    if method not in WITHOUT_DRAWS:
+        parameters = fs.fit(x, y, method=method, kernel="gaussian", scale=width**2, ridge=ridge)
     found = []
     for seed in seeds:
-        feature_map = fs.feature_map(parameters, m, draw=draw, rng=seed)
+        if method == "landmarks":
+            model = NadarayaWatsonClassifier("landmarks", n_components=m, gamma=width**2 / 2, random_state=seed)
+            found.append(100 * model.fit(y, split.known).score(x, split.labels))
+            continue
+        if method == "nystrom":
+            feature_map = fs.fit_map(y, y, m, method=method, kernel="gaussian", scale=width**2, rng=seed)
+        else:
+            feature_map = fs.feature_map(parameters, m, draw=draw, rng=seed)
         # only the order of a row's sums counts; signed maps give sums, positive ones give means, which never underflow
         estimate = fs.nadaraya_watson if feature_map.positive else fs.kernel_matvec
         sums = estimate(x, y, split.shares.astype(x.dtype), feature_map)
@@ -122,19 +133,19 @@ def main(
     found: dict[tuple[str, str, str], np.ndarray] = {}
     anchored: dict[tuple[str, str], np.ndarray] = {}
     with Progress() as progress:
-        task = progress.add_task("classification", total=len(names) * (len(METHODS) + len(COMPARED)))
+        task = progress.add_task("classification", total=len(names) * (len(ALL) + len(COMPARED)))
         for name in names:
             tune, test, whole = splits(name)
             best = max(WIDTHS, key=lambda width, tune=tune: exact(tune, width))
             bounds[name] = (best, exact(test, best), 100 * test.majority)
-            for method in METHODS:
+            for method in ALL:
                 widths[name, method] = max(
                     WIDTHS,
                     key=lambda width, method=method, tune=tune: by_features(
                         tune, method, width, range(1000, 1000 + tuning_draws), m=m
                     ).mean(),
                 )
-                for draw in DRAWS:
+                for draw in DRAWS if method in METHODS else DRAWS[:1]:
                     found[name, method, draw] = by_features(
                         test, method, widths[name, method], range(draws), draw=draw, m=m
                     )
@@ -150,13 +161,13 @@ def main(
 
 
 def _main_table(names, bounds, widths, found) -> list[str]:
-    means = {(name, method): summary(found[name, method, "orthogonal"]) for name in names for method in METHODS}
-    best = {name: max(means[name, method][0] for method in METHODS) for name in names}
+    means = {(name, method): summary(found[name, method, "orthogonal"]) for name in names for method in ALL}
+    best = {name: max(means[name, method][0] for method in ALL) for name in names}
     rows = []
     for title, place in (("exact", 1), ("majority", 2)):
         values = [bounds[name][place] for name in names]
         rows.append([title, *(f"{value:.1f}" for value in values), f"{np.mean(values):.1f}"])
-    for method in METHODS:
+    for method in ALL:
         cells = []
         for name in names:
             mean, error = means[name, method]
@@ -166,7 +177,7 @@ def _main_table(names, bounds, widths, found) -> list[str]:
     lines = ["**Per cent right on the test rows, orthogonal draws: mean ± standard error over the draws**", ""]
     lines += table(["", *names, "mean"], rows)
     rows = [["exact", *(f"{bounds[name][0]:.3g}" for name in names)]]
-    rows += [[f"`{method}`", *(f"{widths[name, method]:.3g}" for name in names)] for method in METHODS]
+    rows += [[f"`{method}`", *(f"{widths[name, method]:.3g}" for name in names)] for method in ALL]
     lines += ["**The factor chosen for standardised points**", ""]
     return lines + table(["", *names], rows)
 
@@ -201,15 +212,15 @@ def _comparison(names, anchored, whole) -> list[str]:
 def _draw(names, bounds, found, output) -> None:
     with picture("classification", output, nrows=2, ncols=4, figsize=(12, 5.4)) as axes:
         for ax, name in zip(axes.ravel(), names, strict=False):
-            means = [summary(found[name, method, "orthogonal"]) for method in METHODS]
-            places = np.arange(len(METHODS))
+            means = [summary(found[name, method, "orthogonal"]) for method in ALL]
+            places = np.arange(len(ALL))
             ax.bar(places, [mean for mean, _ in means], yerr=[se for _, se in means],
-                   color=[COLOURS[m] for m in METHODS], error_kw={"lw": 1})  # fmt: skip
+                   color=[COLOURS[m] for m in ALL], error_kw={"lw": 1})  # fmt: skip
             ax.axhline(bounds[name][1], color="black", lw=1)
             ax.axhline(bounds[name][2], color="black", lw=1, ls=":")
             ax.set_ylim(bottom=0.7 * min(bounds[name][2], *(mean for mean, _ in means)))
             ax.set(title=name, ylabel="per cent right" if ax in axes[:, 0] else "")
-            ax.set_xticks(places, METHODS, rotation=90, fontsize=7)
+            ax.set_xticks(places, ALL, rotation=90, fontsize=7)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ DOCS = Path(__file__).parents[2] / "docs"
 COLOURS = {
     "posrf": "#bbbbbb", "hyperbolic": "#999999", "oprf": "#4477aa", "trig": "#ccbb44", "poisson": "#ddaa99",
     "geometric": "#886655", "saderf": "#66ccee", "aderf": "#228833", "sderf": "#aa3377", "optimal": "#cc3311",
-    "relu": "#dddddd", "elu": "#cccccc",
+    "relu": "#dddddd", "elu": "#cccccc", "nystrom": "#ee7733", "landmarks": "#332288",
 }  # fmt: skip
 FITTED = ("saderf", "aderf", "sderf")
 """The methods of FAVOR#."""

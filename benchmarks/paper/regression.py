@@ -15,7 +15,7 @@ import typer
 from rich.progress import Progress
 from sklearn.base import clone
 from sklearn.datasets import load_diabetes, make_friedman1
-from sklearn.kernel_approximation import RBFSampler
+from sklearn.kernel_approximation import Nystroem, RBFSampler
 from sklearn.kernel_ridge import KernelRidge
 from sklearn.linear_model import Ridge
 from sklearn.model_selection import GridSearchCV
@@ -26,6 +26,8 @@ from benchmarks.paper.page import COLOURS, DOCS, emphasised, picture, powers, st
 from favorsharp.sklearn import NadarayaWatsonRegressor, RandomFeatures
 
 METHODS = ("trig", "posrf", "oprf", "saderf", "aderf", "sderf", "optimal")
+KINDS = {"nw": (*METHODS, "landmarks"), "ridge": ("RBFSampler", "Nystroem", *METHODS, "nystrom")}
+THEIRS = {"RBFSampler": RBFSampler, "Nystroem": Nystroem}
 SAMPLE = 1000
 """Number of training rows for tuning and solving exact kernel ridge regression, whose cost is cubic in it."""
 
@@ -87,8 +89,8 @@ def tuned_ridge(data: tuple[np.ndarray, ...]) -> Any:
 
 def ridge(method: str, m: int, seed: int, best: Any, rows: int) -> Any:
     alpha = best.alpha * rows / min(rows, SAMPLE)  # the penalty for each row is the same as in the sample
-    if method == "RBFSampler":
-        features = RBFSampler(gamma=best.gamma, n_components=m, random_state=seed)
+    if method in THEIRS:
+        features = THEIRS[method](gamma=best.gamma, n_components=m, random_state=seed)
     else:
         features = RandomFeatures(method=method, n_components=m, gamma=best.gamma, random_state=seed)
     return make_pipeline(features, Ridge(alpha=alpha))
@@ -103,11 +105,10 @@ def main(
     """Write the tables and the picture."""
     start = time.perf_counter()
     sizes = [m for m in (16, 64, 256, 1024) if m <= largest]
-    kinds = {"nw": METHODS, "ridge": ("RBFSampler", *METHODS)}
     found: dict[tuple[str, str, str, int], tuple[float, float, float]] = {}
     bounds: dict[tuple[str, str], tuple[float, float, int]] = {}
     with Progress() as progress:
-        task = progress.add_task("regression", total=len(SETS) * len(sizes) * sum(map(len, kinds.values())))
+        task = progress.add_task("regression", total=len(SETS) * len(sizes) * sum(map(len, KINDS.values())))
         for name in SETS:
             data = split(name, rows)
             bounds[name, "nw"] = (*error_and_time(nadaraya_watson("exact", 0, 0, data), data, 1), len(data[0]))
@@ -115,7 +116,7 @@ def main(
             centre = data[1][:SAMPLE].mean()
             sample = (data[0][:SAMPLE], data[1][:SAMPLE] - centre, data[2], data[3] - centre)
             bounds[name, "ridge"] = (*error_and_time(best, sample, 1), len(sample[0]))
-            for kind, methods in kinds.items():
+            for kind, methods in KINDS.items():
                 for method in methods:
                     for m in sizes:
                         pairs = []
@@ -134,7 +135,7 @@ def main(
                         progress.advance(task)
     lines: list[str] = []
     titles = {"nw": "Nadaraya-Watson", "ridge": "Ridge regression on features"}
-    for kind, methods in kinds.items():
+    for kind, methods in KINDS.items():
         for name, (what, _) in SETS.items():
             error, seconds, points = bounds[name, kind]
             lines += [
@@ -152,20 +153,20 @@ def main(
                 ]
                 body.append([f"`{method}`", *cells])
             lines += table(["method", *(f"m = {m}" for m in sizes)], body)
-    _draw(found, bounds, kinds, sizes, output)
+    _draw(found, bounds, sizes, output)
     write("regression", [stamp(time.perf_counter() - start), "", *lines], output)
 
 
-def _draw(found, bounds, kinds, sizes, output) -> None:
+def _draw(found, bounds, sizes, output) -> None:
     with picture("regression", output, nrows=2, ncols=2 * len(SETS), figsize=(15, 5.6)) as axes:
-        for row, (kind, methods) in enumerate(kinds.items()):
+        for row, (kind, methods) in enumerate(KINDS.items()):
             for column, name in enumerate(SETS):
                 by_size, by_time = axes[row, 2 * column], axes[row, 2 * column + 1]
                 for method in methods:
                     cells = [found[name, kind, method, m] for m in sizes]
                     look = {"color": COLOURS.get(method, "black"), "lw": 2 if method == "optimal" else 1.2}
-                    if method == "RBFSampler":
-                        look["ls"] = ":"
+                    if method in THEIRS:
+                        look["ls"] = {"RBFSampler": ":", "Nystroem": "--"}[method]
                     by_size.plot(sizes, [cell[0] for cell in cells], marker="o", ms=3, label=method, **look)
                     by_time.plot(
                         [1e3 * cell[2] for cell in cells], [cell[0] for cell in cells], marker="o", ms=3, **look

@@ -1,8 +1,9 @@
-"""The features of Nystrom's method: kernels of a point with m centres, times a matrix."""
+"""The features of Nystrom's method: kernels of a point with centres, times a matrix."""
 
 import math
 from dataclasses import dataclass
 
+from favorsharp._algebra import row_sum
 from favorsharp._arrays import cast, namespace_of, under_own_settings
 from favorsharp._typing import Array
 from favorsharp.features.base import SignedFeatureMap, written
@@ -19,7 +20,9 @@ class NystromMap(SignedFeatureMap):
 
     Attributes
     ----------
-    root : array, shape (*b, m, m)
+    projection : array, shape (*b, c, d)
+        The centres; there may be more of them than features.
+    root : array, shape (*b, c, m)
         A root of a matrix near the inverse of exp(-|c - c'|^2 / 2).
     """
 
@@ -68,7 +71,7 @@ def gaussian(points: Array, centres: Array) -> Array:
     """exp(-|u - c|^2 / 2), (*b, n, m)."""
     xp = namespace_of(points, centres)
     logs = points @ xp.matrix_transpose(centres) - _halves(centres)
-    logs = logs - 0.5 * xp.sum(points * points, axis=-1, keepdims=True)
+    logs = logs - 0.5 * row_sum(points * points)
     return xp.exp(xp.minimum(logs, xp.zeros_like(logs[..., :1])))
 
 
