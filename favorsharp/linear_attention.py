@@ -501,14 +501,16 @@ def decode_step(
     prepared: Any = prepared_map(feature_map, state.kv.dtype)
     arguments = join_queries(group, q), k, v, state, prepared
     chosen = decode_step_op.implementation(*grouped(group, q, k, v, None)[:3], with_group_axis(group, state), prepared)
-    run = chosen.plan(*arguments) if key is not None and chosen.plan is not None else None
-    if run is None:
-        run = chosen.run if group == 1 else partial(_by_group, chosen.run)
+    planned = chosen.plan(*arguments) if key is not None and chosen.plan is not None else None
+    run = planned or (chosen.run if group == 1 else partial(_by_group, chosen.run))
     out, after = run(*arguments)
-    if key is not None and q.dtype == k.dtype == v.dtype:
-        keep(feature_map, key, Plan(run, prepared, layout_of(state)))
     if after.fingerprint != state.fingerprint:
         after = replace(after, fingerprint=state.fingerprint)
+    if key is not None and q.dtype == k.dtype == v.dtype:
+        layout = layout_of(state)
+        keep(feature_map, key, Plan(run, prepared, layout))
+        if planned is not None:  # the next token finds this plan, also if a window then holds one key more
+            after.remember("known_layout", layout)
     return cast(part_queries(group, out), result_dtype(xp, q, k, v)), after
 
 

@@ -275,6 +275,25 @@ def test_a_masked_token_changes_nothing(window):
     assert np.abs(seen - out).max() > 1e-4
 
 
+@pytest.mark.own_backend
+@pytest.mark.usefixtures("implementation")
+def test_states_with_a_window_may_be_continued_twice():
+    """Tokens share the memory of their recent keys, and a state keeps its value when another token follows it."""
+    q, k, v, fm = problem(np.asarray, n=40)
+    mask = np.arange(40) != 3 * np.ones((2, 1))
+    want = fs.linear_attention(q, k, v, fm, is_causal=True, window=4, key_mask=mask)
+    state = fs.update(fs.init_state(fm, 5, like=k, window=4), k[:, :5], v[:, :5], fm, key_mask=mask[:, :5])
+    for i in range(5, 40):
+        token = [x[:, i : i + 1] for x in (q, k, v)]
+        before, copied = fs.read(state, q, fm), pickle.loads(pickle.dumps(state))
+        out, after = fs.decode_step(*token, state, fm)
+        fs.decode_step(*(-x for x in token), state, fm)
+        np.testing.assert_allclose(out, want[:, i : i + 1], atol=1e-11)
+        np.testing.assert_allclose(fs.decode_step(*token, copied, fm)[0], out, rtol=1e-12)
+        np.testing.assert_array_equal(fs.read(state, q, fm), before)
+        state = after
+
+
 def test_a_combined_state_knows_the_map_of_either_side():
     q, k, v, fm = problem(np.asarray)
     state = fs.update(fs.init_state(fm, 5, like=k), k, v, fm)

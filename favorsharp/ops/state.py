@@ -88,9 +88,11 @@ class State:
     """What `favorsharp.plans.layout_of` gives for this state, if it is known; set on results of `decode_step`."""
     single_tokens: ClassVar[Any] = None
     """What a backend keeps beside a state that grows token by token, to correct its rounding; None if nothing."""
+    store: ClassVar[Any] = None
+    """What a backend keeps beside a state with a window: memory with room for further keys, in which the state lies."""
 
     def remember(self, name: str, value: Any) -> None:
-        """Attach `known_layout` or `single_tokens`. They are not part of the value: `replace` drops them."""
+        """Attach `known_layout`, `single_tokens` or `store`. They are not part of the value: `replace` drops them."""
         object.__setattr__(self, name, value)
 
     @property

@@ -384,9 +384,9 @@ def _compact(state: Memory) -> Memory:
     """A state whose recent keys are copies if they are views, which would keep the arrays of a whole prompt in memory.
 
     Only states with a window have recent keys. A state that needs no copy is returned itself, because what a step knows
-    of its state for the next one is lost in another value.
+    of its state for the next one is lost in another value; so is one whose keys lie in a store of two blocks.
     """
-    if not isinstance(state, State) or not state.window:
+    if not isinstance(state, State) or not state.window or state.store is not None:
         return state
     names = ("recent_k", "recent_v", "recent_mask")
     views = {name: x.clone() for name in names if _is_part(x := getattr(state, name))}

@@ -154,7 +154,7 @@ class AttentionProblem:
         s, batch = self.s, self.key_batch
         first = self.sums.reshape(self.heads, self.segments, -1)[:, 0]
         c = first[:, self.kv_size + s.m_pad : self.kv_size + s.m_pad + s.m] / LOG2E
-        kv, z = (np.ascontiguousarray(x) for x in self._taken_out(first))
+        kv, z = (np.ascontiguousarray(x) for x in self.state_sums())
         kv_low, z_low = (None, None) if self.lows is None else self._taken_out(self.lows)
         c = c.astype(self.packed.dtype).reshape(*batch, 1, s.m)
         return {"kv": kv, "z": z, "c": c, "kv_low": kv_low, "z_low": z_low}
@@ -162,6 +162,10 @@ class AttentionProblem:
     def state_arrays_like(self, like: Any) -> dict[str, Any]:
         """As `state_arrays`, as arrays of the library of `like`."""
         return {name: None if x is None else numpy_or_torch(like, x) for name, x in self.state_arrays().items()}
+
+    def state_sums(self) -> tuple[Any, Any]:
+        """The sums as kv (*b, m, e) and z (*b, 1, m) of a state, without a copy."""
+        return self._taken_out(self.sums.reshape(self.heads, self.segments, -1)[:, 0])
 
     def _taken_out(self, sums: Any) -> tuple[Any, Any]:
         """kv and z in the shapes of a state, from sums or from their low parts, without a copy."""
@@ -235,15 +239,20 @@ class AttentionProblem:
 
     def read(self, out: Any, *, normalised: bool = True, recent: int = 0) -> None:
         """Queries read the sums, and the first `recent` keys exactly."""
+        target = self.held.points(out, self.batch)
+        self.read_points(self.arguments(), self.q, target, normalised=normalised, recent=recent)
+
+    def read_points(self, p: Any, q: Any, target: Any, *, normalised: bool = True, recent: int = 0) -> None:
+        """As `read`, for queries laid out like those of the problem; `p` are its `arguments()`."""
         s = self.s
         work = float(self.query_heads * self.num_queries * s.m * (s.d + s.e))
         per_head = pieces_of(self.query_heads, self.num_queries, work)
-        tasks, p, target = self.query_heads * per_head, self.arguments(), self.held.points(out, self.batch)
+        tasks = self.query_heads * per_head
         if self._one_column() and recent == 0:
-            self.run(read_column, tasks, work, p, self.q, target, int(normalised), per_head)
+            self.run(read_column, tasks, work, p, q, target, int(normalised), per_head)
             return
-        k, v = (self.q, self.q) if recent == 0 else (self.k, self.v)
-        self.run(read_queries, tasks, work, p, self.q, k, v, self.mask, recent, target, int(normalised), per_head)
+        k, v = (q, q) if recent == 0 else (self.k, self.v)
+        self.run(read_queries, tasks, work, p, q, k, v, self.mask, recent, target, int(normalised), per_head)
 
     def windowed(self, out: Any, *, causal: bool, first_query: int = 0) -> None:
         """Queries read near blocks exactly, and the others by features."""
