@@ -5,9 +5,9 @@ model on sample inputs, and `StateCache` makes generation use constant memory. M
 design, masks). Each attention module of a model holds its own maps (docs: design, maps).
 """
 
-from favorsharp.transformers.attention import register
 from favorsharp.transformers.cache import StateCache
 from favorsharp.transformers.calibration import calibrate, load_maps, save_maps
 from favorsharp.transformers.checking import check
+from favorsharp.transformers.interface import register
 
 __all__ = ["StateCache", "calibrate", "check", "load_maps", "register", "save_maps"]

@@ -1,32 +1,23 @@
-"""The public function `register`, and the attention function that transformers then calls for each layer."""
+"""The attention function that transformers calls for each layer of a model with a registered name."""
 
-from dataclasses import dataclass, replace
-from functools import lru_cache, partial
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
-from transformers import AttentionInterface, AttentionMaskInterface
 
-from favorsharp._checks import check_choice, check_integer
 from favorsharp.exact import softmax_attention
-from favorsharp.features import FeatureMap, feature_map
-from favorsharp.fitting import fit
-from favorsharp.landmarks.settings import Landmarks, landmarks
-from favorsharp.landmarks.verbs import check_landmark_options
+from favorsharp.features import FeatureMap
+from favorsharp.landmarks.settings import Landmarks
 from favorsharp.linear_attention import decode_step, init_state, linear_attention, read, update
-from favorsharp.methods import LANDMARKS, MethodLike, check_method, method_of
 from favorsharp.transformers.cache import StateLayer, layer_of
-from favorsharp.transformers.masks import Visible, compact_mask, read_mask
-from favorsharp.transformers.models import adds_masks_only, guard, heard, label, warn_once
+from favorsharp.transformers.maps import crosses, map_for
+from favorsharp.transformers.masks import Visible, read_mask
+from favorsharp.transformers.models import adds_masks_only, heard, label, warn_once
+from favorsharp.transformers.registrations import EXACT, Registration
 from favorsharp.transformers.windows import NearKeys, near_attention, near_step
 
 Tensor = Any
-
-EXACT = "exact"
-"""The name of the method that computes softmax attention, for comparison."""
-
-WITHOUT_MAPS = {EXACT: "is exact", LANDMARKS: "chooses landmarks anew in each call"}
-"""The methods that have no feature map, and the reasons for error messages."""
 
 _HARMLESS = frozenset(
     {
@@ -45,184 +36,6 @@ _HARMLESS = frozenset(
 
 _FLAGS = frozenset({"output_attentions", "softcap", "head_mask"})
 """Keywords that have no effect if they are False."""
-
-
-@dataclass(frozen=True, eq=False)
-class Registration:
-    """The options of one registered name.
-
-    Attributes
-    ----------
-    name : str
-    method, num_features, window, draw, calibration
-        As in `register`.
-    seed : int
-        The seed of every draw.
-    landmarks : Landmarks or None
-        The settings of the method "landmarks".
-    room : int or None
-    per, dropout : str
-        As in `register`.
-    """
-
-    name: str
-    method: MethodLike
-    num_features: int
-    window: int
-    draw: Any
-    seed: int
-    calibration: str
-    landmarks: Landmarks | None
-    room: int | None = None
-    per: str = "head"
-    dropout: str = "ignore"
-
-    def landmarks_for(self, module: Any, heads: int, scaling: float | None) -> Landmarks:
-        """The settings of landmarks for each key head of a layer."""
-        assert self.landmarks is not None
-        shares = 1 if self.per == "head" else heads
-        if self.per == "model":
-            layers = getattr(getattr(module, "config", None), "num_hidden_layers", None)
-            if not isinstance(layers, int):
-                raise ValueError(
-                    f"per='model' needs the number of layers, and the config of {label(module)} has no "
-                    "num_hidden_layers; accepted: per='layer' or 'head'"
-                )
-            shares *= layers
-        if self.num_features < shares:
-            raise ValueError(
-                f"num_features={self.num_features} for a whole {self.per} is less than one landmark for each of "
-                f"{shares} heads of {label(module)}; accepted: {shares} or more"
-            )
-        m, scale = self.num_features // shares, None if scaling is None else float(scaling)
-        return _settings(self.landmarks, m, m if self.room is None else self.room, scale)
-
-    def draw_for(self, size: int, like: Tensor) -> Any:
-        """The random rows for heads of this size, on the device of `like`; all layers use the same draw."""
-        if not isinstance(self.draw, str):
-            return self.draw
-        return _rows(self.draw, self.num_features, size, self.seed, like.device)
-
-
-@lru_cache(maxsize=256)
-def _settings(settings: Landmarks, m: int, room: int, scale: float | None) -> Landmarks:
-    return replace(settings, num_landmarks=m, room=room, scale=scale)
-
-
-REGISTERED: dict[str, Registration] = {}
-"""All registrations by name."""
-
-
-def register(
-    name: str = "favorsharp",
-    *,
-    method: MethodLike = "optimal",
-    num_features: int = 256,
-    window: int = 0,
-    draw: Any = "orthogonal",
-    rng: Any = None,
-    calibration: str = "input",
-    room: int | None = None,
-    per: str = "head",
-    dropout: str = "ignore",
-) -> None:
-    """Register linear attention, by random features or landmarks, under a name for `attn_implementation`.
-
-    Afterwards `from_pretrained(..., attn_implementation=name)` and `model.set_attn_implementation(name)` accept the
-    name, for models whose attention goes through transformers' attention interface. A name that this function
-    registered before is replaced.
-
-    Parameters
-    ----------
-    name : str
-    method : str or callable
-        As in `favorsharp.fit`, only methods whose features are positive; or `"landmarks"`, as in
-        `favorsharp.attention`, which are biased and need no calibration; or `"exact"` for softmax attention, for
-        comparison.
-    num_features : int
-        m, 1 or more; the number of landmarks with that method.
-    window : int
-        Block length of exactly scored near keys, as in `favorsharp.linear_attention`; 0 means none. It is used in
-        self-attention only.
-    draw
-        As in `favorsharp.feature_map`. Landmarks take none.
-    rng : None, int, SeedSequence or Generator
-        As in `favorsharp.feature_map` and in `favorsharp.landmarks`. All that is random depends only on the seed of the
-        registration, so the same seed gives the same model.
-    calibration : {"input", "frozen"}
-        What a layer does that `calibrate` has not fitted. With "input", bidirectional self-attention is fitted to each
-        input, separately for each head and each row of the batch; causal and cross-attention raise an error, because a
-        fit to the sequence would show it its own future. With "frozen", every layer raises an error. Methods that fit
-        nothing (`posrf`) need no calibration. Landmarks take none.
-    room : int, optional
-        How many keys beyond its landmarks a stream of landmarks holds, as in `favorsharp.landmarks`; None means as many
-        as landmarks.
-    per : {"head", "layer", "model"}
-        What `num_features` landmarks are for: each key head, or all key heads of a layer or of all layers together, in
-        equal shares. Features take "head" only.
-    dropout : {"ignore", "refuse"}
-        What happens in training if the model asks for dropout of attention weights, which do not exist here. With
-        "ignore" the model trains without it, and warns once; with "refuse" it raises an error.
-
-    Raises
-    ------
-    TypeError, ValueError
-        If an argument is not as described, or transformers itself uses the name.
-
-    Examples
-    --------
-    >>> import torch
-    >>> from transformers import BertConfig, BertModel
-    >>> from favorsharp.transformers import register
-    >>> register("favorsharp", num_features=64, rng=0)
-    >>> config = BertConfig(vocab_size=50, hidden_size=32, num_hidden_layers=1, num_attention_heads=4)
-    >>> model = BertModel(config).eval()
-    >>> model.set_attn_implementation("favorsharp")
-    >>> model(torch.arange(40)[None]).last_hidden_state.shape
-    torch.Size([1, 40, 32])
-    """
-    from favorsharp.draws import DRAWS, generator
-
-    if not isinstance(name, str) or not name:
-        raise TypeError(f"name must be a string that is not empty, got {name!r}")
-    known = AttentionInterface._global_mapping
-    if (
-        name == "eager"
-        or "flash" in name
-        or any(c in name for c in "/|@:")
-        or (name in known and name not in REGISTERED)
-    ):
-        raise ValueError(f"name {name!r} means something to transformers already; accepted: any other, without / | @ :")
-    check_method(method, positive=True, also=tuple(WITHOUT_MAPS))
-    if isinstance(draw, str):
-        check_choice("draw", draw, DRAWS, also=", an (m, d) array of rows, or a pair (rows, log_weight)")
-    check_choice("calibration", calibration, ("input", "frozen"))
-    check_choice("per", per, ("head", "layer", "model"))
-    check_choice("dropout", dropout, ("ignore", "refuse"))
-    m = check_integer("num_features", num_features, 1)
-    settings = None
-    if method == LANDMARKS:
-        check_landmark_options(draw, calibrated=calibration != "input")
-        settings = landmarks(m, room=room, rng=rng)
-    elif room is not None or per != "head":
-        raise ValueError(f"room and per are of method 'landmarks', and method is {method!r}; accepted: their defaults")
-    registration = Registration(
-        name=name,
-        method=method,
-        num_features=m,
-        window=check_integer("window", window, 0),
-        draw=draw,
-        seed=int(generator(rng).integers(2**62)) if settings is None else settings.seed,
-        calibration=calibration,
-        landmarks=settings,
-        room=room,
-        per=per,
-        dropout=dropout,
-    )
-    REGISTERED[name] = registration
-    AttentionInterface.register(name, partial(attend, registration))
-    AttentionMaskInterface.register(name, compact_mask)
-    guard(REGISTERED)
 
 
 def attend(
@@ -446,119 +259,6 @@ def state_of(
     return state
 
 
-def map_for(
-    registration: Registration,
-    module: Any,
-    query: Tensor,
-    key: Tensor,
-    seen: Visible,
-    scaling: float | None,
-    grouped: bool,
-) -> FeatureMap:
-    """The frozen map of the layer; without one, a map fitted to this input, if that shows a query no later keys."""
-    frozen = frozen_map(module, registration)
-    if frozen is not None:
-        expected = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
-        if abs(frozen.parameters.scale - expected) > 1e-6 * expected:
-            raise ValueError(
-                f"{label(module)} was calibrated with scaling {frozen.parameters.scale}, and called with {expected}"
-            )
-        return frozen
-    if method_of(registration.method).is_fitted:
-        why = None
-        if registration.name in (getattr(getattr(module, "config", None), CALIBRATED, None) or ()):
-            why = "the model was calibrated before it was saved, and its maps are not in the checkpoint: load_maps them"
-        elif registration.calibration == "frozen":
-            why = "it was registered with calibration='frozen'"
-        elif seen.is_causal:
-            why = "it is causal: a fit to the sequence itself would show it its own future"
-        elif crosses(module, query.shape[-2], key.shape[-2], seen):
-            why = "its queries come from another sequence, which a fit would show its own future where that is causal"
-        if why is not None:
-            raise ValueError(
-                f"attn_implementation={registration.name!r}, method {registration.method!r}: {label(module)} has no "
-                f"feature map, and {why}; accepted: favorsharp.transformers.calibrate(model, batches) first, or a "
-                "method that needs no calibration (posrf, landmarks)"
-            )
-    visible = seen.key_mask
-    same = visible is not None and query.shape[-2] == key.shape[-2]
-    parameters = fit(
-        query.detach(),
-        key.detach(),
-        method=registration.method,
-        scale=scaling,
-        mask_x=visible if same else None,
-        mask_y=visible,
-        enable_gqa=grouped,
-    )
-    return feature_map(parameters, registration.num_features, draw=registration.draw_for(query.shape[-1], query))
-
-
-# What is stored on modules --------------------------------------------------------------------------------------------
-
-CALIBRATED = "favorsharp_calibrated"
-"""Entry of a model's config: the names it was calibrated for. It is saved with the model; the maps are not."""
-
-CHILD = "favorsharp"
-"""Name of the child module that holds the frozen maps of a layer."""
-
-
-class FrozenMaps(torch.nn.Module):
-    """The maps that `calibrate` fitted to one attention layer, by the name of the registration.
-
-    They are not parameters and not in the state dict, so that any loader can read the model's checkpoints. They are
-    copied with the model, move with it between devices, and keep their dtype when the model's dtype changes.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.by_name: dict[str, FeatureMap] = {}
-
-    def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        from favorsharp._values import map_arrays
-
-        def moved(x: Tensor) -> Tensor:
-            device = fn(torch.empty(0, device=x.device)).device
-            return x if device == x.device else x.to(device)
-
-        self.by_name = {name: map_arrays(fm, moved) for name, fm in self.by_name.items()}
-        return super()._apply(fn, recurse)
-
-    def extra_repr(self) -> str:
-        """One line for each map."""
-        return "\n".join(f"({name}): {fm!r}" for name, fm in self.by_name.items())
-
-
-def frozen_map(module: Any, registration: Registration) -> FeatureMap | None:
-    """The map that `calibrate` or `load_maps` stored on a layer for this registration, or None."""
-    holder = getattr(module, CHILD, None)
-    fm: FeatureMap | None = None if holder is None else holder.by_name.get(registration.name)
-    if fm is None:
-        return None
-    if fm.num_features != registration.num_features or fm.parameters.method != registration.method:
-        raise ValueError(
-            f"{label(module)} was calibrated for {fm.parameters.method_name!r} with {fm.num_features} features, and "
-            f"{registration.name!r} now means {registration.method!r} with {registration.num_features}: calibrate again"
-        )
-    return fm
-
-
-def is_cross(module: Any) -> bool:
-    """Whether the queries of a layer come from another sequence than its keys, judged by its class and attributes."""
-    if getattr(module, "is_cross_attention", False) or "Cross" in type(module).__name__:
-        return True
-    # decoders of encoder-decoder models use one class for both, and mark only their self-attention as causal
-    return bool(getattr(module, "is_decoder", False)) and not getattr(module, "is_causal", True)
-
-
-def crosses(module: Any, n: int, s: int, seen: Visible) -> bool:
-    """Whether the queries of a call come from another sequence than its keys.
-
-    No causal mask is of such a call, even if its layer does not say that it is causal, as in some decoders.
-    """
-    return not seen.is_causal and (is_cross(module) or n != s)
-
-
 def _collected() -> Any:
     """What transformers records in the running call besides its result; it does not tell every layer."""
     try:
@@ -577,21 +277,3 @@ def set_collector(collector: Any) -> Any:
     global _collector
     before, _collector = _collector, collector
     return before
-
-
-@lru_cache(maxsize=64)
-def _drawn(draw: str, num_rows: int, size: int, seed: int, device: torch.device) -> Tensor:
-    from favorsharp.draws import draw_rows
-
-    return torch.asarray(draw_rows(draw, num_rows, size, seed), device=device)
-
-
-@torch.library.custom_op("favorsharp::transformers_rows", mutates_args=())
-def _rows(draw: str, num_rows: int, size: int, seed: int, device: torch.device) -> torch.Tensor:
-    """Random rows as a custom op of torch, so that torch.compile does not trace the code that draws them."""
-    return _drawn(draw, num_rows, size, seed, device).clone()
-
-
-@_rows.register_fake
-def _(draw: str, num_rows: int, size: int, seed: int, device: torch.device) -> torch.Tensor:
-    return torch.empty((num_rows, size), dtype=torch.float64, device=device)

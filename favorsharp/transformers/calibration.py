@@ -11,18 +11,11 @@ from favorsharp.features import FeatureMap, feature_map
 from favorsharp.fitting import fit
 from favorsharp.moments import Moments, combine, moments
 from favorsharp.storage import load, save
-from favorsharp.transformers.attention import (
-    CALIBRATED,
-    CHILD,
-    REGISTERED,
-    WITHOUT_MAPS,
-    FrozenMaps,
-    Registration,
-    crosses,
-    set_collector,
-)
+from favorsharp.transformers.attention import set_collector
+from favorsharp.transformers.maps import CALIBRATED, CHILD, FrozenMaps, crosses
 from favorsharp.transformers.masks import Visible
 from favorsharp.transformers.models import label
+from favorsharp.transformers.registrations import REGISTERED, WITHOUT_MAPS, Registration
 
 Tensor = Any
 

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 from favorsharp.methods import method_of
-from favorsharp.transformers.attention import EXACT, REGISTERED, WITHOUT_MAPS, Registration, frozen_map, is_cross
+from favorsharp.transformers.maps import frozen_map, is_cross
 from favorsharp.transformers.models import attention_layers, reaches
+from favorsharp.transformers.registrations import EXACT, REGISTERED, WITHOUT_MAPS, Registration
 
 
 class LayerCheck(NamedTuple):

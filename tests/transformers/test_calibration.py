@@ -10,6 +10,7 @@ from tiny import bert, gpt2, inputs, llama, output, vit, whisper
 import favorsharp as fs
 from favorsharp.transformers import attention as interface
 from favorsharp.transformers import calibrate, load_maps, register, save_maps
+from favorsharp.transformers.registrations import REGISTERED
 
 
 @pytest.fixture(autouse=True)
@@ -69,7 +70,7 @@ def test_an_input_is_fitted_per_row_and_head():
     hidden = args[0] if args else kwargs["hidden_states"]
     q, k = heads_of(layer, hidden)
     v = layer.value(hidden).view(3, 12, 4, 8).transpose(1, 2)
-    fm = fs.feature_map(fs.fit(q.detach(), k.detach()), 16, draw=interface.REGISTERED["favorsharp"].draw_for(8, q))
+    fm = fs.feature_map(fs.fit(q.detach(), k.detach()), 16, draw=REGISTERED["favorsharp"].draw_for(8, q))
     assert fm.batch_shape == (3, 4)
     torch.testing.assert_close(out[0], fs.linear_attention(q, k, v, fm).transpose(1, 2).reshape(3, 12, 32))
 

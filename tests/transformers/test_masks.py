@@ -6,8 +6,9 @@ from tiny import MODELS, bert, gpt2, inputs, llama, output
 from transformers import masking_utils
 
 from favorsharp.transformers import StateCache, calibrate, register
-from favorsharp.transformers.attention import REGISTERED, attend
+from favorsharp.transformers.attention import attend
 from favorsharp.transformers.masks import CompactMask, compact_mask, read_mask
+from favorsharp.transformers.registrations import REGISTERED
 
 
 @pytest.fixture(autouse=True)

@@ -11,8 +11,9 @@ import transformers as hf
 from tiny import bert, inputs, llama, output
 
 from favorsharp.transformers import StateCache, calibrate, register
-from favorsharp.transformers.attention import REGISTERED, attend
+from favorsharp.transformers.attention import attend
 from favorsharp.transformers.masks import CompactMask, compact_mask, read_mask
+from favorsharp.transformers.registrations import REGISTERED
 
 SMALL = {
     "vocab_size": 50,
