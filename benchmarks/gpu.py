@@ -16,7 +16,6 @@ import typer
 
 import favorsharp as fs
 from benchmarks import peers
-from benchmarks.decode_step import torch_step
 from benchmarks.gpu_floors import BYTES_A_SECOND, FLOPS_A_SECOND, PLAIN_FLOPS_A_SECOND, TokenWork, Work
 from favorsharp._values import astype, map_arrays
 
@@ -181,7 +180,7 @@ def token_peers(case: Token, device: str, feature_map: Any) -> tuple[Any, dict[s
     rows = feature_map.rows
     features = _features(far[0].float(), rows, root)
     sums = features.mT @ far[1].float(), features.sum(-2, keepdim=True)
-    step, given = (torch_window_step, (*sums, *near)) if case.window else (torch_step, sums)
+    step, given = (torch_window_step, (*sums, *near)) if case.window else (peers.torch_step, sums)
     return state, {
         OURS: lambda q, k, v: fs.decode_step(q, k, v, state, feature_map)[0],
         "torch": lambda q, k, v: step(q.float(), k.float(), v.float(), rows, *given, root)[0],

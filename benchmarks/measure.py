@@ -17,30 +17,121 @@ PAUSE = 0.006
 
 @dataclass
 class Table:
-    """Seconds of each peer for one piece of work. The first is ours; those in `beside` are shown, but not compared."""
+    """Seconds of each way to do one piece of work. The first is ours; those in `beside` are shown, but not compared.
+
+    Attributes
+    ----------
+    work : str
+        What is timed.
+    seconds : dict
+        Medians by name.
+    goal : float, optional
+        The least time of the best other over ours that is accepted.
+    part : float, optional
+        The least part of the bound that is accepted.
+    flops, moved : float, optional
+        Multiplications and additions of the work's matrix products; bytes that it has to read and write.
+    own : bool
+        Whether the others are calls of this library too.
+    label : str
+        What the picture says; empty means that the row is not in it.
+    """
 
     work: str
     seconds: dict[str, float]
     goal: float | None = None
+    part: float | None = None
     left_out: dict[str, str] = field(default_factory=dict)
     flops: float | None = None
+    moved: float | None = None
     beside: tuple[str, ...] = ()
+    own: bool = False
+    label: str = ""
+
+    @property
+    def ours(self) -> float:
+        """Our seconds."""
+        return next(iter(self.seconds.values()))
 
     @property
     def best(self) -> tuple[str, float] | None:
-        """The fastest of the other peers that are compared."""
+        """The fastest of the others that are compared."""
         _, *others = self.seconds.items()
         return min((x for x in others if x[0] not in self.beside), key=lambda x: x[1], default=None)
 
     @property
-    def gflops(self) -> float | None:
-        """Our billions of multiplications and additions a second, in the products that the work consists of."""
-        return None if self.flops is None else self.flops / next(iter(self.seconds.values())) / 1e9
+    def ratio(self) -> float | None:
+        """The time of the best other over ours."""
+        return None if self.best is None else self.best[1] / self.ours
+
+    def share(self, bounds: "Bounds") -> float | None:
+        """The least time that the machine needs for the products and bytes, over ours."""
+        least = max((self.flops or 0) / bounds.flops, (self.moved or 0) / bounds.moved)
+        return least / self.ours if least else None
+
+    def missed(self, bounds: "Bounds") -> bool:
+        """Whether a goal is not reached."""
+        ratio, share = self.ratio, self.share(bounds)
+        return bool((self.goal and ratio and ratio < self.goal) or (self.part and share and share < self.part))
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """What the machine does at most in a second: multiplications and additions in float32, and bytes of a copy."""
+
+    flops: float
+    moved: float
+
+    def __or__(self, other: "Bounds") -> "Bounds":
+        return Bounds(max(self.flops, other.flops), max(self.moved, other.moved))
+
+
+def bounds(seconds: float = 1.0) -> Bounds:
+    """Measure both; each takes about so many seconds."""
+    return Bounds(1e9 * peak_fma(seconds), copied(seconds))
+
+
+def copied(seconds: float = 1.0) -> float:
+    """Bytes a second of a copy by torch with all threads, those read and those written, larger than any cache."""
+    import torch
+
+    source = torch.ones(2**24 if seconds < 0.5 else 2**26)
+    target, best, begin = torch.empty_like(source), 0.0, time.perf_counter()
+    while time.perf_counter() - begin < seconds:
+        start = time.perf_counter()
+        target.copy_(source)
+        best = max(best, 2 * source.nbytes / (time.perf_counter() - start))
+    return best
+
+
+class OtherWork:
+    """Which part of the processors' time others have taken since this was made: other processes, and a hypervisor."""
+
+    def __init__(self) -> None:
+        self.begin = self._now()
+
+    @staticmethod
+    def _now() -> tuple[float, float, float] | None:
+        """Seconds since the machine started: of all processes, of this one with its children, and of time as such."""
+        try:
+            cores = {f"cpu{core}" for core in os.sched_getaffinity(0)}
+            with open("/proc/stat") as lines:
+                parts = [line.split() for line in lines if line.split()[0] in cores]
+        except (AttributeError, OSError):
+            return None
+        ticks = os.sysconf("SC_CLK_TCK")
+        user, nice, system, _, _, irq, soft, steal = ([int(x[i]) for x in parts] for i in range(1, 9))
+        busy = sum(map(sum, (user, nice, system, irq, soft, steal))) / ticks
+        return busy, sum(os.times()[:4]), len(cores) * time.monotonic()
 
     @property
-    def ratio(self) -> float | None:
-        """The time of the best other peer over ours."""
-        return None if self.best is None else self.best[1] / next(iter(self.seconds.values()))
+    def part(self) -> float | None:
+        """Between 0 and 1; None where it is not known."""
+        now = self._now()
+        if self.begin is None or now is None:
+            return None
+        busy, own, all_time = (b - a for a, b in zip(self.begin, now, strict=True))
+        return None if busy <= 0 else max(0.0, busy - own) / all_time
 
 
 def compare(
@@ -49,41 +140,42 @@ def compare(
     *,
     want: Any = None,
     tolerance: float = 1e-3,
-    goal: float | None = None,
     rounds: int = 9,
-    budget: float = 20.0,
-    flops: float | None = None,
-    unchecked: str = "performer-pytorch",
-    beside: tuple[str, ...] = (),
+    budget: float = 3.0,
+    unchecked: tuple[str, ...] = ("favorsharp",),
+    times: int = 1,
+    **about: Any,
 ) -> Table:
-    """Time the peers in turn, round by round; a peer that fails or whose result is wrong is left out and named."""
+    """Time the peers in turn, round by round; a peer that fails or whose result is wrong is left out and named.
+
+    `times` is how often each call does the work; `about` is what `Table` takes besides.
+    """
     left_out = {}
     runs: dict[str, Callable[[], Any]] = {}
     for name, peer in peers.items():
         try:
             got = peer()
-            if want is not None and name != unchecked:
+            if want is not None and name not in unchecked:
                 got = np.asarray(got.detach() if hasattr(got, "detach") else got, dtype=np.float64)
                 error = np.max(np.abs(got - want)) / np.max(np.abs(want))
                 if not error <= tolerance:
                     raise ArithmeticError(f"relative error {error:.1g}")
-            peer()
         except Exception as fault:
             left_out[name] = f"{type(fault).__name__}: {fault}"[:120]
             continue
         runs[name] = peer
-    times: dict[str, list[float]] = {name: [] for name in runs}
+    found: dict[str, list[float]] = {name: [] for name in runs}
     begin = time.perf_counter()
     for number in range(rounds):
         for name, peer in runs.items():
             time.sleep(PAUSE)
             start = time.perf_counter()
             result = peer()
-            times[name].append(time.perf_counter() - start)
+            found[name].append((time.perf_counter() - start) / times)
             del result
         if number >= 2 and time.perf_counter() - begin > budget:
             break
-    return Table(work, {name: statistics.median(found) for name, found in times.items()}, goal, left_out, flops, beside)
+    return Table(work, {name: statistics.median(x) for name, x in found.items()}, left_out=left_out, **about)
 
 
 def peak_fma(seconds: float = 1.0) -> float:
@@ -117,7 +209,7 @@ def machine() -> dict[str, str]:
     except (OSError, StopIteration):
         pass
     packages = {}
-    for package in ("favorsharp", "numba", "numpy", "torch", "jax", "performer-pytorch"):
+    for package in ("favorsharp", "numba", "numpy", "torch", "jax", "transformers", "scikit-learn"):
         try:
             packages[package] = version(package)
         except PackageNotFoundError:

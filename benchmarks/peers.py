@@ -4,7 +4,6 @@ All are stabilised by row and feature maxima as ours are, except for those that 
 """
 
 import functools
-import warnings
 from typing import Any
 
 import numpy as np
@@ -18,25 +17,9 @@ def numpy_features(u: Any, rows: Any, row: Any, column: Any) -> Any:
     return np.exp(u @ rows.T + row + column)
 
 
-def numpy_features_tiled(u: Any, rows: Any, row: Any, column: Any, tile: int = 1024) -> Any:
-    """The formula in tiles of rows that stay in the cache, written to one result."""
-    out = np.empty((len(u), len(rows)), u.dtype)
-    for start in range(0, len(u), tile):
-        part = out[start : start + tile]
-        np.matmul(u[start : start + tile], rows.T, out=part)
-        part += row[start : start + tile] + column
-        np.exp(part, out=part)
-    return out
-
-
 def torch_features(u: Any, rows: Any, row: Any, column: Any) -> Any:
     """The formula with a new array for each step."""
     return torch.exp(u @ rows.T + row + column)
-
-
-def torch_features_in_place(u: Any, rows: Any, row: Any, column: Any) -> Any:
-    """The formula with one temporary array less at each step."""
-    return torch.addmm(column.expand(len(u), -1), u, rows.T).add_(row).exp_()
 
 
 def _logs(x: Any, rows: Any, root: float) -> Any:
@@ -88,6 +71,19 @@ def torch_causal_chunked(q: Any, k: Any, v: Any, rows: Any, root: float, chunk: 
     pairs = (pq @ pk.mT).tril()
     total = pairs.sum(-1, keepdim=True) + pq @ ones[..., None]
     return ((pairs @ v + pq @ sums) / total).reshape(*batch, n, -1)
+
+
+def torch_step(q: Any, k: Any, v: Any, rows: Any, kv: Any, z: Any, root: float) -> Any:
+    """One token of FAVOR+ without maxima, which returns new sums as ours does."""
+    pq, pk = (torch.exp((x * root) @ rows.mT - (x * x).sum(-1, keepdim=True) * (root * root / 2)) for x in (q, k))
+    kv, z = kv + pk.mT * v, z + pk
+    return (pq @ kv) / (pq * z).sum(-1, keepdim=True), kv, z
+
+
+def torch_matvec(x: Any, v: Any, rows: Any) -> Any:
+    """A product with a Gaussian kernel matrix by its positive features, all of them in memory."""
+    p = torch.exp(x @ rows.mT - (x * x).sum(-1, keepdim=True)) / len(rows) ** 0.5
+    return p @ (p.mT @ v)
 
 
 @functools.cache
@@ -142,14 +138,3 @@ def jitted(name: str) -> Any:
 def exact(q: Any, k: Any, v: Any, *, is_causal: bool = False) -> Any:
     """Exact attention of torch."""
     return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=is_causal)
-
-
-def performer(m: int, d: int, *, causal: bool = False) -> Any:
-    """FastAttention of performer-pytorch; None if it is not installed."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # warnings of the modules that it imports
-        try:
-            from performer_pytorch import FastAttention
-        except ImportError:
-            return None
-        return FastAttention(dim_heads=d, nb_features=m, causal=causal).eval()

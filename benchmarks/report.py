@@ -1,155 +1,266 @@
-"""Run the benchmarks, and write the page and the picture: `python -m benchmarks.report`."""
+"""Run the benchmarks, and write docs/benchmarks.md and its picture: `python -m benchmarks.report`."""
 
 import datetime
 import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
-import numpy as np
 import torch
 import typer
 
-from benchmarks import (
-    attention,
-    causal_attention,
-    decode_step,
-    exponential_features,
-    kernel_matvec,
-    measure,
-    startup,
-)
+from benchmarks import attention, estimators, features, measure, models, startup
 
-SCRIPTS = {
-    "exponential_features": exponential_features,
-    "attention": attention,
-    "causal_attention": causal_attention,
-    "decode_step": decode_step,
-    "kernel_matvec": kernel_matvec,
-    "startup": startup,
+SCRIPTS = {"attention": attention, "features": features, "models": models, "estimators": estimators}
+TITLES = {
+    "attention": "Attention of NumPy arrays and tensors",
+    "features": "Features and sums of kernels",
+    "models": "In models",
+    "estimators": "Estimators",
 }
 ROOT = Path(__file__).parents[1]
+QUIET = 0.03
+"""The part of the processors' time that others may take in a run that counts as undisturbed."""
 
+Found = list[tuple[str, measure.Table]]
+"""Every row with the script that it is from."""
 
-def peak() -> float:
-    """GFLOP/s of a square float32 product: the speed of the machine at this moment."""
-    a = torch.randn(2048, 2048)
-    best = min(_seconds(lambda: a @ a) for _ in range(7))
-    return 2 * 2048**3 / best / 1e9
+WHY = {
+    "fit": "two decompositions of 64 x 64 matrices a head take about as long for any number of tokens.",
+    "attention through landmarks": "landmarks are chosen one after the other, then keys are assigned to them three "
+    "times; at 1,024 tokens exact attention takes no longer than that.",
+    "attention through features, fit": "most of the time is the fit, whose decompositions do not depend on the length.",
+    "features with window": "arithmetic says 1.75 times as long for a window of 64 in both directions; sums of blocks "
+    "are written and read besides.",
+    "landmarks with window": "the window's parts are array operations beside the kernels.",
+    "a token, features": "a token takes some 11 microseconds of Python beside its arithmetic.",
+    "a token, landmarks": "keys are compressed once in 128 tokens, and this is shared among the tokens here.",
+    "a token of a Llama": "most of it is the layer's Python, which is the same for any number of earlier tokens.",
+    "query": "where the transform is no rotation the row term takes products of its own.",
+    "RandomFeatures, optimal: fit": "moments of float32 points are added in float64, and a decomposition follows.",
+    "RandomFeatures, optimal: transform": "checks and conversions of scikit-learn take part of it.",
+}
+"""Written by hand: what is known of a goal that is missed, by the beginning of a row. Check it with a new table."""
 
-
-def _seconds(run) -> float:
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
-
-
-NOTES = """\
-## Where a goal is missed, and why
-
-The goals were set on an Intel Xeon with AVX-512 and AMX, against what was fastest there; those of causal attention
-against chunked torch, which has rows of its own beside the fastest rival, a scan under jax.jit. The share of the bound
-says what a faster kernel could gain. Peers and memory vary between runs: in one twenty minutes before this one jax.jit
-made features with m = 64 in 11 milliseconds, ours took 6.9 and, with out=, 5.0. What is known of each miss on the
-processor named above:
-
-- *Causal with a window*: a window w takes 1.5 w (d + e) multiply-adds a query where causal attention takes 32 (m + e)
-  for the pairs in a tile: 0.92, 1.00, 1.16 of all in all for w = 16, 32, 64 at m = 128, so that at w = 64 arithmetic
-  alone forbids the goal. At 16 and 32 the rest are sums that take and are read by few points at a time: between runs 3
-  to 7 % in all. At m = 256 a window costs nothing, or 3 % at w = 64.
-- *Training, m = 64*: a disturbance, as three rounds were too few for the median to leave it out; there are five now.
-  In the run before, and in two of these rows alone after it, this took 71 to 110 milliseconds: 5.6 to 9.0 times less
-  than chunked torch.
-- *Decode*: at B = 1 the kernel takes 3 microseconds of 14 to 16, four new arrays 3, the new state 1; a quarter of
-  torch.compile's 33 would leave little more than 1 for Python to see that this call is like the one before, which
-  takes 6. At B = 64 the states, 8 MiB read and 8 MiB written, as no call writes to a state that it was given, take two
-  threads 140 to 190 microseconds, waking the second one included; torch.compile takes no longer than two copies of the
-  states.
-
-Not measured: AMX tiles (this processor has none), bfloat16 peers, ARM.
+TERMS = """\
+- *Calls*: each row is a call as the [guide](guide/index.md) shows it, with all its checks, fits and choices. Points are
+  float32 NumPy arrays, eight heads of 64, with 128 features or landmarks, unless the row says otherwise.
+- *Times* are medians in milliseconds. Ours and the others take turns in one process, with a pause before each call, so
+  that the threads of the one before are asleep. A time is worth little on another machine; compare ratios.
+- *Ratio*: the time of the best other over ours. Above 1, ours takes less.
+- *Of the bound*: the least time that the matrix products and the bytes of the work could take on this machine, over our
+  time. The products run at most at the rate of multiply-adds from the fastest cache, bytes at that of a copy; both are
+  measured in the same run. Exponentials, fits' decompositions and Python are not in it.
+- *Goal*: the least ratio, or share of the bound, that we accept.
+- *A given map* was fitted and drawn before; a *fit* chooses its parameters. `out=` writes to an array that is there.
+- *Exact attention* is torch's `scaled_dot_product_attention`. *FAVOR+* is what other libraries have in place of our
+  maps: the formula in NumPy, torch, torch.compile or jax.jit, with as many features. What is marked *no maxima*
+  overflows on larger inputs than these; ours never does.
+- *The kernel alone* is our compiled function on prepared arguments. It is not compared.
 """
-"""Written by hand: what is known of each missed goal. Check it again with every new table."""
 
 
-def page(found: list[measure.Table], memory: dict[str, float], flops: float, fma: float) -> str:
+def times(ratio: float) -> str:
+    """A ratio of times in words."""
+    return f"{ratio:.1f} times as fast as"
+
+
+def named(found: Found) -> dict[str, measure.Table]:
+    """The rows by what they time."""
+    return {table.work: table for _, table in found}
+
+
+def sentences(found: Found, bounds: measure.Bounds) -> list[str]:
+    """What the table comes to; those whose rows are not there are left out."""
+    rows, said = named(found), []
+    both = [[rows.get(f"attention through landmarks{kind}, n={n}") for kind in ("", ", causal")] for n in (4096, 1024)]
+    if all(table for pair in both for table in pair):
+        (marks, causal), (early, early_causal) = both
+        said += [
+            f"At 4,096 tokens, one call of attention through 128 landmarks takes {1e3 * marks.ours:.0f} ms and is "
+            f"{times(marks.ratio)} exact attention; causal attention is {times(causal.ratio)} it.",
+            f"At 1,024 tokens these ratios are {early.ratio:.1f} and {early_causal.ratio:.1f}, so for shorter "
+            "sequences exact attention is the better choice.",
+        ]
+    if given := rows.get("linear_attention with a given map, n=4096"):
+        said.append(
+            f"With a map of 128 features that is given, 4,096 tokens take {1e3 * given.ours:.0f} ms, at "
+            f"{100 * given.share(bounds):.0f} per cent of the bound, and are {times(given.ratio)} the best other way "
+            f"to compute FAVOR+ or exact attention ({given.best[0]})."
+        )
+    short, long = (rows.get(f"a token of a Llama-like model, 4 layers, after {n}") for n in (512, 8192))
+    if short and long:
+        said.append(
+            f"In a Llama-like model a state of fixed size makes a token {times(short.ratio)} a cache of all keys after "
+            f"512 tokens, and {times(long.ratio)} it after 8,192."
+        )
+    goals = [table for _, table in found if table.goal or table.part]
+    missed = sum(table.missed(bounds) for table in goals)
+    said.append(
+        f"Of {len(goals)} goals {missed} are missed in this run; [what is known of the reasons](#missed-goals)."
+    )
+    return said
+
+
+def about(part: float | None) -> str:
+    """What the run says of other work on the machine."""
+    if part is None:
+        return "Whether other work ran on the machine is not known."
+    if part <= QUIET:
+        return f"Other work took {100 * part:.1f} per cent of the processors' time during the run."
+    return (
+        f"**Disturbed: other work took {100 * part:.0f} per cent of the processors' time during this run.** The times "
+        "are too long, and ratios may be wrong; run it again on a quiet machine."
+    )
+
+
+def cells(table: measure.Table, bounds: measure.Bounds) -> list[str]:
+    """A row of the table."""
+    ratio, share = table.ratio, table.share(bounds)
+    goal = f"{table.goal:.2g}" if table.goal else f"{100 * table.part:.0f} % of the bound" if table.part else ""
+    other = f"{table.best[0]} {1e3 * table.best[1]:.3g}" if table.best else ""
+    return [
+        table.work, f"{1e3 * table.ours:.3g}", other, "" if ratio is None else f"{ratio:.2f}",
+        "" if share is None else f"{100 * share:.0f} %", goal + (" (missed)" if table.missed(bounds) else ""),
+    ]  # fmt: skip
+
+
+def tables_of(found: Found, bounds: measure.Bounds) -> Iterator[str]:
+    """The two tables: beside other software, and beside calls of ours."""
+    for title, own, other in (("Beside other software", False, "best other, ms"), ("Beside our own calls", True, "ms")):
+        yield from (f"## {title}", "")
+        header = ["call", "ours, ms", other if not own else "beside it, ms", "ratio", "of the bound", "goal"]
+        yield from ("| " + " | ".join(header) + " |", "|" + " --- |" * len(header))
+        for script, heading in TITLES.items():
+            rows = [table for name, table in found if name == script and table.own == own]
+            if rows:
+                yield f"| **{heading}** |" + " |" * (len(header) - 1)
+            yield from ("| " + " | ".join(cells(table, bounds)) + " |" for table in rows)
+        yield ""
+
+
+def reasons(found: Found, bounds: measure.Bounds) -> Iterator[str]:
+    """Each missed goal, with what is known of it."""
+    for _, table in found:
+        if table.missed(bounds):
+            known = next((why for start, why in WHY.items() if table.work.startswith(start)), "no reason is known.")
+            yield f"- *{table.work}*: {known}"
+
+
+def page(found: Found, rest: measure.Table, memory: dict[str, float], bounds: measure.Bounds, stamp: str) -> str:
     """The Markdown page."""
     lines = [
         "# CPU benchmarks",
         "",
-        f"Measured {datetime.date.today().isoformat()}: "
-        + ", ".join(f"{name} {value}" for name, value in measure.machine().items())
-        + f". In the same run a 2048 x 2048 float32 product ran at {flops:.0f} GFLOP/s, and multiply-adds from the "
-        + f"fastest cache at {fma:.0f}, which nothing can exceed.",
+        "![How many times as fast as the best other software each call is](_static/benchmarks.png)",
         "",
-        "Interleaved medians in one process, float32, eight heads of 64, after a check against float64 where the sizes",
-        "allow it. Read ratios: times on a shared machine vary. Plain and causal peers take no maxima, and so overflow",
-        "on larger inputs; ours always take them. performer-pytorch draws projections of its own: its results cannot",
-        "be checked. Rows with out= write to an array that is there, where other libraries make a new one.",
-        "`python -m benchmarks.report` writes this page.",
+        *sentences(found, bounds),
         "",
-        "The last column is what the matrix products of the work come to, in per cent of that bound.",
+        stamp,
+        f"At most {bounds.flops / 1e9:.0f} GFLOP/s and {bounds.moved / 1e9:.0f} GB/s were measured in the same run.",
+        "`python -m benchmarks.report` writes this page. [GPUs](guide/gpu.md) have a page of their own.",
         "",
-        "| work | ours, ms | best other, ms | ratio | goal | of the bound |",
-        "|---|---|---|---|---|---|",
+        "## Terms",
+        "",
+        TERMS,
+        *tables_of(found, bounds),
+        "## Missed goals",
+        "",
+        *(list(reasons(found, bounds)) or ["None."]),
+        "",
+        "Not measured: AMX, bfloat16, ARM.",
+        "",
+        "## All times",
+        "",
+        "| call | ms |",
+        "| --- | --- |",
     ]
-    for table in found:
-        if table.best is not None and table.work.split(":")[0] != "start-up":
-            ours, (name, best) = next(iter(table.seconds.values())), table.best
-            goal = f"{table.goal:.1f}{'' if table.ratio >= table.goal else ' (missed)'}" if table.goal else ""
-            share = "" if table.gflops is None else f"{100 * table.gflops / fma:.0f} %"
-            cells = table.work, f"{1e3 * ours:.2f}", f"{name} {1e3 * best:.2f}", f"{table.ratio:.2f}", goal, share
-            lines.append("| " + " | ".join(cells) + " |")
-    lines += ["", *NOTES.splitlines(), "", "## Every peer", ""]
-    for table in found:
-        lines += [f"**{table.work}**", "", "| | ms |", "|---|---|"]
-        lines += [f"| {name} | {1e3 * seconds:.2f} |" for name, seconds in table.seconds.items()]
-        lines += [f"| {name} | left out: {why.splitlines()[0]} |" for name, why in table.left_out.items()]
-        lines.append("")
-    lines += ["## Memory beyond inputs and output", "", "| | MiB |", "|---|---|"]
+    for _, table in found:
+        known = [f"{name} {1e3 * seconds:.3g}" for name, seconds in table.seconds.items()]
+        lost = [f"{name} left out ({why.splitlines()[0]})" for name, why in table.left_out.items()]
+        lines.append(f"| {table.work} | {'; '.join(known + lost)} |")
+    lines += [
+        "",
+        "## The first call, and memory",
+        "",
+        f"Of {rest.work}, milliseconds:",
+        "",
+        "| | ms |",
+        "| --- | --- |",
+    ]
+    lines += [f"| {name} | {1e3 * seconds:.0f} |" for name, seconds in rest.seconds.items()]
+    lines += ["", "Memory of a call beyond inputs and output:", "", "| | MiB |", "| --- | --- |"]
     lines += [f"| {name} | {size:.1f} |" for name, size in memory.items()]
     return "\n".join(lines) + "\n"
 
 
-def picture(found: list[measure.Table], path: Path) -> None:
-    """Ratios to the best alternative, beside the goals."""
+def picture(found: Found, path: Path) -> None:
+    """Ratios to the best other software: narrow, with its text above the bars, so that a telephone shows it too."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    shown = [table for table in found if table.goal and table.ratio]
-    figure, axes = pyplot.subplots(figsize=(8, 0.35 * len(shown) + 1.2))
-    places = np.arange(len(shown))
-    axes.barh(places, [table.ratio for table in shown], color="#4477aa", label="reached")
-    axes.plot([table.goal for table in shown], places, "k|", markersize=12, label="goal")
-    axes.set_yticks(places, [table.work for table in shown], fontsize=7)
-    axes.invert_yaxis()
+    colours = dict(zip(TITLES, ("#4477aa", "#228833", "#ccbb44", "#aa3377"), strict=True))
+    shown = [(name, table) for name, table in found if table.label and table.ratio]
+    with pyplot.rc_context({"font.size": 8.5}):
+        figure, axes = pyplot.subplots(figsize=(4.6, 0.42 * len(shown) + 1.0), layout="constrained")
+        bars(axes, shown, colours)
+        figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+
+
+def bars(axes: Any, shown: Found, colours: dict[str, str]) -> None:
+    """A bar for each row, from 1 to its ratio, with its label above it."""
+    for place, (name, table) in enumerate(shown):
+        axes.barh(place, table.ratio - 1, left=1, height=0.38, color=colours[name])
+        text = axes.text(0.0, place - 0.32, table.label, transform=axes.get_yaxis_transform(), va="bottom", zorder=3)
+        text.set_bbox({"facecolor": "white", "edgecolor": "none", "pad": 0.5})
+        axes.text(max(1.0, table.ratio) * 1.06, place, f"{table.ratio:.1f}", va="center")
+    ratios = [table.ratio for _, table in shown]
+    axes.axvline(1, color="#333333", linewidth=1)
     axes.set_xscale("log")
-    axes.set_xlabel("times the best alternative")
-    axes.legend()
-    figure.tight_layout()
-    figure.savefig(path, dpi=150)
+    axes.set_xlim(0.8 * min([0.5, *ratios]), 1.6 * max([2.0, *ratios]))
+    axes.set_ylim(len(shown) - 0.5, -0.9)
+    axes.set_yticks([])
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter("")
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.set_xlabel("times as fast as the best other software\n(left of 1: slower)")
+
+
+def rows_of(names: Iterable[str], *, quick: bool) -> Iterator[tuple[str, measure.Table]]:
+    """The rows of the named scripts, one after the other."""
+    for name in names:
+        if name not in SCRIPTS:
+            raise typer.BadParameter(f"{name!r} is unknown; known: {', '.join(SCRIPTS)}")
+        with torch.no_grad():
+            for table in SCRIPTS[name].tables(quick=quick):
+                typer.echo(f"{table.work}: ratio {table.ratio or 0:.2f}  {table.left_out or ''}")
+                yield name, table
 
 
 def main(
     names: Annotated[list[str] | None, typer.Argument(help=f"Of {', '.join(SCRIPTS)}; all by default.")] = None,
     quick: Annotated[bool, typer.Option(help="Tiny sizes: whether it runs, not how fast.")] = False,
-    output: Annotated[Path, typer.Option(help="The page.")] = ROOT / "docs" / "benchmarks.md",
+    output: Annotated[Path, typer.Option(help="The page; its picture goes to _static beside it.")] = (
+        ROOT / "docs" / "benchmarks.md"
+    ),
 ) -> None:
     """Run the benchmarks and write the page and the picture."""
-    found = []
-    flops, fma = peak(), measure.peak_fma(0.1 if quick else 2.0)
-    with torch.no_grad():
-        for name in names or SCRIPTS:
-            if name not in SCRIPTS:
-                raise typer.BadParameter(f"{name!r} is unknown; known: {', '.join(SCRIPTS)}")
-            with torch.set_grad_enabled(name == "causal_attention"):
-                for table in SCRIPTS[name].tables(quick=quick):
-                    found.append(table)
-                    typer.echo(f"{table.work}: ratio {table.ratio or 0:.2f}, goal {table.goal}  {table.left_out or ''}")
-    memory = startup.scratch(quick=quick)
-    output.write_text(page(found, memory, max(flops, peak()), max(fma, measure.peak_fma(0.1 if quick else 2.0))))
-    picture(found, output.parent / "_static" / "benchmarks.png" if not quick else output.with_suffix(".png"))
-    typer.echo(f"Page: {output}")
+    begin, others, seconds = time.perf_counter(), measure.OtherWork(), 0.1 if quick else 1.0
+    bounds = measure.bounds(seconds)
+    found = list(rows_of(names or SCRIPTS, quick=quick))
+    bounds |= measure.bounds(seconds)
+    disturbance = about(others.part)
+    (rest,), memory = startup.tables(), startup.scratch(quick=quick)
+    machine = ", ".join(f"{name} {value}" for name, value in measure.machine().items())
+    took = (time.perf_counter() - begin) / 60
+    stamp = f"Measured {datetime.date.today().isoformat()} in {took:.0f} min: {machine}. {disturbance}"
+    output.write_text(page(found, rest, memory, bounds, stamp))
+    (output.parent / "_static").mkdir(exist_ok=True)
+    picture(found, output.parent / "_static" / "benchmarks.png")
+    typer.echo(f"{disturbance}\nPage: {output}, after {took:.1f} min")
 
 
 if __name__ == "__main__":

@@ -46,7 +46,7 @@ def tables(*, quick: bool = False) -> Iterator[Table]:
         found = {
             name: run(FIRST, NUMBA_CACHE_DIR=folder) for name in ("first call, cold cache", "first call, warm cache")
         }
-    yield Table("start-up: first call of attention, float32 (goal: 0.3 s warm)", found)
+    yield Table("the first call of attention in a process", found)
 
 
 def scratch(*, quick: bool = False) -> dict[str, float]:

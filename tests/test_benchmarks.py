@@ -5,34 +5,61 @@ import pytest
 pytestmark = [pytest.mark.own_backend, pytest.mark.slow]
 
 
-def test_every_script_runs_and_every_peer_is_right(tmp_path, monkeypatch):
-    pytest.importorskip("numba")
-    pytest.importorskip("torch")
+@pytest.fixture
+def report(monkeypatch):
+    """The script that writes the page."""
+    for needed in ("numba", "torch", "transformers", "sklearn", "jax", "matplotlib"):
+        pytest.importorskip(needed)
     import importlib
     from pathlib import Path
 
     monkeypatch.syspath_prepend(str(Path(__file__).parents[1]))
-    report = importlib.import_module("benchmarks.report")
-    found = [table for script in report.SCRIPTS.values() for table in script.tables(quick=True)]
-    assert len(found) >= 10
-    assert not [table.left_out for table in found if table.left_out]
-    assert all(seconds > 0 for table in found for seconds in table.seconds.values())
-    text = report.page(found, {"x": 1.0}, 1.0, 1.0)
-    assert all(table.work in text for table in found)
+    return importlib.import_module("benchmarks.report")
 
 
-def test_public_calls_run(tmp_path, monkeypatch):
-    pytest.importorskip("numba")
-    pytest.importorskip("torch")
-    import importlib
-    from pathlib import Path
+@pytest.mark.parametrize("name", ["attention", "features", "models", "estimators"])
+def test_every_script_runs_and_every_peer_is_right(report, name):
+    found = list(report.rows_of([name], quick=True))
+    assert len(found) >= 4
+    assert not [table.left_out for _, table in found if table.left_out]
+    assert all(seconds == seconds for _, table in found for seconds in table.seconds.values())
+    assert len({table.work for _, table in found}) == len(found)
 
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[1]))
-    script = importlib.import_module("benchmarks.public_calls")
-    script.main(quick=True, output=tmp_path / "calls.md")
-    rows = [line for line in (tmp_path / "calls.md").read_text().splitlines() if line.startswith("| ")]
-    assert len(rows) >= 12
-    assert not [row for row in rows if "nan" in row]
+
+def rows(report, others):
+    """Two rows whose numbers are known: 10 ms, with 20 ms of another or 0.5 times the bound of 8 GFLOP/s."""
+    table = report.measure.Table
+    fast = table(
+        "fast", {"favorsharp": 0.01, "other": 0.02, "kernel": 0.001}, goal=1.0, beside=("kernel",), label="fast"
+    )
+    slow = table("fit, n=1", {"favorsharp": 0.01, "ours": 0.005}, part=0.9, flops=4e7, own=True)
+    text = report.page(
+        [("attention", fast), ("features", slow)], table("the first call", {"cold": 1.0}), {"x": 1.0},
+        report.measure.Bounds(8e9, 1e9), report.about(others),
+    )  # fmt: skip
+    return fast, slow, text
+
+
+def test_the_page_says_what_was_found_and_which_goals_are_missed(report, tmp_path):
+    fast, slow, text = rows(report, 0.01)
+    assert "| fast | 10 | other 20 | 2.00 |  | 1 |" in text  # what stands beside is not compared
+    assert "| fit, n=1 | 10 | ours 5 | 0.50 | 50 % | 90 % of the bound (missed) |" in text
+    assert "Of 2 goals 1 are missed" in text
+    assert text.index("benchmarks.png") < text.index("Of 2 goals") < text.index("## Terms") < text.index("| fast |")
+    report.picture([("attention", fast), ("features", slow)], tmp_path / "x.png")
+    assert (tmp_path / "x.png").stat().st_size > 5_000
+
+
+@pytest.mark.parametrize(("others", "said"), [(0.01, "1.0 per cent"), (0.2, "Disturbed"), (None, "not known")])
+def test_a_run_says_whether_other_work_ran(report, others, said):
+    assert said in rows(report, others)[2]
+
+
+def test_the_work_of_others_is_what_is_not_ours(report, monkeypatch):
+    """Of 10 seconds of two processors all processes took 4 and this one 2."""
+    taken = iter([(10.0, 3.0, 100.0), (14.0, 5.0, 110.0)])
+    monkeypatch.setattr(report.measure.OtherWork, "_now", staticmethod(lambda: next(taken)))
+    assert report.measure.OtherWork().part == pytest.approx(0.2)
 
 
 @pytest.mark.parametrize(
