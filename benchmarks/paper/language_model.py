@@ -21,7 +21,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy, pad, relu, rms_norm, scaled_dot_product_attention
 
 import favorsharp as fs
-from benchmarks.paper.page import DOCS, picture, stamp, table, write
+from benchmarks.paper.page import DOCS, picture, powers, stamp, table, write
 from favorsharp.diagnostics import relative_error
 
 READ = ("numpy", "scipy", "sklearn", "pandas", "matplotlib", "torch")
@@ -335,8 +335,8 @@ def draw(rows: list[Row], output: Path) -> None:
                 axis.annotate(
                     f"{row.setting.number}", (x, y), (3, 4), textcoords="offset points", color=colour, fontsize=8
                 )
-        axis.set_xscale("log")
-        axis.set_xlabel(f"numbers that a head holds of past tokens (exact attention: up to {exact_row.setting.held:,})")
+        label = f"numbers that a head holds of past tokens (exact attention: up to {exact_row.setting.held:,})"
+        powers(axis, label, (4096, 8192, 16_384, 32_768))
         axis.set_ylabel("bits a byte above exact attention,\nsecond half of the context")
         axis.set_ylim(bottom=min(0.0, 1.1 * min(row.late - exact_row.late for row in others)))
         axis.legend(frameon=False)
