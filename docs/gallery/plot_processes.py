@@ -11,6 +11,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import torch
 import torch.distributed as dist
 
@@ -71,6 +72,15 @@ print("gradient of the keys: ", bool(torch.allclose(of_keys, k.grad, rtol=0, ato
 # %%
 # What one rank sends to another, compared with its keys and values:
 
-state = 64 * (32 + 2)
-block = 16 * (32 + 32 + 1)
-print(f"{state + block} numbers a head instead of {LENGTH // WORLD * (32 + 32)}, however long the sequence")
+sent = 64 * (32 + 2) + 16 * (32 + 32 + 1)  # a state, and a block of the window
+tokens = [512, 2048, 8192, 32_768]
+fig, ax = plt.subplots(figsize=(6, 3.6), layout="constrained")
+ax.plot(tokens, [n * (32 + 32) for n in tokens], "o-", color="#999999", label="its keys and values")
+ax.plot(tokens, [sent for _ in tokens], "o-", color="#0b4f9e", linewidth=2, label="a state and a block")
+ax.set_xscale("log", base=2)
+ax.set_yscale("log")
+ax.set_xticks(tokens, [f"{n:,}" for n in tokens])
+ax.set_xlabel("tokens of a rank")
+ax.set_ylabel("numbers a head that it sends")
+ax.legend()
+plt.show()
