@@ -35,12 +35,14 @@ suppress_warnings = ["config.cache"]  # the gallery's settings hold functions
 html_theme = "pydata_sphinx_theme"
 html_title = "favorsharp"
 html_static_path = ["_static"]
+html_css_files = ["custom.css"]
+templates_path = ["_templates"]
 html_sidebars = {"*": []}  # pages that stand alone have no section to show
 html_theme_options = {
     "show_prev_next": False,
     "secondary_sidebar_items": ["page-toc"],
     "navigation_with_keys": False,
-    "header_links_before_dropdown": 8,
+    "header_links_before_dropdown": 6,  # more would take two lines of a small screen
 }
 
 sphinx_gallery_conf = {

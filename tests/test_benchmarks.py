@@ -94,3 +94,32 @@ def test_every_experiment_of_the_papers_leaves_a_table_and_a_picture(name, optio
     assert "nan" not in text
     assert text.count("`optimal`") >= 2
     assert (tmp_path / "_static" / f"paper-{page}.png").stat().st_size > 10_000
+
+
+def test_encoders_are_exact_where_every_key_is_kept(monkeypatch):
+    """A window over the whole text, and as many landmarks as keys, give the exact output; frozen prototypes do not."""
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    import importlib
+    from pathlib import Path
+
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1]))
+    encoders = importlib.import_module("benchmarks.paper.encoders")
+    torch.manual_seed(0)
+    config = transformers.BertConfig(50, 16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16)
+    model = transformers.BertModel(config).eval()
+
+    def run(name, ids):
+        model.set_attn_implementation(name)
+        return model(ids).last_hidden_state
+
+    ids, others = torch.randint(50, (2, 2, 12))
+    unit = lambda x: torch.nn.functional.normalize(x.mean(1), dim=-1)  # noqa: E731
+    encoder = encoders.Encoder("small", run, ids, others, unit)
+    rows = {(row.name, row.m, row.window): row for row in encoders.measured(encoder, (12,), (0, 4, 16))}
+    assert rows["window alone", 0, 16].error < 1e-5
+    assert rows["window alone", 0, 4].error > 1e-3
+    assert rows["landmarks", 12, 0].error < 1e-5
+    assert 1e-5 < rows["frozen prototypes", 12, 0].error < 1
+    text = "\n".join(encoders.lines_of(encoder.title, list(rows.values())))
+    assert "| landmarks | 12 | - | 1.000 |" in text
+    assert "| `optimal` | 12 | 16 |" in text
