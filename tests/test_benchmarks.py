@@ -105,7 +105,8 @@ def test_encoders_are_exact_where_every_key_is_kept(monkeypatch):
     monkeypatch.syspath_prepend(str(Path(__file__).parents[1]))
     encoders = importlib.import_module("benchmarks.paper.encoders")
     torch.manual_seed(0)
-    config = transformers.BertConfig(50, 16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16)
+    sizes = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = transformers.BertConfig(intermediate_size=16, **sizes)
     model = transformers.BertModel(config).eval()
 
     def run(name, ids):
