@@ -125,7 +125,7 @@ if os.environ.get("FAVORSHARP_GPU"):  # set by `make gpu-check`
     MAKERS |= {"cupy": _cupy, "torch-cuda": _torch_cuda}
 
 
-@pytest.fixture(params=list(MAKERS))
+@pytest.fixture(params=[pytest.param(name, marks=pytest.mark.jax) if name == "jax" else name for name in MAKERS])
 def xp(request: pytest.FixtureRequest) -> Any:
     """Each array library in turn; "strict-static" refuses what depends on values: boolean indexing, unknown shapes."""
     library = MAKERS[request.param]()
