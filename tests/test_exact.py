@@ -59,6 +59,7 @@ def test_gaussian_kernel_in_any_unit(few_xp, unit):
 
 @pytest.mark.parametrize("unit", [1e-30, 1.0, 1e30])
 @pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.jax
 def test_gaussian_kernel_without_float64(unit, compiled):
     jax = pytest.importorskip("jax")
     x = (1000 + np.random.default_rng(2).standard_normal((30, 3))).astype(np.float32) * np.float32(unit)

@@ -116,6 +116,7 @@ def test_libraries_make_the_same_map(few_xp, kernel):
     np.testing.assert_allclose(few_xp.back(out), wanted, rtol=1e-4, atol=1e-5 * abs(wanted).max())
 
 
+@pytest.mark.jax
 def test_maps_are_saved_and_compiled(tmp_path):
     jax = pytest.importorskip("jax")
     import favorsharp.jax

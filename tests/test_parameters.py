@@ -286,6 +286,7 @@ def test_values_are_frozen_short_and_picklable():
     assert again.fingerprint == fm.fingerprint
 
 
+@pytest.mark.jax
 def test_gradients_stay_finite_where_a_is_flat():
     jax = pytest.importorskip("jax")
     q, k, _ = attention_problem(19, n=9, d=3)

@@ -166,6 +166,7 @@ def test_saved_and_pickled_maps_come_back(tmp_path):
     assert pickle.loads(pickle.dumps(fm)).fingerprint == fm.fingerprint
 
 
+@pytest.mark.jax
 def test_jit_takes_maps(tmp_path):
     jax = pytest.importorskip("jax")
     import favorsharp.jax
@@ -180,6 +181,7 @@ def test_jit_takes_maps(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.jax
 def test_jit_makes_maps():
     jax = pytest.importorskip("jax")
     import favorsharp.jax

@@ -135,6 +135,7 @@ def test_exact_scores_far_from_the_origin(method, rng):
 
 @pytest.mark.parametrize(("method", "unit"), [("optimal", 1e-30), ("optimal", 1e30), ("trig", 1e-30)])
 @pytest.mark.parametrize("library", ["numpy", "jax without float64"])
+@pytest.mark.jax
 def test_estimates_and_diagnoses_in_any_unit(method, unit, library):
     jax = pytest.importorskip("jax")
     asarray = np.asarray if library == "numpy" else jax.numpy.asarray

@@ -76,6 +76,7 @@ def test_overflow_is_still_heard_of():
         fs.kernel_matrix(q, k)
 
 
+@pytest.mark.jax
 def test_ranks_may_be_promoted():
     """One fit for points with leading axes, and masks of another rank."""
     jax = pytest.importorskip("jax")

@@ -169,6 +169,7 @@ def test_narrow_streams_are_summed_wide(dtype):
     assert fs.read(state, q, fm).dtype == q.dtype
 
 
+@pytest.mark.jax
 def test_decode_under_jit():
     jax = pytest.importorskip("jax")
     import favorsharp.jax  # noqa: F401  registers the values as pytrees

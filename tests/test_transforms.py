@@ -163,6 +163,7 @@ def test_torch_gradients(options):
 
 
 @pytest.mark.parametrize("options", MODES, ids=str)
+@pytest.mark.jax
 def test_functional_gradients_agree(options):
     torch, (q, k, v) = torch_problem(n=9)
     fm = fs.feature_map(fs.fit(q, k), 8, rng=0)
@@ -215,6 +216,7 @@ def test_torch_vmap(options):
 
 
 @pytest.mark.parametrize("options", MODES, ids=str)
+@pytest.mark.jax
 def test_jax_jit_and_vmap(options):
     jax = pytest.importorskip("jax")
     jax.config.update("jax_enable_x64", True)
@@ -230,6 +232,7 @@ def test_jax_jit_and_vmap(options):
     np.testing.assert_allclose(jax.jit(jax.vmap(call))(q, k, v), want, atol=1e-10)
 
 
+@pytest.mark.jax
 def test_jax_jit_of_one_call():
     jax = pytest.importorskip("jax")
     jax.config.update("jax_enable_x64", True)

@@ -120,6 +120,7 @@ def test_products_of_other_maps_are_differentiated_by_the_library(method):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.jax
 def test_jax_arrays_are_differentiated_by_jax():
     jax = pytest.importorskip("jax")
     jax.config.update("jax_enable_x64", True)

@@ -60,7 +60,7 @@ class Through:
         (vjp_gradients, "softmax", 3, 3),
         (numpy_gradients, "softmax", 3, 3),
         (numpy_gradients, "gaussian", 1, 0),
-        (jax_gradients, "gaussian", 3, 1),
+        pytest.param(jax_gradients, "gaussian", 3, 1, marks=pytest.mark.jax),
     ],
 )
 def test_gradients_with_the_assignment_held(rng, gradients, kernel, window, steps):
@@ -149,6 +149,7 @@ def test_tiles_do_not_matter_to_gradients_of_numpy_arrays(monkeypatch, steps):
         np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-11)
 
 
+@pytest.mark.jax
 def test_compiled_by_jax():
     """The results are those of NumPy, so the laws hold as they do there."""
     jax = pytest.importorskip("jax")
@@ -169,6 +170,7 @@ def test_compiled_by_jax():
             np.testing.assert_allclose(a, b, rtol=1e-8, atol=1e-9)
 
 
+@pytest.mark.jax
 def test_states_and_grouped_heads_compiled_by_jax():
     """One function of everything that a stream does, so that there is one compilation."""
     jax = pytest.importorskip("jax")
