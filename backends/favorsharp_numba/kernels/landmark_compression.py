@@ -22,12 +22,12 @@ from favorsharp_numba.kernels.landmark_seeds import (
 from favorsharp_numba.kernels.landmarks import (
     ROOT,
     Landmarks,
-    add_row,
+    add_rows_of_keys,
     empty_sums,
     settle,
     sums_at,
     sums_size,
-    weight_at,
+    weigh_keys,
 )
 from favorsharp_numba.kernels.tiles import load_points, rest_of_tile, transpose
 from favorsharp_numba.vectors.blocks import square_distances
@@ -110,7 +110,7 @@ def compress_keys(one, s, n, grain, noise, lists, side, points, keys, weight, va
         if step > 0:
             assign(one, s, n, w)
         empty_sums(one, t, sums)
-        add_keys(one, s, t, n, sums, w.rows, w)
+        add_rows_of_keys(one, t, sums, n, w.masses, w.owner, w.rows)
         settle(one, t, sums, w.landmarks, w.weights)
     assign(one, s, n, w)
     weigh(one, s, n, side, w)
@@ -118,7 +118,7 @@ def compress_keys(one, s, n, grain, noise, lists, side, points, keys, weight, va
     sums = sums_at(t, w.sums, 0)
     empty_sums(one, t, sums)
     fill(one, w.means, s.m * s.e_pad, one - one)
-    add_keys(one, s, t, n, sums, values, w)
+    add_rows_of_keys(one, t, sums, n, w.masses, w.owner, values)
     settle(one, t, sums, w.means, w.weights)
 
 
@@ -209,17 +209,6 @@ def weigh(one, s, n, side, w):
     for c in range(s.m):
         put(one, w.norms + c, get(one, w.norms + c) + one / 2 * get(one, squares + c))
     for t in range(n):
-        value = get(one, w.masses + t)
-        if value != -np.inf:
-            value -= one / 2 * get(one, w.squares + t)
-            put(one, w.masses + t, value - get(one, w.norms + int(get(one, w.owner + t))))
-
-
-@outlined
-def add_keys(one, s, t, n, sums, rows, w):
-    """Add the rows of keys to the sums of their landmarks."""
-    for i in range(n):
-        value, c = get(one, w.masses + i), int(get(one, w.owner + i))
-        if value != -np.inf:
-            factor = weight_at(one, t, sums, c, value)
-            add_row(one, t, sums, c, factor, rows + i * t.width, factor)
+        if get(one, w.masses + t) != -np.inf:
+            put(one, w.masses + t, get(one, w.masses + t) - one / 2 * get(one, w.squares + t))
+    weigh_keys(one, sums_of_values(s, n), n, w.owner, w.best, w.norms, w.masses)

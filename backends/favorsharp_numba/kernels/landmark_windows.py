@@ -20,7 +20,7 @@ from favorsharp_numba.kernels.arguments import NEAR_SCALE, NO_MASK, ONE, TILE, Z
 from favorsharp_numba.kernels.landmarks import (
     ROOT,
     add_log_norms,
-    add_row,
+    add_rows_of_keys,
     aim,
     empty_sums,
     landmark_space,
@@ -28,7 +28,7 @@ from favorsharp_numba.kernels.landmarks import (
     nearest,
     sums_at,
     sums_size,
-    weight_at,
+    weigh_keys,
 )
 from favorsharp_numba.kernels.near_scores import raise_references
 from favorsharp_numba.kernels.tiles import load_points, rest_of_tile, store_points, turn_queries
@@ -198,11 +198,8 @@ def find_owners(one, s, side, points, used, k, weight, head, owners, logs, w):
         nearest(one, s, count, x.toward, x.bias, x.rows, x.columns, x.nothing, x.best, x.owner)
         copy(one, x.owner, count, owners + first)
         for t in range(count):
-            value = get(one, masses + t)
-            if value != -np.inf:
-                visible = True
-                c = int(get(one, x.owner + t))
-                put(one, masses + t, value - (get(one, x.norms + c) - get(one, x.best + t)))
+            visible = visible or get(one, masses + t) != -np.inf
+        weigh_keys(one, s, count, x.owner, x.best, x.norms, masses)
     return visible
 
 
@@ -212,11 +209,7 @@ def add_range(one, s, side, v, head, start, stop, sums, owners, logs, w):
     for first in range(start, stop, TILE):
         count = min(TILE, stop - first)
         load_points(one, v, NO_MASK, head, first, count, s.e, s.width, side + ONE, side + s.zeros, w.values)
-        for t in range(count):
-            value, c = get(one, logs + first + t), int(get(one, owners + first + t))
-            if value != -np.inf:
-                factor = weight_at(one, s, sums, c, value)
-                add_row(one, s, sums, c, factor, w.values + t * s.width, factor)
+        add_rows_of_keys(one, s, sums, count, logs + first, owners + first, w.values)
 
 
 @outlined

@@ -194,6 +194,29 @@ def add_row(one, s, sums, c, factor, row, weight):
     put(one, sums.weight_low + c, value - (get(one, sums.weight + c) - held))
 
 
+@outlined
+def weigh_keys(one, s, count, owner, best, norms, masses):
+    """Turn the log masses of keys into their log weights at their landmarks.
+
+    `norms` are the log norms of landmarks or, if weights conserve means, the log means; `best` is what `nearest` found.
+    """
+    for t in range(count):
+        value = get(one, masses + t)
+        if value != -np.inf:
+            away = one - one if s.conserving else get(one, best + t)
+            put(one, masses + t, value - (get(one, norms + int(get(one, owner + t))) - away))
+
+
+@outlined
+def add_rows_of_keys(one, s, sums, count, logs, owner, rows):
+    """Add the rows of keys with log weights to the sums of their landmarks."""
+    for t in range(count):
+        value, c = get(one, logs + t), int(get(one, owner + t))
+        if value != -np.inf:
+            factor = weight_at(one, s, sums, c, value)
+            add_row(one, s, sums, c, factor, rows + t * s.width, factor)
+
+
 @inlined
 def empty_sums(one, s, sums):
     """Make sums those of no keys."""
@@ -252,13 +275,9 @@ def add_keys(one, s, side, points, k, weight, v, head, start, stop, sums, logs, 
             load_points(one, v, NO_MASK, head, first, count, s.e, s.width, side + ONE, side + s.zeros, w.values)
             rows = w.values
         nearest(one, s, count, w.toward, w.bias, w.rows, w.columns, w.nothing, w.best, w.owner)
-        for t in range(count):
-            value, c = get(one, masses + t), int(get(one, w.owner + t))
-            if s.condensing:
-                value -= get(one, w.norms + c) - (one - one if s.conserving else get(one, w.best + t))
-            if value != -np.inf:
-                factor = weight_at(one, s, sums, c, value)
-                add_row(one, s, sums, c, factor, rows + t * s.width, factor)
+        if s.condensing:
+            weigh_keys(one, s, count, w.owner, w.best, w.norms, masses)
+        add_rows_of_keys(one, s, sums, count, masses, w.owner, rows)
 
 
 @kernel(landmark_space)
