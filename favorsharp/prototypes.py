@@ -17,7 +17,7 @@ from dataclasses import replace
 from typing import Any
 
 from favorsharp._algebra import identity, outer, trace
-from favorsharp._arrays import broadcast_shapes, cast, namespace_of, on_device_of
+from favorsharp._arrays import broadcast_shapes, cast, from_host, namespace_of, on_device_of
 from favorsharp._typing import Array
 from favorsharp._values import astype
 from favorsharp.features.dense_exponential import DenseExponentialMap
@@ -26,7 +26,7 @@ from favorsharp.ops.landmark_seeds import CANDIDATES, Noise, choose_seeds
 from favorsharp.ops.landmarks import gather
 from favorsharp.ops.state import hide, tiles_of
 from favorsharp.parameters import Parameters, embed_key, embed_query
-from favorsharp.samples import k_means, sampled
+from favorsharp.samples import SAMPLE, k_means, sampled
 
 TAU = 2.0
 """How sharply queries prefer near prototypes. Without a window 3 is a little better, with one 1.5 to 2."""
@@ -36,6 +36,9 @@ STEPS = 5
 
 TINY = 2.0**-20
 """A power of two, so that no digit of the rows changes."""
+
+QUERIES, KEYS, RATE = 256, 512, 0.03
+"""The most queries and keys that a step of refinement looks at, and the learning rate of Adam at the start."""
 
 _RIDGE, _LEAST = 1e-2, 1e-6
 """The ridge of the linear function h: a multiple of tr / d, and a number.
@@ -150,6 +153,98 @@ def _as_map(
     )
     rows = points / TINY
     return DenseExponentialMap(own, m, rows, rows, column)
+
+
+# Refinement -----------------------------------------------------------------------------------------------------------
+
+
+def refined(
+    found: DenseExponentialMap, x: Array, seen_x: Array, y: Array, seen_y: Array, steps: int, rng: Any
+) -> DenseExponentialMap:
+    """The map after steps of Adam on the Kullback-Leibler divergence of its attention weights from the exact ones.
+
+    Rows and log weights are trained, on queries and keys that each step draws from those of the fit.
+    """
+    import numpy as np
+
+    xp, x, y = namespace_of(x), hide(x, seen_x), hide(y, seen_y)
+    trained = [found.rows * TINY, found.log_weight]
+    means, squares = ([xp.zeros_like(z) for z in trained] for _ in range(2))
+    own = found
+    for step in range(1, steps + 1):
+        points = [*_some(x, seen_x, QUERIES, rng), *_some(y, seen_y, KEYS, rng)]
+        rate = RATE * 0.5 * (1 + np.cos(np.pi * (step - 1) / steps))
+        for i, slope in enumerate(_slopes(own, *points)):
+            means[i] = 0.9 * means[i] + 0.1 * slope
+            squares[i] = 0.99 * squares[i] + 0.01 * slope * slope
+            scale = xp.sqrt(squares[i] / (1 - 0.99**step)) + 1e-12
+            trained[i] = trained[i] - float(rate) / (1 - 0.9**step) * means[i] / scale
+        own = replace(found, rows=trained[0] / TINY, log_weight=trained[1])
+    return _on_scale(own, *_some(x, seen_x, SAMPLE, rng), *_some(y, seen_y, SAMPLE, rng))
+
+
+def _some(x: Array, seen: Array, most: int, rng: Any) -> tuple[Array, Array]:
+    """Some of the points, the same positions for all heads, and which of them count."""
+    xp = namespace_of(x)
+    order = xp.arange(x.shape[-2], **on_device_of(x))
+    index = from_host(rng.permutation(x.shape[-2])[:most], x, dtype=order.dtype)
+    return xp.take(x, index, axis=-2), xp.take(seen, index, axis=-1)
+
+
+def _slopes(own: DenseExponentialMap, x: Array, seen_x: Array, y: Array, seen_y: Array) -> tuple[Array, Array]:
+    """The gradients of the mean divergence over queries, with respect to rows times TINY and to log weights."""
+    xp = namespace_of(x)
+    logs = own.log_kernel(x, y)
+    exact = xp.exp(logs - _log_total(logs, seen_y))
+    queries, keys, _ = _balanced(own, x, y, seen_y)
+    products = queries @ xp.matrix_transpose(keys)
+    total = xp.sum(products, axis=-1, keepdims=True)
+    tiny = 100 * float(xp.finfo(x.dtype).smallest_normal)
+    slope = 1 / xp.where(total > 0, total, 1.0) - exact / xp.where(products > tiny, products, tiny)
+    slope = xp.where(seen_y[..., None, :], slope, 0.0) * _weights(seen_x, x)
+    of_queries = queries * (slope @ keys)
+    of_keys = keys * (xp.matrix_transpose(slope) @ queries)
+    u, v = embed_query(own.parameters, x)[0] / TINY, embed_key(own.parameters, y)[0] / TINY
+    of_rows = xp.matrix_transpose(of_queries) @ u + xp.matrix_transpose(of_keys) @ v
+    return of_rows, xp.sum(of_queries, axis=-2, keepdims=True)
+
+
+def _on_scale(own: DenseExponentialMap, x: Array, seen_x: Array, y: Array, seen_y: Array) -> DenseExponentialMap:
+    """The map times the number with which the mean over queries of the log ratio of the denominators is 0."""
+    xp = namespace_of(x)
+    queries, keys, factor = _balanced(own, x, y, seen_y)
+    total = xp.sum(queries @ xp.matrix_transpose(keys), axis=-1, keepdims=True)
+    ratio = _log_total(own.log_kernel(x, y), seen_y) - factor - xp.log(xp.where(total > 0, total, 1.0))
+    return replace(own, log_weight=own.log_weight + xp.sum(_weights(seen_x, x) * ratio, axis=-2, keepdims=True))
+
+
+def _balanced(own: DenseExponentialMap, x: Array, y: Array, seen_y: Array) -> tuple[Array, Array, Array]:
+    """Features of queries and of keys, divided by the exponential of the third result, a number for each query.
+
+    The largest feature of a query and the largest key feature in a column are 1.
+    """
+    xp = namespace_of(x)
+    keys = xp.where(seen_y[..., None], own.log_features("key", y), -xp.inf)
+    top = xp.max(keys, axis=-2, keepdims=True)
+    top = xp.where(top == -xp.inf, 0.0, top)
+    queries = own.log_features("query", x) + top
+    factor = xp.max(queries, axis=-1, keepdims=True)
+    return xp.exp(queries - factor), xp.exp(keys - top), factor
+
+
+def _log_total(logs: Array, seen_y: Array) -> Array:
+    """The logarithms of the sums over the keys that count; 0 if there are none."""
+    xp = namespace_of(logs)
+    some = xp.any(seen_y, axis=-1)[..., None, None]
+    return _log_sum(xp.where(some, xp.where(seen_y[..., None, :], logs, -xp.inf), 0.0))
+
+
+def _weights(seen: Array, like: Array) -> Array:
+    """Equal weights of the points that count, whose sum is 1, (*b, n, 1)."""
+    xp = namespace_of(like)
+    counted = cast(seen, like.dtype)[..., None]
+    total = xp.sum(counted, axis=-2, keepdims=True)
+    return counted / xp.where(total > 0, total, 1.0)
 
 
 def _together(a: Array, b: Array) -> list[Array]:

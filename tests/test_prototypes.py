@@ -1,12 +1,14 @@
 """Maps of prototypes: what one feature is, what a fit looks at, their error, and that all calls take them."""
 
 import pickle
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from problems import attention_problem
 
 import favorsharp as fs
+from favorsharp import prototypes
 from favorsharp.diagnostics import load_sample, relative_error
 from favorsharp.methods import FROM_POINTS
 
@@ -80,6 +82,40 @@ def test_masked_points_count_for_nothing():
     np.testing.assert_allclose(*(fs.linear_attention(*points, fm) for fm in (found, wanted)), atol=1e-9)
 
 
+def divergence(fm, q, k, seen_q, seen_k):
+    """The mean Kullback-Leibler divergence of a map's attention weights from the exact ones, up to a constant."""
+    exact, own = fs.kernel_matrix(q, k) * seen_k, fm.query(q) @ fm.key(k).T * seen_k
+    own = np.where(seen_k, own, 1) / own.sum(-1, keepdims=True)
+    return -(exact / exact.sum(-1, keepdims=True) * np.log(own)).sum(-1)[seen_q].mean()
+
+
+def test_refinement_brings_weights_nearer_to_the_exact_ones():
+    """On the points of the fit, of which masked ones hold anything; and denominators keep the scale of the kernel."""
+    q, k, _ = attention_problem(7, n=60)
+    seen_q, seen_k = np.arange(60) % 5 != 0, np.arange(60) % 7 != 1
+    before = divergence(fitted(q, k, 6, mask_x=seen_q, mask_y=seen_k), q, k, seen_q, seen_k)
+    hidden_q, hidden_k = np.where(seen_q[:, None], q, np.nan), np.where(seen_k[:, None], k, np.inf)
+    fm = fitted(hidden_q, hidden_k, 6, mask_x=seen_q, mask_y=seen_k, refine=40)
+    assert divergence(fm, q, k, seen_q, seen_k) < before - 0.01
+    sums = fm.query(q[seen_q]) @ fm.key(k[seen_k]).sum(0)
+    assert abs(np.log(sums / fs.kernel_matrix(q[seen_q], k[seen_k]).sum(-1)).mean()) < 1e-9
+
+
+def test_refinement_follows_the_gradient():
+    q, k, _ = attention_problem(8, n=20)
+    seen_q, seen_k = np.arange(20) % 5 != 0, np.arange(20) % 7 != 1
+    fm = fitted(q, k, 4)
+    rows, weights = prototypes._slopes(fm, q, seen_q, k, seen_k)
+    rng = np.random.default_rng(0)
+    way, other = rng.standard_normal(rows.shape) / prototypes.TINY, rng.standard_normal(weights.shape)
+    ends = [
+        divergence(replace(fm, rows=fm.rows + h * way, log_weight=fm.log_weight + h * other), q, k, seen_q, seen_k)
+        for h in (1e-5, -1e-5)
+    ]
+    along = (rows * way).sum() * prototypes.TINY + (weights * other).sum()
+    np.testing.assert_allclose(along, (ends[0] - ends[1]) / 2e-5, rtol=1e-6)
+
+
 def test_pooled_axes_are_one_set_of_points():
     q, k, _ = attention_problem(2, (3, 2), n=10)
     mask = np.random.default_rng(0).random((3, 2, 10)) > 0.3
@@ -109,9 +145,9 @@ def test_the_seed_decides_which_of_many_queries_are_taken():
 @pytest.mark.parametrize("batch", [(), (2,)])
 def test_libraries_make_the_same_map(few_xp, batch):
     q, k, _ = attention_problem(5, batch)
-    wanted = fitted(q, k, 6)
+    wanted = fitted(q, k, 6, refine=3)
     x, y = few_xp(q), few_xp(k)
-    fm = fitted(x, y, 6)
+    fm = fitted(x, y, 6, refine=3)
     assert few_xp.is_like(fm.log_query(x), x)
     np.testing.assert_allclose(few_xp.back(fm.log_query(x)), wanted.log_query(q), rtol=1e-9, atol=1e-9)
 
@@ -203,6 +239,8 @@ def test_fit_names_what_makes_the_methods_that_it_does_not_make():
         fs.fit(q, k, method="prototype")
     with pytest.raises(ValueError, match=r"accepted: .*prototypes.*elsewhere: landmarks"):
         fs.fit_map(q, k, 8, method="prototype")
+    with pytest.raises(ValueError, match="refine=3 with method='optimal': accepted: 0, or method='prototypes'"):
+        fs.fit_map(q, k, 8, refine=3)
     assert "prototypes" in FROM_POINTS
     assert "prototypes" not in fs.METHODS
 
@@ -212,6 +250,7 @@ def test_fit_names_what_makes_the_methods_that_it_does_not_make():
     [
         ({"draw": "iid"}, "takes no draw"),
         ({"num_features": 0}, "num_features"),
+        ({"refine": -1}, "refine"),
         ({"kernel": "cosine"}, "kernel"),
         ({"x": np.ones((0, 8))}, "n=0"),
         ({"x": np.full((3, 8), np.nan)}, "x holds values that are not finite"),
