@@ -270,8 +270,11 @@ class AttentionProblem:
             self.run(windowed, self.heads, cost, *given, kept)
 
     def _in_one_pass(self, causal: bool) -> bool:
-        """Whether the sums of all blocks may be kept: they are not larger than the features of the keys of a head."""
-        return not causal and self.window >= max(TILE, self.s.e_pad)
+        """Whether the sums of all blocks may be kept: they are at most twice as large as the features of a head's keys.
+
+        Below half a tile, the sums of blocks take as long to merge as a second pass takes.
+        """
+        return not causal and 2 * self.window >= max(TILE, self.s.e_pad)
 
     def _kept_between_passes(self, causal: bool) -> int:
         """The place for what queries have read, between the two passes of bidirectional attention with a window."""

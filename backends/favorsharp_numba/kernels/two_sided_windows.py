@@ -1,4 +1,4 @@
-"""The kernel of bidirectional attention with a window of at least a tile: every query reads the far keys once.
+"""The kernel of bidirectional attention with a window of at least half a tile: every query reads the far keys once.
 
 `windowed_attention.py` has the kernel for shorter windows and for causal attention, and what both kernels do. There,
 queries read the far keys before them and those after them in two passes. Here the sums of each block of keys are
@@ -89,7 +89,7 @@ def kept_at(s, place, lows):
 
 @kernel(two_sided_space)
 def two_sided(one, s, p, q, k, v, mask, out, low, high, scratch):
-    """Bidirectional attention with a window of at least a tile, for key heads low .. high."""
+    """Bidirectional attention with a window of at least half a tile, for key heads low .. high."""
     w = two_sided_space(s, scratch)
     fill(one, w.window.taking.ones, max(s.m_pad, s.e_pad), one)
     usable = usable_values(one, s, v, mask, False)
