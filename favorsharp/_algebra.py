@@ -101,17 +101,18 @@ def balance(s1: Array, s2: Array, ridge: float) -> tuple[Array, Array]:
     # a Cholesky factor costs much less than a square root, but needs the least ridge: rounding is smaller than this
     factor = triangular if ridge >= min(least_ridge(s1), least_ridge(s2)) else square_root
     s1, s2 = regular(s1, s2, ridge), regular(s2, s1, ridge)
-    root1, inverse1 = factor(s1)
-    transposed = xp.matrix_transpose(root1)
-    if factor is triangular and not is_traced(root1):
-        squares, axes = eigen(transposed @ s2 @ root1)
+    if factor is triangular and not is_traced(s1):
+        transposed = xp.matrix_transpose(xp.linalg.cholesky(s1))
+        squares, axes = eigen(transposed @ s2 @ xp.matrix_transpose(transposed))
         # small eigenvalues of squares lose digits: those that only the ridge makes would lose their order
         least = max(1e-6, 1e4 * float(xp.finfo(squares.dtype).eps))
         if bool(xp.all(squares[..., -1:] > least * squares[..., :1])):
-            scales = xp.matrix_transpose(squares) ** 0.25
-            g1 = scales * (axes @ inverse1)
+            roots, axes = xp.matrix_transpose(squares) ** 0.25, axes @ transposed
+            g1 = (axes @ s2) / roots**3  # for the eigenvectors this is roots * axes @ inv(transposed).T
             sign = signs(g1)
-            return g1 * sign, sign / scales * (axes @ transposed)
+            return g1 * sign, axes * (sign / roots)
+    root1, inverse1 = factor(s1)
+    transposed = xp.matrix_transpose(root1)
     u, sigma, _ = xp.linalg.svd(transposed @ factor(s2)[0], full_matrices=False)
     g1 = xp.sqrt(sigma)[..., :, None] * (xp.matrix_transpose(u) @ inverse1)
     g1 = g1 * signs(g1)
