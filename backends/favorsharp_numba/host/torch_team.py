@@ -35,9 +35,12 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_leave_to_parent)
 
 
-@ctypes.CFUNCTYPE(None, ctypes.py_object)
-def _member(work: Shared) -> None:
+def _take_part(work: Shared) -> None:
     work.take_part()
+
+
+_member = ctypes.CFUNCTYPE(None, ctypes.py_object)(_take_part)
+"""What each thread of a team calls."""
 
 
 @cache
@@ -49,7 +52,7 @@ def _openmp() -> Any:
     torch = sys.modules["torch"]
     if "ATen parallel backend: OpenMP" not in torch.__config__.parallel_info():
         return None
-    path = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
+    path = Path(torch.__file__ or "").parent / "lib" / "libtorch_cpu.so"
     try:
         library = ctypes.CDLL(str(path))  # finds the names of the libraries that torch is linked to, too
         start, end, inside = library.GOMP_parallel_start, library.GOMP_parallel_end, library.omp_in_parallel
