@@ -53,21 +53,27 @@ def device_number(x: Any) -> int:
     return int(x.device.id)
 
 
+def address_of(x: Any) -> int:
+    """The address of x's first item."""
+    if not is_torch(x):
+        return int(x.__array_interface__["data"][0] if is_numpy(x) else x.data.ptr)
+    place = int(x.data_ptr())
+    if not place and x.numel() > 0:
+        raise TypeError(
+            f"a tensor of shape {tuple(x.shape)} on {x.device} has no memory that a kernel can use: it is fake, or "
+            "its storage was freed; accepted: tensors with their numbers, outside of torch's fake modes"
+        )
+    return place
+
+
 def place_of(x: Any) -> tuple[int, tuple[int, ...]]:
     """The address of x's first item, and its strides in items."""
     if is_torch(x):
-        place = int(x.data_ptr())
-        if not place and x.numel() > 0:
-            raise TypeError(
-                f"a tensor of shape {tuple(x.shape)} on {x.device} has no memory that a kernel can use: it is fake, or "
-                "its storage was freed; accepted: tensors with their numbers, outside of torch's fake modes"
-            )
-        return place, tuple(x.stride())
-    start = x.__array_interface__["data"][0] if is_numpy(x) else x.data.ptr
+        return address_of(x), tuple(x.stride())
     item = x.dtype.itemsize
     if any(step % item for step in x.strides):
         raise ValueError(f"an array has strides {x.strides}; accepted: multiples of the size of an item, {item} bytes")
-    return int(start), tuple(step // item for step in x.strides)
+    return address_of(x), tuple(step // item for step in x.strides)
 
 
 def computed_item(dtype: str) -> int:

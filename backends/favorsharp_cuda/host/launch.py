@@ -27,6 +27,7 @@ module_class: Any = None
 """The class of modules, called with (code=, options=, name_expressions=). None stands for `cupy.RawModule`; tests set
 another class."""
 
+_NOTHING = nullcontext()
 _kernels: dict[tuple[int, str], Any] = {}
 _compiling = threading.Lock()
 
@@ -54,7 +55,8 @@ def run(expression: str, like: Any, grid: int, threads: int, problem: Any, share
     if grid == 0:
         return
     device = arrays.device_number(like)
-    if not (arrays.on_host(like) or arrays.is_torch(like)) and device != (current := current_device()):
+    of_caller = arrays.is_torch(like) or arrays.is_numpy(like)  # CuPy's arrays have to be on its current device
+    if not of_caller and device != (current := current_device()):
         raise ValueError(
             f"arrays are on device {device}, the current device is {current}; accepted: arrays of the current one, "
             f"as inside `with cupy.cuda.Device({device}):`"
@@ -109,7 +111,7 @@ def forget() -> None:
 def on_stream_of(like: Any) -> AbstractContextManager[Any]:
     """A context in which the caller's device and stream are CuPy's current ones."""
     if not arrays.is_torch(like) or arrays.on_host(like):
-        return nullcontext()  # a caller with CuPy arrays uses CuPy's current device and stream anyway
+        return _NOTHING  # a caller with CuPy arrays uses CuPy's current device and stream anyway
     import cupy
     import torch
 

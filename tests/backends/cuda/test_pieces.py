@@ -18,6 +18,8 @@ def moved(x, how):
         view = fresh((*batch, n, d + 1), x.dtype)[..., :d]
     elif how == "an odd start":
         view = fresh((*batch, n, d + 16), x.dtype)[..., 3 : 3 + d]
+    elif how == "every other entry":
+        view = fresh((*batch, n, 2 * d), x.dtype)[..., ::2]
     elif how == "columns":
         view = fresh((*batch, d, n), x.dtype).swapaxes(-1, -2)
     else:
@@ -26,7 +28,7 @@ def moved(x, how):
     return view
 
 
-WAYS = ("rows of an odd length", "an odd start", "columns")
+WAYS = ("rows of an odd length", "an odd start", "every other entry", "columns")
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
