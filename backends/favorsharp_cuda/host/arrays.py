@@ -16,7 +16,7 @@ WIDER = {"float16": "float32", "bfloat16": "float32", "float32": "float32", "flo
 
 def is_torch(x: Any) -> bool:
     """Whether x is a torch tensor."""
-    return _of_torch(type(x))
+    return _of_torch(type(x))  # type: ignore[arg-type]  # mypy takes type[Any] for not hashable
 
 
 @cache

@@ -143,7 +143,8 @@ class Tiles:
             if len(known) >= PROBLEMS_KEPT:
                 known.clear()
             known[key] = self._new_problem(batch, key_batch)
-        return known[key].copy()
+        kept: Problem = known[key]
+        return kept.copy()
 
     def _new_problem(self, batch: tuple[int, ...], key_batch: tuple[int, ...]) -> Problem:
         p, m = Problem(batch), self.map
