@@ -1,9 +1,10 @@
 """Nystrom's method: a map of kernels with centres, which are chosen from sample points (docs: theory, nystrom).
 
 With the centres C, the kernel K(x, y) is replaced by K(x, C) A K(C, y). The centres are drawn from a sample of queries
-and keys, and move part of the way to the means of the points around them. There are more centres than features: A has
-the rank m, and describes the m largest directions of K(C, C). It is the inverse of K(C, C) along these, plus what a
-ridge regression of the kernel matrix of the sample adds to it.
+and keys: m uniformly, and half as many in proportion to the error of the kernel of the point with itself that some of
+the first ones leave. They move part of the way to the means of the points around them. A has the rank m, and describes
+the m largest directions of K(C, C). It is the inverse of K(C, C) along these, plus what a ridge regression of the
+kernel matrix of the sample adds to it.
 """
 
 import math
@@ -20,7 +21,10 @@ from favorsharp.parameters import Parameters, embed_key, embed_query
 from favorsharp.samples import SAMPLE, k_means, sampled
 
 OVERSAMPLING = 1.5
-"""Centres for each feature."""
+"""Centres for each feature; one is drawn uniformly."""
+
+FIRST = 0.25
+"""The share of uniform centres whose errors the others are drawn by."""
 
 TOWARDS_MEANS = 0.5
 """The part of the way from a point of the sample to the mean of the points around it that a centre moves."""
@@ -56,8 +60,8 @@ def nystrom_map(
         points = _joined(x, y) * math.sqrt(p.scale) - p.center_x
     else:
         points = _joined(embed_query(p, x)[0], embed_key(p, y)[0])
-    noise = from_host(rng.random(most), points)
-    centres = _centres(points, seen[..., 0], math.ceil(OVERSAMPLING * num_features), noise)
+    noise = from_host(rng.gumbel(size=(2, most)), points)
+    centres = _centres(points, seen[..., 0], num_features, least, noise)
     root = _inverse_root(gaussian(centres, centres), num_features, least)
     points, seen = sampled(points, seen[..., 0], rng, max(SAMPLE // 2, 2 * num_features))  # enough for the regression
     stretch = _stretch(points, gaussian(points, centres) @ root, seen[..., None])
@@ -88,16 +92,27 @@ def _mean(points: Array, seen: Array) -> Array:
     return xp.sum(points * weight, axis=-2, keepdims=True) / xp.maximum(count, xp.ones_like(count))
 
 
-def _centres(points: Array, seen: Array, count: int, noise: Array) -> Array:
-    """Centres, (*b, count, d); some are equal if fewer points count. `noise` has a random number for each point."""
+def _centres(points: Array, seen: Array, m: int, least: float, noise: Array) -> Array:
+    """Centres, (*b, c, d); some are equal if fewer points count. `noise` has two rows of Gumbel numbers."""
     xp = namespace_of(points)
     # which numbers a point gets must not depend on masked points
     rank = xp.cumulative_sum(cast(seen, xp.int64), axis=-1) - 1
-    noise = noise + xp.zeros_like(seen[..., :1], dtype=noise.dtype)
-    noise = xp.take_along_axis(noise, xp.maximum(rank, xp.zeros_like(rank)), axis=-1)
-    drawn = _take(points, xp.where(seen, noise, -1.0), rank[..., -1:] + 1, count)
-    means = k_means(points, seen, drawn, xp.ones_like(drawn[..., :1, :1], dtype=xp.bool), 1)
-    return drawn + TOWARDS_MEANS * (means - drawn)
+    count, rank = rank[..., -1:] + 1, xp.maximum(rank, xp.zeros_like(rank))
+    key, other = (
+        xp.take_along_axis(row + xp.zeros_like(seen[..., :1], dtype=row.dtype), rank, axis=-1)
+        for row in (noise[0, :], noise[1, :])
+    )
+    key = xp.where(seen, key, -xp.inf)
+    uniform = _take(points, key, count, m)
+    first = uniform[..., : max(1, round(FIRST * m)), :]
+    features = gaussian(points, first) @ _inverse_root(gaussian(first, first), first.shape[-2], least)
+    log_left = xp.log(xp.clip(1 - xp.sum(features * features, axis=-1), float(xp.finfo(features.dtype).eps), 1.0))
+    drawn = xp.argsort(xp.argsort(key, axis=-1, descending=True), axis=-1) < m
+    pivots = xp.where(seen, xp.where(drawn, -1e30, log_left + other), -xp.inf)
+    centres = _take(points, pivots, count, math.ceil(OVERSAMPLING * m) - m)
+    centres = xp.concat([uniform, centres], axis=-2)
+    means = k_means(points, seen, centres, xp.ones_like(centres[..., :1, :1], dtype=xp.bool), 1)
+    return centres + TOWARDS_MEANS * (means - centres)
 
 
 def _take(points: Array, key: Array, count: Array, m: int) -> Array:

@@ -123,22 +123,23 @@ def main(
     draws: Annotated[int, typer.Option(help="Draws of each setting.")] = 50,
     tuning_draws: Annotated[int, typer.Option(help="Draws that a bandwidth is chosen by.")] = 5,
     m: Annotated[int, typer.Option(help="Features.")] = 128,
+    only: Annotated[list[str] | None, typer.Option(help=f"Methods, of {', '.join(ALL)}; all by default.")] = None,
     names: Annotated[list[str] | None, typer.Argument(help=f"Of {', '.join(NAMES)}; all by default.")] = None,
 ) -> None:
     """Write the tables and the picture."""
     start = time.perf_counter()
-    names = names or list(NAMES)
+    names, methods = names or list(NAMES), tuple(only or ALL)
     bounds: dict[str, tuple[float, float, float]] = {}
     widths: dict[tuple[str, str], float] = {}
     found: dict[tuple[str, str, str], np.ndarray] = {}
     anchored: dict[tuple[str, str], np.ndarray] = {}
     with Progress() as progress:
-        task = progress.add_task("classification", total=len(names) * (len(ALL) + len(COMPARED)))
+        task = progress.add_task("classification", total=len(names) * (len(methods) + len(COMPARED)))
         for name in names:
             tune, test, whole = splits(name)
             best = max(WIDTHS, key=lambda width, tune=tune: exact(tune, width))
             bounds[name] = (best, exact(test, best), 100 * test.majority)
-            for method in ALL:
+            for method in methods:
                 widths[name, method] = max(
                     WIDTHS,
                     key=lambda width, method=method, tune=tune: by_features(
@@ -150,24 +151,25 @@ def main(
                         test, method, widths[name, method], range(draws), draw=draw, m=m
                     )
                 progress.advance(task)
-            for method in COMPARED:
+            for method in set(COMPARED) & set(methods):
                 anchored[name, method] = by_features(whole, method, PUBLISHED_WIDTHS[name], range(20), m=m, ridge=1e-3)
                 progress.advance(task)
-    lines = _main_table(names, bounds, widths, found)
-    lines += _draws_table(names, found)
-    lines += _comparison(names, anchored, {name: splits(name)[2] for name in track(names, "exact")})
-    _draw(names, bounds, found, output)
+    lines = _main_table(names, methods, bounds, widths, found)
+    if methods == ALL:
+        lines += _draws_table(names, found)
+        lines += _comparison(names, anchored, {name: splits(name)[2] for name in track(names, "exact")})
+        _draw(names, bounds, found, output)
     write("classification", [stamp(time.perf_counter() - start), "", *lines], output)
 
 
-def _main_table(names, bounds, widths, found) -> list[str]:
-    means = {(name, method): summary(found[name, method, "orthogonal"]) for name in names for method in ALL}
-    best = {name: max(means[name, method][0] for method in ALL) for name in names}
+def _main_table(names, methods, bounds, widths, found) -> list[str]:
+    means = {(name, method): summary(found[name, method, "orthogonal"]) for name in names for method in methods}
+    best = {name: max(means[name, method][0] for method in methods) for name in names}
     rows = []
     for title, place in (("exact", 1), ("majority", 2)):
         values = [bounds[name][place] for name in names]
         rows.append([title, *(f"{value:.1f}" for value in values), f"{np.mean(values):.1f}"])
-    for method in ALL:
+    for method in methods:
         cells = []
         for name in names:
             mean, error = means[name, method]
@@ -177,7 +179,7 @@ def _main_table(names, bounds, widths, found) -> list[str]:
     lines = ["**Per cent right on the test rows, orthogonal draws: mean ± standard error over the draws**", ""]
     lines += table(["", *names, "mean"], rows)
     rows = [["exact", *(f"{bounds[name][0]:.3g}" for name in names)]]
-    rows += [[f"`{method}`", *(f"{widths[name, method]:.3g}" for name in names)] for method in ALL]
+    rows += [[f"`{method}`", *(f"{widths[name, method]:.3g}" for name in names)] for method in methods]
     lines += ["**The factor chosen for standardised points**", ""]
     return lines + table(["", *names], rows)
 

@@ -4,11 +4,14 @@ import math
 from dataclasses import dataclass
 
 from favorsharp._algebra import row_sum
-from favorsharp._arrays import cast, namespace_of, under_own_settings
+from favorsharp._arrays import broadcast_shapes, cast, library_of, namespace_of, under_own_settings
 from favorsharp._typing import Array
 from favorsharp.features.base import SignedFeatureMap, written
 from favorsharp.ops.state import tiles_of
 from favorsharp.parameters import embed_key, embed_query
+
+TILE = 256
+"""Points whose kernels with the centres are computed at a time, for NumPy arrays."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -49,11 +52,20 @@ class NystromMap(SignedFeatureMap):
         """Features with the Gaussian kernel: g1 and g2 are the identity, and queries and keys have the same ones."""
         self._check_out(name, x, out)
         prepared, wide = self._prepared(name, x)
-        p = prepared.parameters
-        parts = []
-        for a, b in tiles_of(x.shape[-2], self.num_features, self.batch_shape):
-            u = wide[..., a:b, :] * math.sqrt(p.scale) - p.center_x
-            parts.append(cast(gaussian(u, prepared.projection) @ prepared.root, x.dtype))
+        p, root = prepared.parameters, math.sqrt(prepared.parameters.scale)
+
+        def features(start: int, stop: int) -> Array:
+            u = wide[..., start:stop, :] * root - p.center_x
+            return cast(gaussian(u, prepared.projection) @ prepared.root, x.dtype)
+
+        if library_of(x) == "numpy":  # small tiles stay in the cache, and are written in place
+            if out is None:
+                batch = broadcast_shapes(x.shape[:-2], self.batch_shape)
+                out = namespace_of(x).empty((*batch, x.shape[-2], self.num_features), dtype=x.dtype)
+            for start in range(0, x.shape[-2], TILE):
+                out[..., start : start + TILE, :] = features(start, start + TILE)
+            return out
+        parts = [features(*bounds) for bounds in tiles_of(x.shape[-2], self.num_features, self.batch_shape)]
         return written(parts[0] if len(parts) == 1 else namespace_of(x).concat(parts, axis=-2), out)
 
     def _parts(self, u: Array, log_factor: Array) -> tuple[Array, Array]:
@@ -70,8 +82,10 @@ class NystromMap(SignedFeatureMap):
 def gaussian(points: Array, centres: Array) -> Array:
     """exp(-|u - c|^2 / 2), (*b, n, m)."""
     xp = namespace_of(points, centres)
-    logs = points @ xp.matrix_transpose(centres) - _halves(centres)
-    logs = logs - 0.5 * row_sum(points * points)
+    own, other = (-0.5 * row_sum(a * a) for a in (points, centres))
+    # with two more columns on each side, one product makes the whole exponent
+    left = xp.concat([points, own, xp.ones_like(own)], axis=-1)
+    logs = left @ xp.matrix_transpose(xp.concat([centres, xp.ones_like(other), other], axis=-1))
     return xp.exp(xp.minimum(logs, xp.zeros_like(logs[..., :1])))
 
 
