@@ -32,6 +32,10 @@ TOWARDS_MEANS = 0.5
 LEAST = 1e-5
 """What features leave of the kernels of points with themselves, on average, below which no regression follows."""
 
+NOISE = 8.0
+"""Eigenvalues below this times the root of m and the precision of the dtype of the features are left out. Along such a
+direction the rounding errors of kernels would be a tenth of the feature or more."""
+
 RIDGE = 0.1
 """The ridge of the regression, in units of one point's square features."""
 
@@ -42,11 +46,10 @@ def nystrom_map(
     """The map for pooled queries and keys, (*b, n, d) and (*b, s, d), and the parameters fitted to them.
 
     These are those of `optimal`, or of `posrf` for the Gaussian kernel: g1 and g2 are the identity then. `rng` is a
-    NumPy generator. The inverse root leaves out eigenvalues that rounding errors in the dtype of the
-    parameters would swamp.
+    NumPy generator. Directions that rounding errors would swamp are left out.
     """
     xp = namespace_of(x, y)
-    least = num_features * float(xp.finfo(fitted.g1.dtype).eps)
+    least = NOISE * math.sqrt(num_features) * float(xp.finfo(fitted.g1.dtype).eps)
     most = max(SAMPLE, 2 * num_features)
     if y is x:
         x, seen_x = sampled(hide(x, seen_x), seen_x, rng, most)
@@ -147,11 +150,12 @@ def _stretch(points: Array, features: Array, seen: Array) -> Array:
 def _inverse_root(matrix: Array, m: int, least: float) -> Array:
     """R of m columns with R R^T the inverse of a second moment along its m largest directions.
 
-    Eigenvalues below `least` times the largest are left out. The columns are eigenvectors: mixed ones would lose digits
-    where kernels are rounded to float32.
+    Eigenvalues below `least`, or that rounding errors of the decomposition would swamp, are left out. The columns are
+    eigenvectors: mixed ones would lose digits where kernels are rounded to float32.
     """
     xp = namespace_of(matrix)
     values, axes = xp.linalg.eigh(matrix)
     values, axes = values[..., None, -m:], axes[..., -m:]
-    kept = values > least * values[..., -1:]
+    rounding = matrix.shape[-1] * float(xp.finfo(values.dtype).eps) * values[..., -1:]
+    kept = values > xp.maximum(rounding, xp.full_like(rounding, least))
     return axes * xp.where(kept, 1 / xp.sqrt(xp.where(kept, values, 1.0)), 0.0)

@@ -106,6 +106,15 @@ def test_far_points_and_float32():
     )
 
 
+def test_float32_features_are_as_accurate_as_float32_is():
+    """Directions that float32 can resolve are kept, although the kernel matrix is nearly singular."""
+    x = np.random.default_rng(0).standard_normal((300, 1)).astype("float32")
+    fm = fitted(x, x, 64, kernel="gaussian", scale=2.0)
+    assert fm.query(x).dtype == np.float32
+    exact = fs.kernel_matrix(x, x, kernel="gaussian", scale=2.0)
+    assert abs(product(fm, x, x) - exact).max() < 2e-5
+
+
 @KERNELS
 def test_libraries_make_the_same_map(few_xp, kernel):
     x, y, v = attention_problem(4, (2,))
