@@ -32,7 +32,7 @@ def decode_step(q: Any, k: Any, v: Any, state: State, feature_map: Any, *, key_m
     return read(state, q, feature_map), state
 
 
-def decode_step_plan(q: Any, k: Any, v: Any, state: State, feature_map: Any) -> Callable[..., Any] | None:
+def decode_step_plan(q: Any, k: Any, v: Any, state: State, feature_map: Any) -> Callable[..., tuple[Any, State]] | None:
     """What runs tokens of these layouts, or None if they have no plan."""
     if takes_store(q, k, v, state):
         return windowed_turn

@@ -239,21 +239,34 @@ class StateCache(Cache):
 
     @property
     def num_bytes(self) -> int:
-        """The memory of all states in bytes, those of convolutions and recurrences included."""
-        held: dict[int, int] = {}  # arrays of a state may share their memory
+        """The memory of all states in bytes, with what is kept for their next tokens, and of recurrences."""
+        spans: list[tuple[int, int]] = []  # arrays of a state may share their memory
+        beside = 0
 
         def measured(x: Tensor) -> Tensor:
-            held[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+            storage = x.untyped_storage()
+            spans.append((storage.data_ptr(), storage.data_ptr() + storage.nbytes()))
             return x
 
         for layer in self.layers:
             if getattr(layer, "state", None) is not None:
                 map_arrays(layer.state, measured)
+                kept = (getattr(layer.state, name, None) for name in ("single_tokens", "store"))
+                beside += sum(getattr(x, "num_bytes", 0) for x in kept)
             for states in (getattr(layer, "conv_states", {}), getattr(layer, "recurrent_states", {})):
                 for x in states.values():
                     if x is not None:
                         measured(x)
-        return sum(held.values())
+        return beside + _length(spans)
+
+
+def _length(spans: list[tuple[int, int]]) -> int:
+    """The length of the union of intervals."""
+    total = end = 0
+    for start, stop in sorted(spans):
+        total += max(0, stop - max(start, end))
+        end = max(end, stop)
+    return total
 
 
 def _layer_for(layer: Any) -> Any:

@@ -1,5 +1,6 @@
 """Generation with a cache of states: the causal forward, token by token, in constant memory."""
 
+import numpy as np
 import pytest
 import torch
 from tiny import MODELS, inputs, output
@@ -173,6 +174,9 @@ def test_memory_that_arrays_share_counts_once():
     cache.layers.append(StateLayer())
     cache.layers[0].state = NearKeys(whole[..., :4], whole[..., 4:], torch.ones(1, 6, dtype=torch.bool))
     assert cache.num_bytes == whole.numel() * 4 + 6
+    numbers = np.zeros((1, 2, 6, 8), np.float32)  # here the storage of a part begins at the part
+    cache.layers[0].state = NearKeys(*map(torch.from_numpy, (numbers, numbers[:, 1:])), torch.ones(1, 6, dtype=bool))
+    assert cache.num_bytes == numbers.nbytes + 6
 
 
 def test_a_cache_can_be_emptied_and_not_cropped():

@@ -57,6 +57,13 @@ class After(NamedTuple):
     kept: Kept
     taken: int
 
+    @property
+    def num_bytes(self) -> int:
+        """The memory of the tokens and of the state before them, which the state after them does not have itself."""
+        since = self.kept.since
+        held = self.kept.keys, self.kept.values, since.kv, since.z, since.c, since.kv_low, since.z_low
+        return sum(int(x.nbytes) for x in held if x is not None)
+
     def __reduce__(self) -> Any:
         return type(None), ()  # copies and pickles of a state do not have it
 

@@ -50,6 +50,11 @@ class Store:
         self.plan = np.array([*plan[:ROOM], room, *plan[ROOM + 1 :]], dtype=np.int64)
         self.lock = threading.Lock()
 
+    @property
+    def num_bytes(self) -> int:
+        """The memory of the queries, which a state in the store does not have itself."""
+        return int(self.queries.nbytes)
+
     def claim(self, position: int) -> bool:
         """Take the row behind `position` rows, if there is room and no other token has taken it."""
         with self.lock:

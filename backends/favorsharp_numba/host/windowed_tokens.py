@@ -46,7 +46,7 @@ class NearStore:
         problem.held.arrays = [x for x in problem.held.arrays if not hasattr(x, "owner")]
         kv, z = problem.state_sums()
         self.kv, self.z = numpy_or_torch(k, kv), numpy_or_torch(k, z)
-        self.problem = problem
+        self.problem: Any = problem
         self.lock = threading.Lock()
 
     def __reduce__(self) -> Any:
@@ -62,7 +62,10 @@ class NearStore:
 
     def read(self, q: Any, out: Any, recent: int) -> None:
         """Queries read the sums, and the first `recent` keys exactly."""
-        q, out = self.problem.q._replace(base=start_of(q)), self.out._replace(base=start_of(out))
+        start = start_of(q)
+        if not start:
+            check_memory((q,))
+        q, out = self.problem.q._replace(base=start), self.out._replace(base=start_of(out))
         self.problem.read_points(self.arguments, q, out, recent=recent)
 
 
@@ -76,7 +79,6 @@ def windowed_turn(q: Any, k: Any, v: Any, state: State, feature_map: Any) -> tup
     if store is None or not store.claim(held):
         store = NearStore(q, k, v, state, feature_map)
         store.claim(held)
-    check_memory((q, k, v))
     keys, values = store.keys[..., : held + 1, :], store.values[..., : held + 1, :]
     keys[..., held:, :], values[..., held:, :] = k, v
     out = empty(q, (*q.shape[:-1], v.shape[-1]), name_of(q))
