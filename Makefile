@@ -69,7 +69,7 @@ test-models: $(VENV)/models
 	$(BIN)/python -m pytest -m models
 
 test-architectures: $(VENV)/test
-	OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -m architectures tests/transformers/test_architectures.py
+	$(PARALLEL) -m architectures tests/transformers/test_architectures.py
 
 test-sweep: $(VENV)/test
 	$(PARALLEL) -m sweep
@@ -97,13 +97,16 @@ docs: $(VENV)/docs
 
 wheel-check: $(VENV)/test
 	rm -rf dist
-	$(BIN)/python -m build --quiet --wheel
+	$(BIN)/python -m build --quiet
 	$(PYTHON) -m venv --clear dist/oldest
 	dist/oldest/bin/python -m pip --disable-pip-version-check install --quiet dist/*.whl $(OLDEST)
 	cd dist && oldest/bin/python ../tests/wheel_smoke.py
 	$(NEWEST) -m venv --clear dist/newest
-	dist/newest/bin/python -m pip --disable-pip-version-check install --quiet dist/*.whl
+	dist/newest/bin/python -m pip --disable-pip-version-check install --quiet dist/*.tar.gz
 	cd dist && newest/bin/python ../tests/wheel_smoke.py
+	dist/newest/bin/python -m pip --disable-pip-version-check install --quiet \
+		"$$(ls dist/*.whl)[sobol,datasets]"
+	cd dist && newest/bin/python ../tests/extras_smoke.py sobol datasets
 
 gpu-bundle: $(VENV)/made
 	$(BIN)/python tests/gpu/bundle.py
