@@ -42,18 +42,28 @@ def test_window_is_the_definition(few_xp, kernel):
         np.testing.assert_allclose(few_xp.back(got), want, rtol=1e-7, atol=1e-9)
 
 
+def with_nine_different_keys():
+    """More keys than candidates, most of them equal."""
+    q, few, _ = attention_problem(0, (2,), n=70, s=9, d=4)
+    rng = np.random.default_rng(1)
+    k = few[:, rng.permutation(np.concatenate([np.arange(9), np.zeros(61, int)]))]
+    return q, k, rng.standard_normal((2, 70, 3)), rng
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_as_many_landmarks_as_different_keys_are_exact_with_windows(few_xp, kernel):
+    q, k, v, _ = with_nine_different_keys()
+    for lm in (fs.landmarks(9, kernel=kernel), fs.landmarks(70, kernel=kernel)):
+        got = few_xp.back(fs.linear_attention(few_xp(q), few_xp(k), few_xp(v), lm, window=8))
+        np.testing.assert_allclose(got, exact(q, k, v, kernel), atol=1e-12)
+
+
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_as_many_landmarks_as_different_keys_are_exact(xp, kernel):
-    q, few, v = attention_problem(0, (2,), n=70, s=9, d=4)
-    rng = np.random.default_rng(1)
-    pick = np.concatenate([np.arange(9), np.zeros(61, int)])  # more keys than candidates, most of them equal
-    k = few[:, rng.permutation(pick)]
-    v = rng.standard_normal((2, 70, 3))
-    arrays = [xp(x) for x in (q, k, v)]
+    q, k, v, rng = with_nine_different_keys()
     for lm in (fs.landmarks(9, kernel=kernel), fs.landmarks(70, kernel=kernel)):
-        for window in (0, 8):
-            got = xp.back(fs.linear_attention(*arrays, lm, window=window))
-            np.testing.assert_allclose(got, exact(q, k, v, kernel), atol=1e-12)
+        got = xp.back(fs.linear_attention(xp(q), xp(k), xp(v), lm))
+        np.testing.assert_allclose(got, exact(q, k, v, kernel), atol=1e-12)
     hidden = rng.random((2, 70)) < 0.3
     other = np.where(hidden[..., None], rng.standard_normal(k.shape), k)
     got = xp.back(fs.linear_attention(xp(q), xp(other), xp(v), fs.landmarks(9, kernel=kernel), key_mask=xp(~hidden)))
