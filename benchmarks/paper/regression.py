@@ -178,7 +178,10 @@ def _draw(found, bounds, sizes, output) -> None:
                     ax.axhline(bounds[name, kind][0], color="black", lw=1)
                     ax.set_ylim(0.9 * bounds[name, kind][0], min(1.15, ax.get_ylim()[1]))
                 by_size.set(title=f"{name}, {'Nadaraya-Watson' if kind == 'nw' else 'ridge'}", ylabel="relative error")
-        axes[1, 0].legend(frameon=False, fontsize=7)
+        marks = {}
+        for ax in axes[:, 0]:
+            marks |= dict(zip(*reversed(ax.get_legend_handles_labels()), strict=True))
+        axes[1, 3].legend(marks.values(), marks.keys(), frameon=False, fontsize=6, loc="upper right")
 
 
 if __name__ == "__main__":
