@@ -15,6 +15,7 @@ import sys
 import textwrap
 import warnings
 from collections.abc import Callable, Iterator
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,11 +29,13 @@ from favorsharp.transformers import StateCache, check, register
 
 VOCABULARY, LENGTH = 99, 12
 MOST_PARAMETERS = 16_000_000
-SECONDS = 10
+SECONDS = 30
 """The most CPU time that one architecture may take; one that takes longer is not reached."""
 
 SMALL: dict[str, Any] = {
     **dict.fromkeys(("vocab_size", "text_vocab_size", "src_vocab_size", "tgt_vocab_size"), VOCABULARY),
+    **dict.fromkeys(("vocab_size_per_layer_input",), VOCABULARY),
+    **dict.fromkeys(("hidden_size_per_layer_input",), 8),
     **dict.fromkeys(
         ("hidden_size", "d_model", "n_embd", "dim", "embed_dim", "embedding_size", "word_embed_proj_dim"), 32
     ),
@@ -99,6 +102,15 @@ def architectures() -> list[str]:
     return sorted(set(MODEL_MAPPING_NAMES) | set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES))
 
 
+OWN: dict[str, dict[str, Any]] = {
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]], "window_size": 5},
+    "mamba2": {"num_heads": 8},
+    "mpt": {"attn_pdrop": 0},
+    "zaya": {"num_experts_per_tok": 1},
+}
+"""Values of config fields for one architecture."""
+
+
 def prepare() -> None:
     """Register the names that `outcome` uses."""
     register("exact", method="exact")
@@ -159,13 +171,19 @@ def _by_sdpa(model: Any, batch: dict[str, Any]) -> list[Any]:
 
 
 def _reached(model_type: str) -> Any:
-    """The first small model that runs with eager attention, its inputs and its results; or why there is none."""
+    """The first small model that runs with eager attention, its inputs and its results; or why there is none.
+
+    A model that would never use a registered name is refused without numbers, so it need not run.
+    """
     first = None
-    for changes in VARIANTS:
+    for changes, kind in product(VARIANTS, _classes_of(model_type)):
         try:
-            config, kind = _config(model_type, changes), _class_of(model_type)
+            config = _config(model_type, changes)
             with torch.device("meta"):
-                size = sum(p.numel() for p in kind(config).parameters())
+                twin = kind(config)
+            if (why := _outside(twin)) is not None:
+                return Outcome("outside", why)
+            size = sum(p.numel() for p in twin.parameters())
             if size > MOST_PARAMETERS:
                 raise OverflowError(f"the smallest model tried has {size / 1e6:.0f} million parameters")
             model = _built(kind, config)
@@ -183,6 +201,17 @@ def _reached(model_type: str) -> Any:
             except Exception as error:
                 first = first or error
     return Outcome("not reached", _line(first))
+
+
+def _outside(model: Any) -> str | None:
+    """The error by which a model says that none of its layers uses a registered name; None if it accepts the name."""
+    before = model.config._attn_implementation
+    try:
+        model.set_attn_implementation("exact")
+    except ValueError as error:
+        return _line(error) if "would never use" in str(error) else None
+    model.set_attn_implementation(before)
+    return None
 
 
 def _generated(model_type: str, model: Any) -> Outcome:
@@ -243,6 +272,7 @@ VARIANTS: tuple[dict[str, Any], ...] = (
         "max_position_embeddings": None,
     },
     dict.fromkeys(("hidden_size", "d_model", "n_embd"), 256) | {"head_dim": 64, "global_head_dim": 64},
+    dict.fromkeys(("hidden_size", "d_model"), 512) | {"head_dim": 128, "qk_rope_head_dim": 64},
     {name: None for name in SMALL if "layer" not in name and "vocab" not in name},
 )
 """Changes of the small values, tried in turn until a model runs; None leaves what the config has."""
@@ -250,6 +280,7 @@ VARIANTS: tuple[dict[str, Any], ...] = (
 
 def _config(model_type: str, changes: dict[str, Any]) -> Any:
     kind = getattr(hf, CONFIG_MAPPING_NAMES[model_type])
+    changes = changes | OWN.get(model_type, {})
     table = {name: value for name, value in (SMALL | changes).items() if value is not None}
     return kind(**_small(kind, table))
 
@@ -262,8 +293,7 @@ def _small(kind: Any, table: dict[str, Any]) -> dict[str, Any]:
     default = kind()
     values = {name: table[name] for name in names if name in table}
     values |= {own: table[name] for name, own in renamed.items() if name in table and own in names and own not in table}
-    lists = [name for name in values if isinstance(getattr(default, name, None), list | tuple | dict)]
-    values = {name: value for name, value in values.items() if name not in lists}
+    values = {name: value for name, value in values.items() if isinstance(value, list) or not _is_list(default, name)}
     for name in getattr(kind, "sub_configs", None) or ():
         part = getattr(default, name, None)
         if part is not None:
@@ -275,9 +305,21 @@ def _small(kind: Any, table: dict[str, Any]) -> dict[str, Any]:
     return values
 
 
-def _class_of(model_type: str) -> Any:
-    names = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type) or MODEL_MAPPING_NAMES[model_type]
-    return getattr(hf, names if isinstance(names, str) else names[0])
+def _is_list(config: Any, name: str) -> bool:
+    """Whether a field of a config has several values; fields that differ between layers have no value at all."""
+    try:
+        return isinstance(getattr(config, name, None), list | tuple | dict)
+    except Exception:
+        return False
+
+
+def _classes_of(model_type: str) -> list[Any]:
+    """The causal language model, if there is one, and the base model."""
+    given = [
+        names[model_type] for names in (MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_MAPPING_NAMES) if model_type in names
+    ]
+    names = dict.fromkeys(x if isinstance(x, str) else x[0] for x in given)
+    return [getattr(hf, name) for name in names if hasattr(hf, name)]
 
 
 def _built(kind: Any, config: Any) -> Any:
@@ -401,7 +443,7 @@ compared with eager attention: without a mask, and with padding on the right and
 models also generate greedily, with a `DynamicCache` and with `StateCache(config=model.config)`. A query that sees no
 key may differ from eager attention, as it does in torch's attention. Of {total} architectures {served} are served.
 {refused} are refused, with the reason. {outside} have no attention that a registered name reaches, and are refused too.
-{missing} were not reached, because no small model of them ran.
+{missing} were not reached, because no small model of them ran; the check leaves these out.
 """
 
 
@@ -441,9 +483,15 @@ def page(found: dict[str, Outcome]) -> str:
     return "\n\n".join(part.strip("\n") for part in parts) + "\n"
 
 
-def served(text: str) -> set[str]:
-    """The architectures that a page lists as served."""
-    return set(re.findall(r"`([\w.-]+)`", text[text.index("## Served") : text.index("## Refused")]))
+def entries(text: str) -> dict[str, tuple[str, str]]:
+    """The section and the reason under which a page lists each architecture."""
+    found = {}
+    for section in text.split("\n## ")[1:]:
+        title, _, body = section.partition("\n")
+        for item in re.split(r"^- ", body, flags=re.MULTILINE):
+            why, _, names = " ".join(item.split()).rpartition(": ")
+            found |= dict.fromkeys(re.findall(r"`([\w.-]+)`", names), (title, why))
+    return found
 
 
 def _names(names: list[str]) -> str:
