@@ -147,11 +147,14 @@ def reasons(found: Found, bounds: measure.Bounds) -> Iterator[str]:
             yield f"- *{table.work}*: {known}"
 
 
-def page(found: Found, rest: measure.Table, memory: dict[str, float], bounds: measure.Bounds, stamp: str) -> str:
-    """The Markdown page."""
+def page(
+    found: Found, rest: measure.Table, memory: dict[str, float], bounds: measure.Bounds, stamp: str, warning: str = ""
+) -> str:
+    """The Markdown page; a warning comes first."""
     lines = [
         "# CPU benchmarks",
         "",
+        *([warning, ""] if warning else []),
         "![How many times as fast as the best other software each call is](_static/benchmarks.png)",
         "",
         *sentences(found, bounds),
@@ -256,8 +259,10 @@ def main(
     (rest,), memory = startup.tables(), startup.scratch(quick=quick)
     machine = ", ".join(f"{name} {value}" for name, value in measure.machine().items())
     took = (time.perf_counter() - begin) / 60
-    stamp = f"Measured {datetime.date.today().isoformat()} in {took:.0f} min: {machine}. {disturbance}"
-    output.write_text(page(found, rest, memory, bounds, stamp))
+    stamp = f"Measured {datetime.date.today().isoformat()} in {took:.0f} min: {machine}. "
+    warning = disturbance if disturbance.startswith("**") else ""
+    stamp += "" if warning else disturbance
+    output.write_text(page(found, rest, memory, bounds, stamp.rstrip(), warning))
     (output.parent / "_static").mkdir(exist_ok=True)
     picture(found, output.parent / "_static" / "benchmarks.png")
     typer.echo(f"{disturbance}\nPage: {output}, after {took:.1f} min")
