@@ -65,6 +65,11 @@ def times(ratio: float) -> str:
     return f"{ratio:.1f} times as fast as"
 
 
+def milliseconds(seconds: float) -> str:
+    """Three digits, or whole milliseconds."""
+    return f"{1e3 * seconds:.3g}" if seconds < 0.9995 else f"{1e3 * seconds:,.0f}"
+
+
 def named(found: Found) -> dict[str, measure.Table]:
     """The rows by what they time."""
     return {table.work: table for _, table in found}
@@ -118,9 +123,9 @@ def cells(table: measure.Table, bounds: measure.Bounds) -> list[str]:
     """A row of the table."""
     ratio, share = table.ratio, table.share(bounds)
     goal = f"{table.goal:.2g}" if table.goal else f"{100 * table.part:.0f} % of the bound" if table.part else ""
-    other = f"{table.best[0]} {1e3 * table.best[1]:.3g}" if table.best else ""
+    other = f"{table.best[0]} {milliseconds(table.best[1])}" if table.best else ""
     return [
-        table.work, f"{1e3 * table.ours:.3g}", other, "" if ratio is None else f"{ratio:.2f}",
+        table.work, milliseconds(table.ours), other, "" if ratio is None else f"{ratio:.2f}",
         "" if share is None else f"{100 * share:.0f} %", goal + (" (missed)" if table.missed(bounds) else ""),
     ]  # fmt: skip
 
@@ -169,6 +174,8 @@ def page(
         *tables_of(found, bounds),
         "## Missed goals",
         "",
+        "What is known of the reasons, from undisturbed runs:",
+        "",
         *(list(reasons(found, bounds)) or ["None."]),
         "",
         "Not measured: AMX, bfloat16, ARM.",
@@ -179,7 +186,7 @@ def page(
         "| --- | --- |",
     ]
     for _, table in found:
-        known = [f"{name} {1e3 * seconds:.3g}" for name, seconds in table.seconds.items()]
+        known = [f"{name} {milliseconds(seconds)}" for name, seconds in table.seconds.items()]
         lost = [f"{name} left out ({why.splitlines()[0]})" for name, why in table.left_out.items()]
         lines.append(f"| {table.work} | {'; '.join(known + lost)} |")
     lines += [
