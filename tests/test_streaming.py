@@ -289,6 +289,8 @@ def test_states_with_a_window_may_be_continued_twice():
         before, copied = fs.read(state, q, fm), pickle.loads(pickle.dumps(state))
         out, after = fs.decode_step(*token, state, fm)
         fs.decode_step(*(-x for x in token), state, fm)
+        again, _ = fs.decode_step(np.repeat(token[0], 2, axis=-1)[..., ::2], *token[1:], after, fm)
+        np.testing.assert_allclose(again, fs.decode_step(*token, replace(after), fm)[0], rtol=1e-12)
         np.testing.assert_allclose(out, want[:, i : i + 1], atol=1e-11)
         np.testing.assert_allclose(fs.decode_step(*token, copied, fm)[0], out, rtol=1e-12)
         np.testing.assert_array_equal(fs.read(state, q, fm), before)

@@ -17,6 +17,7 @@ from favorsharp_numba.host.arguments import (
     empty,
     expanded,
     host,
+    is_torch,
     name_of,
     numpy_or_torch,
     start_of,
@@ -47,13 +48,16 @@ class NearStore:
         kv, z = problem.state_sums()
         self.kv, self.z = numpy_or_torch(k, kv), numpy_or_torch(k, z)
         self.problem: Any = problem
+        self.queries = _layout(q)
         self.lock = threading.Lock()
 
     def __reduce__(self) -> Any:
         return type(None), ()  # copies and pickles of a state do not have it
 
-    def claim(self, position: int) -> bool:
-        """Take the row behind `position` rows, if there is room and no other token has taken it."""
+    def claim(self, position: int, q: Any) -> bool:
+        """Take the row behind `position` rows, if there is room, no other token has taken it, and q is laid out so."""
+        if self.queries != _layout(q):
+            return False
         with self.lock:
             if self.used != position or position == self.room:
                 return False
@@ -76,9 +80,9 @@ def windowed_turn(q: Any, k: Any, v: Any, state: State, feature_map: Any) -> tup
         state = updated(state, k, v, None, feature_map)
         return read_state(state, q, feature_map, name_of(q)), state
     store = state.store
-    if store is None or not store.claim(held):
+    if store is None or not store.claim(held, q):
         store = NearStore(q, k, v, state, feature_map)
-        store.claim(held)
+        store.claim(held, q)
     keys, values = store.keys[..., : held + 1, :], store.values[..., : held + 1, :]
     keys[..., held:, :], values[..., held:, :] = k, v
     out = empty(q, (*q.shape[:-1], v.shape[-1]), name_of(q))
@@ -89,6 +93,11 @@ def windowed_turn(q: Any, k: Any, v: Any, state: State, feature_map: Any) -> tup
     )  # fmt: skip
     after.remember("store", store)
     return out, after
+
+
+def _layout(x: Any) -> Any:
+    """The dtype, shape and strides of an array."""
+    return x.dtype, x.shape, x.stride() if is_torch(x) else x.strides
 
 
 def takes_store(q: Any, k: Any, v: Any, state: State) -> bool:
