@@ -11,6 +11,7 @@ from favorsharp.features import FeatureMap
 from favorsharp.landmarks.settings import Landmarks
 from favorsharp.linear_attention import decode_step, init_state, linear_attention, read, update
 from favorsharp.transformers.cache import StateLayer, layer_of
+from favorsharp.transformers.maps import FrozenMaps as FrozenMaps  # whole models pickled with 0.1.0 name it here
 from favorsharp.transformers.maps import crosses, map_for
 from favorsharp.transformers.masks import Visible, read_mask
 from favorsharp.transformers.models import adds_masks_only, heard, label, warn_once
