@@ -61,6 +61,35 @@ class ColumnSums(NamedTuple):
 NO_SUMS = ColumnSums(0, 0, 0, 0, 0, 0, 0)
 
 
+class _Operands(NamedTuple):
+    """The arguments of `_product` in the code that it emits."""
+
+    m: ir.Value
+    n: ir.Value
+    k: ir.Value
+    a: ir.Value
+    a_row: ir.Value
+    a_step: ir.Value
+    b: ir.Value
+    b_panel: ir.Value
+    b_step: ir.Value
+    c: ir.Value
+    c_row: ir.Value
+    row: ir.Value
+    column: ir.Value
+    ahead: Ahead
+    sums: ColumnSums
+
+
+class _Tile(NamedTuple):
+    """A register tile of the result: `rows` rows by `vectors` vectors, from row i and column j on."""
+
+    rows: int
+    vectors: int
+    i: ir.Value
+    j: ir.Value
+
+
 @intrinsic(prefer_literal=True)
 def _product(
     context, one, start, finish, m, n, k, a, a_row, a_step, b, b_panel, b_step, c, c_row, row, column, ahead, sums
@@ -71,134 +100,179 @@ def _product(
     The panels of B are `b_panel` items apart, and the rows of a panel `b_step` items. The other strides are those of
     A's and C's rows and of A's columns.
     """
-    start_at, finish_by = start.literal_value, finish.literal_value
 
     def emit(context, builder, signature, args):
-        m, n, k, a, a_row, a_step, b, b_panel, b_step, c, c_row, row, column, ahead, sums = args[3:]
-        address, ahead_step, ahead_rows, ahead_size = cgutils.unpack_tuple(builder, ahead)
-        weight, weight_step, other, other_step, total, other_total, largest = cgutils.unpack_tuple(builder, sums)
-        e = Emitter(builder, signature.args[0])
+        *places, ahead, sums = args[3:]
+        ahead, sums = Ahead(*cgutils.unpack_tuple(builder, ahead)), ColumnSums(*cgutils.unpack_tuple(builder, sums))
+        x, e = _Operands._make([*places, ahead, sums]), Emitter(builder, signature.args[0])
         # the compiler would copy the function for calls that share a constant
         builder.function.attributes.add("noduplicate")
-        number = lambda value: ir.Constant(I64, value)  # noqa: E731
-
-        def bring(top, bottom, j):
-            """Prefetch the share of the rows top .. bottom of the result, in its first columns."""
-            some = builder.icmp_signed(">", ahead_rows, number(0))
-            with builder.if_then(builder.and_(some, builder.icmp_signed("==", j, number(0)))):
-                low, high = (builder.udiv(builder.mul(x, ahead_rows), m) for x in (top, bottom))
-                builder.call(_bring(builder.module), [address, ahead_step, low, high, ahead_size])
-
-        def add_up(found, i, j):
-            """Add a register tile of logarithms to the sums, and to the maxima, of its columns."""
-            sides = [(weight, weight_step), (other, other_step)]
-            places = [e.pointer(builder.add(x, j)) for x in (total, other_total)]
-            if finish_by == SUM:
-                sides, places = sides[1:], places[1:]
-            tops = e.pointer(builder.add(largest, j))
-            factors = [
-                [
-                    e.broadcast(e.pointer(builder.add(x, builder.mul(builder.add(i, number(r)), step))))
-                    for x, step in sides
-                ]
-                for r in range(len(found))
-            ]
-            for v in range(len(found[0])):
-                top, *added = (e.load(e.at(place, v * e.lanes)) for place in (tops, *places))
-                for line, own in zip(found, factors, strict=True):
-                    value = e.get(line[v])
-                    top = e.larger(top, value)
-                    power = e.exp2(value)
-                    added = [e.multiply_add(power, x, y) for x, y in zip(own, added, strict=True)]
-                for value, place in zip((top, *added), (tops, *places), strict=True):
-                    e.store(value, e.at(place, v * e.lanes))
-
-        def keep_nearest(found, i, j):
-            """Compare a register tile with the largest entries of its columns so far, `largest`, in rows `total`."""
-            bests, owners = (e.pointer(builder.add(x, j)) for x in (largest, total))
-            first = builder.sitofp(i, e.scalar)
-            owner_of = [e.filled(builder.fadd(first, ir.Constant(e.scalar, float(r)))) for r in range(len(found))]
-            for v in range(len(found[0])):
-                best, owner = (e.load(e.at(place, v * e.lanes)) for place in (bests, owners))
-                for line, own in zip(found, owner_of, strict=True):
-                    value = e.get(line[v])
-                    closer = builder.fcmp_ordered(">", value, best)
-                    best, owner = builder.select(closer, value, best), builder.select(closer, own, owner)
-                e.store(best, e.at(bests, v * e.lanes))
-                e.store(owner, e.at(owners, v * e.lanes))
-
-        def tile(rows, vectors, i, j):
-            bring(i, builder.add(i, number(rows)), j)  # first: for a call, vectors in registers would be stored
-            panel = builder.mul(builder.udiv(j, number(VECTORS * e.lanes)), b_panel)
-            inside = builder.urem(j, number(VECTORS * e.lanes))
-            right = e.pointer(builder.add(b, builder.add(panel, inside)))
-            left = e.pointer(builder.add(a, builder.mul(i, a_row)))
-            result = e.pointer(builder.add(c, builder.add(builder.mul(i, c_row), j)))
-            left_rows = [builder.mul(number(r), a_row) for r in range(rows)]
-            result_rows = [e.at(result, builder.mul(number(r), c_row)) for r in range(rows)]
-            if start_at == TERMS:
-                row_terms, column_terms = e.pointer(builder.add(row, i)), e.pointer(builder.add(column, j))
-                columns = [e.load(e.at(column_terms, v * e.lanes)) for v in range(vectors)]
-            found = []
-            for r in range(rows):
-                if start_at == TERMS:
-                    term = e.broadcast(e.at(row_terms, r))
-                    first = [builder.fadd(term, x) for x in columns]
-                elif start_at == ADD:
-                    first = [e.load(e.at(result_rows[r], v * e.lanes)) for v in range(vectors)]
-                else:
-                    first = [e.constant(0.0)] * vectors
-                found.append([e.accumulator(x) for x in first])
-            with cgutils.for_range(builder, k) as loop:
-                line = e.at(right, builder.mul(loop.index, b_step))
-                entry = e.at(left, builder.mul(loop.index, a_step))
-                factors = [e.load(e.at(line, v * e.lanes)) for v in range(vectors)]
-                for r in range(rows):
-                    factor = e.broadcast(e.at(entry, left_rows[r]))
-                    for v in range(vectors):
-                        builder.store(e.multiply_add(factor, factors[v], e.get(found[r][v])), found[r][v])
-            if finish_by in (SUMS, SUM):
-                add_up(found, i, j)
-                return
-            if finish_by == NEAREST:
-                keep_nearest(found, i, j)
-                return
-            if start_at == TAKE:
-                lows = e.pointer(builder.add(row, builder.add(builder.mul(i, c_row), j)))
-                low_rows = [e.at(lows, builder.mul(number(r), c_row)) for r in range(rows)]
-            for r in range(rows):
-                for v in range(vectors):
-                    value = e.get(found[r][v])
-                    if start_at == TAKE:
-                        place, low_place = (e.at(x[r], v * e.lanes) for x in (result_rows, low_rows))
-                        value, low = e.add_with_low(e.load(place), e.load(low_place), value)
-                        e.store(low, low_place)
-                    if finish_by in (EXP, STREAM):
-                        value = builder.fmul(value, e.constant(LOG2E))
-                    elif finish_by == NATURAL_STREAM:
-                        value = builder.fmul(value, e.constant(1 / LOG2E))
-                    if finish_by not in (STORE, NATURAL_STREAM):
-                        value = e.exp2(value, above=True)
-                    e.store(value, e.at(result_rows[r], v * e.lanes), stream=finish_by in PAST_CACHES)
-
-        left_column = number(0)
-        for vectors in dict.fromkeys((VECTORS, VECTORS // 2, 1)):
-            width = number(vectors * e.lanes)
-            right_column = builder.add(
-                left_column, builder.mul(builder.udiv(builder.sub(n, left_column), width), width)
-            )
-            with cgutils.for_range_slice(builder, left_column, right_column, width) as (j, _):
-                top = number(0)
-                for rows in (6 if vectors > 1 else 8, 4, 2, 1):
-                    height = number(rows)
-                    bottom = builder.add(top, builder.mul(builder.udiv(builder.sub(m, top), height), height))
-                    with cgutils.for_range_slice(builder, top, bottom, height) as (i, _):
-                        tile(rows, vectors, i, j)
-                    top = bottom
-            left_column = right_column
+        _each_tile(e, x, lambda tile: _compute(e, x, tile, start.literal_value, finish.literal_value))
         return context.get_dummy_value()
 
     return types.void(one, start, finish, *[types.int64] * 13, ahead, sums), emit
+
+
+def _number(value):
+    return ir.Constant(I64, value)
+
+
+def _each_tile(e, x, body):
+    """Emit body(tile) for tiles that cover the result: the largest that fit, then smaller ones for what is left."""
+    left_column = _number(0)
+    for vectors in dict.fromkeys((VECTORS, VECTORS // 2, 1)):
+        width = _number(vectors * e.lanes)
+        right_column = _end_of_steps(e, left_column, x.n, width)
+        with cgutils.for_range_slice(e.b, left_column, right_column, width) as (j, _):
+            top = _number(0)
+            for rows in (6 if vectors > 1 else 8, 4, 2, 1):
+                height = _number(rows)
+                bottom = _end_of_steps(e, top, x.m, height)
+                with cgutils.for_range_slice(e.b, top, bottom, height) as (i, _):
+                    body(_Tile(rows, vectors, i, j))
+                top = bottom
+        left_column = right_column
+
+
+def _end_of_steps(e, start, stop, step):
+    """Where the last whole step of start .. stop ends."""
+    return e.b.add(start, e.b.mul(e.b.udiv(e.b.sub(stop, start), step), step))
+
+
+def _compute(e, x, tile, start, finish):
+    """Compute a register tile, from its beginning (SET ...) to its end (STORE ...)."""
+    _bring_share(e, x, tile)  # first: for a call, vectors in registers would be stored
+    right, left, result = _corners(e, x, tile)
+    left_rows = [e.b.mul(_number(r), x.a_row) for r in range(tile.rows)]
+    result_rows = _lines(e, x, tile, result)
+    found = _begin(e, x, tile, start, result_rows)
+    _multiply_in(e, x, found, right, left, left_rows)
+    if finish in (SUMS, SUM):
+        _add_up(e, x.sums, tile, found, finish)
+    elif finish == NEAREST:
+        _keep_nearest(e, x.sums, tile, found)
+    else:
+        _put(e, x, tile, found, result_rows, start, finish)
+
+
+def _bring_share(e, x, tile):
+    """Prefetch a tile's share of the rows `ahead`. They are divided among the tiles in the first columns."""
+    bottom = e.b.add(tile.i, _number(tile.rows))
+    some = e.b.icmp_signed(">", x.ahead.rows, _number(0))
+    with e.b.if_then(e.b.and_(some, e.b.icmp_signed("==", tile.j, _number(0)))):
+        low, high = (e.b.udiv(e.b.mul(row, x.ahead.rows), x.m) for row in (tile.i, bottom))
+        e.b.call(_bring(e.b.module), [x.ahead.address, x.ahead.step, low, high, x.ahead.size])
+
+
+def _corners(e, x, tile):
+    """The pointers to the first items of B, of A and of the result that belong to a tile."""
+    panel = e.b.mul(e.b.udiv(tile.j, _number(VECTORS * e.lanes)), x.b_panel)
+    inside = e.b.urem(tile.j, _number(VECTORS * e.lanes))
+    right = e.pointer(e.b.add(x.b, e.b.add(panel, inside)))
+    left = e.pointer(e.b.add(x.a, e.b.mul(tile.i, x.a_row)))
+    return right, left, _in_result(e, x, tile, x.c)
+
+
+def _in_result(e, x, tile, place):
+    """The pointer to the first item of a tile, in rows like those of the result that begin at a place."""
+    return e.pointer(e.b.add(place, e.b.add(e.b.mul(tile.i, x.c_row), tile.j)))
+
+
+def _lines(e, x, tile, first):
+    """The pointers to the rows of a tile, in rows like those of the result."""
+    return [e.at(first, e.b.mul(_number(r), x.c_row)) for r in range(tile.rows)]
+
+
+def _begin(e, x, tile, start, result_rows):
+    """The sums of a register tile, in rows of variables that hold a vector each, before anything is added."""
+    offsets = [v * e.lanes for v in range(tile.vectors)]
+    if start == TERMS:
+        row_terms, column_terms = e.pointer(e.b.add(x.row, tile.i)), e.pointer(e.b.add(x.column, tile.j))
+        columns = [e.load(e.at(column_terms, offset)) for offset in offsets]
+    found = []
+    for r, line in enumerate(result_rows):
+        if start == TERMS:
+            term = e.broadcast(e.at(row_terms, r))
+            first = [e.b.fadd(term, column) for column in columns]
+        elif start == ADD:
+            first = [e.load(e.at(line, offset)) for offset in offsets]
+        else:
+            first = [e.constant(0.0) for _ in offsets]
+        found.append([e.accumulator(value) for value in first])
+    return found
+
+
+def _multiply_in(e, x, found, right, left, left_rows):
+    """Add the products of rows of A and columns of B to the sums of a register tile."""
+    with cgutils.for_range(e.b, x.k) as loop:
+        line = e.at(right, e.b.mul(loop.index, x.b_step))
+        entry = e.at(left, e.b.mul(loop.index, x.a_step))
+        factors = [e.load(e.at(line, v * e.lanes)) for v in range(len(found[0]))]
+        for totals, left_row in zip(found, left_rows, strict=True):
+            factor = e.broadcast(e.at(entry, left_row))
+            for total, other in zip(totals, factors, strict=True):
+                e.b.store(e.multiply_add(factor, other, e.get(total)), total)
+
+
+def _add_up(e, sums, tile, found, finish):
+    """Add a register tile of logarithms to the sums, and to the maxima, of its columns."""
+    sides = [(sums.weight, sums.weight_step), (sums.other, sums.other_step)]
+    places = [e.pointer(e.b.add(place, tile.j)) for place in (sums.total, sums.other_total)]
+    if finish == SUM:
+        sides, places = sides[1:], places[1:]
+    tops = e.pointer(e.b.add(sums.largest, tile.j))
+    factors = [[_weight(e, tile, r, *side) for side in sides] for r in range(tile.rows)]
+    for v in range(tile.vectors):
+        top, *added = (e.load(e.at(place, v * e.lanes)) for place in (tops, *places))
+        for line, own in zip(found, factors, strict=True):
+            value = e.get(line[v])
+            top = e.larger(top, value)
+            power = e.exp2(value)
+            added = [e.multiply_add(power, x, y) for x, y in zip(own, added, strict=True)]
+        for value, place in zip((top, *added), (tops, *places), strict=True):
+            e.store(value, e.at(place, v * e.lanes))
+
+
+def _weight(e, tile, r, place, step):
+    """The weight of row r of a tile, in every lane."""
+    return e.broadcast(e.pointer(e.b.add(place, e.b.mul(e.b.add(tile.i, _number(r)), step))))
+
+
+def _keep_nearest(e, sums, tile, found):
+    """Compare a register tile with the largest entries of its columns so far, `largest`, in rows `total`."""
+    bests, owners = (e.pointer(e.b.add(place, tile.j)) for place in (sums.largest, sums.total))
+    first = e.b.sitofp(tile.i, e.scalar)
+    owner_of = [e.filled(e.b.fadd(first, ir.Constant(e.scalar, float(r)))) for r in range(tile.rows)]
+    for v in range(tile.vectors):
+        best, owner = (e.load(e.at(place, v * e.lanes)) for place in (bests, owners))
+        for line, own in zip(found, owner_of, strict=True):
+            value = e.get(line[v])
+            closer = e.b.fcmp_ordered(">", value, best)
+            best, owner = e.b.select(closer, value, best), e.b.select(closer, own, owner)
+        e.store(best, e.at(bests, v * e.lanes))
+        e.store(owner, e.at(owners, v * e.lanes))
+
+
+def _put(e, x, tile, found, result_rows, start, finish):
+    """Store a register tile, or a function of it, in the result."""
+    low_rows = _lines(e, x, tile, _in_result(e, x, tile, x.row)) if start == TAKE else [None] * tile.rows
+    for totals, line, low_line in zip(found, result_rows, low_rows, strict=True):
+        for v, total in enumerate(totals):
+            value = e.get(total)
+            if start == TAKE:
+                place, low_place = (e.at(row, v * e.lanes) for row in (line, low_line))
+                value, low = e.add_with_low(e.load(place), e.load(low_place), value)
+                e.store(low, low_place)
+            e.store(_finished(e, value, finish), e.at(line, v * e.lanes), stream=finish in PAST_CACHES)
+
+
+def _finished(e, value, finish):
+    """What is stored for a vector of the product: itself, log(2) times it, or its exponential or power of two."""
+    if finish in (EXP, STREAM):
+        value = e.b.fmul(value, e.constant(LOG2E))
+    elif finish == NATURAL_STREAM:
+        value = e.b.fmul(value, e.constant(1 / LOG2E))
+    return value if finish in (STORE, NATURAL_STREAM) else e.exp2(value, above=True)
 
 
 def _bring(module):

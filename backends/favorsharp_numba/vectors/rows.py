@@ -3,6 +3,8 @@
 Places, strides and block lengths are as in `vectors/blocks.py`.
 """
 
+import functools
+
 import numpy as np
 from llvmlite import ir
 from numba import types
@@ -79,75 +81,100 @@ def _single_rows(builder, start, n, body):
         body(j, lambda scalar: scalar)
 
 
+class _Loading:
+    """Emits the parts of `_load_rows`, for rows of items of one kind."""
+
+    def __init__(self, e, item, address, step, n, pad, factor, offset, y):
+        self.e, self.b, self.item = e, e.b, item
+        self.address, self.step, self.n, self.pad, self.y = address, step, n, pad, y
+        self.offsets, factors = e.pointer(offset), e.pointer(factor)
+        self.wide = e.broadcast(factors)
+        self.single = e.b.load(factors, typ=e.scalar)
+        self.width = ir.Constant(I64, e.lanes)
+
+    def line(self, row):
+        """The pointers from which a row is read and to which it is written."""
+        source = self.b.inttoptr(self.b.add(self.address, self.b.mul(row, self.step)), ir.PointerType())
+        return source, self.e.pointer(self.b.add(self.y, self.b.mul(row, self.pad)))
+
+    def item_at(self, source, j):
+        """The pointer to an item of a row that is read."""
+        return self.b.gep(source, [j], source_etype=_ITEMS[self.item])
+
+    def put(self, value, centre, place, shape):
+        """Scale and centre loaded items, and store them."""
+        scale = self.wide if isinstance(shape(self.e.scalar), ir.VectorType) else self.single
+        value = self.b.fmul(_widened(self.b, self.e, value, self.item, shape), scale)
+        self.b.store(self.b.fsub(value, centre), place).align = self.e.item
+
+    def put_items(self, source, target, j, shape):
+        """Load, scale, centre and store a whole vector or a single item in column j."""
+        value = self.b.load(self.item_at(source, j), typ=shape(_ITEMS[self.item]))
+        value.align = _SIZES[self.item]
+        centre = self.b.load(self.e.at(self.offsets, j), typ=shape(self.e.scalar))
+        centre.align = self.e.item
+        self.put(value, centre, self.e.at(target, j), shape)
+
+    def put_part(self, start, mask, centre, place):
+        """As `put_items`, for the first items of a vector, those of a mask. The others become 0."""
+        value = self.e.masked_load(start, mask, _ITEMS[self.item], _SIZES[self.item])
+        self.put(value, centre, place, lambda scalar: ir.VectorType(scalar, self.e.lanes))
+
+
+def _load_single_vectors(rows, count):
+    """Load `count` rows that are a part of one vector each, under the same mask."""
+    mask = rows.e.first(rows.n)
+    centre = rows.e.masked_load(rows.offsets, mask, rows.e.scalar, rows.e.item)
+    with cgutils.for_range(rows.b, count) as loop:
+        source, target = rows.line(loop.index)
+        rows.put_part(source, mask, centre, target)
+
+
+def _load_any_rows(rows, count):
+    """Load `count` rows of any length, and clear what is behind them."""
+    with cgutils.for_range(rows.b, count) as loop:
+        source, target = rows.line(loop.index)
+        body = functools.partial(rows.put_items, source, target)
+        if MASKS:
+            cleared = _load_end_masked(rows, source, target, _whole_rows(rows.b, rows.e, rows.n, body), body)
+        else:
+            rows_loop(rows.b, rows.e, rows.n, body)
+            cleared = rows.n
+        with cgutils.for_range_slice(rows.b, cleared, rows.pad, ir.Constant(I64, 1)) as (j, _):
+            rows.b.store(ir.Constant(rows.e.scalar, 0.0), rows.e.at(target, j)).align = rows.e.item
+
+
+def _load_end_masked(rows, source, target, done, body):
+    """Load the items of a row behind its whole vectors: as a part of a vector if there is room for a vector in the
+    result, or else one by one. Return the column behind what was stored.
+    """
+    b, e = rows.b, rows.e
+    with b.if_else(b.icmp_signed("<=", b.add(done, rows.width), rows.pad)) as (room, none):
+        with room:
+            mask = e.first(b.sub(rows.n, done))
+            centre = e.masked_load(e.at(rows.offsets, done), mask, e.scalar, e.item)
+            rows.put_part(rows.item_at(source, done), mask, centre, e.at(target, done))
+        with none:
+            _single_rows(b, done, rows.n, body)
+    cleared = b.add(done, rows.width)
+    return b.select(b.icmp_signed("<=", cleared, rows.pad), cleared, rows.n)
+
+
 @intrinsic(prefer_literal=True)
 def _load_rows(context, one, kind, address, step, count, n, pad, factor, offset, y):
-    item = kind.literal_value
-
     def emit(context, builder, signature, args):
         _, _, address, step, count, n, pad, factor, offset, y = args
         e = Emitter(builder, signature.args[0])
-        offsets, factors = e.pointer(offset), e.pointer(factor)
-        wide = e.broadcast(factors)
-        single = builder.load(factors, typ=e.scalar)
-        width = ir.Constant(I64, e.lanes)
-        vector = lambda scalar: ir.VectorType(scalar, e.lanes)  # noqa: E731
-
-        def line(row):
-            """The pointers from which a row is read and to which it is written."""
-            source = builder.inttoptr(builder.add(address, builder.mul(row, step)), ir.PointerType())
-            return source, e.pointer(builder.add(y, builder.mul(row, pad)))
-
-        def finish(value, centre, scale, place, shape):
-            value = builder.fmul(_widened(builder, e, value, item, shape), scale)
-            builder.store(builder.fsub(value, centre), place).align = e.item
-
-        def part(start, mask, centre, place):
-            """Load the first items of a vector; the others become 0."""
-            finish(e.masked_load(start, mask, _ITEMS[item], _SIZES[item]), centre, wide, place, vector)
-
-        def rows_by_item():
-            with cgutils.for_range(builder, count) as loop:
-                source, target = line(loop.index)
-
-                def body(j, shape):
-                    value = builder.load(builder.gep(source, [j], source_etype=_ITEMS[item]), typ=shape(_ITEMS[item]))
-                    value.align = _SIZES[item]
-                    centre = builder.load(e.at(offsets, j), typ=shape(e.scalar))
-                    centre.align = e.item
-                    scale = wide if isinstance(shape(e.scalar), ir.VectorType) else single
-                    finish(value, centre, scale, e.at(target, j), shape)
-
-                if MASKS:
-                    done = _whole_rows(builder, e, n, body)
-                    with builder.if_else(builder.icmp_signed("<=", builder.add(done, width), pad)) as (room, none):
-                        with room:
-                            mask = e.first(builder.sub(n, done))
-                            centre = e.masked_load(e.at(offsets, done), mask, e.scalar, e.item)
-                            start = builder.gep(source, [done], source_etype=_ITEMS[item])
-                            part(start, mask, centre, e.at(target, done))
-                        with none:
-                            _single_rows(builder, done, n, body)
-                    cleared = builder.add(done, width)
-                    cleared = builder.select(builder.icmp_signed("<=", cleared, pad), cleared, n)
-                else:
-                    rows_loop(builder, e, n, body)
-                    cleared = n
-                with cgutils.for_range_slice(builder, cleared, pad, ir.Constant(I64, 1)) as (j, _):
-                    builder.store(ir.Constant(e.scalar, 0.0), e.at(target, j)).align = e.item
-
+        rows = _Loading(e, kind.literal_value, address, step, n, pad, factor, offset, y)
         if not MASKS:
-            rows_by_item()
+            _load_any_rows(rows, count)
             return context.get_dummy_value()
-        short = builder.and_(builder.icmp_signed("<", n, width), builder.icmp_signed("==", pad, width))
+        short = builder.and_(builder.icmp_signed("<", n, rows.width), builder.icmp_signed("==", pad, rows.width))
         with builder.if_else(short) as (one_vector, several):
             with one_vector:
-                mask = e.first(n)
-                centre = e.masked_load(offsets, mask, e.scalar, e.item)
-                with cgutils.for_range(builder, count) as loop:
-                    source, target = line(loop.index)
-                    part(source, mask, centre, target)
+                _load_single_vectors(rows, count)
             with several:
-                rows_by_item()
+                _load_any_rows(rows, count)
         return context.get_dummy_value()
 
     return types.void(one, kind, *[types.int64] * 8), emit
@@ -210,6 +237,20 @@ def store_rows(one, kind, address, step, count, n, pad, factor, x):
         _store_rows(one, 0, address, step, count, n, pad, factor, x)
 
 
+def _transposed(e, vectors):
+    """As many vectors as they have lanes, transposed: pairs of them exchange halves, then quarters, and so on."""
+    vectors, order, half = list(vectors), ir.VectorType(I32, e.lanes), e.lanes // 2
+    while half:
+        low = ir.Constant(order, [r if not r & half else r - half + e.lanes for r in range(e.lanes)])
+        high = ir.Constant(order, [r + half if not r & half else r + e.lanes for r in range(e.lanes)])
+        for r in range(e.lanes):
+            if not r & half:
+                pair = vectors[r], vectors[r + half]
+                vectors[r], vectors[r + half] = e.b.shuffle_vector(*pair, low), e.b.shuffle_vector(*pair, high)
+        half //= 2
+    return vectors
+
+
 @intrinsic
 def _transpose(context, one, x, x_step, rows, columns, y, y_step):
     def emit(context, builder, signature, args):
@@ -219,22 +260,11 @@ def _transpose(context, one, x, x_step, rows, columns, y, y_step):
         zero, one_item, width = (ir.Constant(I64, value) for value in (0, 1, e.lanes))
         whole_rows, whole_columns = (builder.mul(builder.udiv(z, width), width) for z in (rows, columns))
 
-        def shuffled(a, b, order):
-            return builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(I32, e.lanes), order))
-
         def block(i, j):
-            """Transpose lanes x lanes items: pairs of vectors exchange halves, then quarters, and so on."""
+            """Transpose lanes x lanes items."""
             line = e.at(source, builder.add(builder.mul(i, x_step), j))
             vectors = [e.load(e.at(line, builder.mul(ir.Constant(I64, r), x_step))) for r in range(e.lanes)]
-            half = e.lanes // 2
-            while half:
-                low = [r if not r & half else r - half + e.lanes for r in range(e.lanes)]
-                high = [r + half if not r & half else r + e.lanes for r in range(e.lanes)]
-                for r in range(e.lanes):
-                    if not r & half:
-                        a, b = vectors[r], vectors[r + half]
-                        vectors[r], vectors[r + half] = shuffled(a, b, low), shuffled(a, b, high)
-                half //= 2
+            vectors = _transposed(e, vectors)
             place = e.at(target, builder.add(builder.mul(j, y_step), i))
             for r, vector in enumerate(vectors):
                 e.store(vector, e.at(place, builder.mul(ir.Constant(I64, r), y_step)))

@@ -80,6 +80,17 @@ def turn_sums(one, n, z, scales, keys, weights, new_z):
     return _turn_sums(one, n, z, scales, keys, weights, new_z)
 
 
+def _each_part(builder, e, n, body):
+    """Emit body(first column, number of vectors) for n columns. The number is 0 for those that get single items."""
+    start = ir.Constant(I64, 0)
+    for vectors in dict.fromkeys((VECTORS, 1, 0)):
+        width = ir.Constant(I64, max(1, vectors * e.lanes))
+        stop = builder.add(start, builder.mul(builder.udiv(builder.sub(n, start), width), width))
+        with cgutils.for_range_slice(builder, start, stop, width) as (j, _):
+            body(j, vectors)
+        start = stop
+
+
 @intrinsic
 def _turn_rows(context, one, kv, new_kv, m, n, old, new, weight, v, numerator):
     def emit(context, builder, signature, args):
@@ -117,13 +128,7 @@ def _turn_rows(context, one, kv, new_kv, m, n, old, new, weight, v, numerator):
             for part, total in zip(parts, totals, strict=True):
                 builder.store(builder.load(total, typ=kind), e.at(result, part)).align = e.item
 
-        start = ir.Constant(I64, 0)
-        for vectors in dict.fromkeys((VECTORS, 1, 0)):
-            width = ir.Constant(I64, max(1, vectors * e.lanes))
-            stop = builder.add(start, builder.mul(builder.udiv(builder.sub(n, start), width), width))
-            with cgutils.for_range_slice(builder, start, stop, width) as (j, _):
-                body(j, vectors)
-            start = stop
+        _each_part(builder, e, n, body)
         return context.get_dummy_value()
 
     return types.void(one, *[types.int64] * 9), emit
