@@ -17,13 +17,13 @@ NEWEST ?= $(shell for p in python3.14 python3.13 python3.12 \
 	$$(ls -d "$$(pyenv root 2>/dev/null)"/versions/3.1[2-9]*/bin/python3 2>/dev/null | sort -Vr) $(PYTHON); \
 	do $$p -c '' 2>/dev/null && echo $$p && break; done)
 
-.PHONY: help demo test test-cuda test-jax test-slow test-sweep test-parallel test-models test-architectures bench lint types layers docs wheel-check gpu-bundle gpu-check clean
+.PHONY: help demo test test-loopback test-kernels test-cuda test-jax test-slow test-sweep test-parallel test-models test-architectures bench lint types layers docs wheel-check gpu-bundle gpu-check clean
 
 help:
 	@echo "make demo   compare exact attention, landmarks and features on real heads, leave a picture"
 	@echo "make test   what every change must pass; the other tests of CI are below"
 	@echo "make bench  the kernels against what else a CPU can run"
-	@echo "make test-cuda test-jax test-slow test-sweep test-parallel test-models test-architectures lint types layers docs wheel-check clean"
+	@echo "make test-loopback test-kernels test-cuda test-jax test-slow test-sweep test-parallel test-models test-architectures lint types layers docs wheel-check clean"
 	@echo "make gpu-check  what only an NVIDIA GPU can show, and how fast it is; make gpu-bundle for one without a network"
 
 $(VENV)/made:
@@ -50,7 +50,12 @@ demo: $(VENV)/cli
 
 test: $(VENV)/test
 	$(PARALLEL)
+
+test-loopback: $(VENV)/test
 	$(PARALLEL) -q --backend loopback tests/ops tests/test_linear_attention.py tests/test_streaming.py tests/test_regression.py
+
+test-kernels: $(VENV)/test
+	$(PARALLEL) -m "kernels and not slow"
 
 test-cuda: $(VENV)/test
 	$(PARALLEL) -m "cuda and not slow and not sweep"
@@ -75,7 +80,7 @@ test-sweep: $(VENV)/test
 	$(PARALLEL) -m sweep
 
 test-parallel: $(VENV)/test
-	$(BIN)/python -m pytest -q --parallel-threads=4 -k "not strict-static and not strict-device1" $(THREADED)
+	$(BIN)/python -m pytest -q --parallel-threads=4 -m "not jax" -k "not strict-static and not strict-device1" $(THREADED)
 
 bench: $(VENV)/test
 	$(BIN)/python -m benchmarks.report

@@ -1,9 +1,9 @@
 """The array libraries that every law is tested on, and the switch that reruns the suite through a named backend.
 
 `pytest --backend loopback` wraps each test in `favorsharp.use("loopback")`. That backend is found through a real entry
-point, runs the references and counts its calls (tests/loopback). `make test` reruns the tests of attention, streaming
-and regression that way, and the run fails if the backend never ran. Tests that choose backends themselves carry the
-marker `own_backend`.
+point, runs the references and counts its calls (tests/loopback). `make test-loopback` reruns the tests of attention,
+streams and regression that way, and the run fails if the backend never ran. Tests that choose backends themselves have
+the mark `own_backend`.
 """
 
 import os

@@ -11,6 +11,8 @@ import favorsharp as fs
 from favorsharp._values import astype
 from favorsharp.ops.vjp import attention_vjp, kernel_matvec_vjp
 
+pytestmark = pytest.mark.slow
+
 N, LAST, WINDOW = 320_000, 40, 32
 LIMIT = 6e-6
 BACKENDS = ["numba", "reference"]

@@ -46,7 +46,7 @@ def explicit(q, k, v, feature_map, mask=None, is_causal=False, window=0):
 @pytest.mark.parametrize(
     "modes",
     [
-        ("default device", "device", "fake"),
+        pytest.param(("default device", "device", "fake"), marks=pytest.mark.slow),
         pytest.param(("dispatch", "function", "flops", "float64", "float16"), marks=pytest.mark.slow),
     ],
     ids=str,
@@ -76,12 +76,17 @@ def graph_of(tracer, call, *example):
     return make_fx(call, **options)(*example)
 
 
+def case_of(tracer, *options):
+    """A parameter; torch.compile takes seconds for each."""
+    return pytest.param(tracer, *options, marks=pytest.mark.slow if tracer == "compile" else ())
+
+
 TRACERS = ["real", "fake", "symbolic", "real pre-dispatch", "symbolic pre-dispatch", "compile", "non-strict export"]
 
 
 @pytest.mark.parametrize(
     ("tracer", "options"),
-    [*(("real", options) for options in MODES), *((tracer, MODES[-1]) for tracer in TRACERS[1:])],
+    [*(("real", options) for options in MODES), *(case_of(tracer, MODES[-1]) for tracer in TRACERS[1:])],
     ids=str,
 )
 def test_a_traced_function_equals_the_formula_on_new_input(tracer, options):
@@ -100,7 +105,7 @@ def test_a_traced_function_equals_the_formula_on_new_input(tracer, options):
     np.testing.assert_allclose(call(*new, other), want, rtol=1e-6, atol=1e-9)
 
 
-@pytest.mark.parametrize("tracer", TRACERS)
+@pytest.mark.parametrize("tracer", [case_of(tracer) for tracer in TRACERS])
 def test_a_traced_module_equals_itself_on_new_input(tracer):
     q, k, v = inputs()
     head = LinearAttention(8, num_features=16, rng=0, is_causal=True, dtype=torch.float64).calibrate(q, k)
@@ -115,7 +120,7 @@ def test_a_traced_module_equals_itself_on_new_input(tracer):
         torch.testing.assert_close(traced(new[0]), layer(new[0], new[0], new[0])[0])
 
 
-@pytest.mark.parametrize("tracer", TRACERS)
+@pytest.mark.parametrize("tracer", [case_of(tracer) for tracer in TRACERS])
 def test_a_traced_call_of_attention_fits_anew(tracer):
     q, k, v = inputs()
     rows = torch.from_numpy(np.random.default_rng(0).standard_normal((16, 8)))

@@ -14,6 +14,7 @@ def torch_problem(**options):
     return torch, [torch.asarray(x) for x in attention_problem(0, **options)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", MODES, ids=str)
 def test_torch_compile_fullgraph(options):
     torch, (q, k, v) = torch_problem(batch=(2,), n=20)
@@ -27,6 +28,7 @@ def test_torch_compile_fullgraph(options):
     torch.testing.assert_close(torch.compile(call, fullgraph=True, backend="eager")(q, k, v), call(q, k, v))
 
 
+@pytest.mark.slow
 def test_torch_compile_fits_and_features():
     torch, (q, k, v) = torch_problem(n=20)
     rows = torch.asarray(np.random.default_rng(0).standard_normal((8, 8)))
@@ -41,6 +43,7 @@ def test_torch_compile_fits_and_features():
         torch.testing.assert_close(torch.compile(call, fullgraph=True, backend="eager")(q, k, v), call(q, k, v))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("window", [0, 4])
 def test_torch_compile_states(window):
     """A compiled prefill and step give the state that eager calls give, and take each other's."""
@@ -81,6 +84,7 @@ def test_a_compiled_call_refuses_the_state_of_another_map():
         torch.compile(lambda q: fs.read(state, q, other), fullgraph=True, backend="eager")(q)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"window": 4}], ids=str)
 def test_torch_compiled_bidirectional_calls_return_states(options):
     torch, (q, k, v) = torch_problem(batch=(2,), n=20)
@@ -96,6 +100,7 @@ def test_torch_compiled_bidirectional_calls_return_states(options):
         torch.testing.assert_close(getattr(state, name), getattr(kept, name))
 
 
+@pytest.mark.slow
 def test_states_of_torch_compiled_calls_know_a_map_that_was_asked():
     """No number is read while a compiler traces; a digest that is there goes into the graph, and its checks with it."""
     torch, (q, k, v) = torch_problem(batch=(2,), n=6)

@@ -12,7 +12,7 @@ from favorsharp._values import astype
 from favorsharp.dispatch import watch
 from favorsharp.ops.exponential_features import exponential_features
 
-pytestmark = pytest.mark.own_backend
+pytestmark = [pytest.mark.own_backend, pytest.mark.kernels]
 torch = pytest.importorskip("torch")
 pytest.importorskip("numba")
 

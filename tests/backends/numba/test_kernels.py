@@ -13,7 +13,7 @@ from favorsharp.dispatch import watch
 from favorsharp.ops.exponential_features import exponential_features
 from favorsharp.testing import check_backend
 
-pytestmark = pytest.mark.own_backend
+pytestmark = [pytest.mark.own_backend, pytest.mark.kernels]
 pytest.importorskip("numba")
 
 OPS = ["exponential_features", "attention", "causal_attention", "update", "read", "decode_step", "kernel_matvec"]
