@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable, Iterator
 from functools import partial
+from inspect import signature
 from typing import Any
 
 import torch
@@ -85,13 +86,17 @@ def encoders(quick: bool) -> Iterator[Table]:
             yield compare(f"BERT-like, 3 layers, {kind}, n={n}", sides, goal=1.0, label=label if n > 512 else "")
 
 
+CACHE = "cache" if "cache" in signature(LlamaForCausalLM.forward).parameters else "past_key_values"
+"""The keyword of a cache; transformers renamed it."""
+
+
 def generation(model: Any, cache: Any, prompt: Any, count: int) -> Callable[[], Any]:
     """A run that feeds tokens one by one to a cache that has seen a prompt."""
-    model(prompt, past_key_values=cache, use_cache=True)
+    model(prompt, **{CACHE: cache}, use_cache=True)
 
     def run() -> Any:
         for i in range(count):
-            out = model(prompt[:, i : i + 1], past_key_values=cache, use_cache=True).logits
+            out = model(prompt[:, i : i + 1], **{CACHE: cache}, use_cache=True).logits
         return out
 
     return run

@@ -92,11 +92,10 @@ def in_a_child(action: Callable[[], Any], quiet: bool) -> Any:
 
 def run(call: str, request: dict[str, Any], count: int, without: int = -1) -> dict[str, Any]:
     """Make a call at the shape and lengths of a request: its result, what it launched, which barriers it came to."""
-    from favorsharp_cuda.host import attention_gradients as gradients
-    from favorsharp_cuda.host import tiles
+    from segments import cut_short
 
     if request.get("short_segments"):
-        tiles.SHORTEST, gradients.SHORTEST_SEGMENT = 64, 40
+        cut_short()
     shape, lengths = shape_classes.SHAPES[request["shapes"][0]], shape_classes.LENGTHS[request["lengths"]]
     HostModule.launched, HostModule.reached = set(), bytearray(count)
     with scheduled(Schedule("random", "random", 3, without)):

@@ -9,6 +9,8 @@ from host_module import SHARED_LIMITS
 
 pytestmark = pytest.mark.own_backend
 pytest.importorskip("favorsharp_cuda")
+from segments import cut_short  # noqa: E402
+
 from favorsharp_cuda.host import occupancy, tiles  # noqa: E402
 from favorsharp_cuda.host.declarations import THREADS  # noqa: E402
 from favorsharp_cuda.host.source import TILE_TYPES, VALUE_SIZES, WALKED_SIZES, expression  # noqa: E402
@@ -108,3 +110,9 @@ def test_every_position_is_in_one_segment():
                 assert span % unit == 0
                 assert (segments - 1) * span < max(1, length) <= segments * span
                 assert segments == 1 or span >= 128
+
+
+def test_lengths_of_tests_have_several_segments(monkeypatch):
+    cut_short(monkeypatch.setattr)
+    assert occupancy.cut(6, 201, 64, 264, tiles.SHORTEST, tiles.ABSORBED)[0] > 1
+    occupancy.cut.cache_clear()

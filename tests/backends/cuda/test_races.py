@@ -34,6 +34,8 @@ QUICK = (
     quick(TILES, Lengths(0, 3), ("causal, masked",)),
     # tiles that are staged one by one
     quick(Shape("float32", 128, 5, 256, "sderf"), Lengths(70, 97, (1,)), ("causal, masked",)),
+    # stages of `read` that are copied ahead
+    quick(Shape("float32", 64, 32, 512, "saderf"), Lengths(70, 97, (1,)), ("attention, masked",)),
     quick(TILES, Lengths(130, 201, (1,)), (*SPOILED, *CALLS), short_segments=True),
     quick(Shape("float64", 12, 9, 24), Lengths(70, 97, (1,))),
     # what is measured as results are rounded
