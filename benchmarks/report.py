@@ -32,7 +32,6 @@ WHY = {
     "attention through features, fit": "most of the time is the fit, whose decompositions do not depend on the length.",
     "features with window": "arithmetic says 1.75 times as long for a window of 64 in both directions; sums of blocks "
     "are written and read besides.",
-    "landmarks with window": "the window's parts are array operations beside the kernels.",
     "a token, features": "a token takes some 11 microseconds of Python beside its arithmetic.",
     "a token, landmarks": "keys are compressed once in 128 tokens, and this is shared among the tokens here.",
     "a token of a Llama": "most of it is the layer's Python, which is the same for any number of earlier tokens.",
