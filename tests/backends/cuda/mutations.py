@@ -13,6 +13,7 @@ import sys
 import traceback
 from bisect import bisect
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -92,13 +93,12 @@ def in_a_child(action: Callable[[], Any], quiet: bool) -> Any:
 
 def run(call: str, request: dict[str, Any], count: int, without: int = -1) -> dict[str, Any]:
     """Make a call at the shape and lengths of a request: its result, what it launched, which barriers it came to."""
-    from segments import cut_short
+    from segments import short_segments
 
-    if request.get("short_segments"):
-        cut_short()
     shape, lengths = shape_classes.SHAPES[request["shapes"][0]], shape_classes.LENGTHS[request["lengths"]]
     HostModule.launched, HostModule.reached = set(), bytearray(count)
-    with scheduled(Schedule("random", "random", 3, without)):
+    lengths_cut = short_segments() if request.get("short_segments") else nullcontext()
+    with lengths_cut, scheduled(Schedule("random", "random", 3, without)):
         result = shape_classes.run(call, shape, lengths)
     return {
         "result": digest(result),

@@ -8,7 +8,7 @@ import on_host  # noqa: F401  builds are then shared with the other tests
 import pytest
 from host_module import SCHEDULES, SHARED_LIMITS, HostModule, scheduled
 from problems import attention_problem, key_mask
-from segments import cut_short
+from segments import short_segments
 
 import favorsharp as fs
 from favorsharp import dispatch, testing
@@ -19,7 +19,7 @@ from favorsharp.ops.exponential_features import exponential_features
 from favorsharp.ops.kernel_matvec import kernel_matvec
 from favorsharp.ops.state import decode_step, empty_state, read, update
 from favorsharp_cuda import BACKEND
-from favorsharp_cuda.host import arrays, launch, occupancy, plain, tiles
+from favorsharp_cuda.host import arrays, launch, plain, tiles
 from favorsharp_cuda.host.source import expression
 
 pytestmark = pytest.mark.own_backend
@@ -46,15 +46,14 @@ def on_the_host(monkeypatch):
 
     monkeypatch.setattr(launch, "module_class", HostModule)
     monkeypatch.setattr(HostModule, "shared_limit", 163 * 1024)  # of the oldest card
-    cut_short(monkeypatch.setattr)
     monkeypatch.setattr(arrays, "empty", full_of_nan)
     monkeypatch.setattr(dispatch, "_backend", lambda name: backend if name == "cuda" else find(name))
     dispatch._choose.cache_clear()
     launch.forget()
-    yield
+    with short_segments():
+        yield
     dispatch._choose.cache_clear()
     launch.forget()
-    occupancy.cut.cache_clear()
 
 
 class Problem:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from host_module import SCHEDULES, SHARED_LIMITS, HostModule, scheduled
 from problems import attention_problem, key_mask
-from segments import cut_short
+from segments import short_segments
 from shape_classes import Shape, has_gradients
 
 import favorsharp as fs
@@ -16,7 +16,7 @@ from favorsharp.ops.vjp import attention_vjp, exponential_features_vjp
 
 torch = pytest.importorskip("torch")
 from favorsharp_cuda import vjp  # noqa: E402
-from favorsharp_cuda.host import arrays, launch, occupancy  # noqa: E402
+from favorsharp_cuda.host import arrays, launch  # noqa: E402
 from favorsharp_cuda.host import attention_gradients as gradients  # noqa: E402
 
 pytestmark = pytest.mark.own_backend
@@ -29,13 +29,12 @@ WIDE = {"float64": "float64", "float32": "float32", "float16": "float32", "bfloa
 @pytest.fixture(autouse=True)
 def on_the_host(monkeypatch):
     monkeypatch.setattr(launch, "module_class", HostModule)
-    cut_short(monkeypatch.setattr)
     empty = arrays.empty
     monkeypatch.setattr(arrays, "empty", lambda like, shape, dtype: filled(empty(like, shape, dtype)))
     launch.forget()
-    yield
+    with short_segments():
+        yield
     launch.forget()
-    occupancy.cut.cache_clear()
 
 
 def filled(x):

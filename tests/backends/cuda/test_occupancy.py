@@ -9,7 +9,7 @@ from host_module import SHARED_LIMITS
 
 pytestmark = pytest.mark.own_backend
 pytest.importorskip("favorsharp_cuda")
-from segments import cut_short  # noqa: E402
+from segments import short_segments  # noqa: E402
 
 from favorsharp_cuda.host import occupancy, tiles  # noqa: E402
 from favorsharp_cuda.host.declarations import THREADS  # noqa: E402
@@ -112,7 +112,6 @@ def test_every_position_is_in_one_segment():
                 assert segments == 1 or span >= 128
 
 
-def test_lengths_of_tests_have_several_segments(monkeypatch):
-    cut_short(monkeypatch.setattr)
-    assert occupancy.cut(6, 201, 64, 264, tiles.SHORTEST, tiles.ABSORBED)[0] > 1
-    occupancy.cut.cache_clear()
+def test_lengths_of_tests_have_several_segments():
+    with short_segments():
+        assert occupancy.cut(6, 201, 64, 264, tiles.SHORTEST, tiles.ABSORBED)[0] > 1
