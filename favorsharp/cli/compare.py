@@ -64,7 +64,6 @@ def compare(
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write the numbers here.")] = None,
 ) -> None:
     """Measure error, time and memory of the methods, and recommend a setting."""
-    console = Console()
     options = _options(methods, features, window, draws, causal, target) | {"seeds": seeds, "is_causal": causal}
     subjects = _samples(lengths, options) if file is None else [_own(file, window, options)]
     for subject in subjects:
@@ -73,25 +72,18 @@ def compare(
     if output.suffix not in (".png", ".svg", ".pdf"):
         raise ValueError(f"--output must end in .png, .svg or .pdf, got {output}")
     check_writable(output, json_file)
-    to = _library(array, dtype)
+    to, console = _library(array, dtype), Console()
     with fs.use(backend) if backend else nullcontext():
         for subject in subjects:
             arrays = [_converted(name, x, to, dtype) for name, x in zip("qkv", subject.points, strict=True)]
             subject.rows = [row for run in subject.runs for row in _measure(arrays, console, **run)]
-            console.print(_table(subject.rows, f"{subject.title}, d={subject.points[0].shape[-1]}, {array} {dtype}"))
-            console.print(f"Exact attention takes {_milliseconds(subject.rows[0].exact_seconds)} ms.")
-            console.print(_advice(subject.rows, target))
-    draw([(subject.title, subject.rows) for subject in subjects], output)
-    if causal:
-        console.print(
-            "Causal: maps fitted to the first half of the sequence, errors of the queries of the second half."
-        )
-    for note in _notes([row for subject in subjects for row in subject.rows]):
+            _print_results(console, subject, f"{array} {dtype}", target)
+    for note in _notes([row for subject in subjects for row in subject.rows], causal):
         console.print(note)
+    draw([(subject.title, subject.rows) for subject in subjects], output)
     console.print(f"Picture: {output}", soft_wrap=True)
     if json_file is not None:
-        found = [row.as_dict() | {"keys": s.points[1].shape[-2]} for s in subjects for row in s.rows]
-        json_file.write_text(json.dumps(found, indent=1) + "\n")
+        _write_numbers(subjects, json_file)
         console.print(f"Numbers: {json_file}", soft_wrap=True)
     for line in _summary(subjects[-1]):
         console.print(line, style="bold", soft_wrap=True)
@@ -225,6 +217,18 @@ def _measure(arrays: list[Any], console: Console, **options: Any) -> list[Compar
     return rows
 
 
+def _print_results(console: Console, subject: _Subject, arrays: str, target: float) -> None:
+    """Print the table of a subject, the time of exact attention, and the setting for the target."""
+    console.print(_table(subject.rows, f"{subject.title}, d={subject.points[0].shape[-1]}, {arrays}"))
+    console.print(f"Exact attention takes {_milliseconds(subject.rows[0].exact_seconds)} ms.")
+    console.print(_advice(subject.rows, target))
+
+
+def _write_numbers(subjects: list[_Subject], file: Path) -> None:
+    found = [row.as_dict() | {"keys": s.points[1].shape[-2]} for s in subjects for row in s.rows]
+    file.write_text(json.dumps(found, indent=1) + "\n")
+
+
 def _table(rows: list[Comparison], title: str) -> Table:
     table = Table(title=title, title_justify="left")
     several_draws = len({row.draw for row in rows} - {"none"}) > 1
@@ -257,9 +261,11 @@ def _label(row: Comparison) -> str:
     return f"{row.method}*" if row.biased else row.method
 
 
-def _notes(rows: list[Comparison]) -> list[str]:
-    """What the marks in the table mean, if there are any."""
+def _notes(rows: list[Comparison], causal: bool) -> list[str]:
+    """How causal errors were measured, and what the marks in the tables mean, as far as there are any."""
     notes = []
+    if causal:
+        notes.append("Causal: maps fitted to the first half of the sequence, errors of the queries of the second half.")
     if any(row.biased for row in rows):
         notes.append("*: biased: the mean over draws is not exact attention, so errors do not average out.")
     if any(row.adds_nothing for row in rows):

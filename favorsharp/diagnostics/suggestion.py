@@ -115,6 +115,25 @@ def suggest(
     """
     import numpy as np
 
+    _check_suggest(x, y, v, target_error, purpose)
+    methods = (*TAKES_PROPOSALS, *((LANDMARKS,) if purpose == "attention" else ())) if methods is None else methods
+    n, s = x.shape[-2], y.shape[-2]
+    values = np.random.default_rng(0).standard_normal((s, 32)) if v is None else v
+    found = []
+    for method in methods:
+        if method == LANDMARKS:
+            errors = _errors_of_landmarks(x, y, kernel, scale)
+        else:
+            errors = _errors_of_features(x, y, values, method, kernel, scale)
+        m, error = _first(errors, target_error)
+        found.append((error > target_error, m, error, method))
+    missed, m, error, method = min(found)
+    draw = "none" if method == LANDMARKS else "orthogonal"
+    cheaper = n * s <= (n + s) * m
+    return Suggestion(method, draw, m, error, float(target_error), not missed, cheaper, is_biased(method))
+
+
+def _check_suggest(x: Array, y: Array, v: Array | None, target_error: float, purpose: str) -> None:
     if isinstance(target_error, bool) or not isinstance(target_error, int | float):
         raise TypeError(f"target_error must be a number between 0 and 1, got {type(target_error).__name__}")
     if not 0 < target_error < 1:
@@ -125,25 +144,20 @@ def suggest(
     if v is not None:
         check_points("v", v, "(*b, s, e)")
         check_same_size("s", y=(-2, y.shape[-2]), v=(-2, v.shape[-2]))
-    n, s = x.shape[-2], y.shape[-2]
     check_choice("purpose", purpose, ("kernel", "attention"))
-    methods = (*TAKES_PROPOSALS, *((LANDMARKS,) if purpose == "attention" else ())) if methods is None else methods
+    n, s = x.shape[-2], y.shape[-2]
     if not (n and s):
         raise ValueError(f"suggest needs points to look at: x has n={n}, y has s={s}; accepted: 1 or more of each")
-    values = np.random.default_rng(0).standard_normal((s, 32)) if v is None else v
-    found = []
-    for method in methods:
-        errors = _errors_of_landmarks(x, y, kernel, scale) if method == LANDMARKS else None
-        if errors is None:
-            parameters = fit_named(("x", "y"), x, y, method=method, kernel=kernel, scale=scale)
-            heads = predicted_heads(parameters, x, y, values, 0, False, 32)
-            errors = ((m, relative_of_heads(heads, m)) for m in _SIZES)
-        m, error = _first(errors, target_error)
-        found.append((error > target_error, m, error, method))
-    missed, m, error, method = min(found)
-    draw = "none" if method == LANDMARKS else "orthogonal"
-    cheaper = n * s <= (n + s) * m
-    return Suggestion(method, draw, m, error, float(target_error), not missed, cheaper, is_biased(method))
+
+
+def _errors_of_features(
+    x: Array, y: Array, values: Array, method: str, kernel: str, scale: float | None
+) -> Iterator[tuple[int, float]]:
+    """Numbers of features of a method that is fitted to the points, and the errors that are predicted for them."""
+    parameters = fit_named(("x", "y"), x, y, method=method, kernel=kernel, scale=scale)
+    heads = predicted_heads(parameters, x, y, values, 0, False, 32)
+    for m in _SIZES:
+        yield m, relative_of_heads(heads, m)
 
 
 def _errors_of_landmarks(x: Array, y: Array, kernel: str, scale: float | None) -> Iterator[tuple[int, float]]:

@@ -1,6 +1,6 @@
 """The public function `refine`: improves a fitted map by gradient descent on the error of the attention output."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -123,17 +123,32 @@ def refine(
     def rows() -> torch.Tensor:
         return torch.from_numpy(draw_rows(draw, m, start.size, random)).to(start.g1)
 
+    best, history = _trained(start, training_problems, held_problem, rows, steps, learning_rate)
+    reporting = [rows() for _ in range(_REPORTING)]
+    before, after = held_problem.error(start, reporting), held_problem.error(best, reporting)
+    best, after = _chosen(after < before, best, start), torch.minimum(before, after)
+    return Refinement(astype(best, parameters.g1.dtype), before, after, history)
+
+
+def _trained(
+    start: Parameters,
+    problems: "Sequence[_Problem]",
+    held: "_Problem",
+    rows: Callable[[], torch.Tensor],
+    steps: int,
+    learning_rate: float,
+) -> tuple[Parameters, tuple[tuple[int, float, float], ...]]:
+    """The parameters with the smallest held-out error of each head among all that were checked, and the history."""
     choosing = [rows() for _ in range(_CHOOSING)]
     steps_taken = _Steps(start)
     optimizer = torch.optim.Adam(steps_taken.leaves, lr=learning_rate)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, steps))
-    best, best_error = start, held_problem.error(start, choosing)
+    best, best_error = start, held.error(start, choosing)
     history = []
     recent: list[float] = []
     for step in range(steps):
-        problem = training_problems[step % len(training_problems)]
         with torch.enable_grad():
-            loss = problem.squared_error(steps_taken.parameters(), rows())
+            loss = problems[step % len(problems)].squared_error(steps_taken.parameters(), rows())
             optimizer.zero_grad()
             loss.sum().backward()
         optimizer.step()
@@ -142,14 +157,11 @@ def refine(
         recent.append(float(loss.detach().sqrt().mean()))
         if (step + 1) % max(1, steps // _CHECKS) == 0 or step + 1 == steps:
             found = steps_taken.final()
-            error = held_problem.error(found, choosing)
+            error = held.error(found, choosing)
             history.append((step + 1, sum(recent) / len(recent), float(error.mean())))
             recent = []
             best, best_error = _chosen(error < best_error, found, best), torch.fmin(error, best_error)
-    reporting = [rows() for _ in range(_REPORTING)]
-    before, after = held_problem.error(start, reporting), held_problem.error(best, reporting)
-    best, after = _chosen(after < before, best, start), torch.minimum(before, after)
-    return Refinement(astype(best, parameters.g1.dtype), before, after, tuple(history))
+    return best, tuple(history)
 
 
 class _Steps:
