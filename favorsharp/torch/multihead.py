@@ -83,39 +83,32 @@ class MultiheadAttention(torch.nn.Module):
         self.method = method
         self.window = check_integer("window", window, 0)
         made: dict[str, Any] = {"device": device, "dtype": dtype}
-
-        def weights(*shape: int) -> torch.nn.Parameter:
-            return torch.nn.Parameter(torch.empty(shape, **made))
-
-        joined = self.kdim == self.vdim == embed_dim
-        for name, shape in {
-            "in_proj_weight": (3 * embed_dim, embed_dim) if joined else None,
-            "q_proj_weight": None if joined else (embed_dim, embed_dim),
-            "k_proj_weight": None if joined else (embed_dim, self.kdim),
-            "v_proj_weight": None if joined else (embed_dim, self.vdim),
-            "in_proj_bias": (3 * embed_dim,) if check_flag("bias", bias) else None,
-            "bias_k": (1, 1, embed_dim) if check_flag("add_bias_kv", add_bias_kv) else None,
-            "bias_v": (1, 1, embed_dim) if add_bias_kv else None,
-        }.items():
-            self.register_parameter(name, None if shape is None else weights(*shape))
-        self.out_proj = torch.nn.Linear(embed_dim, embed_dim, bias=bias, **made)
-        self._reset_weights()
+        self._make_weights(check_flag("bias", bias), check_flag("add_bias_kv", add_bias_kv), made)
+        options: dict[str, Any] = {"num_features": num_features, "draw": draw, "rng": rng, "window": self.window}
         self.attention: LinearAttention | None = None
         if method != "exact":
-            self.attention = LinearAttention(
-                self.head_dim,
-                self.num_heads,
-                method=method,
-                num_features=num_features,
-                draw=draw,
-                rng=rng,
-                window=self.window,
-                device=device,
-                dtype=dtype,
-            )
+            self.attention = LinearAttention(self.head_dim, self.num_heads, method=method, **options, **made)
         elif self.window:
             raise ValueError(f"window is for features, and method 'exact' has none: got {window}; accepted: 0")
         self.register_load_state_dict_pre_hook(_keep_own_map)
+
+    def _make_weights(self, bias: bool, add_bias_kv: bool, made: dict[str, Any]) -> None:
+        """Register the parameters of torch's module, under its names, and draw their values."""
+        size = self.embed_dim
+        joined = self.kdim == self.vdim == size
+        for name, shape in {
+            "in_proj_weight": (3 * size, size) if joined else None,
+            "q_proj_weight": None if joined else (size, size),
+            "k_proj_weight": None if joined else (size, self.kdim),
+            "v_proj_weight": None if joined else (size, self.vdim),
+            "in_proj_bias": (3 * size,) if bias else None,
+            "bias_k": (1, 1, size) if add_bias_kv else None,
+            "bias_v": (1, 1, size) if add_bias_kv else None,
+        }.items():
+            parameter = None if shape is None else torch.nn.Parameter(torch.empty(shape, **made))
+            self.register_parameter(name, parameter)
+        self.out_proj = torch.nn.Linear(size, size, bias=bias, **made)
+        self._reset_weights()
 
     @classmethod
     def from_torch(cls, module: torch.nn.MultiheadAttention, **options: Any) -> Self:
