@@ -112,8 +112,8 @@ def load(path: "str | Path", *, like: Array | None = None) -> Any:
                 arrays = {name: archive[name] for name in archive.files}
             header = json.loads(arrays.pop("header").tobytes())
             version = header["favorsharp"]
-        except Exception as error:  # a damaged file can raise anything
-            raise ValueError(f"{path}: not a file that favorsharp.save wrote, or a damaged one: {error}") from None
+        except Exception as error:  # a damaged file can raise anything; NumPy's advice would be to run code from it
+            raise ValueError(f"{path}: not a file that favorsharp.save wrote, or a damaged one") from error
     if version != FORMAT:
         raise ValueError(f"{path}: format {version!r} of favorsharp's files; accepted: {FORMAT}")
     if header.get("digest") != _digest(header.get("value"), arrays):
