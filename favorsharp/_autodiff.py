@@ -157,27 +157,30 @@ def without_gradient(x: Array) -> Array:
 
 
 def recorded_gradients(
-    function: Callable[..., tuple[Array, ...]], arrays: Iterable[Array], gradients: Iterable[Array | None]
+    function: Callable[..., tuple[Array, ...]], arrays: Iterable[Array | None], gradients: Iterable[Array | None]
 ) -> list[Array | None]:
     """Differentiate a function of torch tensors, given the gradients of its results; None for a tensor that needs none.
+
+    The function also takes masks, and None in place of a tensor.
 
     If torch records gradients, these are recorded too, so that they can be differentiated again.
     """
     torch = sys.modules["torch"]
     again = torch.is_grad_enabled()
     with torch.enable_grad():
-        own = [x.view_as(x) for x in arrays]  # autograd.grad stops at these views; the graph goes on to the arrays
+        # autograd.grad stops at these views; the graph goes on to the arrays
+        own = [None if x is None else x.view_as(x) for x in arrays]
         reached = [
             (x, gradient)
             for x, gradient in zip(function(*own), gradients, strict=True)
             if gradient is not None and x.requires_grad
         ]
-        wanted = [x for x in own if x.requires_grad]
+        wanted = [x for x in own if x is not None and x.requires_grad]
         if not reached:
             return [None] * len(own)
         results, given = zip(*reached, strict=True)
         found = iter(torch.autograd.grad(results, wanted, given, create_graph=again, allow_unused=True))
-    return [next(found) if x.requires_grad else None for x in own]
+    return [next(found) if x is not None and x.requires_grad else None for x in own]
 
 
 def recorded_or_followed(*gradients: Array | None) -> bool:

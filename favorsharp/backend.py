@@ -38,19 +38,12 @@ from favorsharp._checks import check_unfollowed
 from favorsharp._derived import derived
 from favorsharp.dispatch import Backend, Kernel
 from favorsharp.features.folding import FoldedSide, fold
-from favorsharp.features.map_gradients import map_gradients, summed_to
+from favorsharp.features.map_gradients import arrays_of, map_gradients, summed_to
 from favorsharp.landmarks.metric import STREAM_RIDGE
 from favorsharp.landmarks.state import LandmarkState, grown, segments_of
 from favorsharp.moments import Moments
 from favorsharp.ops.landmark_seeds import CANDIDATES, noise_of
 from favorsharp.ops.state import State, empty_state, has_low_parts, num_leaving, with_recent, with_sums
-from favorsharp.ops.vjp import (
-    attention_gradients,
-    features_gradients,
-    gradients_through_map,
-    kernel_matvec_gradients,
-    state_gradients,
-)
 
 __all__ = [
     "CANDIDATES",
@@ -62,7 +55,7 @@ __all__ = [
     "LandmarkState",
     "Moments",
     "State",
-    "attention_gradients",
+    "arrays_of",
     "broadcast_shapes",
     "bundled_kernels",
     "cast",
@@ -70,13 +63,10 @@ __all__ = [
     "derived",
     "dtype_name",
     "empty_state",
-    "features_gradients",
     "fold",
-    "gradients_through_map",
     "grown",
     "has_low_parts",
     "is_followed",
-    "kernel_matvec_gradients",
     "library_of",
     "map_gradients",
     "named_dtype",
@@ -86,7 +76,6 @@ __all__ = [
     "on_device_of",
     "recorded_or_followed",
     "segments_of",
-    "state_gradients",
     "summed_to",
     "to_host",
     "with_recent",

@@ -1,7 +1,7 @@
 """Bidirectional attention: runs the tensor-core kernels (`tiles`) if they fit the call, otherwise the plain ones.
 
 `dispatch` calls `attention` and `attention_packed` for CuPy arrays; `torch_ops` calls `attention` for tensors.
-`attention_with_stats` is the forward pass of differentiated calls, in `vjp`, `torch_eager` and `operators`.
+`attention_with_stats` is the forward pass of differentiated calls, in `vjp` and `torch.operators`.
 """
 
 from typing import Any

@@ -1,8 +1,8 @@
 """Causal attention: runs the tensor-core kernels (`tiles`) if they fit the call, otherwise the plain ones.
 
 `dispatch` calls `causal_attention` and `causal_attention_packed` for CuPy arrays; `torch_ops` calls `causal_attention`
-for tensors. `causal_attention_with_stats` is the forward pass of differentiated calls, in `vjp`, `torch_eager` and
-`operators`.
+for tensors. `causal_attention_with_stats` is the forward pass of differentiated calls, in `vjp`, `torch_ops` and
+`torch.operators`.
 """
 
 from dataclasses import replace

@@ -1,6 +1,6 @@
 """exp(u W^T + row + column): runs the tensor-core kernel (`tiles`) if it fits the call, otherwise the plain one.
 
-`dispatch` calls it for CuPy arrays; `torch_ops`, `torch_eager`, `operators` and `vjp` call it too.
+`dispatch` calls it for CuPy arrays; `torch_ops`, `torch.operators` and `vjp` call it too.
 """
 
 from typing import Any

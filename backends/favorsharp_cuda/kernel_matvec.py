@@ -1,6 +1,6 @@
 """K(x, y) @ v through features: runs the tensor-core kernels (`tiles`) if they fit the call, otherwise the plain ones.
 
-`dispatch` calls it for CuPy arrays; `torch_ops`, `torch_eager`, `operators` and `vjp` call it too.
+`dispatch` calls it for CuPy arrays; `torch_ops`, `torch.operators` and `vjp` call it too.
 """
 
 from typing import Any

@@ -1,7 +1,7 @@
 """The ops of states, for streaming: `update` adds keys, `read` lets queries read, `decode_step` does both for a token.
 
-`dispatch` calls these functions; `torch_eager` and `operators` call them too. `update` and `read` run the tensor-core
-kernels (`tiles`) or the plain ones; `decode_step` has a kernel of its own.
+`dispatch` calls these functions; `torch.operators` calls them too. `update` and `read` run the tensor-core kernels
+(`tiles`) or the plain ones; `decode_step` has a kernel of its own.
 """
 
 from collections.abc import Iterable

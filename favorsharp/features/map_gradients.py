@@ -10,13 +10,28 @@ points.
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from favorsharp._arrays import namespace_of
 from favorsharp._typing import Array
 
 MAP_ARRAYS = ("rows", "log_weight", "g1", "g2", "center_x", "center_y")
-"""The arrays whose gradients `map_gradients` returns, in this order."""
+"""The arrays that the features of a dense-exponential map depend on, in the order of `map_gradients`."""
+
+
+def arrays_of(feature_map: Any) -> list[Array]:
+    """The arrays of a map that its features depend on (`MAP_ARRAYS`)."""
+    p = feature_map.parameters
+    return [feature_map.rows, feature_map.log_weight, p.g1, p.g2, p.center_x, p.center_y]
+
+
+def with_arrays(
+    feature_map: Any, rows: Array, log_weight: Array, g1: Array, g2: Array, center_x: Array, center_y: Array
+) -> Any:
+    """The map with other arrays in place of its own."""
+    parameters = replace(feature_map.parameters, g1=g1, g2=g2, center_x=center_x, center_y=center_y)
+    return replace(feature_map, parameters=parameters, rows=rows, log_weight=log_weight)
 
 
 def map_gradients(feature_map: Any, sums: Mapping[str, Array]) -> tuple[Array, ...]:
@@ -58,8 +73,7 @@ def map_gradients(feature_map: Any, sums: Mapping[str, Array]) -> tuple[Array, .
         of_centers[index] = of_centers[index] + of_own
         of_centers[1 - index] = of_centers[1 - index] + of_other
     found = (of_rows, of_weight, *of_g, *of_centers)
-    arrays = (rows, feature_map.log_weight, p.g1, p.g2, p.center_x, p.center_y)
-    return tuple(summed_to(x, tuple(like.shape)) for x, like in zip(found, arrays, strict=True))
+    return tuple(summed_to(x, tuple(like.shape)) for x, like in zip(found, arrays_of(feature_map), strict=True))
 
 
 def summed_to(gradient: Array, shape: tuple[int, ...]) -> Array:

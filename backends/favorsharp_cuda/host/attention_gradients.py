@@ -1,6 +1,6 @@
 """The gradients of attention and of kernel products: launches the backward kernels (docs/design/cuda-gradients.md).
 
-`vjp`, `torch_eager` and `operators` call `attention_backward`; `state_gradients` uses `Backward` for states. The
+`vjp` and `torch.operators` call `attention_backward`; `state_gradients` uses `Backward` for states. The
 kernels are in kernels/attention_gradients.cu, gradient_points.cu and near_gradients.cu.
 """
 

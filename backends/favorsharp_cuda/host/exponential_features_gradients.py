@@ -1,6 +1,6 @@
 """The gradients of exp(u W^T + row + column) (kernels/exponential_features_gradients.cu).
 
-`vjp`, `torch_eager` and `operators` call it.
+`vjp` and `torch.operators` call it.
 """
 
 from typing import Any

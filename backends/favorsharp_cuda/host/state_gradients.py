@@ -1,4 +1,4 @@
-"""The gradients of `read` and `update` of states. `torch_eager` and `operators` call this module.
+"""The gradients of `read` and `update` of states. `torch.operators` calls this module.
 
 It uses the backward kernels of attention (`Backward`). Queries that read a state use its sums in place of the sums of
 keys. Keys that entered a state read the gradients of its sums in place of the sums of queries.

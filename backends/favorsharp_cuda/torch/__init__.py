@@ -1,1 +1,1 @@
-"""The kernels for torch: custom operators, and the autograd Functions of eager and of traced calls."""
+"""The kernels as operators of torch."""

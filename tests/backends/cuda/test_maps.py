@@ -10,11 +10,13 @@ from problems import attention_problem
 
 import favorsharp as fs
 from favorsharp._values import map_arrays
+from favorsharp.backend import arrays_of
 from favorsharp.methods import DENSE_EXPONENTIAL
 
 torch = pytest.importorskip("torch")
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
+from favorsharp.torch_operators import TensorMap  # noqa: E402
 from favorsharp_cuda.host import maps  # noqa: E402
 from favorsharp_cuda.torch import operators  # noqa: E402
 
@@ -216,8 +218,8 @@ def test_what_a_graph_reads_outlives_the_map(stream):
 
 def test_a_captured_operator_reads_its_tensors_anew(stream):
     feature_map = map_arrays(drawn(), torch.asarray)
-    given = operators.arrays_of(feature_map), 1.0, "softmax"
-    kept = operators.kept_map_of(*given)
-    assert operators.kept_map_of(*given) is kept
+    given = arrays_of(feature_map), 1.0, "softmax"
+    kept = operators.kept(TensorMap(*given))
+    assert operators.kept(TensorMap(*given)) is kept
     stream.is_capturing = True
-    assert operators.kept_map_of(*given) is not kept
+    assert operators.kept(TensorMap(*given)) is not kept

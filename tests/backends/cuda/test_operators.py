@@ -10,63 +10,74 @@ from favorsharp._values import map_arrays
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("cupy")
-from torch_calls import ALL_MODES, OPS, STATES, features_problem, state_after  # noqa: E402
+from torch_calls import ALL_MODES, STATES, arguments, features_problem, state_after  # noqa: E402
 
 from favorsharp_cuda import torch_ops  # noqa: E402
 from favorsharp_cuda.host.problem import lows_of, sums_of  # noqa: E402
 from favorsharp_cuda.torch import operators  # noqa: E402
+from favorsharp_cuda.torch.operators import (  # noqa: E402
+    ABSORB,
+    ATTENTION,
+    DECODE_STEP,
+    EXPONENTIAL_FEATURES,
+    KERNEL_MATVEC,
+    READ,
+    UPDATE,
+)
 
 pytestmark = [pytest.mark.own_backend, pytest.mark.usefixtures("torch_on_host")]
 
 
 @pytest.mark.parametrize(("is_causal", "window"), ALL_MODES)
 def test_operators_are_what_torch_expects_of_them(problem, is_causal, window):
-    q, k, v, mask, fm = problem
-    of_map, options = operators.arrays_of(fm), operators.options_of(fm, window, is_causal)
-    given = (mask if is_causal else None, *of_map, *options, None, None, None)
-    torch.library.opcheck(OPS["attention"], (q, k, v, *given))
-    out, stats = OPS["attention"](q, k, v, *given)
+    *points, mask, fm = problem
+    check(ATTENTION, fm, *points, mask if is_causal else None, None, None, None, window=window, causal=is_causal)
+
+
+def check(operator, fm, *tensors, **options):
+    """Check an operator, and that of its gradients."""
+    given = arguments(operator, fm, *tensors, **options)
+    torch.library.opcheck(operator.op, given)
+    if operator.backward is None:
+        return
+    made = operator.op(*given)
+    gradients = [torch.ones_like(x) for x in made[: len(operator.results)]]
+    made = made if operator.keeps_results else made[len(gradients) :]
     for of_map in (False, True):
-        torch.library.opcheck(
-            OPS["attention_backward"], (torch.ones_like(out), q, k, v, *given, out, stats), {"of_map": of_map}
-        )
+        torch.library.opcheck(operator.backward_op, (*gradients, *given, *made), {"of_map": of_map})
 
 
-@pytest.mark.parametrize("of_map", [False, True])
 @pytest.mark.parametrize("begun", [False, True])
-def test_operators_of_sums_are_too(problem, begun, of_map):
+def test_operators_of_sums_are_too(problem, begun):
     q, k, v, mask, fm = problem
-    arrays, options = operators.arrays_of(fm), operators.options_of(fm, 0, True)
     sums = sums_of(state_after(problem, 0, 5)) if begun else (None, None, None)
-    given = (k, v, mask, *arrays, *options[:2], *sums)
-    torch.library.opcheck(OPS["absorb"], given)
-    after = OPS["absorb"](*given)
-    torch.library.opcheck(OPS["absorb_backward"], (*after, *given, *after), {"of_map": of_map})
+    check(ABSORB, fm, k, v, mask, *sums)
     if begun:
-        attended = (q, k, v, mask, *arrays, *options, *sums)
-        torch.library.opcheck(OPS["attention"], attended)
-        out, stats = OPS["attention"](*attended)
-        torch.library.opcheck(OPS["attention_backward"], (out, *attended, out, stats), {"of_map": of_map})
-    torch.library.opcheck(OPS["kernel_matvec"], (q, k, v, *arrays, *options[:2]))
-    torch.library.opcheck(OPS["kernel_matvec_backward"], (v, q, k, v, *arrays, *options[:2]), {"of_map": of_map})
+        check(ATTENTION, fm, q, k, v, mask, *sums, window=0, causal=True)
+    check(KERNEL_MATVEC, fm, q, k, v)
 
 
 def test_operators_of_features_are_too():
-    u = features_problem(torch.float32)
-    torch.library.opcheck(OPS["exponential_features"], u)
-    torch.library.opcheck(OPS["exponential_features_backward"], (torch.ones(2, 5, 4), *u))
+    check(EXPONENTIAL_FEATURES, None, *features_problem(torch.float32))
 
 
 @pytest.mark.parametrize(("window", "before"), STATES)
 def test_operators_of_states_are_what_torch_expects_of_them(problem, window, before):
     q, k, v, mask, fm = problem
     state = state_after(problem, window, before)
-    of_state = operators.arguments_of(state, fm)
+    held, lows, options = operators.tensors_of(state), lows_of(state), {"window": window}
     token, hidden = [x[:, 5:6] for x in (q, k, v)], mask[:, 5:6]
-    torch.library.opcheck(OPS["decode_step"], (*token, hidden, *of_state, *lows_of(state)))
-    torch.library.opcheck(OPS["decode_step"], (*token, None, *of_state, None, None))
-    torch.library.opcheck(OPS["update"], (k[:, 5:], v[:, 5:], mask[:, 5:], *of_state, *lows_of(state)))
-    torch.library.opcheck(OPS["read"], (q, *of_state))
+    check(DECODE_STEP, fm, *token, hidden, *held, *lows, **options)
+    check(DECODE_STEP, fm, *token, None, *held, None, None, **options)
+    check(UPDATE, fm, k[:, 5:], v[:, 5:], mask[:, 5:], *held, *lows, **options)
+    check(READ, fm, q, *held)
+
+
+def test_a_token_of_fewer_heads_than_its_state(problem):
+    q, k, v, _, fm = problem
+    state = state_after(problem, 0, 5)
+    given = (*(x[0, 5:6] for x in (q, k, v)), None, *operators.tensors_of(state), None, None)
+    check(DECODE_STEP, fm, *given, window=0)
 
 
 def test_low_parts_go_through_the_operators(problem):
@@ -76,7 +87,7 @@ def test_low_parts_go_through_the_operators(problem):
     fm = map_arrays(fm, lambda x: x.float())
     once = torch_ops.update(fs.init_state(fm, 2, like=k), k, v, fm)
     many = replace(once, kv=once.kv * 2**31, z=once.z * 2**31, c=once.c + 1)  # so references do not rise
-    torch.library.opcheck(OPS["update"], (k, v, None, *operators.arguments_of(many, fm), *lows_of(many)))
+    check(UPDATE, fm, k, v, None, *operators.tensors_of(many), *lows_of(many), window=0)
     after = torch_ops.update(torch_ops.update(many, k, v, fm), k, v, fm)
     decoded = torch_ops.update(many, k, v, fm)
     for i in range(k.shape[-2]):
@@ -89,13 +100,11 @@ def test_low_parts_go_through_the_operators(problem):
 
 def test_a_map_changed_in_place_is_packed_again(problem):
     q, k, v, _, fm = problem
-    arrays = [x.clone() for x in operators.arrays_of(fm)]
-    options = operators.options_of(fm, 0, False)
-    rest = (*options, None, None, None)
-    before, _ = OPS["attention"](q, k, v, None, *arrays, *rest)
-    again, _ = OPS["attention"](q, k, v, None, *arrays, *rest)
-    arrays[0].mul_(1.5)
-    after, _ = OPS["attention"](q, k, v, None, *arrays, *rest)
+    fm = map_arrays(fm, torch.clone)
+    given = (fm, q, k, v, None, None, None, None)
+    before, again = (ATTENTION.direct(*given, window=0, causal=False)[0] for _ in range(2))
+    fm.rows.mul_(1.5)
+    after = ATTENTION.direct(*given, window=0, causal=False)[0]
     assert torch.equal(before, again)
     assert not torch.allclose(before, after)
     assert len(operators._maps) <= operators.MAPS_KEPT

@@ -7,7 +7,9 @@ import pytest
 from problems import attention_problem
 
 import favorsharp as fs
+from favorsharp.backend import arrays_of
 from favorsharp.dispatch import OPS
+from favorsharp.features.map_gradients import with_arrays
 from favorsharp.ops.state import State
 
 torch = pytest.importorskip("torch")
@@ -16,7 +18,6 @@ from torch_calls import ALL_MODES, MODES, NAMES, features_problem, leaves, state
 
 from favorsharp_cuda import torch_ops  # noqa: E402
 from favorsharp_cuda.host import attention_gradients as gradients  # noqa: E402
-from favorsharp_cuda.torch import operators  # noqa: E402
 
 pytestmark = [pytest.mark.own_backend, pytest.mark.usefixtures("torch_on_host")]
 
@@ -25,11 +26,11 @@ pytestmark = [pytest.mark.own_backend, pytest.mark.usefixtures("torch_on_host")]
 def test_derivatives_are_those_of_differences(problem, is_causal, window):
     """For the points and for every array of the map."""
     *points, mask, fm = problem
-    given = leaves(*(x[:, :6] for x in points), *operators.arrays_of(fm))
+    given = leaves(*(x[:, :6] for x in points), *arrays_of(fm))
     mask = mask[:, :6]
 
     def call(q, k, v, *arrays):
-        own = operators.map_of(arrays, fm.parameters.scale, fm.parameters.kernel)
+        own = with_arrays(fm, *arrays)
         if not is_causal:
             return torch_ops.attention(q, k, v, own, key_mask=mask, window=window)
         out, state = torch_ops.causal_attention(q, k, v, own, key_mask=mask, window=window)
@@ -61,11 +62,11 @@ def test_derivatives_of_states_are_those_of_differences(problem, window, keys):
         floats = [torch.rand_like(x) for x in floats[:3]] + floats[3:]
     mask = mask[:, before : before + new]
     points = (q[:, :new], *(x[:, before : before + new] for x in (k, v)))
-    given = leaves(*points, *floats, *operators.arrays_of(fm))
+    given = leaves(*points, *floats, *arrays_of(fm))
 
     def taken(given):
         q, k, v, *rest = given
-        own = operators.map_of(rest[5:], fm.parameters.scale, fm.parameters.kernel)
+        own = with_arrays(fm, *rest[5:])
         carried = replace(state, **dict(zip(NAMES[:5], rest[:5], strict=True)))
         return q, k, v, carried, own
 
@@ -110,12 +111,12 @@ def test_derivatives_of_states_in_parts(window, monkeypatch):
     monkeypatch.setattr(gradients, "SHORTEST_SEGMENT", 40)
     q, k, v = (torch.asarray(x) for x in attention_problem(2, (2,), n=190, d=5, e=133))
     fm = fs.feature_map(fs.fit(q, k), 70, rng=0)
-    given = leaves(q[:, 90:], k, v, *operators.arrays_of(fm))
+    given = leaves(q[:, 90:], k, v, *arrays_of(fm))
     weights = [torch.randn(size, dtype=q.dtype) for size in ((2, 100, 133), (2, 70, 133), (2, 1, 70), (2, 1, 70))]
 
     def found(backend):
         q, k, v, *arrays = given
-        own = operators.map_of(arrays, fm.parameters.scale, fm.parameters.kernel)
+        own = with_arrays(fm, *arrays)
         with fs.use(backend):
             state = fs.update(fs.init_state(fm, 133, like=k, window=window), k[:, :90], v[:, :90], fm)
             out, state = OPS["causal_attention"](

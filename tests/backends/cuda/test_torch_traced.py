@@ -6,14 +6,17 @@ import pytest
 
 import favorsharp as fs
 from favorsharp import dispatch
+from favorsharp._values import map_arrays
+from favorsharp.backend import arrays_of
 from favorsharp.ops.state import State
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("cupy")
-from torch_calls import ALL_MODES, MODES, NAMES, OPS, STATES, features_problem, leaves, state_after  # noqa: E402
+from torch_calls import ALL_MODES, MODES, NAMES, STATES, arguments, features_problem, leaves, state_after  # noqa: E402
 
+from favorsharp.torch_operators import Traced  # noqa: E402
 from favorsharp_cuda import torch_ops  # noqa: E402
-from favorsharp_cuda.torch import operators, traced  # noqa: E402
+from favorsharp_cuda.torch.operators import ATTENTION, EXPONENTIAL_FEATURES  # noqa: E402
 
 pytestmark = [pytest.mark.own_backend, pytest.mark.usefixtures("torch_on_host")]
 
@@ -22,17 +25,20 @@ pytestmark = [pytest.mark.own_backend, pytest.mark.usefixtures("torch_on_host")]
 def test_derivatives_are_those_of_differences(problem, is_causal, window):
     """For the points and for every array of the map."""
     *points, mask, fm = problem
-    given = leaves(*(x[:, :6] for x in points), *operators.arrays_of(fm))
-    options = operators.options_of(fm, window, is_causal)
+    given = leaves(*(x[:, :6] for x in points), *arrays_of(fm))
+    numbers = ATTENTION.numbers(fm, {"window": window, "causal": is_causal})
 
     def call(q, k, v, *arrays):
-        return traced.Attention.apply(options, q, k, v, mask[:, :6], None, None, None, *arrays)
+        return Traced.apply(ATTENTION, numbers, q, k, v, mask[:, :6], None, None, None, *arrays)
 
     assert torch.autograd.gradcheck(call, given, fast_mode=True)
 
 
 def test_derivatives_of_features_are_those_of_differences():
-    assert torch.autograd.gradcheck(traced.Features.apply, leaves(*features_problem(torch.float64)))
+    def call(*given):
+        return Traced.apply(EXPONENTIAL_FEATURES, (), *given)
+
+    assert torch.autograd.gradcheck(call, leaves(*features_problem(torch.float64)))
 
 
 @pytest.mark.parametrize("window", [0, 2])
@@ -226,21 +232,18 @@ def test_fake_tensors_of_a_gpu(problem, is_causal, window, dtype):
     wide = torch.float64 if dtype == "float64" else torch.float32
     with FakeTensorMode(), fs.use("cuda"):
         points = [torch.empty((2, *x.shape), dtype=getattr(torch, dtype), device="cuda") for x in points]
-        arrays = [torch.empty(x.shape, dtype=wide, device="cuda") for x in operators.arrays_of(fm)]
-        own = operators.map_of(arrays, 1.0, "softmax")
+        own = map_arrays(fm, lambda x: torch.empty(x.shape, dtype=wide, device="cuda"))
         out = fs.linear_attention(*points, own, is_causal=is_causal, window=window)
         assert (out.shape, out.dtype, out.device.type) == ((2, 2, 12, 2), points[0].dtype, "cuda")
         if is_causal:
             _, state = fs.linear_attention(*points, own, is_causal=True, window=window, return_state=True)
             assert (state.kv.shape, state.kv.dtype, state.kv.device.type) == ((2, 2, 5, 2), wide, "cuda")
             assert (state.recent_k.shape[-2], state.fingerprint) == (2 * window, None)
-        options = operators.options_of(own, window, is_causal)
+        given = arguments(ATTENTION, own, *points, None, None, None, None, window=window, causal=is_causal)
         stats = torch.empty((2, 2, 12, 2), dtype=wide, device="cuda")
-        found = OPS["attention_backward"](
-            out, *points, None, *arrays, *options, None, None, None, out, stats, of_map=True
-        )
+        found = ATTENTION.backward_op(out, *given, out, stats, of_map=True)
         assert [x.shape for x in found[:3]] == [x.shape for x in points]
-        assert [x.dtype for x in found] == [points[0].dtype] * 3 + [wide] * 10
+        assert [x.dtype for x in found] == [points[0].dtype] * 3 + [wide] * 6
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float64"])
@@ -252,8 +255,7 @@ def test_fake_tokens_of_a_gpu(problem, window, before, dtype):
     narrow, wide = getattr(torch, dtype), torch.float64 if dtype == "float64" else torch.float32
     recent = before if window else 0
     with FakeTensorMode(), fs.use("cuda"):
-        arrays = [torch.empty(x.shape, dtype=wide, device="cuda") for x in operators.arrays_of(fm)]
-        own = operators.map_of(arrays, 1.0, "softmax")
+        own = map_arrays(fm, lambda x: torch.empty(x.shape, dtype=wide, device="cuda"))
         sums = [torch.empty((2, *size), dtype=wide, device="cuda") for size in ((5, 2), (1, 5), (1, 5))]
         kept = [torch.empty((2, recent, size), dtype=narrow, device="cuda") for size in (3, 2)]
         state = State(*sums, window, *kept, torch.empty((2, recent), dtype=torch.bool, device="cuda"), None)

@@ -4,26 +4,22 @@ import pytest
 import torch
 
 import favorsharp as fs
+from favorsharp.backend import arrays_of
 from favorsharp_cuda.torch import operators
 
-RUN = {
-    "attention": operators.attention,
-    "attention_backward": operators.attention_backward_,
-    "absorb": operators.absorb,
-    "absorb_backward": operators.absorb_backward,
-    "update": operators.update_,
-    "read": operators.read_,
-    "read_with_stats": operators.read_with_stats_,
-    "read_backward": operators.read_backward_,
-    "decode_step": operators.decode_step_,
-    "kernel_matvec": operators.kernel_matvec_,
-    "kernel_matvec_backward": operators.kernel_matvec_backward,
-    "exponential_features": operators.exponential_features,
-    "exponential_features_backward": operators.exponential_features_backward_,
-}
-OPS = {name: getattr(operators, f"{name}_op") for name in RUN}
-for name, op in OPS.items():
-    op.register_kernel("cpu")(RUN[name])  # the same functions, on the tensors that the shim can read
+OPERATORS = (
+    operators.ATTENTION,
+    operators.ABSORB,
+    operators.READ,
+    operators.UPDATE,
+    operators.DECODE_STEP,
+    operators.KERNEL_MATVEC,
+    operators.EXPONENTIAL_FEATURES,
+)
+for operator in OPERATORS:  # the same functions, on the tensors that the shim can read
+    operator.op.register_kernel("cpu")(operator.run)
+    if operator.backward is not None:
+        operator.backward_op.register_kernel("cpu")(operator.run_backward)
 
 MODES = [(False, 0), (True, 4)]
 """is_causal and window."""
@@ -31,6 +27,12 @@ ALL_MODES = [*MODES, *(pytest.param(*mode, marks=pytest.mark.slow) for mode in (
 NAMES = ("kv", "z", "c", "recent_k", "recent_v", "recent_mask")
 STATES = ((0, 5), (4, 5), (2, 4))
 """A window, and how many keys came before: without, as none leaves, as two do."""
+
+
+def arguments(operator, fm, *tensors, **options):
+    """What the custom operator takes."""
+    of_map = arrays_of(fm) if operator.with_map else ()
+    return operator.arguments(operator.numbers(fm, options), (*tensors, *of_map))
 
 
 def leaves(*tensors):
