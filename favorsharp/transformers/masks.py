@@ -14,18 +14,21 @@ n by n mask is made:
 
 Other code does not know this format. So the mask is a `CompactMask`, a tensor that can be moved but not computed with.
 While a graph is recorded, tensors cannot have a class of their own. There, the mask has two more axes, of lengths 2 and
-3 and strides 0, so that it does not broadcast with the scores of other code.
+3, so that it does not broadcast with the scores of other code, and with a window a third of length `reach + 1`; their
+strides are 0.
 A dense mask that the caller made passes through transformers unchanged; `read_mask` compares it, value by value, with
 the bidirectional and the causal pattern.
 """
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, sdpa_mask
+from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
+
+from favorsharp.transformers.patterns import kind_of
 
 Tensor = Any
 
@@ -63,7 +66,7 @@ _HIDDEN = -9000.0
 """A bias that hides a key: models that add -10000 round it in half precision, and exp of it is 0 in every dtype."""
 
 _RECORDED = (2, 3)
-"""The lengths of the two axes that a mask has in addition while a graph is recorded."""
+"""The lengths of the two axes that every mask has in addition while a graph is recorded."""
 
 
 class CompactMask(torch.Tensor):
@@ -180,7 +183,7 @@ def compact_mask(
 
     Returns
     -------
-    CompactMask, or a tensor with two more axes
+    CompactMask, or a tensor with more axes
         A mask for a pattern that is not bidirectional, causal or a sliding window raises an error only when a layer
         reads it, because some models make masks that none of their layers uses.
 
@@ -211,64 +214,19 @@ def compact_mask(
         padding = attention_mask[:, kv_offset : kv_offset + kv_length]
         if not torch.compiler.is_compiling() and bool(padding.all()):
             padding = None
-    dtype, reach = torch.int8 if is_causal else torch.bool, None
-    window = None if torch.compiler.is_compiling() else _window_of(mask_function)
-    if window is not None:
-        dtype, reach = window
-    elif is_causal and mask_function is not causal_mask_function:
-        whole = kv_offset + kv_length
-        dtype = _recognised(mask_function, attention_mask, batch_size, q_length, q_offset, whole, use_vmap, device)
+    dtype, reach = kind_of(
+        mask_function, attention_mask, batch_size, q_length, q_offset, kv_offset + kv_length, use_vmap, device, keywords
+    )
     if padding is None:
         mask = torch.ones(1, dtype=dtype, device=device).as_strided((batch_size, 1, 1, kv_length), (0, 0, 0, 0))
     else:
         mask = padding[:, None, None, :].to(dtype).clone(memory_format=torch.contiguous_format)
     if torch.compiler.is_compiling() or type(mask) is not torch.Tensor:
-        return mask[..., None, None].expand(*mask.shape, *_RECORDED)
+        more = _RECORDED if reach is None else (*_RECORDED, reach + 1)
+        return mask.reshape(*mask.shape, *(1 for _ in more)).expand(*mask.shape, *more)
     mask = mask.as_subclass(CompactMask)
     mask.reach = reach
     return mask
-
-
-def _window_of(mask_function: Any) -> tuple[torch.dtype, int] | None:
-    """The dtype of the mask and the reach of a sliding window, from the parts that transformers made the pattern of."""
-    parts = list(_parts_of(mask_function))
-    is_causal = causal_mask_function in parts
-    reaches: list[int] = []
-    for part in parts:
-        if part is causal_mask_function or part is bidirectional_mask_function:
-            continue
-        size = _held_by(part).get("sliding_window")
-        name = getattr(part, "__qualname__", "")
-        if not isinstance(size, int) or getattr(part, "__module__", None) != _MASKS_OF_TRANSFORMERS:
-            return None
-        if name.startswith("sliding_window_bidirectional_overlay."):
-            reaches.append(size)
-        elif name.startswith("sliding_window_overlay.") and is_causal and size > 0:
-            reaches.append(size - 1)
-        else:
-            return None
-    return (torch.int32 if is_causal else torch.int64, min(reaches)) if reaches else None
-
-
-_MASKS_OF_TRANSFORMERS = "transformers.masking_utils"
-
-
-def _parts_of(mask_function: Any) -> Iterator[Any]:
-    """The patterns of which a pattern is the intersection."""
-    if getattr(mask_function, "__qualname__", "").startswith("and_masks.") and (
-        mask_function.__module__ == _MASKS_OF_TRANSFORMERS
-    ):
-        for part in _held_by(mask_function).get("mask_functions", ()):
-            yield from _parts_of(part)
-    else:
-        yield mask_function
-
-
-def _held_by(function: Any) -> dict[str, Any]:
-    """The variables that a function has from the function in which it was made."""
-    cells = getattr(function, "__closure__", None) or ()
-    names = function.__code__.co_freevars if cells else ()
-    return {name: cell.cell_contents for name, cell in zip(names, cells, strict=True)}
 
 
 def read_mask(mask: Any, n: int, s: int, is_causal: bool) -> Visible:
@@ -291,8 +249,9 @@ def read_mask(mask: Any, n: int, s: int, is_causal: bool) -> Visible:
     """
     if isinstance(mask, CompactMask):
         return _read_compact(mask.plain(), n, s, is_causal, mask.reach)
-    if isinstance(mask, torch.Tensor) and mask.ndim == 4 + len(_RECORDED):
-        return _read_compact(mask[..., 0, 0], n, s, is_causal)
+    if isinstance(mask, torch.Tensor) and mask.ndim > 4 and mask.shape[4:6] == _RECORDED:
+        reach = mask.shape[6] - 1 if mask.ndim == 7 else None
+        return _read_compact(mask[(..., *(0 for _ in mask.shape[4:]))], n, s, is_causal, reach)
     if mask is None:
         if is_causal and 1 < n < s:
             raise ValueError(
@@ -365,42 +324,3 @@ def _same_end(q_offset: Any, q_length: int, kv_offset: int, kv_length: int) -> b
     if isinstance(q_offset, torch.Tensor):  # a static cache, whose keys have a fixed length
         return False
     return bool(q_offset + q_length == kv_offset + kv_length)
-
-
-def _recognised(
-    mask_function: Callable[..., Any],
-    attention_mask: Tensor,
-    batch_size: int,
-    q_length: int,
-    q_offset: int,
-    length: int,
-    use_vmap: bool,
-    device: Any,
-) -> torch.dtype:
-    """The dtype that tells whether a composed pattern is causal, bidirectional, or another one, for these lengths.
-
-    Chunks that are at least as long as the sequence are causal. Keys that a cache has seen count towards the length: a
-    pattern that hides a past key is another pattern, even if the block of new keys is short.
-    """
-    if torch.compiler.is_compiling():
-        return torch.uint8
-
-    def dense(function: Callable[..., Any], **options: Any) -> Tensor:
-        return sdpa_mask(
-            batch_size=batch_size,
-            q_length=q_length,
-            kv_length=length,
-            q_offset=q_offset,
-            mask_function=function,
-            attention_mask=attention_mask,
-            allow_is_causal_skip=False,
-            device=device,
-            **options,
-        )
-
-    asked = dense(mask_function, **({"use_vmap": True} if use_vmap else {}))
-    if torch.equal(asked, dense(causal_mask_function)):
-        return torch.int8
-    if torch.equal(asked, dense(bidirectional_mask_function)):
-        return torch.bool
-    return torch.int16

@@ -109,10 +109,14 @@ def test_mistral_is_exact_and_streams(method, window):
         assert all(layer.state.keys.shape[-2] <= window - 1 for layer in cache.layers)
 
 
-def test_modernbert_has_layers_of_both_kinds():
+def modernbert():
     torch.manual_seed(0)
     config = ModernBertConfig(**SMALL, local_attention=6, layer_types=["sliding_attention", "full_attention"])
-    model, batch = ModernBertModel(config).double().eval(), inputs("bert", n=24)
+    return ModernBertModel(config).double().eval()
+
+
+def test_modernbert_has_layers_of_both_kinds():
+    model, batch = modernbert(), inputs("bert", n=24)
     model.set_attn_implementation("eager")
     eager = output(model, **batch)
     model.set_attn_implementation("exact")
@@ -128,3 +132,27 @@ def test_where_every_layer_has_a_window_there_is_nothing_to_calibrate():
     model.set_attn_implementation("optimal")
     with pytest.raises(ValueError, match="sliding window, which is exact"):
         calibrate(model, [inputs("llama")])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("is_padded", [False, True])
+@pytest.mark.parametrize("make", [lambda: mistral(4), modernbert], ids=["mistral", "modernbert"])
+def test_windows_compile(make, is_padded):
+    model, batch = make(), inputs("llama")
+    rows = torch.arange(12) < torch.tensor([12, 7, 5] if is_padded else [12, 12, 12])[:, None]
+    if is_padded or isinstance(model, MistralForCausalLM):  # without a mask, causal models look for packed sequences
+        batch["attention_mask"] = rows.long()
+    model.set_attn_implementation("optimal")
+    want = output(model, **batch)
+    torch._dynamo.reset()
+    got = output(torch.compile(model, fullgraph=True, backend="aot_eager"), **batch)
+    torch.testing.assert_close(got[rows], want[rows])
+
+
+@pytest.mark.slow
+def test_patterns_with_tensors_are_refused_by_compiled_models():
+    model, batch = mistral(4), inputs("llama")
+    model.set_attn_implementation("optimal")
+    torch._dynamo.reset()
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="pass attention_mask"):
+        torch.compile(model, fullgraph=True, backend="aot_eager")(**batch)  # packed sequences are looked for
