@@ -71,8 +71,11 @@ def attend(
             causal = not adds_masks_only(module)
         seen = read_mask(attention_mask, n, s, causal)
     if attention_mask is None and sliding_window is not None and seen.reach is None:
-        seen = replace(seen, reach=int(sliding_window) - 1)
+        reach = int(sliding_window) - 1
+        seen = replace(seen, reach=(reach, 0 if seen.is_causal else reach))
     _check_sliding(registration, module, sliding_window, seen, s if layer is None else layer.seen + s)
+    if seen.others:
+        key, value, seen = others_first(key, value, seen)
     grouped = query.shape[1] != key.shape[1]
     if seen.reach is not None:
         if _collector is not None and _collector.wants(module):
@@ -158,6 +161,12 @@ def near(
     out, state = near_step(state if isinstance(state, NearKeys) else None, query, key, value, seen, scaling)
     layer.take(state)
     return out
+
+
+def others_first(key: Tensor, value: Tensor, seen: Visible) -> tuple[Tensor, Tensor, Visible]:
+    """Move keys of another sequence, which all queries see, before the keys of their own: the whole is causal then."""
+    mask = None if seen.key_mask is None else seen.key_mask.roll(seen.others, -1)
+    return key.roll(seen.others, -2), value.roll(seen.others, -2), replace(seen, key_mask=mask)
 
 
 def exact(query: Tensor, key: Tensor, value: Tensor, seen: Visible, scaling: float | None, grouped: bool) -> Tensor:

@@ -7,28 +7,30 @@ n by n mask is made:
     bool   (B, 1, 1, s)   every query sees the keys that are True
     int8   (B, 1, 1, s)   query i sees the keys that are 1, up to its own position
     int16  (B, 1, 1, s)   a pattern that is not supported: the layer that reads it raises an error
-    int32  (B, 1, 1, s)   as int8, and a key is seen by queries at most `reach` positions after it
-    int64  (B, 1, 1, s)   as bool, and a key is seen by queries at most `reach` positions away
+    int32  (B, 1, 1, s)   as int8, and a query sees keys at most `reach[0]` positions before it
+    int64  (B, 1, 1, s)   as bool, and a query sees keys at most `reach[0]` positions before and `reach[1]` behind it
     uint8  (B, 1, 1, s)   a pattern that is unknown under torch.compile: the layer that reads it raises an error
     a stride of 0         no key is padding
 
 Other code does not know this format. So the mask is a `CompactMask`, a tensor that can be moved but not computed with.
 While a graph is recorded, tensors cannot have a class of their own. There, the mask has two more axes, of lengths 2 and
-3, so that it does not broadcast with the scores of other code, and with a window a third of length `reach + 1`; their
-strides are 0.
+3, so that it does not broadcast with the scores of other code, and with a window two more that are longer by 1 than its
+`reach`; their strides are 0.
+Two masks that a layer joins along the keys say that the last `others` keys are of another sequence, and precede all
+queries; this is known outside graphs only.
 A dense mask that the caller made passes through transformers unchanged; `read_mask` compares it, value by value, with
 the bidirectional and the causal pattern.
 """
 
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
 
-from favorsharp.transformers.patterns import kind_of
+from favorsharp.transformers.patterns import Reach, kind_of
 
 Tensor = Any
 
@@ -77,8 +79,11 @@ class CompactMask(torch.Tensor):
     mask as the condition of `torch.where`, because it has the usual meaning of a boolean mask there.
     """
 
-    reach: int | None = None
-    """The largest distance of a key that a query sees, for masks of sliding windows."""
+    reach: Reach | None = None
+    """How far before and behind a query the keys are that it sees, for masks of sliding windows."""
+
+    others: int = 0
+    """The number of keys at the end that are of another sequence."""
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -89,9 +94,9 @@ class CompactMask(torch.Tensor):
             if not isinstance(out, torch.Tensor):
                 return out
             if out.dtype == args[0].dtype:
-                if isinstance(out, CompactMask):
-                    out.reach = args[0].reach
-                return out
+                return out.described(args[0].reach, args[0].others) if isinstance(out, CompactMask) else out
+        if func is torch.cat and (joined := _joined(*args, **kwargs)) is not None:
+            return joined
         others = (*args[1:], *kwargs.values())
         is_condition = own and func is torch.where and not any(isinstance(x, CompactMask) for x in others)
         if is_condition and args[0].dtype is torch.bool:
@@ -108,10 +113,32 @@ class CompactMask(torch.Tensor):
         twin: CompactMask = memo.setdefault(id(self), self.clone())
         return twin
 
+    def described(self, reach: Reach | None, others: int = 0) -> "CompactMask":
+        """The mask itself, to which these are attached."""
+        self.reach, self.others = reach, others
+        return self
+
     def plain(self) -> Tensor:
         """The same numbers as an ordinary tensor."""
         with torch._C.DisableTorchFunctionSubclass():
             return self.detach()
+
+
+def _joined(masks: Any = (), dim: int = 0, **others: Any) -> CompactMask | None:
+    """A causal mask and the mask of another sequence's keys, joined along the keys; None for all else."""
+    if len(masks) != 2 or others or not all(isinstance(x, CompactMask) and x.ndim == 4 and not x.others for x in masks):
+        return None
+    own, other = masks
+    if dim not in (-1, 3) or own.dtype not in (torch.int8, torch.int32) or other.dtype is not torch.bool:
+        return None
+    numbers = [x.plain().to(own.dtype) for x in masks]
+    if all(x.stride(-1) == 0 for x in masks):
+        s = own.shape[-1] + other.shape[-1]
+        whole = numbers[0][..., :1].expand(*own.shape[:-1], s)
+    else:
+        whole = torch.cat(numbers, dim=-1)
+    joined: CompactMask = whole.as_subclass(CompactMask)
+    return joined.described(own.reach, int(other.shape[-1]))
 
 
 def _keeps_queries(index: Any) -> bool:
@@ -146,13 +173,16 @@ class Visible:
         True where a key is not padding; None if no key is padding.
     is_causal : bool
         Whether each of the queries, which are at the last n positions, sees only keys up to its own position.
-    reach : int or None
-        The largest distance of a key that a query sees, with a sliding window; None without one.
+    reach : (int, int) or None
+        How far before and behind a query the keys are that it sees, with a sliding window; None without one.
+    others : int
+        The number of keys at the end that are of another sequence, and which all queries see.
     """
 
     key_mask: Tensor
     is_causal: bool
-    reach: int | None = None
+    reach: Reach | None = None
+    others: int = 0
 
 
 def compact_mask(
@@ -222,11 +252,9 @@ def compact_mask(
     else:
         mask = padding[:, None, None, :].to(dtype).clone(memory_format=torch.contiguous_format)
     if torch.compiler.is_compiling() or type(mask) is not torch.Tensor:
-        more = _RECORDED if reach is None else (*_RECORDED, reach + 1)
+        more = (*_RECORDED, *(length + 1 for length in reach or ()))
         return mask.reshape(*mask.shape, *(1 for _ in more)).expand(*mask.shape, *more)
-    mask = mask.as_subclass(CompactMask)
-    mask.reach = reach
-    return mask
+    return mask.as_subclass(CompactMask).described(reach)
 
 
 def read_mask(mask: Any, n: int, s: int, is_causal: bool) -> Visible:
@@ -248,9 +276,9 @@ def read_mask(mask: Any, n: int, s: int, is_causal: bool) -> Visible:
         If the mask is anything else.
     """
     if isinstance(mask, CompactMask):
-        return _read_compact(mask.plain(), n, s, is_causal, mask.reach)
+        return replace(_read_compact(mask.plain(), n, s, is_causal, mask.reach), others=mask.others)
     if isinstance(mask, torch.Tensor) and mask.ndim > 4 and mask.shape[4:6] == _RECORDED:
-        reach = mask.shape[6] - 1 if mask.ndim == 7 else None
+        reach = (mask.shape[6] - 1, mask.shape[7] - 1) if mask.ndim == 8 else None
         return _read_compact(mask[(..., *(0 for _ in mask.shape[4:]))], n, s, is_causal, reach)
     if mask is None:
         if is_causal and 1 < n < s:
@@ -268,7 +296,7 @@ def read_mask(mask: Any, n: int, s: int, is_causal: bool) -> Visible:
     return _read_dense(mask, n, s, is_causal)
 
 
-def _read_compact(mask: Tensor, n: int, s: int, is_causal: bool, reach: int | None = None) -> Visible:
+def _read_compact(mask: Tensor, n: int, s: int, is_causal: bool, reach: Reach | None = None) -> Visible:
     if mask.dtype in _REFUSED:
         raise ValueError(_REFUSED[mask.dtype])
     if mask.ndim != 4 or mask.shape[-1] != s:

@@ -4,9 +4,12 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, sdpa_mask
+from transformers.masking_utils import and_masks, bidirectional_mask_function, causal_mask_function, sdpa_mask
 
 Tensor = Any
+
+Reach = tuple[int, int]
+"""How far before and behind a query the keys are that it sees through a sliding window."""
 
 
 def kind_of(
@@ -19,7 +22,7 @@ def kind_of(
     use_vmap: bool,
     device: Any,
     keywords: dict[str, Any],
-) -> tuple[torch.dtype, int | None]:
+) -> tuple[torch.dtype, Reach | None]:
     """The dtype of the mask for a pattern, in the format of `masks`, and the reach of a sliding window.
 
     The arguments are those of `compact_mask`, with its other `keywords`; `length` is the number of keys, with those
@@ -29,11 +32,40 @@ def kind_of(
         return torch.bool, None
     if mask_function is causal_mask_function:
         return torch.int8, None
-    if not torch.compiler.is_compiling() or _has_no_tensor(mask_function, attention_mask, use_vmap, keywords):
-        window: tuple[torch.dtype, int] | None = _window_of(mask_function)
-        if window is not None:
-            return window
-    return _recognised(mask_function, attention_mask, batch_size, q_length, q_offset, length, use_vmap, device), None
+    if torch.compiler.is_compiling():
+        may_try = _has_no_tensor(mask_function, attention_mask, use_vmap, keywords)
+        constant = _constant(mask_function) if may_try else None
+        return (torch.uint8, None) if constant is None else (constant[0], constant[1:] or None)
+
+    def dense(function: Callable[..., Any]) -> Tensor:
+        return sdpa_mask(
+            batch_size=batch_size,
+            q_length=q_length,
+            kv_length=length,
+            q_offset=q_offset,
+            mask_function=function,
+            attention_mask=attention_mask,
+            allow_is_causal_skip=False,
+            device=device,
+            **({"use_vmap": True} if use_vmap else {}),
+        )
+
+    windows, others = _split(_largest(mask_function, dense))
+    if all(map(_is_plain, others)):
+        kind = torch.int8 if causal_mask_function in others else torch.bool
+    else:
+        kind = _recognised(and_masks(*others), dense)
+    return _within(kind, windows)
+
+
+def _within(kind: torch.dtype, windows: list[tuple[int, int | None]]) -> tuple[torch.dtype, Reach | None]:
+    """The dtype and the reach for a causal or bidirectional pattern within windows."""
+    if not windows or kind is torch.int16:
+        return kind, None
+    before, ahead = min(w[0] for w in windows), [w[1] for w in windows if w[1] is not None]
+    if kind is torch.int8:
+        return torch.int32, (before, 0)
+    return (torch.int64, (before, min(ahead))) if ahead else (torch.int16, None)
 
 
 def _has_no_tensor(mask_function: Any, attention_mask: Any, use_vmap: bool, keywords: dict[str, Any]) -> bool:
@@ -50,28 +82,41 @@ def _has_no_tensor(mask_function: Any, attention_mask: Any, use_vmap: bool, keyw
 
 
 @torch.compiler.assume_constant_result
-def _window_of(mask_function: Any) -> tuple[torch.dtype, int] | None:
-    """The dtype of the mask and the reach of a sliding window, from the parts that transformers made the pattern of.
+def _constant(mask_function: Any) -> tuple[Any, ...] | None:
+    """The dtype and the reach of a pattern that needs no evaluation; it runs in Python while a graph is recorded."""
+    windows, others = _split(mask_function)
+    if not all(map(_is_plain, others)):
+        return None
+    kind, reach = _within(torch.int8 if causal_mask_function in others else torch.bool, windows)
+    return None if kind is torch.int16 else (kind, *(reach or ()))
 
-    It runs in Python while a graph is recorded, too.
-    """
-    parts = list(_parts_of(mask_function))
-    is_causal = causal_mask_function in parts
-    reaches: list[int] = []
-    for part in parts:
-        if part is causal_mask_function or part is bidirectional_mask_function:
-            continue
-        size = _held_by(part).get("sliding_window")
-        name = getattr(part, "__qualname__", "")
-        if not isinstance(size, int) or getattr(part, "__module__", None) != _MASKS_OF_TRANSFORMERS:
-            return None
+
+def _is_plain(part: Any) -> bool:
+    return part is causal_mask_function or part is bidirectional_mask_function
+
+
+def _split(mask_function: Any) -> tuple[list[tuple[int, int | None]], list[Any]]:
+    """The sliding windows of which a pattern is made, and its other parts."""
+    parts = [(part, _window_of(part)) for part in _parts_of(mask_function)]
+    return [w for _, w in parts if w is not None], [part for part, w in parts if w is None]
+
+
+def _window_of(part: Any) -> tuple[int, int | None] | None:
+    """How far a pattern that is a sliding window reaches before and behind a query; None behind it for all keys."""
+    held = _held_by(part)
+    size, is_causal = held.get("sliding_window"), held.get("is_causal", False)
+    name, module = getattr(part, "__qualname__", ""), getattr(part, "__module__", None) or ""
+    if module == _MASKS_OF_TRANSFORMERS and isinstance(size, int):
         if name.startswith("sliding_window_bidirectional_overlay."):
-            reaches.append(size)
-        elif name.startswith("sliding_window_overlay.") and is_causal and size > 0:
-            reaches.append(size - 1)
-        else:
-            return None
-    return (torch.int32 if is_causal else torch.int64, min(reaches)) if reaches else None
+            return size, size
+        if name.startswith("sliding_window_overlay.") and size > 0:
+            return size - 1, None
+    if module.startswith("transformers.models.") and name.startswith("sliding_window_mask_function."):
+        if isinstance(size, int):
+            size = (size, 0) if is_causal else ((size + 1) // 2, size // 2 + 1)
+        if isinstance(size, tuple) and size[0] > 0:
+            return size[0] - 1, max(size[1] - 1, 0)
+    return None
 
 
 _MASKS_OF_TRANSFORMERS = "transformers.masking_utils"
@@ -95,40 +140,26 @@ def _held_by(function: Any) -> dict[str, Any]:
     return {name: cell.cell_contents for name, cell in zip(names, cells, strict=True)}
 
 
-def _recognised(
-    mask_function: Callable[..., Any],
-    attention_mask: Tensor,
-    batch_size: int,
-    q_length: int,
-    q_offset: int,
-    length: int,
-    use_vmap: bool,
-    device: Any,
-) -> torch.dtype:
-    """The dtype that tells whether a composed pattern is causal, bidirectional, or another one, for these lengths.
+def _largest(mask_function: Any, dense: Callable[[Any], Tensor]) -> Any:
+    """The part of a union that contains all others for these lengths, as blocks of images do nothing without an image.
+
+    The pattern itself if it is no union, or has no such part.
+    """
+    if getattr(mask_function, "__qualname__", "").startswith("or_masks."):
+        whole = dense(mask_function)
+        for part in _held_by(mask_function).get("mask_functions", ()):
+            if torch.equal(dense(part), whole):
+                return part
+    return mask_function
+
+
+def _recognised(pattern: Any, dense: Callable[[Any], Tensor]) -> torch.dtype:
+    """The dtype that tells whether a pattern is causal, bidirectional, or another one, for these lengths.
 
     Chunks that are at least as long as the sequence are causal. Keys that a cache has seen count towards the length: a
     pattern that hides a past key is another pattern, even if the block of new keys is short.
     """
-    if torch.compiler.is_compiling():
-        return torch.uint8
-
-    def dense(function: Callable[..., Any], **options: Any) -> Tensor:
-        return sdpa_mask(
-            batch_size=batch_size,
-            q_length=q_length,
-            kv_length=length,
-            q_offset=q_offset,
-            mask_function=function,
-            attention_mask=attention_mask,
-            allow_is_causal_skip=False,
-            device=device,
-            **options,
-        )
-
-    asked = dense(mask_function, **({"use_vmap": True} if use_vmap else {}))
+    asked = dense(pattern)
     if torch.equal(asked, dense(causal_mask_function)):
         return torch.int8
-    if torch.equal(asked, dense(bidirectional_mask_function)):
-        return torch.bool
-    return torch.int16
+    return torch.bool if torch.equal(asked, dense(bidirectional_mask_function)) else torch.int16

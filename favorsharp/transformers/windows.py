@@ -28,27 +28,36 @@ class NearKeys:
 
 
 def near_attention(query: Tensor, key: Tensor, value: Tensor, seen: Visible, scaling: float | None) -> Tensor:
-    """Softmax attention to the keys at most `seen.reach` positions away; queries are at the last positions of the keys.
+    """Softmax attention to the keys within `seen.reach`; queries are at the last positions of the keys.
 
     Queries are cut into blocks as long as the reach, which share the keys that any of them sees. (B, H, n, d), with
-    keys and values of (B, Hkv, s, .) -> (B, H, n, e).
+    keys and values of (B, Hkv, s, .) -> (B, H, n, e). Keys of another sequence come first; every block has them all.
     """
-    n, s, reach = query.shape[-2], key.shape[-2], int(seen.reach or 0)
+    n, s, o, (before, behind) = query.shape[-2], key.shape[-2], seen.others, seen.reach or (0, 0)
     if n == 0 or s == 0:
         return query.new_zeros((*query.shape[:-1], value.shape[-1]))
-    ahead = 0 if seen.is_causal else reach
-    block = min(n, max(16, reach))
+    block = min(n, max(16, before))
     count = -(-n // block)
-    width = block + reach + ahead
-    padding = (reach, count * block - n + ahead)  # positions before the first key and behind the last
-    first = s - n
+    width = block + before + behind
+    padding = (before, count * block - n + behind)  # positions before the first key and behind the last
+    first = s - o - n
     visible = torch.ones((1, s), dtype=torch.bool, device=key.device) if seen.key_mask is None else seen.key_mask[:, 0]
-    visible = functional.pad(visible, padding)[:, first:].unfold(-1, width, block)
-    offset = torch.arange(width, device=key.device) - torch.arange(block, device=key.device)[:, None] - reach
-    mask = visible[:, :, None, :] & (offset >= -reach) & (offset <= ahead)
-    keys, values = (_blocks(functional.pad(x, (0, 0, *padding))[..., first:, :], width, block) for x in (key, value))
+    near = functional.pad(visible[:, o:], padding)[:, first:].unfold(-1, width, block)
+    offset = torch.arange(width, device=key.device) - torch.arange(block, device=key.device)[:, None] - before
+    mask = near[:, :, None, :] & (offset >= -before) & (offset <= behind)
+    mask = torch.cat([visible[:, None, None, :o].expand(-1, count, block, -1), mask], dim=-1)
+    keys, values = (
+        torch.cat(
+            [
+                x[..., :o, :].repeat_interleave(count, dim=0),
+                _blocks(functional.pad(x[..., o:, :], (0, 0, *padding))[..., first:, :], width, block),
+            ],
+            dim=-2,
+        )
+        for x in (key, value)
+    )
     queries = _blocks(functional.pad(query, (0, 0, 0, count * block - n)), block, block)
-    mask = mask.expand(key.shape[0], -1, -1, -1).reshape(-1, 1, block, width)
+    mask = mask.expand(key.shape[0], -1, -1, -1).reshape(-1, 1, block, o + width)
     out = functional.scaled_dot_product_attention(
         queries, keys, values, attn_mask=mask, scale=scaling, enable_gqa=query.shape[1] != key.shape[1]
     )
@@ -67,7 +76,7 @@ def near_step(
         key, value = torch.cat([state.keys, key], dim=-2), torch.cat([state.values, value], dim=-2)
         mask = torch.cat([state.mask, mask], dim=-1)
     out = near_attention(query, key, value, Visible(mask[:, None], True, seen.reach), scaling)
-    kept = max(0, key.shape[-2] - int(seen.reach or 0))
+    kept = max(0, key.shape[-2] - (seen.reach or (0, 0))[0])
     return out, NearKeys(key[..., kept:, :].clone(), value[..., kept:, :].clone(), mask[:, kept:].clone())
 
 

@@ -506,7 +506,8 @@ def _reasons(found: dict[str, Outcome], names: list[str]) -> str:
         why = re.sub(r"^\w+( \(layer \d+\))? (?=computes|attends|keeps|belongs|changes)", "a layer ", why)
         why = re.sub(r"^(.*) is not served by .*", r"its attention gets \1", why)
         why = re.sub(r" of shape .* is of", " of", why)
-        why = re.split(r"[;(]|\. |: ", why)[0].strip()
+        why = re.sub(r"<class '[\w.]*\.(\w+)'>", r"\1", why)
+        why = re.split(r"[;(]|\. |: ", why)[0].strip(" .")
         by_reason.setdefault(why, []).append(name)
     return "\n".join(
         textwrap.fill(

@@ -68,18 +68,18 @@ def test_near_attention_is_softmax_attention_over_a_band(n, s, is_causal):
                 or [q.new_zeros(2, 4, 0, 3)],
                 dim=2,
             ).reshape(2, 4, n, 3)
-            found = near_attention(q, k, v, Visible(padding, is_causal, reach), 0.3)
+            found = near_attention(q, k, v, Visible(padding, is_causal, (reach, 0 if is_causal else reach)), 0.3)
             torch.testing.assert_close(found, want)
 
 
 def test_a_stream_of_near_keys_is_the_whole():
     q, k, v = torch.randn(3, 2, 4, 20, 5, dtype=torch.float64)
     key_mask = torch.rand(2, 1, 20) > 0.3
-    want = near_attention(q, k, v, Visible(key_mask, True, 6), None)
+    want = near_attention(q, k, v, Visible(key_mask, True, (6, 0)), None)
     state, outs = None, []
     for part in (slice(0, 9), slice(9, 10), slice(10, 13), slice(13, 20)):
         mask = key_mask[..., part]
-        out, state = near_step(state, *(x[:, :, part] for x in (q, k, v)), Visible(mask, True, 6), None)
+        out, state = near_step(state, *(x[:, :, part] for x in (q, k, v)), Visible(mask, True, (6, 0)), None)
         outs.append(out)
         assert state.keys.shape[-2] <= 6
         for x in (state.keys, state.values, state.mask):  # not views, which would keep the whole prompt
