@@ -63,17 +63,7 @@ def attend(
     _check_keywords(registration, module, kwargs)
     layer = layer_of(module, key, value)
     n, s = query.shape[-2], key.shape[-2]
-    if layer is not None and s == 0:  # cross-attention after its first step
-        seen = Visible(None, False)
-    else:
-        causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
-        if attention_mask is None and causal:
-            causal = not adds_masks_only(module)
-        seen = read_mask(attention_mask, n, s, causal)
-    if attention_mask is None and sliding_window is not None and seen.reach is None:
-        reach = int(sliding_window) - 1
-        seen = replace(seen, reach=(reach, 0 if seen.is_causal else reach))
-    _check_sliding(registration, module, sliding_window, seen, s if layer is None else layer.seen + s)
+    seen = _visible(registration, module, attention_mask, n, s, is_causal, sliding_window, layer)
     if seen.others:
         key, value, seen = others_first(key, value, seen)
     grouped = query.shape[1] != key.shape[1]
@@ -100,6 +90,31 @@ def attend(
         run = partial(approximate, cross) if layer is None else partial(remember, layer)
         out = run(query, key, value, fm, seen, window, grouped)
     return out.transpose(1, 2).contiguous(), None
+
+
+def _visible(
+    registration: Registration,
+    module: Any,
+    attention_mask: Any,
+    n: int,
+    s: int,
+    is_causal: bool | None,
+    sliding_window: int | None,
+    layer: StateLayer | None,
+) -> Visible:
+    """Which keys the queries of a call see, by its mask, and by what the layer says of itself where there is none."""
+    if layer is not None and s == 0:  # cross-attention after its first step
+        seen = Visible(None, False)
+    else:
+        causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
+        if attention_mask is None and causal:
+            causal = not adds_masks_only(module)
+        seen = read_mask(attention_mask, n, s, causal)
+    if attention_mask is None and sliding_window is not None and seen.reach is None:
+        reach = int(sliding_window) - 1
+        seen = replace(seen, reach=(reach, 0 if seen.is_causal else reach))
+    _check_sliding(registration, module, sliding_window, seen, s if layer is None else layer.seen + s)
+    return seen
 
 
 def _without_dropout(registration: Registration, module: Any, dropout: float) -> None:
