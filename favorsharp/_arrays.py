@@ -187,6 +187,38 @@ def from_host(values: Any, like: Array, dtype: DType | None = None) -> Array:
     return namespace_of(like).asarray(values, dtype=dtype, **on_device_of(like))
 
 
+def is_on_gpu(x: Array) -> bool:
+    """Whether the host would have to wait for the device of x to learn a number that is computed there."""
+    if array_api_compat.is_torch_array(x):
+        return bool(x.device.type != "cpu")
+    return bool(array_api_compat.is_cupy_array(x))
+
+
+def cholesky(x: Array) -> Array:
+    """The lower Cholesky factor, (*b, d, d); on a GPU NaN if x has none, because the host does not wait to learn it."""
+    if not (array_api_compat.is_torch_array(x) and is_on_gpu(x)):
+        return namespace_of(x).linalg.cholesky(x)  # CuPy does not wait either
+    torch = sys.modules["torch"]
+    factor, failed = torch.linalg.cholesky_ex(x)
+    return torch.where(failed[..., None, None] == 0, factor, torch.nan)
+
+
+def solve(a: Array, b: Array, *, lower: bool = False) -> Array:
+    """The solution x of a x = b, (*b, d, d), (*b, d, e) -> (*b, d, e); as `cholesky`, it makes no host wait for a GPU.
+
+    `lower` says that a is a lower triangle, which needs no pivots.
+    """
+    if not (array_api_compat.is_torch_array(a) and is_on_gpu(a)):
+        return namespace_of(a, b).linalg.solve(a, b)
+    linalg = sys.modules["torch"].linalg
+    return linalg.solve_triangular(a, b, upper=False) if lower else linalg.solve_ex(a, b)[0]
+
+
+def stream_label(x: Array) -> int:
+    """The stream on which CuPy's copies from the host are in order; 0 for libraries that wait until they are done."""
+    return int(sys.modules["cupy"].cuda.get_current_stream().ptr) if array_api_compat.is_cupy_array(x) else 0
+
+
 def on_device_of(x: Array) -> dict[str, Any]:
     """The keyword that makes a creation function put its result on the device of x; none if x is a JAX tracer."""
     if array_api_compat.is_jax_array(x) and is_traced(x):

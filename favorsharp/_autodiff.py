@@ -92,6 +92,15 @@ def is_compiling() -> bool:
     return torch is not None and bool(torch.compiler.is_compiling())
 
 
+def is_capturing(x: Array) -> bool:
+    """Whether the operations on x are being captured in a CUDA graph."""
+    if array_api_compat.is_torch_array(x):
+        return x.device.type == "cuda" and bool(sys.modules["torch"].cuda.is_current_stream_capturing())
+    if array_api_compat.is_cupy_array(x):
+        return bool(sys.modules["cupy"].cuda.get_current_stream().is_capturing())
+    return False
+
+
 def in_forward_mode(torch: Any) -> bool:
     """Whether torch is inside `torch.autograd.forward_ad.dual_level()`."""
     return bool(torch.autograd.forward_ad._current_level >= 0)

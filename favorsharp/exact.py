@@ -63,11 +63,12 @@ def log_gaussian(x: Array, y: Array, scale: float) -> Array:
     return logs - namespace_of(logs).where(above > 0, above, 0.0)
 
 
-def gaussian_rows(x: Array, y: Array, scale: float) -> Callable[[int, int], Array]:
+def gaussian_rows(x: Array, y: Array, scale: float, *, waits: bool = True) -> Callable[[int, int], Array]:
     """A function that computes rows start to stop of the log kernel; rounding may leave entries slightly above 0.
 
     Products x.y are fast, but cancel against |x|^2 and |y|^2. They are used in the first dtype in which the rounding
-    error is at most `_ROUNDING`. If there is no such dtype, coordinates are subtracted before they are squared.
+    error is at most `_ROUNDING`. If there is no such dtype, coordinates are subtracted before they are squared. If the
+    numbers are traced, or the host must not wait to learn them (`waits`), products are computed in the widest dtype.
     """
     xp = namespace_of(x, y)
     given, wide = compute_dtype(xp, x, y), statistics_dtype(x)
@@ -75,7 +76,8 @@ def gaussian_rows(x: Array, y: Array, scale: float) -> Callable[[int, int], Arra
     finite_x, finite_y = (xp.all(xp.isfinite(z), axis=-1, keepdims=True) for z in (x, y))
     centre = 0.0 if y.shape[-2] == 0 else xp.mean(xp.where(finite_y, y, 0.0), axis=-2, keepdims=True)
     near_x, near_y = x - centre, y - centre  # distances do not change
-    if is_traced(x) or is_traced(y):  # the numbers cannot be read
+    unknown = is_traced(x) or is_traced(y) or not waits
+    if unknown:
         serving = [] if wide == given else [wide]
     else:
         reach = scale * max(_half_square(near_x), _half_square(near_y))
@@ -86,7 +88,7 @@ def gaussian_rows(x: Array, y: Array, scale: float) -> Callable[[int, int], Arra
         logs = partial(_products, queries, xp.matrix_transpose(keys))
     else:
         logs = partial(_differences, x, y, scale)
-    if serving and not is_traced(x):  # a finite reach means finite points
+    if serving and not unknown:  # a finite reach means finite points
         return logs
     return lambda a, b: xp.where(finite_x[..., a:b, :] & xp.matrix_transpose(finite_y), logs(a, b), xp.nan)
 

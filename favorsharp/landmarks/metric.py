@@ -8,7 +8,7 @@ centred keys y, y' is
     exp( s + s' - |u - u'|^2 / 2 ),    u = L'y,    M = L L',    s = mu_t.y + |u|^2.
 """
 
-from favorsharp._arrays import broadcast_shapes, namespace_of, on_device_of
+from favorsharp._arrays import broadcast_shapes, cholesky, namespace_of, on_device_of, solve
 from favorsharp._autodiff import without_gradient
 from favorsharp._typing import DType
 from favorsharp.landmarks.settings import Landmarks
@@ -40,13 +40,13 @@ def metric_of(moments: Moments, settings: Landmarks, ridge: float, dtype: DType)
     eye = xp.broadcast_to(xp.eye(size, dtype=cov_x.dtype, **on_device_of(cov_x)), (*batch, size, size))
     if settings.kernel == "gaussian":  # keys weigh exp(-|y|^2 / 2): their covariance is (S_y^-1 + I)^-1
         mean = mean - center
-        cov_y = xp.linalg.solve(eye + cov_y, xp.broadcast_to(cov_y, eye.shape))
+        cov_y = solve(eye + cov_y, xp.broadcast_to(cov_y, eye.shape))
     relative = max(ridge, 8 * size * float(xp.finfo(cov_x.dtype).eps))
     trace = xp.sum(xp.linalg.diagonal(cov_x), axis=-1)[..., None, None]
     tiny = max(_TINY, float(xp.finfo(cov_x.dtype).smallest_normal))
-    a = xp.linalg.cholesky(cov_x + (relative / size * trace + tiny) * eye)
+    a = cholesky(cov_x + (relative / size * trace + tiny) * eye)
     at = xp.matrix_transpose(a)
-    inner = xp.linalg.cholesky(eye + settings.tilt * (at @ cov_y @ a))
-    lift = xp.matrix_transpose(xp.linalg.solve(inner, at))  # L L' = A (I + t A' S_y A)^-1 A'
+    inner = cholesky(eye + settings.tilt * (at @ cov_y @ a))
+    lift = xp.matrix_transpose(solve(inner, at, lower=True))  # L L' = A (I + t A' S_y A)^-1 A'
     direction = mean - settings.tilt * (mean @ cov_y @ lift @ xp.matrix_transpose(lift))  # M S_x^-1 = I - t M S_y
     return Metric(*(xp.astype(x, dtype) for x in (center, lift, direction)))

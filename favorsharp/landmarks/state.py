@@ -15,6 +15,7 @@ from favorsharp._arrays import (
     cast,
     compute_dtype,
     dtype_name,
+    is_on_gpu,
     namespace_of,
     on_device_of,
     result_dtype,
@@ -250,7 +251,7 @@ def read_landmarks(
         return out
     dtype = log_weight.dtype
     keys = hide(cast(keys, dtype), log_weight != -namespace_of(keys).inf)
-    logs = gaussian_rows(cast(q, dtype), keys, scale)
+    logs = gaussian_rows(cast(q, dtype), keys, scale, waits=not is_on_gpu(q))
     batch = broadcast_shapes(q.shape[:-2], keys.shape[:-2], log_weight.shape[:-1], values.shape[:-2])
     shape = (*batch, q.shape[-2])
     return read_rows(lambda start, stop: cast(logs(start, stop), dtype), shape, log_weight, values, causal_from)

@@ -9,11 +9,21 @@ candidate. See docs: design, seeds need one random number for each candidate.
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
-from favorsharp._arrays import broadcast_shapes, cast, from_host, namespace_of, on_device_of, statistics_dtype
-from favorsharp._autodiff import is_compiling
-from favorsharp._typing import Array
+from favorsharp._arrays import (
+    broadcast_shapes,
+    cast,
+    from_host,
+    is_on_gpu,
+    namespace_of,
+    on_device_of,
+    statistics_dtype,
+    stream_label,
+)
+from favorsharp._autodiff import is_capturing, is_compiling, is_traced
+from favorsharp._typing import Array, DType
 from favorsharp.ops.landmark_metric import Metric, centred
 from favorsharp.ops.state import hide, tiles_of
 
@@ -21,13 +31,44 @@ CANDIDATES = 4
 """Candidates for each landmark."""
 
 
+KEPT = 4096
+"""Arrays of random numbers that stay on GPUs: three for each choice, some kilobytes each."""
+
+_of_graphs: dict[int, Array] = {}
+"""Those that CUDA graphs read. They stay for ever, because nothing tells when a graph is deleted."""
+
+
 @dataclass(frozen=True, eq=False)
 class Noise:
-    """The random numbers of one choice, in NumPy: a direction (d,); offsets and Gumbel noise of candidates, (P,)."""
+    """The random numbers of one choice, in NumPy: a direction (d,); offsets and Gumbel noise of candidates, (P,).
+
+    `drawn` holds the arguments that they were drawn with, if they are known.
+    """
 
     direction: Any
     offsets: Any
     gumbel: Any
+    drawn: tuple[int, int, int, int] | None = None
+
+    def beside(self, like: Array, name: str, dtype: DType, count: int) -> Array:
+        """The first numbers of an array, in the library and on the device of `like`.
+
+        Numbers for a GPU are copied there once, because the host waits for a copy, and no graph can capture one.
+        """
+        if self.drawn is None or not is_on_gpu(like) or is_traced(like):
+            return from_host(getattr(self, name)[:count], like, dtype=dtype)
+        place = on_device_of(like)["device"], stream_label(like)
+        kept: Array = _copied(self.drawn, name, namespace_of(like), dtype, count, place)
+        if is_capturing(like):
+            _of_graphs[id(kept)] = kept
+        return kept
+
+
+@lru_cache(maxsize=KEPT)
+def _copied(
+    drawn: tuple[int, int, int, int], name: str, xp: Any, dtype: DType, count: int, place: tuple[Any, int]
+) -> Array:
+    return xp.asarray(getattr(noise_of(*drawn), name)[:count], dtype=dtype, device=place[0])
 
 
 def noise_of(seed: int, event: int, num_landmarks: int, size: int) -> Noise:
@@ -36,11 +77,12 @@ def noise_of(seed: int, event: int, num_landmarks: int, size: int) -> Noise:
 
     slots = CANDIDATES * num_landmarks
     if is_compiling():
-        return Noise(*(np.asarray(numbers) for numbers in _drawn(seed, event, slots, size)))
-    return Noise(*_arrays_of(seed, event, slots, size))
+        direction, offsets, gumbel = (np.asarray(numbers) for numbers in _drawn(seed, event, slots, size))
+        return Noise(direction, offsets, gumbel)
+    return Noise(*_arrays_of(seed, event, slots, size), (seed, event, num_landmarks, size))
 
 
-def _arrays_of(seed: int, event: int, slots: int, size: int) -> tuple[Any, ...]:
+def _arrays_of(seed: int, event: int, slots: int, size: int) -> tuple[Any, Any, Any]:
     import numpy as np
 
     rng = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(event,)))
@@ -85,7 +127,7 @@ def choose_seeds(
     weight = xp.take_along_axis(xp.broadcast_to(log_weight, (*batch, k.shape[-2])), index, axis=-1)
     points, log_mass = centred(hide(points, filled), xp.where(filled, weight, 0.0), metric, kernel, scale)
     u, log_norm = metric.coordinates(points)
-    logs = 2 * (log_norm + log_mass)[..., 0] + from_host(noise.gumbel[:slots], u, dtype=u.dtype)
+    logs = 2 * (log_norm + log_mass)[..., 0] + noise.beside(u, "gumbel", u.dtype, slots)
     picks, used = draw_seeds(u, xp.where(filled, logs, -xp.inf), num_seeds=num_landmarks)
     return xp.take_along_axis(index, picks, axis=-1), used
 
@@ -98,8 +140,8 @@ def _candidates(y: Array, visible: Array, slots: int, noise: Noise) -> tuple[Arr
     """
     xp = namespace_of(y)
     wide = statistics_dtype(y)
-    direction = from_host(noise.direction, y, dtype=wide)
-    tiles = tiles_of(y.shape[-2], y.shape[-1], y.shape[:-2])
+    direction = noise.beside(y, "direction", wide, y.shape[-1])
+    tiles = tiles_of(y.shape[-2], y.shape[-1], y.shape[:-2], like=y)
     parts = [xp.sum(cast(y[..., a:b, :], wide) * direction, axis=-1) for a, b in tiles]  # equal keys have equal sums
     along = xp.where(visible, parts[0] if len(parts) == 1 else xp.concat(parts, axis=-1), xp.inf)
     order = xp.argsort(along, axis=-1, stable=True)
@@ -109,7 +151,7 @@ def _candidates(y: Array, visible: Array, slots: int, noise: Noise) -> tuple[Arr
     count = xp.sum(cast(first, wide), axis=-1, keepdims=True)
     different = xp.argsort(cast(~first, xp.int8), axis=-1, stable=True)
     slot = xp.arange(slots, dtype=wide, **on_device_of(y))
-    offset = from_host(noise.offsets[:slots], y, dtype=wide)  # has no effect if there is a slot for each key
+    offset = noise.beside(y, "offsets", wide, slots)  # has no effect if there is a slot for each key
     rank = xp.floor((slot + offset) * xp.maximum(count / slots, xp.ones_like(count)))
     filled = rank < count
     rank = cast(xp.minimum(rank, xp.zeros_like(rank) + (y.shape[-2] - 1)), order.dtype)

@@ -120,7 +120,7 @@ def lloyd_step(y: Array, log_mass: Array, visible: Array, points: Array, used: A
     m = points.shape[-2]
     batch = broadcast_shapes(points.shape[:-2], y.shape[:-2], log_mass.shape[:-2])
     total = None
-    for start, stop in tiles_of(y.shape[-2], m, batch):
+    for start, stop in tiles_of(y.shape[-2], m, batch, like=y):
         tile = y[..., start:stop, :]
         _, own = nearness(points, used, metric, tile)
         logs = metric.coordinates(tile)[1] + log_mass[..., start:stop, :]
@@ -173,7 +173,7 @@ def condense(
     k, v, log_weight = hide(k, visible), hide(cast(v, points.dtype), visible), xp.where(visible, log_weight, 0.0)
     batch = broadcast_shapes(points.shape[:-2], k.shape[:-2], v.shape[:-2], log_weight.shape[:-1])
     total = None
-    for start, stop in tiles_of(k.shape[-2], points.shape[-2], batch):
+    for start, stop in tiles_of(k.shape[-2], points.shape[-2], batch, like=k):
         y, mass = centred(k[..., start:stop, :], log_weight[..., start:stop], metric, kernel, scale)
         logs = weights_of(points, used, metric, y, mass, conserving=conserving)
         logs = xp.where(visible[..., start:stop, None], logs, -xp.inf)

@@ -14,7 +14,15 @@ from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
-from favorsharp._arrays import broadcast_shapes, cast, compute_dtype, namespace_of, on_device_of, under_own_settings
+from favorsharp._arrays import (
+    broadcast_shapes,
+    cast,
+    compute_dtype,
+    is_on_gpu,
+    namespace_of,
+    on_device_of,
+    under_own_settings,
+)
 from favorsharp._checks import check_broadcast, check_together
 from favorsharp._nonfinite import finite_or_nan, mix_visible
 from favorsharp._typing import Array, PositiveMap
@@ -23,6 +31,8 @@ from favorsharp.moments import combine
 
 TILE_ELEMENTS = 1 << 20
 """Number of log features held at once, over all heads: 4 MiB of float32."""
+ON_GPU = 16
+"""How many times more there are on a GPU, where launches cost more than memory."""
 PART = 512
 """Keys that are summed separately: a float32 sum over many more keys, one after the other, would lose digits."""
 
@@ -392,18 +402,24 @@ def num_leaving(length: int, window: int) -> int:
     return max(0, -(-length // window) - 2) * window
 
 
-def tiles_of(length: int, width: int, batch: tuple[int, ...]) -> Iterator[tuple[int, int]]:
-    """Bounds of the tiles in which points are processed; one empty tile if there are no points."""
+def tiles_of(
+    length: int, width: int, batch: tuple[int, ...], like: Array | None = None
+) -> Iterator[tuple[int, int]]:  # fmt: skip
+    """Bounds of the tiles in which points are processed; one empty tile if there are no points.
+
+    The tiles of an array `like` on a GPU are longer.
+    """
     if not isinstance(length, int):  # symbolic, of torch.export: the number of tiles is not known
         return iter(((0, length),))
-    step = tile_length(width, batch, 1 << 20)
+    factor = ON_GPU if like is not None and is_on_gpu(like) else 1
+    step = tile_length(width, batch, 1 << 20, factor)
     return ((start, min(start + step, length)) for start in range(0, length, step) or (0,))
 
 
-def tile_length(width: int, batch: tuple[int, ...], most: int) -> int:
-    """Points in a tile: a power of two from 16 to `most` that keeps a tile of this width near TILE_ELEMENTS."""
+def tile_length(width: int, batch: tuple[int, ...], most: int, factor: int = 1) -> int:
+    """Points in a tile: a power of two from 16 to `most` that keeps its entries near `factor` TILE_ELEMENTS."""
     entries = math.prod([size for size in batch if isinstance(size, int)])  # symbolic sizes are not known yet
-    points = TILE_ELEMENTS // max(1, width * entries)
+    points = factor * TILE_ELEMENTS // max(1, width * entries)
     return min(most, max(16, 1 << (points.bit_length() - 1 if points else 0)))
 
 

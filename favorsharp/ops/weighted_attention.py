@@ -55,7 +55,7 @@ def read_rows(
     bias, seen = xp.where(seen, log_weight, 0.0)[..., None, :], seen[..., None, :]
     order = xp.arange(held, **on_device_of(values))
     tiles = []
-    for start, stop in tiles_of(shape[-1], held, shape[:-1]):
+    for start, stop in tiles_of(shape[-1], held, shape[:-1], like=values):
         visible = seen
         if causal_from is not None:
             visible = seen & (order[None, :] <= causal_from + order[start:stop, None])
