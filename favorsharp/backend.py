@@ -42,7 +42,8 @@ from favorsharp.features.map_gradients import arrays_of, map_gradients, summed_t
 from favorsharp.landmarks.metric import STREAM_RIDGE
 from favorsharp.landmarks.state import LandmarkState, grown, segments_of
 from favorsharp.moments import Moments
-from favorsharp.ops.landmark_seeds import CANDIDATES, noise_of
+from favorsharp.ops.landmark_seeds import CANDIDATES, draw_seeds, noise_of
+from favorsharp.ops.landmarks import landmarks_drawn_by
 from favorsharp.ops.state import State, empty_state, has_low_parts, num_leaving, with_recent, with_sums
 
 __all__ = [
@@ -61,12 +62,14 @@ __all__ = [
     "cast",
     "check_unfollowed",
     "derived",
+    "draw_seeds",
     "dtype_name",
     "empty_state",
     "fold",
     "grown",
     "has_low_parts",
     "is_followed",
+    "landmarks_drawn_by",
     "library_of",
     "map_gradients",
     "named_dtype",

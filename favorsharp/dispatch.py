@@ -549,7 +549,8 @@ def _decide(request: Request) -> _Choice:
     choice = _choose(request, names)
     if choice.name is None:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in choice.reasons)
-        raise BackendUnavailable(f"{request.op} cannot run as {source} asks: {reasons}")
+        cure = "" if REFERENCE in names else "; accepted: 'reference' as well, for the ops that no named backend has"
+        raise BackendUnavailable(f"{request.op} cannot run as {source} asks: {reasons}{cure}")
     calls = _calls.get()
     if calls is not None:
         calls.append((request.op, choice.name))

@@ -4,8 +4,19 @@
 neither CuPy nor torch and compiles nothing: a kernel is compiled when it is first launched on a device.
 """
 
-from favorsharp.backend import FLOATS, Backend, bundled_kernels
+from favorsharp.backend import FLOATS, Backend, Kernel, bundled_kernels
+
+_CHOICE = Kernel(
+    op="choose_landmarks",
+    target="favorsharp_cuda.landmarks:choose_landmarks",
+    libraries=frozenset({"cupy", "torch"}),
+    devices=frozenset({"cuda"}),
+    dtypes=frozenset(FLOATS),
+    differentiable=True,  # all but the seeds, which are constants, is computed by functions of the array library
+)
 
 BACKEND = Backend(
-    "cuda", requires=("cupy",), kernels=bundled_kernels("favorsharp_cuda", "cupy", "cuda", FLOATS, traceable=True)
+    "cuda",
+    requires=("cupy",),
+    kernels=(*bundled_kernels("favorsharp_cuda", "cupy", "cuda", FLOATS, traceable=True), _CHOICE),
 )

@@ -8,6 +8,7 @@ projection on a random direction. The sort also puts equal keys next to each oth
 candidate. See docs: design, seeds need one random number for each candidate.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -99,7 +100,15 @@ _drawn._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def choose_seeds(
-    k: Array, log_weight: Array, metric: Metric, num_landmarks: int, noise: Noise, *, kernel: str, scale: float
+    k: Array,
+    log_weight: Array,
+    metric: Metric,
+    num_landmarks: int,
+    noise: Noise,
+    *,
+    kernel: str,
+    scale: float,
+    draw: "Draw | None" = None,
 ) -> tuple[Array, Array]:
     """Positions of the seeds among the keys, and whether each is used, both (*b, m).
 
@@ -116,6 +125,8 @@ def choose_seeds(
     noise : Noise
     kernel : {"softmax", "gaussian"}
     scale : float
+    draw : callable, optional
+        What does the work of `draw_seeds`, which stands for None.
     """
     xp = namespace_of(k)
     visible = log_weight != -xp.inf
@@ -128,7 +139,7 @@ def choose_seeds(
     points, log_mass = centred(hide(points, filled), xp.where(filled, weight, 0.0), metric, kernel, scale)
     u, log_norm = metric.coordinates(points)
     logs = 2 * (log_norm + log_mass)[..., 0] + noise.beside(u, "gumbel", u.dtype, slots)
-    picks, used = draw_seeds(u, xp.where(filled, logs, -xp.inf), num_seeds=num_landmarks)
+    picks, used = (draw or draw_seeds)(u, xp.where(filled, logs, -xp.inf), num_seeds=num_landmarks)
     return xp.take_along_axis(index, picks, axis=-1), used
 
 
@@ -156,6 +167,10 @@ def _candidates(y: Array, visible: Array, slots: int, noise: Noise) -> tuple[Arr
     filled = rank < count
     rank = cast(xp.minimum(rank, xp.zeros_like(rank) + (y.shape[-2] - 1)), order.dtype)
     return xp.take_along_axis(order, xp.take_along_axis(different, rank, axis=-1), axis=-1), filled
+
+
+Draw = Callable[..., tuple[Array, Array]]
+"""A function like `draw_seeds`."""
 
 
 def draw_seeds(points: Array, logs: Array, *, num_seeds: int) -> tuple[Array, Array]:

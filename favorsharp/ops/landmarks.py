@@ -9,7 +9,7 @@ from favorsharp._autodiff import without_gradient
 from favorsharp._typing import Array
 from favorsharp.dispatch import Op
 from favorsharp.ops.landmark_metric import Metric, centred, uncentred
-from favorsharp.ops.landmark_seeds import choose_seeds, noise_of
+from favorsharp.ops.landmark_seeds import Draw, choose_seeds, noise_of
 from favorsharp.ops.state import Partial, finish, hide, merge, tiles_of
 
 
@@ -98,10 +98,28 @@ def choose_landmarks(
     used : array of bool, shape (*b, 1, m)
         False where no key was left to draw: no key belongs to such a landmark.
     """
+    numbers = {"num_landmarks": num_landmarks, "steps": steps, "seed": seed, "event": event}
+    return landmarks_drawn_by(None, k, log_weight, metric, kernel=kernel, scale=scale, **numbers)
+
+
+def landmarks_drawn_by(
+    draw: Draw | None,
+    k: Array,
+    log_weight: Array,
+    metric: Metric,
+    *,
+    num_landmarks: int,
+    steps: int,
+    kernel: str,
+    scale: float,
+    seed: int,
+    event: int,
+) -> tuple[Array, Array]:
+    """`choose_landmarks` with a function that draws the seeds, for backends that have one."""
     xp = namespace_of(k)
     noise = noise_of(seed, event, num_landmarks, k.shape[-1])
     fixed = without_gradient(k), without_gradient(log_weight)
-    index, needed = choose_seeds(*fixed, metric, num_landmarks, noise, kernel=kernel, scale=scale)
+    index, needed = choose_seeds(*fixed, metric, num_landmarks, noise, kernel=kernel, scale=scale, draw=draw)
     keys = xp.take_along_axis(xp.broadcast_to(k, (*index.shape[:-1], *k.shape[-2:])), index[..., None], axis=-2)
     points, used = centred(hide(keys, needed), None, metric, kernel, scale)[0], needed[..., None, :]
     if steps == 0:

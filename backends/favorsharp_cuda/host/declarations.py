@@ -17,6 +17,9 @@ TILE, THREADS = 64, 128
 PLAIN_THREADS, DECODE_THREADS = 128, 256
 """Threads of a block of the plain kernels, and of the kernel of single tokens."""
 
+SEED_THREADS = 512
+"""Threads of the block that draws the seeds of a head's landmarks."""
+
 GRADIENT_THREADS, GRADIENT_ROWS = 128, 32
 """Threads of a block of the backward kernels, and the points that it processes at once."""
 
@@ -29,6 +32,7 @@ _SIZES = {
     "THREADS": THREADS,
     "PLAIN_THREADS": PLAIN_THREADS,
     "DECODE_THREADS": DECODE_THREADS,
+    "SEED_THREADS": SEED_THREADS,
     "GRADIENT_THREADS": GRADIENT_THREADS,
     "GRADIENT_ROWS": GRADIENT_ROWS,
     "PART": PART,

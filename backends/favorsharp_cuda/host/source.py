@@ -11,7 +11,7 @@ from favorsharp_cuda.host.declarations import prelude
 
 FILES = (
     *("primitives.cuh", "arguments.cuh", "tiles.cuh", "plain.cu", "exponential_features.cu"),
-    *("state.cu", "decode.cu", "attention.cu", "walk.cuh", "causal_attention.cu"),
+    *("state.cu", "decode.cu", "attention.cu", "walk.cuh", "causal_attention.cu", "seeds.cu"),
 )
 """The forward kernels, in the order in which the files are joined."""
 
@@ -123,6 +123,7 @@ INSTANTIATIONS = (
     *(expression(kernel, dtype, e) for kernel in ("absorb", "read") for dtype in TILE_TYPES for e in VALUE_SIZES),
     *(expression("walk", dtype, e) for dtype in TILE_TYPES for e in WALKED_SIZES),
     expression("scan"),
+    *(expression("draw_seeds", dtype) for dtype in ("float32", "float64")),
     *_gradients(),
 )
 """All instances that `launch.run` accepts. The tests run each of them, compile each with NVRTC, and compare its use of

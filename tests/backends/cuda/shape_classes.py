@@ -22,6 +22,7 @@ from on_host import guarded, installed
 import favorsharp as fs
 from favorsharp._values import map_arrays
 from favorsharp.dispatch import OPS
+from favorsharp.ops.landmark_metric import Metric
 from favorsharp_cuda.host import launch
 
 WIDER = {"float16": "float32", "bfloat16": "float32", "float32": "float32", "float64": "float64"}
@@ -134,6 +135,7 @@ CALLS: dict[str, Callable[[Any], tuple[str, tuple[Any, ...], dict[str, Any]]]] =
         "decode_step", (*p.token, p.state(20), p.map), {"key_mask": p.token_mask},
     ),
     "matvec": lambda p: ("kernel_matvec", (p.q, p.k, p.v, p.map), {}),
+    "landmarks": lambda p: ("choose_landmarks", p.landmarks, p.landmark_options),
 }  # fmt: skip
 """Op, arguments and options of each call."""
 
@@ -204,6 +206,21 @@ class Problem:
     def point(self, x: Any) -> Any:
         """Of a norm that keeps the logarithms of features below ten, rounded to the dtype."""
         return (x / self.shape.d**0.5).astype(self.shape.dtype)
+
+    @property
+    def landmarks(self) -> tuple[Any, Any, Metric]:
+        """Keys of which some are hidden, their log weights, and a metric."""
+        rng = np.random.default_rng(13)
+        k = np.round(16 * rng.standard_normal((*self.k.shape[:-2], 90, self.shape.d))) / 16
+        weight = np.where(rng.random(k.shape[:-1]) < 0.8, 0.0, -np.inf).astype(self.map_dtype)
+        lift = np.round(64 * rng.standard_normal((self.shape.d, self.shape.d))) / 64
+        parts = np.full((1, self.shape.d), 0.25), lift / self.shape.d**0.5, np.zeros((1, self.shape.d))
+        return guarded(k.astype(self.q.dtype)), weight, Metric(*(x.astype(self.map_dtype) for x in parts))
+
+    @property
+    def landmark_options(self) -> dict[str, Any]:
+        """Of a choice with one Lloyd step."""
+        return {"num_landmarks": 9, "steps": 1, "kernel": "softmax", "scale": 0.5, "seed": 3, "event": 0}
 
     def of_sums(self, state: Any) -> list[np.ndarray]:
         """Gradients of the sums of a state."""

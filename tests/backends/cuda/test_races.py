@@ -20,7 +20,15 @@ RANDOM = ["random", "random", 3]
 CALLS = (
     *("features", "features vjp", "attention, masked", "attention, window 16", "causal, masked"),
     *("causal, window 64, masked", "causal, from a state, window 16", "update, window 16", "read, window 16"),
-    *("decode, masked", "decode, window 16", "decode, window 20, masked", "matvec", "vjp, masked", "vjp, window 16"),
+    *(
+        "decode, masked",
+        "decode, window 16",
+        "decode, window 20, masked",
+        "matvec",
+        "landmarks",
+        "vjp, masked",
+        "vjp, window 16",
+    ),
     *("vjp of the map, causal", "vjp, causal, window 16", "update vjp, masked", "read vjp, window 16"),
 )
 
