@@ -6,6 +6,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated, Any
@@ -21,6 +22,11 @@ from favorsharp._values import astype, map_arrays
 
 ROOT = Path(__file__).parents[1]
 OURS = "favorsharp"
+LANDMARKS = f"{OURS}, landmarks"
+"""It approximates exact attention, by as many landmarks as there are features, so it is not compared with others."""
+ROOM = 1024
+"""Keys that a causal call compresses at once: each compression is some hundred launches, whatever it compresses."""
+
 GOAL = 0.6
 """The part of the floor's speed that is the goal on an H100."""
 
@@ -161,10 +167,16 @@ def forward_peers(case: Case, device: str, feature_map: Any) -> dict[str, Callab
         "exact, flash": lambda q, k, v: exact_flash(q, k, v, case.is_causal),
         "flash-linear-attention with features": lambda q, k, v: fla(q, k, v, rows, root, case.is_causal),
     }
+    found[LANDMARKS] = partial(with_landmarks, fs.landmarks(case.m, room=ROOM), case.is_causal)
     if not case.backward:
         found["cupy, features in memory, float32"] = lambda q, k, v: cupy_attention(q, k, v, rows, root, case)
         found["flash-linear-attention, features given"] = FlaOnFeatures(rows, root, case.is_causal)
     return found
+
+
+def with_landmarks(settings: Any, is_causal: bool, q: Any, k: Any, v: Any) -> Any:
+    """Attention through landmarks that the call chooses."""
+    return fs.linear_attention(q, k, v, settings, is_causal=is_causal)
 
 
 def token_peers(case: Token, device: str, feature_map: Any) -> tuple[Any, dict[str, Callable[..., Any]]]:
@@ -180,9 +192,12 @@ def token_peers(case: Token, device: str, feature_map: Any) -> tuple[Any, dict[s
     rows = feature_map.rows
     features = _features(far[0].float(), rows, root)
     sums = features.mT @ far[1].float(), features.sum(-2, keepdim=True)
+    lm = fs.landmarks(case.m, room=ROOM)
+    held = fs.update(fs.init_state(lm, case.d, like=k, window=case.window), k, v, lm)
     step, given = (torch_window_step, (*sums, *near)) if case.window else (peers.torch_step, sums)
     return state, {
         OURS: lambda q, k, v: fs.decode_step(q, k, v, state, feature_map)[0],
+        LANDMARKS: lambda q, k, v: fs.decode_step(q, k, v, held, lm)[0],
         "torch": lambda q, k, v: step(q.float(), k.float(), v.float(), rows, *given, root)[0],
         "torch.compile": lambda q, k, v: peers.compiled(step)(q.float(), k.float(), v.float(), rows, *given, root)[0],
     }
@@ -304,7 +319,7 @@ def seconds_on_cpu(run: Callable[[], Any], rounds: int = 3) -> float:
 
 
 def measure(case: Case | Token, device: str = "cuda") -> Row:
-    """Time every peer whose result is right; for exact attention it is only checked that it runs."""
+    """Time every peer whose result is right; for exact attention and landmarks it is only checked that they run."""
     q, k, v, feature_map = problem(case, device)
     clock = seconds_on_gpu if device == "cuda" else seconds_on_cpu
     row = Row(case)
@@ -323,12 +338,12 @@ def measure(case: Case | Token, device: str = "cuda") -> Row:
     if case.backward:
         runs = {name: with_backward(function) for name, function in runs.items()}
     elif device == "cuda":
-        runs[f"{OURS}, CUDA graph"] = _Graph(runs[OURS])
+        runs |= {f"{name}, CUDA graph": _Graph(runs[name]) for name in (OURS, LANDMARKS)}
     for name, function in runs.items():
         try:
             with contextlib.nullcontext() if case.backward else torch.no_grad():
                 got = function(q, k, v)
-                if want is not None and not name.startswith("exact"):
+                if want is not None and not name.startswith(("exact", LANDMARKS)):
                     error = float((got.double() - want).abs().max() / want.abs().max())
                     if not error <= TOLERANCES[case.dtype]:
                         raise ArithmeticError(f"relative error {error:.1g}")
@@ -396,6 +411,8 @@ def page(rows: list[Row], day: datetime.date, where: str) -> str:
         f"The floor is the slowest of bytes at {BYTES_A_SECOND / 1e12:.1f} TB/s, products at",
         f"{FLOPS_A_SECOND / 1e12:.0f} TFLOP/s (three of bfloat16 for one of float32) and exponentials, all of an H100,",
         f"with nothing lost in between (benchmarks/gpu_floors.py). The goal is {GOAL:.0%} of its speed.",
+        "Landmarks are as many as features. Each call chooses its own; a causal call compresses",
+        f"{ROOM} keys at a time. They approximate exact attention, so they are not compared, and have no floor here.",
         f"Products of a token are of float32, at {PLAIN_FLOPS_A_SECOND / 1e12:.0f} TFLOP/s. No floor has the time of a",
         "launch: few heads of a token do not come near theirs.",
         "",

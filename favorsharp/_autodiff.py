@@ -1,5 +1,6 @@
 """What array libraries record, differentiate and trace, and whether kernels may run beside it."""
 
+import math
 import sys
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -118,10 +119,14 @@ def has_fused_attention(*arrays: Array) -> bool:
     return not differentiated and not any(is_followed(x) for x in arrays)
 
 
-def fused_attention(q: Array, k: Array, v: Array, bias: Array, scale: float) -> Array:
-    """Softmax attention with the bias (*b, n, s), by the kernel that torch chooses for the device."""
+def fused_attention(q: Array, k: Array, v: Array, scale: float) -> Array:
+    """Softmax attention by the kernel that torch chooses for the device; fast ones take four axes only."""
     attend = sys.modules["torch"].nn.functional.scaled_dot_product_attention
-    return attend(q, k, v, attn_mask=bias, scale=scale)
+    batch = q.shape[:-2]
+    if len(batch) != 2:
+        q, k, v = (x.reshape(1, math.prod(batch), *x.shape[-2:]) for x in (q, k, v))
+    out = attend(q, k, v, scale=scale)
+    return out.reshape(*batch, *out.shape[-2:])
 
 
 def mode_of_library() -> Any:

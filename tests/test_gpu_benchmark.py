@@ -67,9 +67,9 @@ def test_every_case_is_measured_and_the_page_says_it(gpu):
     assert text.startswith("---\norphan: true\n---\n\n# GPU benchmarks, 2026-01-02\n\nMeasured on a test.")
     for row in rows:
         if isinstance(row.case, gpu.Token):
-            assert set(row.seconds) == {gpu.OURS, "torch", "torch.compile"}, row.left_out
+            assert set(row.seconds) == {gpu.OURS, gpu.LANDMARKS, "torch", "torch.compile"}, row.left_out
         else:
-            assert {gpu.OURS, "torch, features in memory", "exact, torch's choice"} <= set(row.seconds)
+            assert {gpu.OURS, gpu.LANDMARKS, "torch, features in memory", "exact, torch's choice"} <= set(row.seconds)
         assert f"| {row.case} | " in text
         assert f"**{row.case}**" in text
     wrong = gpu.measure(gpu.QUICK[0], device="cpu")

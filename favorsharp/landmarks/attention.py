@@ -8,6 +8,7 @@ from favorsharp._heads import add_mask_axis
 from favorsharp._typing import Array
 from favorsharp.dispatch import Op
 from favorsharp.landmarks.chosen import LandmarkMap
+from favorsharp.landmarks.fused_reading import read_fused
 from favorsharp.landmarks.settings import Landmarks
 from favorsharp.landmarks.state import (
     LandmarkState,
@@ -17,7 +18,6 @@ from favorsharp.landmarks.state import (
     landmark_map,
     log_weights,
     moments_of,
-    read_fused,
     read_landmarks,
     reduced,
     segments_of,

@@ -21,7 +21,7 @@ from favorsharp._arrays import (
     result_dtype,
     under_own_settings,
 )
-from favorsharp._autodiff import fused_attention, without_gradient
+from favorsharp._autodiff import without_gradient
 from favorsharp._checks import check_broadcast, check_together
 from favorsharp._heads import add_mask_axis
 from favorsharp._typing import Array, DType
@@ -360,30 +360,6 @@ def _mass_and_moments(x: Array, weight: Array | None) -> tuple[Array, Moments]:
 def entered(state: LandmarkState, segment: Segment) -> LandmarkState:
     """The state, compressed if that is due before a segment enters."""
     return compressed(state, state.window, event=segment.seen) if segment.due else state
-
-
-def read_fused(
-    q: Array, keys: Array, log_weight: Array, values: Array, settings: Landmarks, *, grouped: bool = False
-) -> Array:
-    """As `read_landmarks` for the softmax kernel, by torch's own attention, where each query sees all keys.
-
-    Grouped queries have one more axis than keys, before the last two.
-    """
-    xp = namespace_of(q, keys, values)
-    dtype, scale = log_weight.dtype, settings.scale_of(q.shape[-1])
-    seen = log_weight != -xp.inf
-    some = xp.any(seen, axis=-1)[..., None, None]
-    keys, values = hide(cast(keys, dtype), seen), hide(cast(values, dtype), seen)
-    bias = xp.where(seen[..., None, :], log_weight[..., None, :], xp.where(some, -xp.inf, 0.0))
-    group = q.shape[-3] if grouped else 1
-    x = cast(q, dtype)
-    x = xp.reshape(x, (*x.shape[:-3], group * x.shape[-2], x.shape[-1])) if grouped else x
-    arrays = (x, keys, values, bias)
-    batch = broadcast_shapes(*(array.shape[:-2] for array in arrays))
-    x, keys, values, bias = (xp.broadcast_to(array, (*batch, *array.shape[-2:])) for array in arrays)
-    out = fused_attention(x, keys, values, bias, scale)
-    out = xp.where(some, cast(out, dtype), 0.0)
-    return xp.reshape(out, (*batch, group, q.shape[-2], values.shape[-1])) if grouped else out
 
 
 @combine.register

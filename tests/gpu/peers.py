@@ -66,7 +66,7 @@ def runs(case: Case | Token) -> tuple[Any, dict[str, Callable[..., Any]], Any]:
 def names(case: Case | Token) -> list[str]:
     """The peers of a case, without any work."""
     if isinstance(case, Token):
-        return [gpu.OURS, "torch", "torch.compile"]
+        return [gpu.OURS, gpu.LANDMARKS, "torch", "torch.compile"]
     found = gpu.forward_peers(case, "cpu", SimpleNamespace(rows=torch.zeros(1, 1)))
     return [name for name in found if not name.startswith("flash-linear-attention")]
 
@@ -80,7 +80,11 @@ def measure(case: Case | Token, name: str, ends: float) -> None:
         given, functions, ours = runs(case)
         got = functions[name](*given)
         largest = ours.float().abs().max()
-        apart = None if name.startswith("exact") else float((got.float() - ours.float()).abs().max() / largest)
+        apart = (
+            None
+            if name.startswith(("exact", gpu.LANDMARKS))
+            else float((got.float() - ours.float()).abs().max() / largest)
+        )
         seconds = clock(lambda: functions[name](*given))
     record("peer", case=str(case), name=name, seconds=seconds, tokens=case.tokens, apart=apart)
 

@@ -7,6 +7,8 @@ from problems import attention_problem
 
 import favorsharp as fs
 from favorsharp._autodiff import has_fused_attention
+from favorsharp.landmarks.fused_reading import read_fused
+from favorsharp.landmarks.state import read_landmarks
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -51,3 +53,21 @@ def test_torch_s_own_attention_reads_what_no_derivative_follows(monkeypatch):
         assert has_fused_attention(elsewhere, trained)
         with torch.autograd.forward_ad.dual_level():
             assert not has_fused_attention(elsewhere, elsewhere)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_log_weights_are_not_rounded_to_16_bits(dtype):
+    """Keys that weigh nearly alike to bfloat16, which rounds 9.99 to 10: the bias is a sum of two numbers."""
+    torch = pytest.importorskip("torch")
+    numbers = torch.Generator().manual_seed(0)
+    q, keys, values = (torch.randn(shape, generator=numbers) for shape in ((2, 3, 20, 6), (2, 3, 9, 6), (2, 3, 9, 11)))
+    q, keys, values = (x.to(getattr(torch, dtype)) for x in (q, keys, values))
+    weight = 10 + 0.03 * torch.randn(2, 3, 9, generator=numbers)
+    weight[..., 4] = -torch.inf
+    lm = fs.landmarks(9)
+    want = read_landmarks(q.double(), keys.double(), weight.double(), values.double(), lm)
+    got = read_fused(q, keys.float(), weight, values.float(), lm)
+    error = (got - want).norm() / want.norm()
+    rounded = read_landmarks(q.double(), keys.double(), weight.to(q.dtype).double(), values.double(), lm)
+    assert error < (4e-4 if dtype == "float16" else 3e-3)
+    assert dtype == "float16" or error < (rounded - want).norm() / want.norm() / 2
