@@ -39,6 +39,7 @@ from favorsharp._derived import derived
 from favorsharp.dispatch import Backend, Kernel
 from favorsharp.features.folding import FoldedSide, fold
 from favorsharp.features.map_gradients import arrays_of, map_gradients, summed_to
+from favorsharp.landmarks.attention import landmark_stream
 from favorsharp.landmarks.metric import STREAM_RIDGE
 from favorsharp.landmarks.state import LandmarkState, grown, segments_of
 from favorsharp.moments import Moments
@@ -69,6 +70,7 @@ __all__ = [
     "grown",
     "has_low_parts",
     "is_followed",
+    "landmark_stream",
     "landmarks_drawn_by",
     "library_of",
     "map_gradients",

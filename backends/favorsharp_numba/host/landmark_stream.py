@@ -7,7 +7,15 @@ from typing import Any
 
 import numpy as np
 
-from favorsharp.backend import CANDIDATES, STREAM_RIDGE, LandmarkState, Moments, noise_of, segments_of
+from favorsharp.backend import (
+    CANDIDATES,
+    STREAM_RIDGE,
+    LandmarkState,
+    Moments,
+    landmark_stream,
+    noise_of,
+    segments_of,
+)
 from favorsharp_numba.host.arguments import Held, broadcast, empty, host, name_of, numpy_or_torch, promoted, widened
 from favorsharp_numba.host.landmarks import places_of
 from favorsharp_numba.host.reading import reading_constants, reading_places
@@ -16,6 +24,9 @@ from favorsharp_numba.kernels.landmark_stream import Stream, Values, stream
 from favorsharp_numba.kernels.workspace import items_of
 from favorsharp_numba.vectors.compiling import TAGS
 from favorsharp_numba.vectors.emitter import BYTES
+
+MOST_KEYS = 1024
+"""The largest number of keys that the kernel compresses at once, because it holds the distance of each to each."""
 
 
 class StreamProblem:
@@ -36,15 +47,23 @@ class StreamProblem:
         self.dtype = name_of(state.log_weight)
         self.lanes = BYTES // np.dtype(self.dtype).itemsize
         self.segments = list(segments_of(state, self.n))
+        self.most = max((x.before - state.window for x in self.segments if x.due), default=1)
         last = self.segments[-1]
         self.kept = last.held + last.stop - last.start
         self.s = self._sizes(math.prod(group))
 
     def run(self) -> tuple[Any, LandmarkState]:
-        """The result, and the state after the call."""
+        """The result, and the state after the call.
+
+        If more keys are compressed at once than the kernel can, the reference runs, by the kernels of its steps.
+        """
+        if self.most > MOST_KEYS:
+            options: dict[str, Any] = {"key_mask": self.mask, "grouped": self.queries != self.batch}
+            found: tuple[Any, LandmarkState] = landmark_stream.reference(self.q, self.k, self.v, self.state, **options)
+            return found
         s, state, place = self.s, self.state, (held := Held()).place
         settings = state.settings
-        x = Values(settings.scale_of(s.d), settings.tilt, self._ridge(), 16 * float(np.finfo(np.float64).eps))
+        x = Values(settings.scale_of(s.d), settings.tilt, self._ridge(), 64 * float(np.finfo(self.dtype).eps))
         side = place(reading_constants(s.d_pad, s.e_pad, x.scale, self.dtype))
         moments = self._moments()
         out = empty(state.keys, (*self.queries, self.n, s.e), self.dtype)
@@ -68,9 +87,8 @@ class StreamProblem:
         state = self.state
         d, e, m = state.keys.shape[-1], state.v_size, state.settings.num_landmarks
         d_pad, m_pad, e_pad = (self._padded(x) for x in (d, m, e))
-        most = max((x.before - state.window for x in self.segments if x.due), default=1)
         longest = max(1, *(max(x.before, x.held + x.stop - x.start) for x in self.segments))
-        slots, wide = min(CANDIDATES * m, most), 8 // np.dtype(self.dtype).itemsize
+        slots, wide = min(CANDIDATES * m, self.most), 8 // np.dtype(self.dtype).itemsize
         d_wide = self.lanes // wide * -(-d_pad * wide // self.lanes)
         center, direction, lift, _, zeros, total = places_of(self.lanes, d, d_pad, e_pad)
         read_places = reading_places(self.lanes, d_pad, e_pad)

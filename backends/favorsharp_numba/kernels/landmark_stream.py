@@ -67,7 +67,7 @@ class Stream(NamedTuple):
 
 
 class Values(NamedTuple):
-    """Numbers of a call: the scale of the kernel, tilt and ridge of the metric, and the `grain` of `draw`."""
+    """Numbers of a call: the scale of the kernel, tilt and ridge of the metric, and the `grain` of `compress_keys`."""
 
     scale: float
     tilt: float

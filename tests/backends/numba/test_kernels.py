@@ -303,6 +303,31 @@ def test_a_stream_of_repeated_keys_takes_the_candidates_of_the_reference():
     np.testing.assert_allclose(got, want, rtol=1e-8, atol=1e-10)
 
 
+def test_streams_compress_more_keys_than_their_kernel_holds_distances_of():
+    """From 1,025 keys on the steps run one by one; a call with and one without such a compression are one stream."""
+    q, k, v = attention_problem(24, (2,), n=1400)
+    lm, mask = fs.landmarks(4, room=1030), key_mask(5, (2, 1400), "holes")
+    got, want = both(q, k, v, lm, is_causal=True, key_mask=mask)
+    np.testing.assert_allclose(got, want, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("steps", [0, 1, 3])
+@pytest.mark.parametrize("n", [63, 64, 130, 330])
+def test_streams_are_those_of_the_reference(n, steps):
+    """Tiles of keys that end in the middle, landmarks without keys, weights far apart, in both dtypes."""
+    q, k, v = attention_problem(25, (2,), n=n)
+    k[0, 20:50] *= 1e-3
+    for m, window in ((1, 0), (7, 0), (20, 5), (64, 16)):
+        lm = fs.landmarks(m, steps=steps)
+        for scale in (1.0, 6.0):
+            got, want = both(scale * q, scale * k, v, lm, is_causal=True, window=window)
+            np.testing.assert_allclose(got, want, rtol=1e-8, atol=1e-10)
+        with fs.use("numba"):
+            single = fs.linear_attention(*(x.astype(np.float32) for x in (q, k, v)), lm, is_causal=True, window=window)
+            double = fs.linear_attention(q, k, v, lm, is_causal=True, window=window)
+        assert np.linalg.norm(single - double) < 0.05 * np.linalg.norm(double)
+
+
 def test_only_queries_that_see_a_key_that_is_not_finite_lose_their_result():
     q, k, v = attention_problem(22, n=500)
     k[250, 0] = np.nan
