@@ -176,8 +176,8 @@ def fit_map(
         As in `moments`.
     rng : None, int, SeedSequence or numpy Generator
         As in `feature_map`. For prototypes it chooses 1,024 of the queries, if there are more, and the starting points;
-        for Nystrom maps 512 of the queries and as many keys, or with 512 or more features as many of each as there are
-        features, and the centres among these.
+        for Nystrom maps 512 of the queries and as many keys, or with more than 410 features 1.25 times as many of each
+        as there are features, and the centres among these.
     refine : int
         For prototypes, the number of steps of gradient descent that bring attention weights nearer to the exact ones
         on the points of the fit; 40 are enough. From a thousand tokens or more, errors on other texts are about a tenth

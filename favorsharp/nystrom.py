@@ -1,18 +1,19 @@
 """Nystrom's method: a map of kernels with centres, which are chosen from sample points (docs: theory, nystrom).
 
-With the centres C, the kernel K(x, y) is replaced by K(x, C) A K(C, y). The centres are drawn from a sample of queries
-and keys: m uniformly, and half as many in proportion to the error of the kernel of the point with itself that some of
-the first ones leave. They move part of the way to the means of the points around them. A has the rank m, and describes
-the m largest directions of K(C, C). It is the inverse of K(C, C) along these, plus what a ridge regression of the
-kernel matrix of the sample adds to it.
+With the centres C, the kernel K(x, y) is replaced by W(x, C) A W(C, y), where W is a kernel a little wider than K: its
+functions are nearer to the span of the largest directions of K. The centres are drawn from a sample of queries and
+keys, some uniformly and most in proportion to the error of the kernel of the point with itself that these leave. They
+move towards the means of the points around them, and towards the mean of all. A comes from a regression of the kernel
+matrix of points of the sample.
 """
 
 import math
 from dataclasses import replace
 from typing import Any
 
-from favorsharp._algebra import identity, outer
+from favorsharp._algebra import on_diagonal, outer, trace
 from favorsharp._arrays import broadcast_shapes, cast, from_host, namespace_of, on_device_of
+from favorsharp._autodiff import is_traced
 from favorsharp._typing import Array
 from favorsharp._values import astype
 from favorsharp.features.nystrom import NystromMap, gaussian
@@ -20,24 +21,35 @@ from favorsharp.ops.state import hide
 from favorsharp.parameters import Parameters, embed_key, embed_query
 from favorsharp.samples import SAMPLE, k_means, sampled
 
-OVERSAMPLING = 1.5
-"""Centres for each feature; one is drawn uniformly."""
+SHARPNESS = 0.92
+"""The scale of W, in units of that of K, if K is rough; else W is K."""
 
 FIRST = 0.25
-"""The share of uniform centres whose errors the others are drawn by."""
+"""The share of centres that are drawn uniformly. The others are drawn by what these leave."""
 
 TOWARDS_MEANS = 0.5
 """The part of the way from a point of the sample to the mean of the points around it that a centre moves."""
 
-LEAST = 1e-5
-"""What features leave of the kernels of points with themselves, on average, below which no regression follows."""
+INWARDS = 0.2
+"""The part of the way to the mean of all points that centres move then, if the kernel is rough."""
+
+FARTHEST = 0.3
+"""The longest such way, in units of the width of the kernel: the points of a group far out must keep their centres."""
+
+REGRESSED = 2.5
+"""Points of the regression for each feature; the centres were made from the first of them."""
 
 NOISE = 8.0
 """Eigenvalues below this times the root of m and the precision of the dtype of the features are left out. Along such a
 direction the rounding errors of kernels would be a tenth of the feature or more."""
 
-RIDGE = 0.1
-"""The ridge of the regression, in units of one point's square features."""
+ROUGH = 1e-2
+"""A kernel is called rough if its eigenvalues at the uniform centres are above this. Its map is far from exact, so that
+float32 is enough for the fit. Other kernels would lose digits by a wider W, and by centres that have moved inwards."""
+
+RIDGE = 1e3
+"""What is added to the square sums of the functions of the regression, which are of order 1 or 0, in units of the
+precision."""
 
 
 def nystrom_map(
@@ -50,25 +62,30 @@ def nystrom_map(
     """
     xp = namespace_of(x, y)
     least = NOISE * math.sqrt(num_features) * float(xp.finfo(fitted.g1.dtype).eps)
-    most = max(SAMPLE, 2 * num_features)
+    regressed = max(SAMPLE // 2, math.ceil(REGRESSED * num_features))
+    most = max(SAMPLE, regressed)
+    p = astype(fitted, x.dtype)
     if y is x:
-        x, seen_x = sampled(hide(x, seen_x), seen_x, rng, most)
-        y, seen_y = x[..., :0, :], seen_x[..., :0]
+        points, seen = sampled(hide(x, seen_x), seen_x, rng, most)
+        points = points if p.kernel == "gaussian" else embed_query(p, points)[0]
     else:
         x, seen_x = sampled(hide(x, seen_x), seen_x, rng, most // 2)
         y, seen_y = sampled(hide(y, seen_y), seen_y, rng, most // 2)
-    seen = _joined(seen_x[..., None], seen_y[..., None])
-    p = _coordinates(astype(fitted, x.dtype), _joined(x, y), seen)
+        x, y = (x, y) if p.kernel == "gaussian" else (embed_query(p, x)[0], embed_key(p, y)[0])
+        points, seen = _joined(x, y), _joined(seen_x[..., None], seen_y[..., None])[..., 0]
+    p = replace(p, method="nystrom", a=xp.zeros_like(p.a))
     if p.kernel == "gaussian":  # the coordinates are the points minus a mean: no product with g1 or g2
-        points = _joined(x, y) * math.sqrt(p.scale) - p.center_x
-    else:
-        points = _joined(embed_query(p, x)[0], embed_key(p, y)[0])
-    noise = from_host(rng.gumbel(size=(2, most)), points)
-    centres = _centres(points, seen[..., 0], num_features, least, noise)
-    root = _inverse_root(gaussian(centres, centres), num_features, least)
-    points, seen = sampled(points, seen[..., 0], rng, max(SAMPLE // 2, 2 * num_features))  # enough for the regression
-    stretch = _stretch(points, gaussian(points, centres) @ root, seen[..., None])
-    return NystromMap(p, num_features, centres, root @ stretch)
+        points = points * math.sqrt(p.scale)
+        centre = _mean(points, seen)
+        points, p = points - centre, replace(p, center_x=centre, center_y=centre)
+    order, rough = _order(points, seen, num_features, least, from_host(rng.gumbel(size=(2, most)), points))
+    sharpness = xp.where(rough, SHARPNESS, xp.ones_like(points[..., :1, :1]))
+    centres = xp.sqrt(sharpness) * _centres(points, seen, order, rough, num_features)
+    order = order[..., : min(regressed, points.shape[-2])]
+    narrow = num_features < points.shape[-2] // 2 and not is_traced(rough) and bool(xp.all(rough))
+    dtype = xp.float32 if narrow else points.dtype
+    root = _root(_taken(points, order), _taken(seen[..., None], order), centres, sharpness, least, dtype)
+    return NystromMap(p, num_features, centres, root, sharpness)
 
 
 def _joined(a: Array, b: Array) -> Array:
@@ -78,84 +95,86 @@ def _joined(a: Array, b: Array) -> Array:
     return xp.concat([xp.broadcast_to(x, (*batch, *x.shape[-2:])) for x in (a, b)], axis=-2)
 
 
-def _coordinates(p: Parameters, points: Array, seen: Array) -> Parameters:
-    """The coordinates of centres: those of the fit, and with the Gaussian kernel the points minus their mean."""
-    own = replace(p, method="nystrom", a=namespace_of(p.a).zeros_like(p.a))
-    if p.kernel == "softmax":
-        return own
-    centre = _mean(points, seen) * math.sqrt(p.scale)
-    return replace(own, center_x=centre, center_y=centre)
-
-
 def _mean(points: Array, seen: Array) -> Array:
     """The mean of the points that count, (*b, 1, d); zeros if there are none."""
     xp = namespace_of(points)
-    weight = cast(seen, points.dtype)
-    count = xp.sum(weight, axis=-2, keepdims=True)
-    return xp.sum(points * weight, axis=-2, keepdims=True) / xp.maximum(count, xp.ones_like(count))
+    weight = cast(seen, points.dtype)[..., None, :]
+    count = xp.sum(weight, axis=-1, keepdims=True)
+    return weight @ points / xp.maximum(count, xp.ones_like(count))
 
 
-def _centres(points: Array, seen: Array, m: int, least: float, noise: Array) -> Array:
-    """Centres, (*b, c, d); some are equal if fewer points count. `noise` has two rows of Gumbel numbers."""
+def _order(points: Array, seen: Array, m: int, least: float, noise: Array) -> tuple[Array, Array]:
+    """The order in which points become centres, (*b, n), and whether the kernel is rough, (*b, 1, 1).
+
+    Points that do not count are the last. `noise` has two rows of Gumbel numbers.
+    """
     xp = namespace_of(points)
     # which numbers a point gets must not depend on masked points
     rank = xp.cumulative_sum(cast(seen, xp.int64), axis=-1) - 1
-    count, rank = rank[..., -1:] + 1, xp.maximum(rank, xp.zeros_like(rank))
+    rank = xp.maximum(rank, xp.zeros_like(rank))
     key, other = (
         xp.take_along_axis(row + xp.zeros_like(seen[..., :1], dtype=row.dtype), rank, axis=-1)
         for row in (noise[0, :], noise[1, :])
     )
-    key = xp.where(seen, key, -xp.inf)
-    uniform = _take(points, key, count, m)
-    first = uniform[..., : max(1, round(FIRST * m)), :]
-    features = gaussian(points, first) @ _inverse_root(gaussian(first, first), first.shape[-2], least)
-    log_left = xp.log(xp.clip(1 - xp.sum(features * features, axis=-1), float(xp.finfo(features.dtype).eps), 1.0))
-    drawn = xp.argsort(xp.argsort(key, axis=-1, descending=True), axis=-1) < m
-    pivots = xp.where(seen, xp.where(drawn, -1e30, log_left + other), -xp.inf)
-    centres = _take(points, pivots, count, math.ceil(OVERSAMPLING * m) - m)
-    centres = xp.concat([uniform, centres], axis=-2)
-    means = k_means(points, seen, centres, xp.ones_like(centres[..., :1, :1], dtype=xp.bool), 1)
-    return centres + TOWARDS_MEANS * (means - centres)
+    order = xp.argsort(xp.where(seen, key, -xp.inf), axis=-1, descending=True)
+    count = max(1, round(FIRST * m))
+    first = _taken(points, order[..., :count])
+    axes, values, kept = _directions(gaussian(first, first), least)
+    features = gaussian(points, first) @ (axes * xp.where(kept, 1 / xp.sqrt(values), 0.0))
+    left = xp.clip(1 - xp.sum(features * features, axis=-1), float(xp.finfo(points.dtype).eps), 1.0)
+    drawn = xp.argsort(order, axis=-1) < count
+    key = xp.where(seen, xp.where(drawn, xp.inf, xp.log(left) + other), -xp.inf)
+    return xp.argsort(key, axis=-1, descending=True), xp.min(values, axis=-1, keepdims=True) > ROUGH
 
 
-def _take(points: Array, key: Array, count: Array, m: int) -> Array:
-    """The points with the largest keys, (*b, m, d); repeated if there are fewer than m, which `count` says."""
+def _taken(a: Array, order: Array) -> Array:
+    """Rows in an order, (*b, n, e) and (*b, k) -> (*b, k, e)."""
+    return namespace_of(a, order).take_along_axis(a, order[..., None], axis=-2)
+
+
+def _centres(points: Array, seen: Array, order: Array, rough: Array, m: int) -> Array:
+    """Centres (*b, m, d) near the first points of an order; repeated if fewer than m points count."""
     xp = namespace_of(points)
-    order = xp.argsort(key, axis=-1, descending=True)
-    slot = xp.arange(m, dtype=count.dtype, **on_device_of(points)) % xp.maximum(count, xp.ones_like(count))
-    index = xp.take_along_axis(order, cast(slot + xp.zeros_like(count), order.dtype), axis=-1)
-    return xp.take_along_axis(points, index[..., None], axis=-2)
+    count = xp.sum(cast(seen, order.dtype), axis=-1, keepdims=True)
+    slot = xp.arange(m, dtype=order.dtype, **on_device_of(points)) % xp.maximum(count, xp.ones_like(count))
+    centres = _taken(points, xp.take_along_axis(order, slot, axis=-1))
+    narrow, used = cast(points, xp.float32), xp.ones_like(centres[..., :1, :1], dtype=xp.bool)
+    means = cast(k_means(narrow, seen, cast(centres, xp.float32), used, 1), points.dtype)
+    moved = centres + TOWARDS_MEANS * (means - centres)
+    way = _mean(points, seen) - moved
+    length = xp.sqrt(xp.sum(way * way, axis=-1, keepdims=True))
+    step = xp.clip(FARTHEST / xp.where(length > 0, length, 1.0), None, INWARDS)
+    moved = moved + xp.where(rough, step, 0.0) * way
+    return xp.where(count[..., None] > m, moved, centres)  # with all points among the centres, the map is exact
 
 
-def _stretch(points: Array, features: Array, seen: Array) -> Array:
-    """L with L L^T = I + B, where features B features^T is nearest to what the features leave of the kernel matrix.
+def _root(points: Array, seen: Array, centres: Array, sharpness: Array, least: float, narrow: Any) -> Array:
+    """A root of the A for which W A W^T, of the points with the centres, is nearest to their kernel matrix.
 
-    What they leave has no negative eigenvalues, so B has none. float32 is enough for the products, because B is small
-    where features are large. Where features leave less than `LEAST`, rounding errors could be larger, and B is 0.
+    The functions of the regression are combinations of W that are of order 1 at the centres. `narrow` is the dtype of
+    their products with the kernel matrix.
     """
     xp = namespace_of(points)
     wide, weight = points.dtype, cast(seen, points.dtype)
-    features = features * weight
-    own = xp.sum(weight - xp.sum(features * features, axis=-1, keepdims=True), axis=(-2, -1), keepdims=True)
-    points, features = cast(points, xp.float32), cast(features, xp.float32)
-    moment = outer(features, features)
-    left = cast(outer(features, gaussian(points, points) @ features) - moment @ moment, wide)
-    moment = cast(moment, wide)
-    eye = identity(moment, moment)
-    inverse = xp.linalg.inv(moment + RIDGE * eye)
-    added = xp.where(own > LEAST * xp.sum(weight, axis=(-2, -1), keepdims=True), inverse @ left @ inverse, 0.0)
-    return xp.linalg.cholesky(eye + 0.5 * (added + xp.matrix_transpose(added)))
+    axes, values, kept = _directions(gaussian(centres, centres), least)
+    combined = axes * xp.where(kept, 1 / values, 0.0)
+    functions = (gaussian(xp.sqrt(sharpness) * points, centres) @ combined) * weight
+    inverse = xp.linalg.inv(on_diagonal(outer(functions, functions), RIDGE * float(xp.finfo(wide).eps)))
+    points, functions = cast(points, narrow), cast(functions, narrow)
+    moment = cast(outer(functions, gaussian(points, points) @ functions), wide)
+    size = trace(moment)
+    rounding = 8 * float(xp.finfo(narrow).eps) * xp.where(size > 0, size, 1.0)  # 0 if no point counts
+    return combined @ (inverse @ xp.linalg.cholesky(on_diagonal(moment, rounding)))
 
 
-def _inverse_root(matrix: Array, m: int, least: float) -> Array:
-    """R of m columns with R R^T the inverse of a second moment along its m largest directions.
+def _directions(matrix: Array, least: float) -> tuple[Array, Array, Array]:
+    """Eigenvectors, eigenvalues as a row, and which are above `least` and the rounding errors of the decomposition.
 
-    Eigenvalues below `least`, or that rounding errors of the decomposition would swamp, are left out. The columns are
-    eigenvectors: mixed ones would lose digits where kernels are rounded to float32.
+    The others are replaced by `least`.
     """
     xp = namespace_of(matrix)
-    values, axes = xp.linalg.eigh(matrix)
-    values, axes = values[..., None, -m:], axes[..., -m:]
-    rounding = matrix.shape[-1] * float(xp.finfo(values.dtype).eps) * values[..., -1:]
+    values, axes = (xp.flip(a, axis=-1) for a in xp.linalg.eigh(matrix))
+    values = values[..., None, :]
+    rounding = matrix.shape[-1] * float(xp.finfo(values.dtype).eps) * values[..., :1]
     kept = values > xp.maximum(rounding, xp.full_like(rounding, least))
-    return axes * xp.where(kept, 1 / xp.sqrt(xp.where(kept, values, 1.0)), 0.0)
+    return axes, xp.where(kept, values, least), kept

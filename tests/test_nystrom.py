@@ -1,5 +1,7 @@
 """Nystrom maps: what the products of their features are, what a fit looks at, and that kernel operators take them."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 from problems import attention_problem
@@ -27,20 +29,28 @@ def test_as_many_centres_as_points_are_exact(kernel):
     np.testing.assert_allclose(fs.kernel_matvec(x, y, v, fm), exact @ v, rtol=1e-5, atol=1e-4)
 
 
-def test_more_than_the_kernels_of_centres():
-    """The usual map of the largest directions leaves out part of the kernel, and a regression adds some of it."""
-    x, _, _ = attention_problem(1, n=300)
-    fm = fitted(x, x, 12, kernel="gaussian", scale=0.1)
-    centres = (fm.projection + fm.parameters.center_x) / 0.1**0.5
-    assert fm.projection.shape == (18, x.shape[-1])
-    key = fs.kernel_matrix(centres, x, kernel="gaussian", scale=0.1)
-    values, axes = np.linalg.eigh(fs.kernel_matrix(centres, centres, kernel="gaussian", scale=0.1))
-    usual = axes[:, -12:] / np.sqrt(values[-12:])
-    usual = key.T @ usual @ usual.T @ key
-    exact = fs.kernel_matrix(x, x, kernel="gaussian", scale=0.1)
-    added = np.linalg.eigvalsh(product(fm, x, x) - usual)
-    assert added.min() > -1e-6 * added.max()
-    assert np.linalg.norm(product(fm, x, x) - exact) < 0.97 * np.linalg.norm(usual - exact)
+@pytest.mark.parametrize("scale", [0.1, 0.5])
+def test_nearer_than_the_usual_map_of_the_same_centres(scale):
+    """On points of the fit and on others: wider functions and a regression, of smooth and of rough kernels."""
+    x, _, _ = attention_problem(1, n=600)
+    x, other = x[:300], x[300:]
+    fm = fitted(x, x, 12, kernel="gaussian", scale=scale)
+    assert fm.projection.shape == (12, x.shape[-1])
+    centres = (fm.projection / fm.sharpness**0.5 + fm.parameters.center_x) / scale**0.5
+    kernel = partial(fs.kernel_matrix, kernel="gaussian", scale=scale)
+    for points in (x, other):
+        exact, key = kernel(points, points), kernel(points, centres)
+        usual = key @ np.linalg.solve(kernel(centres, centres), key.T)
+        assert np.linalg.norm(product(fm, points, points) - exact) < 0.95 * np.linalg.norm(usual - exact)
+
+
+def test_groups_far_apart_keep_their_centres():
+    """Centres move inwards by less than the width of the kernel."""
+    x = np.random.default_rng(0).standard_normal((400, 4)) + 40 * (np.arange(400) % 2)[:, None]
+    exact = fs.kernel_matrix(x, x, kernel="gaussian", scale=0.5)
+    assert np.linalg.norm(
+        product(fitted(x, x, 100, kernel="gaussian", scale=0.5), x, x) - exact
+    ) < 0.2 * np.linalg.norm(exact)
 
 
 @KERNELS
@@ -92,6 +102,17 @@ def test_masked_points_count_for_nothing_and_axes_are_pooled():
     for head in range(2):  # the points that count, alone
         alone = fitted(points[head][own[head]], keys[head][known[head]], 6)
         np.testing.assert_allclose(product(alone, x[0, head], y[0, head]), product(wanted, x[0], y[0])[head], rtol=1e-4)
+
+
+@KERNELS
+def test_a_batch_entry_without_points_has_no_features(kernel):
+    x, _, _ = attention_problem(2, (3,), n=10)
+    mask = np.ones((3, 10), dtype=bool)
+    mask[1] = False
+    fm = fitted(x, x, 6, kernel=kernel, mask_x=mask, mask_y=mask)
+    assert np.isfinite(fm.query(x)).all()
+    found, exact = product(fm, x, x), fs.kernel_matrix(x, x, kernel=kernel, scale=fm.parameters.scale)
+    assert np.linalg.norm(found[0] - exact[0]) < np.linalg.norm(exact[0])
 
 
 def test_far_points_and_float32():

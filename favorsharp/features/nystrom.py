@@ -1,6 +1,5 @@
 """The features of Nystrom's method: kernels of a point with centres, times a matrix."""
 
-import math
 from dataclasses import dataclass
 
 from favorsharp._algebra import row_sum
@@ -13,10 +12,13 @@ from favorsharp.parameters import embed_key, embed_query
 TILE = 256
 """Points whose kernels with the centres are computed at a time, for NumPy arrays."""
 
+WIDE = 64
+"""With more columns, points are not copied beside their square lengths."""
+
 
 @dataclass(frozen=True, eq=False, repr=False)
 class NystromMap(SignedFeatureMap):
-    """exp(-|u - c|^2 / 2) root, times a factor of the point; the centres c are the projection.
+    """exp(-|r u - c|^2 / 2) root, times a factor of the point; r^2 is the sharpness, and the projection has centres c.
 
     u is g1 (x - center_x) for queries and g2 (y - center_y) for keys, and the kernel is exp(u.v) times factors of both
     points. So the products of features are Nystrom's approximation of the kernel.
@@ -24,12 +26,15 @@ class NystromMap(SignedFeatureMap):
     Attributes
     ----------
     projection : array, shape (*b, c, d)
-        The centres; there may be more of them than features.
+        The centres.
     root : array, shape (*b, c, m)
         A root of a matrix near the inverse of exp(-|c - c'|^2 / 2).
+    sharpness : array, shape (*b, 1, 1)
+        Where it is less than 1, the functions of the centres are wider than the kernel.
     """
 
     root: Array
+    sharpness: Array
 
     def query_parts(self, x: Array) -> tuple[Array, Array]:
         """Features without their factor, and its logarithm, (*b, n, m) and (*b, n, 1)."""
@@ -52,10 +57,11 @@ class NystromMap(SignedFeatureMap):
         """Features with the Gaussian kernel: g1 and g2 are the identity, and queries and keys have the same ones."""
         self._check_out(name, x, out)
         prepared, wide = self._prepared(name, x)
-        p, root = prepared.parameters, math.sqrt(prepared.parameters.scale)
+        p, own = prepared.parameters, namespace_of(x).sqrt(prepared.sharpness)
+        root, centre = own * p.scale**0.5, own * p.center_x
 
         def features(start: int, stop: int) -> Array:
-            u = wide[..., start:stop, :] * root - p.center_x
+            u = wide[..., start:stop, :] * root - centre
             return cast(gaussian(u, prepared.projection) @ prepared.root, x.dtype)
 
         if library_of(x) == "numpy":  # small tiles stay in the cache, and are written in place
@@ -71,21 +77,22 @@ class NystromMap(SignedFeatureMap):
     def _parts(self, u: Array, log_factor: Array) -> tuple[Array, Array]:
         xp = namespace_of(u)
         half = 0.5 * xp.sum(u * u, axis=-1, keepdims=True)
-        scores = u @ xp.matrix_transpose(self.projection) - _halves(self.projection)
+        scores = (xp.sqrt(self.sharpness) * u) @ xp.matrix_transpose(self.projection) - _halves(self.projection)
         top = xp.max(scores, axis=-1, keepdims=True)
-        features = xp.exp(scores - top) @ self.root
-        if self.parameters.kernel == "gaussian":  # the factor of the point is exp(-|u|^2 / 2)
-            return features, top - half
-        return features, top + log_factor
+        features, factor = xp.exp(scores - top) @ self.root, top - self.sharpness * half
+        # with the Gaussian kernel, the factor of the point is exp(-|u|^2 / 2)
+        return features, factor if self.parameters.kernel == "gaussian" else factor + half + log_factor
 
 
 def gaussian(points: Array, centres: Array) -> Array:
     """exp(-|u - c|^2 / 2), (*b, n, m)."""
     xp = namespace_of(points, centres)
     own, other = (-0.5 * row_sum(a * a) for a in (points, centres))
-    # with two more columns on each side, one product makes the whole exponent
-    left = xp.concat([points, own, xp.ones_like(own)], axis=-1)
-    logs = left @ xp.matrix_transpose(xp.concat([centres, xp.ones_like(other), other], axis=-1))
+    if points.shape[-1] > WIDE:
+        logs = points @ xp.matrix_transpose(centres) + own + xp.matrix_transpose(other)
+    else:  # with two more columns on each side, one product makes the whole exponent
+        left = xp.concat([points, own, xp.ones_like(own)], axis=-1)
+        logs = left @ xp.matrix_transpose(xp.concat([centres, xp.ones_like(other), other], axis=-1))
     return xp.exp(xp.minimum(logs, xp.zeros_like(logs[..., :1])))
 
 
