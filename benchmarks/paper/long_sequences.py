@@ -17,7 +17,7 @@ import typer
 
 import favorsharp as fs
 from benchmarks.paper import language_model
-from benchmarks.paper.page import DOCS, picture, stamp, table, write
+from benchmarks.paper.page import DOCS, name_ends, picture, stamp, table, write
 from favorsharp.diagnostics import load_sample, relative_error
 
 LENGTHS = (4096, 16384, 65536)
@@ -171,6 +171,7 @@ def draw(rows: list[Row], output: Path) -> None:
     ) as axes:
         for axis, source in zip(axes[0], sources, strict=True):
             drawn: set[str] = set()
+            ends: list[tuple[float, str, str]] = []
             lines = dict.fromkeys((row.method, row.number) for row in rows if row.source == source)
             for method, number in lines:
                 if method not in colours:
@@ -180,11 +181,12 @@ def draw(rows: list[Row], output: Path) -> None:
                 label = None if method in drawn else method
                 drawn.add(method)
                 axis.plot(x, y, color=colours[method], marker="o", label=label)
-                axis.annotate(str(number), (x[-1], y[-1]), (4, -3), textcoords="offset points", fontsize=8)
+                ends.append((y[-1], str(number), colours[method]))
             axis.set_xscale("log", base=2)
             axis.set_xticks(LENGTHS, [f"{n:,}" for n in LENGTHS])
             axis.set_xlabel("tokens")
             axis.set_title(source)
+            name_ends(axis, LENGTHS[-1], ends)
         axes[0][0].set_ylim(bottom=0)
         axes[0][0].set_ylabel("relative error of attention")
         axes[0][0].legend(frameon=False, loc="upper left")

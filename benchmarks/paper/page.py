@@ -72,3 +72,13 @@ def powers(ax: Any, label: str, ticks: Sequence[float]) -> None:
     ax.set_xscale("log", base=2)
     ax.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     ax.set_xlabel(label)
+
+
+def name_ends(ax: Any, x: float, ends: Iterable[tuple[float, str, str]], apart: float = 0.035) -> None:
+    """Write the names of lines, each (height, name, colour), beside their ends at x, at least `apart` from another."""
+    place = float("-inf")
+    for height, name, colour in sorted(ends):
+        place = max(height, place + apart)
+        ax.annotate(name, (x, place), (7, -3), textcoords="offset points", fontsize=8, color=colour)
+    ax.update_datalim([(x, place)])
+    ax.autoscale_view()
