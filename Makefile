@@ -4,7 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 # A worker for each core: more threads of NumPy's products would only wait for each other, awake.
-PARALLEL := OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
+PYTEST := OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
+PARALLEL := $(PYTEST) --dist worksteal
 
 # Tests that four threads run at once: not those of files of one name, torch's own generator or modules that change; of the
 # libraries without kernels, one.
@@ -49,13 +50,14 @@ demo: $(VENV)/cli
 	$(BIN)/favorsharp compare --output favorsharp-compare.png
 
 test: $(VENV)/test
-	$(PARALLEL)
+	$(PYTEST) --dist loadgroup
 
 test-loopback: $(VENV)/test
 	$(PARALLEL) -q --backend loopback tests/ops tests/test_linear_attention.py tests/test_streaming.py tests/test_regression.py
 
 test-kernels: $(VENV)/test
 	$(PARALLEL) -m "kernels and not slow"
+	$(PARALLEL) -q --backend any tests/ops tests/landmarks tests/features tests/test_*.py
 
 test-cuda: $(VENV)/test
 	$(PARALLEL) -m "cuda and not slow and not sweep"

@@ -1,9 +1,13 @@
-"""The array libraries that every law is tested on, and the switch that reruns the suite through a named backend.
+"""The array libraries that every law is tested on, and the implementations that run in a test.
+
+A test runs the references, so that it compiles nothing. Two marks change that: `compiled` leaves the choice to
+favorsharp, and tests with `own_backend` choose backends themselves. In files with the mark `compiled`, tests of another
+dtype have `compiled(False)`, because all kernels would be compiled once more for it. `make test-kernels` leaves the
+choice to favorsharp in all tests (`pytest --backend any`).
 
 `pytest --backend loopback` wraps each test in `favorsharp.use("loopback")`. That backend is found through a real entry
 point, runs the references and counts its calls (tests/loopback). `make test-loopback` reruns the tests of attention,
-streams and regression that way, and the run fails if the backend never ran. Tests that choose backends themselves have
-the mark `own_backend`.
+streams and regression that way, and the run fails if the backend never ran.
 """
 
 import os
@@ -149,13 +153,27 @@ def rng() -> np.random.Generator:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--backend", default=None, help="run every test under favorsharp.use(NAME)")
+    parser.addoption("--backend", default=None, help="run every test under favorsharp.use(NAME); any: whichever runs")
+
+
+def _is_compiled(item: pytest.Item) -> bool:
+    mark = item.get_closest_marker("compiled")
+    return mark is not None and mark.args != (False,)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """With `--dist loadgroup` one worker runs what compiles kernels, so that no two compile the same one."""
+    for item in items:
+        if _is_compiled(item) or TESTS / "backends" / "numba" in item.path.parents:
+            item.add_marker(pytest.mark.xdist_group("compiled"))
 
 
 @pytest.fixture(autouse=True)
 def _under_backend(request: pytest.FixtureRequest) -> Any:
     name = request.config.getoption("--backend")
-    if name is None or request.node.get_closest_marker("own_backend"):
+    if name is None:
+        name = "any" if _is_compiled(request.node) else "reference"
+    if name == "any" or request.node.get_closest_marker("own_backend"):
         yield
         return
     with fs.use(name):

@@ -12,7 +12,7 @@ from favorsharp import distributed as fsd
 
 
 @pytest.mark.own_backend
-@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize("world", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_every_check_on_every_rank(world, tmp_path):
     torch.multiprocessing.spawn(distributed_checks.run, (world, str(tmp_path)), nprocs=world)
     found = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(world)]

@@ -10,6 +10,7 @@ from problems import attention_problem, key_mask
 
 import favorsharp as fs
 
+pytestmark = pytest.mark.compiled
 MODES = list(product([False, True], [0, 1, 3, 16, 512]))
 MAPS = [
     ("optimal", "softmax"),
@@ -230,6 +231,7 @@ def test_out_takes_the_result(few_xp):
         np.testing.assert_array_equal(xp.back(out), xp.back(want))
 
 
+@pytest.mark.compiled(False)
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 @pytest.mark.parametrize("options", [{}, {"is_causal": True}, {"window": 8}, {"is_causal": True, "window": 8}])
 def test_half_precision_inputs_of_large_norm(dtype, options):
@@ -246,6 +248,7 @@ def test_half_precision_inputs_of_large_norm(dtype, options):
     torch.testing.assert_close(got.double(), want, rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.compiled(False)
 @pytest.mark.parametrize("scale", [1e-20, 1e-3, 1.0, 30.0, 1e3, 1e9, 1e15])
 @pytest.mark.parametrize("method", ["optimal", "posrf", "oprf", "sderf", "hyperbolic", "relu"])
 def test_rows_stay_within_the_values_at_every_scale(method, scale):
@@ -260,6 +263,7 @@ def test_rows_stay_within_the_values_at_every_scale(method, scale):
         assert (out <= v.max(-2, keepdims=True) + 1e-4).all()
 
 
+@pytest.mark.compiled(False)
 def test_keys_of_very_unequal_size_do_not_drown_each_other():
     """A causal row reads its own small key exactly as well as a later row reads a huge one."""
     q, k, v = attention_problem(24, n=130, d=4)
@@ -281,6 +285,7 @@ def test_inputs_are_not_modified():
         np.testing.assert_array_equal(x, old)
 
 
+@pytest.mark.compiled(False)
 def test_attention_error_on_real_heads():
     """Six heads of a sentence encoder, 512 tokens, 128 orthogonal features, float32: the mean over heads and seeds."""
     with np.load(Path(fs.__file__).parent / "data" / "attention_sample.npz") as file:

@@ -1,7 +1,6 @@
 """Scratch memory is a tile, not a feature matrix."""
 
 import tracemalloc
-from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -31,7 +30,11 @@ CALLS = [
 
 
 @pytest.mark.parametrize(
-    ("options", "backend"), [*((options, None) for options in CALLS), *((CALLS[i], "reference") for i in (0, 3))]
+    ("options", "backend"),
+    [
+        *(pytest.param(options, "numba", marks=pytest.mark.kernels) for options in CALLS),
+        *((CALLS[i], "reference") for i in (0, 3)),
+    ],
 )
 def test_attention_never_holds_all_features(options, backend):
     q, k, v = np.random.default_rng(0).standard_normal((3, 1, N, D)).astype(np.float32)
@@ -39,18 +42,18 @@ def test_attention_never_holds_all_features(options, backend):
     output = N * D * 4 / MIB  # 4 MiB; the feature matrix of one side would be 16 MiB, the scores 1 GiB
     # the tiles of the output are joined at the end, and a window keeps the numerators of one pass during the other, or
     # the sums of the blocks of one head for each thread
-    with fs.use(backend) if backend else nullcontext():
+    with fs.use(backend):
         assert peak(lambda: fs.linear_attention(q, k, v, fm, **options)) < 3 * output + 14
 
 
-@pytest.mark.parametrize("backend", [None, "reference"])
+@pytest.mark.parametrize("backend", [pytest.param("numba", marks=pytest.mark.kernels), "reference"])
 def test_longer_sequences_take_no_more_scratch(backend):
     def scratch(n):
         q, k, v = np.random.default_rng(0).standard_normal((3, 1, n, 16)).astype(np.float32)
         fm = fs.feature_map(fs.fit(q, k), 64, rng=0)
         return peak(lambda: fs.linear_attention(q, k, v, fm)) - 2 * n * 16 * 4 / MIB
 
-    with fs.use(backend) if backend else nullcontext():
+    with fs.use(backend):
         assert scratch(1 << 17) < scratch(1 << 15) + 1
 
 

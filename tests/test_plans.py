@@ -10,12 +10,13 @@ import pytest
 import favorsharp as fs
 from favorsharp import _derived, plans
 
+pytestmark = pytest.mark.compiled
 torch = pytest.importorskip("torch")
 
 N, D, E, M, HEADS = 8, 4, 3, 16, 2
 
 
-def points(library, *, n=N, d=D, e=E, dtype="float32"):
+def points(library, *, n=N, d=D, e=E, dtype="float64"):
     rng = np.random.default_rng(1)
     arrays = [rng.standard_normal((HEADS, n, size)).astype(dtype) for size in (d, d, e)]
     return arrays if library == "numpy" else [torch.from_numpy(x) for x in arrays]
@@ -54,7 +55,7 @@ class Derived(np.ndarray):
 def changed_points(library):
     """Other arrays in the place of one argument."""
     q, k, v = points(library)
-    narrow = points(library, dtype="float64")[0]
+    narrow = points(library, dtype="float32")[0]
     for place, x in enumerate((q, k, v)):
         rest = [q, k, v]
         for other in (x[..., :-1], x[..., :-1, :], x[..., :1, :], x[:1], x[0], x[..., :0], None, x.tolist()):

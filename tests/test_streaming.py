@@ -10,6 +10,7 @@ from problems import attention_problem, key_mask
 import favorsharp as fs
 from favorsharp.ops.state import decode_step
 
+pytestmark = pytest.mark.compiled
 WINDOWS = [0, 1, 5, 16, 64]
 
 
@@ -157,6 +158,7 @@ def test_states_are_picklable_and_know_their_map():
         fs.combine(state, fs.init_state(fs.feature_map(fm.parameters, 16, rng=1), 5, like=k))
 
 
+@pytest.mark.compiled(False)
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
 def test_narrow_streams_are_summed_wide(dtype):
     torch = pytest.importorskip("torch")

@@ -12,6 +12,7 @@ from favorsharp.testing import cases, check_backend
 pytestmark = pytest.mark.own_backend
 
 
+@pytest.mark.slow
 def test_loopback_passes_on_numpy_and_torch():
     import favorsharp_loopback
 

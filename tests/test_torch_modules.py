@@ -204,6 +204,7 @@ def test_stream_equals_the_causal_call(attention):
     torch.testing.assert_close(torch.cat([out, token], dim=2), whole)
 
 
+@pytest.mark.slow
 def test_export_and_compile(attention):
     """One graph, with the map's numbers as inputs: a module that is calibrated again needs no new graph."""
     q, k, v = sample(2, 4, 50, 8)
@@ -493,6 +494,7 @@ def test_training_under_autocast():
     assert losses[-1] < losses[0]
 
 
+@pytest.mark.slow
 def test_multihead_compiles_in_half_precision():
     x = inputs({"batch_first": True})[0].bfloat16()
     module = MultiheadAttention(32, 4, batch_first=True, num_features=16, rng=0).calibrate(x.float()).bfloat16()

@@ -77,8 +77,9 @@ def graph_of(tracer, call, *example):
 
 
 def case_of(tracer, *options):
-    """A parameter; torch.compile takes seconds for each."""
-    return pytest.param(tracer, *options, marks=pytest.mark.slow if tracer == "compile" else ())
+    """A parameter; some tracers take seconds for each."""
+    is_slow = tracer in ("compile", "symbolic pre-dispatch")
+    return pytest.param(tracer, *options, marks=pytest.mark.slow if is_slow else ())
 
 
 TRACERS = ["real", "fake", "symbolic", "real pre-dispatch", "symbolic pre-dispatch", "compile", "non-strict export"]

@@ -10,6 +10,8 @@ from problems import attention_problem
 
 import favorsharp as fs
 
+pytestmark = pytest.mark.compiled
+
 
 @pytest.mark.parametrize("window", [0, 4])
 def test_grouped_heads(few_xp, window):

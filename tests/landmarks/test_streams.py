@@ -22,6 +22,8 @@ import favorsharp as fs
 from favorsharp.diagnostics import load_sample
 from favorsharp.ops.landmark_seeds import noise_of
 
+pytestmark = pytest.mark.compiled
+
 
 @pytest.mark.parametrize("window", WINDOWS)
 def test_whole_call_chunks_and_tokens_are_one_stream(few_xp, window):

@@ -8,7 +8,7 @@ from favorsharp.backend import fold, to_host
 from favorsharp.dispatch import watch
 from favorsharp.methods import DENSE_EXPONENTIAL
 
-pytestmark = pytest.mark.own_backend
+pytestmark = [pytest.mark.own_backend, pytest.mark.kernels]
 pytest.importorskip("numba")
 
 SHAPES = {

@@ -10,7 +10,7 @@ import favorsharp as fs
 pytestmark = pytest.mark.own_backend
 pytest.importorskip("numba")
 
-HEADS, N, D, M = 4, 2000, 32, 32
+HEADS, N, D, M = 4, 1000, 32, 32
 
 
 @pytest.fixture
@@ -40,8 +40,8 @@ def calls(library, map_dtype):
     """For each verb: a call, the number of times it needs helpers, and the number of MiB that it has to return."""
     to = np.asarray if library == "numpy" else pytest.importorskip("torch").asarray
     rng = np.random.default_rng(0)
-    q, k, v, more = (to(x) for x in rng.standard_normal((4, HEADS, N, D)).astype("float32"))
-    twice = to(rng.standard_normal((2 * HEADS, N, D)).astype("float32"))
+    q, k, v, more = (to(x) for x in rng.standard_normal((4, HEADS, N, D)))
+    twice = to(rng.standard_normal((2 * HEADS, N, D)))
     fm = fs.feature_map(fs.fit(*(to(x) for x in rng.standard_normal((2, HEADS, 99, D)).astype(map_dtype))), M, rng=0)
     state = fs.update(fs.init_state(fm, D, like=k), k, v, fm)
     token = [x[:, :1] for x in (q, k, v)]

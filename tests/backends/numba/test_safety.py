@@ -20,7 +20,7 @@ SETUP = """
 import numpy as np
 import favorsharp as fs
 rng = np.random.default_rng(0)
-q, k, v = (rng.standard_normal((4, 1000, 16)).astype("float32") for _ in range(3))
+q, k, v = (rng.standard_normal((4, 1000, 16)).astype(DTYPE) for _ in range(3))
 fm = fs.feature_map(fs.fit(q, k, method="posrf"), 64, rng=0)
 def run(**options):
     with fs.use("numba"):
@@ -28,11 +28,14 @@ def run(**options):
 """
 
 
-def python(code, *, package=None, **environment):
-    """Run code after SETUP in a fresh interpreter; return what it prints."""
+def python(code, *, package=None, dtype="float64", **environment):
+    """Run code after SETUP in a fresh interpreter; return what it prints.
+
+    float64 is the dtype for which the tests of laws compile the kernels.
+    """
     paths = [str(ROOT), str(package or ROOT / "backends")]
     result = subprocess.run(
-        [sys.executable, "-c", SETUP + textwrap.dedent(code)],
+        [sys.executable, "-c", f"DTYPE = {dtype!r}" + SETUP + textwrap.dedent(code)],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), **environment},
         capture_output=True,
         text=True,
@@ -261,9 +264,9 @@ def test_every_vector_width_gives_the_same_results(width, tmp_path):
     print([float(np.abs(x).sum().round(1)) for x in pullback(out)])
     """
     options = "OPTIONS = [{}, {'is_causal': True}, {'window': 16}, {'is_causal': True, 'window': 5}]\n"
-    width_of_host = python(options + textwrap.dedent(code))
+    width_of_host = python(options + textwrap.dedent(code), dtype="float32")
     other = {"FAVORSHARP_NUMBA_VECTORS": width, "NUMBA_CACHE_DIR": str(tmp_path)}  # in its own cache: it replaces one
-    assert python(options + textwrap.dedent(code), **other) == width_of_host
+    assert python(options + textwrap.dedent(code), dtype="float32", **other) == width_of_host
 
 
 @pytest.mark.parametrize("width", ["0", "48"])
@@ -296,7 +299,8 @@ def test_code_for_a_lesser_processor_has_none_of_the_instructions_it_lacks(name,
     """
     code = f"LACKING = {lacking!r}\n" + textwrap.dedent(code)
     cache = {"NUMBA_CACHE_DIR": str(tmp_path)}
-    assert python(code, NUMBA_CPU_NAME=name, NUMBA_CPU_FEATURES=features, **cache) == f"{width} True True False"
+    cache |= {"NUMBA_CPU_NAME": name, "NUMBA_CPU_FEATURES": features}
+    assert python(code, dtype="float32", **cache) == f"{width} True True False"
 
 
 @pytest.mark.slow
@@ -328,6 +332,7 @@ def test_a_home_takes_the_cache_of_a_package_that_cannot_be_written_to(tmp_path)
     assert results == ["0", "1"]
 
 
+@pytest.mark.slow
 def test_a_cache_that_names_classes_of_other_sources_is_of_no_account(tmp_path):
     """As after an update: the index of compiled functions holds the classes of their arguments by name."""
     package = tmp_path / "backends"
@@ -350,6 +355,7 @@ def test_a_cache_that_names_classes_of_other_sources_is_of_no_account(tmp_path):
         assert python(code, package=package, NUMBA_CACHE_DIR=str(tmp_path / "cache")) == f"0.0 {name}"
 
 
+@pytest.mark.slow
 def test_a_kernel_is_compiled_anew_when_a_file_it_uses_has_changed(tmp_path):
     """Numba's own stamp is that of the kernel's file; here exp2 of another file is halved."""
     package = tmp_path / "backends"
@@ -384,6 +390,7 @@ def test_the_second_process_does_not_compile(tmp_path):
     assert python(code, **environment) == "1 0"
 
 
+@pytest.mark.kernels
 def test_layouts_and_lengths_share_one_compilation():
     code = """
     from favorsharp_numba.kernels.attention import read_queries
@@ -395,7 +402,7 @@ def test_layouts_and_lengths_share_one_compilation():
     run(); run(is_causal=True)
     print(len(read_queries.signatures), len(causal.signatures))
     """
-    assert python(code) == "1 1"
+    assert python(code, dtype="float32") == "1 1"
 
 
 def test_importing_the_backend_imports_nothing():
@@ -410,6 +417,7 @@ def test_importing_the_backend_imports_nothing():
     assert result.stdout.strip() == "False"
 
 
+@pytest.mark.kernels
 @pytest.mark.parametrize("threads", ["1", "2", "7"])
 def test_packed_sequences_are_their_pieces_at_any_number_of_threads(threads):
     """Values with a window, and the gradients of points and map, of heads and sequences that threads share."""
