@@ -67,16 +67,17 @@ def _attend(
             out, queries, keys, values, feature_map, key_mask, given, low, stats=stats, **numbers
         )  # fmt: skip
     kv, z, c, kv_low, z_low = _of_key_heads((*sums, *new_low), batch, key_batch)
-    if state is None:
-        nothing = _nothing(k, v, key_batch)
-        state = State(kv=kv, z=z, c=c, window=window, **nothing, fingerprint=None)
-    recent: dict[str, Any] = {}
+    after: dict[str, Any] = {"kv": kv, "z": z, "c": c, "kv_low": kv_low, "z_low": z_low}
     if window:
         if key_mask is None:
             xp = namespace_of(k)
             key_mask = xp.ones_like(k[..., 0], dtype=xp.bool)
-        recent = recent_of(k[..., limit:, :], v[..., limit:, :], key_mask[..., limit:])
-    return arrays.cast(out, dtype), replace(state, kv=kv, z=z, c=c, kv_low=kv_low, z_low=z_low, **recent)
+        after |= recent_of(k[..., limit:, :], v[..., limit:, :], key_mask[..., limit:])
+    elif state is None:
+        after |= _nothing(k, v, key_batch)
+    if state is None:
+        return arrays.cast(out, dtype), State(window=window, fingerprint=None, **after)
+    return arrays.cast(out, dtype), replace(state, **after)
 
 
 def _nothing(k: Any, v: Any, batch: tuple[int, ...]) -> dict[str, Any]:

@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from favorsharp_cuda.host.recording import active
+
 WIDER = {"float16": "float32", "bfloat16": "float32", "float32": "float32", "float64": "float64"}
 """The dtype that kernels compute in, for each dtype of their arrays."""
 
@@ -145,7 +147,10 @@ def empty(like: Any, shape: tuple[int, ...], dtype: str) -> Any:
     """
     if is_torch(like):
         torch = sys.modules["torch"]
-        return torch.empty(shape, dtype=getattr(torch, dtype), device=like.device)
+        x = torch.empty(shape, dtype=getattr(torch, dtype), device=like.device)
+        if active.recording is not None:
+            active.recording.allocated(x, shape, dtype)
+        return x
     if is_numpy(like):
         return np.empty(shape, dtype)
     import cupy

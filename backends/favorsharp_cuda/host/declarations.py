@@ -83,12 +83,12 @@ class Field(NamedTuple):
 
 
 _ARRAY = (
-    Field("i64", "start", "the address"),
+    Field("address", "start", "the address"),
     Field("i64", "row column", "strides in items"),
     Field("i64[AXES]", "axis", "strides along the axes of the batch; 0 if the array is broadcast over one"),
 )
 
-_SIDE = (Field("i64", "header rows planes", "addresses of the constants of one side of the maps (maps.py)"),)
+_SIDE = (Field("address", "header rows planes", "addresses of the constants of one side of the maps (maps.py)"),)
 
 _PROBLEM = (
     Field("Array", "q k v mask out stats partial_sums"),
@@ -109,7 +109,7 @@ _PROBLEM = (
     Field("i64", "limit", "number of keys that have entered the sums in the end"),
     Field("i64", "recent", "number of recent keys, which every query scores exactly"),
     Field("i64", "segments span", "number of segments of positions, positions in each; or as a kernel says"),
-    Field("i64", "sums scratch totals", "addresses of intermediate sums; tiles.cuh has the layouts"),
+    Field("address", "sums scratch totals", "addresses of intermediate sums; tiles.cuh has the layouts"),
     Field("i64", "padded_d padded_e plane_rows header_size stages"),
     Field("i64", "flags shift", "flags of the kernel; how far entering keys lie behind the positions"),
 )
@@ -145,7 +145,7 @@ _GRADIENTS = (
     Field("i64", "num_rows num_columns row_step column_step head_step", "what sum_members reads, and its strides"),
 )
 
-_TYPES: dict[str, Any] = {"i64": "i8", "i64[AXES]": ("i8", (AXES,))}
+_TYPES: dict[str, Any] = {"i64": "i8", "address": "i8", "i64[AXES]": ("i8", (AXES,))}
 
 
 def _layout(fields: tuple[Field, ...]) -> np.dtype[np.void]:
@@ -155,6 +155,23 @@ def _layout(fields: tuple[Field, ...]) -> np.dtype[np.void]:
 _TYPES |= {"Array": _layout(_ARRAY), "Side": _layout(_SIDE)}
 PROBLEM, GRADIENTS = _layout(_PROBLEM), _layout(_GRADIENTS)
 """The structures that forward and backward kernels take by value, as NumPy dtypes; all numbers have eight bytes."""
+
+
+def _addresses(fields: tuple[Field, ...], names: Any, first: int = 0) -> list[int]:
+    """Where a structure of these fields holds addresses, counted in numbers of eight bytes."""
+    inner = {"Array": _ARRAY, "Side": _SIDE}
+    found = []
+    for field in fields:
+        for name in field.names.split():
+            kind, offset = names[name][:2]
+            place = first + offset // 8
+            found += [place] if field.type == "address" else []
+            found += _addresses(inner[field.type], kind.fields, place) if field.type in inner else []
+    return found
+
+
+ADDRESSES = tuple(_addresses(_PROBLEM, PROBLEM.fields))
+"""Where a `PROBLEM` holds addresses, counted in numbers of eight bytes."""
 
 
 def prelude() -> str:
@@ -176,7 +193,7 @@ def _numbered(members: type[IntEnum] | type[IntFlag], prefix: str = "") -> str:
 def _structure(name: str, fields: tuple[Field, ...]) -> list[str]:
     lines = []
     for field in fields:
-        kind, _, length = field.type.partition("[")
+        kind, _, length = field.type.replace("address", "i64").partition("[")
         names = ", ".join(f"{each}[{length}" if length else each for each in field.names.split())
         lines.append(f"  {kind} {names};" + (f"  // {field.comment}" if field.comment else ""))
     return [f"struct {name} {{", *lines, "};"]

@@ -12,6 +12,7 @@ from typing import Any
 
 from favorsharp_cuda.host import arrays
 from favorsharp_cuda.host.occupancy import MULTIPROCESSORS
+from favorsharp_cuda.host.recording import active
 from favorsharp_cuda.host.source import INSTANTIATIONS, source
 
 OPTIONS = ("-std=c++17",)
@@ -61,14 +62,20 @@ def run(expression: str, like: Any, grid: int, threads: int, problem: Any, share
             f"arrays are on device {device}, the current device is {current}; accepted: arrays of the current one, "
             f"as inside `with cupy.cuda.Device({device}):`"
         )
+    if shared > ALWAYS_SHARED and shared > (room := shared_room(device)):
+        raise ValueError(
+            f"{expression} needs {shared} bytes of shared memory for a block, and device {device} has {room}; "
+            "accepted there: smaller d and e, fewer features, or float32 for float64"
+        )
     with on_stream_of(like):
-        kernel = _kernel(expression, device)
-        if shared > ALWAYS_SHARED and shared > (room := shared_room(device)):
-            raise ValueError(
-                f"{expression} needs {shared} bytes of shared memory for a block, and device {device} has {room}; "
-                "accepted there: smaller d and e, fewer features, or float32 for float64"
-            )
-        kernel((grid,), (threads,), (problem,), shared_mem=shared)
+        start(expression, device, grid, threads, problem, shared)
+    if active.recording is not None:
+        active.recording.launched(expression, grid, threads, problem, shared)
+
+
+def start(expression: str, device: int, grid: int, threads: int, problem: Any, shared: int) -> None:
+    """Launch a kernel on the current device and stream, as `run` does after its checks."""
+    _kernel(expression, device)((grid,), (threads,), (problem,), shared_mem=shared)
 
 
 def shared_room(device: int) -> int:

@@ -18,6 +18,7 @@ from favorsharp.backend import FoldedSide, cast, derived, fold, named_dtype, nam
 from favorsharp_cuda.host import arrays
 from favorsharp_cuda.host.declarations import TILE
 from favorsharp_cuda.host.launch import stream_of
+from favorsharp_cuda.host.recording import active
 
 
 @dataclass(frozen=True)
@@ -179,4 +180,7 @@ def _kept(feature_map: Any, key: tuple[Any, ...], make: Callable[[bool], Any]) -
         return found
     if stream not in streams:
         streams[stream] = make(True)
-    return streams[stream]
+    found = streams[stream]
+    if active.recording is not None:
+        active.recording.constants += [x for x in vars(found).values() if arrays.is_torch(x)]
+    return found

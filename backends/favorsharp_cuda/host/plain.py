@@ -13,6 +13,7 @@ from favorsharp_cuda.host.declarations import DECODE_THREADS, PLAIN_THREADS, Pla
 from favorsharp_cuda.host.launch import run, shared_room
 from favorsharp_cuda.host.maps import plain_map
 from favorsharp_cuda.host.problem import Lows, Problem, Sums, key_batch_of, new_lows, new_sums
+from favorsharp_cuda.host.repeats import repeated
 from favorsharp_cuda.host.source import DECODED_HEADS, expression
 
 PROCESSORS = 132
@@ -207,6 +208,7 @@ Recent = tuple[Any, Any, Any]
 """The recent keys, values and mask of a state, which are not in its sums yet."""
 
 
+@repeated
 def decode(
     q: Any, k: Any, v: Any, feature_map: Any, key_mask: Any, sums: Sums, low: Lows, entering: int = 1,
     recent: Recent | None = None,

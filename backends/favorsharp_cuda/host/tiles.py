@@ -15,6 +15,7 @@ from favorsharp_cuda.host.launch import multiprocessors, run, shared_room
 from favorsharp_cuda.host.maps import tile_map
 from favorsharp_cuda.host.occupancy import ABSORBED, cut, resident, stages_of
 from favorsharp_cuda.host.problem import Lows, Problem, Sums, key_batch_of, new_lows, new_sums
+from favorsharp_cuda.host.repeats import repeated
 from favorsharp_cuda.host.source import TILE_TYPES, VALUE_SIZES, WALKED_SIZES, expression
 
 LARGEST = 128
@@ -341,6 +342,7 @@ def features(u: Any, rows: Any, row: Any, column: Any, out: Any) -> None:
     run(expression("features", arrays.name_of(u)), u, p.heads * blocks, THREADS, p.values, shared)
 
 
+@repeated
 def attention(
     q: Any,
     k: Any,
@@ -368,6 +370,7 @@ def attention(
     return out
 
 
+@repeated
 def windowed(
     q: Any, k: Any, v: Any, feature_map: Any, key_mask: Any, window: int, *, stats: Any = None, out: Any = None
 ) -> Any:
@@ -390,6 +393,7 @@ def windowed(
     return out
 
 
+@repeated
 def causal(
     out: Any,
     q: Any,
@@ -421,6 +425,7 @@ def causal(
     return new, new_low
 
 
+@repeated
 def absorb(k: Any, v: Any, feature_map: Any, key_mask: Any, sums: Sums, low: Lows) -> tuple[Sums, Lows]:
     """The sums after further keys, and their low parts."""
     keys = broadcast_shapes(key_batch_of(feature_map, k, v, key_mask), tuple(sums[0].shape[:-2]))
@@ -437,6 +442,7 @@ def absorb(k: Any, v: Any, feature_map: Any, key_mask: Any, sums: Sums, low: Low
     return new, new_low
 
 
+@repeated
 def read(out: Any, q: Any, feature_map: Any, sums: Sums, key_batch: tuple[int, ...], *, stats: Any = None) -> None:
     """Queries read the sums of a state; the result is written to `out`."""
     for columns in parts_of(q, out.shape[-1]):

@@ -4,13 +4,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from unittest.mock import patch
 
-from favorsharp_cuda.host import attention_gradients, occupancy, tiles
+from favorsharp_cuda.host import attention_gradients, occupancy, repeats, tiles
 
 
 @contextmanager
 def short_segments() -> Iterator[None]:
     """Cut lengths into the shortest segments, as if more of them cost nothing."""
-    occupancy.cut.cache_clear()
+    _forget()
     try:
         with (
             patch.multiple(tiles, SHORTEST=64, ABSORBED=0.0),
@@ -19,4 +19,9 @@ def short_segments() -> Iterator[None]:
         ):
             yield
     finally:
-        occupancy.cut.cache_clear()
+        _forget()
+
+
+def _forget() -> None:
+    occupancy.cut.cache_clear()
+    repeats.forget()
