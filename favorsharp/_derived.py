@@ -21,23 +21,36 @@ class _Made(NamedTuple):
 _stores: "WeakKeyDictionary[Any, _Made]" = WeakKeyDictionary()
 
 
-def made_from(feature_map: Any) -> dict[Hashable, Any]:
-    """What was made from a map with its present numbers, by key; nothing in it may refer to the map itself."""
+def _store_of(feature_map: Any) -> _Made:
     stamps = stamps_of(feature_map.arrays)
     store = _stores.get(feature_map)
     if store is None or store.stamps != stamps:
         store = _stores[feature_map] = _Made(stamps, {})
-    return store.by_key
+    return store
+
+
+def made_from(feature_map: Any) -> dict[Hashable, Any]:
+    """What was made from a map with its present numbers, by key; nothing in it may refer to the map itself."""
+    return _store_of(feature_map).by_key
 
 
 def derived(feature_map: Any, key: Hashable, make: Callable[[], Any]) -> Any:
     """The value that was made under a key from a map with its present numbers, or a new one from `make`."""
-    made = made_from(feature_map)
-    if key not in made:
-        made[key] = make()
-    return made[key]
+    return _from(_store_of(feature_map), key, make)
 
 
-def is_trained(feature_map: Any) -> bool:
-    """Whether a tensor of the map needs gradients or was made in inference mode, so that its changes go unnoticed."""
-    return any(stamp is None or stamp[0] for stamp in stamps_of(feature_map.arrays))
+def _from(store: _Made, key: Hashable, make: Callable[[], Any]) -> Any:
+    if key not in store.by_key:
+        store.by_key[key] = make()
+    return store.by_key[key]
+
+
+def derived_unless_trained(feature_map: Any, key: Hashable, make: Callable[[], Any]) -> Any:
+    """As `derived`; always a new value if a tensor of the map needs gradients, or was made in inference mode.
+
+    Changes of such tensors go unnoticed, or the value has a graph that belongs to one call.
+    """
+    store = _store_of(feature_map)
+    if any(stamp is None or stamp[0] for stamp in store.stamps):
+        return make()
+    return _from(store, key, make)

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 
 from favorsharp._arrays import signature_of
 from favorsharp._autodiff import is_compiling, mode_of_library, records_gradients
-from favorsharp._derived import derived, is_trained, made_from
+from favorsharp._derived import derived, derived_unless_trained, made_from
 from favorsharp._values import astype
 from favorsharp.dispatch import circumstances
 from favorsharp.ops.state import State
@@ -104,9 +104,10 @@ def prepared_map(feature_map: Any, dtype: Any, *, grouped: bool = False) -> Any:
         return prepared.expanded() if grouped else prepared
 
     held = None if mode_of_library() is None else getattr(feature_map, "arrays", None)
-    if held is None or is_trained(feature_map) or any(signature_of(x) is None for x in held):
+    if held is None or any(signature_of(x) is None for x in held):
         return prepare()
-    prepared = derived(feature_map, ("prepared", dtype, grouped), lambda: _unless(feature_map, prepare()))
+    key = "prepared", dtype, grouped
+    prepared = derived_unless_trained(feature_map, key, lambda: _unless(feature_map, prepare()))
     return feature_map if prepared is None else prepared
 
 
