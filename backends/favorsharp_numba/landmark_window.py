@@ -24,11 +24,7 @@ def landmark_window(
     scale: float,
 ) -> Any:
     """As `favorsharp.landmarks.attention.landmark_window`."""
-    options: dict[str, Any] = {"num_landmarks": points.shape[-2], "kernel": kernel, "scale": scale}
-    problem = LandmarkProblem(
-        k, log_weight, v, metric, batches=(points.shape[:-2], used.shape[:-2]), **options
-    )  # fmt: skip
-    problem.take(points, used)
+    problem = LandmarkProblem.around(k, log_weight, v, points, used, metric, kernel=kernel, scale=scale)
     s, held = problem.s, problem.held
     batch = broadcast(q.shape[:-2], problem.batch)
     out = empty(q, (*batch, s.n, s.e), promoted(*(name_of(x) for x in (q, k, v))))

@@ -44,10 +44,8 @@ def condense(
     conserving: bool = False,
 ) -> tuple[Any, Any, Any]:
     """As `favorsharp.ops.landmarks.condense`."""
-    options: dict[str, Any] = {"num_landmarks": points.shape[-2], "kernel": kernel, "scale": scale}
-    options |= {"conserving": conserving, "batches": (points.shape[:-2], used.shape[:-2])}
-    problem = LandmarkProblem(k, log_weight, v, metric, **options)
-    problem.take(points, used)
+    options: dict[str, Any] = {"kernel": kernel, "scale": scale, "conserving": conserving}
+    problem = LandmarkProblem.around(k, log_weight, v, points, used, metric, **options)
     s = problem.s
     values = problem.rows(None, s.m, s.width)
     masses = np.empty((*problem.batch, s.m_pad), problem.dtype)

@@ -61,10 +61,16 @@ class LandmarkProblem:
         self.sides = self._places(constants)
         self.used = np.full((*self.batch, self.s.m_pad), -np.inf, self.dtype)
 
-    def take(self, points: Any, used: Any) -> None:
-        """Take landmarks that are given."""
-        self.points = self.rows(points, self.s.m, self.s.d_pad)
-        self.used[..., : self.s.m] = np.where(host(used)[..., 0, :], 0.0, -np.inf)
+    @classmethod
+    def around(
+        cls, k: Any, log_weight: Any, v: Any, points: Any, used: Any, metric: Any, **options: Any
+    ) -> "LandmarkProblem":
+        """Keys with values, and landmarks that are given."""
+        batches = points.shape[:-2], used.shape[:-2]
+        problem = cls(k, log_weight, v, metric, num_landmarks=points.shape[-2], batches=batches, **options)
+        problem.points = problem.rows(points, problem.s.m, problem.s.d_pad)
+        problem.used[..., : problem.s.m] = np.where(host(used)[..., 0, :], 0.0, -np.inf)
+        return problem
 
     def draw(self, noise: Any) -> None:
         """Draw seeds as landmarks."""
