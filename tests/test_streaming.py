@@ -209,6 +209,24 @@ def test_a_map_whose_rows_were_written_to_is_looked_at_again(kind):
             torch.testing.assert_close(got, want, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("window", [0, 4])
+def test_a_map_written_to_between_two_tokens_is_looked_at_again(window):
+    torch = pytest.importorskip("torch")
+    q, k, v = (torch.from_numpy(x).float() for x in attention_problem(0, (2,), n=12))
+    fm = fs.feature_map(fs.fit(q, k, method="posrf"), 16, rng=0)
+    fm = replace(fm, rows=fm.rows.clone())
+    tokens = [[x[..., i : i + 1, :] for x in (q, k, v)] for i in range(12)]
+    state = fs.init_state(fm, v.shape[-1], like=k, window=window)
+    for token in tokens[:10]:
+        _, state = fs.decode_step(*token, state, fm)
+    fm.rows.mul_(0.5)
+    bare = replace(state)  # without what is kept beside it
+    for token in tokens[10:]:
+        got, state = fs.decode_step(*token, state, fm)
+        bare = fs.update(bare, *token[1:], fm)
+        torch.testing.assert_close(got, fs.read(bare, token[0], fm), rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("layout", ["read-only", "reversed", "every other", "transposed"])
 def test_a_token_of_arrays_of_any_layout(layout):
     q, k, v = attention_problem(0, (2,), n=12)

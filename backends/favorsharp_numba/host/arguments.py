@@ -294,8 +294,14 @@ def pack(feature_map: Any, dtype: str, e: int | None) -> tuple[Packed, Sizes, An
 
     A forward and a backward pass share the packed map, though their values differ in size.
     """
-    packed: Packed = derived(feature_map, ("numba", dtype), lambda: Packed(feature_map, dtype))
+    packed = packed_map(feature_map, dtype)
     return packed, *packed.for_values(e)
+
+
+def packed_map(feature_map: Any, dtype: str) -> Packed:
+    """The packed map: the same object until a tensor of the map is written to."""
+    packed: Packed = derived(feature_map, ("numba", dtype), lambda: Packed(feature_map, dtype))
+    return packed
 
 
 # Batches -------------------------------------------------------------------------------------------------------------

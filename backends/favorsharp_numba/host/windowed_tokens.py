@@ -20,6 +20,7 @@ from favorsharp_numba.host.arguments import (
     is_torch,
     name_of,
     numpy_or_torch,
+    packed_map,
     start_of,
     usable_where_it_lies,
 )
@@ -54,9 +55,12 @@ class NearStore:
     def __reduce__(self) -> Any:
         return type(None), ()  # copies and pickles of a state do not have it
 
-    def claim(self, position: int, q: Any) -> bool:
-        """Take the row behind `position` rows, if there is room, no other token has taken it, and q is laid out so."""
-        if self.queries != _layout(q):
+    def claim(self, position: int, q: Any, feature_map: Any) -> bool:
+        """Take the row behind `position` rows, if there is room and no other token has taken it.
+
+        The store must have been made for queries of this layout, and for the present numbers of the map.
+        """
+        if self.queries != _layout(q) or self.problem.packed is not packed_map(feature_map, self.problem.dtype):
             return False
         with self.lock:
             if self.used != position or position == self.room:
@@ -80,9 +84,9 @@ def windowed_turn(q: Any, k: Any, v: Any, state: State, feature_map: Any) -> tup
         state = updated(state, k, v, None, feature_map)
         return read_state(state, q, feature_map, name_of(q)), state
     store = state.store
-    if store is None or not store.claim(held, q):
+    if store is None or not store.claim(held, q, feature_map):
         store = NearStore(q, k, v, state, feature_map)
-        store.claim(held, q)
+        store.claim(held, q, feature_map)
     keys, values = store.keys[..., : held + 1, :], store.values[..., : held + 1, :]
     keys[..., held:, :], values[..., held:, :] = k, v
     out = empty(q, (*q.shape[:-1], v.shape[-1]), name_of(q))
