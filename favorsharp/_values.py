@@ -1,6 +1,6 @@
 """Copies of frozen dataclasses in which the arrays are changed, or have another dtype."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
@@ -18,6 +18,20 @@ def map_arrays(value: Any, change: Callable[[Array], Array]) -> Any:
         elif is_array(entry):
             changed[field.name] = change(entry)
     return replace(value, **changed)
+
+
+def arrays_of(value: Any) -> list[Array]:
+    """The arrays that a dataclass holds, at any depth; not those that it computes when they are asked for."""
+    held = vars(value) if hasattr(value, "__dict__") else {name: getattr(value, name, None) for name in _names(value)}
+    found: list[Array] = []
+    for name in _names(value):
+        part = held.get(name)
+        found += [part] if is_array(part) else arrays_of(part)
+    return found
+
+
+def _names(value: Any) -> Iterable[str]:
+    return getattr(type(value), "__dataclass_fields__", ())
 
 
 def astype(value: Any, dtype: Any) -> Any:

@@ -45,7 +45,7 @@ from favorsharp.landmarks.state import LandmarkState, grown, segments_of
 from favorsharp.moments import Moments
 from favorsharp.ops.landmark_seeds import CANDIDATES, draw_seeds, noise_of
 from favorsharp.ops.landmarks import landmarks_drawn_by
-from favorsharp.ops.state import State, empty_state, has_low_parts, num_leaving, with_recent, with_sums
+from favorsharp.ops.state import State, empty_state, has_low_parts, num_leaving, unsettled, with_recent, with_sums
 
 __all__ = [
     "CANDIDATES",
@@ -83,6 +83,7 @@ __all__ = [
     "segments_of",
     "summed_to",
     "to_host",
+    "unsettled",
     "with_recent",
     "with_sums",
 ]

@@ -76,7 +76,7 @@ class Call:
 
     def shape_with(self, state: State | None) -> tuple[int, ...]:
         """The shape of the result of a call that continues from a state (which has the group axis too) or from none."""
-        held = () if state is None else state.kv.shape[:-2]
+        held = () if state is None else state.like.shape[:-2]
         batch = merged_batch(self.group, self.q.shape[:-2], self.key_batch, held)
         return (*batch, self.q.shape[-2], self.v.shape[-1])
 
@@ -160,7 +160,7 @@ def check_state(state: Any, feature_map: FeatureMap, **named: Array) -> None:
     """Check that a state was made by this map, and fits the library, device and leading axes of these arrays."""
     if not isinstance(state, State):
         raise TypeError(f"state must be a favorsharp.State, got {type(state).__name__}")
-    check_floats(**named, state=state.kv)
+    check_floats(**named, state=state.like)
     own = feature_map.fingerprint if state.fingerprint is not None else None
     if state.num_features != feature_map.num_features or (own is not None and own != state.fingerprint):
         raise ValueError(
@@ -169,7 +169,7 @@ def check_state(state: Any, feature_map: FeatureMap, **named: Array) -> None:
         )
     for name, x in named.items():
         if name != "q":
-            check_broadcast("(*b, s, d)", **{name: x.shape[:-2], "state": state.kv.shape[:-2]})
+            check_broadcast("(*b, s, d)", **{name: x.shape[:-2], "state": state.like.shape[:-2]})
 
 
 def check_continued(call: Call, state: Any, feature_map: FeatureMap, k: Array) -> State:

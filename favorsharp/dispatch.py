@@ -41,6 +41,7 @@ from typing import TYPE_CHECKING, Any, Generic, NamedTuple, ParamSpec, TypeVar, 
 from favorsharp._arrays import FLOATS, device_of, dtype_name, is_array, library_of, under_own_settings
 from favorsharp._autodiff import is_followed, needs_gradient
 from favorsharp._typing import Array
+from favorsharp._values import arrays_of
 
 if TYPE_CHECKING:
     from importlib.metadata import EntryPoint
@@ -126,7 +127,7 @@ def request_of(op: str, *arguments: object) -> Request:
         if is_array(x):
             arrays.append(x)
         else:
-            _collect(x, inner)
+            inner += arrays_of(x)
             family = getattr(x, "family", "custom" if hasattr(x, "log_key") else family)
     if not (arrays or inner):
         raise TypeError(f"{op} needs an array among its arguments to choose an implementation by, got none")
@@ -141,16 +142,6 @@ def request_of(op: str, *arguments: object) -> Request:
         gradient=any(needs_gradient(x) for x in everything),
         traced=any(is_followed(x) for x in everything),
     )
-
-
-def _collect(x: object, arrays: list[Array]) -> None:
-    """Append the arrays that a dataclass value holds, at any depth."""
-    for name in getattr(type(x), "__dataclass_fields__", ()):
-        part = getattr(x, name)
-        if is_array(part):
-            arrays.append(part)
-        else:
-            _collect(part, arrays)
 
 
 def _common_dtype(arrays: list[Array]) -> str:

@@ -397,8 +397,8 @@ def update(
     check_map(feature_map, 1, k=k)
     check_state(state, feature_map, k=k)
     check_values(state, v)
-    prepared = prepared_map(feature_map, state.kv.dtype)
-    return replace(update_op(state, k, v, prepared, key_mask=key_mask), fingerprint=state.fingerprint)
+    after = update_op(state, k, v, prepared_map(feature_map, state.like.dtype), key_mask=key_mask)
+    return after if after.fingerprint == state.fingerprint else replace(after, fingerprint=state.fingerprint)
 
 
 def read(state: Any, q: Array, /, feature_map: FeatureMap | Landmarks, *, enable_gqa: bool = False) -> Array:
@@ -433,9 +433,9 @@ def read(state: Any, q: Array, /, feature_map: FeatureMap | Landmarks, *, enable
     check_points("q", q, "(*b, n, d)")
     check_positive(feature_map)
     check_state(state, feature_map, q=q)
-    group = check_group_of_state(enable_gqa, q, state.kv.shape[:-2])
+    group = check_group_of_state(enable_gqa, q, state.like.shape[:-2])
     check_map(feature_map, group, q=q)
-    prepared = prepared_map(feature_map, state.kv.dtype, grouped=group > 1)
+    prepared = prepared_map(feature_map, state.like.dtype, grouped=group > 1)
     return merge_heads(group, read_op(with_group_axis(group, state), split_heads(group, q), prepared))
 
 
@@ -498,7 +498,7 @@ def decode_step(
     check_map(feature_map, group, q=q, k=k)
     check_state(state, feature_map, k=k)
     check_values(state, v)
-    prepared: Any = prepared_map(feature_map, state.kv.dtype)
+    prepared: Any = prepared_map(feature_map, state.like.dtype)
     arguments = join_queries(group, q), k, v, state, prepared
     chosen = decode_step_op.implementation(*grouped(group, q, k, v, None)[:3], with_group_axis(group, state), prepared)
     planned = chosen.plan(*arguments) if key is not None and chosen.plan is not None else None
@@ -518,6 +518,6 @@ def _by_group(run: Any, q: Array, k: Array, v: Array, state: State, feature_map:
     """Run the op `decode_step`, which takes grouped heads by a group axis, with joined queries (*b, h, g, d)."""
     group = q.shape[-2]
     points = q[..., :, None, :], k[..., None, :, :], v[..., None, :, :]
-    prepared = prepared_map(feature_map, state.kv.dtype, grouped=True)
+    prepared = prepared_map(feature_map, state.like.dtype, grouped=True)
     out, after = run(*points, with_group_axis(group, state), prepared)
     return out[..., 0, :], without_group_axis(group, after)

@@ -85,9 +85,9 @@ def layout_of(state: State) -> Hashable:
     """The part of a key that describes a state; None if the call has no key."""
     if is_compiling():
         return None
-    arrays = state.kv, state.z, state.c, state.recent_k, state.recent_v, state.recent_mask
-    if state.known_layout is not None and not records_gradients(arrays):  # by now a tensor may need a gradient
+    if state.known_layout is not None and not records_gradients(state.present):  # by now a tensor may need a gradient
         return state.known_layout
+    arrays = state.kv, state.z, state.c, state.recent_k, state.recent_v, state.recent_mask
     parts = [signature_of(x, with_layout=True) for x in arrays]
     return None if None in parts else Layout((*parts, state.window, state.fingerprint))
 

@@ -6,7 +6,6 @@ from typing import Any
 
 from favorsharp.backend import State, empty_state, num_leaving, with_recent
 from favorsharp_numba.host.arguments import target
-from favorsharp_numba.host.kept_tokens import settled
 from favorsharp_numba.host.problem import AttentionProblem, packed_attention
 
 
@@ -25,7 +24,6 @@ def causal_attention(
 
     The result is written to `out` if that shares no memory with the inputs.
     """
-    state = None if state is None else settled(state, feature_map)
     n, before, keys, values, mask = q.shape[-2], 0, k, v, key_mask
     if state is not None and state.recent_k.shape[-2] > 0:
         before = state.recent_k.shape[-2]

@@ -6,14 +6,15 @@ from typing import Any
 from favorsharp.backend import State
 from favorsharp_numba.host.arguments import name_of
 from favorsharp_numba.host.decode_plan import turn_of
-from favorsharp_numba.host.kept_tokens import settled
+from favorsharp_numba.host.kept_tokens import keeps, with_few
 from favorsharp_numba.host.problem import absorbed
 from favorsharp_numba.host.windowed_tokens import read_state, takes_store, updated, windowed_turn
 
 
 def update(state: State, k: Any, v: Any, feature_map: Any, *, key_mask: Any = None) -> State:
     """As `favorsharp.ops.state.update`."""
-    state = settled(state, feature_map)
+    if keeps(state, k, v, key_mask, feature_map):
+        return with_few(state, k, v, feature_map)
     add = updated if state.window else absorbed
     return add(state, k, v, key_mask, feature_map)
 

@@ -11,7 +11,7 @@ references of attention are built from the functions of this module.
 
 import math
 from collections.abc import Callable, Hashable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar
 
 from favorsharp._arrays import (
@@ -91,13 +91,13 @@ class State:
     recent_v: Array
     recent_mask: Array
     fingerprint: str | None
-    kv_low: Array | None = None
-    z_low: Array | None = None
+    kv_low: Array | None = field(default_factory=lambda: None)  # no attribute of the class: see __getattr__
+    z_low: Array | None = field(default_factory=lambda: None)
 
     known_layout: ClassVar[Hashable] = None
     """What `favorsharp.plans.layout_of` gives for this state, if it is known; set on results of `decode_step`."""
     single_tokens: ClassVar[Any] = None
-    """What a backend keeps beside a state that grows token by token, to correct its rounding; None if nothing."""
+    """Tokens that a backend keeps beside a state, from which the state computes its sums (`unsettled`)."""
     store: ClassVar[Any] = None
     """What a backend keeps beside a state with a window: memory with room for further keys, in which the state lies."""
 
@@ -105,19 +105,42 @@ class State:
         """Attach `known_layout`, `single_tokens` or `store`. They are not part of the value: `replace` drops them."""
         object.__setattr__(self, name, value)
 
+    def __getattr__(self, name: str) -> Any:
+        """The sums of a state that `unsettled` made, when one of them is first asked for."""
+        if name not in _SUMS or "single_tokens" not in vars(self):
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        for sums, array in self.single_tokens.sums().items():
+            self.remember(sums, array)
+        return vars(self)[name]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The fields alone."""
+        return {entry.name: getattr(self, entry.name) for entry in fields(self)}
+
+    @property
+    def like(self) -> Array:
+        """An array with the shape, dtype and device of kv."""
+        return self.kv if "kv" in vars(self) else self.single_tokens.like
+
+    @property
+    def present(self) -> tuple[Array, ...]:
+        """The arrays other than low parts, without sums that have not been computed."""
+        known = vars(self)
+        return tuple(known[name] for name in _ARRAYS if name in known)
+
     @property
     def num_features(self) -> int:
         """The number of features, m."""
-        return int(self.kv.shape[-2])
+        return int(self.like.shape[-2])
 
     @property
     def v_size(self) -> int:
         """The size of a value, e."""
-        return int(self.kv.shape[-1])
+        return int(self.like.shape[-1])
 
     def __repr__(self) -> str:
         return (
-            f"State(num_features={self.num_features}, v_size={self.v_size}, batch={tuple(self.kv.shape[:-2])}, "
+            f"State(num_features={self.num_features}, v_size={self.v_size}, batch={tuple(self.like.shape[:-2])}, "
             f"window={self.window}, recent={self.recent_k.shape[-2]})"
         )
 
@@ -157,6 +180,9 @@ def empty_state(feature_map: PositiveMap, batch: tuple[int, ...], d: int, e: int
     )
 
 
+_SUMS = ("kv", "z", "c", "kv_low", "z_low")
+_ARRAYS = ("kv", "z", "c", "recent_k", "recent_v", "recent_mask")
+_OTHERS = ("window", "recent_k", "recent_v", "recent_mask", "fingerprint")
 _BATCHED = ("kv", "z", "c", "recent_k", "recent_v", "kv_low", "z_low")
 
 
@@ -185,6 +211,16 @@ def without_group_axis(group: int, state: State) -> State:
 def has_low_parts(kv: Array) -> bool:
     """Whether a state with these sums keeps low parts: the rounding of float64 is never felt."""
     return bool(kv.dtype != namespace_of(kv).float64)
+
+
+def unsettled(state: State, tokens: Any) -> State:
+    """A state that computes its sums when they are read, from `tokens`: `tokens.sums()` are those after these tokens.
+
+    `tokens.like` is an array with the shape, dtype and device of its kv. The rest is that of `state`.
+    """
+    after = object.__new__(State)
+    after.__dict__.update({name: getattr(state, name) for name in _OTHERS}, single_tokens=tokens)
+    return after
 
 
 def with_sums(state: State, kv: Array, z: Array, c: Array, **others: Any) -> State:

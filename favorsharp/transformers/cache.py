@@ -13,7 +13,7 @@ import torch
 from transformers import AttentionMaskInterface, DynamicCache, cache_utils
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from favorsharp._values import map_arrays
+from favorsharp._values import arrays_of, map_arrays
 from favorsharp.landmarks.state import LandmarkState
 from favorsharp.ops.state import State
 from favorsharp.transformers.masks import compact_mask
@@ -243,20 +243,20 @@ class StateCache(Cache):
         spans: list[tuple[int, int]] = []  # arrays of a state may share their memory
         beside = 0
 
-        def measured(x: Tensor) -> Tensor:
+        def measure(x: Tensor) -> None:
             storage = x.untyped_storage()
             spans.append((storage.data_ptr(), storage.data_ptr() + storage.nbytes()))
-            return x
 
         for layer in self.layers:
             if getattr(layer, "state", None) is not None:
-                map_arrays(layer.state, measured)
+                for x in arrays_of(layer.state):
+                    measure(x)
                 kept = (getattr(layer.state, name, None) for name in ("single_tokens", "store"))
                 beside += sum(getattr(x, "num_bytes", 0) for x in kept)
             for states in (getattr(layer, "conv_states", {}), getattr(layer, "recurrent_states", {})):
                 for x in states.values():
                     if x is not None:
-                        measured(x)
+                        measure(x)
         return beside + _length(spans)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from favorsharp.backend import State, has_low_parts
+from favorsharp.backend import State, unsettled
 from favorsharp_numba.host import workspace
 from favorsharp_numba.host.arguments import (
     Held,
@@ -25,12 +25,10 @@ from favorsharp_numba.host.arguments import (
     start_of,
     usable_where_it_lies,
 )
-from favorsharp_numba.host.kept_tokens import After, Kept, settled
+from favorsharp_numba.host.kept_tokens import After, Kept, Layout, is_whole, kept_at
 from favorsharp_numba.host.threads import SMALL, share
 from favorsharp_numba.kernels.decode_step import PLAN_SIZE, turn
 from favorsharp_numba.kernels.workspace import items_of
-
-_NOTHING_KEPT, _NO_ROWS = (None, 0), (0, 0)
 
 
 class Turn:
@@ -40,15 +38,14 @@ class Turn:
     """
 
     def __init__(self, q: Any, k: Any, v: Any, state: State, feature_map: Any) -> None:
-        batch, size = tuple(state.kv.shape[:-2]), state.kv.shape[-1]
-        packed, sizes, query, key = pack(feature_map, name_of(state.kv), size)
+        batch, size = tuple(state.like.shape[:-2]), state.like.shape[-1]
+        packed, sizes, query, key = pack(feature_map, name_of(state.like), size)
         self.one = packed.one
-        self.heads, self.d = math.prod(batch), sizes.d
-        self.keeps = has_low_parts(state.kv)
+        self.heads = math.prod(batch)
         self.work = float(self.heads * sizes.m * (4 * size + 2 * sizes.d) * q.shape[-2])
         self.scratch = items_of(turn, sizes)
         out = empty(q, (*batch, q.shape[-2], size), name_of(q))
-        self.empty_like, self.start_of = np.empty_like, _start_of_whole
+        self.empty_like, self.start_of = np.empty_like, _start_of_numpy
         if is_torch(q):
             import torch
 
@@ -64,33 +61,30 @@ class Turn:
         self.held.arrays = [x for x in self.held.arrays if not hasattr(x, "owner")]
         assert len(plan) == PLAN_SIZE
         self.plan = self.held.keep(np.array(plan, dtype=np.int64))
+        self.layout = Layout(sizes, self.one, self.heads)
         self.threads = threading.local()
 
     def __call__(self, q: Any, k: Any, v: Any, state: State, feature_map: Any) -> tuple[Any, State]:
         """The result of a token, and the state after it."""
-        kept: Any
-        kept, position = state.single_tokens or _NOTHING_KEPT
-        rows: Any = _NO_ROWS
-        if self.keeps:
-            rows = kept and kept.rows_at(position)
-            if rows is None:
-                state = settled(state, feature_map)
-                kept, position = Kept(state, self.heads, self.d, self.one.dtype), 0
-                rows = kept.rows_at(0)
-        old = state.kv, state.z, state.c
-        out, kv, z, c = map(self.empty_like, (self.out, *old))
-        places = tuple(map(self.start_of, (q, k, v, out, *old, kv, z, c)))
+        kept, position = kept_at(state, self.layout)
+        out = self.empty_like(self.out)
+        places = tuple(map(self.start_of, (q, k, v, out)))
         if not all(places):  # arrays without items have no address either
-            check_memory((q, k, v, *old))
+            check_memory((q, k, v))
+        self._run(places, kept, position)
+        if kept.marks[0]:
+            kept, position = kept.begun_again(position, raised=True), 0
+            kept.claim(0)
+            self._run(places, kept, position)
+        return out, unsettled(state, After(kept, position + 1))
+
+    def _run(self, places: tuple[int, ...], kept: Kept, position: int) -> None:
+        """Run the kernel for a token that is kept at a position."""
+        given = self.one, self.plan, *places, *kept.sums, *kept.places, position
         if self.work < SMALL:
-            turn(self.one, self.plan, *places, *rows, 0, self.heads, self._scratch())
+            turn(*given, 0, self.heads, self._scratch())
         else:
-            given = (turn, self.heads, self.work, self.scratch, self.one, self.plan, *places, *rows)
-            share(*given, of_torch=self.held.of_torch)
-        new = State(kv, z, c, state.window, state.recent_k, state.recent_v, state.recent_mask, state.fingerprint)
-        if self.keeps:
-            new.remember("single_tokens", After(kept, position + 1))
-        return out, new
+            share(turn, self.heads, self.work, self.scratch, *given, of_torch=self.held.of_torch)
 
     def _scratch(self) -> int:
         """The workspace of this thread."""
@@ -104,26 +98,19 @@ class Turn:
 
 def turn_of(q: Any, k: Any, v: Any, state: State, feature_map: Any) -> Turn | None:
     """The plan for arrays of these layouts, or None if the kernel cannot take them."""
-    held = state.kv, state.z, state.c
-    batch, dtype = tuple(state.kv.shape[:-2]), state.kv.dtype
+    batch = tuple(state.like.shape[:-2])
     if state.window or q.shape[-2] == 0 or k.shape[-2] != 1:
         return None
-    if any(tuple(x.shape[:-2]) != batch for x in (q, k, v, *held)) or batch != broadcast(
-        feature_map.batch_shape, batch
-    ):
+    if batch != broadcast(feature_map.batch_shape, batch) or not (state.single_tokens is not None or is_whole(state)):
         return None
-    if any(x.dtype != dtype or not _is_whole(x) for x in held) or not all(usable_where_it_lies(x) for x in (q, k, v)):
+    if not all(tuple(x.shape[:-2]) == batch and usable_where_it_lies(x) for x in (q, k, v)):
         return None
     return Turn(q, k, v, state, feature_map)
 
 
-def _start_of_whole(x: Any) -> int:
-    """As `start_of` for NumPy arrays, in a third of the time if an array has no gaps and is writable."""
-    try:
+def _start_of_numpy(x: Any) -> int:
+    """As `start_of` for NumPy arrays, in a third of the time if an array has items, has no gaps and is writable."""
+    flags = x.flags
+    if flags.c_contiguous and flags.writeable and x.size:
         return ctypes.addressof(ctypes.c_char.from_buffer(x))
-    except (TypeError, ValueError, BufferError):
-        return start_of(x)
-
-
-def _is_whole(x: Any) -> bool:
-    return usable_where_it_lies(x) and bool(x.is_contiguous() if is_torch(x) else x.flags.c_contiguous)
+    return start_of(x)

@@ -1,54 +1,115 @@
-"""Keeps the tokens of `decode_step` for a while, to add them up again without rounding errors.
+"""Keeps tokens for a while, before the sums of a state take them together: in `decode_step` and `update`.
 
-A token reads and writes all sums of a state; with low parts it would read and write twice as much. So a single token is
-added without low parts. The state keeps with it an earlier state, which has low parts, and the tokens since then. After
-SPAN tokens it is computed again from these, so that errors accumulate over at most SPAN tokens.
+A token that entered the sums at once would read and write them whole, and with low parts twice as much. So its features
+and its value are kept beside an earlier state, and its query reads both (`kernels/decode_step.py`). A state after such
+a token computes its sums when someone reads them, or when SPAN tokens are kept.
 """
 
+import math
 from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from favorsharp.backend import State
-from favorsharp_numba.host.arguments import numpy_or_torch
-from favorsharp_numba.host.problem import absorbed
+from favorsharp.backend import State, unsettled
+from favorsharp_numba.host import workspace
+from favorsharp_numba.host.arguments import (
+    Held,
+    broadcast,
+    check_memory,
+    indices,
+    is_torch,
+    name_of,
+    pack,
+    start_of,
+    usable_where_it_lies,
+)
+from favorsharp_numba.host.threads import share
+from favorsharp_numba.kernels.arguments import Sizes
+from favorsharp_numba.kernels.decode_step import SPAN, fold, keep
+from favorsharp_numba.kernels.workspace import items_of
 
-SPAN = 256
-"""The number of tokens that are kept."""
+FEW = SPAN
+"""The most keys of an `update` that are kept; more enter the sums at once."""
+
+
+class Layout(NamedTuple):
+    """What kept tokens need of their map: the sizes, the scalar `one`, and the number of heads."""
+
+    sizes: Sizes
+    one: Any
+    heads: int
 
 
 class Kept:
-    """A state, and the keys and values of the tokens since then. All states after these tokens share it.
+    """A state with its sums, and the features and values of the tokens since then. The states after these share it.
 
     A row is written once. If two states follow the same state, the second one finds its row taken and begins again.
     """
 
-    def __init__(self, since: State, heads: int, d: int, dtype: Any) -> None:
-        self.since = since
-        self.keys = np.empty((SPAN, heads, d), dtype)
-        self.values = np.empty((SPAN, heads, since.v_size), dtype)
-        self.places = self.keys.ctypes.data, self.values.ctypes.data
-        self.steps = self.keys.strides[0], self.values.strides[0]
+    def __init__(self, layout: Layout, since: State) -> None:
+        lows = {name: _without_gaps(x) for name in ("kv_low", "z_low") if (x := getattr(since, name)) is not None}
+        self.layout, self.since = layout, replace(since, **lows)
+        s, heads = layout.sizes, layout.heads
+        line = workspace.CACHE_LINE
+        marks = -(-(1 + heads) // line) * line
+        size = marks + heads * SPAN * (s.m_pad + s.e_pad)
+        self.memory = workspace.workspaces(1, size, layout.one.dtype)[0]
+        start = workspace.place_in(self.memory)
+        shift = start - start_of(self.memory) // self.memory.itemsize
+        self.marks = self.memory[shift : shift + 1 + heads]
+        self.marks[:] = 0
+        features = start + marks
+        self.places = start, features, features + heads * SPAN * s.m_pad
+        self.sums = tuple(map(start_of, (since.kv, since.z, since.c)))
+        if not all(self.sums):
+            check_memory((since.kv, since.z, since.c))
         self.owners: dict[int, object] = {}
 
-    def rows_at(self, position: int) -> tuple[int, int] | None:
-        """The addresses of a row of keys and of a row of values; None for all callers but the first, and behind the
-        end.
-        """
-        if position == SPAN:
-            return None
+    def claim(self, position: int) -> bool:
+        """Whether the caller may write a row: it is the first one to ask, and the row is not behind the end."""
         own = object()
-        if self.owners.setdefault(position, own) is not own:
-            return None
-        return self.places[0] + position * self.steps[0], self.places[1] + position * self.steps[1]
+        return position < SPAN and self.owners.setdefault(position, own) is own
 
-    def tokens(self, count: int) -> tuple[Any, Any]:
-        """The first `count` keys and values, (*b, count, .), without a copy."""
-        batch = tuple(self.since.kv.shape[:-2])
-        arrays = (np.moveaxis(x[:count], 0, -2) for x in (self.keys, self.values))
-        k, v = (numpy_or_torch(self.since.kv, x.reshape(*batch, count, x.shape[-1])) for x in arrays)
-        return k, v
+    def folded(self, count: int, *, raised: bool = False) -> dict[str, Any]:
+        """The sums of the state after the first `count` tokens.
+
+        If `raised`, the tops also rise to those of the next token, which is too high to be kept.
+        """
+        since = self.since
+        known = since.kv_low is not None and since.z_low is not None
+        given = since.kv, since.z, since.c, *((since.kv_low, since.z_low) if known else ())
+        names = ("kv", "z", "c") if self.layout.one.dtype == np.float64 else ("kv", "z", "c", "kv_low", "z_low")
+        new = {name: _empty_like(getattr(since, name.removesuffix("_low"))) for name in names}
+        places = [*map(start_of, given), 0, 0][:5] + [*map(start_of, new.values()), 0, 0][:5]
+        marks, features, values = self.places
+        layout = self.layout
+        work = float(layout.heads * layout.sizes.m * layout.sizes.e * (count + 8))
+        share(
+            fold, layout.heads, work, items_of(fold, layout.sizes), layout.one, layout.sizes, *places,
+            marks if raised else 0, features, values, count, of_torch=is_torch(since.kv),
+        )  # fmt: skip
+        return {"kv_low": None, "z_low": None, **new}
+
+    def begun_again(self, count: int, *, raised: bool = False) -> "Kept":
+        """Kept tokens that begin after the first `count` of these."""
+        since = self.since
+        sums = self.folded(count, raised=raised)
+        fields = {name: getattr(since, name) for name in ("window", "recent_k", "recent_v", "recent_mask")}
+        return Kept(self.layout, State(**sums, **fields, fingerprint=since.fingerprint))
+
+
+def kept_at(state: State, layout: Layout, count: int = 1) -> tuple[Kept, int]:
+    """Where the next `count` tokens of a state are kept, and the number of the first of their rows."""
+    if "kv" in vars(state):  # its sums have been asked for: it goes on like a copy of it that was saved
+        kept = Kept(layout, state)
+    else:
+        kept, position = state.single_tokens
+        if position + count <= SPAN and kept.claim(position):
+            return kept, position
+        kept = kept.begun_again(position)
+    kept.claim(0)
+    return kept, 0
 
 
 class After(NamedTuple):
@@ -58,20 +119,76 @@ class After(NamedTuple):
     taken: int
 
     @property
+    def like(self) -> Any:
+        """An array with the shape, dtype and device of kv."""
+        return self.kept.since.kv
+
+    def sums(self) -> dict[str, Any]:
+        """kv, z, c and the low parts of the state."""
+        return self.kept.folded(self.taken)
+
+    @property
     def num_bytes(self) -> int:
-        """The memory of the tokens and of the state before them, which the state after them does not have itself."""
+        """The memory of the tokens and of the state before them."""
         since = self.kept.since
-        held = self.kept.keys, self.kept.values, since.kv, since.z, since.c, since.kv_low, since.z_low
+        held = self.kept.memory, since.kv, since.z, since.c, since.kv_low, since.z_low
         return sum(int(x.nbytes) for x in held if x is not None)
 
-    def __reduce__(self) -> Any:
-        return type(None), ()  # copies and pickles of a state do not have it
+
+def keeps(state: State, k: Any, v: Any, key_mask: Any, feature_map: Any) -> bool:
+    """Whether `with_few` takes these keys."""
+    if state.window or key_mask is not None or not 0 < k.shape[-2] <= FEW:
+        return False
+    batch = tuple(state.like.shape[:-2])
+    known = state.single_tokens is not None or is_whole(state)
+    alike = all(tuple(x.shape[:-2]) == batch and usable_where_it_lies(x) for x in (k, v))
+    return known and alike and batch == broadcast(feature_map.batch_shape, batch)
 
 
-def settled(state: State, feature_map: Any) -> State:
-    """The state, computed again with low parts if it contains single tokens."""
-    if state.single_tokens is None:
-        return state
-    kept, taken = state.single_tokens
-    k, v = kept.tokens(taken)
-    return replace(absorbed(kept.since, k, v, None, feature_map), fingerprint=state.fingerprint)
+def is_whole(state: State) -> bool:
+    """Whether kernels can read the sums of a state in place, without strides."""
+    arrays = state.kv, state.z, state.c
+    alike = all(x.dtype == state.kv.dtype and x.shape[:-2] == state.kv.shape[:-2] for x in arrays)
+    return alike and all(usable_where_it_lies(x) and _without_gaps(x) is x for x in arrays)
+
+
+def with_few(state: State, k: Any, v: Any, feature_map: Any) -> State:
+    """The state after a few further keys, which are kept."""
+    batch, size = tuple(state.like.shape[:-2]), v.shape[-1]
+    packed, sizes, _, key = pack(feature_map, name_of(state.like), size)
+    layout, held = Layout(sizes, packed.one, math.prod(batch)), Held()
+    points = held.points(k, batch), held.points(v, batch)
+    sides, map_of = held.place(key), held.constant(indices(packed.batch, batch))
+    for first in range(0, k.shape[-2], SPAN):
+        count = min(SPAN, k.shape[-2] - first)
+        kept, position = kept_at(state, layout, count)
+        work = float(layout.heads * count * sizes.m * (2 * sizes.d + 8))
+
+        def run(kept: Kept, position: int, first: int = first, count: int = count, work: float = work) -> None:
+            share(
+                keep, layout.heads, work, items_of(keep, sizes), layout.one, sizes, sides, map_of, *points, first,
+                count, kept.sums[2], *kept.places, position, of_torch=held.of_torch,
+            )  # fmt: skip
+
+        run(kept, position)
+        if kept.marks[0]:
+            kept, position = kept.begun_again(position, raised=True), 0
+            kept.claim(0)
+            run(kept, position)
+        state = unsettled(state, After(kept, position + count))
+    return state
+
+
+def _without_gaps(x: Any) -> Any:
+    """The array, or a copy of it if its items do not lie side by side."""
+    if is_torch(x):
+        return x.contiguous()
+    return x if x.flags.c_contiguous else np.ascontiguousarray(x)
+
+
+def _empty_like(x: Any) -> Any:
+    if not is_torch(x):
+        return np.empty_like(x)
+    import torch
+
+    return torch.empty_like(x)

@@ -511,7 +511,7 @@ def sum_lanes(builder, e, vectors):
     return vectors[0]
 
 
-def _products_of_rows(builder, e, count, n, targets, factors):
+def products_of_rows(builder, e, count, n, targets, factors):
     """Store, for each row and each target, the sum over n columns of the product of a pair of values.
 
     The pairs are vectors that a function of `factors` loads for a row and a column. Several rows are worked on at once,
@@ -545,7 +545,7 @@ def _quadratic_rows(context, one, z, step, count, n, linear, first, second):
         value = lambda t, j: e.load(e.at(lines, builder.add(builder.mul(t, step), j)))  # noqa: E731
         dot = lambda t, j: (value(t, j), e.load(e.at(coefficients, j)))  # noqa: E731
         square = lambda t, j: (value(t, j),) * 2  # noqa: E731
-        _products_of_rows(builder, e, count, n, (e.pointer(first), e.pointer(second)), (dot, square))
+        products_of_rows(builder, e, count, n, (e.pointer(first), e.pointer(second)), (dot, square))
         return context.get_dummy_value()
 
     return types.void(one, *[types.int64] * 7), emit
@@ -567,7 +567,7 @@ def _dot_rows(context, one, x, y, step, count, n, dots):
         def pair(t, j):
             return [e.load(e.at(line, builder.add(builder.mul(t, step), j))) for line in lines]
 
-        _products_of_rows(builder, e, count, n, [e.pointer(dots)], [pair])
+        products_of_rows(builder, e, count, n, [e.pointer(dots)], [pair])
         return context.get_dummy_value()
 
     return types.void(one, *[types.int64] * 6), emit

@@ -1,0 +1,109 @@
+"""Tokens that are kept beside a state until its sums are asked for: they count as if they had entered the sums."""
+
+import pickle
+
+import numpy as np
+import pytest
+
+import favorsharp as fs
+
+SIZES = (1, 4, 3, 16, 31, 32, 33, 2, 0, 5, 60, 1, 7)
+
+
+def problem(batch, m, d, e, n, dtype=np.float32):
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.standard_normal((*batch, n, size)).astype(dtype) for size in (d, d, e))
+    return q, k, v, fs.feature_map(fs.fit(q, k), m, rng=0)
+
+
+def sums(state):
+    """kv and z with their low parts, not relative to c."""
+    scale = np.exp(state.c.astype(np.float64))
+    kv, z = (x if low is None else x + low.astype(np.float64) for x, low in
+             ((state.kv, state.kv_low), (state.z, state.z_low)))  # fmt: skip
+    return kv * np.swapaxes(scale, -1, -2), z * scale
+
+
+def assert_same(state, want, rtol):
+    for got, other in zip(sums(state), sums(want), strict=True):
+        np.testing.assert_allclose(got, other, rtol=0, atol=rtol * np.abs(other).max(initial=0))
+    np.testing.assert_allclose(state.c, want.c, rtol=rtol, atol=rtol)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("shape", [((2,), 16, 8, 16), ((), 8, 4, 5), ((2, 3), 17, 5, 1), ((13,), 1, 1, 33)])
+def test_blocks_of_any_length(shape, dtype):
+    """A few keys are kept, more are added at once, and tokens of `decode_step` come between."""
+    q, k, v, fm = problem(*shape, sum(SIZES), dtype)
+    tolerance = 1e-5 if dtype == np.float32 else 1e-13
+    ways = {}
+    for backend in ("numba", "reference"):
+        with fs.use(backend):
+            state, start, outs = fs.init_state(fm, shape[-1], like=k), 0, []
+            for i, size in enumerate(SIZES):
+                part = (..., slice(start, start + size), slice(None))
+                state, start = fs.update(state, k[part], v[part], fm), start + size
+                if i % 3 == 1:
+                    out, state = fs.decode_step(q[..., :1, :], k[..., :1, :], v[..., :1, :], state, fm)
+                    outs.append(out)
+                if i % 3 == 2:
+                    outs.append(fs.read(state, q, fm))
+            ways[backend] = state, outs
+    assert_same(ways["numba"][0], ways["reference"][0], tolerance)
+    for got, want in zip(ways["numba"][1], ways["reference"][1], strict=True):
+        np.testing.assert_allclose(got, want, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("size", [1, 2, 5])
+def test_features_that_rise_by_far(size):
+    """A token may have features that are 2**40 times as large as those of the sums, or more; the sums then rise."""
+    q, k, v, fm = problem((3,), 16, 8, 4, 60, np.float64)
+    k[:, :3] *= 30  # points far away have small features
+    k[1, 3:41] *= 12
+    ways = {}
+    for backend, dtype in (("reference", np.float64), ("numba", np.float32)):
+        x, y, z = (array.astype(dtype) for array in (q, k, v))
+        with fs.use(backend):
+            state, outs = fs.init_state(fm, 4, like=y), []
+            for start in range(0, 60, size):
+                part = (slice(None), slice(start, start + size))
+                if size == 1:
+                    out, state = fs.decode_step(x[part], y[part], z[part], state, fm)
+                    outs.append(out)
+                else:
+                    state = fs.update(state, y[part], z[part], fm)
+        ways[backend] = state.c, state.kv / np.swapaxes(state.z, -1, -2), *outs
+    for got, want in zip(ways["numba"], ways["reference"], strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-3, atol=1e-3)  # logarithms are near 1000
+
+
+def test_keys_of_two_ways():
+    """Two states that follow one know nothing of each other's keys, and the first does not change."""
+    _, k, v, fm = problem((2,), 16, 8, 4, 40)
+    with fs.use("numba"):
+        start = fs.update(fs.init_state(fm, 4, like=k), k[:, :10], v[:, :10], fm)
+        ways = [fs.update(start, k[:, part], v[:, part], fm) for part in (slice(10, 20), slice(20, 40), slice(0))]
+        wants = [fs.update(fs.init_state(fm, 4, like=k), k[:, i], v[:, i], fm) for i in
+                 (range(20), [*range(10), *range(20, 40)], range(10))]  # fmt: skip
+    for way, want in zip([*ways, start], [*wants, wants[2]], strict=True):
+        assert_same(way, want, 1e-6)
+
+
+def test_sums_are_computed_when_they_are_asked_for():
+    q, k, v, fm = problem((2,), 16, 8, 4, 40)
+    with fs.use("numba"):
+        state = fs.init_state(fm, 4, like=k)
+        for i in range(20):
+            _, state = fs.decode_step(q[:, i : i + 1], k[:, i : i + 1], v[:, i : i + 1], state, fm)
+        state = fs.update(state, k[:, 20:22], v[:, 20:22], fm)
+        assert "kv" not in vars(state)
+        assert (state.num_features, state.v_size, state.like.shape) == (16, 4, (2, 16, 4))
+        assert repr(state) == "State(num_features=16, v_size=4, batch=(2,), window=0, recent=0)"
+        copy = pickle.loads(pickle.dumps(state))
+        assert state.kv is state.kv
+        tokens = q[:, 22:23], k[:, 22:23], v[:, 22:23]
+        (out, state), (other, copy) = (fs.decode_step(*tokens, one, fm) for one in (state, copy))
+    np.testing.assert_array_equal(out, other)  # both go on from the same sums
+    np.testing.assert_array_equal(state.kv, copy.kv)
+    with pytest.raises(AttributeError, match="no attribute 'kv_high'"):
+        _ = state.kv_high
