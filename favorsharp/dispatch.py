@@ -29,7 +29,6 @@ signature of the op, declares them in a `Backend`, and compares them with the re
 
 import functools
 import importlib
-import importlib.util
 import os
 import warnings
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
@@ -38,10 +37,8 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, ParamSpec, TypeVar, cast
 
-from favorsharp._arrays import FLOATS, device_of, dtype_name, is_array, library_of, under_own_settings
-from favorsharp._autodiff import is_followed, needs_gradient
-from favorsharp._typing import Array
-from favorsharp._values import arrays_of
+from favorsharp._arrays import under_own_settings
+from favorsharp.declarations import Backend, Implementation, Kernel, Request, request_of
 
 if TYPE_CHECKING:
     from importlib.metadata import EntryPoint
@@ -73,214 +70,9 @@ REFERENCE = "reference"
 BUNDLED = ("numba", "cuda")
 """The backends of this distribution, in the order in which they are tried when none is named."""
 
-CURES = {"numba": "favorsharp[cpu]", "cupy": "favorsharp[cuda12]' or 'favorsharp[cuda13]", "torch": "favorsharp[torch]"}
-"""The extra to install for a module that a backend requires."""
-
 
 class BackendUnavailable(ValueError):
     """A backend was named and cannot run the op for these arrays. The message gives all reasons."""
-
-
-# Requests ------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Request:
-    """Everything about a call on which the choice of an implementation depends. It has no shapes.
-
-    Attributes
-    ----------
-    op : str
-        The op's name.
-    library, device, dtype : str
-        Those of the array arguments, as `favorsharp._arrays` names them. If the arrays have several floating dtypes,
-        their names are joined, from narrow to wide: ``"float16+float32"``.
-    family : str
-        The family of the feature map among the arguments: "exponential", "elementwise", ...
-    gradient : bool
-        Whether the library records the call for a backward pass.
-    traced : bool
-        Whether an argument is traced, so that its values are not known yet, or a mode of torch follows operations.
-    """
-
-    op: str
-    library: str
-    device: str
-    dtype: str
-    family: str = "exponential"
-    gradient: bool = False
-    traced: bool = False
-
-
-def request_of(op: str, *arguments: object) -> Request:
-    """The request for a call of the op with these arguments.
-
-    Library, device and dtype are those of the arguments that are arrays. Whether gradients are needed and whether
-    values are traced also depends on the arrays inside dataclass arguments (feature maps, states).
-    """
-    arrays: list[Array] = []
-    inner: list[Array] = []
-    family = "exponential"
-    for x in arguments:
-        if x is None or isinstance(x, (int, float, str)):
-            continue
-        if is_array(x):
-            arrays.append(x)
-        else:
-            inner += arrays_of(x)
-            family = getattr(x, "family", "custom" if hasattr(x, "log_key") else family)
-    if not (arrays or inner):
-        raise TypeError(f"{op} needs an array among its arguments to choose an implementation by, got none")
-    first = arrays[0] if arrays else inner[0]
-    everything = arrays + inner
-    return Request(
-        op=op,
-        library=library_of(first),
-        device=device_of(first),
-        dtype=_common_dtype(arrays or inner),
-        family=family,
-        gradient=any(needs_gradient(x) for x in everything),
-        traced=any(is_followed(x) for x in everything),
-    )
-
-
-def _common_dtype(arrays: list[Array]) -> str:
-    """The name of the floating dtype of the arrays; if there are several, their names joined. Masks do not count."""
-    names = [dtype_name(x) for x in arrays]
-    floats = [name for name in FLOATS if name in names]
-    return "+".join(floats) if floats else names[0]
-
-
-# Kernels and backends ------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Kernel:
-    """One implementation of one op, declared by a string and imported on first use.
-
-    Attributes
-    ----------
-    op : str
-        The op's name.
-    target : str
-        ``"module:function"``; the function has the signature of the op.
-    libraries, devices, dtypes, families : frozenset of str
-        The values of a `Request` that the kernel accepts.
-    differentiable : bool
-        Whether the kernel records a backward pass for arrays that need gradients.
-    traceable : bool
-        Whether the kernel runs on arrays without values, under `torch.compile`, `torch.func` transforms or `jax.jit`,
-        and as operations that modes of torch see.
-    packed : str, optional
-        For attention, causal_attention and attention_vjp: ``"module:function"``, the same for packed sequences. The
-        function takes their bounds, a list of integers, after the map. There are one or more points. It returns no
-        state, and is differentiable if the kernel is.
-    plan : str, optional
-        For decode_step and landmark_stream: ``"module:function"``. The function takes the arguments of a first call;
-        those of decode_step have grouped queries joined by the key head that they read
-        (`favorsharp._heads.join_queries`). It returns a function for calls whose arrays (for landmark_stream: other
-        than those of the state) have the same shapes, dtypes and memory layouts, or None if there is none.
-    takes_out : bool
-        For attention and causal_attention: whether the function, and `packed`, take an array for the result as `out`.
-        They return that array if they wrote to it.
-    of_points : str, optional
-        For exponential_features: ``"module:function"``, which computes features of the points that a caller of a map
-        has. It is called as function(x, feature_map, side, logarithms=..., out=...) with side "query" or "key", returns
-        features or their logarithms in the dtype of x, and writes them to `out` if that is not None. It is not called
-        if torch records gradients.
-    """
-
-    op: str
-    target: str
-    libraries: frozenset[str]
-    devices: frozenset[str]
-    dtypes: frozenset[str]
-    families: frozenset[str] = frozenset({"exponential"})
-    differentiable: bool = False
-    traceable: bool = False
-    packed: str | None = None
-    plan: str | None = None
-    takes_out: bool = False
-    of_points: str | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("target", "packed", "plan", "of_points"):
-            value = getattr(self, name)
-            if value is not None and not all(value.partition(":")):
-                raise ValueError(f"{name} must read 'module:function', got {value!r}")
-        for name in ("libraries", "devices", "dtypes", "families"):
-            value = getattr(self, name)
-            if isinstance(value, str):
-                raise TypeError(f"{name} must be a set of names, got the string {value!r}")
-            object.__setattr__(self, name, frozenset(value))
-
-    def why_not(self, request: Request) -> str | None:
-        """The reason why the kernel declines the request; None if it accepts."""
-        if request.op != self.op:
-            return f"op {request.op}"
-        if request.library not in self.libraries:
-            return f"library {request.library}"
-        if request.traced and not self.traceable:
-            return "traced arrays, or a mode of torch that follows operations"
-        if request.device not in self.devices and not (request.traced and request.device == "traced"):
-            return f"device {request.device}"
-        if request.dtype not in self.dtypes:
-            return f"dtype {request.dtype}"
-        if request.family not in self.families:
-            return f"{request.family} feature maps"
-        if request.gradient and not self.differentiable:
-            return "gradients"
-        return None
-
-
-@dataclass(frozen=True)
-class Implementation:
-    """What runs an op: a function, and what else its kernel declares (see `Kernel`)."""
-
-    run: Callable[..., Any]
-    packed: Callable[..., Any] | None = None
-    plan: Callable[..., Any] | None = None
-    takes_out: bool = False
-    of_points: Callable[..., Any] | None = None
-
-
-@dataclass(frozen=True)
-class Backend:
-    """A set of kernels and the modules that they need. It is plain data: declaring a backend imports nothing.
-
-    Attributes
-    ----------
-    name : str
-        The name that `use` takes, and the name of the entry point.
-    requires : tuple of str
-        Modules that every kernel of the backend needs.
-    kernels : tuple of Kernel
-        Several kernels may implement the same op; the first one that accepts a request runs.
-    fault : str, optional
-        Why the backend cannot be used at all, if that is known from the start: discovery sets it for a broken plugin.
-    """
-
-    name: str
-    requires: tuple[str, ...] = ()
-    kernels: tuple[Kernel, ...] = ()
-    fault: str | None = None
-
-    def why_not(self) -> str | None:
-        """The reason why no kernel of the backend can run here; None if one can. Imports nothing."""
-        if self.fault is not None:
-            return self.fault
-        missing = [module for module in self.requires if not _can_find(module)]
-        if not missing:
-            return None
-        cures = [f"pip install '{CURES[module]}'" for module in missing if module in CURES]
-        return f"needs {' and '.join(missing)}" + (f": {'; '.join(cures)}" if cures else "")
-
-
-def _can_find(module: str) -> bool:
-    try:
-        return importlib.util.find_spec(module) is not None
-    except (ImportError, ValueError):  # a parent package is missing, or a module has no spec
-        return False
 
 
 # Discovery -----------------------------------------------------------------------------------------------------------
@@ -540,8 +332,7 @@ def _decide(request: Request) -> _Choice:
     choice = _choose(request, names)
     if choice.name is None:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in choice.reasons)
-        cure = "" if REFERENCE in names else "; accepted: 'reference' as well, for the ops that no named backend has"
-        raise BackendUnavailable(f"{request.op} cannot run as {source} asks: {reasons}{cure}")
+        raise BackendUnavailable(f"{request.op} cannot run as {source} asks: {reasons}")
     calls = _calls.get()
     if calls is not None:
         calls.append((request.op, choice.name))

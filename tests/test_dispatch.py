@@ -9,7 +9,7 @@ import pytest
 from problems import attention_problem
 
 import favorsharp as fs
-from favorsharp import dispatch
+from favorsharp import declarations, dispatch
 from favorsharp.dispatch import Backend, BackendUnavailable, Kernel, Op
 
 pytestmark = pytest.mark.own_backend
@@ -179,11 +179,11 @@ def test_maps_of_other_families_are_declined(install):
 
 def test_a_missing_requirement_names_its_cure(install):
     assert Backend("numba", requires=("numba_is_not_here",)).why_not() == "needs numba_is_not_here"
-    dispatch.CURES["numba_is_not_here"] = "favorsharp[cpu]"
+    declarations.CURES["numba_is_not_here"] = "favorsharp[cpu]"
     try:
         assert "pip install 'favorsharp[cpu]'" in Backend("numba", requires=("numba_is_not_here",)).why_not()
     finally:
-        del dispatch.CURES["numba_is_not_here"]
+        del declarations.CURES["numba_is_not_here"]
 
 
 def test_a_broken_plugin_is_a_warning_with_its_name(install):
