@@ -33,7 +33,7 @@ from favorsharp._arrays import (
     on_device_of,
     to_host,
 )
-from favorsharp._autodiff import is_followed, recorded_or_followed
+from favorsharp._autodiff import is_compiling, is_followed, recorded_or_followed
 from favorsharp._checks import check_unfollowed
 from favorsharp._derived import derived
 from favorsharp.dispatch import Backend, Kernel
@@ -45,7 +45,16 @@ from favorsharp.landmarks.state import LandmarkState, grown, segments_of
 from favorsharp.moments import Moments
 from favorsharp.ops.landmark_seeds import CANDIDATES, draw_seeds, noise_of
 from favorsharp.ops.landmarks import landmarks_drawn_by
-from favorsharp.ops.state import State, empty_state, has_low_parts, num_leaving, unsettled, with_recent, with_sums
+from favorsharp.ops.state import (
+    State,
+    absorb_features,
+    empty_state,
+    has_low_parts,
+    num_leaving,
+    unsettled,
+    with_recent,
+    with_sums,
+)
 
 __all__ = [
     "CANDIDATES",
@@ -57,6 +66,7 @@ __all__ = [
     "LandmarkState",
     "Moments",
     "State",
+    "absorb_features",
     "arrays_of",
     "broadcast_shapes",
     "bundled_kernels",
@@ -69,6 +79,7 @@ __all__ = [
     "fold",
     "grown",
     "has_low_parts",
+    "is_compiling",
     "is_followed",
     "landmark_stream",
     "landmarks_drawn_by",

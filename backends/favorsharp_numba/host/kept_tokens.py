@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from favorsharp.backend import State, unsettled
+from favorsharp.backend import State, absorb_features, is_compiling, unsettled
 from favorsharp_numba.host import workspace
 from favorsharp_numba.host.arguments import (
     Held,
@@ -20,6 +20,7 @@ from favorsharp_numba.host.arguments import (
     indices,
     is_torch,
     name_of,
+    numpy_or_torch,
     pack,
     start_of,
     usable_where_it_lies,
@@ -61,6 +62,10 @@ class Kept:
         self.marks[:] = 0
         features = start + marks
         self.places = start, features, features + heads * SPAN * s.m_pad
+        rows = self.memory[shift + marks : shift + size]
+        batch, split = since.kv.shape[:-2], heads * SPAN * s.m_pad
+        self.features = numpy_or_torch(since.kv, rows[:split].reshape(*batch, SPAN, s.m_pad))
+        self.values = numpy_or_torch(since.kv, rows[split:].reshape(*batch, SPAN, s.e_pad))
         self.sums = tuple(map(start_of, (since.kv, since.z, since.c)))
         if not all(self.sums):
             check_memory((since.kv, since.z, since.c))
@@ -76,20 +81,20 @@ class Kept:
 
         If `raised`, the tops also rise to those of the next token, which is too high to be kept.
         """
-        since = self.since
+        since, layout = self.since, self.layout
         known = since.kv_low is not None and since.z_low is not None
         given = since.kv, since.z, since.c, *((since.kv_low, since.z_low) if known else ())
-        names = ("kv", "z", "c") if self.layout.one.dtype == np.float64 else ("kv", "z", "c", "kv_low", "z_low")
-        new = {name: _empty_like(getattr(since, name.removesuffix("_low"))) for name in names}
+        names = ("kv", "z", "c") if layout.one.dtype == np.float64 else ("kv", "z", "c", "kv_low", "z_low")
+        # NumPy's memory: what torch allocates may be a part of a graph, which cannot see what a kernel writes
+        new = {name: np.empty(getattr(since, name.removesuffix("_low")).shape, layout.one.dtype) for name in names}
         places = [*map(start_of, given), 0, 0][:5] + [*map(start_of, new.values()), 0, 0][:5]
         marks, features, values = self.places
-        layout = self.layout
         work = float(layout.heads * layout.sizes.m * layout.sizes.e * (count + 8))
         share(
             fold, layout.heads, work, items_of(fold, layout.sizes), layout.one, layout.sizes, *places,
             marks if raised else 0, features, values, count, of_torch=is_torch(since.kv),
         )  # fmt: skip
-        return {"kv_low": None, "z_low": None, **new}
+        return {"kv_low": None, "z_low": None, **{name: numpy_or_torch(since.kv, x) for name, x in new.items()}}
 
     def begun_again(self, count: int, *, raised: bool = False) -> "Kept":
         """Kept tokens that begin after the first `count` of these."""
@@ -125,7 +130,12 @@ class After(NamedTuple):
 
     def sums(self) -> dict[str, Any]:
         """kv, z, c and the low parts of the state."""
-        return self.kept.folded(self.taken)
+        if not is_compiling():
+            return self.kept.folded(self.taken)
+        kept, since, taken = self.kept, self.kept.since, self.taken  # a compiler sees no kernel
+        features = kept.features[..., :taken, : since.num_features]
+        state = absorb_features(since, features.log() + since.c, kept.values[..., :taken, : since.v_size])
+        return {name: getattr(state, name) for name in ("kv", "z", "c", "kv_low", "z_low")}
 
     @property
     def num_bytes(self) -> int:
@@ -184,11 +194,3 @@ def _without_gaps(x: Any) -> Any:
     if is_torch(x):
         return x.contiguous()
     return x if x.flags.c_contiguous else np.ascontiguousarray(x)
-
-
-def _empty_like(x: Any) -> Any:
-    if not is_torch(x):
-        return np.empty_like(x)
-    import torch
-
-    return torch.empty_like(x)

@@ -107,3 +107,30 @@ def test_sums_are_computed_when_they_are_asked_for():
     np.testing.assert_array_equal(state.kv, copy.kv)
     with pytest.raises(AttributeError, match="no attribute 'kv_high'"):
         _ = state.kv_high
+
+
+def test_sums_are_seen_by_tracers():
+    """What torch compiles, traces or differentiates reads the sums of kept tokens too."""
+    torch = pytest.importorskip("torch")
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    q, k, v, _ = problem((2,), 16, 8, 4, 9)
+    q, k, v = (torch.asarray(x) for x in (q, k, v))
+    fm = fs.feature_map(fs.fit(q, k), 16, rng=0)
+    want = fs.linear_attention(q, k, v, fm)
+
+    def state():
+        after = fs.init_state(fm, 4, like=k)
+        for i in range(9):
+            _, after = fs.decode_step(q[:, i : i + 1], k[:, i : i + 1], v[:, i : i + 1], after, fm)
+        assert "kv" not in vars(after)
+        return after
+
+    one = state()
+    compiled = torch.compile(lambda q, state: fs.read(state, q, fm), backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(q, state()), want)
+    torch.testing.assert_close(make_fx(lambda q: fs.read(one, q, fm))(q)(q), want)
+    one = state()
+    torch.testing.assert_close(torch.func.vmap(lambda q: fs.read(one, q, fm))(q[None])[0], want)
+    one = state()
+    assert torch.func.grad(lambda q: fs.read(one, q, fm).sum())(q).isfinite().all()
