@@ -98,6 +98,10 @@ def eigen(s: Array) -> tuple[Array, Array]:
 def balance(s1: Array, s2: Array, ridge: float) -> tuple[Array, Array]:
     """Return g1, g2 with g1^T g2 = I that map both second moments to the same diagonal matrix, largest entry first."""
     xp = namespace_of(s1, s2)
+    if s2 is s1:  # the axes of both
+        _, axes = eigen(regular(s1, s1, ridge))
+        axes = axes * signs(axes)
+        return axes, axes
     # a Cholesky factor costs much less than a square root, but needs the least ridge: rounding is smaller than this
     factor = triangular if ridge >= min(least_ridge(s1), least_ridge(s2)) else square_root
     s1, s2 = regular(s1, s2, ridge), regular(s2, s1, ridge)

@@ -449,7 +449,9 @@ def log_second_moment(parameters: Parameters, x: Array, y: Array, /) -> Array:
 
 def _scaled(data: Moments, scale: float) -> tuple[Array, Array, Array, Array]:
     root = math.sqrt(scale)
-    return data.mean_x * root, data.mean_y * root, data.covariance_x * scale, data.covariance_y * scale
+    covariance = data.covariance_x * scale
+    alike = data.covariance_y is data.covariance_x  # and stay so: a balance of equal sides costs less
+    return data.mean_x * root, data.mean_y * root, covariance, covariance if alike else data.covariance_y * scale
 
 
 def _ridge(ridge: Any, data: Moments) -> float:

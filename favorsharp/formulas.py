@@ -92,7 +92,9 @@ def optimal(data: Statistics) -> Values:
     """Centres, a full balance and one a for each axis: the smallest excess of the family (docs: theory, `optimal`)."""
     g1, g2 = balance(data.covariance_x, data.covariance_y, data.ridge)
     if data.cross is None:
-        sums = congruence(g1, data.covariance_x) + congruence(g2, data.covariance_y)
+        first = congruence(g1, data.covariance_x)
+        alike = g2 is g1 and data.covariance_y is data.covariance_x
+        sums = first + (first if alike else congruence(g2, data.covariance_y))
     else:  # in weighted pairs u and v are correlated, so the principal axes of u + v are other ones
         xp = namespace_of(g1)
         mixed = g1 @ data.cross @ xp.matrix_transpose(g2)

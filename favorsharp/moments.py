@@ -140,17 +140,16 @@ def moments(
     check_mask("mask_x", mask_x, "(*b, n)", x=x)
     check_mask("mask_y", mask_y, "(*b, s)", y=y)
     group = check_group(check_flag("enable_gqa", enable_gqa), x, y, ("x", "y"))
+    alike = y is x and mask_y is mask_x
     if group > 1:
         if mask_x is not None:
             mask_x = pool_heads(
                 xp.broadcast_to(mask_x, broadcast_shapes(mask_x.shape, x.shape[:-1]))[..., None], group
             )[..., 0]
         x = pool_heads(x, group)
-    return Moments(
-        *_strict_moments(x, mask_x, averaged_axes(axis, x.ndim)),
-        *_strict_moments(y, mask_y, averaged_axes(axis, y.ndim)),
-        dtype=dtype_name(compute_dtype(xp, x, y)),
-    )
+    side = _strict_moments(x, mask_x, averaged_axes(axis, x.ndim))
+    other = side if alike and group == 1 else _strict_moments(y, mask_y, averaged_axes(axis, y.ndim))
+    return Moments(*side, *other, dtype=dtype_name(compute_dtype(xp, x, y)))
 
 
 @under_own_settings

@@ -5,6 +5,7 @@ import pytest
 from problems import attention_problem
 
 import favorsharp as fs
+from favorsharp.dispatch import watch
 from favorsharp.moments import weighted_moments
 
 
@@ -114,3 +115,19 @@ def test_joined_moments_are_given_back_in_the_wider_dtype():
         assert joined.dtype == "float64"
         assert fs.fit(joined).g1.dtype == np.float64
     assert fs.combine(narrow, narrow).dtype == "float32"
+
+
+@pytest.mark.parametrize("method", ["optimal", "aderf", "oprf"])
+@pytest.mark.parametrize("d", [1, 6])
+def test_one_array_on_both_sides_is_summed_once(method, d):
+    """And fitted to as if there were two."""
+    x = np.random.default_rng(0).standard_normal((2, 50, d)) * np.arange(1, d + 1) + 1
+    mask = np.arange(50) % 3 > 0
+    with watch() as calls:
+        fitted = fs.fit(x, x, method=method, mask_x=mask, mask_y=mask)
+    assert [op for op, _ in calls] == ["point_moments"]
+    want = fs.fit(x, x.copy(), method=method, mask_x=mask, mask_y=mask)
+    for name in ("a", "g1", "g2", "center_y"):
+        np.testing.assert_allclose(getattr(fitted, name), getattr(want, name), rtol=1e-8, atol=1e-8, err_msg=name)
+    other = fs.moments(x, x, mask_x=mask)
+    assert other.count_x[0, 0, 0] != other.count_y[0, 0, 0]

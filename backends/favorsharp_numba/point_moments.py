@@ -40,6 +40,6 @@ def _merged(parts: Any) -> tuple[Any, Any, Any]:
     whole = count.sum(axis=1, keepdims=True)
     share = count / np.maximum(whole, 1)
     common = np.sum(share * mean, axis=1, keepdims=True)
-    away = mean - common
-    covariance = np.sum(share * (covariance + np.swapaxes(away, -1, -2) @ away), axis=1)
-    return whole[:, 0], common[:, 0], covariance
+    away = (mean - common)[:, :, 0]
+    covariance = np.einsum("ht,htij->hij", share[..., 0, 0], covariance, optimize=True)
+    return whole[:, 0], common[:, 0], covariance + np.swapaxes(share[:, :, 0] * away, -1, -2) @ away
