@@ -8,9 +8,11 @@ from favorsharp.backend import map_gradients
 from favorsharp_numba.host.arguments import empty, like_array, summed_to
 from favorsharp_numba.host.problem import AttentionProblem
 from favorsharp_numba.kernels.attention_gradients import sweep
+from favorsharp_numba.kernels.block_sums import kept_sums
 from favorsharp_numba.kernels.gradient_rows import Backward
 from favorsharp_numba.kernels.packed_sequences import packed_gradients, packed_near_gradients
 from favorsharp_numba.kernels.point_gradients import map_sums_at
+from favorsharp_numba.kernels.two_sided_gradients import two_sided_sweep
 from favorsharp_numba.kernels.window_gradients import near_gradients
 from favorsharp_numba.kernels.workspace import on_host
 
@@ -129,12 +131,17 @@ def _whole(problem: AttentionProblem, p: Any, given: Any, result: Any, cost: flo
     """The backward pass over whole heads."""
     heads = problem.query_heads
     queries, keys = (problem.q, given), (problem.k, problem.v)
-    both = p.window > 0 and not p.causal
-    for backwards in (0, 1):
-        if not backwards or both:
-            problem.run(sweep, heads, cost, p, 0, backwards, *queries, *keys, result, problem.mask)
-        if backwards or both:
-            problem.run(sweep, heads, cost, p, 1, backwards, *keys, *queries, result, problem.mask)
+    if problem.in_one_pass(bool(p.causal)):
+        extra = kept_sums(problem.s, p.num_keys, p.window)
+        problem.run(two_sided_sweep, heads, cost, p, 0, *queries, *keys, result, problem.mask, extra=extra)
+        problem.run(two_sided_sweep, heads, cost, p, 1, *keys, *queries, result, problem.mask, extra=extra)
+    else:
+        both = p.window > 0 and not p.causal
+        for backwards in (0, 1):
+            if not backwards or both:
+                problem.run(sweep, heads, cost, p, 0, backwards, *queries, *keys, result, problem.mask)
+            if backwards or both:
+                problem.run(sweep, heads, cost, p, 1, backwards, *keys, *queries, result, problem.mask)
     if p.window > 0:
         problem.run(near_gradients, heads, cost, p, problem.q, *keys, given, result, problem.mask)
 

@@ -27,13 +27,18 @@ from favorsharp_numba.host.arguments import (
 from favorsharp_numba.host.threads import pieces_of, share
 from favorsharp_numba.kernels.arguments import TILE, Problem
 from favorsharp_numba.kernels.attention import gather_keys, merge_segments, read_queries
+from favorsharp_numba.kernels.block_sums import kept_sums
 from favorsharp_numba.kernels.causal_attention import causal
 from favorsharp_numba.kernels.packed_sequences import packed, packed_causal, packed_windowed
 from favorsharp_numba.kernels.single_column import gather_column, read_column
-from favorsharp_numba.kernels.two_sided_windows import kept_sums, two_sided
+from favorsharp_numba.kernels.two_sided_windows import two_sided
 from favorsharp_numba.kernels.window_rule import NEIGHBOURS
 from favorsharp_numba.kernels.windowed_attention import windowed
 from favorsharp_numba.kernels.workspace import items_of
+
+SHORTEST, MOST_KEPT = 16, 2**27
+"""The shortest window with which the sums of all blocks are kept, and the most bytes that they may take in each thread;
+an eighth of that for windows of less than half a tile, whose sums gain little once they do not fit in the cache."""
 
 
 class AttentionProblem:
@@ -261,20 +266,20 @@ class AttentionProblem:
         cost = float(self.query_heads * self.num_queries * (s.m * (s.d + s.e) + near * s.d))
         p = self.arguments(causal=causal, first_query=first_query)
         target = self.held.points(out, self.batch)
-        kept = 0 if self._in_one_pass(causal) else self._kept_between_passes(causal)
+        kept = 0 if self.in_one_pass(causal) else self._kept_between_passes(causal)
         given = (p, self.q, self.k, self.v, self.mask, target)
-        if self._in_one_pass(causal):
+        if self.in_one_pass(causal):
             extra = kept_sums(s, self.num_keys, self.window)
             self.run(two_sided, self.heads, cost, *given, extra=extra)
         else:
             self.run(windowed, self.heads, cost, *given, kept)
 
-    def _in_one_pass(self, causal: bool) -> bool:
-        """Whether the sums of all blocks may be kept: they are at most twice as large as the features of a head's keys.
-
-        Below half a tile, the sums of blocks take as long to merge as a second pass takes.
-        """
-        return not causal and 2 * self.window >= max(TILE, self.s.e_pad)
+    def in_one_pass(self, causal: bool) -> bool:
+        """Whether attention with a window keeps the sums of all blocks, so that points read far ones in one pass."""
+        if causal or self.window < SHORTEST:
+            return False
+        most = MOST_KEPT if 2 * self.window >= TILE else MOST_KEPT // 8
+        return kept_sums(self.s, self.num_keys, self.window) * self.packed.dtype.itemsize <= most
 
     def _kept_between_passes(self, causal: bool) -> int:
         """The place for what queries have read, between the two passes of bidirectional attention with a window."""

@@ -208,11 +208,7 @@ def sweep(
                 if walk.pairwise and not load_pairs(one, s, p, walk, head, a, tile, w):
                     size = max(1, count // 4)
                     continue
-                exp_block(one, w.weights, TILE, s.m, tile.n, w.sums.top, 1, w.zeros, head.theirs + ZERO, 0, w.ignored)
-                read_slopes(one, s, walk, tile, w)
-                if keys_read:
-                    add_value_gradients(one, s, p, walk, head, tile, w)
-                add_reader_gradients(one, s, p, walk, head, a, tile, w)
+                read_tile(one, s, p, walk, head, a, tile, w)
                 if walk.pairwise:
                     step, rows = s.feature_step, w.taken.rows
                     next_values = ahead_of(taken_values, f, tile.coming, tile.behind, s.e - 1)
@@ -318,6 +314,16 @@ def load_pairs(one, s, p, walk, head, a, tile, w):
 
 
 # Gradients of a tile of readers --------------------------------------------------------------------------------------
+
+
+@inlined
+def read_tile(one, s, p, walk, head, a, tile, w):
+    """A tile of readers reads the sums."""
+    exp_block(one, w.weights, TILE, s.m, tile.n, w.sums.top, 1, w.zeros, head.theirs + ZERO, 0, w.ignored)
+    read_slopes(one, s, walk, tile, w)
+    if walk.keys_read:
+        add_value_gradients(one, s, p, walk, head, tile, w)
+    add_reader_gradients(one, s, p, walk, head, a, tile, w)
 
 
 @inlined

@@ -68,6 +68,28 @@ def test_gradients_of_q_k_v_are_those_of_the_reference(is_causal, window, dtype)
         assert_same(gradients("numba", dtype, **options), gradients("reference", dtype, **options), ERROR[dtype])
 
 
+@pytest.mark.parametrize("n", [1, 64, 65, 330])
+@pytest.mark.parametrize("window", [16, 33, 70])
+def test_gradients_with_a_window_in_both_directions_in_one_pass(window, n):
+    """Blocks and groups of blocks that end within the sequence, tops far apart, and a block that is hidden."""
+    q, k, v = attention_problem(21, (2,), n=n, e=6)
+    k = k + np.linspace(0, 10, n)[:, None] * np.sin(np.arange(n))[:, None]
+    mask = key_mask(3, (2, n), "holes")
+    mask[..., 2 * window : 3 * window] = False
+    weights = torch.linspace(-1, 1, v.size, dtype=torch.float64).reshape(v.shape)
+    fm = fs.feature_map(fs.fit(torch.asarray(q), torch.asarray(k)), 20, rng=0)
+
+    def run(backend, dtype):
+        leaves = [torch.asarray(x, dtype=dtype).requires_grad_() for x in (q, k, v)]
+        with fs.use(backend):
+            out = fs.linear_attention(*leaves, astype(fm, dtype), key_mask=torch.asarray(mask), window=window)
+        return torch.autograd.grad(out, leaves, weights.to(dtype))
+
+    want = run("reference", torch.float64)
+    for dtype, error in ERROR.items():
+        assert_same([x.double() for x in run("numba", dtype)], want, error)
+
+
 @pytest.mark.parametrize("dtype", ERROR)
 @pytest.mark.parametrize(("method", "kernel"), [("posrf", "softmax"), ("sderf", "gaussian"), ("optimal", "gaussian")])
 @pytest.mark.parametrize(("is_causal", "window"), [(False, 0), (True, 0), (False, 16), (True, 16)])
