@@ -28,9 +28,9 @@ of points that have been multiplied by log2(e)."""
 class Points(NamedTuple):
     """An array of points (*b, n, size).
 
-    The kind of its items (`vectors/rows.py`), the address of its first item, the address of the list of offsets of the
-    batch entries, the strides of points and of coordinates, and the size of an item. Offsets, strides and the size are
-    in bytes.
+    The kind of its items (`vectors/arrays.py`), the address of its first item, the address of the list of offsets of
+    the batch entries, the strides of points and of coordinates, and the size of an item. Offsets, strides and the size
+    are in bytes.
     """
 
     kind: int

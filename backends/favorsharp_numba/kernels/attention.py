@@ -39,7 +39,8 @@ from favorsharp_numba.kernels.tiles import (
 from favorsharp_numba.kernels.workspace import kernel
 from favorsharp_numba.vectors.compiling import inlined
 from favorsharp_numba.vectors.items import get, integer_at, lanes, put
-from favorsharp_numba.vectors.rows import add_rows, copy, fill, invert, take_tops
+from favorsharp_numba.vectors.rows import add_rows, copy, fill, invert
+from favorsharp_numba.vectors.tops import take_tops
 
 GatherSpace = namedtuple("GatherSpace", "lows absorbing end")
 

@@ -17,16 +17,8 @@ from favorsharp_numba.vectors.blocks import exp_block, max_block, scale_block
 from favorsharp_numba.vectors.compiling import inlined, outlined
 from favorsharp_numba.vectors.items import get, panel
 from favorsharp_numba.vectors.products import product_ahead
-from favorsharp_numba.vectors.rows import (
-    add_rows,
-    combine,
-    compare_tops,
-    copy,
-    fill,
-    take_row,
-    take_scaled_row,
-    take_tops,
-)
+from favorsharp_numba.vectors.rows import add_rows, combine, copy, fill, take_row, take_scaled_row
+from favorsharp_numba.vectors.tops import compare_tops, take_tops
 
 GROUP = 8
 """The number of blocks whose sums of the blocks before them are in the workspace at once."""

@@ -16,10 +16,11 @@ from favorsharp_numba.kernels.tiles import load_points, log_factors, log_keys, s
 from favorsharp_numba.kernels.workspace import kernel
 from favorsharp_numba.vectors.blocks import exp_block, max_block, scale_block, sum_block
 from favorsharp_numba.vectors.compiling import inlined
+from favorsharp_numba.vectors.dots import total_of
 from favorsharp_numba.vectors.emitter import LOG2E
 from favorsharp_numba.vectors.items import get, integer_at, item_size, panel, put
 from favorsharp_numba.vectors.products import NOTHING, product_take
-from favorsharp_numba.vectors.rows import copy, fill, take_row, total_of
+from favorsharp_numba.vectors.rows import copy, fill, take_row
 from favorsharp_numba.vectors.tokens import mix_rows, row_dots, token_features, token_weights
 
 HEADS = 12

@@ -12,6 +12,7 @@ from favorsharp_numba.kernels.tiles import load_points, log_factors, store_point
 from favorsharp_numba.kernels.workspace import kernel
 from favorsharp_numba.vectors.blocks import multiply_block
 from favorsharp_numba.vectors.compiling import inlined
+from favorsharp_numba.vectors.dots import total_of
 from favorsharp_numba.vectors.items import get, integer_at, panel, put
 from favorsharp_numba.vectors.products import (
     product,
@@ -23,7 +24,7 @@ from favorsharp_numba.vectors.products import (
     product_power_stream,
     product_terms,
 )
-from favorsharp_numba.vectors.rows import fill, total_of
+from favorsharp_numba.vectors.rows import fill
 
 
 class Features(NamedTuple):

@@ -10,8 +10,9 @@ from typing import NamedTuple
 from favorsharp_numba.kernels.arguments import NO_MASK, ONE, TILE, is_hidden
 from favorsharp_numba.kernels.tiles import load_points
 from favorsharp_numba.vectors.compiling import inlined
+from favorsharp_numba.vectors.dots import dot_rows
 from favorsharp_numba.vectors.items import get, put
-from favorsharp_numba.vectors.rows import dot_rows, fill, scale_rows
+from favorsharp_numba.vectors.rows import fill, scale_rows
 
 
 class Backward(NamedTuple):

@@ -26,11 +26,13 @@ from favorsharp_numba.kernels.landmarks import ROOT
 from favorsharp_numba.kernels.tiles import load_points, rest_of_tile, transpose
 from favorsharp_numba.vectors.blocks import exp_block, max_block
 from favorsharp_numba.vectors.compiling import inlined, outlined
+from favorsharp_numba.vectors.dots import quadratic_rows
 from favorsharp_numba.vectors.emitter import LOG2E
 from favorsharp_numba.vectors.items import get, lanes, panel, put
 from favorsharp_numba.vectors.picks import take_nearer
 from favorsharp_numba.vectors.products import product, product_terms
-from favorsharp_numba.vectors.rows import add_rows, combine, copy, fill, quadratic_rows, transpose_block
+from favorsharp_numba.vectors.rows import add_rows, combine, copy, fill
+from favorsharp_numba.vectors.transposing import transpose_block
 
 CompressionSpace = namedtuple(
     "CompressionSpace",

@@ -9,11 +9,12 @@ import numpy as np
 
 from favorsharp_numba.kernels.arguments import ONE
 from favorsharp_numba.kernels.tiles import transpose
+from favorsharp_numba.vectors.arrays import FLOAT64, load_rows
 from favorsharp_numba.vectors.blocks import sum_block
 from favorsharp_numba.vectors.compiling import inlined, outlined
 from favorsharp_numba.vectors.items import get, lanes, panel, put
 from favorsharp_numba.vectors.products import product
-from favorsharp_numba.vectors.rows import FLOAT64, combine, fill, load_rows
+from favorsharp_numba.vectors.rows import combine, fill
 
 ROWS = 16
 """The rows of a product that are computed together, a multiple of a vector."""

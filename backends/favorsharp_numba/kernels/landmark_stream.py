@@ -24,9 +24,10 @@ from favorsharp_numba.kernels.point_moments import (
 from favorsharp_numba.kernels.tiles import is_finite, load_points, rest_of_tile, store_points
 from favorsharp_numba.kernels.weighted_attention import first_visible, load_weighted, read_range, weighted_space
 from favorsharp_numba.kernels.workspace import kernel
+from favorsharp_numba.vectors.arrays import FLOAT32, FLOAT64
 from favorsharp_numba.vectors.compiling import inlined, outlined
 from favorsharp_numba.vectors.items import get, integer_at, item_size, lanes, put
-from favorsharp_numba.vectors.rows import FLOAT32, FLOAT64, combine, copy, fill
+from favorsharp_numba.vectors.rows import combine, copy, fill
 
 SEGMENT = 4
 """The integers of a segment in a plan: its first key, the one behind its last key, whether the keys held before it are

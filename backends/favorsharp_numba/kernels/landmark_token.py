@@ -9,9 +9,10 @@ from favorsharp_numba.kernels.tiles import load_points, rest_of_tile, store_poin
 from favorsharp_numba.kernels.workspace import kernel
 from favorsharp_numba.vectors.blocks import exp_block, sum_block
 from favorsharp_numba.vectors.compiling import inlined
+from favorsharp_numba.vectors.dots import quadratic_rows, total_of
 from favorsharp_numba.vectors.items import get, integer_at, lanes, put
 from favorsharp_numba.vectors.picks import first_largest
-from favorsharp_numba.vectors.rows import combine, fill, quadratic_rows, total_of
+from favorsharp_numba.vectors.rows import combine, fill
 
 TOKEN_SIZES = 10
 """The integers of a plan before those of arrays: d, d_pad, e, e_pad, the number of query heads for each key head, the

@@ -36,9 +36,10 @@ from favorsharp_numba.kernels.window_rule import behind_near, first_near, first_
 from favorsharp_numba.kernels.workspace import kernel
 from favorsharp_numba.vectors.blocks import exp_block, max_block, shift_block
 from favorsharp_numba.vectors.compiling import inlined, outlined
+from favorsharp_numba.vectors.dots import quadratic_rows
 from favorsharp_numba.vectors.items import get, integer_at, lanes, panel, put
 from favorsharp_numba.vectors.products import product_add, product_terms
-from favorsharp_numba.vectors.rows import combine, copy, fill, invert, quadratic_rows
+from favorsharp_numba.vectors.rows import combine, copy, fill, invert
 
 GROUP = 8
 """The number of units whose sums of the keys before them are in the workspace at once."""

@@ -12,9 +12,10 @@ from favorsharp_numba.kernels.arguments import NO_MASK, ONE, TILE
 from favorsharp_numba.kernels.tiles import load_points, rest_of_tile, transpose
 from favorsharp_numba.kernels.workspace import kernel
 from favorsharp_numba.vectors.compiling import inlined, outlined
+from favorsharp_numba.vectors.dots import dot_rows, quadratic_rows
 from favorsharp_numba.vectors.items import get, integer_at, lanes, panel, put
 from favorsharp_numba.vectors.products import product, product_nearest
-from favorsharp_numba.vectors.rows import combine, dot_rows, fill, quadratic_rows, take_scaled_row
+from favorsharp_numba.vectors.rows import combine, fill, take_scaled_row
 
 
 class Landmarks(NamedTuple):

@@ -21,9 +21,11 @@ from favorsharp_numba.kernels.arguments import (
 from favorsharp_numba.kernels.tiles import load_points, rest_of_tile
 from favorsharp_numba.vectors.blocks import exp_block, fill_before, max_block, scale_block, shift_block, sum_block
 from favorsharp_numba.vectors.compiling import inlined, outlined
+from favorsharp_numba.vectors.dots import quadratic_rows
 from favorsharp_numba.vectors.items import get, lanes, panel
 from favorsharp_numba.vectors.products import product_add, product_terms
-from favorsharp_numba.vectors.rows import add_rows, combine, compare_tops, fill, quadratic_rows, scale_rows, take_tops
+from favorsharp_numba.vectors.rows import add_rows, combine, fill, scale_rows
+from favorsharp_numba.vectors.tops import compare_tops, take_tops
 
 
 @inlined

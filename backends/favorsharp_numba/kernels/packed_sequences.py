@@ -15,7 +15,8 @@ from favorsharp_numba.kernels.causal_attention import causal, causal_space
 from favorsharp_numba.kernels.gradient_rows import Backward
 from favorsharp_numba.kernels.sums import lows_size
 from favorsharp_numba.kernels.window_gradients import near_gradients, near_gradients_space
-from favorsharp_numba.kernels.windowed_attention import window_space, windowed
+from favorsharp_numba.kernels.window_tiles import window_space
+from favorsharp_numba.kernels.windowed_attention import windowed
 from favorsharp_numba.kernels.workspace import kernel
 from favorsharp_numba.vectors.compiling import inlined
 from favorsharp_numba.vectors.items import integer_at

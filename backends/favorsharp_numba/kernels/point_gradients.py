@@ -11,9 +11,10 @@ import numpy as np
 from favorsharp_numba.kernels.arguments import ALPHA, BETA, TILE
 from favorsharp_numba.vectors.blocks import scale_block
 from favorsharp_numba.vectors.compiling import inlined
+from favorsharp_numba.vectors.dots import total_of
 from favorsharp_numba.vectors.items import get, panel, put
 from favorsharp_numba.vectors.products import NOTHING, product, product_add, product_ahead, product_take
-from favorsharp_numba.vectors.rows import add_rows, fill, take_row, total_of
+from favorsharp_numba.vectors.rows import add_rows, fill, take_row
 
 PointSpace = namedtuple("PointSpace", "gradient weighted sums end")
 

@@ -8,9 +8,10 @@ from favorsharp_numba.kernels.tiles import load_points
 from favorsharp_numba.kernels.workspace import kernel
 from favorsharp_numba.vectors.blocks import sum_block
 from favorsharp_numba.vectors.compiling import inlined, outlined
+from favorsharp_numba.vectors.dots import quadratic_rows
 from favorsharp_numba.vectors.items import get, panel, put
 from favorsharp_numba.vectors.products import product_add
-from favorsharp_numba.vectors.rows import add_rows, combine, copy, fill, quadratic_rows
+from favorsharp_numba.vectors.rows import add_rows, combine, copy, fill
 
 
 class MomentSizes(NamedTuple):

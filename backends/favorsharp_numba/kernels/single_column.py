@@ -26,15 +26,9 @@ from favorsharp_numba.kernels.workspace import kernel
 from favorsharp_numba.vectors.blocks import exp_block, max_block, scale_block
 from favorsharp_numba.vectors.compiling import inlined, outlined
 from favorsharp_numba.vectors.items import get, integer_at, item_size, lanes, panel, put
-from favorsharp_numba.vectors.products import (
-    NOTHING,
-    ColumnSums,
-    product,
-    product_sum,
-    product_sums,
-    product_terms,
-)
-from favorsharp_numba.vectors.rows import add_rows, compare_tops, copy, fill, invert, take_row, take_tops
+from favorsharp_numba.vectors.products import NOTHING, ColumnSums, product, product_sum, product_sums, product_terms
+from favorsharp_numba.vectors.rows import add_rows, copy, fill, invert, take_row
+from favorsharp_numba.vectors.tops import compare_tops, take_tops
 
 KEYS_ABOVE = 16
 """How far, in bits, the log feature of a key may exceed the top of its sums; the sums, and what is read of them, may

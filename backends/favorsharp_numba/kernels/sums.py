@@ -25,7 +25,8 @@ from favorsharp_numba.vectors.blocks import exp_block, max_block, scale_block
 from favorsharp_numba.vectors.compiling import inlined
 from favorsharp_numba.vectors.items import get, lanes, panel, put
 from favorsharp_numba.vectors.products import product_add_ahead, product_ahead, product_take
-from favorsharp_numba.vectors.rows import compare_tops, fill, scale_rows, take_row, take_tops
+from favorsharp_numba.vectors.rows import fill, scale_rows, take_row
+from favorsharp_numba.vectors.tops import compare_tops, take_tops
 
 PART = 8
 """The number of tiles of keys that are added up by themselves before the sums take them with their low parts, which

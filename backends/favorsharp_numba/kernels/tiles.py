@@ -7,32 +7,15 @@ constants are given as places (`vectors/blocks.py`); `Sizes` says where in the p
 
 import numpy as np
 
-from favorsharp_numba.kernels.arguments import (
-    ALPHA,
-    BETA,
-    NO_MASK,
-    OFFSET,
-    ONE,
-    TILE,
-    ZERO,
-    is_hidden,
-    place_of,
-)
+from favorsharp_numba.kernels.arguments import ALPHA, BETA, NO_MASK, OFFSET, ONE, TILE, ZERO, is_hidden, place_of
+from favorsharp_numba.vectors.arrays import load_rows, store_rows
 from favorsharp_numba.vectors.blocks import sum_block
 from favorsharp_numba.vectors.compiling import inlined, outlined
+from favorsharp_numba.vectors.dots import dot_rows, quadratic_rows, total_of
 from favorsharp_numba.vectors.items import get, integer_at, item_size, lanes, panel, put
 from favorsharp_numba.vectors.products import Ahead, product, product_terms_ahead
-from favorsharp_numba.vectors.rows import (
-    add_rows,
-    combine,
-    dot_rows,
-    fill,
-    load_rows,
-    quadratic_rows,
-    store_rows,
-    total_of,
-    transpose_block,
-)
+from favorsharp_numba.vectors.rows import add_rows, combine, fill
+from favorsharp_numba.vectors.transposing import transpose_block
 
 
 @inlined

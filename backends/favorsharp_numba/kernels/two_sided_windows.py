@@ -8,32 +8,22 @@ queries read the far keys before them and those after them in two passes. Here t
 from collections import namedtuple
 
 from favorsharp_numba.kernels.arguments import TILE
-from favorsharp_numba.kernels.block_sums import (
-    block_space,
-    clear,
-    join_far,
-    keep_running,
-    kept_at,
-    set_sums,
-    sums_size,
-)
+from favorsharp_numba.kernels.block_sums import block_space, clear, join_far, keep_running, kept_at, set_sums, sums_size
+from favorsharp_numba.kernels.near_tiles import read_near_tiles
 from favorsharp_numba.kernels.sums import take_keys
 from favorsharp_numba.kernels.tiles import ahead_of, load_keys, log_keys, usable_values, values_at
 from favorsharp_numba.kernels.window_rule import far_after, far_before
-from favorsharp_numba.kernels.windowed_attention import (
+from favorsharp_numba.kernels.window_tiles import (
     SLOTS,
     Tile,
     Values,
     cut_of,
     head_of,
-    load_slot,
-    read_far,
-    read_near_tiles,
     slot_at,
-    store_slot,
     tile_bounds,
     window_space,
 )
+from favorsharp_numba.kernels.windowed_attention import load_slot, read_far, store_slot
 from favorsharp_numba.kernels.workspace import kernel
 from favorsharp_numba.vectors.compiling import inlined, outlined
 from favorsharp_numba.vectors.items import integer_at

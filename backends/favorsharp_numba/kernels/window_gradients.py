@@ -15,9 +15,10 @@ from favorsharp_numba.kernels.window_rule import behind_near, first_near
 from favorsharp_numba.kernels.workspace import kernel
 from favorsharp_numba.vectors.blocks import exp_block, multiply_block
 from favorsharp_numba.vectors.compiling import inlined
+from favorsharp_numba.vectors.dots import total_of
 from favorsharp_numba.vectors.items import get, integer_at, lanes, panel, put
 from favorsharp_numba.vectors.products import product, product_add, product_terms
-from favorsharp_numba.vectors.rows import add_rows, fill, scale_rows, total_of
+from favorsharp_numba.vectors.rows import add_rows, fill, scale_rows
 
 NearGradientsSpace = namedtuple(
     "NearGradientsSpace",

@@ -10,8 +10,8 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from favorsharp_numba.vectors.compiling import outlined
+from favorsharp_numba.vectors.dots import products_of_rows
 from favorsharp_numba.vectors.emitter import I64, LOG2E, VECTORS, Emitter
-from favorsharp_numba.vectors.rows import products_of_rows
 
 
 @intrinsic
