@@ -15,6 +15,7 @@ from numba.extending import intrinsic
 
 from favorsharp_numba.vectors.compiling import outlined
 from favorsharp_numba.vectors.emitter import I64, VECTORS, Emitter
+from favorsharp_numba.vectors.loops import steps_loop
 
 WAYS = 4
 """The number of rows that are worked on side by side where a row is a single vector."""
@@ -22,13 +23,7 @@ WAYS = 4
 
 def _blocks(builder, e, n, body, most=VECTORS):
     """Emit body(first column, number of vectors) for the columns 0 .. n: `most` vectors at a time, then one by one."""
-    start = ir.Constant(I64, 0)
-    for vectors in dict.fromkeys((most, 1)):
-        width = ir.Constant(I64, vectors * e.lanes)
-        stop = builder.add(start, builder.mul(builder.udiv(builder.sub(n, start), width), width))
-        with cgutils.for_range_slice(builder, start, stop, width) as (j, _):
-            body(j, vectors)
-        start = stop
+    steps_loop(builder, n, dict.fromkeys((most * e.lanes, e.lanes)), lambda j, size: body(j, size // e.lanes))
 
 
 def _by_rows(builder, e, rows, vectors, found, take, join):

@@ -10,7 +10,7 @@ from numba.extending import intrinsic
 
 from favorsharp_numba.vectors.compiling import outlined
 from favorsharp_numba.vectors.emitter import I32, I64, Emitter
-from favorsharp_numba.vectors.loops import rows_loop
+from favorsharp_numba.vectors.loops import rows_loop, steps_loop
 
 
 def sum_lanes(builder, e, vectors):
@@ -46,15 +46,9 @@ def products_of_rows(builder, e, count, n, targets, factors):
             with cgutils.for_range_slice(builder, ir.Constant(I64, 0), n, ir.Constant(I64, e.lanes)) as (j, _):
                 for place, total in zip(places, sums, strict=True):
                     builder.store(e.multiply_add(*pair(place, j), e.get(total)), total)
-            builder.store(sum_lanes(builder, e, [e.get(x) for x in sums]), e.at(target, t)).align = e.item
+            e.store(sum_lanes(builder, e, [e.get(x) for x in sums]), e.at(target, t))
 
-    start = ir.Constant(I64, 0)
-    for rows in sorted({e.lanes, min(4, e.lanes), 1}, reverse=True):
-        height = ir.Constant(I64, rows)
-        stop = builder.add(start, builder.mul(builder.udiv(builder.sub(count, start), height), height))
-        with cgutils.for_range_slice(builder, start, stop, height) as (t, _):
-            body(t, rows)
-        start = stop
+    steps_loop(builder, count, sorted({e.lanes, min(4, e.lanes), 1}, reverse=True), body)
 
 
 @intrinsic
@@ -110,8 +104,7 @@ def _total_of(context, one, x, n):
 
         def body(j, shape):
             kind = shape(e.scalar)
-            value = builder.load(e.at(line, j), typ=kind)
-            value.align = e.item
+            value = e.load(e.at(line, j), kind)
             total = wide if isinstance(kind, ir.VectorType) else single
             builder.store(builder.fadd(builder.load(total, typ=kind), value), total)
 

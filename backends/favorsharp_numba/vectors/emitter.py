@@ -57,9 +57,9 @@ class Emitter:
             offset = ir.Constant(I64, offset)
         return self.b.gep(pointer, [offset], source_etype=self.scalar)
 
-    def load(self, pointer):
-        """Load a vector of items side by side."""
-        value = self.b.load(pointer, typ=self.vector)
+    def load(self, pointer, kind=None):
+        """Load a vector of items side by side, or an item of another kind."""
+        value = self.b.load(pointer, typ=kind or self.vector)
         value.align = self.item
         return value
 
@@ -78,7 +78,7 @@ class Emitter:
         return self.b.call(function, [pointer, ir.Constant(I32, align), mask, nothing])
 
     def store(self, value, pointer, *, stream=False):
-        """Store a vector. With `stream` it goes past the caches, and the pointer must be a multiple of its width."""
+        """Store a vector or an item. With `stream` it goes past the caches; then the pointer is a multiple of BYTES."""
         instruction = self.b.store(value, pointer)
         instruction.align = BYTES if stream else self.item
         if stream:
@@ -86,9 +86,7 @@ class Emitter:
 
     def broadcast(self, pointer):
         """Load one item into every lane."""
-        value = self.b.load(pointer, typ=self.scalar)
-        value.align = self.item
-        return self.filled(value)
+        return self.filled(self.load(pointer, self.scalar))
 
     def filled(self, value):
         """A scalar in every lane."""

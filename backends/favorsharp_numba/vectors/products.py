@@ -14,6 +14,7 @@ from numba.extending import intrinsic
 
 from favorsharp_numba.vectors.compiling import inlined, outlined
 from favorsharp_numba.vectors.emitter import CACHE_LINE, I64, LOG2E, VECTORS, Emitter, function_in, prefetch
+from favorsharp_numba.vectors.loops import steps_loop
 
 SET, ADD, TERMS, TAKE = 0, 1, 2, 3
 """How a product begins: SET at 0; ADD at the result so far; TERMS at row[i] + column[j]; TAKE at 0, and then the result
@@ -119,24 +120,13 @@ def _number(value):
 
 def _each_tile(e, x, body):
     """Emit body(tile) for tiles that cover the result: the largest that fit, then smaller ones for what is left."""
-    left_column = _number(0)
-    for vectors in dict.fromkeys((VECTORS, VECTORS // 2, 1)):
-        width = _number(vectors * e.lanes)
-        right_column = _end_of_steps(e, left_column, x.n, width)
-        with cgutils.for_range_slice(e.b, left_column, right_column, width) as (j, _):
-            top = _number(0)
-            for rows in (6 if vectors > 1 else 8, 4, 2, 1):
-                height = _number(rows)
-                bottom = _end_of_steps(e, top, x.m, height)
-                with cgutils.for_range_slice(e.b, top, bottom, height) as (i, _):
-                    body(_Tile(rows, vectors, i, j))
-                top = bottom
-        left_column = right_column
 
+    def columns(j, width):
+        vectors = width // e.lanes
+        rows = (6 if vectors > 1 else 8, 4, 2, 1)
+        steps_loop(e.b, x.m, rows, lambda i, height: body(_Tile(height, vectors, i, j)))
 
-def _end_of_steps(e, start, stop, step):
-    """Where the last whole step of start .. stop ends."""
-    return e.b.add(start, e.b.mul(e.b.udiv(e.b.sub(stop, start), step), step))
+    steps_loop(e.b, x.n, dict.fromkeys(y * e.lanes for y in (VECTORS, VECTORS // 2, 1)), columns)
 
 
 def _compute(e, x, tile, start, finish):

@@ -22,7 +22,7 @@ def _fill(context, one, place, count, value):
 
         def body(j, shape):
             filled = wide if isinstance(shape(e.scalar), ir.VectorType) else value
-            builder.store(filled, e.at(start, j)).align = e.item
+            e.store(filled, e.at(start, j))
 
         rows_loop(builder, e, count, body)
         return context.get_dummy_value()
@@ -44,9 +44,7 @@ def _copy(context, one, x, n, y):
         source, target = e.pointer(x), e.pointer(y)
 
         def body(j, shape):
-            value = builder.load(e.at(source, j), typ=shape(e.scalar))
-            value.align = e.item
-            builder.store(value, e.at(target, j)).align = e.item
+            e.store(e.load(e.at(source, j), shape(e.scalar)), e.at(target, j))
 
         rows_loop(builder, e, n, body)
         return context.get_dummy_value()
@@ -72,10 +70,9 @@ def _add_rows(context, one, target, size, x, step, count, factor):
 
             def body(j, shape):
                 kind = shape(e.scalar)
-                old, value = builder.load(e.at(result, j), typ=kind), builder.load(e.at(line, j), typ=kind)
-                old.align = value.align = e.item
+                old, value = e.load(e.at(result, j), kind), e.load(e.at(line, j), kind)
                 scaled = builder.fmul(value, wide if isinstance(kind, ir.VectorType) else single)
-                builder.store(builder.fadd(old, scaled), e.at(result, j)).align = e.item
+                e.store(builder.fadd(old, scaled), e.at(result, j))
 
             rows_loop(builder, e, size, body)
         return context.get_dummy_value()
@@ -99,12 +96,11 @@ def _take_row(context, one, n, x, factor, target, low):
 
         def body(j, shape):
             kind = shape(e.scalar)
-            value, held, lost = (builder.load(e.at(place, j), typ=kind) for place in (source, result, lows))
-            value.align = held.align = lost.align = e.item
+            value, held, lost = (e.load(e.at(place, j), kind) for place in (source, result, lows))
             value = builder.fmul(value, wide if isinstance(kind, ir.VectorType) else factor)
             total, lost = e.add_with_low(held, lost, value)
-            builder.store(total, e.at(result, j)).align = e.item
-            builder.store(lost, e.at(lows, j)).align = e.item
+            e.store(total, e.at(result, j))
+            e.store(lost, e.at(lows, j))
 
         rows_loop(builder, e, n, body)
         return context.get_dummy_value()
@@ -165,12 +161,11 @@ def _combine(context, one, n, constant, first, x, second, y, target):
 
         def body(j, shape):
             kind = shape(e.scalar)
-            values = [builder.load(e.at(place, j), typ=kind) for place in (left, right)]
+            values = [e.load(e.at(place, j), kind) for place in (left, right)]
             total, *factors = vectors if isinstance(kind, ir.VectorType) else scalars
             for value, factor in zip(values, factors, strict=True):
-                value.align = e.item
                 total = builder.fadd(total, builder.fmul(value, factor), flags=("contract",))
-            builder.store(total, e.at(result, j)).align = e.item
+            e.store(total, e.at(result, j))
 
         rows_loop(builder, e, n, body)
         return context.get_dummy_value()
@@ -193,11 +188,10 @@ def _invert(context, one, x, n):
 
         def body(j, shape):
             kind = shape(e.scalar)
-            value = builder.load(e.at(line, j), typ=kind)
-            value.align = e.item
+            value = e.load(e.at(line, j), kind)
             nothing, unit = (ir.Constant(kind, [z] * e.lanes if kind == e.vector else z) for z in (0.0, 1.0))
             seen = builder.fcmp_unordered("!=", value, nothing)
-            builder.store(builder.select(seen, builder.fdiv(unit, value), value), e.at(line, j)).align = e.item
+            e.store(builder.select(seen, builder.fdiv(unit, value), value), e.at(line, j))
 
         rows_loop(builder, e, n, body)
         return context.get_dummy_value()

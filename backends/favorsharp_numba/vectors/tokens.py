@@ -12,6 +12,7 @@ from numba.extending import intrinsic
 from favorsharp_numba.vectors.compiling import outlined
 from favorsharp_numba.vectors.dots import products_of_rows
 from favorsharp_numba.vectors.emitter import I64, LOG2E, VECTORS, Emitter
+from favorsharp_numba.vectors.loops import steps_loop
 
 
 @intrinsic
@@ -90,17 +91,6 @@ def row_dots(one, x, step, count, n, weights, dots):
     _row_dots(one, x, step, count, n, weights, dots)
 
 
-def _each_part(builder, e, n, body):
-    """Emit body(first column, number of vectors) for n columns. The number is 0 for those that get single items."""
-    start = ir.Constant(I64, 0)
-    for vectors in dict.fromkeys((VECTORS, 1, 0)):
-        width = ir.Constant(I64, max(1, vectors * e.lanes))
-        stop = builder.add(start, builder.mul(builder.udiv(builder.sub(n, start), width), width))
-        with cgutils.for_range_slice(builder, start, stop, width) as (j, _):
-            body(j, vectors)
-        start = stop
-
-
 @intrinsic
 def _mix_rows(context, one, x, m, n, weights, mixture):
     def emit(context, builder, signature, args):
@@ -108,28 +98,23 @@ def _mix_rows(context, one, x, m, n, weights, mixture):
         e = Emitter(builder, signature.args[0])
         source, factors, result = (e.pointer(place) for place in (x, weights, mixture))
 
-        def body(j, vectors):
-            """Emit code for the columns from j on: for some vectors of them, or a single item if `vectors` is 0."""
+        def body(j, size):
+            """Emit code for some columns from j on: whole vectors, or a single item."""
+            vectors = size // e.lanes
             kind = e.vector if vectors else e.scalar
             parts = [builder.add(j, ir.Constant(I64, v * e.lanes)) for v in range(max(vectors, 1))]
             nothing = ir.Constant(kind, [0.0] * e.lanes if vectors else 0.0)
             totals = [cgutils.alloca_once_value(builder, nothing) for _ in parts]
-
-            def load(pointer):
-                value = builder.load(pointer, typ=kind)
-                value.align = e.item
-                return value
-
             with cgutils.for_range(builder, m) as loop:
                 line, place = builder.mul(loop.index, n), e.at(factors, loop.index)
-                factor = e.broadcast(place) if vectors else load(place)
+                factor = e.broadcast(place) if vectors else e.load(place, kind)
                 for part, total in zip(parts, totals, strict=True):
-                    read = builder.fmul(load(e.at(source, builder.add(line, part))), factor)
+                    read = builder.fmul(e.load(e.at(source, builder.add(line, part)), kind), factor)
                     builder.store(builder.fadd(builder.load(total, typ=kind), read, flags=("contract",)), total)
             for part, total in zip(parts, totals, strict=True):
-                builder.store(builder.load(total, typ=kind), e.at(result, part)).align = e.item
+                e.store(builder.load(total, typ=kind), e.at(result, part))
 
-        _each_part(builder, e, n, body)
+        steps_loop(builder, n, dict.fromkeys((VECTORS * e.lanes, e.lanes, 1)), body)
         return context.get_dummy_value()
 
     return types.void(one, *[types.int64] * 5), emit

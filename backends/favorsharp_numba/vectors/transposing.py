@@ -45,9 +45,8 @@ def _transpose(context, one, x, x_step, rows, columns, y, y_step):
                 e.store(vector, e.at(place, builder.mul(ir.Constant(I64, r), y_step)))
 
         def single(i, j):
-            value = builder.load(e.at(source, builder.add(builder.mul(i, x_step), j)), typ=e.scalar)
-            value.align = e.item
-            builder.store(value, e.at(target, builder.add(builder.mul(j, y_step), i))).align = e.item
+            value = e.load(e.at(source, builder.add(builder.mul(i, x_step), j)), e.scalar)
+            e.store(value, e.at(target, builder.add(builder.mul(j, y_step), i)))
 
         def loop(low, high, step):
             return cgutils.for_range_slice(builder, low, high, step)
