@@ -7,6 +7,7 @@ import pytest
 from problems import attention_problem
 
 import favorsharp as fs
+from favorsharp import nystrom
 from favorsharp.samples import sampled
 
 KERNELS = pytest.mark.parametrize("kernel", ["softmax", "gaussian"])
@@ -27,6 +28,25 @@ def test_as_many_centres_as_points_are_exact(kernel):
     exact = fs.kernel_matrix(x, y, kernel=kernel, scale=0.5)
     np.testing.assert_allclose(product(fm, x, y), exact, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(fs.kernel_matvec(x, y, v, fm), exact @ v, rtol=1e-5, atol=1e-4)
+
+
+def test_centres_are_points_that_differ():
+    """Twelve centres of twelve points are these, even where some are nearly equal."""
+    rng = np.random.default_rng(2)
+    points = np.repeat(rng.standard_normal((4, 3)), 3, axis=0) + 1e-3 * rng.standard_normal((12, 3))
+    seen = np.ones(12, bool)
+    for seed in range(5):
+        order, rough = nystrom._order(points, seen, 12, 1e-12, np.random.default_rng(seed).gumbel(size=(2, 12)))
+        found = nystrom._centres(points, seen, order, rough, 12)
+        np.testing.assert_array_equal(np.sort(found, axis=0), np.sort(points, axis=0))
+
+
+def test_both_draws_of_centres_have_random_numbers_of_their_own():
+    points, seen = np.random.default_rng(3).standard_normal((60, 3)), np.ones(60, bool)
+    rows = np.random.default_rng(4).gumbel(size=(4, 60))
+    found = [set(nystrom._order(points, seen, 8, 1e-12, rows[[i, j]])[0][:8]) for i, j in ((0, 1), (0, 2), (3, 1))]
+    assert found[0] != found[1]
+    assert found[0] != found[2]
 
 
 @pytest.mark.parametrize("scale", [0.1, 0.5])

@@ -5,8 +5,9 @@ import pytest
 
 from favorsharp.dispatch import watch
 from favorsharp.moments import point_moments
+from favorsharp.ops import landmark_seeds
 from favorsharp.ops.landmark_metric import Metric
-from favorsharp.ops.landmark_seeds import draw_seeds
+from favorsharp.ops.landmark_seeds import Noise, choose_seeds, draw_seeds, noise_of
 from favorsharp.ops.landmarks import condense
 from favorsharp.ops.weighted_attention import weighted_attention
 
@@ -150,3 +151,24 @@ def test_what_records_gradients_runs_the_references(rng):
         with watch() as calls:
             condense(k.clone().requires_grad_(gradient), weight, v, points, used, metric, kernel="softmax", scale=1.0)
         assert calls[0][1] == "reference" or not gradient
+
+
+def test_candidates_lie_anywhere_in_their_strata():
+    """Along the direction, one in each; hidden keys and copies take no place."""
+    y = np.repeat(np.arange(51.0), 2)[:, None]
+    visible = y[:, 0] < 50
+    for offset in (0.0, 0.5, 0.999):
+        noise = Noise(np.ones(1), np.full(5, offset), np.zeros(5))
+        index, filled = landmark_seeds._candidates(y, visible, 5, noise)
+        assert filled.all()
+        np.testing.assert_array_equal(y[index, 0], np.floor(10 * (np.arange(5) + offset)))
+
+
+def test_the_first_seed_is_drawn_by_squared_weights():
+    k, weight = np.eye(3)[:, :2], np.log([1.0, 2.0, 3.0])
+    flat = Metric(np.zeros((1, 2)), np.zeros((2, 2)), np.zeros((1, 2)))
+    counts = np.zeros(3)
+    for seed in range(1000):
+        noise = noise_of(seed, 0, 1, 2)
+        counts[choose_seeds(k, weight, flat, 1, noise, kernel="softmax", scale=1.0)[0][0]] += 1
+    np.testing.assert_allclose(counts / 1000, np.array([1, 4, 9]) / 14, atol=0.06)
