@@ -58,11 +58,14 @@ def forget() -> None:
 def repeated(function: Callable[..., Any]) -> Callable[..., Any]:
     """A function of tensors and a map, whose arrays decide only by their layout what it launches, with a memory.
 
-    Results of the function are its arguments, tensors that it allocates by `arrays.empty`, and tuples of these.
+    Results of the function are its arguments, tensors that it allocates by `arrays.empty`, and tuples of these. A call
+    with the keyword `out` is not repeated, because its addresses decide whether a kernel may write there.
     """
 
     @wraps(function)
     def run(*given: Any, **options: Any) -> Any:
+        if options.get("out") is not None:
+            return function(*given, **options)
         tensors: list[Any] = []
         key: list[Any] = [function, _epoch]
         feature_map = _described((*given, *options.items()), tensors, key)

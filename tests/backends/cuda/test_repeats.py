@@ -110,6 +110,22 @@ def test_a_repeated_call_notices_another_layout_and_a_changed_map():
     compared(q, k, v)
 
 
+@pytest.mark.parametrize("options", [{}, {"window": 4}, {"is_causal": True}], ids=str)
+def test_a_result_over_an_argument_is_not_repeated_from_one_beside_it(options):
+    fm = drawn()
+    q, k, _ = points(6)
+    v = points(7)[1]
+    with fs.use("cuda"):
+        want = fs.linear_attention(q, k, v, fm, out=torch.empty_like(q), **options).clone()
+        for out in (q, k, v):
+            given = [q, k, v]
+            kept = [x.clone() for x in given]
+            fs.linear_attention(*given, fm, out=out, **options)
+            torch.testing.assert_close(out, want)
+            for x, before in zip(given, kept, strict=True):
+                x.copy_(before)
+
+
 def test_a_map_that_is_trained_is_never_kept(planned):
     fm = drawn()
     fm = replace(fm, rows=fm.rows.clone().requires_grad_())
