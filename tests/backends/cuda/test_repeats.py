@@ -90,24 +90,31 @@ def test_calls_with_one_tensor_in_two_places(planned):
             torch.testing.assert_close(out, want[i], rtol=1e-4, atol=1e-4)
 
 
+LAYOUTS = {
+    "whole": lambda q, k, v: (q, k, v),
+    "transposed": lambda q, k, v: (q.mT.contiguous().mT, k, v),
+    "negated when read": lambda q, k, v: (torch._neg_view(q), k, v),
+    "fewer queries": lambda q, k, v: (q[:, :50], k, v),
+    "wide": lambda q, k, v: (q.double(), k.double(), v.double()),
+}
+
+
 def test_a_repeated_call_notices_another_layout_and_a_changed_map():
     fm = map_arrays(drawn(), torch.clone)
-    q, k, v = points(4)
 
-    def compared(q, k, v, **options):
-        with fs.use("cuda"):
-            out = fs.linear_attention(q, k, v, fm, **options)
-        with fs.use("reference"):
-            torch.testing.assert_close(out, fs.linear_attention(q, k, v, fm, **options), rtol=1e-4, atol=1e-4)
+    def compared(layout, **options):
+        for seed in (4, 5):  # the second call is like the first
+            given = layout(*points(seed))
+            with fs.use("cuda"):
+                out = fs.linear_attention(*given, fm, **options)
+            with fs.use("reference"):
+                torch.testing.assert_close(out, fs.linear_attention(*given, fm, **options), rtol=1e-4, atol=1e-4)
 
-    compared(q, k, v)
-    compared(q.mT.contiguous().mT, k, v)
-    compared(torch._neg_view(q), k, v)
-    compared(q[:, :50], k, v)
-    compared(q, k, v, key_mask=torch.arange(N).expand(2, N) < 30)
-    compared(q.double(), k.double(), v.double())
+    for layout in LAYOUTS.values():
+        compared(layout)
+    compared(LAYOUTS["whole"], key_mask=torch.arange(N).expand(2, N) < 30)
     fm.rows.mul_(0.5)
-    compared(q, k, v)
+    compared(LAYOUTS["whole"])
 
 
 @pytest.mark.parametrize("options", [{}, {"window": 4}, {"is_causal": True}], ids=str)
