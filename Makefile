@@ -57,7 +57,7 @@ test-loopback: $(VENV)/test
 
 test-kernels: $(VENV)/test
 	$(PARALLEL) -m "kernels and not slow"
-	$(PARALLEL) -q --backend any tests/ops tests/landmarks tests/features tests/test_*.py
+	$(PARALLEL) -q --backend any tests/ops tests/landmarks tests/features tests/modules tests/transformers tests/test_*.py
 
 test-cuda: $(VENV)/test
 	$(PARALLEL) -m "cuda and not slow and not sweep"

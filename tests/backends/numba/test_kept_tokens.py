@@ -9,6 +9,8 @@ import favorsharp as fs
 
 SIZES = (1, 4, 3, 16, 31, 32, 33, 2, 0, 5, 60, 1, 7)
 
+pytestmark = pytest.mark.own_backend
+
 
 def problem(batch, m, d, e, n, dtype=np.float32):
     rng = np.random.default_rng(0)
