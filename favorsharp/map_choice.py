@@ -1,4 +1,4 @@
-"""The choice of a feature map for points: candidates are made and compared with the exact kernel on a sample.
+"""The choice of a feature map for points: candidates are made and compared with the exact kernel on other points.
 
 `favorsharp.sklearn.RandomFeatures(method="auto")` is the public door.
 """
@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from favorsharp._arrays import cast, from_host, namespace_of, statistics_dtype, to_host
+from favorsharp._arrays import cast, statistics_dtype, to_host
 from favorsharp._typing import Array
 from favorsharp.exact import kernel_matrix
 from favorsharp.features import FeatureMap
@@ -19,13 +19,16 @@ PURPOSES = ("inner product", "smoothing")
 """What features may be for: products that are near the kernel, or near the kernel with rows divided by their sums."""
 
 SAMPLE = 256
-"""Points at which candidates are compared."""
+"""The number of points at which candidates are to be compared."""
 
 WIDE = 256
 """With more columns `optimal` is not tried: its fit alone would take longer than all the rest."""
 
 CLEAR = 0.5
 """A first candidate with less than this share of the error that is expected of `trig` is chosen without the others."""
+
+MARGIN = 0.5
+"""Others must be better than the first candidate by this share over the root of the number of points."""
 
 
 @dataclass(frozen=True)
@@ -37,42 +40,40 @@ class Choice:
     reason: str
 
 
-def choose_map(x: Array, scale: float, m: int, purpose: str, make: Callable[[str], FeatureMap], rng: Any) -> Choice:
-    """The map of m features with the least error for points x (n, d) and the Gaussian kernel.
+def choose_map(points: Array, n: int, scale: float, m: int, purpose: str, make: Callable[[str], FeatureMap]) -> Choice:
+    """The map of m features with the least error for the Gaussian kernel of n points like those given, (k, d).
 
-    `make` makes the map of a method; `rng` is a NumPy generator.
+    `make` makes the map of a method, from other points, so that none has an advantage.
     """
-    n = x.shape[0]
-    xp = namespace_of(x)
-    rows = np.sort(rng.permutation(n)[:SAMPLE])
-    points = xp.take(x, from_host(rows, x, dtype=xp.int64), axis=0)
     wide = cast(points, statistics_dtype(points))
     exact = to_host(kernel_matrix(wide, wide, kernel="gaussian", scale=scale)).astype(np.float64)
-    error = _smoothing_error if purpose == "smoothing" else _product_error
+    error = smoothing_error if purpose == "smoothing" else product_error
     made, errors = {}, {}
     for method in FOR_KERNELS:
-        if (method == "trig" and m % 2) or (method == "optimal" and x.shape[1] > WIDE):
+        if (method == "trig" and m % 2) or (method == "optimal" and points.shape[1] > WIDE):
             continue
         made[method] = make(method)
         features = to_host(made[method].query(wide)).astype(np.float64)
         errors[method] = error(features @ features.T, exact, n)
         if purpose != "smoothing" and errors[method] < CLEAR * _expected_of_trig(exact, m, n):
             break
-    best = min(errors, key=lambda method: errors[method])
+    first, best = next(iter(errors)), min(errors, key=lambda method: errors[method])
+    if errors[best] > (1 - MARGIN / len(exact) ** 0.5) * errors[first]:
+        best = first
     found = ", ".join(f"{method} {value:.3g}" for method, value in errors.items())
     what = "the smoothing matrix" if purpose == "smoothing" else "the kernel matrix"
-    reason = f"relative error of {what} on {len(rows)} points: {found}"
+    reason = f"relative error of {what} on {len(exact)} points: {found}"
     if len(errors) == 1 and best == FOR_KERNELS[0] and purpose != "smoothing":
         reason += f"; about {_expected_of_trig(exact, m, n):.2g} is expected of trig"
     return Choice(made[best], best, reason)
 
 
-def _product_error(found: Any, exact: Any, n: int) -> float:
+def product_error(found: Any, exact: Any, n: int) -> float:
     """The relative error of the kernel matrix of all n points. The diagonal of a sample would count too much in it."""
-    return float(np.sqrt(_square_sum(found - exact, n) / _square_sum(exact, n)))
+    return float(np.sqrt(square_sum(found - exact, n) / square_sum(exact, n)))
 
 
-def _square_sum(matrix: Any, n: int) -> float:
+def square_sum(matrix: Any, n: int) -> float:
     """The sum of squares of a matrix of n points, from that of a sample of them."""
     own = np.mean(np.diagonal(matrix) ** 2)
     size = len(matrix)
@@ -82,12 +83,17 @@ def _square_sum(matrix: Any, n: int) -> float:
 
 def _expected_of_trig(exact: Any, m: int, n: int) -> float:
     """The error that iid Fourier features are expected to have: their products have the variance (1 - K^2)^2 / m."""
-    return float(np.sqrt(_square_sum((1 - exact**2) / np.sqrt(m), n) / _square_sum(exact, n)))
+    return float(np.sqrt(square_sum((1 - exact**2) / np.sqrt(m), n) / square_sum(exact, n)))
 
 
-def _smoothing_error(found: Any, exact: Any, n: int) -> float:
-    """The relative error of the kernel matrix with its rows divided by their sums; rows without a sum are wrong."""
+def smoothing_error(found: Any, exact: Any, n: int) -> float:
+    """The relative error of the kernel matrix with its rows divided by their sums.
+
+    A row that is farther off than zeros, or has no positive sum, counts as much as zeros: a single row with a sum near
+    0 would decide else.
+    """
     total = found.sum(axis=1, keepdims=True)
     wanted = exact / exact.sum(axis=1, keepdims=True)
     weights = np.where(total > 0, found / np.where(total > 0, total, 1.0), 0.0)
-    return float(np.linalg.norm(weights - wanted) / np.linalg.norm(wanted))
+    size = np.sum(wanted**2, axis=1)
+    return float(np.sqrt(np.sum(np.minimum(np.sum((weights - wanted) ** 2, axis=1), size)) / np.sum(size)))

@@ -11,7 +11,7 @@ import math
 from dataclasses import replace
 from typing import Any
 
-from favorsharp._algebra import on_diagonal, outer, trace
+from favorsharp._algebra import on_diagonal, outer, row_sum, trace
 from favorsharp._arrays import broadcast_shapes, cast, from_host, namespace_of, on_device_of
 from favorsharp._autodiff import is_traced
 from favorsharp._typing import Array
@@ -33,8 +33,8 @@ TOWARDS_MEANS = 0.5
 INWARDS = 0.2
 """The part of the way to the mean of all points that centres move then, if the kernel is rough."""
 
-FARTHEST = 0.3
-"""The longest such way, in units of the width of the kernel: the points of a group far out must keep their centres."""
+FARTHEST = 0.45
+"""The longest way that a centre moves, in widths of the kernel: no point may be far from its own centre."""
 
 REGRESSED = 2.5
 """Points of the regression for each feature; the centres were made from the first of them."""
@@ -43,13 +43,21 @@ NOISE = 8.0
 """Eigenvalues below this times the root of m and the precision of the dtype of the features are left out. Along such a
 direction the rounding errors of kernels would be a tenth of the feature or more."""
 
-ROUGH = 1e-2
-"""A kernel is called rough if its eigenvalues at the uniform centres are above this. Its map is far from exact, so that
-float32 is enough for the fit. Other kernels would lose digits by a wider W, and by centres that have moved inwards."""
+ROUGH = 0.02
+"""A kernel is called rough if its eigenvalues at the uniform centres are above this. Of others, a wider W and centres
+that have moved inwards would lose digits."""
+
+COARSE = 1e-3
+"""Where all eigenvalues of W at the centres are above this, float32 is enough for the regression."""
 
 RIDGE = 1e3
 """What is added to the square sums of the functions of the regression, which are of order 1 or 0, in units of the
 precision."""
+
+
+def sample_size(num_features: int) -> int:
+    """How many points a map is made from, if there are so many."""
+    return max(SAMPLE, math.ceil(REGRESSED * num_features))
 
 
 def nystrom_map(
@@ -62,8 +70,7 @@ def nystrom_map(
     """
     xp = namespace_of(x, y)
     least = NOISE * math.sqrt(num_features) * float(xp.finfo(fitted.g1.dtype).eps)
-    regressed = max(SAMPLE // 2, math.ceil(REGRESSED * num_features))
-    most = max(SAMPLE, regressed)
+    regressed, most = max(SAMPLE // 2, math.ceil(REGRESSED * num_features)), sample_size(num_features)
     p = astype(fitted, x.dtype)
     if y is x:
         points, seen = sampled(hide(x, seen_x), seen_x, rng, most)
@@ -82,9 +89,7 @@ def nystrom_map(
     sharpness = xp.where(rough, SHARPNESS, xp.ones_like(points[..., :1, :1]))
     centres = xp.sqrt(sharpness) * _centres(points, seen, order, rough, num_features)
     order = order[..., : min(regressed, points.shape[-2])]
-    narrow = num_features < points.shape[-2] // 2 and not is_traced(rough) and bool(xp.all(rough))
-    dtype = xp.float32 if narrow else points.dtype
-    root = _root(_taken(points, order), _taken(seen[..., None], order), centres, sharpness, least, dtype)
+    root = _root(_taken(points, order), _taken(seen[..., None], order), centres, sharpness, least)
     return NystromMap(p, num_features, centres, root, sharpness)
 
 
@@ -138,21 +143,23 @@ def _centres(points: Array, seen: Array, order: Array, rough: Array, m: int) -> 
     count = xp.sum(cast(seen, order.dtype), axis=-1, keepdims=True)
     slot = xp.arange(m, dtype=order.dtype, **on_device_of(points)) % xp.maximum(count, xp.ones_like(count))
     centres = _taken(points, xp.take_along_axis(order, slot, axis=-1))
-    narrow, used = cast(points, xp.float32), xp.ones_like(centres[..., :1, :1], dtype=xp.bool)
-    means = cast(k_means(narrow, seen, cast(centres, xp.float32), used, 1), points.dtype)
-    moved = centres + TOWARDS_MEANS * (means - centres)
-    way = _mean(points, seen) - moved
+    narrow, used = cast(centres, xp.float32), xp.ones_like(centres[..., :1, :1], dtype=xp.bool)
+    means = cast(k_means(cast(points, xp.float32), seen, narrow, used, 1), points.dtype)
+    # copies of a point stay equal: of different ones, the points could not tell the functions apart
+    halves = 0.5 * xp.matrix_transpose(row_sum(narrow * narrow))
+    means = _taken(means, xp.argmax(narrow @ xp.matrix_transpose(narrow) - halves, axis=-1))
+    way = TOWARDS_MEANS * (means - centres)
+    way = way + INWARDS * cast(rough, points.dtype) * (_mean(points, seen) - centres - way)
     length = xp.sqrt(xp.sum(way * way, axis=-1, keepdims=True))
-    step = xp.clip(FARTHEST / xp.where(length > 0, length, 1.0), None, INWARDS)
-    moved = moved + xp.where(rough, step, 0.0) * way
-    return xp.where(count[..., None] > m, moved, centres)  # with all points among the centres, the map is exact
+    way = way * xp.clip(FARTHEST / xp.where(length > 0, length, 1.0), None, 1.0)
+    return xp.where(count[..., None] > m, centres + way, centres)  # with all points among the centres, the map is exact
 
 
-def _root(points: Array, seen: Array, centres: Array, sharpness: Array, least: float, narrow: Any) -> Array:
+def _root(points: Array, seen: Array, centres: Array, sharpness: Array, least: float) -> Array:
     """A root of the A for which W A W^T, of the points with the centres, is nearest to their kernel matrix.
 
-    The functions of the regression are combinations of W that are of order 1 at the centres. `narrow` is the dtype of
-    their products with the kernel matrix.
+    The functions of the regression are combinations of W that are of order 1 at the centres. Products with the kernel
+    matrix may be in float32 if the map is far from exact.
     """
     xp = namespace_of(points)
     wide, weight = points.dtype, cast(seen, points.dtype)
@@ -160,6 +167,8 @@ def _root(points: Array, seen: Array, centres: Array, sharpness: Array, least: f
     combined = axes * xp.where(kept, 1 / values, 0.0)
     functions = (gaussian(xp.sqrt(sharpness) * points, centres) @ combined) * weight
     inverse = xp.linalg.inv(on_diagonal(outer(functions, functions), RIDGE * float(xp.finfo(wide).eps)))
+    enough = points.shape[-2] > 2 * centres.shape[-2] and not is_traced(values) and bool(xp.all(values > COARSE))
+    narrow = xp.float32 if enough else wide
     points, functions = cast(points, narrow), cast(functions, narrow)
     moment = cast(outer(functions, gaussian(points, points) @ functions), wide)
     size = trace(moment)

@@ -125,6 +125,15 @@ def test_masked_points_count_for_nothing_and_axes_are_pooled():
 
 
 @KERNELS
+def test_features_are_no_longer_than_the_kernel_allows(kernel):
+    """Also between points far out, where functions of single centres are large."""
+    x, asked = np.clip(np.random.default_rng(0).standard_t(2, (2, 600, 4)), -12, 12)
+    fm = fitted(x, x, 40, kernel=kernel, scale=0.2)
+    exact = np.exp(0.2 * (asked**2).sum(1)) if kernel == "softmax" else np.ones(600)
+    assert ((fm.query(asked) * fm.key(asked)).sum(1) <= exact * (1 + 1e-9)).all()
+
+
+@KERNELS
 def test_a_batch_entry_without_points_has_no_features(kernel):
     x, _, _ = attention_problem(2, (3,), n=10)
     mask = np.ones((3, 10), dtype=bool)

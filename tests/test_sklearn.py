@@ -74,6 +74,41 @@ def test_nystrom_features_are_nearer_to_the_kernel_than_scikit_learns():
     assert errors[0] < 0.2 * errors[2]
 
 
+@pytest.mark.parametrize("method", ["auto", "nystrom", "trig"])
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+def test_inner_products_of_a_thousand_features(method, dtype):
+    """What scikit-learn asks of RBFSampler: gamma 10 and 1,000 features, on rows with sum 1 and on others."""
+    rng = np.random.default_rng(0)
+    for x, y in (rng.random((2, 300, 50)), rng.random((2, 1500, 3))):
+        x, y = ((a / a.sum(axis=1, keepdims=True)).astype(dtype) for a in (x, y))
+        features = RandomFeatures(method, n_components=1000, gamma=10.0, random_state=42)
+        left = features.fit_transform(x)
+        error = left @ features.transform(y).T - rbf_kernel(x, y, gamma=10.0)
+        assert left.dtype == dtype
+        assert abs(error.mean()) < 0.01
+        assert abs(error).max() < (0.2 if method == "trig" else 0.02)
+
+
+@pytest.mark.parametrize("copies", [2, 100])
+def test_a_singular_kernel(copies):
+    """What scikit-learn asks of Nystroem: rows that are repeated, and more features than distinct rows."""
+    x = np.tile(np.random.default_rng(0).random((10, 20)), (copies, 1))
+    for gamma in (0.01, 100.0):
+        features = RandomFeatures("nystrom", n_components=20, gamma=gamma, random_state=0).fit_transform(x)
+        assert np.isfinite(features).all()
+        np.testing.assert_allclose(features @ features.T, rbf_kernel(x, gamma=gamma), atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+def test_many_rows_of_few_values(dtype):
+    """Copies of a point have one centre together."""
+    x = np.random.default_rng(0).integers(0, 4, (4000, 3)).astype(dtype)
+    for gamma, bound in ((0.05, 1e-2), (0.5, 0.1)):
+        features = RandomFeatures("nystrom", n_components=60, gamma=gamma, random_state=0).fit(x)
+        made, exact = features.transform(x[:300]), rbf_kernel(x[:300], gamma=gamma)
+        assert np.linalg.norm(made @ made.T - exact) < bound * np.linalg.norm(exact)
+
+
 def test_centres_come_from_all_points_of_a_sorted_table():
     x = np.sort(np.random.default_rng(0).uniform(-5, 5, (2000, 1)), axis=0)
     features = RandomFeatures("nystrom", n_components=64, gamma=1.0, random_state=0).fit_transform(x)
@@ -110,6 +145,17 @@ def test_auto_is_never_far_behind_the_best(gamma, purpose, expected):
     assert chosen <= 1.02 * min(error(method)[0] for method in ("nystrom", "trig", "optimal"))
     assert features.method_ in features.reason_
     assert features.method_ == expected
+
+
+def test_auto_compares_at_points_that_were_not_fitted():
+    """Nystrom features of every point are exact at these points, but a narrow kernel is not exact at others."""
+    x = np.random.default_rng(0).standard_normal((150, 13))
+    features = RandomFeatures(n_components=256, gamma=8 / 13, random_state=0).fit(x)
+    assert features.method_ == "trig"
+    assert float(re.search(r"nystrom (\S+),", features.reason_)[1]) > 0.8
+    smooth = RandomFeatures(n_components=150, gamma=0.01, random_state=0).fit(x)  # the points asked are fitted then
+    made = smooth.transform(x)
+    np.testing.assert_allclose(made @ made.T, rbf_kernel(x, gamma=0.01), atol=1e-6)
 
 
 def test_auto_knows_the_error_of_fourier_features():

@@ -21,7 +21,8 @@ class NystromMap(SignedFeatureMap):
     """exp(-|r u - c|^2 / 2) root, times a factor of the point; r^2 is the sharpness, and the projection has centres c.
 
     u is g1 (x - center_x) for queries and g2 (y - center_y) for keys, and the kernel is exp(u.v) times factors of both
-    points. So the products of features are Nystrom's approximation of the kernel.
+    points. So the products of features are Nystrom's approximation of the kernel. Features that are longer than the
+    kernel of the point with itself allows, as they can be far from all points of the fit, are shortened to that length.
 
     Attributes
     ----------
@@ -62,7 +63,9 @@ class NystromMap(SignedFeatureMap):
 
         def features(start: int, stop: int) -> Array:
             u = wide[..., start:stop, :] * root - centre
-            return cast(gaussian(u, prepared.projection) @ prepared.root, x.dtype)
+            found = gaussian(u, prepared.projection) @ prepared.root
+            length = namespace_of(u).sqrt(row_sum(found * found))
+            return cast(found / namespace_of(u).maximum(length, namespace_of(u).ones_like(length)), x.dtype)
 
         if library_of(x) == "numpy":  # small tiles stay in the cache, and are written in place
             if out is None:
@@ -79,7 +82,9 @@ class NystromMap(SignedFeatureMap):
         half = 0.5 * xp.sum(u * u, axis=-1, keepdims=True)
         scores = (xp.sqrt(self.sharpness) * u) @ xp.matrix_transpose(self.projection) - _halves(self.projection)
         top = xp.max(scores, axis=-1, keepdims=True)
-        features, factor = xp.exp(scores - top) @ self.root, top - self.sharpness * half
+        features = xp.exp(scores - top) @ self.root
+        length = xp.sqrt(row_sum(features * features))
+        factor = xp.minimum(top - self.sharpness * half, -xp.log(xp.where(length > 0, length, 1.0)))
         # with the Gaussian kernel, the factor of the point is exp(-|u|^2 / 2)
         return features, factor if self.parameters.kernel == "gaussian" else factor + half + log_factor
 

@@ -25,7 +25,7 @@ from favorsharp.features import feature_map
 from favorsharp.fitting import fit, fit_map
 from favorsharp.methods import check_method, method_of
 from favorsharp.moments import weighted_moments
-from favorsharp.samples import SAMPLE
+from favorsharp.nystrom import sample_size
 
 
 class KernelEstimator(BaseEstimator):
@@ -60,7 +60,8 @@ class KernelEstimator(BaseEstimator):
         method = self.method if method is None else method
         if method == "nystrom" and weight is None:
             draw = self.draw if self.method == "nystrom" else "orthogonal"
-            x = _sample(x, max(SAMPLE, 2 * self.n_components), seed)
+            if x.shape[0] > sample_size(self.n_components):
+                x = rows_of(x, shuffled(x, seed)[: sample_size(self.n_components)])
             return fit_map(
                 x, x, self.n_components, method="nystrom", draw=draw, kernel="gaussian", scale=2 * gamma, rng=seed
             )
@@ -81,10 +82,12 @@ class KernelEstimator(BaseEstimator):
         return tags
 
 
-def _sample(x: Any, most: int, seed: int) -> Any:
-    """Up to `most` of the points, in their order."""
-    if x.shape[0] <= most:
-        return x
-    chosen = np.sort(np.random.default_rng(seed).permutation(x.shape[0])[:most])
+def shuffled(x: Any, seed: int) -> Any:
+    """The indices of points in a random order; the first ones are those that a map is made from."""
+    return np.random.default_rng(seed).permutation(x.shape[0])
+
+
+def rows_of(x: Any, chosen: Any) -> Any:
+    """The points with some indices, in the order of x."""
     xp = namespace_of(x)
-    return xp.take(x, from_host(chosen, x, dtype=xp.int64), axis=0)
+    return xp.take(x, from_host(np.sort(chosen), x, dtype=xp.int64), axis=0)

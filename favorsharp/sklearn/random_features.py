@@ -2,7 +2,6 @@
 
 from typing import Any, Self
 
-import numpy as np
 from sklearn.base import (
     ClassNamePrefixFeaturesOutMixin,
     TransformerMixin,
@@ -14,9 +13,10 @@ from sklearn.utils.validation import check_is_fitted
 
 from favorsharp._checks import check_choice, check_integer
 from favorsharp.draws import DRAWS
-from favorsharp.map_choice import PURPOSES, choose_map
+from favorsharp.map_choice import PURPOSES, SAMPLE, choose_map
 from favorsharp.methods import check_method
-from favorsharp.sklearn.base import KernelEstimator
+from favorsharp.nystrom import sample_size
+from favorsharp.sklearn.base import KernelEstimator, rows_of, shuffled
 
 
 class RandomFeatures(ClassNamePrefixFeaturesOutMixin, TransformerMixin, KernelEstimator):
@@ -103,12 +103,19 @@ class RandomFeatures(ClassNamePrefixFeaturesOutMixin, TransformerMixin, KernelEs
         return self
 
     def _choose(self, x: Any, seed: int) -> None:
-        def make(method: str) -> Any:
-            return self._map(x, self.gamma_, seed, method=method)
+        """Compare methods at points that no map was made from, if there are four or more."""
+        n, m = x.shape[0], check_integer("n_components", self.n_components, 1)
+        order, held = shuffled(x, seed), min(SAMPLE, n // 4)
+        fitted = order[: min(n - held, sample_size(m))]
+        asked = order[len(fitted) : len(fitted) + held] if held else order
 
-        m = check_integer("n_components", self.n_components, 1)
-        choice = choose_map(x, 2 * self.gamma_, m, self.purpose, make, np.random.default_rng(seed))
+        def make(method: str) -> Any:
+            return self._map(rows_of(x, fitted) if method == "nystrom" else x, self.gamma_, seed, method=method)
+
+        choice = choose_map(rows_of(x, asked), n, 2 * self.gamma_, m, self.purpose, make)
         self.feature_map_, self.method_, self.reason_ = choice.feature_map, choice.method, choice.reason
+        if self.method_ == "nystrom" and len(fitted) < min(n, sample_size(m)):  # the points in question are needed, too
+            self.feature_map_ = self._map(x, self.gamma_, seed, method="nystrom")
 
     def _accepted(self) -> str:
         return "'scale', None or a positive finite number"
