@@ -170,25 +170,25 @@ def test_plans_are_few_and_die_with_their_map():
 
 def test_a_prepared_map_is_the_same_object_until_its_numbers_change():
     fm = made("torch")
-    prepared = plans.prepared_map(fm, torch.float64, grouped=True)
-    assert prepared.rows.dtype == torch.float64
+    prepared = plans.prepared_map(fm, torch.float32, grouped=True)
+    assert prepared.rows.dtype == torch.float32
     assert prepared.parameters.g1.ndim == fm.parameters.g1.ndim + 1
-    assert plans.prepared_map(fm, torch.float64, grouped=True) is prepared
-    assert plans.prepared_map(fm, torch.float64) is not prepared
-    assert plans.prepared_map(fm, torch.float32) is fm
+    assert plans.prepared_map(fm, torch.float32, grouped=True) is prepared
+    assert plans.prepared_map(fm, torch.float32) is not prepared
+    assert plans.prepared_map(fm, torch.float64) is fm
     fm.rows.mul_(2)
-    rows = plans.prepared_map(fm, torch.float64, grouped=True).rows
-    torch.testing.assert_close(rows.reshape(fm.rows.shape), fm.rows.double())
+    rows = plans.prepared_map(fm, torch.float32, grouped=True).rows
+    torch.testing.assert_close(rows.reshape(fm.rows.shape), fm.rows.float())
 
 
 def test_a_prepared_map_that_is_trained_belongs_to_one_call():
     fm = made("torch")
-    before = plans.prepared_map(fm, torch.float64)
+    before = plans.prepared_map(fm, torch.float32)
     fm.rows.requires_grad_()
     with torch.no_grad():
-        plans.prepared_map(fm, torch.float64)
+        plans.prepared_map(fm, torch.float32)
     for _ in range(2):
-        prepared = plans.prepared_map(fm, torch.float64)
+        prepared = plans.prepared_map(fm, torch.float32)
         assert prepared is not before
         prepared.rows.sum().backward()
     assert (fm.rows.grad == 2).all()
