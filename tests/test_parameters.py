@@ -251,10 +251,11 @@ def test_excess_is_the_mean_log_second_moment(xp, method):
     np.testing.assert_allclose(xp.back(fs.excess(p, xp(q), xp(k))), (pairs - 2 * exact).mean((-1, -2)), rtol=1e-9)
 
 
-def test_geometric_rate_minimises_its_bound():
+@pytest.mark.parametrize("size", [1.0, 0.3, 0.05])
+def test_geometric_rate_minimises_its_bound(size):
     from scipy.special import i0e
 
-    q, k, _ = attention_problem(16, n=50, d=4)
+    q, k, _ = (size * x for x in attention_problem(16, n=50, d=4))
     rate = float(fs.fit(q, k, method="geometric").rate[0, 0])
     size = np.sqrt((q**2).mean(0) * (k**2).mean(0)) * 0.5
 
