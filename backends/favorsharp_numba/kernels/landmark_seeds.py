@@ -16,6 +16,7 @@ from favorsharp_numba.vectors.blocks import square_distances
 from favorsharp_numba.vectors.compiling import inlined, outlined
 from favorsharp_numba.vectors.items import get, integer_at, lanes, put
 from favorsharp_numba.vectors.picks import first_largest, take_nearer
+from favorsharp_numba.vectors.products import NOTHING
 from favorsharp_numba.vectors.rows import combine, copy, fill
 
 LISTS = 3
@@ -176,7 +177,7 @@ def load_candidates(one, s, k, weight, side, head, offsets, order, different, w)
                 load_key(one, s, k, side, head, order, rank, w.rows + t * s.d_pad)
                 key, place = int(get(1.0, order + rank)), w.logs + start + t
                 load_points(one, weight, NO_MASK, head, key, 1, 1, 1, side + ONE, side + s.zeros, place)
-        add_log_norms(one, s, side, count, w.logs + start, w.rows, w.lifted, w.first, w.norms)
+        add_log_norms(one, s, side, count, w.logs + start, w.rows, w.lifted, w.first, w.norms, NOTHING)
         n = rest_of_tile(count, lanes(one))
         transpose(one, w.lifted, s.d_pad, count, s.d, w.columns + start, s.slots_pad, n)
         for t in range(start, start + count):

@@ -31,14 +31,14 @@ from favorsharp_numba.kernels.landmarks import (
     weigh_keys,
 )
 from favorsharp_numba.kernels.near_scores import raise_references
-from favorsharp_numba.kernels.tiles import load_points, rest_of_tile, store_points, turn_queries
+from favorsharp_numba.kernels.tiles import ahead_of, load_points, rest_of_tile, store_points, turn_queries
 from favorsharp_numba.kernels.window_rule import behind_near, first_near, first_reader, last_reader
 from favorsharp_numba.kernels.workspace import kernel
 from favorsharp_numba.vectors.blocks import exp_block, max_block, shift_block
 from favorsharp_numba.vectors.compiling import inlined, outlined
 from favorsharp_numba.vectors.dots import quadratic_rows
 from favorsharp_numba.vectors.items import get, integer_at, lanes, panel, put
-from favorsharp_numba.vectors.products import product_add, product_terms
+from favorsharp_numba.vectors.products import NOTHING, product_add, product_terms
 from favorsharp_numba.vectors.rows import combine, copy, fill, invert
 
 GROUP = 8
@@ -195,8 +195,9 @@ def find_owners(one, s, side, points, used, k, weight, head, owners, logs, w):
         masses = logs + first
         load_points(one, k, NO_MASK, head, first, count, s.d, s.d_pad, side + ROOT, side + s.center, x.rows)
         load_points(one, weight, NO_MASK, head, first, count, 1, 1, side + ONE, side + s.zeros, masses)
-        add_log_norms(one, s, side, count, masses, x.rows, x.lifted, x.first, x.squares)
-        nearest(one, s, count, x.toward, x.bias, x.rows, x.columns, x.nothing, x.best, x.owner)
+        next_keys = ahead_of(k, head, first + TILE, min(s.n, first + 2 * TILE), s.d)
+        add_log_norms(one, s, side, count, masses, x.rows, x.lifted, x.first, x.squares, next_keys)
+        nearest(one, s, count, x.toward, x.bias, x.rows, x.columns, x.nothing, x.best, x.owner, NOTHING)
         copy(one, x.owner, count, owners + first)
         for t in range(count):
             visible = visible or get(one, masses + t) != -np.inf
@@ -210,7 +211,7 @@ def add_range(one, s, side, v, head, start, stop, sums, owners, logs, w):
     for first in range(start, stop, TILE):
         count = min(TILE, stop - first)
         load_points(one, v, NO_MASK, head, first, count, s.e, s.width, side + ONE, side + s.zeros, w.values)
-        add_rows_of_keys(one, s, sums, count, logs + first, owners + first, w.values)
+        add_rows_of_keys(one, s, sums, count, logs + first, owners + first, w.values, landmark_space(s, w.choice))
 
 
 @outlined

@@ -9,12 +9,14 @@ from typing import NamedTuple
 import numpy as np
 
 from favorsharp_numba.kernels.arguments import NO_MASK, ONE, TILE
-from favorsharp_numba.kernels.tiles import load_points, rest_of_tile, transpose
+from favorsharp_numba.kernels.tiles import ahead_of, load_points, rest_of_tile, transpose
 from favorsharp_numba.kernels.workspace import kernel
+from favorsharp_numba.vectors.blocks import exp_block
 from favorsharp_numba.vectors.compiling import inlined, outlined
 from favorsharp_numba.vectors.dots import dot_rows, quadratic_rows
+from favorsharp_numba.vectors.emitter import LOG2E
 from favorsharp_numba.vectors.items import get, integer_at, lanes, panel, put
-from favorsharp_numba.vectors.products import product, product_nearest
+from favorsharp_numba.vectors.products import product, product_ahead, product_nearest
 from favorsharp_numba.vectors.rows import combine, fill, take_scaled_row
 
 
@@ -125,20 +127,22 @@ def log_norms_of_landmarks(one, s, side, points, w):
 
 
 @inlined
-def log_masses(one, s, side, weight, head, start, count, masses, w):
+def log_masses(one, s, side, weight, head, start, count, masses, w, ahead):
     """The log weights with which keys count, without the distances to their landmarks; -inf for hidden keys."""
     load_points(one, weight, NO_MASK, head, start, count, 1, 1, side + ONE, side + s.zeros, masses)
-    add_log_norms(one, s, side, count, masses, w.rows, w.lifted, w.first, w.squares)
+    add_log_norms(one, s, side, count, masses, w.rows, w.lifted, w.first, w.squares, ahead)
 
 
 @inlined
-def add_log_norms(one, s, side, count, masses, rows, lifted, first, squares):
+def add_log_norms(one, s, side, count, masses, rows, lifted, first, squares, ahead):
     """Turn the log weights of a tile of keys into `log_masses`, and compute their coordinates in `lifted`.
 
     `first` and `squares` have room for one and for two tiles.
     """
     width, of_u = panel(one), squares + TILE
-    product(one, count, s.d_pad, s.d, rows, s.d_pad, 1, side + s.lift, s.d * width, width, lifted, s.d_pad)
+    product_ahead(
+        one, count, s.d_pad, s.d, rows, s.d_pad, 1, side + s.lift, s.d * width, width, lifted, s.d_pad, ahead
+    )  # fmt: skip
     quadratic_rows(one, lifted, s.d_pad, count, s.d_pad, side + s.zeros, first, of_u)
     quadratic_rows(one, rows, s.d_pad, count, s.d_pad, side + s.direction, first, squares)
     share = one / 2 if s.condensing else one
@@ -152,7 +156,7 @@ def add_log_norms(one, s, side, count, masses, rows, lifted, first, squares):
 
 
 @outlined
-def nearest(one, s, count, toward, bias, rows, columns, nothing, best, owner):
+def nearest(one, s, count, toward, bias, rows, columns, nothing, best, owner, ahead):
     """The nearest landmark of each of a tile of keys, and u.u_c - |u_c|^2 / 2 for it."""
     n = rest_of_tile(count, lanes(one))
     transpose(one, rows, s.d_pad, count, s.d, columns, TILE, n)
@@ -160,7 +164,7 @@ def nearest(one, s, count, toward, bias, rows, columns, nothing, best, owner):
     fill(one, owner, n, one - one)
     fill(one, best, n, -np.inf * one)
     product_nearest(
-        one, s.m, n, s.d, toward, s.d_pad, 1, columns, panel(one), TILE, bias, nothing, best, owner
+        one, s.m, n, s.d, toward, s.d_pad, 1, columns, panel(one), TILE, bias, nothing, best, owner, ahead
     )  # fmt: skip
 
 
@@ -175,15 +179,13 @@ def scale_landmark(one, s, sums, c, factor):
 
 
 @inlined
-def weight_at(one, s, sums, c, value):
-    """The weight of a row with a log weight, relative to the largest of its landmark, which it may raise."""
+def raise_landmark(one, s, sums, c, value):
+    """Raise the largest log weight of a landmark to a value, if it is larger, and its sums with it."""
     top = get(one, sums.top + c)
     if value > top:
         if top != -np.inf:
             scale_landmark(one, s, sums, c, np.exp(top - value))
         put(one, sums.top + c, value)
-        top = value
-    return np.exp(value - top)
 
 
 @outlined
@@ -209,13 +211,19 @@ def weigh_keys(one, s, count, owner, best, norms, masses):
 
 
 @outlined
-def add_rows_of_keys(one, s, sums, count, logs, owner, rows):
-    """Add the rows of keys with log weights to the sums of their landmarks."""
+def add_rows_of_keys(one, s, sums, count, logs, owner, rows, w):
+    """Add the rows of a tile of keys with log weights to the sums of their landmarks. `w` is a `Space`."""
     for t in range(count):
-        value, c = get(one, logs + t), int(get(one, owner + t))
-        if value != -np.inf:
-            factor = weight_at(one, s, sums, c, value)
-            add_row(one, s, sums, c, factor, rows + t * s.width, factor)
+        raise_landmark(one, s, sums, int(get(one, owner + t)), get(one, logs + t))
+    shares = w.best
+    for t in range(count):
+        put(one, shares + t, one * LOG2E * (get(one, logs + t) - get(one, sums.top + int(get(one, owner + t)))))
+    n = rest_of_tile(count, lanes(one))
+    exp_block(one, shares, TILE, 1, n, w.nothing, 0, w.nothing, w.nothing, 0, w.squares)
+    for t in range(count):
+        if get(one, logs + t) != -np.inf:
+            share = get(one, shares + t)
+            add_row(one, s, sums, int(get(one, owner + t)), share, rows + t * s.width, share)
 
 
 @inlined
@@ -267,18 +275,20 @@ def add_keys(one, s, side, points, k, weight, v, head, start, stop, sums, logs, 
     if s.condensing:
         log_norms_of_landmarks(one, s, side, points, w)
     for first in range(start, stop, TILE):
-        count = min(TILE, stop - first)
+        count, after = min(TILE, stop - first), min(TILE, max(0, stop - first - TILE))
+        next_keys = ahead_of(k, head, first + TILE, first + TILE + after, s.d)
         load_points(one, k, NO_MASK, head, first, count, s.d, s.d_pad, side + ROOT, side + s.center, w.rows)
         masses, rows = w.logs if s.condensing else logs + head * s.n + first, w.rows
         if not known:
-            log_masses(one, s, side, weight, head, first, count, masses, w)
+            next_values = ahead_of(v, head, first + TILE, first + TILE + after, s.e)
+            log_masses(one, s, side, weight, head, first, count, masses, w, next_values)
         if s.condensing:
             load_points(one, v, NO_MASK, head, first, count, s.e, s.width, side + ONE, side + s.zeros, w.values)
             rows = w.values
-        nearest(one, s, count, w.toward, w.bias, w.rows, w.columns, w.nothing, w.best, w.owner)
+        nearest(one, s, count, w.toward, w.bias, w.rows, w.columns, w.nothing, w.best, w.owner, next_keys)
         if s.condensing:
             weigh_keys(one, s, count, w.owner, w.best, w.norms, masses)
-        add_rows_of_keys(one, s, sums, count, masses, w.owner, rows)
+        add_rows_of_keys(one, s, sums, count, masses, w.owner, rows, w)
 
 
 @kernel(landmark_space)
@@ -291,7 +301,8 @@ def merge_landmarks(one, s, sums, results, masses, low, high, scratch):
             for c in range(s.m):
                 top = get(one, other.top + c)
                 if top != -np.inf:
-                    factor = weight_at(one, s, total, c, top)
+                    raise_landmark(one, s, total, c, top)
+                    factor = np.exp(top - get(one, total.top + c))
                     put(one, other.weight + c, get(one, other.weight + c) + get(one, other.weight_low + c))
                     add_row(one, s, total, c, factor, other.rows + c * s.width, factor * get(one, other.weight + c))
         settle(one, s, total, results + head * s.m * s.width, masses + head * s.m_pad)

@@ -382,10 +382,10 @@ def product_sum(one, m, n, k, a, a_row, a_step, b, b_panel, b_step, row, column,
 
 
 @outlined
-def product_nearest(one, m, n, k, a, a_row, a_step, b, b_panel, b_step, row, column, best, owner):
+def product_nearest(one, m, n, k, a, a_row, a_step, b, b_panel, b_step, row, column, best, owner, ahead):
     """Compare the entries of A B + row + column with best[j], the largest of column j so far, whose row is owner[j].
 
     Of equal entries the first one stays. NaN is never the largest.
     """
     sums = ColumnSums(0, 0, 0, 0, owner, 0, best)
-    _product(one, TERMS, NEAREST, m, n, k, a, a_row, a_step, b, b_panel, b_step, b, b_step, row, column, NOTHING, sums)
+    _product(one, TERMS, NEAREST, m, n, k, a, a_row, a_step, b, b_panel, b_step, b, b_step, row, column, ahead, sums)
