@@ -144,16 +144,16 @@ def measure(one, s, n, w):
 @outlined
 def score_candidates(one, s, n, noise, lists, keys, weight, w):
     """The scores of keys before any seed is drawn: -inf, except for the candidates (see `landmark_seeds`)."""
-    seen, order, slots = 0, lists + n, min(s.slots, n)
+    seen, slots = 0, min(s.slots, n)
     offsets, gumbel = noise + s.d, noise + s.d + slots
     for t in range(n):
         value = projection(one, s.d, keys + t * s.d_pad, noise)
-        put(1.0, lists + t, value)
         if get(one, weight + t) != -np.inf and value < np.inf:
-            put(1.0, order + seen, 1.0 * t)
+            put(1.0, lists + seen, value)
+            put(1.0, lists + n + seen, 1.0 * t)
             seen += 1
-    order = sorted_by(seen, lists, order, order + n)
-    different = first_of_each(seen, lists, order)
+    along = sorted_by(seen, n, lists)
+    order, different = along + n, first_of_each(seen, n, along)
     fill(one, w.logs, padded_keys(n), -np.inf * one)
     for slot in range(slots):
         rank = int(np.floor((slot + get(1.0, offsets + slot)) * max(different / slots, 1.0)))

@@ -19,8 +19,8 @@ from favorsharp_numba.vectors.picks import first_largest, take_nearer
 from favorsharp_numba.vectors.products import NOTHING
 from favorsharp_numba.vectors.rows import combine, copy, fill
 
-LISTS = 3
-"""Lists of float64 for each key, in which a head keeps projections, the order of keys, and room for sorting."""
+LISTS = 4
+"""Lists of float64 for each key: projections and the numbers of their keys, and room for sorting both."""
 
 FAR = 37.0
 """A squared distance from which on log(1 - exp(-D^2)) rounds to 0."""
@@ -61,10 +61,9 @@ def draw(one, s, k, weight, sides, noise, lists, grain, points, used, low, high,
     w = seed_space(s, scratch)
     for head in range(low, high):
         side, along = integer_at(sides + 8 * head), lists + head * LISTS * s.n
-        order = along + s.n
-        seen = project(one, s, k, weight, side, head, noise, along, order, w)
-        order = sorted_by(seen, along, order, order + s.n)
-        different = first_of_each(seen, along, order)
+        seen = project(one, s, k, weight, side, head, noise, along, w)
+        along = sorted_by(seen, s.n, along)
+        order, different = along + s.n, first_of_each(seen, s.n, along)
         load_candidates(one, s, k, weight, side, head, noise + s.d, order, different, w)
         square_distances(one, w.columns, s.slots_pad, s.d, s.slots_pad, side + s.zeros, 0, w.squares)
         fill(one, w.logs + s.slots, s.slots_pad - s.slots, -np.inf * one)
@@ -89,8 +88,8 @@ def draw(one, s, k, weight, sides, noise, lists, grain, points, used, low, high,
 
 
 @inlined
-def project(one, s, k, weight, side, head, direction, along, order, w):
-    """The projections of all keys, and a list of those that are visible and not NaN; return their number."""
+def project(one, s, k, weight, side, head, direction, along, w):
+    """The projections of all keys that are visible and not NaN, and behind them which keys; return their number."""
     seen = 0
     for start in range(0, s.n, TILE):
         count = min(TILE, s.n - start)
@@ -98,9 +97,9 @@ def project(one, s, k, weight, side, head, direction, along, order, w):
         load_points(one, weight, NO_MASK, head, start, count, 1, 1, side + ONE, side + s.zeros, w.first)
         for t in range(count):
             value = projection(one, s.d, w.rows + t * s.d_pad, direction)
-            put(1.0, along + start + t, value)
             if get(one, w.first + t) != -np.inf and value < np.inf:
-                put(1.0, order + seen, 1.0 * (start + t))
+                put(1.0, along + seen, value)
+                put(1.0, along + s.n + seen, 1.0 * (start + t))
                 seen += 1
     return seen
 
@@ -120,33 +119,39 @@ def projection(one, d, row, direction):
 
 
 @outlined
-def sorted_by(count, along, order, room):
-    """Sort a list of keys by their projections; equal ones keep their order. Return the place of the sorted list."""
-    width = 1
+def sorted_by(count, n, along):
+    """Sort `count` projections, and the keys n items behind them; equal ones keep their order. Return their place.
+
+    That is `along`, or behind both lists. Projections are moved with their keys, so that memory is read in order.
+    """
+    room, width = along + 2 * n, 1
     while width < count:
         for start in range(0, count, 2 * width):
             middle, stop = min(start + width, count), min(start + 2 * width, count)
             left, right, place = start, middle, start
             while left < middle and right < stop:  # without branches, whose outcomes no processor could predict
-                first, second = get(1.0, order + left), get(1.0, order + right)
-                take_left = get(1.0, along + int(first)) <= get(1.0, along + int(second))
+                first, second = get(1.0, along + left), get(1.0, along + right)
+                take_left = first <= second
                 put(1.0, room + place, first if take_left else second)
+                put(1.0, room + n + place, get(1.0, along + n + (left if take_left else right)))
                 left, right, place = left + take_left, right + (not take_left), place + 1
-            copy(1.0, order + left, middle - left, room + place)
-            copy(1.0, order + right, stop - right, room + place + middle - left)
-        order, room, width = room, order, 2 * width
-    return order
+            for shift in (0, n):
+                for i in range(left, middle):
+                    put(1.0, room + shift + place + i - left, get(1.0, along + shift + i))
+                for i in range(right, stop):
+                    put(1.0, room + shift + place + middle - left + i - right, get(1.0, along + shift + i))
+        along, room, width = room, along, 2 * width
+    return along
 
 
 @outlined
-def first_of_each(count, along, order):
-    """Keep the first of all keys with the same projection in a sorted list; return how many are left."""
+def first_of_each(count, n, along):
+    """Keep the first of all keys with the same projection in sorted lists; return how many are left."""
     left, last = 0, 0.0
     for i in range(count):
-        key = get(1.0, order + i)
-        value = get(1.0, along + int(key))
+        value = get(1.0, along + i)
         if left == 0 or value != last:
-            put(1.0, order + left, key)
+            put(1.0, along + n + left, get(1.0, along + n + i))
             left, last = left + 1, value
     return left
 
