@@ -4,8 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 # A worker for each core: more threads of NumPy's products would only wait for each other, awake.
-PYTEST := OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
-PARALLEL := $(PYTEST) --dist worksteal
+PARALLEL := OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
 
 # Tests that four threads run at once: not those of files of one name, torch's own generator or modules that change; of the
 # libraries without kernels, one.
@@ -50,7 +49,7 @@ demo: $(VENV)/cli
 	$(BIN)/favorsharp compare --output favorsharp-compare.png
 
 test: $(VENV)/test
-	$(PYTEST) --dist loadgroup
+	$(PARALLEL)
 
 test-loopback: $(VENV)/test
 	$(PARALLEL) -q --backend loopback tests/ops tests/test_linear_attention.py tests/test_streaming.py tests/test_regression.py
@@ -66,7 +65,7 @@ test-jax: $(VENV)/test
 	$(PARALLEL) -m "jax and not slow"
 
 test-slow: $(VENV)/test
-	$(PARALLEL) -m "slow and not models"
+	$(PARALLEL) --backend any -m "slow and not models"
 
 $(VENV)/models: $(VENV)/test
 	$(PIP) --editable '.[models]'
@@ -82,7 +81,7 @@ test-sweep: $(VENV)/test
 	$(PARALLEL) -m sweep
 
 test-parallel: $(VENV)/test
-	$(BIN)/python -m pytest -q --parallel-threads=4 -m "not jax" -k "not strict-static and not strict-device1" $(THREADED)
+	$(BIN)/python -m pytest -q --backend any --parallel-threads=4 -m "not jax" -k "not strict-static and not strict-device1" $(THREADED)
 
 bench: $(VENV)/test
 	$(BIN)/python -m benchmarks.report

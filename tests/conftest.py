@@ -2,8 +2,8 @@
 
 A test runs the references, so that it compiles nothing. Two marks change that: `compiled` leaves the choice to
 favorsharp, and tests with `own_backend` choose backends themselves. In files with the mark `compiled`, tests of another
-dtype have `compiled(False)`, because all kernels would be compiled once more for it. `make test-kernels` leaves the
-choice to favorsharp in all tests (`pytest --backend any`).
+dtype have `compiled(False)`, because all kernels would be compiled once more for it. `pytest --backend any` leaves the
+choice to favorsharp in all tests, as `make test-kernels` does.
 
 `pytest --backend loopback` wraps each test in `favorsharp.use("loopback")`. That backend is found through a real entry
 point, runs the references and counts its calls (tests/loopback). `make test-loopback` reruns the tests of attention,
@@ -162,17 +162,15 @@ def _is_compiled(item: pytest.Item) -> bool:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With `--dist loadgroup` one worker runs what compiles kernels, so that no two compile the same one."""
-    for item in items:
-        if _is_compiled(item) or TESTS / "backends" / "numba" in item.path.parents:
-            item.add_marker(pytest.mark.xdist_group("compiled"))
+    """Put first what compiles kernels: of two workers of `--dist worksteal`, one gets it all and compiles it once."""
+    items.sort(key=lambda item: not _is_compiled(item) and TESTS / "backends" / "numba" not in item.path.parents)
 
 
 @pytest.fixture(autouse=True)
 def _under_backend(request: pytest.FixtureRequest) -> Any:
     name = request.config.getoption("--backend")
     if name is None:
-        name = "any" if _is_compiled(request.node) else "reference"
+        name = "any" if _is_compiled(request.node) or os.environ.get("FAVORSHARP_GPU") else "reference"
     if name == "any" or request.node.get_closest_marker("own_backend"):
         yield
         return

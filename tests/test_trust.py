@@ -117,8 +117,9 @@ def test_random_calls_never_crash_hang_or_lie_about_shapes(seed, calls):
     assert run.returncode == 0, run.stdout + run.stderr
 
 
+@pytest.mark.compiled
 def test_eight_threads_give_what_one_gives():
-    q, k, v = np.random.default_rng(0).standard_normal((3, 2, 400, 16)).astype(np.float32)
+    q, k, v = np.random.default_rng(0).standard_normal((3, 2, 400, 16))
 
     def run(seed):
         fm = fs.feature_map(fs.fit(q, k), 32, rng=seed)
