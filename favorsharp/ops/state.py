@@ -495,15 +495,19 @@ def _added(
 ) -> tuple[Array, Array | None]:
     """Sums times their scales added, and what rounding takes off; 0 where they are not finite."""
     old, new = (scale * x for scale, x in zip(scales, sums, strict=True))
+    total = old + new
     if not (has_low_parts(old) and has_low_parts(new)):
-        return old + new, None
+        return total, None
+    xp = namespace_of(total)
+    own = total - old
+    lost = (old - (total - own)) + (new - own)
     for scale, low in zip(scales, lows, strict=True):
         if low is not None:
-            new = new + scale * low
-    xp = namespace_of(new)
-    total = old + new
-    lost = new - (total - old)
-    return total, xp.where(xp.isnan(lost), 0.0, lost)
+            lost = lost + scale * low
+    lost = xp.where(xp.isfinite(lost), lost, 0.0)
+    whole = total + lost
+    rest = lost - (whole - total)
+    return whole, xp.where(xp.isfinite(rest), rest, 0.0)
 
 
 def _finite(reference: Array) -> Array:

@@ -112,3 +112,23 @@ def test_a_stream_is_cut_anywhere_with_small_tiles():
             np.testing.assert_allclose(
                 np.concatenate([head, tail], axis=1), want, atol=1e-10, err_msg=f"{window} {cut}"
             )
+
+
+def test_combine_keeps_the_low_parts_of_both_states(few_xp, rng):
+    """Sums and low parts together are those of float64, as if nothing had been rounded."""
+
+    def state_of():
+        sizes = {"kv": (1, 4, 3), "z": (1, 1, 4), "recent_k": (1, 0, 2), "recent_v": (1, 0, 3)}
+        arrays = {name: few_xp(rng.standard_normal(shape), "float32") for name, shape in sizes.items()}
+        low = {f"{name}_low": few_xp(1e-8 * rng.standard_normal(sizes[name]), "float32") for name in ("kv", "z")}
+        mask = few_xp(np.ones((1, 0), dtype=bool))
+        return state.State(**arrays, **low, c=arrays["z"] * 0, window=0, recent_mask=mask, fingerprint=None)
+
+    a, b = state_of(), state_of()
+    joined = fs.combine(a, b)
+    for name in ("kv", "z"):
+        found, *wanted = (
+            sum(few_xp.back(getattr(one, part)).astype(np.float64) for part in (name, f"{name}_low"))
+            for one in (joined, a, b)
+        )
+        np.testing.assert_allclose(found, sum(wanted), atol=1e-14)
