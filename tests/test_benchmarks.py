@@ -96,6 +96,25 @@ def test_every_experiment_of_the_papers_leaves_a_table_and_a_picture(name, optio
     assert (tmp_path / "_static" / f"paper-{page}.png").stat().st_size > 10_000
 
 
+def test_features_are_compared_for_both_purposes(tmp_path, monkeypatch):
+    """With names, so that no set is fetched; the best of a row is bold, and `auto` is one of the methods."""
+    pytest.importorskip("sklearn")
+    pytest.importorskip("matplotlib")
+    import importlib
+    from pathlib import Path
+
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1]))
+    script = importlib.import_module("benchmarks.paper.kernel_features")
+    monkeypatch.setattr(script, "NAMES", ())
+    script.main(output=tmp_path, seeds=1, m=16, regression_seeds=0, names=["wine"])
+    rows = [row for row in (tmp_path / "paper" / "_kernel-features.md").read_text().splitlines() if "wine" in row]
+    assert len(rows) == 4
+    for row in rows:
+        cells = [cell.strip(" *") for cell in row.split("|")[3:9]]
+        assert cells[2] in cells[3:]
+        assert f"**{min(cells, key=float)}**" in row
+
+
 def test_encoders_are_exact_where_every_key_is_kept(monkeypatch):
     """A window over the whole text, and as many landmarks as keys, give the exact output; frozen prototypes do not."""
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")

@@ -79,11 +79,12 @@ def main(
     seeds: Annotated[int, typer.Option(help="Splits and draws of each set.")] = 5,
     m: Annotated[int, typer.Option(help="Features.")] = 256,
     regression_seeds: Annotated[int, typer.Option(help="Splits and draws of each regression; 0: none.")] = 20,
+    names: Annotated[list[str] | None, typer.Argument(help="Sets; all by default.")] = None,
 ) -> None:
     """Write the tables."""
     warnings.filterwarnings("ignore", message="n_components > n_samples")
     start = time.perf_counter()
-    sets = points_of()
+    sets = {name: x for name, x in points_of().items() if name in (names or (name,))}
     lines: list[str] = []
     means: dict[tuple[str, str, str], dict[tuple[str, str], float]] = {}
     with Progress() as progress:
