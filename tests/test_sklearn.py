@@ -42,8 +42,21 @@ ESTIMATORS = [
 ]
 
 
+EVERY = [
+    kind(method=method, n_components=size, random_state=0)
+    for kind, size, others in (
+        (RandomFeatures, 32, ("nystrom",)),
+        (FeatureRidge, 32, ("nystrom",)),
+        (NadarayaWatsonRegressor, 512, ("landmarks",)),
+        (NadarayaWatsonClassifier, 512, ("auto", "landmarks")),
+    )
+    for method in (*others, *fs.METHODS)
+]
+"""Every method that an estimator takes, and that `ESTIMATORS` may lack."""
+
+
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("estimator", ESTIMATORS, ids=str)
+@pytest.mark.parametrize("estimator", [*ESTIMATORS, *(pytest.param(e, marks=pytest.mark.slow) for e in EVERY)], ids=str)
 def test_scikit_learn_accepts_it(estimator, monkeypatch):
     monkeypatch.setenv("SCIPY_ARRAY_API", "1")
     # a sample of repeated points is another sample
@@ -55,6 +68,8 @@ def test_scikit_learn_accepts_it(estimator, monkeypatch):
         for r in results
         if r["status"] == "failed" and type(r["exception"]).__name__ != "CUDARuntimeError"  # CuPy without a GPU
     ]
+    if estimator.method == "trig":  # some checks ask for one component
+        failed = [(name, e) for name, e in failed if "n_components must be even for method 'trig'" not in str(e)]
     assert not failed
     passed = [r["check_name"] for r in results if r["status"] == "passed"]
     assert len(passed) > 45
@@ -319,6 +334,7 @@ def test_bad_parameters_and_sparse_input_are_named(estimator):
         ({"gamma": "auto"}, ValueError, "gamma 'auto' is unknown"),
         ({"n_components": 0}, ValueError, "n_components must be an integer of 1 or more, got 0"),
         ({"n_components": 2.5}, TypeError, "n_components must be an integer"),
+        ({"n_components": 3, "method": "trig"}, ValueError, "n_components must be even for method 'trig'.*; got 3"),
         ({"method": "rbf"}, ValueError, "method 'rbf' is unknown; accepted: .*optimal"),
         ({"draw": "grid"}, ValueError, "draw 'grid' is unknown"),
     ):

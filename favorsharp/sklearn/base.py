@@ -58,6 +58,9 @@ class KernelEstimator(BaseEstimator):
         """The map of a method, by default the method of the estimator."""
         check_integer("n_components", self.n_components, 1)
         method = self.method if method is None else method
+        if method == "trig" and self.n_components % 2:
+            pairs = "whose features are cosine and sine pairs"
+            raise ValueError(f"n_components must be even for method 'trig', {pairs}; got {self.n_components}")
         if method == "nystrom" and weight is None:
             draw = self.draw if self.method == "nystrom" else "orthogonal"
             if x.shape[0] > sample_size(self.n_components):
