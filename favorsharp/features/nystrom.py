@@ -64,8 +64,9 @@ class NystromMap(SignedFeatureMap):
         def features(start: int, stop: int) -> Array:
             u = wide[..., start:stop, :] * root - centre
             found = gaussian(u, prepared.projection) @ prepared.root
-            length = namespace_of(u).sqrt(row_sum(found * found))
-            return cast(found / namespace_of(u).maximum(length, namespace_of(u).ones_like(length)), x.dtype)
+            xp = namespace_of(found)
+            length = xp.sqrt(xp.vecdot(found, found))[..., None]
+            return cast(found / xp.maximum(length, xp.ones_like(length)), x.dtype)
 
         if library_of(x) == "numpy":  # small tiles stay in the cache, and are written in place
             if out is None:
