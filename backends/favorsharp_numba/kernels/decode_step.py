@@ -138,17 +138,20 @@ def turn(one, plan, q, k, v, out, kv, z, c, marks, features, values, position, l
         for t in range(count):
             keep_features(one, s, first + t, w.keys + t * s.m_pad, 1, place_at(one, c), kept, position, w.tops, w.z)
         side = query_side + number * s.total
-        for row in range(num_queries):
-            load_token(
-                one, queries_from, first, count, row, s.d, s.d_pad, side + ALPHA, side + s.center, w.points, s.d_pad
-            )
-            zero_or_nan(one, s, side, w.points, count, w.factors)
-            log_keys(one, s, side, w.points, count, w.factors, w.queries, s.m_pad, NOTHING)
-            for t in range(count):
-                query = w.queries + t * s.m_pad
-                read_head(one, s, side, first + t, query, kv, z, c, kept, position + 1, w)
-                store_points(one, out_to, first + t, row, 1, s.e, s.e_pad, w.ones, w.numerator)
+        read_tokens(one, s, side, queries_from, out_to, first, count, num_queries, kv, z, c, kept, position, w)
         first += count
+
+
+@inlined
+def read_tokens(one, s, side, q, out, first, count, num_queries, kv, z, c, kept, position, w):
+    """The results of the queries of some heads with the same map."""
+    for row in range(num_queries):
+        load_token(one, q, first, count, row, s.d, s.d_pad, side + ALPHA, side + s.center, w.points, s.d_pad)
+        zero_or_nan(one, s, side, w.points, count, w.factors)
+        log_keys(one, s, side, w.points, count, w.factors, w.queries, s.m_pad, NOTHING)
+        for t in range(count):
+            read_head(one, s, side, first + t, w.queries + t * s.m_pad, kv, z, c, kept, position + 1, w)
+            store_points(one, out, first + t, row, 1, s.e, s.e_pad, w.ones, w.numerator)
 
 
 @inlined
@@ -289,11 +292,9 @@ def fold(
         sums = w.kv, w.lows  # or where the result goes to, if its rows are whole vectors
         if whole:
             sums = place_at(one, new_kv) + block, place_at(one, new_kv_low) + block if new_kv_low != 0 else w.lows
-        copy_rows(one, place_at(one, kv) + block, s.e, s.e, s.m, sums[0], s.e_pad)
-        copy(one, place_at(one, z) + line, s.m, w.z)
+        load_head(one, s, head, kv, z, sums[0], w.z)
         if kv_low != 0:
-            copy_rows(one, place_at(one, kv_low) + block, s.e, s.e, s.m, sums[1], s.e_pad)
-            copy(one, place_at(one, z_low) + line, s.m, w.z_lows)
+            load_head(one, s, head, kv_low, z_low, sums[1], w.z_lows)
         else:
             fill(one, sums[1], s.m * s.e_pad, one - one)
             fill(one, w.z_lows, s.m_pad, one - one)
@@ -312,6 +313,13 @@ def fold(
             copy(one, w.z_lows, s.m, place_at(one, new_z_low) + line)
             if not whole:
                 copy_rows(one, w.lows, s.e_pad, s.e, s.m, place_at(one, new_kv_low) + block, s.e)
+
+
+@inlined
+def load_head(one, s, head, kv, z, to_kv, to_z):
+    """Load kv and z of a head, or their low parts, from arrays at addresses."""
+    copy_rows(one, place_at(one, kv) + head * s.m * s.e, s.e, s.e, s.m, to_kv, s.e_pad)
+    copy(one, place_at(one, z) + head * s.m, s.m, to_z)
 
 
 @inlined
