@@ -6,17 +6,20 @@ neither CuPy nor torch and compiles nothing: a kernel is compiled when it is fir
 
 from favorsharp.backend import FLOATS, Backend, Kernel, bundled_kernels
 
-_CHOICE = Kernel(
-    op="choose_landmarks",
-    target="favorsharp_cuda.landmarks:choose_landmarks",
-    libraries=frozenset({"cupy", "torch"}),
-    devices=frozenset({"cuda"}),
-    dtypes=frozenset(FLOATS),
-    differentiable=True,  # all but the seeds, which are constants, is computed by functions of the array library
+_CHOICE = tuple(
+    Kernel(
+        op="choose_landmarks",
+        target="favorsharp_cuda.landmarks:choose_landmarks",
+        libraries=frozenset({library}),
+        devices=frozenset({"cuda"}),
+        dtypes=frozenset(FLOATS),
+        differentiable=True,  # all but the seeds, which are constants, is computed by functions of the array library
+    )
+    for library in ("cupy", "torch")
 )
 
 BACKEND = Backend(
     "cuda",
     requires=("cupy",),
-    kernels=(*bundled_kernels("favorsharp_cuda", "cupy", "cuda", FLOATS, traceable=True), _CHOICE),
+    kernels=(*bundled_kernels("favorsharp_cuda", "cupy", "cuda", FLOATS, traceable=True), *_CHOICE),
 )
