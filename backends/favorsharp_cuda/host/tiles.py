@@ -28,7 +28,7 @@ PROBLEMS_KEPT = 64
 """The most problems that are kept with a packed map."""
 
 LONGEST = 1 << 30
-"""The limit for positions in `walk`: it counts them in 32 bits, and a window shifts them by twice its length."""
+"""The limit for positions: kernels count them in 32 bits, and a window shifts them by twice its length."""
 
 
 def fit(x: Any, e: int, *, walks: bool = False) -> bool:
@@ -173,24 +173,33 @@ class Tiles:
             p.array("mask", mask, trailing=1)
         blocks = -(-n // TILE)
         p.set(num_queries=n, segments=blocks, has_dense=self.map.has_dense)
-        shared = 2 * points_bytes(self.d) + 4 * TILE
+        shared = 2 * points_bytes(self.d) + 8 * TILE
         run(expression("factors", self.dtype), self.like, p.heads * blocks, THREADS, p.values, shared)
         return out
 
-    def absorb(self, k: Any, v: Any, factors: Any, batch: tuple[int, ...], cut: tuple[int, int, int, int]) -> Any:
+    def absorb(
+        self, k: Any, v: Any, factors: Any, batch: tuple[int, ...], cut: tuple[int, int, int, int], mask: Any = None
+    ) -> Any:
         """The sums of each segment of the keys, (heads, segments, size).
 
         `cut` holds the number of segments, their span, how far keys are shifted against positions, and the number of
-        keys that enter.
+        keys that enter. If `factors` is None, the kernel computes them, and needs the mask.
         """
         segments, span, shift, limit = cut
+        if k.shape[-2] >= LONGEST:
+            raise ValueError(
+                f"k has s={k.shape[-2]}; accepted by the CUDA kernels: fewer than {LONGEST} keys in one call"
+            )
         heads = math.prod(batch)
         size = sums_size(self.map.padded_m, self.padded_e)
         sums = arrays.empty(self.like, (heads, segments, size), "float32")
         p = self.problem(batch, batch)
         p.array("k", k)
         p.array("v", v)
-        p.array("key_factors", factors)
+        if factors is not None:
+            p.array("key_factors", factors)
+        elif mask is not None:
+            p.array("mask", mask, trailing=1)
         p.set(segments=segments, span=span, shift=shift, limit=limit, sums=p.hold(sums))
         shared = shared_of_absorb(self.dtype, self.d, self.padded_e)
         blocks = heads * segments * (self.map.padded_m // TILE)
@@ -457,5 +466,5 @@ def gather(t: Tiles, k: Any, v: Any, key_mask: Any, keys: tuple[int, ...]) -> An
     s, shared = k.shape[-2], shared_of_absorb(t.dtype, t.d, t.padded_e)
     slots = t.multiprocessors * resident("absorb", t.padded_e, shared, t.room)
     segments, span = cut(math.prod(keys) * (t.map.padded_m // TILE), s, TILE, slots, SHORTEST)
-    factors = t.factors(k, key_mask, keys, query=False)
-    return t.absorb(k, v, factors, keys, (segments, span, 0, s))
+    factors = t.factors(k, key_mask, keys, query=False) if t.map.has_dense else None
+    return t.absorb(k, v, factors, keys, (segments, span, 0, s), key_mask)

@@ -7,6 +7,8 @@ template <class Index> DEVICE void split_head(const Problem &p, i64 head, Index 
 #pragma unroll
   for (int a = AXES - 1; a >= 0; a--) {
     const u32 size = (u32)p.shape[a];
+    index[a] = 0;
+    if (size == 1) continue;  // as are most: this saves two divisions
     index[a] = rest % size;
     rest /= size;
   }

@@ -7,11 +7,11 @@ namespace favorsharp {
 template <class T, int E> KERNEL(WALK_BOUNDS) walk(ARGUMENT Problem p) {
   typedef Walk<T, E> W;
   SHARED_MEMORY(raw);
-  const int parts = (int)p.padded_e / E, part = blockIdx.x % parts;
-  const i64 number = blockIdx.x / parts, segment = number % p.segments;
+  const int parts = (int)p.padded_e / E, part = (int)blockIdx.x % parts;
+  const int number = (int)blockIdx.x / parts, segment = number % (int)p.segments;
   const Layout layout = {(int)p.m_pad, E}, given = layout_of(p);
   int index[AXES];
-  split_head(p, number / p.segments, index);
+  split_head(p, number / (int)p.segments, index);
   float *const state = (float *)p.scratch + (i64)blockIdx.x * 2 * layout.size();
   W s = {p, (u16 *)raw, part * E, state, state + layout.size()};
   if (threadIdx.x == 0) {
@@ -44,7 +44,7 @@ template <class T, int E> KERNEL(WALK_BOUNDS) walk(ARGUMENT Problem p) {
   const int w = (int)p.window, shift = (int)p.shift, limit = (int)p.limit, first_query = (int)p.first_query;
   const bool whole_blocks = w >= TILE;  // then a tile is within one block, and all its rows read the same sums
   const int length = w == 0 ? TILE : whole_blocks ? TILE : TILE / w * w;
-  const int unit = whole_blocks ? w : length, begin = (int)(segment * p.span);
+  const int unit = whole_blocks ? w : length, begin = segment * (int)p.span;
   const int end = (int)min(begin + p.span, p.num_keys), units = end > begin ? (end - begin + unit - 1) / unit : 0;
   for (int u = 0; u < units; u++) {
     const int unit_start = begin + (p.reverse ? units - 1 - u : u) * unit, unit_end = min(unit_start + unit, end);
@@ -165,12 +165,13 @@ template <class T, int E> KERNEL(WALK_BOUNDS) walk(ARGUMENT Problem p) {
       }
     }
   }
-  if (p.kv_out.start && blockIdx.x / parts % p.segments == p.segments - 1) {
+  // computed again, as registers are scarce in the loop
+  if (p.kv_out.start && again((int)blockIdx.x) / ((int)p.padded_e / E) % (int)p.segments == (int)p.segments - 1) {
     const View<float> kv = s.template array<float>(Start::KV_OUT, p.kv_out);
     const View<float> z = s.template array<float>(Start::Z_OUT, p.z_out), c = s.template array<float>(Start::C_OUT, p.c_out);
     const View<float> kv_low = s.template array<float>(Start::KV_LOW_OUT, p.kv_low_out);
     const View<float> z_low = s.template array<float>(Start::Z_LOW_OUT, p.z_low_out);
-    for (int t = threadIdx.x; t < p.m * E; t += THREADS) {
+    for (int t = again(threadIdx.x); t < p.m * E; t += THREADS) {
       const int r = t / E, column = s.e_first + t % E;
       if (column >= p.e) continue;
       kv.at(r, column) = s.state[layout.at(r, t % E)];

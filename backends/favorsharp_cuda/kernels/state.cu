@@ -2,13 +2,21 @@
 // each segment of the keys, and `scan` combines the sums of segments.
 namespace favorsharp {
 
+// The summands of a point's factor, apart from those of the quadratic form.
+struct Factor {
+  const float *linear, beta;
+  int D;
+  DEVICE explicit Factor(const SideView &side) : linear(global(side.linear())), beta(side.beta()), D(side.D) {}
+  DEVICE float operator()(int j, float z) const { return j < D ? (linear[j] - beta * z) * z : 0.0f; }
+};
+
 // Write the part of log features that depends only on the point to `out` (*b, n, 1), for each point of q. It is -inf
 // for points that the mask hides.
 template <class T> KERNEL(THREADS) factors(ARGUMENT Problem p) {
   SHARED_MEMORY(raw);
   const int D = (int)p.padded_d;
   u16 *points = (u16 *)raw, *rows = points + 2 * TILE * (D + 8);
-  float *unscale = (float *)(rows + 2 * TILE * (D + 8));
+  float *unscale = (float *)(rows + 2 * TILE * (D + 8)), *sums = unscale + TILE;
   const int head = blockIdx.x / (u32)p.segments;
   const i64 first = blockIdx.x % (u32)p.segments * TILE;
   int index[AXES];
@@ -16,9 +24,9 @@ template <class T> KERNEL(THREADS) factors(ARGUMENT Problem p) {
   const SideView side = side_of(p, p.query, index);
   const int count = (int)min(p.num_queries - first, (i64)TILE);
   float squares[2] = {0, 0};
+  load_points(view<const T>(p.q, index), in_pieces<T>(p.q, p.d), first, 0, count, (int)p.d, side.root(), side.center(),
+              points, D, unscale, sums, Factor(side));
   if (p.has_dense) {
-    load_points(view<const T>(p.q, index), in_pieces<T>(p.q, p.d), first, 0, count, (int)p.d, side.root(), side.center(),
-                points, D, unscale);
     for (i64 r = p.m_pad; r < p.plane_rows; r += TILE) {
       copy_side(rows, side, r, p.plane_rows);
       commit_copies();
@@ -33,20 +41,15 @@ template <class T> KERNEL(THREADS) factors(ARGUMENT Problem p) {
       }
       __syncthreads();
     }
+  } else {
+    __syncwarp();
   }
   split_head(p, again(head), index);  // computed again, as registers are scarce in the loop
-  const View<const T> x = view<const T>(p.q, index);
   const View<const bool> mask = view<const bool>(p.mask, index);
   const View<float> out = view<float>(p.out, index);
   for (int h = 0; h < 2; h++) {
     const int r = row_of(h);
-    float sum = -squares[h];
-    if (r < count)
-      for (int j = lane_of() % 4; j < p.d; j += 4) {
-        const float z = side.root() * widened(x.at(first + r, j)) - side.center()[j];
-        sum += side.linear()[j] * z - side.beta() * z * z;
-      }
-    sum = quad_sum(sum) + side.offset();
+    const float sum = sums[r] - quad_sum(squares[h]) + side.offset();
     if (r < count && lane_of() % 4 == 0)
       out.at(first + r, 0) = mask.start && !mask.at(first + r, 0) ? -INFINITY_F : number_or_nan(sum);
   }
@@ -76,34 +79,52 @@ template <int E> DEVICE void add_part(float *to, const Layout &at, int tile, con
   }
 }
 
-// The sums of 64 features over the keys of a segment. Rows of tiles are features, columns are keys.
-template <class T, int E> KERNEL(THREADS) absorb(ARGUMENT Problem p) {
+// The fewest blocks of a multiprocessor, where the compiler spills registers if it chooses their number; 0 lets it choose.
+#define ABSORB_BOUNDS THREADS, E == 96 ? 2 : E == 32 || (E == 64 && PLANES<T> == 1) ? 3 : 0
+
+// The sums of 64 features over the keys of a segment. Rows of tiles are features, columns are keys. If there are no
+// factors of keys, the map has no quadratic form, and factors are computed here.
+template <class T, int E> KERNEL(ABSORB_BOUNDS) absorb(ARGUMENT Problem p) {
   SHARED_MEMORY(raw);
   const int D = (int)p.padded_d;
   u16 *rows = (u16 *)raw, *points = rows + 2 * TILE * (D + 8), *values = points + 2 * TILE * (D + 8);
   float *unscale = (float *)(values + PLANES<T> * TILE * (E + 8)), *bias = unscale + TILE;
-  const i64 tiles = p.m_pad / TILE, tile = blockIdx.x % tiles, number = blockIdx.x / tiles;
-  const i64 segment = number % p.segments;
+  const int tiles = (int)p.m_pad / TILE, tile = (int)blockIdx.x % tiles, number = (int)blockIdx.x / tiles;
+  const int segment = number % (int)p.segments;
   int index[AXES];
-  split_head(p, number / p.segments, index);
-  const View<const T> k = view<const T>(p.k, index), v = view<const T>(p.v, index);
-  const float *factors = view<const float>(p.key_factors, index).start;
+  split_head(p, number / (int)p.segments, index);
   const SideView side = side_of(p, p.key, index);
+  // the keys of the segment, which are counted in 32 bits; tiles.py checks that this is enough
+  const i64 low = max((i64)segment * p.span - p.shift, (i64)0);
+  const int count = (int)max(min((segment + 1) * (i64)p.span - p.shift, p.limit) - low, (i64)0);
+  View<const T> k = view<const T>(p.k, index), v = view<const T>(p.v, index);
+  k.start += low * k.row, v.start += low * v.row;
+  const float *const factors = p.key_factors.start ? view<const float>(p.key_factors, index).start + low : nullptr;
+  View<const bool> mask = view<const bool>(p.mask, index);
+  mask.start += p.mask.start ? low * mask.row : 0;
+  const auto hidden = [&](int i) {
+    return factors ? factors[i] == -INFINITY_F : p.mask.start && !mask.start[i * mask.row];
+  };
   copy_side(rows, side, tile * TILE, p.plane_rows);
   commit_copies();
-  const i64 low = max(segment * p.span - p.shift, (i64)0), high = min((segment + 1) * p.span - p.shift, p.limit);
-  float *const to = sums_of(p, number);
+  const bool whole_k = in_pieces<T>(p.k, p.d), whole_v = in_pieces<T>(p.v, p.e);
   float ref[2] = {-INFINITY_F, -INFINITY_F};
   Reading<E> part;
   part.start();
   wait_copies<0>();
   bool begins = true;
-  for (i64 first = low; first < high; first += TILE) {
-    const int count = (int)min(high - first, (i64)TILE);
+  for (int first = 0; first < count; first += TILE) {
+    const int here = min(count - first, TILE);
     __syncthreads();
-    load_points(k, in_pieces<T>(p.k, p.d), first, 0, count, (int)p.d, side.root(), side.center(), points, D, unscale);
-    load_values<T, E>(v, in_pieces<T>(p.v, p.e), first, 0, count, 0, p.e, factors, values, nullptr);
-    if (threadIdx.x < TILE) bias[threadIdx.x] = (int)threadIdx.x < count ? factors[first + threadIdx.x] : -INFINITY_F;
+    load_points(k, whole_k, first, 0, here, (int)p.d, side.root(), side.center(), points, D, unscale, bias, Factor(side));
+    load_values<T, E>(v, whole_v, first, 0, here, 0, p.e, hidden, values, nullptr);
+    __syncwarp();  // a warp finishes the factors of its own rows
+    if (lane_of() < 16) {
+      const int r = warp_of() * 16 + lane_of();
+      if (r >= here) bias[r] = -INFINITY_F;
+      else if (factors) bias[r] = factors[first + r];
+      else bias[r] = hidden(first + r) ? -INFINITY_F : number_or_nan(bias[r] + side.offset());
+    }
     __syncthreads();
     float log[LANE_COLUMNS][4], old[2];
     multiply_points(log, rows, points, D);
@@ -119,16 +140,17 @@ template <class T, int E> KERNEL(THREADS) absorb(ARGUMENT Problem p) {
     part.scale(old);
     add_weights(part.den, log);
     add_values<PLANES<T>, E>(part.num, log, values);
-    if (first + TILE - low == PART * ((first + TILE - low) / PART) && first + TILE < high) {
-      add_part<E>(to, layout_of(p), (int)tile, part, ref, begins);
-      part.start();
+    if ((first + TILE) % PART == 0 && first + TILE < count) {
+      add_part<E>(sums_of(p, again(number)), layout_of(p), again(tile), part, ref, begins);  // computed again, as
+      part.start();                                                                         // registers are scarce
       begins = false;
     }
   }
-  add_part<E>(to, layout_of(p), (int)tile, part, ref, begins);
+  float *const to = sums_of(p, again(number));
+  add_part<E>(to, layout_of(p), tile, part, ref, begins);
 #pragma unroll
   for (int h = 0; h < 2; h++) {
-    const int r = (int)tile * TILE + row_of(h);
+    const int r = tile * TILE + row_of(h);
     if (lane_of() % 4 == 0) to[layout_of(p).c(r)] = ref[h] + side.column()[r];
   }
 }

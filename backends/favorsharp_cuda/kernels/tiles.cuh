@@ -103,7 +103,7 @@ DEVICE void load_pieces(u32 (&pieces)[COUNT][4], const View<const T> &x, bool wh
     for (int n = 0; n < COUNT; n++) {
       const Place at = place(n);
       if (!at.there || at.column >= end) continue;
-      const uint4 piece = load_16(&x.at(at.row, at.column));
+      const uint4 piece = load_16(x.start + at.row * x.row + at.column);  // columns are next to each other
       pieces[n][0] = piece.x, pieces[n][1] = piece.y, pieces[n][2] = piece.z, pieces[n][3] = piece.w;
     }
   } else {
@@ -128,18 +128,20 @@ DEVICE void put_words(u16 *to, const u32 (&words)[4]) { store_16(to, make_uint4(
 
 // Load 64 points as rows of two planes of float16, root x - center. Each row is scaled by a power of two, so that its
 // largest entry is between 2^12 and 2^13 and 22 bits of it are kept. Rows outside low .. high are zero. Each warp
-// writes its own rows and, if `squares` is given, their squared norms. `whole` says whether x may be read in pieces.
-template <class T>
+// writes its own rows and, if `sums` is given, the sum of term(column, entry) over each. `whole` says whether x may be
+// read in pieces. The center has D entries, zeros from d on.
+template <class T, class Term>
 DEVICE void load_points(const View<const T> &x, bool whole, i64 first, int low, int high, int d, float root,
-                        const float *center, u16 *planes, int D, float *unscale, float *squares = nullptr) {
+                        const float *center, u16 *planes, int D, float *unscale, float *sums, Term term) {
   constexpr int N = ITEMS<T>;
   const int pitch = D + 8;
-  int lanes = 2;  // that share a row
-  while (lanes * N < D) lanes *= 2;
-  const int rows = 32 / lanes, own = warp_of() * 16 + lane_of() / lanes, j = lane_of() % lanes * N;
+  int shift = 1;  // of the number of lanes that share a row, a power of two: no thread divides
+  while (N << shift < D) shift++;
+  const int lanes = 1 << shift, rows = 32 >> shift;
+  const int own = warp_of() * 16 + (lane_of() >> shift), j = (lane_of() & lanes - 1) * N;
   float middle[N];
 #pragma unroll
-  for (int i = 0; i < N; i++) middle[i] = j + i < d ? center[j + i] : 0.0f;
+  for (int i = 0; i < N; i++) middle[i] = j < D ? center[j + i] : 0.0f;
 #pragma unroll 1
   for (int begin = 0; begin < 16; begin += IN_FLIGHT * rows) {
     u32 pieces[IN_FLIGHT][4];
@@ -151,15 +153,16 @@ DEVICE void load_points(const View<const T> &x, bool whole, i64 first, int low, 
     for (int n = 0; n < IN_FLIGHT; n++) {
       const int r = own + begin + n * rows;
       if (begin + n * rows >= 16) continue;  // all lanes alike
+      const bool there = r >= low && r < high;
       float z[N], top = 0;
 #pragma unroll
       for (int i = 0; i < N; i++) {
-        z[i] = r >= low && r < high && j + i < d ? root * item(pieces[n], i, T()) - middle[i] : 0.0f;
+        z[i] = root * item(pieces[n], i, T()) - middle[i];
         top = larger(top, fabsf(z[i]));
       }
       for (int bit = lanes / 2; bit; bit >>= 1) top = larger(top, __shfl_xor_sync(WHOLE_WARP, top, bit));
       const int exponent = max((int)(__float_as_uint(top) >> 23), 13);
-      const float scale = __uint_as_float((u32)(266 - exponent) << 23);
+      const float scale = there ? __uint_as_float((u32)(266 - exponent) << 23) : 0.0f;
       u32 high_part[N / 2], low_part[N / 2];
 #pragma unroll
       for (int i = 0; i < N; i += 2) {
@@ -172,15 +175,28 @@ DEVICE void load_points(const View<const T> &x, bool whole, i64 first, int low, 
         put_words(planes + (TILE + r) * pitch + j, low_part);
       }
       if (j == 0) unscale[r] = __uint_as_float((u32)(exponent - 12) << 23);
-      if (squares) {
+      if (sums) {
         float sum = 0;
 #pragma unroll
-        for (int i = 0; i < N; i++) sum += z[i] * z[i];
+        for (int i = 0; i < N; i++) sum += term(j + i, z[i]);
         for (int bit = lanes / 2; bit; bit >>= 1) sum += __shfl_xor_sync(WHOLE_WARP, sum, bit);
-        if (j == 0) squares[r] = sum;
+        if (j == 0) sums[r] = there ? sum : 0.0f;
       }
     }
   }
+}
+// The same without sums,
+template <class T>
+DEVICE void load_points(const View<const T> &x, bool whole, i64 first, int low, int high, int d, float root,
+                        const float *center, u16 *planes, int D, float *unscale) {
+  load_points(x, whole, first, low, high, d, root, center, planes, D, unscale, nullptr, [](int, float) { return 0.0f; });
+}
+// and with the squared norms of the rows.
+template <class T>
+DEVICE void load_points(const View<const T> &x, bool whole, i64 first, int low, int high, int d, float root,
+                        const float *center, u16 *planes, int D, float *unscale, float *squares) {
+  load_points(x, whole, first, low, high, d, root, center, planes, D, unscale, squares,
+              [](int, float z) { return z * z; });
 }
 
 template <int P> DEVICE void put_planes(u16 *planes, int distance, float x) {
@@ -204,16 +220,21 @@ template <int P, int N> DEVICE void put_pieces(u16 *planes, int distance, const 
   if (P == 2) put_words(planes + distance, low);
 }
 
+// A word with ones where one of two bfloat16 in a word is not finite.
+DEVICE u32 not_finite(u32 word) {
+  return ((word & 0x7f80u) == 0x7f80u ? 0xffffu : 0) | ((word & 0x7f800000u) == 0x7f800000u ? 0xffff0000u : 0);
+}
+
 // Mark a key. The addition is atomic, because several threads may mark the same key.
 DEVICE void mark(float *x) { atomicAdd(x, 1.0f); }
 
 // Load E columns, from column e_first on, of the values of 64 keys as planes of bfloat16, (64, E + 8). Rows outside
-// low .. high are zero, as are columns from e on and hidden keys, whose factor is -inf. Returns whether this thread has
+// low .. high are zero, as are columns from e on and hidden keys, as `hides` says. Returns whether this thread has
 // loaded a value that is not finite. With `odd_keys` (64), such values are replaced by 0 and their keys are marked.
 // `whole` says whether v may be read in pieces.
-template <class T, int E>
+template <class T, int E, class Hidden>
 DEVICE bool load_values(const View<const T> &v, bool whole, i64 first, int low, int high, int e_first, i64 e,
-                        const float *factors, u16 *planes, float *odd_keys) {
+                        Hidden hides, u16 *planes, float *odd_keys) {
   constexpr int N = ITEMS<T>, WIDTH = E / N, EACH = TILE * WIDTH / THREADS;
   constexpr int COUNT = EACH % IN_FLIGHT == 0 ? IN_FLIGHT : EACH % 3 == 0 ? 3 : EACH;
   bool odd = false;
@@ -232,11 +253,23 @@ DEVICE bool load_values(const View<const T> &v, bool whole, i64 first, int low, 
 #pragma unroll
     for (int n = 0; n < COUNT; n++) {
       const int r = (begin + n * THREADS) / WIDTH;
-      hidden[n] = r < low || r >= high || factors[first + r] == -INFINITY_F;
+      hidden[n] = r < low || r >= high || hides((int)first + r);
     }
 #pragma unroll
     for (int n = 0; n < COUNT; n++) {
       const int t = begin + n * THREADS, r = t / WIDTH;
+      if constexpr (PLANES<T> == 1) {  // the entries as they are
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+          u32 &word = pieces[n][i];
+          if (hidden[n]) word = 0;
+          const u32 odd_entries = not_finite(word);
+          odd |= odd_entries != 0;
+          if (odd_keys && odd_entries) mark(odd_keys + r), word &= ~odd_entries;
+        }
+        put_words(planes + r * (E + 8) + t % WIDTH * N, pieces[n]);
+        continue;
+      }
       float x[N];
 #pragma unroll
       for (int i = 0; i < N; i++) {
@@ -253,10 +286,14 @@ DEVICE bool load_values(const View<const T> &v, bool whole, i64 first, int low, 
 
 // Copy 64 rows of a matrix with `width` columns of halves to rows of width + 8, asynchronously.
 DEVICE void copy_rows(u16 *to, const u16 *from, int width) {
-  const int pieces = width / 8;
+  int shift = 1;  // of the number of threads that share a row, a power of two: no thread divides
+  while (8 << shift < width) shift++;
+  const int column = (threadIdx.x & (1 << shift) - 1) * 8, step = THREADS >> shift;
+  int row = threadIdx.x >> shift;
+  to += row * (width + 8) + column, from += row * width + column;
 #pragma unroll 1  // one address at a time: no thread waits for a copy here, and registers are scarce
-  for (int t = threadIdx.x; t < TILE * pieces; t += THREADS)
-    copy_async(to + t / pieces * (width + 8) + t % pieces * 8, from + (i64)t * 8, true);
+  for (; row < TILE && column < width; row += step, to += step * (width + 8), from += step * width)
+    copy_async(to, from, true);
 }
 // Copy 64 rows of both planes of a side, asynchronously.
 DEVICE void copy_side(u16 *to, const SideView &side, i64 first, i64 plane_rows) {

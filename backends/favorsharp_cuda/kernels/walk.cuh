@@ -51,6 +51,10 @@ template <class T, int E> struct Walk {
   DEVICE SideView query() const { return side(Start::QUERY); }
   DEVICE SideView key() const { return side(Start::KEY); }
   DEVICE const float *factors() const { return global((const float *)starts(Start::KEY_FACTORS)[0]); }
+  DEVICE auto hidden() const {
+    const float *const of_keys = factors();
+    return [of_keys](int i) { return of_keys[i] == -INFINITY_F; };
+  }
 
   DEVICE Layout layout() const { return {(int)p.m_pad, E}; }
   DEVICE bool single() const { return p.stages == 1; }
@@ -69,7 +73,7 @@ template <class T, int E> struct Walk {
   DEVICE bool load_keys(int first, int low, int high) {
     __syncthreads();
     load_points(k(), in_pieces<T>(p.k, p.d), first, low, high, (int)p.d, key().root(), key().center(), keys(), size(), key_unscale());
-    bool odd = load_values<T, E>(v(), in_pieces<T>(p.v, p.e), first, low, high, e_first, p.e, factors(), values(), nullptr);
+    bool odd = load_values<T, E>(v(), in_pieces<T>(p.v, p.e), first, low, high, e_first, p.e, hidden(), values(), nullptr);
     const int r = threadIdx.x;
     if (r < TILE) {
       key_bias()[r] = r >= low && r < high ? factors()[first + r] : -INFINITY_F;
@@ -327,7 +331,7 @@ template <class T, int E> struct Walk {
       load_points(k(), in_pieces<T>(p.k, p.d), first, 0, count, (int)p.d, key().root(), key().near_center(), keys(), size(),
                   key_unscale(), squares());
       const bool whole = in_pieces<T>(p.v, p.e);
-      const bool odd = load_values<T, E>(v(), whole, first, 0, count, e_first, p.e, factors(), values(), odd_keys());
+      const bool odd = load_values<T, E>(v(), whole, first, 0, count, e_first, p.e, hidden(), values(), odd_keys());
       if (r < TILE) {  // load_values has a barrier, so the squares are there
         key_bias()[r] = p.gaussian ? -0.5f * query().near_unscale() * squares()[r] : 0.0f;
         if (r >= count || factors()[first + r] == -INFINITY_F) key_bias()[r] = -INFINITY_F;

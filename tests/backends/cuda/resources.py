@@ -29,8 +29,8 @@ INSTRUCTIONS = {
     "STL": "stores to it",
 }
 
-SMALL_SPILL = 48
-"""Bytes that an instance may spill: a few registers, as in some instances of `absorb`, `read` and `walk`."""
+SMALL_SPILL = 32
+"""Bytes that an instance may spill: a few registers, as in five instances of `walk` and `read`."""
 
 BATCH = 12  # names in one run of NVRTC
 
