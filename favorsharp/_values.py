@@ -1,10 +1,10 @@
-"""Copies of frozen dataclasses in which the arrays are changed, or have another dtype."""
+"""What dataclasses hold, and copies of them in which the arrays are changed, or have another dtype."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
-from favorsharp._arrays import cast, dtype_name, is_array
+from favorsharp._arrays import cast, dtype_name, is_array, library_of
 from favorsharp._typing import Array
 
 
@@ -28,6 +28,16 @@ def arrays_of(value: Any) -> list[Array]:
         part = held.get(name)
         found += [part] if is_array(part) else arrays_of(part)
     return found
+
+
+def fields_alone(value: Any) -> dict[str, Any]:
+    """The fields of a dataclass as pickle shall keep them: without other memory of which a tensor is a part."""
+    return {field.name: _alone(getattr(value, field.name)) for field in fields(value)}
+
+
+def _alone(x: Any) -> Any:
+    part = is_array(x) and library_of(x) == "torch" and not x.requires_grad and x.untyped_storage().nbytes() > x.nbytes
+    return x.clone() if part else x
 
 
 def _names(value: Any) -> Iterable[str]:

@@ -326,3 +326,19 @@ def test_a_combined_state_knows_the_map_of_either_side():
         assert joined.fingerprint == state.fingerprint is not None
         with pytest.raises(ValueError, match="state comes from another feature map"):
             fs.read(joined, q, other)
+
+
+@pytest.mark.parametrize("kind", ["features", "landmarks"])
+def test_a_pickled_state_has_no_more_than_its_fields(kind):
+    """Torch pickles the whole memory of which a tensor is a part; states have room for further tokens in theirs."""
+    torch = pytest.importorskip("torch")
+    q, k, v = (torch.randn(2, 40, size, dtype=torch.float64) for size in (4, 4, 3))
+    fm = fs.landmarks(16) if kind == "landmarks" else fs.feature_map(fs.fit(q, k), 16, rng=0)
+    state = fs.init_state(fm, 3, like=k, window=8)
+    for i in range(40):
+        _, state = fs.decode_step(*(x[:, i : i + 1] for x in (q, k, v)), state, fm)
+    held = sum(x.nbytes for x in vars(state).values() if torch.is_tensor(x))
+    kept = pickle.dumps(state)
+    assert len(kept) < held + 5000
+    again = pickle.loads(kept)
+    assert all(x.untyped_storage().nbytes() == x.nbytes for x in vars(again).values() if torch.is_tensor(x))

@@ -7,7 +7,7 @@ stream.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, NamedTuple
 
 from favorsharp._arrays import (
@@ -25,6 +25,7 @@ from favorsharp._autodiff import without_gradient
 from favorsharp._checks import check_broadcast, check_together
 from favorsharp._heads import add_mask_axis
 from favorsharp._typing import Array, DType
+from favorsharp._values import fields_alone
 from favorsharp.exact import gaussian_rows
 from favorsharp.landmarks.chosen import LandmarkMap
 from favorsharp.landmarks.metric import RIDGE, STREAM_RIDGE, metric_of
@@ -101,7 +102,7 @@ class LandmarkState:
 
     def __getstate__(self) -> dict[str, Any]:
         """The fields alone."""
-        return {field.name: getattr(self, field.name) for field in fields(self)}
+        return fields_alone(self)
 
     @property
     def v_size(self) -> int:

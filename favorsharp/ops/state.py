@@ -11,7 +11,7 @@ references of attention are built from the functions of this module.
 
 import math
 from collections.abc import Callable, Hashable, Iterator
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 from favorsharp._arrays import (
@@ -26,6 +26,7 @@ from favorsharp._arrays import (
 from favorsharp._checks import check_broadcast, check_together
 from favorsharp._nonfinite import finite_or_nan, mix_visible
 from favorsharp._typing import Array, PositiveMap
+from favorsharp._values import fields_alone
 from favorsharp.dispatch import Op
 from favorsharp.moments import combine
 
@@ -115,7 +116,7 @@ class State:
 
     def __getstate__(self) -> dict[str, Any]:
         """The fields alone."""
-        return {entry.name: getattr(self, entry.name) for entry in fields(self)}
+        return fields_alone(self)
 
     @property
     def like(self) -> Array:
