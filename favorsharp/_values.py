@@ -1,6 +1,6 @@
 """What dataclasses hold, and copies of them in which the arrays are changed, or have another dtype."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection
 from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
@@ -22,9 +22,12 @@ def map_arrays(value: Any, change: Callable[[Array], Array]) -> Any:
 
 def arrays_of(value: Any) -> list[Array]:
     """The arrays that a dataclass holds, at any depth; not those that it computes when they are asked for."""
-    held = vars(value) if hasattr(value, "__dict__") else {name: getattr(value, name, None) for name in _names(value)}
+    names = _names(value)
+    if not names:
+        return []
+    held = vars(value) if hasattr(value, "__dict__") else {name: getattr(value, name, None) for name in names}
     found: list[Array] = []
-    for name in _names(value):
+    for name in names:
         part = held.get(name)
         found += [part] if is_array(part) else arrays_of(part)
     return found
@@ -40,7 +43,7 @@ def _alone(x: Any) -> Any:
     return x.clone() if part else x
 
 
-def _names(value: Any) -> Iterable[str]:
+def _names(value: Any) -> Collection[str]:
     return getattr(type(value), "__dataclass_fields__", ())
 
 
