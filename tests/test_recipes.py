@@ -102,6 +102,7 @@ assert fs.explain("doubled", like=np.ones(3)).chosen == "numba"
     )
 
 
+@pytest.mark.slow
 def test_adding_a_backend(copy):
     package = copy / "mine"
     package.mkdir()

@@ -78,7 +78,7 @@ def graph_of(tracer, call, *example):
 
 def case_of(tracer, *options):
     """A parameter; some tracers take seconds for each."""
-    is_slow = tracer in ("compile", "symbolic pre-dispatch")
+    is_slow = tracer in ("compile", "real pre-dispatch", "symbolic pre-dispatch", "non-strict export")
     return pytest.param(tracer, *options, marks=pytest.mark.slow if is_slow else ())
 
 
