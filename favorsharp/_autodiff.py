@@ -2,7 +2,8 @@
 
 import math
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import array_api_compat
@@ -168,6 +169,21 @@ def without_gradient(x: Array) -> Array:
     if array_api_compat.is_jax_array(x):
         return sys.modules["jax"].lax.stop_gradient(x)
     return x
+
+
+@contextmanager
+def outside_modes(x: Array) -> Iterator[None]:
+    """For what outlives the modes of torch that are active, such as a value that is computed when it is first read.
+
+    Inside no dispatch mode follows operations on tensors, none is fake, and none is made for inference only.
+    """
+    if not array_api_compat.is_torch_array(x):
+        yield
+        return
+    from torch.utils._python_dispatch import _disable_current_modes
+
+    with _disable_current_modes(), sys.modules["torch"].inference_mode(False):
+        yield
 
 
 def recorded_gradients(

@@ -33,7 +33,7 @@ from favorsharp._arrays import (
     on_device_of,
     to_host,
 )
-from favorsharp._autodiff import is_compiling, is_followed, recorded_or_followed
+from favorsharp._autodiff import is_compiling, is_followed, outside_modes, recorded_or_followed
 from favorsharp._checks import check_unfollowed
 from favorsharp._derived import derived
 from favorsharp.dispatch import Backend, Kernel
@@ -90,6 +90,7 @@ __all__ = [
     "noise_of",
     "num_leaving",
     "on_device_of",
+    "outside_modes",
     "recorded_or_followed",
     "segments_of",
     "summed_to",

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from favorsharp.backend import State, absorb_features, is_compiling, unsettled
+from favorsharp.backend import State, absorb_features, is_compiling, outside_modes, unsettled
 from favorsharp_numba.host import workspace
 from favorsharp_numba.host.arguments import (
     Held,
@@ -130,9 +130,10 @@ class After(NamedTuple):
 
     def sums(self) -> dict[str, Any]:
         """kv, z, c and the low parts of the state."""
-        if not is_compiling():
-            return self.kept.folded(self.taken)
-        kept, since, taken = self.kept, self.kept.since, self.taken  # a compiler sees no kernel
+        kept, since, taken = self.kept, self.kept.since, self.taken
+        if not is_compiling():  # a compiler sees no kernel
+            with outside_modes(since.kv):
+                return kept.folded(taken)
         features = kept.features[..., :taken, : since.num_features]
         state = absorb_features(since, features.log() + since.c, kept.values[..., :taken, : since.v_size])
         return {name: getattr(state, name) for name in ("kv", "z", "c", "kv_low", "z_low")}

@@ -46,6 +46,8 @@ QUICK = (
     quick(Shape("float32", 64, 32, 512, "saderf"), Lengths(70, 97, (1,)), ("attention, masked",)),
     quick(TILES, Lengths(130, 201, (1,)), (*SPOILED, *CALLS), short_segments=True),
     quick(Shape("float64", 12, 9, 24), Lengths(70, 97, (1,))),
+    # factors of a map without a quadratic form
+    quick(Shape("float32", 5, 7, 13, "posrf"), Lengths(70, 97, (1,)), ("causal, masked",)),
     # what is measured as results are rounded
     quick(Shape("bfloat16", 32, 32, 16), Lengths(70, 97, (1,)), ("vjp of the map, causal", "vjp, window 16")),
     # more features than a token's block computes at once, and more entries of a point

@@ -136,3 +136,22 @@ def test_sums_are_seen_by_tracers():
     torch.testing.assert_close(torch.func.vmap(lambda q: fs.read(one, q, fm))(q[None])[0], want)
     one = state()
     assert torch.func.grad(lambda q: fs.read(one, q, fm).sum())(q).isfinite().all()
+
+
+def test_sums_that_a_mode_asks_for_are_not_of_that_mode():
+    """They stay with the state, which outlives the mode."""
+    torch = pytest.importorskip("torch")
+    from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+    q, k, v, _ = problem((2,), 16, 8, 4, 9)
+    q, k, v = (torch.asarray(x) for x in (q, k, v))
+    fm = fs.feature_map(fs.fit(q, k), 16, rng=0)
+    for mode in (FakeTensorMode(allow_non_fake_inputs=True), torch.inference_mode()):
+        state = fs.update(fs.init_state(fm, 4, like=k), k, v, fm)
+        assert "kv" not in vars(state)
+        with mode:
+            _ = state.kv
+        assert not isinstance(state.kv, FakeTensor)
+        x = q.clone().requires_grad_()
+        fs.read(state, x, fm).sum().backward()
+        assert torch.isfinite(x.grad).all()
