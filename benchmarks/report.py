@@ -30,6 +30,8 @@ WHY = {
     "attention through landmarks": "landmarks are chosen one after the other, then keys are assigned to them three "
     "times; at 1,024 tokens exact attention takes no longer than that.",
     "attention through features, fit": "most of the time is the fit, whose decompositions do not depend on the length.",
+    "features with window 16, causal": "near keys are scored in blocks that the processor's vectors do not fill; "
+    "the ratio differs by some hundredths between runs.",
     "features with window": "arithmetic says 1.75 times as long for a window of 64 in both directions; sums of blocks "
     "are written and read besides.",
     "linear_attention with a given map": "matrix products take all of the time: with a map of FAVOR+, on one thread, "
@@ -38,6 +40,9 @@ WHY = {
     "a token, features": "a token takes some 11 microseconds of Python beside its arithmetic.",
     "a token, landmarks": "keys are compressed once in 128 tokens, and this is shared among the tokens here.",
     "a token of a Llama": "most of it is the layer's Python, which is the same for any number of earlier tokens.",
+    "causal, forward and backward": "the goal was set by an earlier run; the ratio differs by a fifth between runs.",
+    "BERT-like": "at 512 tokens exact attention is a small part of the layer, and 64 landmarks take longer to choose "
+    "than it takes.",
     "query": "where the transform is no rotation the row term takes products of its own.",
     "RandomFeatures, optimal: fit": "moments of float32 points are added in float64, and a decomposition follows; "
     "with 784 columns these take two thirds and a fifth of the time.",
