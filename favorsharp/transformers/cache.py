@@ -4,6 +4,7 @@ transformers calls the cache in each layer; the attention function finds the lay
 """
 
 import sys
+import weakref
 from dataclasses import replace
 from functools import cache, partialmethod
 from types import FrameType
@@ -333,20 +334,21 @@ def layer_of(module: Any, key: Tensor, value: Tensor) -> StateLayer | None:
     if layer is None:
         if handed is not None and caller is not None:
             layer = handed[0]
-        elif before is not None and before[0] == id(module):
+        elif before is not None and before[0]() is module:
             same = _running(before[1])
             if same is not None and same > before[2]:
                 raise ValueError(_again(module))
     if layer is not None:
         layer.receive(module, key, value)
         if handed is not None and caller is not None:
-            _spent = id(module), id(handed[1]), caller
+            _spent = weakref.ref(module), id(handed[1]), caller
     return layer
 
 
-_spent: tuple[int, int, tuple[int, ...]] | None = None
-"""The attention module that got the keys of a cache last, the call of the module that has them, both by their ids (a
-frame that is kept would keep its tensors), and how far that call had come: a second call of attention comes later."""
+_spent: tuple[Any, int, tuple[int, ...]] | None = None
+"""The attention module that got the keys of a cache last (a weak reference: another may get its address), the call of
+the module that has them, by its id (a frame that is kept would keep its tensors), and how far that call had come: a
+second call of attention comes later."""
 
 
 def _again(module: Any) -> str:
