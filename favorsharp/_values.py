@@ -20,7 +20,7 @@ def map_arrays(value: Any, change: Callable[[Array], Array]) -> Any:
     return replace(value, **changed)
 
 
-def arrays_of(value: Any) -> list[Array]:
+def held_arrays(value: Any) -> list[Array]:
     """The arrays that a dataclass holds, at any depth; not those that it computes when they are asked for."""
     names = _names(value)
     if not names:
@@ -29,7 +29,7 @@ def arrays_of(value: Any) -> list[Array]:
     found: list[Array] = []
     for name in names:
         part = held.get(name)
-        found += [part] if is_array(part) else arrays_of(part)
+        found += [part] if is_array(part) else held_arrays(part)
     return found
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from favorsharp._arrays import FLOATS, device_of, dtype_name, is_array, library_of
 from favorsharp._autodiff import is_followed, needs_gradient
 from favorsharp._typing import Array
-from favorsharp._values import arrays_of
+from favorsharp._values import held_arrays
 
 __all__ = ["Backend", "Implementation", "Kernel", "Request", "request_of"]
 
@@ -62,7 +62,7 @@ def request_of(op: str, *arguments: object) -> Request:
         if is_array(x):
             arrays.append(x)
         else:
-            inner += arrays_of(x)
+            inner += held_arrays(x)
             family = getattr(x, "family", "custom" if hasattr(x, "log_key") else family)
     if not (arrays or inner):
         raise TypeError(f"{op} needs an array among its arguments to choose an implementation by, got none")

@@ -14,7 +14,7 @@ import torch
 from transformers import AttentionMaskInterface, DynamicCache, cache_utils
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from favorsharp._values import arrays_of, map_arrays
+from favorsharp._values import held_arrays, map_arrays
 from favorsharp.landmarks.state import LandmarkState
 from favorsharp.ops.state import State
 from favorsharp.transformers.masks import compact_mask
@@ -250,7 +250,7 @@ class StateCache(Cache):
 
         for layer in self.layers:
             if getattr(layer, "state", None) is not None:
-                for x in arrays_of(layer.state):
+                for x in held_arrays(layer.state):
                     measure(x)
                 kept = (getattr(layer.state, name, None) for name in ("single_tokens", "store"))
                 beside += sum(getattr(x, "num_bytes", 0) for x in kept)
