@@ -11,7 +11,7 @@ from problems import attention_problem, key_mask
 from segments import short_segments
 
 import favorsharp as fs
-from favorsharp import dispatch, testing
+from favorsharp import choice, dispatch, testing
 from favorsharp._values import astype
 from favorsharp.ops.attention import attention
 from favorsharp.ops.causal_attention import causal_attention
@@ -36,7 +36,7 @@ def for_host(kernel):
 def on_the_host(monkeypatch):
     """The backend for NumPy arrays, run by the shim; what it allocates is full of NaN; segments are short."""
     backend = dispatch.Backend("cuda", (), tuple(map(for_host, BACKEND.kernels)))
-    find, empty = dispatch._backend, arrays.empty
+    find, empty = choice.backend_named, arrays.empty
 
     def full_of_nan(like, shape, dtype):
         x = empty(like, shape, dtype)
@@ -47,12 +47,12 @@ def on_the_host(monkeypatch):
     monkeypatch.setattr(launch, "module_class", HostModule)
     monkeypatch.setattr(HostModule, "shared_limit", 163 * 1024)  # of the oldest card
     monkeypatch.setattr(arrays, "empty", full_of_nan)
-    monkeypatch.setattr(dispatch, "_backend", lambda name: backend if name == "cuda" else find(name))
-    dispatch._choose.cache_clear()
+    monkeypatch.setattr(choice, "backend_named", lambda name: backend if name == "cuda" else find(name))
+    choice.choose.cache_clear()
     launch.forget()
     with short_segments():
         yield
-    dispatch._choose.cache_clear()
+    choice.choose.cache_clear()
     launch.forget()
 
 
