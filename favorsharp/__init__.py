@@ -9,7 +9,7 @@ from favorsharp.diagnostics import suggest
 from favorsharp.dispatch import explain, use
 from favorsharp.exact import kernel_matrix, softmax_attention
 from favorsharp.features import FeatureMap, feature_map
-from favorsharp.fitting import excess, fit, fit_map, log_second_moment
+from favorsharp.fitting import fit, fit_map
 from favorsharp.gradients import vjp
 from favorsharp.landmarks import Landmarks, LandmarkState, landmarks
 from favorsharp.linear_attention import attention, decode_step, init_state, linear_attention, read, update
@@ -18,6 +18,7 @@ from favorsharp.moments import Moments, combine, moments
 from favorsharp.ops.state import State
 from favorsharp.parameters import Parameters
 from favorsharp.regression import kernel_matvec, leave_one_out, nadaraya_watson
+from favorsharp.second_moments import excess, log_second_moment
 from favorsharp.storage import load, save
 
 __version__ = "0.2.0"

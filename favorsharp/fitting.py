@@ -1,6 +1,6 @@
-"""The public functions `fit`, `fit_map`, `excess` and `log_second_moment`.
+"""The public functions `fit` and `fit_map`.
 
-Each checks its arguments, and then calls a formula from the record of the method (`favorsharp.methods`; docs: theory).
+They check their arguments, and then call a formula from the record of the method (`favorsharp.methods`; docs: theory).
 """
 
 import math
@@ -10,7 +10,6 @@ from typing import Any
 from favorsharp._algebra import least_ridge
 from favorsharp._arrays import (
     cast,
-    compute_dtype,
     dtype_name,
     is_array,
     named_dtype,
@@ -36,10 +35,10 @@ from favorsharp.attention_moments import attention_moments
 from favorsharp.exact import kernel_scale, times_power
 from favorsharp.features import FeatureMap, feature_map
 from favorsharp.formulas import Statistics
-from favorsharp.methods import FROM_POINTS, TABLE, MethodLike, check_method, method_of
+from favorsharp.methods import FROM_POINTS, MethodLike, check_method, method_of
 from favorsharp.moments import Moments, moments
 from favorsharp.nystrom import nystrom_map
-from favorsharp.parameters import Parameters, check_data
+from favorsharp.parameters import Parameters
 from favorsharp.prototypes import prototype_map, refined
 from favorsharp.samples import pooled
 
@@ -305,7 +304,7 @@ def fit_named(
     elif y is None:
         raise TypeError("fit takes queries and keys, or one Moments: y is missing")
     else:
-        x, y, near = _in_range(x, y, scale)
+        x, y, near = in_range(x, y, scale)
         if weighting is not None:
             data = attention_moments(
                 x, y, weighting=weighting, kernel=kernel, scale=near, is_causal=is_causal, **gathering
@@ -332,7 +331,7 @@ def fit_named(
     return Parameters(method=method, kernel=kernel, scale=scale, **values)
 
 
-def _in_range(x: Array, y: Array, scale: float | None) -> tuple[Array, Array, float | None]:
+def in_range(x: Array, y: Array, scale: float | None) -> tuple[Array, Array, float | None]:
     """The points and the scale; if only float32 is available, rescaled so that squares stay in its range."""
     if scale is None or is_chunked(x, y):
         return x, y, scale
@@ -353,98 +352,6 @@ def _known(data: Moments) -> Moments:
 
     names = [field.name for field in fields(data) if field.name != "dtype"]
     return replace(data, **dict(zip(names, dask.compute(*(getattr(data, name) for name in names)), strict=True)))
-
-
-@under_own_settings
-def excess(parameters: Parameters, x: Array, y: Array, /) -> Array:
-    """The mean over all pairs of log E[(f1 f2)^2] - 2 log K; it is 0 for features without variance.
-
-    f1 and f2 are one feature of the query and of the key, E is the mean over draws, and K is the kernel. The excess is
-    computed from moments in time O((n + s) d^2), without a loop over pairs.
-
-    Parameters
-    ----------
-    parameters : Parameters
-        The parameters of a dense-exponential method, `hyperbolic` or `poisson`.
-    x : array, shape (*b, n, d)
-    y : array, shape (*b, s, d)
-
-    Returns
-    -------
-    array, shape (*b)
-
-    Raises
-    ------
-    TypeError, ValueError
-        If an argument is not as described; if the mean of the method's second moment has no closed form (`trig`,
-        `geometric`); or if the method does not estimate the kernel.
-
-    Examples
-    --------
-    >>> import numpy as np, favorsharp as fs
-    >>> q, k = np.random.default_rng(0).standard_normal((2, 64, 4))
-    >>> optimal, posrf = (fs.excess(fs.fit(q, k, method=method), q, k) for method in ("optimal", "posrf"))
-    >>> bool(optimal < posrf)
-    True
-    """
-    xp = check_data(parameters, x=x, y=y)
-    near_x, near_y, near = _in_range(x, y, parameters.scale)
-    data = moments(near_x, near_y)
-    p = replace(astype(parameters, data.mean_x.dtype), scale=check_scale(near, 1.0))
-    formula = method_of(p.method).excess
-    if formula is None:
-        known = [name for name, record in TABLE.items() if record.excess is not None]
-        raise ValueError(
-            f"excess is known in closed form for {', '.join(known)}, got method {p.method_name!r}; for trig and "
-            "geometric average log_second_moment over a sample"
-        )
-    value = formula(p, data)
-    return cast(value[..., 0, 0], compute_dtype(xp, x, y))
-
-
-@under_own_settings
-def log_second_moment(parameters: Parameters, x: Array, y: Array, /) -> Array:
-    """The logarithm of the second moment E[(f1(x) f2(y))^2] of one feature, for every pair of small inputs.
-
-    The variance of one feature's estimate is exp(log_second_moment) - K^2 (arXiv 2302.00787, theorem 4.1).
-
-    Parameters
-    ----------
-    parameters : Parameters
-        The parameters of any method except `relu`, `elu` and callables. For `trig`, one feature is a pair of cosine
-        and sine.
-    x : array, shape (*b, n, d)
-    y : array, shape (*b, s, d)
-
-    Returns
-    -------
-    array, shape (*b, n, s)
-
-    Raises
-    ------
-    TypeError, ValueError
-        If an argument is not as described, or the method does not estimate the kernel.
-
-    Examples
-    --------
-    >>> import numpy as np, favorsharp as fs
-    >>> q, k = np.random.default_rng(0).standard_normal((2, 64, 4))
-    >>> log_moment = fs.log_second_moment(fs.fit(q, k), q, k)
-    >>> log_moment.shape
-    (64, 64)
-    >>> bool((log_moment >= 2 * np.log(fs.kernel_matrix(q, k))).all())  # no variance is negative
-    True
-    """
-    xp = check_data(parameters, x=x, y=y)
-    p = astype(parameters, statistics_dtype(x))
-    formula = method_of(p.method).log_second_moment
-    if formula is None:
-        raise ValueError(
-            f"method {p.method_name!r} does not estimate the kernel: its features have no second moment to give"
-        )
-    dtype = compute_dtype(xp, x, y)
-    value = formula(p, cast(x, p.g1.dtype), cast(y, p.g1.dtype))
-    return cast(value, dtype)
 
 
 def _scaled(data: Moments, scale: float) -> tuple[Array, Array, Array, Array]:

@@ -15,7 +15,7 @@ from favorsharp.diagnostics.prediction import (
 from favorsharp.diagnostics.suggestion import is_biased
 from favorsharp.exact import softmax_attention
 from favorsharp.features import FeatureMap, feature_map
-from favorsharp.fitting import excess, fit_map, fit_named
+from favorsharp.fitting import fit_map, fit_named
 from favorsharp.landmarks import landmarks
 from favorsharp.landmarks.expected import expected_error
 from favorsharp.linear_attention import linear_attention
@@ -28,6 +28,7 @@ from favorsharp.methods import (
     method_of,
 )
 from favorsharp.parameters import Parameters
+from favorsharp.second_moments import excess
 
 
 @dataclass(frozen=True)
