@@ -1,4 +1,4 @@
-"""NaN and infinity: a value that is not finite affects the rows that see it, and no other row."""
+"""NaN and infinity: a value that is not finite affects the rows that see it, and no other row; none if it is masked."""
 
 from favorsharp._arrays import cast, namespace_of
 from favorsharp._typing import Array
@@ -20,3 +20,13 @@ def finite_or_nan(x: Array) -> Array:
     """Replace infinities by NaN: minus infinity would be taken for a hidden key, and the error would be missed."""
     xp = namespace_of(x)
     return xp.where(xp.isfinite(x), x, xp.nan)
+
+
+def masked(lk: Array, mask: Array | None) -> Array:
+    """Log key features with -inf for the keys that a mask hides."""
+    return lk if mask is None else namespace_of(lk).where(mask[..., None], lk, -namespace_of(lk).inf)
+
+
+def hide(v: Array, mask: Array | None) -> Array:
+    """Values, with 0 for masked ones, which may hold anything, NaN included."""
+    return v if mask is None else namespace_of(v).where(mask[..., None], v, 0.0)

@@ -43,18 +43,10 @@ from favorsharp.landmarks.attention import landmark_stream
 from favorsharp.landmarks.metric import STREAM_RIDGE
 from favorsharp.landmarks.state import LandmarkState, grown, segments_of
 from favorsharp.moments import Moments
+from favorsharp.ops.compensated_sums import has_low_parts
 from favorsharp.ops.landmark_seeds import CANDIDATES, draw_seeds, noise_of
 from favorsharp.ops.landmarks import landmarks_drawn_by
-from favorsharp.ops.state import (
-    State,
-    absorb_features,
-    empty_state,
-    has_low_parts,
-    num_leaving,
-    unsettled,
-    with_recent,
-    with_sums,
-)
+from favorsharp.ops.state import State, absorb_features, empty_state, num_leaving, unsettled, with_recent, with_sums
 
 __all__ = [
     "CANDIDATES",

@@ -14,10 +14,10 @@ from typing import Any
 from favorsharp._algebra import on_diagonal, outer, row_sum, trace
 from favorsharp._arrays import broadcast_shapes, cast, from_host, namespace_of, on_device_of
 from favorsharp._autodiff import is_traced
+from favorsharp._nonfinite import hide
 from favorsharp._typing import Array
 from favorsharp._values import astype
 from favorsharp.features.nystrom import NystromMap, gaussian
-from favorsharp.ops.state import hide
 from favorsharp.parameters import Parameters, embed_key, embed_query
 from favorsharp.samples import SAMPLE, k_means, sampled
 

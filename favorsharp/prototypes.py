@@ -18,13 +18,14 @@ from typing import Any
 
 from favorsharp._algebra import identity, outer, trace
 from favorsharp._arrays import broadcast_shapes, cast, from_host, namespace_of, on_device_of
+from favorsharp._nonfinite import hide
 from favorsharp._typing import Array
 from favorsharp._values import astype
 from favorsharp.features.dense_exponential import DenseExponentialMap
 from favorsharp.ops.landmark_metric import Metric
 from favorsharp.ops.landmark_seeds import CANDIDATES, Noise, choose_seeds
 from favorsharp.ops.landmarks import gather
-from favorsharp.ops.state import hide, tiles_of
+from favorsharp.ops.tiles import tiles_of
 from favorsharp.parameters import Parameters, embed_key, embed_query
 from favorsharp.samples import SAMPLE, k_means, sampled
 

@@ -29,9 +29,10 @@ from favorsharp.landmarks.verbs import check_means, landmark_means
 from favorsharp.moments import Moments, combine, moments
 from favorsharp.ops.attention import attention
 from favorsharp.ops.kernel_matvec import kernel_matvec as kernel_matvec_op
-from favorsharp.ops.state import State, empty_state, read_partial, tiles_of
+from favorsharp.ops.state import State, empty_state, read_partial
 from favorsharp.ops.state import read as read_op
 from favorsharp.ops.state import update as update_op
+from favorsharp.ops.tiles import tiles_of
 from favorsharp.plans import prepared_map
 
 

@@ -29,8 +29,8 @@ from favorsharp.landmarks import Landmarks
 from favorsharp.ops.attention import windowed_rows
 from favorsharp.ops.blocks import join_rows, rows_between
 from favorsharp.ops.causal_attention import causal_attention
+from favorsharp.ops.partials import finish as finished
 from favorsharp.ops.state import State, read, with_sums
-from favorsharp.ops.state import finish as finished
 
 
 def linear_attention(

@@ -6,7 +6,7 @@ from favorsharp._algebra import row_sum
 from favorsharp._arrays import broadcast_shapes, cast, library_of, namespace_of, under_own_settings
 from favorsharp._typing import Array
 from favorsharp.features.base import SignedFeatureMap, written
-from favorsharp.ops.state import tiles_of
+from favorsharp.ops.tiles import tiles_of
 from favorsharp.parameters import embed_key, embed_query
 
 TILE = 256

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, replace
 
 from favorsharp._arrays import cast, namespace_of, on_device_of
+from favorsharp._nonfinite import hide
 from favorsharp._typing import Array
 from favorsharp.landmarks.chosen import LandmarkMap
 from favorsharp.landmarks.settings import Landmarks
@@ -11,7 +12,7 @@ from favorsharp.moments import Moments
 from favorsharp.ops.landmark_metric import centred
 from favorsharp.ops.landmark_seeds import choose_seeds, noise_of
 from favorsharp.ops.landmarks import gather, lloyd_step, nearness
-from favorsharp.ops.state import hide, tiles_of
+from favorsharp.ops.tiles import tiles_of
 
 Held = tuple[Array, Array, Array]
 """Keys (*b, s, d), log weights (*b, s) and values (*b, s, e), or their gradients."""

@@ -12,12 +12,14 @@ from favorsharp._checks import (
     check_same_size,
 )
 from favorsharp._heads import split_heads
+from favorsharp._nonfinite import hide
 from favorsharp._typing import Array
 from favorsharp.landmarks.settings import Landmarks
 from favorsharp.landmarks.state import landmark_map, log_weights, moments_of
 from favorsharp.ops.landmark_metric import centred
 from favorsharp.ops.landmarks import gather, nearness
-from favorsharp.ops.state import finish, hide, tiles_of
+from favorsharp.ops.partials import finish
+from favorsharp.ops.tiles import tiles_of
 
 
 @under_own_settings

@@ -2,9 +2,9 @@
 
 from favorsharp._arrays import broadcast_shapes, cast, dtype_name, namespace_of, on_device_of
 from favorsharp._autodiff import fused_attention
+from favorsharp._nonfinite import hide
 from favorsharp._typing import Array
 from favorsharp.landmarks.settings import Landmarks
-from favorsharp.ops.state import hide
 
 
 def read_fused(

@@ -9,6 +9,7 @@ from dataclasses import replace
 from itertools import pairwise
 
 from favorsharp._arrays import broadcast_shapes, cast, compute_dtype, namespace_of, on_device_of
+from favorsharp._nonfinite import hide
 from favorsharp._typing import Array
 from favorsharp.landmarks.compressions import Held, compress_backwards, compression
 from favorsharp.landmarks.metric import RIDGE, STREAM_RIDGE
@@ -23,7 +24,7 @@ from favorsharp.landmarks.state import (
     segments_of,
 )
 from favorsharp.landmarks.window_gradients import windowed_backwards
-from favorsharp.ops.state import hide, tiles_of
+from favorsharp.ops.tiles import tiles_of
 
 
 def gradients_of(

@@ -24,6 +24,7 @@ from favorsharp._arrays import (
 from favorsharp._autodiff import without_gradient
 from favorsharp._checks import check_broadcast, check_together
 from favorsharp._heads import add_mask_axis
+from favorsharp._nonfinite import hide
 from favorsharp._typing import Array, DType
 from favorsharp._values import fields_alone
 from favorsharp.exact import gaussian_rows
@@ -32,7 +33,6 @@ from favorsharp.landmarks.metric import RIDGE, STREAM_RIDGE, metric_of
 from favorsharp.landmarks.settings import Landmarks
 from favorsharp.moments import Moments, combine, moments, point_moments, weighted_moments
 from favorsharp.ops.landmarks import choose_landmarks, condense
-from favorsharp.ops.state import hide
 from favorsharp.ops.weighted_attention import read_rows, weighted_attention
 
 

@@ -15,7 +15,8 @@ from favorsharp._arrays import namespace_of, on_device_of
 from favorsharp._typing import Array
 from favorsharp.landmarks.compressions import Compression, log_weights_of, of_owner, row_sums, through_weights
 from favorsharp.ops.landmarks import gather
-from favorsharp.ops.state import Partial, finish, merge, tiles_of
+from favorsharp.ops.partials import Partial, finish, merge
+from favorsharp.ops.tiles import tiles_of
 
 UNIT = 64
 """The number of positions that a unit of several blocks has at most."""

@@ -4,7 +4,9 @@ from favorsharp._arrays import broadcast_shapes, cast, compute_dtype, namespace_
 from favorsharp._typing import Array, PositiveMap
 from favorsharp.dispatch import Op
 from favorsharp.ops.blocks import Rows, far_step, near_partial, tile_of
-from favorsharp.ops.state import State, absorb, empty_state, finish, log_features, merge, read_partial, tiles_of
+from favorsharp.ops.partials import finish, merge
+from favorsharp.ops.state import State, absorb, empty_state, log_features, read_partial
+from favorsharp.ops.tiles import tiles_of
 
 
 @Op

@@ -13,22 +13,11 @@ query is then attained by a visible key, and a key that is hidden from a query d
 from collections.abc import Callable
 
 from favorsharp._arrays import broadcast_shapes, cast, namespace_of, on_device_of
+from favorsharp._nonfinite import hide, masked
 from favorsharp._typing import Array, PositiveMap
-from favorsharp.ops.state import (
-    Partial,
-    State,
-    absorb,
-    absorb_features,
-    exact_partial,
-    hide,
-    log_features,
-    masked,
-    merge,
-    pair_partial,
-    read_partial,
-    tile_length,
-    tiles_of,
-)
+from favorsharp.ops.partials import Partial, exact_partial, merge, pair_partial
+from favorsharp.ops.state import State, absorb, absorb_features, log_features, read_partial
+from favorsharp.ops.tiles import tile_length, tiles_of
 
 Rows = tuple[int, int, Partial]
 """First position, position after the last, and the partial sums of the queries between them."""

@@ -6,7 +6,8 @@ from favorsharp._arrays import broadcast_shapes, cast, compute_dtype, namespace_
 from favorsharp._typing import Array, PositiveMap
 from favorsharp.dispatch import Op
 from favorsharp.ops.blocks import far_step, near_partial, tile_of
-from favorsharp.ops.state import State, empty_state, finish, merge, num_leaving, with_recent
+from favorsharp.ops.partials import finish, merge
+from favorsharp.ops.state import State, empty_state, num_leaving, with_recent
 
 
 @Op

@@ -3,7 +3,8 @@
 from favorsharp._arrays import broadcast_shapes, cast, compute_dtype, namespace_of, result_dtype
 from favorsharp._typing import Array, PositiveMap
 from favorsharp.dispatch import Op
-from favorsharp.ops.state import absorb, empty_state, log_features, read_partial, tiles_of
+from favorsharp.ops.state import absorb, empty_state, log_features, read_partial
+from favorsharp.ops.tiles import tiles_of
 
 
 @Op

@@ -24,9 +24,10 @@ from favorsharp._arrays import (
     stream_label,
 )
 from favorsharp._autodiff import is_capturing, is_compiling, is_traced
+from favorsharp._nonfinite import hide
 from favorsharp._typing import Array, DType
 from favorsharp.ops.landmark_metric import Metric, centred
-from favorsharp.ops.state import hide, tiles_of
+from favorsharp.ops.tiles import tiles_of
 
 CANDIDATES = 4
 """Candidates for each landmark."""

@@ -6,11 +6,13 @@ assignment of keys to landmarks, and seeds are constants in differentiation.
 
 from favorsharp._arrays import broadcast_shapes, cast, namespace_of, on_device_of
 from favorsharp._autodiff import without_gradient
+from favorsharp._nonfinite import hide
 from favorsharp._typing import Array
 from favorsharp.dispatch import Op
 from favorsharp.ops.landmark_metric import Metric, centred, uncentred
 from favorsharp.ops.landmark_seeds import Draw, choose_seeds, noise_of
-from favorsharp.ops.state import Partial, finish, hide, merge, tiles_of
+from favorsharp.ops.partials import Partial, finish, merge
+from favorsharp.ops.tiles import tiles_of
 
 
 def nearness(points: Array, used: Array, metric: Metric, y: Array) -> tuple[Array, Array]:

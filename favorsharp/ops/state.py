@@ -6,11 +6,10 @@ With log query features lq and log key features lk, the state of a set of keys i
 
 for each feature. A query reads it with the weights exp(lq + c - r), where r = max over features of (lq + c). The
 feature that attains r has a key at which it attains c, so the denominator is at least 1 and needs no epsilon. All
-references of attention are built from the functions of this module.
+references of attention are built from these functions and from those of `favorsharp.ops.partials`.
 """
 
-import math
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
@@ -18,24 +17,19 @@ from favorsharp._arrays import (
     broadcast_shapes,
     cast,
     compute_dtype,
-    is_on_gpu,
     namespace_of,
     on_device_of,
     under_own_settings,
 )
 from favorsharp._checks import check_broadcast, check_together
-from favorsharp._nonfinite import finite_or_nan, mix_visible
+from favorsharp._nonfinite import hide, masked
 from favorsharp._typing import Array, PositiveMap
 from favorsharp._values import fields_alone
 from favorsharp.dispatch import Op
 from favorsharp.moments import combine
-
-TILE_ELEMENTS = 1 << 20
-"""Number of log features held at once, over all heads: 4 MiB of float32."""
-ON_GPU = 16
-"""How many times more there are on a GPU, where launches cost more than memory."""
-PART = 512
-"""Keys that are summed separately: a float32 sum over many more keys, one after the other, would lose digits."""
+from favorsharp.ops.compensated_sums import added, has_low_parts, sums_of
+from favorsharp.ops.partials import Partial, exact_partial, finish, finite, merge
+from favorsharp.ops.tiles import tiles_of
 
 
 def log_features(feature_map: PositiveMap, side: str, x: Array) -> Array:
@@ -146,18 +140,6 @@ class State:
         )
 
 
-@dataclass(frozen=True, eq=False)
-class Partial:
-    """Partial sums of a query over some keys, relative to exp(ref), so that sums over disjoint keys can be merged.
-
-    `num` (*b, n, e), `den` and `ref` (*b, n, 1). `den` is at least 1; it is 0, and `ref` -inf, if no key was visible.
-    """
-
-    num: Array
-    den: Array
-    ref: Array
-
-
 def empty_state(feature_map: PositiveMap, batch: tuple[int, ...], d: int, e: int, window: int, like: Array) -> State:
     """The state of no keys, in the library, device and dtype of like; the caller sets its fingerprint."""
     xp = namespace_of(like)
@@ -207,11 +189,6 @@ def without_group_axis(group: int, state: State) -> State:
         **{name: x[..., 0, :, :] for name in _BATCHED if (x := getattr(state, name)) is not None},
         recent_mask=state.recent_mask[..., 0, :],
     )
-
-
-def has_low_parts(kv: Array) -> bool:
-    """Whether a state with these sums keeps low parts: the rounding of float64 is never felt."""
-    return bool(kv.dtype != namespace_of(kv).float64)
 
 
 def unsettled(state: State, tokens: Any) -> State:
@@ -358,8 +335,8 @@ def absorb_features(state: State, lk: Array, v: Array) -> State:
     """The state after taking in keys given by their log features; masked keys need -inf there and 0 in v."""
     xp = namespace_of(lk)
     c = xp.max(lk, axis=-2, keepdims=True)
-    p = xp.exp(lk - _finite(c))
-    return _merged(state, *_sums_of(p, v), c)
+    p = xp.exp(lk - finite(c))
+    return _merged(state, *sums_of(p, v), c)
 
 
 def read_partial(state: State, lq: Array) -> Partial:
@@ -367,59 +344,8 @@ def read_partial(state: State, lq: Array) -> Partial:
     xp = namespace_of(lq)
     shifted = lq + state.c
     ref = xp.max(shifted, axis=-1, keepdims=True)
-    p = xp.exp(shifted - _finite(ref))
+    p = xp.exp(shifted - finite(ref))
     return Partial(p @ state.kv, p @ xp.matrix_transpose(state.z), ref)
-
-
-def pair_partial(lq: Array, lk: Array, v: Array) -> Partial:
-    """Partial sums of queries over a few keys by pairwise scores; each key is visible to all, or hidden by -inf."""
-    xp = namespace_of(lq)
-    c = xp.max(lk, axis=-2, keepdims=True)
-    shifted = lq + c
-    ref = xp.max(shifted, axis=-1, keepdims=True)
-    scores = xp.exp(shifted - _finite(ref)) @ xp.matrix_transpose(xp.exp(lk - _finite(c)))
-    return Partial(scores @ v, xp.sum(scores, axis=-1, keepdims=True), ref)
-
-
-def exact_partial(logits: Array, visible: Array | None, v: Array, *, mixed: bool = False) -> Partial:
-    """Partial sums of queries over keys with exact log scores, (*b, n, s).
-
-    `mixed` says that rows may see different keys; a value that is not finite must then not reach the other rows.
-    """
-    xp = namespace_of(logits)
-    logits = finite_or_nan(logits)
-    if visible is not None:
-        logits = xp.where(visible, logits, -xp.inf)
-    ref = xp.max(logits, axis=-1, keepdims=True)
-    p = xp.exp(logits - _finite(ref))
-    num = mix_visible(p, visible, v) if mixed and visible is not None else p @ v
-    return Partial(num, xp.sum(p, axis=-1, keepdims=True), ref)
-
-
-def merge(a: Partial, b: Partial) -> Partial:
-    """Partial sums of queries over the union of two disjoint sets of keys."""
-    xp = namespace_of(a.ref, b.ref)
-    ref = xp.maximum(a.ref, b.ref)
-    safe = _finite(ref)
-    scale_a, scale_b = xp.exp(a.ref - safe), xp.exp(b.ref - safe)
-    return Partial(a.num * scale_a + b.num * scale_b, a.den * scale_a + b.den * scale_b, ref)
-
-
-def finish(partial: Partial) -> Array:
-    """The normalised result; zeros where nothing was visible."""
-    xp = namespace_of(partial.num)
-    nothing = partial.den == 0
-    return xp.where(nothing, 0.0, partial.num / xp.where(nothing, 1.0, partial.den))
-
-
-def masked(lk: Array, mask: Array | None) -> Array:
-    """Log key features with -inf for the keys that a mask hides."""
-    return lk if mask is None else namespace_of(lk).where(mask[..., None], lk, -namespace_of(lk).inf)
-
-
-def hide(v: Array, mask: Array | None) -> Array:
-    """Values, with 0 for masked ones, which may hold anything, NaN included."""
-    return v if mask is None else namespace_of(v).where(mask[..., None], v, 0.0)
 
 
 def with_recent(state: State, k: Array, v: Array, key_mask: Array | None) -> tuple[Array, Array, Array]:
@@ -439,43 +365,6 @@ def num_leaving(length: int, window: int) -> int:
     return max(0, -(-length // window) - 2) * window
 
 
-def tiles_of(
-    length: int, width: int, batch: tuple[int, ...], like: Array | None = None
-) -> Iterator[tuple[int, int]]:  # fmt: skip
-    """Bounds of the tiles in which points are processed; one empty tile if there are no points.
-
-    The tiles of an array `like` on a GPU are longer.
-    """
-    if not isinstance(length, int):  # symbolic, of torch.export: the number of tiles is not known
-        return iter(((0, length),))
-    factor = ON_GPU if like is not None and is_on_gpu(like) else 1
-    step = tile_length(width, batch, 1 << 20, factor)
-    return ((start, min(start + step, length)) for start in range(0, length, step) or (0,))
-
-
-def tile_length(width: int, batch: tuple[int, ...], most: int, factor: int = 1) -> int:
-    """Points in a tile: a power of two from 16 to `most` that keeps its entries near `factor` TILE_ELEMENTS."""
-    entries = math.prod([size for size in batch if isinstance(size, int)])  # symbolic sizes are not known yet
-    points = factor * TILE_ELEMENTS // max(1, width * entries)
-    return min(most, max(16, 1 << (points.bit_length() - 1 if points else 0)))
-
-
-def _sums_of(p: Array, v: Array) -> tuple[Array, Array]:
-    """p^T v and the sum of p over the keys, computed as a sum of sums of parts."""
-    xp = namespace_of(p)
-    length = p.shape[-2]
-    if not isinstance(length, int) or length < 2 * PART:  # a symbolic one is not known yet
-        return xp.matrix_transpose(p) @ v, xp.sum(p, axis=-2, keepdims=True)
-    whole = length // PART * PART
-    parts, values = (xp.reshape(x[..., :whole, :], (*x.shape[:-2], whole // PART, PART, x.shape[-1])) for x in (p, v))
-    kv = xp.sum(xp.matrix_transpose(parts) @ values, axis=-3)
-    z = xp.sum(xp.sum(parts, axis=-2), axis=-2, keepdims=True)
-    if whole < length:
-        rest, rest_z = _sums_of(p[..., whole:, :], v[..., whole:, :])
-        kv, z = kv + rest, z + rest_z
-    return kv, z
-
-
 @under_own_settings
 def _merged(
     state: State, kv: Array, z: Array, c: Array, low: tuple[Array | None, Array | None] = (None, None)
@@ -483,38 +372,12 @@ def _merged(
     """The state merged with the (kv, z, c) of further keys and the low parts of these kv and z."""
     xp = namespace_of(c)
     top = xp.maximum(state.c, c)
-    safe = _finite(top)
+    safe = finite(top)
     old, new = xp.exp(state.c - safe), xp.exp(c - safe)
     scales = xp.matrix_transpose(old), xp.matrix_transpose(new)
-    kv, kv_low = _added(scales, (state.kv, kv), (state.kv_low, low[0]))
-    z, z_low = _added((old, new), (state.z, z), (state.z_low, low[1]))
+    kv, kv_low = added(scales, (state.kv, kv), (state.kv_low, low[0]))
+    z, z_low = added((old, new), (state.z, z), (state.z_low, low[1]))
     return replace(state, kv=kv, z=z, c=top, kv_low=kv_low, z_low=z_low)
-
-
-def _added(
-    scales: tuple[Array, Array], sums: tuple[Array, Array], lows: tuple[Array | None, Array | None]
-) -> tuple[Array, Array | None]:
-    """Sums times their scales added, and what rounding takes off; 0 where they are not finite."""
-    old, new = (scale * x for scale, x in zip(scales, sums, strict=True))
-    total = old + new
-    if not (has_low_parts(old) and has_low_parts(new)):
-        return total, None
-    xp = namespace_of(total)
-    own = total - old
-    lost = (old - (total - own)) + (new - own)
-    for scale, low in zip(scales, lows, strict=True):
-        if low is not None:
-            lost = lost + scale * low
-    lost = xp.where(xp.isfinite(lost), lost, 0.0)
-    whole = total + lost
-    rest = lost - (whole - total)
-    return whole, xp.where(xp.isfinite(rest), rest, 0.0)
-
-
-def _finite(reference: Array) -> Array:
-    """The reference, with 0 in place of the -inf of a feature that has seen no key, so that it can be subtracted."""
-    xp = namespace_of(reference)
-    return xp.where(reference == -xp.inf, 0.0, reference)
 
 
 def _joined(a: Array, b: Array) -> Array:

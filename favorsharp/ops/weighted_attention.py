@@ -3,10 +3,12 @@
 from collections.abc import Callable
 
 from favorsharp._arrays import broadcast_shapes, cast, namespace_of, on_device_of
+from favorsharp._nonfinite import hide
 from favorsharp._typing import Array
 from favorsharp.dispatch import Op
 from favorsharp.exact import log_softmax_kernel
-from favorsharp.ops.state import exact_partial, finish, hide, tiles_of
+from favorsharp.ops.partials import exact_partial, finish
+from favorsharp.ops.tiles import tiles_of
 
 
 @Op

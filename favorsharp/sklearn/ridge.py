@@ -17,7 +17,7 @@ from favorsharp._arrays import (
     on_device_of,
     statistics_dtype,
 )
-from favorsharp.ops.state import tiles_of
+from favorsharp.ops.tiles import tiles_of
 from favorsharp.ridge import RidgePath, joined, ridge_path, sums_of
 from favorsharp.sklearn.base import KernelEstimator
 from favorsharp.sklearn.random_features import RandomFeatures

@@ -144,7 +144,7 @@ def test_tiles_do_not_matter_to_gradients_of_numpy_arrays(monkeypatch, steps):
         return [x for pullback in pullbacks for x in pullback(v)]
 
     want = results()
-    monkeypatch.setattr("favorsharp.ops.state.TILE_ELEMENTS", 1)  # 16 points
+    monkeypatch.setattr("favorsharp.ops.tiles.TILE_ELEMENTS", 1)  # 16 points
     for a, b in zip(results(), want, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-11)
 

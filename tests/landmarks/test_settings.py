@@ -141,7 +141,7 @@ def test_tiles_do_not_matter(few_xp, monkeypatch):
         return [few_xp.back(x) for x in (*calls, expected_error(q, k, lm))]
 
     want = results()
-    monkeypatch.setattr("favorsharp.ops.state.TILE_ELEMENTS", 1)  # 16 points
+    monkeypatch.setattr("favorsharp.ops.tiles.TILE_ELEMENTS", 1)  # 16 points
     for a, b in zip(results(), want, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-11)
 
