@@ -7,7 +7,7 @@
 from typing import Any
 
 from favorsharp.backend import broadcast_shapes
-from favorsharp_cuda.host import arrays, plain, tiles
+from favorsharp_cuda.host import arrays, plain, tile_sizes, tiles
 from favorsharp_cuda.host.packed import packed
 from favorsharp_cuda.host.problem import key_batch_of
 
@@ -36,7 +36,7 @@ attention_packed = packed(attention)
 
 def _attend(q: Any, k: Any, v: Any, feature_map: Any, key_mask: Any, window: int, **places: Any) -> Any:
     walks = bool(window and k.shape[-2])
-    if not tiles.fit(q, v.shape[-1], walks=walks):
+    if not tile_sizes.fit(q, v.shape[-1], walks=walks):
         return plain.attention(q, k, v, feature_map, key_mask, window, **places)
     if walks:
         return tiles.windowed(q, k, v, feature_map, key_mask, window, **places)

@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from favorsharp.backend import State, broadcast_shapes, namespace_of, num_leaving, with_recent
-from favorsharp_cuda.host import arrays, plain, tiles
+from favorsharp_cuda.host import arrays, plain, tile_sizes, tiles
 from favorsharp_cuda.host.packed import packed
 from favorsharp_cuda.host.problem import key_batch_of, lows_of, sums_of
 from favorsharp_cuda.state import fitting, recent_of
@@ -58,7 +58,7 @@ def _attend(
     given, low = (None, (None, None)) if state is None else (sums_of(state), lows_of(state))
     out = arrays.target(out, inputs, (*batch, q.shape[-2], v.shape[-1]), arrays.name_of(queries))
     numbers = {"window": window, "first_query": length - q.shape[-2], "limit": limit}
-    if tiles.fit(queries, v.shape[-1], walks=True):
+    if tile_sizes.fit(queries, v.shape[-1], walks=True):
         sums, new_low = tiles.causal(
             out, queries, keys, values, feature_map, key_mask, given, low, key_batch=key_batch, stats=stats, **numbers
         )  # fmt: skip

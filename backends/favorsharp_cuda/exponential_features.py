@@ -6,7 +6,7 @@
 from typing import Any
 
 from favorsharp.backend import broadcast_shapes
-from favorsharp_cuda.host import arrays, plain, tiles
+from favorsharp_cuda.host import arrays, plain, tile_sizes, tiles
 
 
 def exponential_features(u: Any, rows: Any, row: Any, column: Any, *, out: Any = None) -> Any:
@@ -15,7 +15,7 @@ def exponential_features(u: Any, rows: Any, row: Any, column: Any, *, out: Any =
     dtype = arrays.name_of(u)
     shape = (*batch, u.shape[-2], rows.shape[-2])
     result = arrays.target(out, (u, rows, row, column), shape, dtype)
-    served = tiles.fit(u, 1)
+    served = tile_sizes.fit(u, 1)
     (tiles if served else plain).features(u, rows, row, column, result)
     if out is None or out is result:
         return result

@@ -5,11 +5,11 @@
 
 from typing import Any
 
-from favorsharp_cuda.host import plain, tiles
+from favorsharp_cuda.host import plain, tile_sizes, tiles
 
 
 def kernel_matvec(x: Any, y: Any, v: Any, feature_map: Any) -> Any:
     """As `favorsharp.ops.kernel_matvec.kernel_matvec`."""
-    if tiles.fit(x, v.shape[-1]):
+    if tile_sizes.fit(x, v.shape[-1]):
         return tiles.attention(x, y, v, feature_map, None, normalised=False)
     return plain.attention(x, y, v, feature_map, None, 0, normalised=False)

@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from favorsharp.backend import State, broadcast_shapes, namespace_of, num_leaving, with_recent
-from favorsharp_cuda.host import arrays, plain, tiles
+from favorsharp_cuda.host import arrays, plain, tile_sizes, tiles
 from favorsharp_cuda.host.problem import key_batch_of, lows_of, sums_of
 
 FEW = 16
@@ -48,7 +48,7 @@ def _read(state: State, q: Any, feature_map: Any, *, stats: Any = None) -> Any:
     batch = broadcast_shapes(tuple(q.shape[:-2]), keys)
     out = arrays.empty(q, (*batch, q.shape[-2], state.kv.shape[-1]), arrays.name_of(q))
     sums = sums_of(state)
-    if recent is None and q.shape[-2] >= FEW and tiles.fit(q, out.shape[-1]):
+    if recent is None and q.shape[-2] >= FEW and tile_sizes.fit(q, out.shape[-1]):
         tiles.read(out, q, feature_map, sums, keys, stats=stats)
     else:
         plain.read(out, q, feature_map, sums, recent, stats=stats)
@@ -128,6 +128,6 @@ def recent_of(k: Any, v: Any, mask: Any) -> dict[str, Any]:
 def _absorbed(state: State, k: Any, v: Any, key_mask: Any, feature_map: Any) -> State:
     wide = arrays.name_of(state.kv)
     k, v, sums = fitting(k, wide), fitting(v, wide), sums_of(state)
-    served = k.shape[-2] >= FEW and tiles.fit(k, v.shape[-1])
+    served = k.shape[-2] >= FEW and tile_sizes.fit(k, v.shape[-1])
     (kv, z, c), (kv_low, z_low) = (tiles if served else plain).absorb(k, v, feature_map, key_mask, sums, lows_of(state))
     return replace(state, kv=kv, z=z, c=c, kv_low=kv_low, z_low=z_low)

@@ -22,7 +22,7 @@ from favorsharp_cuda import causal_attention as plain_causal
 from favorsharp_cuda import exponential_features as plain_features
 from favorsharp_cuda import kernel_matvec as plain_matvec
 from favorsharp_cuda.host import arrays as memory
-from favorsharp_cuda.host.attention_gradients import sweep_of, width_of
+from favorsharp_cuda.host.gradient_sizes import sweep_of, width_of
 from favorsharp_cuda.host.packed import packed
 from favorsharp_cuda.host.problem import lows_of, sums_of
 from favorsharp_cuda.state import fitting, recent_of

@@ -11,8 +11,9 @@ from favorsharp_cuda.attention import attention_with_stats
 from favorsharp_cuda.causal_attention import causal_attention_with_stats
 from favorsharp_cuda.exponential_features import exponential_features
 from favorsharp_cuda.host import arrays
-from favorsharp_cuda.host.attention_gradients import attention_backward, sweep_of, width_of
+from favorsharp_cuda.host.attention_gradients import attention_backward
 from favorsharp_cuda.host.exponential_features_gradients import exponential_features_backward
+from favorsharp_cuda.host.gradient_sizes import sweep_of, width_of
 from favorsharp_cuda.host.packed import packed_vjp
 from favorsharp_cuda.kernel_matvec import kernel_matvec
 

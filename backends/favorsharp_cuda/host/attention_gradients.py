@@ -4,24 +4,25 @@
 kernels are in kernels/attention_gradients.cu, gradient_points.cu and near_gradients.cu.
 """
 
-import math
 from typing import Any
 
 from favorsharp.backend import broadcast_shapes, namespace_of, summed_to
 from favorsharp_cuda.host import arrays
-from favorsharp_cuda.host.declarations import GRADIENT_ROWS, GRADIENT_THREADS, GRADIENTS, PART
-from favorsharp_cuda.host.launch import run, shared_room
+from favorsharp_cuda.host.declarations import GRADIENT_ROWS, GRADIENT_THREADS, GRADIENTS
+from favorsharp_cuda.host.gradient_sizes import (
+    columns_of,
+    segments_of,
+    shared_of_factors,
+    shared_of_near,
+    shared_of_sweep,
+    sweep_of,
+    wider_of,
+)
+from favorsharp_cuda.host.gradient_sums import MapSums, set_target, sum_members
+from favorsharp_cuda.host.launch import run
 from favorsharp_cuda.host.maps import plain_map
-from favorsharp_cuda.host.occupancy import MULTIPROCESSORS, cut
 from favorsharp_cuda.host.problem import Problem, Sums, key_batch_of, new_sums
-from favorsharp_cuda.host.source import SWEEPS, Sweep, expression
-
-WIDEST = 128
-"""The most entries that a point can have. Kernels other than `gradient_sweep` are compiled for widths 64 and 128."""
-BLOCKS = 2 * MULTIPROCESSORS
-"""The number of blocks that a large GPU runs at the same time."""
-SHORTEST_SEGMENT = 256
-"""The fewest points of a segment: its sums cost as much as reading some hundred points."""
+from favorsharp_cuda.host.source import expression
 
 
 def attention_backward(
@@ -51,101 +52,6 @@ def attention_backward(
     sums = b.pass_back(of_map)
     of_state = () if state is None else b.of_state()
     return b.of_points(0), b.of_points(1), b.of_values(), *of_state, sums
-
-
-def sweep_of(like: Any, d: int, e: int) -> Sweep:
-    """The instance of `gradient_sweep` to use for points of size d and values of size e, on the device of `like`.
-
-    Among the instances that fit into shared memory, it processes values in the fewest parts. Among those, it pads
-    points the least, and then has the most features at a time.
-
-    It is an error if points are too wide or nothing fits. Callers ask before the forward pass, so that the error comes
-    early.
-    """
-    width_of(d)
-    dtype, device = arrays.name_of(like), arrays.device_number(like)
-    room = shared_room(device)
-    if wide_enough := sweeps_for(dtype, d, room):
-        return min(wide_enough, key=lambda x: (-(-e // x.values), x.points, -x.features, x.values))
-    item = arrays.computed_item(dtype)
-    needed = min(shared_of(sweep, item) for sweep in SWEEPS[arrays.WIDER[dtype]] if sweep.points >= d)
-    fitting = sweeps_for(dtype, 0, room)
-    served = [f"d of at most {max(sweep.points for sweep in fitting)}"] if fitting else []
-    served += ["float32"] if dtype == "float64" else []
-    raise ValueError(
-        f"gradients in {dtype} of d={d} need {needed} bytes of shared memory for a block, and device {device} has "
-        f"{room}; accepted there: {', or '.join(served) or 'none'}"
-    )
-
-
-def sweeps_for(dtype: str, d: int, room: int) -> list[Sweep]:
-    """The instances of `gradient_sweep` that serve points of size d and need at most `room` bytes of shared memory."""
-    item = arrays.computed_item(dtype)
-    return [x for x in SWEEPS[arrays.WIDER[dtype]] if x.points >= d and shared_of(x, item) <= room]
-
-
-def width_of(d: int) -> int:
-    """The width, 64 or 128, to which kernels other than `gradient_sweep` pad points of size d."""
-    if d > WIDEST:
-        raise ValueError(
-            f"gradients on a GPU need d of at most {WIDEST}, got d={d}; use('reference') takes any d, "
-            "but keeps all features in memory"
-        )
-    return wider_of(d)
-
-
-def columns_of(e: int, widest: int) -> list[slice]:
-    """The parts in which values are processed, as slices of at most `widest` columns.
-
-    Gradients of points are linear in dout.v and dout.out, so those of the parts add up.
-    """
-    parts = max(1, -(-e // widest))
-    size = -(-e // parts)
-    return [slice(i * size, min(e, (i + 1) * size)) for i in range(parts)]
-
-
-def shared_of(sweep: Sweep, item: int) -> int:
-    """Bytes of shared memory for a block of a backward pass: the most that any of its kernels takes."""
-    wider = wider_of(sweep.points)
-    return max(shared_of_sweep(sweep, item), shared_of_factors(wider, item), shared_of_near(wider, item))
-
-
-def shared_of_sweep(sweep: Sweep, item: int) -> int:
-    """Bytes of shared memory for a block of `gradient_sweep`."""
-    size = sweep.features
-    points, values, features, pairs = sweep.points + 4, sweep.values + 4, size + 4, GRADIENT_ROWS + 4
-    items = (
-        GRADIENT_ROWS * (points + 2 * values)
-        + 2 * sweep.points * features
-        + 3 * GRADIENT_ROWS * features
-        + 2 * GRADIENT_ROWS * pairs
-    )
-    return item * (items + size * values + 5 * size + 4 * GRADIENT_ROWS + 2)
-
-
-def shared_of_factors(wider: int, item: int) -> int:
-    """Bytes of shared memory for a block of `gradient_factors` or `gradient_points`.
-
-    The matrix of a map's quadratic form is in shared memory in float32; in float64 it stays in global memory.
-    """
-    return item * ((wider if item == 4 else 0) + 2 * GRADIENT_ROWS) * (wider + 4)
-
-
-def shared_of_near(wider: int, item: int) -> int:
-    """Bytes of shared memory for a block of `near_gradients`."""
-    return item * (4 * GRADIENT_ROWS * (wider + 4) + 2 * GRADIENT_ROWS * (GRADIENT_ROWS + 4) + 6 * GRADIENT_ROWS)
-
-
-def wider_of(width: int) -> int:
-    """The given width rounded up to a multiple of 64, as kernels other than `gradient_sweep` need it."""
-    return max(64, -(-width // 64) * 64)
-
-
-def segments_of(heads: int, points: int, block: int) -> tuple[int, int]:
-    """How many segments to cut the points of a head into, and the points of a segment, a multiple of `block`."""
-    _, span = cut(heads, points, block, BLOCKS, SHORTEST_SEGMENT)
-    span = min(span, PART // block * block)
-    return max(1, -(-points // span)), span
 
 
 class Backward:
@@ -225,7 +131,7 @@ class Backward:
             # no sweep writes these arrays if keys are not read through features
             p.set(**{name: self._place(*shape, zero=self.only_near and name in ("key_slopes", "dk"))})
 
-    def pass_back(self, of_map: bool) -> "MapSums | None":
+    def pass_back(self, of_map: bool) -> MapSums | None:
         """Run the kernels whose results `of_points`, `of_values` and `of_state` return.
 
         With `of_map`, the result is the sums from which the gradients of the map follow.
@@ -289,7 +195,7 @@ class Backward:
                 "gradient_factors", self.heads * -(-points // GRADIENT_ROWS), shared, over=(self.dtype, self.wider)
             )
 
-    def sweep(self, keys_read: int, sums: "MapSums | None") -> None:
+    def sweep(self, keys_read: int, sums: MapSums | None) -> None:
         """Let one side read the other: keys read queries if `keys_read` is 1, otherwise queries read keys.
 
         This computes the gradients of the readers' z = sqrt(scale) x - center, of their factors (the part of log
@@ -435,113 +341,3 @@ def of_references(gradient: Any, sums: Any) -> Any:
     """The gradient of c through sums (*b, m, e), which are relative to c: (*b, 1, m)."""
     xp = namespace_of(sums)
     return xp.sum(gradient * sums, axis=-1)[..., None, :]
-
-
-def set_target(problem: Problem, target: Any) -> int:
-    """Let kernels write a gradient to `target`, in the shape of its array; the number of heads of that array.
-
-    Each of these heads receives the sum over the heads of the batch that it was broadcast to.
-    """
-    problem.array("target", target)
-    shape = (1,) * (len(problem.batch) - target.ndim + 2) + tuple(target.shape[:-2])
-    targets: int = math.prod(shape)
-    problem.axes("member", [size if own == 1 else 1 for size, own in zip(problem.batch, shape, strict=True)])
-    problem.set(targets=targets)
-    return targets
-
-
-def sum_members(problem: Problem, target: Any, source: int, steps: tuple[int, int, int]) -> None:
-    """Write a gradient to `target`, summed over the heads that its array was broadcast to.
-
-    Parameters
-    ----------
-    source : int
-        The address of the gradients of all heads.
-    steps : tuple of int
-        The strides of these gradients, in items, along rows, columns and heads.
-    """
-    targets = set_target(problem, target)
-    rows, columns = target.shape[-2:]
-    problem.set(
-        **{"from": source}, num_rows=rows, num_columns=columns, row_step=steps[0], column_step=steps[1],
-        head_step=steps[2],
-    )  # fmt: skip
-    blocks = -(-targets * rows * columns // GRADIENT_THREADS)
-    run(expression("sum_members", arrays.name_of(target)), target, blocks, GRADIENT_THREADS, problem.values)
-
-
-class MapSums:
-    """The sums over points of each head from which the gradients of a map follow.
-
-    `finished` returns them as `favorsharp.features.map_gradients` takes them, and `rows_and_weights` returns the
-    gradients of two arrays of the map.
-    """
-
-    def __init__(self, backward: Backward) -> None:
-        self.b = backward
-        self.partial: list[Any] = [None, None]
-        self.segments = [0, 0]
-
-    def of_features(self, keys: int, segments: int, *, zero: bool = False) -> int:
-        """The address to which a sweep writes the sums of each segment; `zero` fills it if no sweep will run."""
-        b = self.b
-        if self.partial[keys] is None:  # sweeps for later columns of the values add to the same array
-            self.segments[keys] = segments
-            self.partial[keys] = arrays.empty(b.q, (b.heads, b.slices, segments, b.slice, b.width + 1), b.wide)
-            if zero:
-                self.partial[keys][...] = 0
-        return b.problem.hold(self.partial[keys])
-
-    def finished(self) -> dict[str, Any]:
-        """All sums, (*b, ., .), by the names that `map_gradients` gives them."""
-        b, sums = self.b, {}
-        for keys, side in enumerate(("query", "key")):
-            segments = self.segments[keys]
-            whole = self._summed(self.partial[keys], b.heads * b.slices, segments, b.slice * (b.width + 1))
-            features = whole.reshape(*b.batch, b.slices * b.slice, b.width + 1)[..., : b.m, :]
-            sums[f"{side}_points"] = features[..., : b.d]
-            sums[f"{side}_column"] = features[..., -1:].swapaxes(-1, -2)
-            width = b.wider
-            size = width * width + width + 1
-            partial = arrays.empty(b.q, (b.heads, segments, size), b.wide)
-            span = b.spans[keys]
-            b.problem.set(keys_read=keys, segments=segments, span=span, factor_sums=b.problem.hold(partial))
-            shared = b.item * 2 * GRADIENT_ROWS * (width + 4)
-            b.run("gradient_factor_sums", b.heads * segments * (width // 32), shared, over=(b.dtype, width))
-            factors = self._summed(partial, b.heads, segments, size).reshape(*b.batch, 1, size)
-            products = factors[..., 0, : width * width].reshape(*b.batch, width, width)
-            sums[f"{side}_factor_products"] = products[..., : b.d, : b.d]
-            sums[f"{side}_factor_points"] = factors[..., width * width : width * width + b.d]
-            sums[f"{side}_factor"] = factors[..., -1:]
-        return sums
-
-    def _summed(self, partial: Any, outer: int, segments: int, inner: int) -> Any:
-        b = self.b
-        result = arrays.empty(b.q, (outer, inner), b.wide)
-        b.problem.set(
-            **{"from": b.problem.hold(partial), "to": b.problem.hold(result)}, outer=outer, segments=segments,
-            inner=inner,
-        )  # fmt: skip
-        b.run("sum_segments", -(-outer * inner // GRADIENT_THREADS), over=(b.wide,))
-        return result
-
-    def rows_and_weights(self, feature_map: Any) -> tuple[Any, Any]:
-        """The gradients of the map's rows and log_weight, in their shapes."""
-        b, p = self.b, feature_map.parameters
-        problem = b.problem
-        whole = []
-        for keys in (0, 1):
-            sums = self._summed(self.partial[keys], b.heads * b.slices, self.segments[keys], b.slice * (b.width + 1))
-            whole.append(sums)
-        problem.array("q", p.g1)
-        problem.array("k", p.g2)
-        problem.set(**{"from": problem.hold(whole[0]), "to": problem.hold(whole[1])}, inner=b.slices * b.slice)
-        found = []
-        for of_weights, like in enumerate((feature_map.rows, feature_map.log_weight)):
-            target = arrays.empty(like, tuple(like.shape), b.wide)
-            targets = set_target(problem, target)
-            problem.set(keys_read=of_weights)
-            numbers = targets * like.shape[-1] * like.shape[-2]
-            b.run("gradient_map", -(-numbers // GRADIENT_THREADS), over=(b.wide,))
-            found.append(arrays.cast(target, arrays.name_of(like)))
-        return found[0], found[1]

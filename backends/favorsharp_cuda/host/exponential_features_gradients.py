@@ -7,8 +7,9 @@ from typing import Any
 
 from favorsharp.backend import broadcast_shapes
 from favorsharp_cuda.host import arrays
-from favorsharp_cuda.host.attention_gradients import segments_of, sum_members, width_of
 from favorsharp_cuda.host.declarations import GRADIENT_ROWS, GRADIENT_THREADS, GRADIENTS
+from favorsharp_cuda.host.gradient_sizes import segments_of, width_of
+from favorsharp_cuda.host.gradient_sums import sum_members
 from favorsharp_cuda.host.launch import run
 from favorsharp_cuda.host.problem import Problem
 from favorsharp_cuda.host.source import expression

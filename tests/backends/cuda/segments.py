@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from unittest.mock import patch
 
-from favorsharp_cuda.host import attention_gradients, occupancy, repeats, tiles
+from favorsharp_cuda.host import gradient_sizes, occupancy, repeats, tiles
 
 
 @contextmanager
@@ -14,7 +14,7 @@ def short_segments() -> Iterator[None]:
     try:
         with (
             patch.multiple(tiles, SHORTEST=64, ABSORBED=0.0),
-            patch.object(attention_gradients, "SHORTEST_SEGMENT", 40),
+            patch.object(gradient_sizes, "SHORTEST_SEGMENT", 40),
             patch.multiple(occupancy, START=0, SCAN=0),
         ):
             yield

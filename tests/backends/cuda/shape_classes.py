@@ -446,7 +446,7 @@ def function(op: str) -> Callable[..., Any]:
 
 def has_gradients(shape: Shape, room: int | None = None) -> bool:
     """Whether a device serves gradients of points of this size; one of so much shared memory, or the shape's card."""
-    from favorsharp_cuda.host.attention_gradients import sweeps_for
+    from favorsharp_cuda.host.gradient_sizes import sweeps_for
 
     return bool(sweeps_for(shape.dtype, shape.d, SHARED_LIMITS[shape.card] if room is None else room))
 

@@ -19,7 +19,7 @@ from favorsharp.ops.exponential_features import exponential_features
 from favorsharp.ops.kernel_matvec import kernel_matvec
 from favorsharp.ops.state import decode_step, empty_state, read, update
 from favorsharp_cuda import BACKEND
-from favorsharp_cuda.host import arrays, launch, plain, tiles
+from favorsharp_cuda.host import arrays, launch, plain, tile_sizes
 from favorsharp_cuda.host.source import expression
 
 pytestmark = pytest.mark.own_backend
@@ -593,10 +593,10 @@ def test_what_has_room_beside_points():
         room = SHARED_LIMITS[card]
         for dtype, sizes in dtypes.items():
             for d, part, values in sizes:
-                assert tiles.walked_size(dtype, d, 128, room) == part, (card, dtype, d)
-                assert tiles.widest_value(dtype, d, room) == values, (card, dtype, d)
-    assert tiles.walked_size("float32", 64, 32, SHARED_LIMITS["sm_80"]) == 32
-    assert tiles.walked_size("float16", 128, 64, SHARED_LIMITS["sm_80"]) == 64
+                assert tile_sizes.walked_size(dtype, d, 128, room) == part, (card, dtype, d)
+                assert tile_sizes.widest_value(dtype, d, room) == values, (card, dtype, d)
+    assert tile_sizes.walked_size("float32", 64, 32, SHARED_LIMITS["sm_80"]) == 32
+    assert tile_sizes.walked_size("float16", 128, 64, SHARED_LIMITS["sm_80"]) == 64
 
 
 @pytest.mark.parametrize(

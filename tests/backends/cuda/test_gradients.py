@@ -16,7 +16,11 @@ from favorsharp.ops.vjp import attention_vjp, exponential_features_vjp
 
 torch = pytest.importorskip("torch")
 from favorsharp_cuda import vjp  # noqa: E402
-from favorsharp_cuda.host import arrays, launch  # noqa: E402
+from favorsharp_cuda.host import (  # noqa: E402
+    arrays,
+    gradient_sizes,
+    launch,
+)
 from favorsharp_cuda.host import attention_gradients as gradients  # noqa: E402
 
 pytestmark = pytest.mark.own_backend
@@ -304,7 +308,7 @@ def test_every_size_of_points_fits_every_card_that_is_compiled_for(monkeypatch):
             like = to(np.zeros(1), dtype)
             widest = 64 if dtype == "float64" and limit == SHARED_LIMITS["sm_86"] else 128
             sizes = [d for d in (1, 40, 64, 65, 96, 97, 128) if d <= widest]
-            assert all(gradients.sweep_of(like, d, e).points >= d for d in sizes for e in (0, 1, 65, 300))
+            assert all(gradient_sizes.sweep_of(like, d, e).points >= d for d in sizes for e in (0, 1, 65, 300))
 
 
 def test_a_larger_card_keeps_the_larger_sweeps(monkeypatch):
@@ -313,7 +317,7 @@ def test_a_larger_card_keeps_the_larger_sweeps(monkeypatch):
     for dtype, features in (("float32", (64, 64, 32, 32)), ("float64", (32, 32, 16, 16))):
         like = to(np.zeros(1), dtype)
         for d, most in zip((32, 64, 96, 128), features, strict=True):
-            assert all(gradients.sweep_of(like, d, e).features == most for e in (1, 20, d))
+            assert all(gradient_sizes.sweep_of(like, d, e).features == most for e in (1, 20, d))
 
 
 def test_shape_classes_ask_for_the_gradients_that_a_card_has():

@@ -13,8 +13,11 @@ from favorsharp._values import astype
 
 pytestmark = pytest.mark.own_backend
 pytest.importorskip("favorsharp_cuda")
-from favorsharp_cuda.host import attention_gradients as gradients  # noqa: E402
-from favorsharp_cuda.host import launch, tiles  # noqa: E402
+from favorsharp_cuda.host import (  # noqa: E402
+    gradient_sizes,
+    launch,
+    tiles,
+)
 
 N, LAST = 8_192 + 40, 100
 LIMIT = 1e-5
@@ -25,7 +28,7 @@ LIMIT = 1e-5
 def on_tensor_cores_that_cut(monkeypatch):
     """And in as few pieces as there may be: those of a GPU that many heads fill."""
     monkeypatch.setattr(tiles, "SHORTEST", 1 << 30)
-    monkeypatch.setattr(gradients, "SHORTEST_SEGMENT", 1 << 30)
+    monkeypatch.setattr(gradient_sizes, "SHORTEST_SEGMENT", 1 << 30)
     with installed() as name, fs.use(name):
         launch.module_class = TruncatingModule
         yield

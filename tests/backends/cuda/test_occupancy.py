@@ -11,7 +11,7 @@ pytestmark = pytest.mark.own_backend
 pytest.importorskip("favorsharp_cuda")
 from segments import short_segments  # noqa: E402
 
-from favorsharp_cuda.host import occupancy, tiles  # noqa: E402
+from favorsharp_cuda.host import occupancy, tile_sizes, tiles  # noqa: E402
 from favorsharp_cuda.host.declarations import THREADS  # noqa: E402
 from favorsharp_cuda.host.source import TILE_TYPES, VALUE_SIZES, WALKED_SIZES, expression  # noqa: E402
 
@@ -44,11 +44,11 @@ def blocks_by_registers(name):
 
 def launches(dtype, d, m):
     """Of each kernel: its instance, the stages that are chosen, and the bytes with one stage and with these."""
-    part = tiles.walked_size(dtype, d, d, ROOM)
-    e, walked = tiles.value_size(d), tiles.walked_value_size(d, part)
-    walk = [tiles.shared_of_walk(dtype, d, part, stages) for stages in (1, 2)]
-    read = [tiles.shared_of_read(dtype, d, e, stages) for stages in (1, 2)]
-    absorb = tiles.shared_of_absorb(dtype, d, walked)
+    part = tile_sizes.walked_size(dtype, d, d, ROOM)
+    e, walked = tile_sizes.value_size(d), tile_sizes.walked_value_size(d, part)
+    walk = [tile_sizes.shared_of_walk(dtype, d, part, stages) for stages in (1, 2)]
+    read = [tile_sizes.shared_of_read(dtype, d, e, stages) for stages in (1, 2)]
+    absorb = tile_sizes.shared_of_absorb(dtype, d, walked)
     stages = occupancy.stages_of("walk", part, *walk, ROOM)
     yield "walk", part, stages, walk[0], walk[stages - 1]
     stages = occupancy.stages_of("read", e, *read, ROOM) if m > 64 else 1

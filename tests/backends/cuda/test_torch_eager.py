@@ -17,7 +17,7 @@ pytest.importorskip("cupy")
 from torch_calls import ALL_MODES, MODES, NAMES, features_problem, leaves, state_after  # noqa: E402
 
 from favorsharp_cuda import torch_ops  # noqa: E402
-from favorsharp_cuda.host import attention_gradients as gradients  # noqa: E402
+from favorsharp_cuda.host import gradient_sizes  # noqa: E402
 
 pytestmark = [pytest.mark.own_backend, pytest.mark.usefixtures("torch_on_host")]
 
@@ -108,7 +108,7 @@ def test_derivatives_of_states_are_those_of_differences(problem, window, keys):
 @pytest.mark.parametrize("window", [0, 32])
 def test_derivatives_of_states_in_parts(window, monkeypatch):
     """Of more features than a sweep works on at once, wider values than it takes, and points in several segments."""
-    monkeypatch.setattr(gradients, "SHORTEST_SEGMENT", 40)
+    monkeypatch.setattr(gradient_sizes, "SHORTEST_SEGMENT", 40)
     q, k, v = (torch.asarray(x) for x in attention_problem(2, (2,), n=190, d=5, e=133))
     fm = fs.feature_map(fs.fit(q, k), 70, rng=0)
     given = leaves(q[:, 90:], k, v, *arrays_of(fm))
