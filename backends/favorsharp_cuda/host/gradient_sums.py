@@ -53,7 +53,7 @@ class MapSums:
     gradients of two arrays of the map.
     """
 
-    def __init__(self, backward: Backward) -> None:
+    def __init__(self, backward: "Backward") -> None:
         self.b = backward
         self.partial: list[Any] = [None, None]
         self.segments = [0, 0]
