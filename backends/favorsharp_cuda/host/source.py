@@ -10,8 +10,16 @@ from typing import NamedTuple
 from favorsharp_cuda.host.declarations import prelude
 
 FILES = (
-    *("primitives.cuh", "arguments.cuh", "tiles.cuh", "plain.cu", "exponential_features.cu"),
-    *("state.cu", "decode.cu", "attention.cu", "walk.cuh", "causal_attention.cu", "seeds.cu"),
+    *("primitives.cuh", "arguments.cuh", "tiles.cuh", "tile_memory.cuh", "tile_products.cuh", "plain.cu"),
+    *(
+        "exponential_features.cu",
+        "state.cu",
+        "decode.cu",
+        "attention.cu",
+        "walk.cuh",
+        "causal_attention.cu",
+        "seeds.cu",
+    ),
 )
 """The forward kernels, in the order in which the files are joined."""
 
