@@ -55,7 +55,7 @@ TERMS = """\
   float32 NumPy arrays, eight heads of 64, with 128 features or landmarks, unless the row says otherwise.
 - *Times* are medians in milliseconds. Ours and the others take turns in one process, with a pause before each call, so
   that the threads of the one before are asleep. A time is worth little on another machine; compare ratios.
-- *Ratio*: the time of the best other over ours. Above 1, ours takes less.
+- *Ratio*: the time of the best other software divided by ours. Above 1, ours takes less time.
 - *Of the bound*: the least time that the matrix products and the bytes of the work could take on this machine, over our
   time. The products run at most at the rate of multiply-adds from the fastest cache, bytes at that of a copy; both are
   measured in the same run. Exponentials, fits' decompositions and Python are not in it.
