@@ -1,4 +1,4 @@
-"""Kernels on a CPU: what the tests of favorsharp_cuda share."""
+"""Fixtures of the tests of favorsharp_cuda, which run the CUDA kernels on a CPU through the shim."""
 
 import os
 import sys
@@ -29,7 +29,7 @@ if compiler() is None:
 
 @pytest.fixture
 def used_on_host() -> Iterator[None]:
-    """Calls inside the test go to the backend, run by the shim; nothing was written beside its arrays."""
+    """Send the calls of the test to the backend and the shim, and check that nothing was written beside its arrays."""
     with on_host.installed() as name, fs.use(name):
         yield
     on_host.check_guards()
@@ -37,7 +37,7 @@ def used_on_host() -> Iterator[None]:
 
 @pytest.fixture
 def torch_on_host(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The backend takes torch's tensors of the CPU as if they were a GPU's, and the shim runs its kernels."""
+    """Let the backend take torch's CPU tensors as if they were on a GPU; the shim runs its kernels."""
     import torch
 
     import favorsharp_cuda

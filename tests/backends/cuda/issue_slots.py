@@ -1,8 +1,8 @@
-"""How long the tensor-core kernels would take by their instructions and bytes: a model, which no GPU has confirmed.
+"""A model of the time of the tensor-core kernels, from instructions and bytes; it has not been compared with a GPU.
 
 `python tests/backends/cuda/issue_slots.py` compiles the kernels of bfloat16 for sm_90 and prints the tables of
 docs/design/cuda-issue-slots.md. Instructions are counted in the disassembly. Each belongs to lines of the source, and
-how often the loops around it go around follows from the sizes. Loads of 16 bytes are assumed to be possible.
+the number of iterations of the loops around it follows from the sizes. Loads of 16 bytes are assumed to be possible.
 """
 
 import re
@@ -91,8 +91,8 @@ Rule = tuple[str, float]
 def counts(found: list[Counted], labels: dict[str, int], loops: Iterable[Rule], lines: Iterable[Rule]) -> Counter[str]:
     """How often each instruction is issued by one warp.
 
-    `loops` says how often a loop goes around, found by the lines of the branch that closes it. A loop of which nothing
-    is said goes around once. `lines` says the same of lines of any function around an instruction.
+    `loops` gives the iterations of a loop, which is found by the lines of the branch that closes it; other loops run
+    once. `lines` gives the number of times that lines of any function around an instruction run.
     """
     weights = [1.0] * len(found)
     for at, each in enumerate(found):
@@ -107,7 +107,7 @@ def counts(found: list[Counted], labels: dict[str, int], loops: Iterable[Rule], 
 
 
 def _factor(lines: Iterable[Line], rules: Iterable[Rule], innermost: bool = False) -> float:
-    """The product of all rules that fit; with `innermost` the first that fits the innermost line."""
+    """The product of all rules that match; with `innermost`, the first rule that matches the innermost line."""
     lines = tuple(lines)[:1] if innermost else tuple(lines)
     factor = 1.0
     for text, times in rules:
@@ -119,7 +119,7 @@ def _factor(lines: Iterable[Line], rules: Iterable[Rule], innermost: bool = Fals
 
 
 def cycles(issued: Counter[str]) -> dict[str, float]:
-    """Cycles that a warp takes of each pipe of its scheduler, and to issue everything."""
+    """The cycles for which a warp occupies each pipe of its scheduler, and those that it needs to issue everything."""
     taken = {"issue": float(sum(issued.values()))}
     for pipe, (each, names) in PIPES.items():
         taken[pipe] = each * sum(issued[name] for name in names)
@@ -143,7 +143,7 @@ SKIPPED = (
 
 
 def rules_of(s: Sizes) -> tuple[list[Rule], list[Rule]]:
-    """How often the loops of all kernels go around for bfloat16, and which lines do not run, for whole tiles."""
+    """The iterations of the loops of all kernels for bfloat16, and the lines that do not run, for whole tiles."""
     lanes = max(2, 1 << (-(-s.d // 8) - 1).bit_length())
     steps = lanes.bit_length() - 1
     loops = [
@@ -191,7 +191,8 @@ def listing_of(kernel: str, architecture: str = "sm_90") -> tuple[list[Counted],
 
 
 def of_tile(kernel: str, s: Sizes, body: str = "") -> Counter[str]:
-    """What a warp issues for a tile of 64 points: in the loop that a line with the text closes, or everywhere."""
+    """What a warp issues for a tile of 64 points: the instructions of the loop that a line with the text closes, or
+    all."""
     found, labels = _listing(kernel)
     if body:
         closing = [
@@ -209,7 +210,7 @@ _listing = cache(listing_of)
 
 
 class Share(NamedTuple):
-    """What a kernel of a call takes for a token of a head: instructions of a warp and tile, and nanoseconds."""
+    """The share of a kernel in a call: instructions of a warp for a tile, and nanoseconds for a token of a head."""
 
     kernel: str
     instructions: float

@@ -1,7 +1,7 @@
 """Barriers of the kernels' source, each of which can be left out while kernels run.
 
-As a script: run calls as they are, and then once more without each barrier that they come to, in a process of its own.
-Under ThreadSanitizer, whose builds take long, so that all of it is done with one build of a kernel.
+As a script, it runs calls unchanged, and then once more without each barrier that they reach, each time in a child
+process. It runs under ThreadSanitizer, whose builds are slow, so one build of a kernel serves all barriers.
 """
 
 import hashlib
@@ -46,7 +46,7 @@ class Site:
 
 
 def sites(code: str) -> list[Site]:
-    """Every barrier in the joined source, in order; the primitives' own definitions are none."""
+    """Every barrier in the joined source, in order, except in the definitions of the primitives."""
     marks = list(LINE.finditer(code))
     starts = [mark.start() for mark in marks]
     found = []
@@ -59,7 +59,7 @@ def sites(code: str) -> list[Site]:
 
 
 def numbered(code: str) -> str:
-    """The source with a question before each barrier, whether it stands; lines keep their numbers."""
+    """The source with a condition before each barrier, which can switch it off; lines keep their numbers."""
     parts, end = [], 0
     for number, site in enumerate(sites(code)):
         parts += [code[end : site.start], f"do {{ if (host::stands({number})) {site.text} }} while (0);"]
@@ -68,10 +68,10 @@ def numbered(code: str) -> str:
 
 
 def in_a_child(action: Callable[[], Any], quiet: bool) -> Any:
-    """What an action returns in a child, or None if it ends in any other way.
+    """The result of an action that runs in a child process, or None if the child ends in any other way.
 
-    Forked before any kernel has run: once there are fibers, ThreadSanitizer takes them for threads, and a child of a
-    process with several for one that it need not watch.
+    Fork before any kernel has run: ThreadSanitizer takes fibers for threads, and does not watch the child of a process
+    with several threads.
     """
     reading, writing = os.pipe()
     child = os.fork()
@@ -92,7 +92,10 @@ def in_a_child(action: Callable[[], Any], quiet: bool) -> Any:
 
 
 def run(call: str, request: dict[str, Any], count: int, without: int = -1) -> dict[str, Any]:
-    """Make a call at the shape and lengths of a request: its result, what it launched, which barriers it came to."""
+    """Make a call with the shape and lengths of a request.
+
+    Return its result, its launches, and the barriers that it reached.
+    """
     from segments import short_segments
 
     shape, lengths = shape_classes.SHAPES[request["shapes"][0]], shape_classes.LENGTHS[request["lengths"]]
@@ -108,7 +111,7 @@ def run(call: str, request: dict[str, Any], count: int, without: int = -1) -> di
 
 
 def digest(result: Any) -> str:
-    """Of every bit of the arrays of a result, which is to be the same in every order of threads."""
+    """A digest of all bits of the arrays of a result, which must be the same in every order of threads."""
     found = hashlib.sha256()
     for array in shape_classes.leaves(result):
         found.update(np.ascontiguousarray(array).view(np.uint8))
@@ -116,9 +119,9 @@ def digest(result: Any) -> str:
 
 
 def main(requests: str) -> None:
-    """Print the barriers that the calls of requests came to, those whose absence they noticed, and the kernels.
+    """Print the barriers that the calls of the requests reached, those whose absence was noticed, and the kernels.
 
-    A barrier whose absence one request noticed is not left out again for the next.
+    A barrier whose absence one request has noticed is not left out again for the next.
     """
     from favorsharp_cuda.host.source import source
 

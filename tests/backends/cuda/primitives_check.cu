@@ -1,4 +1,4 @@
-// Each primitive alone, so that what every lane gets can be compared with the layouts written in test_primitives.py.
+// Each primitive alone, so that the results of every lane can be compared with the layouts in test_primitives.py.
 namespace favorsharp {
 
 // One product of (16, 16) and (16, 8), fragments as they are: a (32 lanes, 4), b (32, 2), d (32, 4).
@@ -12,7 +12,7 @@ template <class T> KERNEL(32) check_mma(const u32 *a, const u32 *b, float *d) {
   for (int i = 0; i < 4; i++) d[lane * 4 + i] = sum[i];
 }
 
-// Four (8, 8) matrices of numbers that say where they stand, by cp.async and ldmatrix: out (2, 32 lanes, 4).
+// Four (8, 8) matrices, whose entries are their own positions, by cp.async and ldmatrix: out (2, 32 lanes, 4).
 KERNEL(32) check_matrices(const u16 *x, u32 *out) {
   SHARED_MEMORY(raw);
   u16 *rows = (u16 *)raw;
@@ -30,7 +30,8 @@ KERNEL(32) check_matrices(const u16 *x, u32 *out) {
   }
 }
 
-// Groups of copies: the older lands at wait_copies<1>; what is not wanted is zero. out (2, 32, 8)
+// Groups of copies: the older group is complete after wait_copies<1>; entries that are not wanted are zero. out (2, 32,
+// 8)
 KERNEL(32) check_copies(const u16 *x, u16 *out) {
   SHARED_MEMORY(raw);
   u16 *rows = (u16 *)raw;

@@ -1,4 +1,4 @@
-"""What the kernels take of a GPU, from NVRTC and the disassembler, on a machine without one.
+"""The registers and instructions of the kernels, from NVRTC and the disassembler, on a machine without a GPU.
 
 `python tests/backends/cuda/resources.py` compiles every instantiation and rewrites resources.json. With names of
 kernels (`walk absorb`), it compiles the instances of these only, which is right if no other kernel has changed.
@@ -64,7 +64,7 @@ def _compile(architecture: str, names: list[str], code: str, options: tuple[str,
             raise RuntimeError(f"NVRTC, {architecture}:\n{nvrtc.getProgramLog(program)[:8000]}") from error
         symbols = {nvrtc.getLoweredName(program, name): name for name in names}
         log = nvrtc.getProgramLog(program)
-        cubin = nvrtc.getCUBIN(program) + b"\0"  # CuPy takes the last byte for the end of a string
+        cubin = nvrtc.getCUBIN(program) + b"\0"  # CuPy drops the last byte, as the end of a string
     finally:
         nvrtc.destroyProgram(program)
     counts = count_instructions(cubin)
@@ -93,7 +93,7 @@ def read_log(log: str) -> dict[str, Resources]:
 
 
 def count_instructions(cubin: bytes) -> dict[str, Resources]:
-    """How often each of `INSTRUCTIONS` stands in each kernel, and how many loads it has in flight, by symbol."""
+    """The number of each of `INSTRUCTIONS` in each kernel, and the number of its loads in flight, by symbol."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
@@ -103,7 +103,7 @@ def count_instructions(cubin: bytes) -> dict[str, Resources]:
 
 
 class Instruction(NamedTuple):
-    """Whether an instruction depends on a predicate, its name with all that follows it after points, its operands."""
+    """Whether an instruction depends on a predicate, its name with modifiers, and its operands."""
 
     conditional: bool
     name: str
@@ -158,7 +158,7 @@ def disassembler() -> Path:
 
 
 def fingerprint() -> str:
-    """A hash of all that the table depends on but the compiler's version: the code without comments, options, names."""
+    """A hash of what the table depends on except the compiler's version: code without comments, options and names."""
     from favorsharp_cuda.host.launch import OPTIONS
     from favorsharp_cuda.host.source import INSTANTIATIONS, source
 
@@ -167,12 +167,15 @@ def fingerprint() -> str:
 
 
 def read_table() -> dict[str, Any]:
-    """The table that is checked in, by architecture and name; under "fingerprint" what it was made from."""
+    """The table in the repository, by architecture and name.
+
+    The entry "fingerprint" says which code it was made from.
+    """
     return json.loads(TABLE.read_text())  # type: ignore[no-any-return]
 
 
 def write_table(table: Mapping[str, Mapping[str, Resources]]) -> None:
-    """Write it, one kernel a line."""
+    """Write the table, with one line for each kernel."""
     blocks = [f' "fingerprint": {json.dumps(fingerprint())}']
     for architecture, kernels in table.items():
         lines = [f"  {json.dumps(name)}: {json.dumps(kernels[name])}" for name in sorted(kernels)]
@@ -181,7 +184,7 @@ def write_table(table: Mapping[str, Mapping[str, Resources]]) -> None:
 
 
 def complaints(found: Mapping[str, Resources], table: Mapping[str, Resources]) -> list[str]:
-    """Where kernels take more than the table says, or compute by other instructions."""
+    """The kernels that need more registers or memory than the table says, or use other instructions."""
     said = []
     for name, now in found.items():
         if now["spilled"] > SMALL_SPILL:
@@ -209,7 +212,7 @@ def complaints(found: Mapping[str, Resources], table: Mapping[str, Resources]) -
 
 
 def representatives(names: Iterable[str]) -> list[str]:
-    """Of each kernel the instance whose name sorts last: one dtype, the largest first size."""
+    """For each kernel, the instance whose name sorts last: one dtype, with the largest first size."""
     by_kernel = groupby(sorted(names), key=lambda name: name.partition("<")[0])
     return [list(group)[-1] for _, group in by_kernel]
 

@@ -1,4 +1,4 @@
-"""Several segments at the lengths of tests, where they would not pay."""
+"""Makes the kernels use several segments for the short inputs of tests, for which they would use one."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,7 +9,7 @@ from favorsharp_cuda.host import gradient_sizes, occupancy, repeats, tiles
 
 @contextmanager
 def short_segments() -> Iterator[None]:
-    """Cut lengths into the shortest segments, as if more of them cost nothing."""
+    """Cut lengths into the shortest segments, as if each segment cost nothing."""
     _forget()
     try:
         with (

@@ -1,7 +1,7 @@
 """Calls of every op of favorsharp_cuda at every shape class that its kernels are instantiated for.
 
 The functions that CuPy arrays are dispatched to are called with NumPy arrays, whose kernels `on_host` runs on the CPU.
-As a script: run calls in a process of its own, under whatever sanitizer it has.
+As a script, it runs calls in a process that may be under a sanitizer.
 """
 
 import importlib
@@ -30,7 +30,7 @@ WIDER = {"float16": "float32", "bfloat16": "float32", "float32": "float32", "flo
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of points, values and features, the dtype, what kind of map, and the card that memory is limited as on."""
+    """Sizes of points, values and features, the dtype, the kind of map, and the card whose memory limits apply."""
 
     dtype: str
     d: int
@@ -56,7 +56,7 @@ SHAPES = (
     Shape("float32", 64, 32, 512, "saderf"),
     Shape("float32", 40, 100, 33, "optimal", "gaussian"),
     Shape("bfloat16", 33, 64, 512, "posrf", "gaussian"),
-    Shape("float32", 130, 140, 40),  # beyond what tiles hold
+    Shape("float32", 130, 140, 40),  # larger than tiles
     Shape("float32", 64, 64, 144, "optimal", "gaussian"),
     Shape("float64", 12, 9, 24),
     Shape("float64", 64, 64, 64, "optimal", "gaussian"),
@@ -77,7 +77,10 @@ SHAPES = (
 
 @dataclass(frozen=True)
 class Lengths:
-    """Queries, and keys where they may differ; leading axes of the keys, and query heads for each key head."""
+    """The number of queries, and that of keys if it may differ.
+
+    Leading axes of the keys, and query heads for each key head.
+    """
 
     n: int
     s: int
@@ -130,7 +133,7 @@ CALLS: dict[str, Callable[[Any], tuple[str, tuple[Any, ...], dict[str, Any]]]] =
     "decode": lambda p: ("decode_step", (*p.token, p.state(0), p.map), {}),
     "decode, masked": lambda p: ("decode_step", (*p.token, p.state(0), p.map), {"key_mask": p.token_mask}),
     "decode, window 16": lambda p: ("decode_step", (*p.token, p.state(16), p.map), {}),
-    # recent keys that are as many as there may be, of which twenty leave
+    # as many recent keys as there may be, of which twenty leave
     "decode, window 20, masked": lambda p: (
         "decode_step", (*p.token, p.state(20), p.map), {"key_mask": p.token_mask},
     ),
@@ -166,7 +169,7 @@ VJPS = {
 
 
 class Problem:
-    """The arguments of calls, in the dtype of a shape or (`wide`) the same numbers in float64."""
+    """The arguments of calls, in the dtype of a shape or, with `wide`, the same numbers in float64."""
 
     def __init__(self, shape: Shape, lengths: Lengths, wide: bool = False) -> None:
         self.shape, self.lengths = shape, lengths
@@ -204,7 +207,7 @@ class Problem:
         self.plain = tuple(guarded(x.astype(dtype)) for x in (u, rows, row, column))
 
     def point(self, x: Any) -> Any:
-        """Of a norm that keeps the logarithms of features below ten, rounded to the dtype."""
+        """Points whose norm keeps the logarithms of features below ten, rounded to the dtype."""
         return (x / self.shape.d**0.5).astype(self.shape.dtype)
 
     @property
@@ -219,7 +222,7 @@ class Problem:
 
     @property
     def landmark_options(self) -> dict[str, Any]:
-        """Of a choice with one Lloyd step."""
+        """The options of a choice with one Lloyd step."""
         return {"num_landmarks": 9, "steps": 1, "kernel": "softmax", "scale": 0.5, "seed": 3, "event": 0}
 
     def of_sums(self, state: Any) -> list[np.ndarray]:
@@ -278,7 +281,7 @@ def run(name: str, shape: Shape, lengths: Lengths = RAGGED) -> Any:
 
 
 def _set_card(shared_limit: int) -> None:
-    """Kernels are loaded for what a block may have: those of another card are forgotten."""
+    """Forget the kernels of another card, because kernels are loaded for the shared memory of a card."""
     if HostModule.shared_limit != shared_limit:
         launch.forget()
     HostModule.shared_limit = shared_limit
@@ -341,7 +344,7 @@ def wanted(name: str, shape: Shape, lengths: Lengths = RAGGED) -> Any:
 
 
 def _tensors(value: Any) -> Any:
-    """An array as a tensor, or what holds some with tensors."""
+    """An array as a tensor; in a value that holds arrays, these as tensors."""
     import torch
 
     if isinstance(value, np.ndarray):
@@ -376,9 +379,9 @@ def _through_a_state(name: str, problem: Problem) -> tuple[Any, ...]:
 
 
 def by_autograd(name: str, problem: Problem, place: Callable[[Any], Any], op: Callable[[str], Any]) -> tuple[Any, ...]:
-    """What a call of `OF_STATES` gives, by torch's autograd.
+    """The result of a call of `OF_STATES`, and its gradients by torch's autograd.
 
-    `place` makes tensors of arrays, and of what holds some; `op` gives the function of a name.
+    `place` turns arrays, and those that a value holds, into tensors; `op` gives the function of a name.
     """
     import torch
 
@@ -403,7 +406,7 @@ def by_autograd(name: str, problem: Problem, place: Callable[[Any], Any], op: Ca
 
 
 def _of_every_array(problem: Problem, **options: Any) -> tuple[Any, ...]:
-    """The result, and the gradients of points and of all arrays of a map, as torch's autograd has them computed."""
+    """The result, and the gradients of points and of all arrays of a map by torch's autograd."""
     from favorsharp.features.map_gradients import map_gradients
     from favorsharp_cuda.attention import attention_with_stats
     from favorsharp_cuda.host.attention_gradients import attention_backward
@@ -436,7 +439,7 @@ def vjp_options(name: str, problem: Problem) -> dict[str, Any]:
 
 @cache
 def function(op: str) -> Callable[..., Any]:
-    """What a CuPy array is dispatched to."""
+    """The function that calls with CuPy arrays are dispatched to."""
     import favorsharp_cuda
 
     target = next(k.target for k in favorsharp_cuda.BACKEND.kernels if k.op == op and "cupy" in k.libraries)
@@ -445,14 +448,14 @@ def function(op: str) -> Callable[..., Any]:
 
 
 def has_gradients(shape: Shape, room: int | None = None) -> bool:
-    """Whether a device serves gradients of points of this size; one of so much shared memory, or the shape's card."""
+    """Whether gradients of points of this size run on a device with so much shared memory, or on the shape's card."""
     from favorsharp_cuda.host.gradient_sizes import sweeps_for
 
     return bool(sweeps_for(shape.dtype, shape.d, SHARED_LIMITS[shape.card] if room is None else room))
 
 
 def names(shape: Shape | None = None) -> list[str]:
-    """Every call that the backend has, and serves at that shape."""
+    """All calls that the backend serves at that shape."""
     import favorsharp_cuda
 
     ops = {kernel.op for kernel in favorsharp_cuda.BACKEND.kernels}

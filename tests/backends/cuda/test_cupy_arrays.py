@@ -1,5 +1,6 @@
 """Every op on real cupy.ndarray objects over host memory: dispatch, allocation and launches are the library's own, and
-only the module of compiled kernels is the shim's.
+
+only the compiled kernels come from the shim.
 """
 
 import ctypes
@@ -32,14 +33,14 @@ PARAMETERS = ("a", "g1", "g2", "center_x", "center_y")
 
 
 def host_memory(size):
-    """What CuPy takes for memory of device 0."""
+    """Host memory that CuPy takes for memory of device 0."""
     host = np.full(size + 512, 0xFF, np.uint8)  # floats are NaN until they are written
     start = (host.ctypes.data + 511) // 512 * 512
     return cupy.cuda.MemoryPointer(cupy.cuda.UnownedMemory(start, size, host, 0), 0)
 
 
 def seen(x):
-    """The numbers of a cupy.ndarray over host memory, wherever they lie."""
+    """The numbers of a cupy.ndarray over host memory, with any strides."""
     base = np.frombuffer((ctypes.c_ubyte * max(1, x.base.nbytes if x.base is not None else x.nbytes)).from_address(
         (x.base if x.base is not None else x).data.ptr), np.uint8)  # fmt: skip
     offset = x.data.ptr - (x.base if x.base is not None else x).data.ptr
@@ -61,7 +62,7 @@ def put(x):
 @pytest.fixture(autouse=True)
 def over_host_memory(monkeypatch):
     monkeypatch.setattr(launch, "module_class", HostModule)
-    # streams and CuPy's own arithmetic, by which it packs maps, go through the driver; the rest is as on a GPU
+    # streams, and the arithmetic of CuPy that packs maps, need the driver; everything else is as on a GPU
     monkeypatch.setattr(maps, "stream_of", lambda like: (0, False))
     monkeypatch.setattr(launch, "current_device", lambda: 0)
     for name in ("_pack_plain", "_pack_tiles"):
@@ -167,7 +168,10 @@ def test_kernel_matvec_and_features():
 
 
 def test_features_may_be_written_over_their_points(monkeypatch):
-    """What shares memory is computed beside it and then copied by CuPy, which takes a GPU: seen is what it copies."""
+    """A result that shares memory with an input is computed elsewhere and then copied by CuPy, which needs a GPU.
+
+    The test looks at what is copied.
+    """
     rng = np.random.default_rng(0)
     memory, rows, row, column = (put(rng.standard_normal(shape) / 2) for shape in ((30, 4), (4, 4), (20, 1), (1, 4)))
     given, copies = (memory[:20], rows, row, column), []

@@ -27,14 +27,14 @@ TOLERANCES = {"float16": 1e-3, "bfloat16": 1e-2, "float32": 3e-5, "float64": 1e-
 
 
 def for_host(kernel):
-    """The same kernel, declared for what lies in host memory."""
+    """The same kernel, declared for arrays in host memory."""
     library = {"cupy": "numpy"}.get(*kernel.libraries, *kernel.libraries)
     return dataclasses.replace(kernel, libraries={library}, devices={"cpu"}, differentiable=False)
 
 
 @pytest.fixture(autouse=True)
 def on_the_host(monkeypatch):
-    """The backend for NumPy arrays, run by the shim; what it allocates is full of NaN; segments are short."""
+    """The backend for NumPy arrays, run by the shim; new arrays are full of NaN, and segments are short."""
     backend = dispatch.Backend("cuda", (), tuple(map(for_host, BACKEND.kernels)))
     find, empty = choice.backend_named, arrays.empty
 
@@ -70,7 +70,7 @@ class Problem:
         self.tolerance = TOLERANCES[dtype]
 
     def compare(self, op, **options):
-        """The largest error, the same in every order of threads and blocks."""
+        """The largest error; the result must be the same in every order of threads and blocks."""
         options.setdefault("key_mask", self.mask)
         runs = []
         for schedule in SCHEDULES:
@@ -199,7 +199,7 @@ def test_a_hidden_key_may_be_anything():
 
 def test_later_keys_that_tower_over_earlier_ones_cost_no_accuracy():
     q, k, v = attention_problem(3, (2,), n=70, d=16, e=8)
-    k[:, 40:] *= 12  # their features are larger by many hundred binary orders
+    k[:, 40:] *= 12  # their features are larger by a factor of two to the power of many hundreds
     k[:, 41] = 0
     problem = Problem(n=70, d=16, e=8, m=24, mask="none", method="posrf")
     problem.points = [x.astype(np.float32) for x in (4 * q, k, v)]
@@ -210,7 +210,7 @@ def test_later_keys_that_tower_over_earlier_ones_cost_no_accuracy():
 
 @pytest.fixture
 def launches(monkeypatch):
-    """Every launch of a plain kernel, by name."""
+    """The names of all plain kernels that are launched."""
     names = []
     monkeypatch.setattr(plain, "run", lambda name, *given: names.append(name) or launch.run(name, *given))
     return names
@@ -224,7 +224,10 @@ TOKENS = ((64, 64, 64), (33, 20, 300), (1, 1, 1), (300, 7, 5), (5, 140, 513), (4
 @pytest.mark.parametrize("dtype", TOLERANCES)
 @pytest.mark.parametrize("size", TOKENS, ids=str)
 def test_tokens_one_after_the_other(size, dtype, processors, launches, monkeypatch):
-    """The first enters an empty state; each is one launch, however values are cut, and leaves the old state alone."""
+    """The first token enters an empty state.
+
+    Each token is one launch, however values are cut, and does not change the old state.
+    """
     monkeypatch.setattr(plain, "PROCESSORS", processors)
     d, e, m = size
     problem = Problem(dtype, n=3, d=d, e=e, m=m, mask="none")
@@ -263,7 +266,10 @@ WINDOWED = (
 @pytest.mark.parametrize("dtype", TOLERANCES)
 @pytest.mark.parametrize("size", WINDOWED, ids=str)
 def test_tokens_with_a_window(size, dtype, processors, launches, monkeypatch):
-    """Before the recent keys are full, as they overflow, and after: one launch each. Some keys are hidden."""
+    """Tokens before the recent keys are full, while they overflow, and after: each is one launch.
+
+    Some keys are hidden.
+    """
     monkeypatch.setattr(plain, "PROCESSORS", processors)
     d, e, m, window = size
     before = 3 * window - 1
@@ -305,7 +311,7 @@ def test_tokens_with_a_window(size, dtype, processors, launches, monkeypatch):
 
 @pytest.mark.parametrize("kernel", ["softmax", "gaussian"])
 def test_a_window_from_its_first_token_on(kernel, launches):
-    """Sums are another array only where a key enters them."""
+    """The sums become another array only when a key enters them."""
     problem = Problem("float64", n=12, d=7, e=6, m=20, mask="none", kernel=kernel)
     state = exact = empty_state(problem.map, (2,), 7, 6, 2, problem.points[1])
     for i in range(12):
@@ -355,7 +361,7 @@ def test_heads_of_a_windowed_token_that_share_keys_or_states(shapes, recent, lau
 
 @pytest.mark.parametrize(("window", "dtype"), [(150, "float32"), (70, "float64"), (8, "float32")])
 def test_many_keys_that_leave_at_once(window, dtype, launches, little_memory):
-    """One launch where a block has room for them; otherwise they enter the sums before the token comes."""
+    """They leave in the launch of the token if a block has room for them, and otherwise in a launch before it."""
     problem = Problem(dtype, n=2 * window + 1, d=8, e=6, m=24)
     before = [x[:, :-1] for x in problem.points[1:]]
     token, exact_token = ([x[:, -1:] for x in points] for points in (problem.points, problem.exact))
@@ -397,7 +403,7 @@ def test_recent_keys_of_another_dtype_are_an_update_and_a_read():
 
 
 def test_recent_keys_and_values_are_read_wherever_they_lie():
-    """In pieces where they are aligned, otherwise number by number: the same bits."""
+    """Aligned rows are read in pieces, others number by number; both give the same bits."""
     for dtype in ("float16", "float64"):
         problem = Problem(dtype, n=5, d=7, e=8, m=24)
         q, k, v = problem.points
@@ -424,7 +430,7 @@ def test_recent_keys_and_values_are_read_wherever_they_lie():
 
 
 def test_what_a_window_hides_may_be_anything():
-    """Of recent keys, of those that leave, and of the token."""
+    """This holds for recent keys, for keys that leave them, and for the token."""
     problem = Problem(n=5, d=16, e=8, m=24, mask="none")
     q, k, v = problem.points
     visible = np.array([[True, False, False, True, False], [False, True, True, False, True]])
@@ -450,7 +456,7 @@ def test_what_a_window_hides_may_be_anything():
 
 
 def test_recent_keys_that_tower_over_the_sums_cost_no_accuracy():
-    """And sums that tower over recent keys, by more than any float32 holds."""
+    """Neither do sums that exceed those of recent keys by a factor beyond the range of float32."""
     problem = Problem("float64", n=12, d=16, e=8, m=600, mask="none", method="posrf")
     q, k, v = problem.points
     k *= np.array([1, 1, 40, 1, 40, 40, 1, 1, 1, 1, 1, 1])[:, None]
@@ -481,7 +487,10 @@ def test_a_token_equals_a_read_of_the_updated_state():
 
 @pytest.mark.parametrize("heads", [2, 8, 11])
 def test_query_heads_of_a_token_share_a_state(heads, launches):
-    """Wherever their axis stands among the others; more than eight are two blocks', of which one writes the state."""
+    """Their axis may be any of the leading axes.
+
+    More than eight heads take two blocks, of which one writes the state.
+    """
     problem = Problem("float64", n=41, d=7, e=6, m=300, batch=(3,), mask="none")
     q, k, v = problem.points
     queries = np.stack([q[:, 40:] + i / 8 for i in range(heads)])
@@ -523,7 +532,7 @@ def test_a_hidden_token_may_be_anything_and_changes_nothing():
 
 
 def test_a_token_whose_features_tower_over_earlier_ones_costs_no_accuracy():
-    """And one that they tower over, by more than any float32 holds."""
+    """Neither does a token whose features are smaller than earlier ones by a factor beyond the range of float32."""
     problem = Problem("float64", n=3, d=16, e=8, m=600, mask="none", method="posrf")
     q, k, v = problem.points
     k *= np.array([1, 40, 1])[:, None]
@@ -540,7 +549,7 @@ def test_a_token_whose_features_tower_over_earlier_ones_costs_no_accuracy():
 
 
 def test_a_state_is_read_wherever_it_lies():
-    """In pieces of 16 bytes where they are aligned, otherwise number by number: the same bits."""
+    """Aligned rows are read in pieces of 16 bytes, others number by number; both give the same bits."""
     problem = Problem(n=41, d=16, e=8, m=24, mask="none")
     q, k, v = problem.points
     with fs.use("cuda"):
@@ -556,7 +565,7 @@ def test_a_state_is_read_wherever_it_lies():
 
 
 def test_tokens_that_decode_has_no_room_for(launches, monkeypatch):
-    """Query heads one by one; and where not even one fits, an update and a read."""
+    """Query heads are processed one by one; if not even one fits, the token is an update and a read."""
     monkeypatch.setattr(HostModule, "shared_limit", 48 * 1024)
     one_head, two_launches = [expression("decode", "float64", 1, 0)], [expression("plain_attention", "float64")] * 2
     for d, heads, said in ((300, 3, one_head), (2500, 1, two_launches)):
@@ -573,7 +582,10 @@ def test_tokens_that_decode_has_no_room_for(launches, monkeypatch):
 
 @pytest.fixture
 def little_memory(monkeypatch):
-    """99 KB of shared memory for a block: compute capability 8.6, 8.9 and 12.0. Names of launched kernels."""
+    """Limit blocks to 99 KB of shared memory, as on compute capability 8.6, 8.9 and 12.0.
+
+    The names of launched kernels.
+    """
     monkeypatch.setattr(HostModule, "shared_limit", SHARED_LIMITS["sm_86"])
     launched = set()
     monkeypatch.setattr(HostModule, "launched", launched)
@@ -581,7 +593,7 @@ def little_memory(monkeypatch):
 
 
 def test_what_has_room_beside_points():
-    """The tables of docs/guide/gpu.md: parts of values that `walk` takes, and values that `absorb` and `read` take."""
+    """The tables of docs/guide/gpu.md: the parts of values that `walk` processes, and those of `absorb` and `read`."""
     wanted = {
         "sm_86": {
             "float32": ((48, 64, 128), (64, 32, 128), (80, 16, 128), (81, 0, 128), (112, 0, 128), (128, 0, 96)),
@@ -698,5 +710,5 @@ def test_a_token_of_more_features_than_a_card_holds(dtype, window, little_memory
 @pytest.mark.parametrize("op", [k.op for k in BACKEND.kernels if "cupy" in k.libraries and "vjp" not in k.op])
 @pytest.mark.slow
 def test_every_case_of_check_backend(op):
-    """With short segments, which the sweep does not have; it also runs the cases on torch tensors."""
+    """They run with short segments, which the sweep does not use, and also on torch tensors."""
     testing.check_backend("cuda", ops=[op], libraries=["numpy"])

@@ -1,6 +1,6 @@
-"""The same laws on a GPU, through the library's own dispatch: run by `make gpu-check`.
+"""The same laws on a GPU, through the library's own dispatch; `make gpu-check` runs these tests.
 
-What these tests do with gradients, machines without a GPU do too, through the shim.
+On machines without a GPU, the tests of gradients run through the shim.
 """
 
 from dataclasses import replace
@@ -57,7 +57,7 @@ def on_device(value, library):
             return cupy.asarray(np.ascontiguousarray(value))
         import torch
 
-        host = np.array(value, order="C")  # a copy: torch warns of memory that it must not write to
+        host = np.array(value, order="C")  # a copy, because torch warns about read-only memory
         if str(host.dtype) == "bfloat16":
             return torch.from_numpy(host.view(np.int16)).to(DEVICES[library]).view(torch.bfloat16)
         return torch.from_numpy(host).to(DEVICES[library])
@@ -79,7 +79,7 @@ def on_host(value):
 
 @pytest.mark.parametrize("dtype", TOLERANCES)
 def test_torch_gets_memory_of_its_own(dtype):
-    """The problems' arrays are read-only, of which torch warns, and a warning is an error here."""
+    """The arrays of the problems are read-only. torch would warn about that, and a warning is an error here."""
     pytest.importorskip("torch")
     given = guarded(np.arange(6).reshape(2, 3).astype(dtype))
     tensor = on_device(given, "torch on the host")
@@ -135,7 +135,7 @@ def compare_gradients(name, shape, lengths, library, backend):
     want = tuple(np.asarray(x) for x in wanted(name, shape, lengths))
     for a, b in zip(got, want, strict=True):
         assert a.shape == b.shape
-    # what vanishes in exact arithmetic is compared with the size of the others
+    # gradients that are 0 in exact arithmetic are compared with the size of the others
     size = max(float(np.abs(x).max()) for x in want[1:] if x.size)
     got, want = (tuple(np.append(x, size / 30) for x in each) for each in (got, want))
     error = relative_error(got, want)
@@ -162,7 +162,7 @@ def test_gradients_at_shape_classes(shape, library):
 
 @pytest.mark.parametrize("library", ["numpy", "torch on the host"])
 def test_gradients_through_the_shim(library):
-    """What the test before does on a GPU."""
+    """The test above on a CPU."""
     pytest.importorskip("torch")
     shape = next(x for x in SHAPES if x.dtype == "float64" and x.d < 32)
     with installed() as backend:
@@ -173,7 +173,7 @@ def test_gradients_through_the_shim(library):
 @on_gpu
 @pytest.mark.parametrize("window", [0, 64])
 def test_gradients_of_a_long_causal_sequence(window):
-    """The first of several segments: a call on the beginning alone has the same gradients there."""
+    """A call on the first of several segments alone has the same gradients."""
     torch = pytest.importorskip("torch")
     n, first, d = 2**17, 2**11, 64
     q, k, v = (torch.randn(4, n, d, device="cuda") for _ in range(3))
@@ -196,7 +196,7 @@ def test_gradients_of_a_long_causal_sequence(window):
 @pytest.mark.parametrize("trained", [False, True])
 @pytest.mark.parametrize("is_causal", [False, True])
 def test_a_training_step_is_captured_in_a_graph(is_causal, trained):
-    """A replay computes with the points as they are then, and with the numbers of a map that is trained."""
+    """A replay uses the current points, and the current numbers of a map that is trained."""
     torch = pytest.importorskip("torch")
     q, k, v = (torch.randn(2, 200, 64, device="cuda") for _ in range(3))
     feature_map = fs.feature_map(fs.fit(q, k), 64, rng=0)
@@ -245,7 +245,7 @@ def test_shape_classes(shape, library):
 @on_gpu
 @pytest.mark.parametrize("is_causal", [False, True])
 def test_long_sequences_need_64_bits(is_causal):
-    """More than 2**31 items of queries: the last head equals a call of its own."""
+    """With more than 2**31 items of queries, the last head equals a call on that head alone."""
     torch = pytest.importorskip("torch")
     if torch.cuda.mem_get_info()[0] < 40 * 2**30:
         pytest.skip("needs 40 GB of free memory")

@@ -42,7 +42,7 @@ def on_the_host(monkeypatch):
 
 
 def filled(x):
-    """NaN wherever kernels are to write."""
+    """NaN in every place that kernels have to write."""
     return x.fill_(float("nan")) if x.dtype.is_floating_point else x
 
 
@@ -67,7 +67,7 @@ class Problem:
     def __init__(self, dtype, *, batch=(2,), n=100, s=None, d=8, e=5, m=12, masked=None, method="optimal",
                  kernel="softmax", grouped=False, seed=0, sample=None):  # fmt: skip
         q, k, v = attention_problem(seed, batch, n=n, s=s, d=d, e=e)
-        if grouped:  # the last leading axis is that of query heads which share a key head
+        if grouped:  # the last leading axis runs over the query heads of a key head
             k, v = k[..., :1, :, :], v[..., :1, :, :]
         mask = None if masked is None else key_mask(1, k.shape[:-1], masked)
         data = (q[..., :1, :, :] if grouped else q, k)
@@ -82,7 +82,7 @@ class Problem:
         self.dtype = dtype
 
     def compare(self, *, of_map=True, **options):
-        """Largest errors of the result and of the gradients, which every schedule gives bit for bit."""
+        """Largest errors of the result and of the gradients, which must have the same bits in every schedule."""
         options = {"key_mask": self.mask, "of_map": of_map, **options}
         rng = np.random.default_rng(5)
         runs = []
@@ -104,7 +104,7 @@ def compare(got, want, error):
     for a, b in zip(got, want, strict=True):
         assert tuple(a.shape) == tuple(b.shape)
         if b.numel():
-            # what vanishes in exact arithmetic is compared with the size of the others
+            # gradients that are 0 in exact arithmetic are compared with the size of the others
             assert float((wide(a) - b).abs().max()) <= error * max(float(b.abs().max()), 1e-2 * size)
 
 
@@ -167,7 +167,8 @@ def test_more_features_and_wider_values_than_a_slice():
 
 @pytest.mark.parametrize("is_causal", [False, True])
 def test_tops_that_rise_steeply(is_causal):
-    """Here a causal tile is cut, as a later key would swallow what earlier rows see."""
+    """Here a causal tile is cut, because a later key has such large features that those of earlier keys would be
+    lost."""
     problem = Problem("float64", n=64, method="posrf", m=8)
     problem.points[1] = problem.points[1] + torch.linspace(0, 40, 64, dtype=torch.float64)[:, None]
     problem.compare(is_causal=is_causal)
@@ -175,14 +176,17 @@ def test_tops_that_rise_steeply(is_causal):
 
 @pytest.mark.parametrize("mode", MODES[:4], ids=str)
 def test_narrow_points_get_narrow_gradients(mode):
-    """What a query takes off for the normaliser must not be made of the result, which was rounded."""
+    """The term of the normaliser in the gradient of a query must not be computed from the rounded result."""
     Problem("bfloat16", n=45, d=64, e=57, m=70, masked="padding").compare(**mode)
 
 
 @pytest.mark.parametrize("mode", MODES[:4], ids=str)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_what_a_query_sees_alone_gets_no_gradient_of_points(dtype, mode):
-    """The result is its value, whatever the points: weights have to add up to 1 to more than 16 bits."""
+    """A query that sees one key returns its value, whatever the points are.
+
+    So weights must add up to 1 with more than 16 bits.
+    """
     problem = Problem(dtype, batch=(8,), n=1, d=64, e=57, m=70)
     out, pullback = vjp.attention_vjp(*problem.points, problem.feature_map, **mode)
     gradient = to(np.random.default_rng(5).standard_normal(out.shape), dtype)
@@ -195,7 +199,10 @@ def test_what_a_query_sees_alone_gets_no_gradient_of_points(dtype, mode):
 @pytest.mark.parametrize("is_causal", [False, True])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 def test_one_feature_gives_queries_no_gradient(dtype, is_causal):
-    """Its weights are those of the keys alone. What is left of dq is rounding, to be seen beside other gradients."""
+    """With one feature, weights do not depend on the query.
+
+    So dq consists of rounding errors, which must be small beside other gradients.
+    """
     problem = Problem(dtype, n=90, d=33, e=40, m=1)
     out, pullback = vjp.attention_vjp(*problem.points, problem.feature_map, is_causal=is_causal)
     dq, *others = pullback(to(np.random.default_rng(5).standard_normal(out.shape), dtype))
@@ -207,7 +214,7 @@ def test_one_feature_gives_queries_no_gradient(dtype, is_causal):
 @pytest.mark.parametrize("dtype", ["float64", "float32", "float16", "bfloat16"])
 def test_every_instance(dtype, width):
     for mode in (MODES[0], MODES[1], MODES[3]):
-        # fewer points than coordinates would leave a fit with large transforms, and float32 with few digits
+        # with fewer points than coordinates, transforms would be large and float32 results inaccurate
         Problem(dtype, n=45, d=width, e=width - 7, m=70, masked="padding", sample=4 * width).compare(**mode)
     for masked in (None, "holes"):
         gradients_of_every_array(dtype, is_causal=True, window=16, d=width - 5, e=width, masked=masked)
@@ -265,7 +272,7 @@ def test_gradients_of_features(n, m, dtype):
 
 @pytest.mark.parametrize("mode", MODES[:4], ids=str)
 def test_values_of_any_size(mode):
-    """Beyond 128 they are taken in parts, whose gradients of points add up."""
+    """Values of more than 128 entries are processed in parts, whose gradients of points are added up."""
     Problem("float64", n=40, e=261, masked="holes").compare(**mode)
 
 
@@ -312,7 +319,7 @@ def test_every_size_of_points_fits_every_card_that_is_compiled_for(monkeypatch):
 
 
 def test_a_larger_card_keeps_the_larger_sweeps(monkeypatch):
-    """Instances for cards with less memory work on fewer features at once, and would take more time."""
+    """Instances for cards with less memory process fewer features at once, and would be slower."""
     monkeypatch.setattr(HostModule, "shared_limit", SHARED_LIMITS["sm_90"])
     for dtype, features in (("float32", (64, 64, 32, 32)), ("float64", (32, 32, 16, 16))):
         like = to(np.zeros(1), dtype)
@@ -321,7 +328,7 @@ def test_a_larger_card_keeps_the_larger_sweeps(monkeypatch):
 
 
 def test_shape_classes_ask_for_the_gradients_that_a_card_has():
-    """By its shared memory, as the library does: `make gpu-check` compares these."""
+    """They depend on its shared memory, as in the library; `make gpu-check` compares these."""
     for dtype, d, cards in (("float64", 64, 2), ("float64", 65, 1), ("float32", 128, 2), ("float32", 129, 0)):
         served = [has_gradients(Shape(dtype, d, 8, 8), SHARED_LIMITS[card]) for card in ("sm_80", "sm_86")]
         assert served == [True] * cards + [False] * (2 - cards), (dtype, d)

@@ -1,4 +1,4 @@
-"""The model of issue slots: loops count as often as they go around, and kernels stay within the page's table."""
+"""The model of issue slots counts each loop once per iteration, and kernels stay within the design page's table."""
 
 import issue_slots
 import pytest
@@ -37,7 +37,7 @@ def test_loops_and_lines_are_counted_as_the_rules_say(monkeypatch):
 
 @pytest.mark.slow
 def test_kernels_issue_no_more_than_the_design_page_says():
-    """Every rule fits lines that exist; a kernel that has grown, or a rule that no longer fits, is noticed."""
+    """The test notices a kernel that has grown, and a rule that no longer matches any line."""
     pytest.importorskip("favorsharp_cuda")
     pytest.importorskip("cupy_backends", exc_type=ImportError)
     try:

@@ -29,7 +29,7 @@ def on_the_host():
 
 
 def compare(call, shape, lengths):
-    """Right in every order of threads and blocks, the same bits in each, and nothing written beside the arrays."""
+    """Check that results are right and have the same bits in every order of threads, and that guards are intact."""
     if call in VJPS:
         pytest.importorskip("torch")
     results = []
@@ -43,7 +43,7 @@ def compare(call, shape, lengths):
                 f"{call}: the result depends on the order"
             )
     want = wanted(call, shape, lengths)
-    if call in VJPS:  # what vanishes in exact arithmetic is compared with the size of the others
+    if call in VJPS:  # gradients that are 0 in exact arithmetic are compared with the size of the others
         size = max((float(np.abs(x).max()) for x in map(np.asarray, want[1:]) if x.size), default=1.0)
         want = tuple(np.append(x, size / 30) for x in want)
         results[0] = tuple(np.append(x, np.asarray(size / 30, x.dtype)) for x in results[0])
@@ -95,7 +95,10 @@ def test_the_cases_of_testing_through_dispatch(op, on_the_host):
 
 @pytest.mark.sweep
 def test_every_instantiation_is_run():
-    """By the calls of the tests above; what nothing launches is not proven and should not be compiled."""
+    """The calls of the tests above launch every instance.
+
+    One that nothing launches is untested and should not be compiled.
+    """
     from favorsharp_cuda.host.source import INSTANTIATIONS
 
     HostModule.launched = set()

@@ -1,4 +1,4 @@
-"""The kernel that draws seeds, beside the reference's steps of arrays; and landmarks with torch's tensors."""
+"""The kernel that draws seeds, compared with the reference; and landmarks with torch's tensors."""
 
 import numpy as np
 import pytest
@@ -56,7 +56,7 @@ def test_more_candidates_than_a_block_holds_are_drawn_by_arrays(rng, monkeypatch
 
 @pytest.mark.usefixtures("torch_on_host")
 def test_calls_of_torch_choose_by_the_kernel(monkeypatch):
-    """Those that record gradients too."""
+    """This holds for calls that record gradients, too."""
     torch = pytest.importorskip("torch")
     numbers = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn((2, 2, 90, 8), generator=numbers, dtype=torch.float64, requires_grad=True) for _ in "qkv")

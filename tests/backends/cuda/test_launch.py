@@ -1,6 +1,6 @@
-"""What a launch refuses, and in which words: an installation that cannot compile, an old card, arrays elsewhere.
+"""The errors of a launch: an installation that cannot compile, an old card, arrays on another device.
 
-And threads that launch one kernel at the same time.
+It also tests threads that launch one kernel at the same time.
 """
 
 import threading
@@ -72,7 +72,7 @@ class Elsewhere:
 
 
 def test_cupy_arrays_of_another_device_are_refused_before_a_launch(monkeypatch):
-    """A kernel of the current device would read the other's memory: an error that ends the process."""
+    """A kernel on the current device would read memory of the other device, which ends the process."""
     monkeypatch.setattr(launch, "current_device", lambda: 0)
     monkeypatch.setattr(launch, "_compile", lambda *given: pytest.fail("nothing is compiled"))
     with pytest.raises(ValueError, match=r"on device 1, the current device is 0.*cupy\.cuda\.Device\(1\)"):
@@ -80,7 +80,7 @@ def test_cupy_arrays_of_another_device_are_refused_before_a_launch(monkeypatch):
 
 
 class Module:
-    """Stands for a module that takes a while to compile, whose kernel notes what is set and asked for."""
+    """Stands for a module that takes a while to compile; its kernel records the shared memory that is set and used."""
 
     shared_limit = 100_000
     made, set_to, launched = 0, (), ()
@@ -107,7 +107,7 @@ class Kernel:
 
 
 def test_threads_compile_a_kernel_once_and_none_takes_memory_from_another(monkeypatch):
-    """Launches of other sizes set nothing: between setting and launching, another thread could set less."""
+    """A launch sets no attribute of the kernel, because another thread could set a smaller value before the launch."""
     monkeypatch.setattr(launch, "module_class", Module)
     monkeypatch.setattr(launch, "_kernels", {})
     for name in ("made", "set_to", "launched"):
@@ -131,7 +131,7 @@ def test_threads_compile_a_kernel_once_and_none_takes_memory_from_another(monkey
 
 
 def test_a_copy_of_a_problem_is_its_own():
-    """What is set once for a map is copied for each launch; a launch must not leave anything behind."""
+    """The fields that are set once for a map are copied for each launch, so a launch does not affect later ones."""
     first = Problem((2, 1, 3))
     first.set(m=5)
     second, x = first.copy(), np.zeros((2, 1, 3, 4, 7), np.float32)[..., :6]

@@ -1,4 +1,4 @@
-"""Sums over many keys, on tensor cores that cut what they add: an error does not grow with the number of keys."""
+"""Sums over many keys, on tensor cores that truncate when they add: errors do not grow with the number of keys."""
 
 from dataclasses import replace
 
@@ -26,7 +26,7 @@ LIMIT = 1e-5
 
 @pytest.fixture(autouse=True)
 def on_tensor_cores_that_cut(monkeypatch):
-    """And in as few pieces as there may be: those of a GPU that many heads fill."""
+    """Run the kernels on such tensor cores, with as few segments as possible, as on a GPU that many heads fill."""
     monkeypatch.setattr(tiles, "SHORTEST", 1 << 30)
     monkeypatch.setattr(gradient_sizes, "SHORTEST_SEGMENT", 1 << 30)
     with installed() as name, fs.use(name):
@@ -35,7 +35,7 @@ def on_tensor_cores_that_cut(monkeypatch):
 
 
 def problem(n=N, *, equal, d=4, e=2):
-    """Values of one sign. Equal keys are the worst case: whatever is cut or rounded off is the same for each."""
+    """A problem with values of one sign. Equal keys are the worst case, because each has the same rounding error."""
     rng = np.random.default_rng(0)
     q, k = (rng.standard_normal((n, d), dtype=np.float32) / d**0.5 for _ in range(2))
     v = rng.standard_normal((n, e), dtype=np.float32) + 3
@@ -83,7 +83,7 @@ def test_causal_of_many():
 
 
 def test_window_and_packed():
-    """Both ways of a window; and sequences of which one is long."""
+    """Windows, causal and bidirectional; and packed sequences of which one is long."""
     q, k, v, fm = problem(5000, equal=True)
     bounds = [0, 100, 4600, 5000]
     out = fs.linear_attention(q, k, v, fm, window=16, cu_seqlens=bounds)
@@ -95,7 +95,7 @@ def test_window_and_packed():
 @either
 @pytest.mark.parametrize("block", [8, 64, N])
 def test_blocks_of_a_state(block, equal):
-    """Fewer keys than 16 are taken in by the plain kernels."""
+    """Blocks of fewer than 16 keys are added by the plain kernels."""
     n = N if block > 8 else 2400
     q, k, v, fm = problem(n, equal=equal)
     state = fs.init_state(fm, 2, like=k)
@@ -106,7 +106,7 @@ def test_blocks_of_a_state(block, equal):
 
 @pytest.mark.parametrize("by", ["tokens", "decoded tokens", "blocks", "causal attention"])
 def test_keys_are_not_lost_in_very_many(by):
-    """A tile of them is below the rounding of the sums, whose low parts have it."""
+    """The sum over a tile is below the rounding error of the sums, so the low parts must keep it."""
     n, many = 300, np.float32(2**31)
     q, k, v, fm = problem(n, equal=True)
     state = fs.update(fs.init_state(fm, v.shape[1], like=k), k[:1], v[:1], fm)
@@ -129,21 +129,21 @@ def test_keys_are_not_lost_in_very_many(by):
 
 @pytest.mark.parametrize("is_causal", [False, True])
 def test_plain_kernels(is_causal):
-    """Points that no tile holds."""
+    """Points that are too wide for the tensor-core kernels."""
     q, k, v, fm = problem(3000, equal=True, d=130)
     out = fs.linear_attention(q[-3000 if is_causal else -LAST :], k, v, fm, is_causal=is_causal)
     assert_close(out, np.broadcast_to(v[0], out.shape), 2e-6)
 
 
 def gradients_of(name, arrays, dtype, **options):
-    """Of what is differentiated with a gradient of one sign: q, k, v, and the rows and weights of the map."""
+    """The gradients of q, k, v, and of the rows and weights of the map, for a gradient of the result of one sign."""
     q, k, v = (x.astype(dtype) for x in arrays[:3])
     _, pullback = fs.vjp(name, q, k, v, astype(arrays[3], dtype), of_map=True, **options)
     return pullback(1 + v[:, ::-1] / 4)
 
 
 def assert_gradients(name, arrays, limits, **options):
-    """The largest errors beside the largest gradient, of points and of a map."""
+    """Check the largest errors relative to the largest gradient, for points and for a map."""
     pytest.importorskip("favorsharp_numba")
     got = gradients_of(name, arrays, np.float32, **options)
     with fs.use("numba"):
@@ -157,13 +157,13 @@ def assert_gradients(name, arrays, limits, **options):
 
 @either
 def test_gradients_of_products(equal):
-    """Sums of one sign in all gradients, where nothing cancels."""
+    """In these gradients all terms have one sign, so nothing cancels."""
     assert_gradients("kernel_matvec", problem(3100, equal=equal), (2e-6, 2e-6))
 
 
 @pytest.mark.parametrize("options", [{"is_causal": True}, {"is_causal": True, "window": 64}], ids=str)
 def test_gradients_of_attention(options):
-    """Those of the map mostly cancel."""
+    """The terms of the gradients of the map mostly cancel."""
     assert_gradients("linear_attention", problem(2300, equal=False), (1e-5, 1e-4), **options)
 
 

@@ -1,4 +1,4 @@
-"""What is packed of a map says what the map says, is computed where its arrays lie, and is kept as long as it holds."""
+"""The packed form of a map gives its log features, is computed on the map's device, and is cached while it is valid."""
 
 import gc
 import weakref
@@ -38,7 +38,7 @@ def with_matrix(**sides):
 
 
 def plain_terms(feature_map):
-    """What plain kernels read of each side, by the names of `FoldedSide`."""
+    """The constants that plain kernels read of each side, by the names of `FoldedSide`."""
     packed = maps.plain_map(feature_map, "float64")
     sizes = {"scalars": 8, "center": D, "linear": D, "near_center": D, "column": M, "rows": D * M, "dense": D * D}
     for side in (packed.query, packed.key):
@@ -50,7 +50,7 @@ def plain_terms(feature_map):
 
 
 def tile_terms(feature_map):
-    """What tensor-core kernels read of each side, in natural logarithms."""
+    """The constants that tensor-core kernels read of each side, as natural logarithms."""
     packed = maps.tile_map(feature_map)
     padded = packed.padded_d
     for header, planes in (
@@ -125,7 +125,8 @@ def test_planes_hold_what_is_not_finite(largest):
 
 
 class NothingIsRead(TorchDispatchMode):
-    """Inside, every operation is on tensors of the `meta` device alone: none is read, none comes from the host."""
+    """Checks that all operations in the block are on `meta` tensors: no number is read, and none comes from the
+    host."""
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
@@ -147,7 +148,7 @@ def test_kernels_leave_a_form_of_zeros_out(make, options):
 
 @pytest.mark.parametrize(("make", "options"), EVERY_MAP)
 def test_packing_a_trained_map_waits_for_nothing(make, options):
-    """Tensors without numbers are packed, so that no number can have been looked at, and nothing was copied to them."""
+    """Tensors without numbers can be packed, so packing reads no number and copies none from the host."""
     feature_map = map_arrays(make(**options), lambda x: torch.asarray(x).to("meta").requires_grad_())
     with NothingIsRead():
         maps.plain_map(feature_map, "float32")
@@ -176,7 +177,7 @@ def test_a_frozen_map_is_packed_once_for_each_stream(stream):
     assert maps.tile_map(feature_map) is first
     stream.number = 1
     second = maps.tile_map(feature_map)
-    assert second is not first  # which may not be ready on this stream
+    assert second is not first  # it may not be ready on this stream
     stream.number = 0
     assert maps.tile_map(feature_map) is first
     feature_map.rows.mul_(2)
@@ -184,7 +185,7 @@ def test_a_frozen_map_is_packed_once_for_each_stream(stream):
 
 
 def test_a_trained_map_is_packed_at_each_use(stream):
-    """By a replayed graph its numbers change and its versions do not."""
+    """A replayed graph changes the numbers of such a map, but not its versions."""
     feature_map = map_arrays(drawn(), torch.asarray)
     feature_map.parameters.g1.requires_grad_()
     before = maps.plain_map(feature_map, "float64")

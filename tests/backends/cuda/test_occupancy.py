@@ -43,7 +43,8 @@ def blocks_by_registers(name):
 
 
 def launches(dtype, d, m):
-    """Of each kernel: its instance, the stages that are chosen, and the bytes with one stage and with these."""
+    """For each kernel: its instance, the stages that are chosen, and the shared memory with one stage and with
+    these."""
     part = tile_sizes.walked_size(dtype, d, d, ROOM)
     e, walked = tile_sizes.value_size(d), tile_sizes.walked_value_size(d, part)
     walk = [tile_sizes.shared_of_walk(dtype, d, part, stages) for stages in (1, 2)]
@@ -58,7 +59,7 @@ def launches(dtype, d, m):
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_blocks_at_the_shapes_of_the_benchmark(shape):
-    """Two blocks wherever one stage leaves room for two; a second stage costs none."""
+    """A multiprocessor holds two blocks if one stage leaves room for two; a second stage never costs a block."""
     for kernel, e, stages, least, shared in launches(*shape):
         blocks = min(blocks_by_registers(expression(kernel, shape[0], e)), occupancy.shared_blocks(shared, ROOM))
         assert (stages, blocks) == TABLE[shape][kernel], kernel
@@ -75,7 +76,7 @@ def test_registers_allow_the_blocks_that_are_counted_on():
 
 
 def used(blocks, segments, slots):
-    """The share of the slots of all rounds that has a block."""
+    """The share of slots, over all rounds, that are occupied by a block."""
     rounds = -(-blocks * segments // slots)
     return blocks * segments / (rounds * slots)
 
@@ -92,7 +93,7 @@ def test_segments_fill_whole_rounds():
 
 
 def test_short_sequences_have_blocks_enough():
-    """64 heads of 1,024 tokens, which were 64 blocks."""
+    """64 heads of 1,024 tokens would make only 64 blocks without segments."""
     segments, span = occupancy.cut(64, 1_024, 64, 264, tiles.SHORTEST, occupancy.ABSORBED)
     assert (segments, span) == (4, 256)
 

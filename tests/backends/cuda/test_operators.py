@@ -35,7 +35,7 @@ def test_operators_are_what_torch_expects_of_them(problem, is_causal, window):
 
 
 def check(operator, fm, *tensors, **options):
-    """Check an operator, and that of its gradients."""
+    """Check an operator, and the operator of its gradients."""
     given = arguments(operator, fm, *tensors, **options)
     torch.library.opcheck(operator.op, given)
     if operator.backward is None:
@@ -81,7 +81,7 @@ def test_a_token_of_fewer_heads_than_its_state(problem):
 
 
 def test_low_parts_go_through_the_operators(problem):
-    """Keys that vanish beside the sums of a state are in its low parts."""
+    """Keys that are below the rounding error of a state's sums are in its low parts."""
     *points, _, fm = problem
     k, v = (x.float() for x in points[1:])
     fm = map_arrays(fm, lambda x: x.float())

@@ -17,7 +17,7 @@ from favorsharp_cuda.host import arrays  # noqa: E402
 
 @pytest.fixture
 def made(monkeypatch):
-    """How many items each array has that the backend makes."""
+    """The numbers of items of the arrays that the backend allocates."""
     sizes = []
     empty = arrays.empty
     monkeypatch.setattr(
@@ -97,7 +97,7 @@ def test_an_array_that_shares_memory_with_the_values_is_written_last(call, dtype
 
 
 def test_a_state_in_the_place_of_the_result_is_read_before():
-    """Few new keys: the state that is returned keeps what the one before has of recent values."""
+    """With few new keys, the state that is returned keeps recent values of the earlier state."""
     q, k, v, fm, options = problem("of a state, window", "float64")
     points, given = [x[:, :3] for x in (q, k, v)], options.pop("state")
     want, state = fs.linear_attention(*points, fm, state=given, return_state=True, **options)
@@ -175,6 +175,6 @@ def test_a_result_that_needs_gradients_is_copied_with_them(is_causal):
         found.append(torch.autograd.grad(got.sum(), q)[0])
     torch.testing.assert_close(*found, rtol=0, atol=0)
     leaf = torch.ones_like(v).requires_grad_()
-    out = leaf * 2  # what was written over gets no gradient
+    out = leaf * 2  # an array that was overwritten gets no gradient
     got = fs.linear_attention(q.detach(), k, v, fm, is_causal=is_causal, out=out)
     assert torch.equal(torch.autograd.grad(got.sum(), leaf)[0], torch.zeros_like(leaf))

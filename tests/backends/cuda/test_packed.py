@@ -1,4 +1,4 @@
-"""Packed sequences on the CUDA backend: a few calls, equal to one for each sequence, forward and backward."""
+"""Packed sequences on the CUDA backend take few launches, and equal separate calls, forward and backward."""
 
 from itertools import pairwise
 

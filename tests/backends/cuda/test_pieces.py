@@ -11,7 +11,7 @@ pytest.importorskip("ml_dtypes")
 
 
 def moved(x, how):
-    """A copy of an array elsewhere: what lies between its rows or entries is NaN."""
+    """A copy of an array with other strides: the memory between its rows or entries is NaN."""
     x = np.asarray(x)
     *batch, n, d = x.shape
     if how == "rows of an odd length":

@@ -1,4 +1,4 @@
-"""The primitives one by one: what every lane gets, on the CPU by the shim, and on a GPU by PTX (`make gpu-check`)."""
+"""The primitives one by one: every lane's result, by the shim on the CPU and by PTX on a GPU (`make gpu-check`)."""
 
 from importlib.resources import files
 from pathlib import Path
@@ -25,7 +25,7 @@ def code():
 
 @pytest.fixture(scope="module", params=["host", pytest.param("gpu", marks=pytest.mark.gpu)])
 def launch(request):
-    """Run a check on NumPy arrays, which it writes to."""
+    """Run a check kernel on NumPy arrays; it writes to them."""
     if request.param == "host":
         module = HostModule(code=code(), name_expressions=NAMES)
 
@@ -103,7 +103,7 @@ def test_conversions_round_to_nearest(launch):
     back, powers = np.zeros((x.size, 2), np.float32), np.zeros(x.size, np.float32)
     pairs = np.zeros((x.size, 2), np.uint32)
     launch("check_numbers", x, halves, bfloats, pairs, back, powers, np.int32(x.size))
-    for both, single in ((pairs[:, 0], halves), (pairs[:, 1], bfloats)):  # a number and that from the other end
+    for both, single in ((pairs[:, 0], halves), (pairs[:, 1], bfloats)):  # counted from the other end
         np.testing.assert_array_equal(both, as_words(np.stack([single, single[::-1]], axis=-1)))
     with np.errstate(over="ignore"):
         np.testing.assert_array_equal(halves.view(np.float16), x.astype(np.float16))

@@ -1,4 +1,7 @@
-"""Races, bounds and unwritten memory: every kernel under the sanitizers, and with each of its barriers removed."""
+"""Every kernel runs under the sanitizers, which find races, accesses out of bounds and reads of unwritten memory.
+
+And with each of its barriers removed.
+"""
 
 import json
 from pathlib import Path
@@ -48,9 +51,9 @@ QUICK = (
     quick(Shape("float64", 12, 9, 24), Lengths(70, 97, (1,))),
     # factors of a map without a quadratic form
     quick(Shape("float32", 5, 7, 13, "posrf"), Lengths(70, 97, (1,)), ("causal, masked",)),
-    # what is measured as results are rounded
+    # the further sweep that rounded results need
     quick(Shape("bfloat16", 32, 32, 16), Lengths(70, 97, (1,)), ("vjp of the map, causal", "vjp, window 16")),
-    # more features than a token's block computes at once, and more entries of a point
+    # more features, and more entries of a point, than the block of a token computes at once
     quick(
         Shape("float32", 64, 32, 512, "saderf"),
         Lengths(40, 40, (1,), group=2),
@@ -70,7 +73,7 @@ First those that notice what many other calls come to without noticing.
 
 
 def run(sanitizer, script, request):
-    """What a script printed under a sanitizer that had nothing to say."""
+    """The output of a script under a sanitizer, which must not report anything."""
     done = sanitized.run(sanitizer, script, json.dumps(request))
     assert done.returncode == 0, done.stderr[:6000]
     return json.loads(done.stdout.splitlines()[-1])
@@ -78,7 +81,7 @@ def run(sanitizer, script, request):
 
 @pytest.mark.slow
 def test_no_kernel_races_and_removing_any_barrier_is_noticed():
-    """Each quick call runs once as it is, then without each barrier that it came to and none before it noticed."""
+    """Each quick call runs unchanged, and then without each barrier whose absence no earlier call has noticed."""
     said = run("thread", Path(mutations.__file__), QUICK)
     assert {name.partition("<")[0] for name in said["launched"]} == {name.partition("<")[0] for name in INSTANTIATIONS}
     found = mutations.sites(source())
@@ -88,7 +91,7 @@ def test_no_kernel_races_and_removing_any_barrier_is_noticed():
 
 
 def test_every_barrier_is_found():
-    """The expression that finds barriers knows every function that the primitives have for waiting."""
+    """The regular expression for barriers matches every function of the primitives that waits."""
     code = source()
     found = mutations.sites(code)
     assert len(found) > 30

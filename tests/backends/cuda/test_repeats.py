@@ -1,4 +1,4 @@
-"""Calls that repeat the launches of one before give what calls give that are made anew."""
+"""Calls that repeat the launches of an earlier call have the same results as calls that do not."""
 
 from dataclasses import replace
 
@@ -53,7 +53,7 @@ def tensors(result):
 
 @pytest.fixture
 def planned(monkeypatch):
-    """The calls that were not repeated: those that made a `Tiles` or chose the cut of a token."""
+    """The calls that were not repeated: they made a `Tiles` or chose the cut of a token."""
     found = []
     for module, name in ((tiles.Tiles, "__init__"), (plain, "cut_of_decode")):
         kept = getattr(module, name)
@@ -78,7 +78,10 @@ def test_a_repeated_call_is_one_made_anew(call, dtype, planned):
 
 
 def test_calls_with_one_tensor_in_two_places(planned):
-    """Such a call does not say which address is whose, so it is not repeated for others; it may repeat one."""
+    """Such a call does not show which address belongs to which argument, so later calls do not repeat it.
+
+    It may itself repeat an earlier call.
+    """
     q, k, v = points(3)
     with fs.use("reference"):
         want = [fs.linear_attention(*given, drawn()) for given in ((q, q, v), (q, k, v))]

@@ -1,4 +1,4 @@
-"""NVRTC compiles the kernels for three architectures, and they take no more of a GPU than the table says."""
+"""NVRTC compiles the kernels for three architectures, and they need no more registers than the table says."""
 
 import pytest
 import resources
@@ -18,7 +18,7 @@ except Exception as missing:
 
 
 def test_the_table_is_of_this_source():
-    """A change of the kernels needs the table anew, which takes ten minutes. It then speaks for all instances."""
+    """After a change of the kernels the table must be made again, which takes ten minutes; it covers all instances."""
     table = resources.read_table()
     assert table["fingerprint"] == resources.fingerprint(), "run python tests/backends/cuda/resources.py"
     for architecture in resources.ARCHITECTURES:
@@ -29,7 +29,7 @@ def test_the_table_is_of_this_source():
 
 @pytest.mark.parametrize("architecture", resources.ARCHITECTURES)
 def test_representatives_take_what_the_table_says(architecture):
-    """Of each kernel one instance, others for each architecture, with the compiler that is installed."""
+    """One instance of each kernel, a different one for each architecture, with the installed compiler."""
     turn = resources.ARCHITECTURES.index(architecture)
     names = resources.representatives(INSTANTIATIONS)[turn::3]
     said = resources.complaints(resources.compile_for(architecture, names), resources.read_table()[architecture])
@@ -37,9 +37,9 @@ def test_representatives_take_what_the_table_says(architecture):
 
 
 def test_loads_are_in_flight_together():
-    """Points and values come in pieces of 16 bytes, several of which are issued before the first is needed.
+    """Points and values are loaded in pieces of 16 bytes, several of which are issued before the first is needed.
 
-    In `absorb` the count may be that of the sums, which it adds to in pieces of 16 bytes too.
+    In `absorb` the count may be that of the sums, which are also loaded in pieces of 16 bytes.
     """
     table = resources.read_table()
     for architecture in resources.ARCHITECTURES:

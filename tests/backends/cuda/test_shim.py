@@ -1,4 +1,4 @@
-"""The shim itself, on kernels of its own: it computes what a GPU would, and sees what a GPU would not say."""
+"""Tests of the shim on small kernels: it computes what a GPU would, and reports mistakes that a GPU would not."""
 
 import re
 from pathlib import Path
@@ -27,7 +27,7 @@ def test_results_in_every_order(kernels, call, schedule):
 
 
 MESSAGES = {
-    "a barrier that half of the block does not come to": "(deadlock|__syncthreads after).* 32 threads .*returned",
+    "a barrier that half of the block does not reach": "(deadlock|__syncthreads after).* 32 threads .*returned",
     "two barriers in the place of one": "sample.cu:.*__syncthreads .* others of them came to __syncthreads",
     "a barrier after a return": "__syncthreads after 1 threads of the block returned",
     "a shuffle of half a warp": "deadlock|__shfl_xor_sync after",
@@ -43,7 +43,7 @@ MESSAGES = {
 def test_threads_that_wait_wrongly_are_named(kernels, mistake, schedule):
     with scheduled(schedule), pytest.raises(LaunchError, match=MESSAGES[mistake]):
         sample_calls.wrong(kernels, WRONG[mistake])
-    np.testing.assert_array_equal(*CALLS["row_sums"](kernels))  # and the shim goes on
+    np.testing.assert_array_equal(*CALLS["row_sums"](kernels))  # after this the shim still works
 
 
 def test_shared_memory_that_was_never_written_is_nan(kernels):
@@ -102,12 +102,12 @@ def test_what_does_not_compile_says_why():
 
 
 def cut(x, last):
-    """Numbers without what is below 2**last, towards zero."""
+    """Numbers truncated towards zero to multiples of 2**last."""
     return np.ldexp(np.trunc(np.ldexp(x, -last)), last)
 
 
 def test_tensor_cores_that_cut():
-    """Terms are cut two bits below the last place of the largest, and the sum to 24 bits: never away from zero."""
+    """Terms are truncated two bits below the last place of the largest, and the sum to 24 bits, always towards zero."""
     rng = np.random.default_rng(3)
     a = np.ldexp(rng.integers(-2047, 2048, (16, 16)), -rng.integers(0, 25, (16, 16))).astype(np.float16)
     b = np.ldexp(rng.integers(-2047, 2048, (16, 8)), -rng.integers(0, 25, (16, 8))).astype(np.float16)
@@ -173,7 +173,7 @@ def test_numbers_are_those_of_the_formats():
 
 
 def test_the_other_way_to_switch_fibers():
-    """What processors other than x86-64 use."""
+    """Processors other than x86-64 use it."""
     code = sample_calls.code()
     kernels = HostModule(code=code, options=["-DHOST_UCONTEXT"], name_expressions=["sample::row_sums"])
     np.testing.assert_array_equal(*sample_calls.row_sums(kernels))

@@ -24,7 +24,7 @@ pytestmark = [pytest.mark.own_backend, pytest.mark.usefixtures("torch_on_host")]
 
 @pytest.mark.parametrize(("is_causal", "window"), ALL_MODES)
 def test_derivatives_are_those_of_differences(problem, is_causal, window):
-    """For the points and for every array of the map."""
+    """Derivatives with respect to the points and to every array of the map."""
     *points, mask, fm = problem
     given = leaves(*(x[:, :6] for x in points), *arrays_of(fm))
     mask = mask[:, :6]
@@ -39,7 +39,7 @@ def test_derivatives_are_those_of_differences(problem, is_causal, window):
     assert torch.autograd.gradcheck(call, given, fast_mode=True)
 
 
-KEYS = {  # which keys are in a state of a window of 2, and which come
+KEYS = {  # the keys in a state with a window of 2, and the new ones
     "none leave": (1, 1),
     "some leave": (3, 4),
     "there are none yet": (0, 2),
@@ -49,9 +49,9 @@ KEYS = {  # which keys are in a state of a window of 2, and which come
 @pytest.mark.parametrize("keys", KEYS.values(), ids=KEYS.keys())
 @pytest.mark.parametrize("window", [0, 2])
 def test_derivatives_of_states_are_those_of_differences(problem, window, keys):
-    """For points, the sums of the state, their references, its recent keys, and every array of the map.
+    """Derivatives with respect to points, a state's sums, references and recent keys, and every array of the map.
 
-    And are the same from the reference, which computes those that are to be differentiated again.
+    The reference, which computes gradients that are to be differentiated again, gives the same.
     """
     q, k, v, _, fm = problem
     before, new = keys
@@ -107,7 +107,7 @@ def test_derivatives_of_states_are_those_of_differences(problem, window, keys):
 
 @pytest.mark.parametrize("window", [0, 32])
 def test_derivatives_of_states_in_parts(window, monkeypatch):
-    """Of more features than a sweep works on at once, wider values than it takes, and points in several segments."""
+    """With more features and wider values than a sweep processes at once, and with points in several segments."""
     monkeypatch.setattr(gradient_sizes, "SHORTEST_SEGMENT", 40)
     q, k, v = (torch.asarray(x) for x in attention_problem(2, (2,), n=190, d=5, e=133))
     fm = fs.feature_map(fs.fit(q, k), 70, rng=0)

@@ -1,4 +1,4 @@
-"""Calls that compilers, transforms and fake tensors trace, on the CPU through the shim."""
+"""Calls that are traced by compilers, transforms and fake tensors, on the CPU through the shim."""
 
 from dataclasses import replace
 
@@ -23,7 +23,7 @@ pytestmark = [pytest.mark.own_backend, pytest.mark.usefixtures("torch_on_host")]
 
 @pytest.mark.parametrize(("is_causal", "window"), ALL_MODES)
 def test_derivatives_are_those_of_differences(problem, is_causal, window):
-    """For the points and for every array of the map."""
+    """Derivatives with respect to the points and to every array of the map."""
     *points, mask, fm = problem
     given = leaves(*(x[:, :6] for x in points), *arrays_of(fm))
     numbers = ATTENTION.numbers(fm, {"window": window, "causal": is_causal})
@@ -84,7 +84,7 @@ def test_a_compiled_call_is_one_graph_and_trains(problem, is_causal, window):
 
 @pytest.mark.parametrize(("is_causal", "window"), MODES)
 def test_a_compiled_call_takes_sizes_that_are_not_known(problem, is_causal, window):
-    """Nor are the numbers of the map, which `dynamic` makes symbols of too."""
+    """With `dynamic`, torch also replaces the numbers of the map by symbols."""
     q, k, v, _, fm = problem
 
     def call(q, k, v):
@@ -103,7 +103,7 @@ def test_a_compiled_call_takes_sizes_that_are_not_known(problem, is_causal, wind
 
 
 def test_a_compiled_call_on_packed_sequences_is_one_graph(problem):
-    """It goes sequence by sequence; an eager call groups them."""
+    """It processes one sequence after the other; an eager call groups sequences."""
     q, k, v, mask, fm = problem
     given = leaves(q, k, v)
 
@@ -131,7 +131,7 @@ def test_a_compiled_call_without_gradients(problem):
 
 @pytest.mark.parametrize(("is_causal", "window"), MODES)
 def test_a_compiled_call_returns_a_state(problem, is_causal, window):
-    """Of a causal call by its own operators; of another by an update, and with a window by a read."""
+    """A causal call has operators for the state; another call uses an update and, with a window, a read."""
     q, k, v, mask, fm = problem
 
     def call(q, k, v):
@@ -153,7 +153,7 @@ def test_a_compiled_call_returns_a_state(problem, is_causal, window):
 
 @pytest.mark.parametrize(("window", "before"), STATES)
 def test_a_compiled_token_is_one_graph(problem, window, before):
-    """By operators, with gradients too, and the old state stays as it was."""
+    """It consists of operators, also with gradients, and does not change the old state."""
     q, k, v, _, fm = problem
     state = state_after(problem, window, before)
     kept = [getattr(state, name).clone() for name in NAMES]
@@ -166,7 +166,7 @@ def test_a_compiled_token_is_one_graph(problem, window, before):
     def arrays(result):
         return [x for part in result for x in ([part] if torch.is_tensor(part) else [getattr(part, n) for n in NAMES])]
 
-    dispatch._loaded.clear()  # as in a process that has traced none of these
+    dispatch._loaded.clear()  # as in a process that has not traced these before
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
     with fs.use("cuda", "reference"), dispatch.watch() as calls:
         got = compiled(*given, state)
@@ -225,7 +225,7 @@ def test_forward_mode_and_second_derivatives_of_transforms_are_refused(problem):
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
 @pytest.mark.parametrize(("is_causal", "window"), MODES)
 def test_fake_tensors_of_a_gpu(problem, is_causal, window, dtype):
-    """Shapes, dtypes and devices of results, for tensors that this machine could not even hold."""
+    """Results have the right shapes, dtypes and devices, also if tensors exceed the memory of this machine."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     *points, _, fm = problem

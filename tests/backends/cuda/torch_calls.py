@@ -1,4 +1,4 @@
-"""What the tests of torch's side share: operators that run on the CPU, modes of calls, and states."""
+"""What the tests with torch share: operators that run on the CPU, ways to call them, and states."""
 
 import pytest
 import torch
@@ -30,7 +30,7 @@ STATES = ((0, 5), (4, 5), (2, 4))
 
 
 def arguments(operator, fm, *tensors, **options):
-    """What the custom operator takes."""
+    """The arguments of the custom operator."""
     of_map = arrays_of(fm) if operator.with_map else ()
     return operator.arguments(operator.numbers(fm, options), (*tensors, *of_map))
 
@@ -46,5 +46,5 @@ def state_after(problem, window, before):
 
 
 def features_problem(dtype):
-    """What `exponential_features` takes."""
+    """The arguments of `exponential_features`."""
     return tuple(torch.randn(shape, dtype=dtype) / 2 for shape in ((2, 5, 3), (1, 4, 3), (2, 5, 1), (1, 1, 4)))

@@ -1,4 +1,4 @@
-// One block of CUDA threads: who runs next, where threads wait for each other, and what is wrong with how they wait.
+// One block of CUDA threads: which thread runs next, barriers, and the diagnosis of threads that wait forever.
 #pragma once
 #include "fibers.h"
 #include <stdio.h>
@@ -10,7 +10,7 @@ struct dim3 {
 namespace host {
 
 constexpr unsigned WARP = 32, MAX_THREADS = 1024, MAX_WARPS = MAX_THREADS / WARP, NAMED_BARRIERS = 16;
-constexpr unsigned MAX_COPIES = 256;  // cp.async in flight, a thread
+constexpr unsigned MAX_COPIES = 256;  // copies by cp.async of each thread that are in flight
 constexpr size_t SHARED_ALIGNMENT = 128, MESSAGE_BYTES = 512;
 
 // The order of warps, of lanes in a warp, and of blocks.
@@ -20,7 +20,7 @@ struct Schedule {
   int threads, blocks;  // each an Order
   unsigned seed;
   int without;             // the number of a barrier that is passed as if it were not there
-  unsigned char *reached;  // by number, barriers that a thread came to; may be null
+  unsigned char *reached;  // by number, whether a thread has reached the barrier; may be null
 };
 
 struct Place {
@@ -47,7 +47,7 @@ struct Thread {
   dim3 index;
   unsigned linear;
   bool done;
-  Gate *gate;  // what it waits at, until the gate's generation is no longer `ticket`
+  Gate *gate;  // the gate where it waits until the gate's generation differs from `ticket`
   unsigned ticket;
   const char *what;
   Place place;
@@ -71,7 +71,7 @@ struct Block {
   size_t shared_bytes;
   Schedule schedule;
   uint64_t random;
-  char started, ended;  // clocks: the launch before every thread, every thread before its end
+  char started, ended;  // clocks: the launch happens before every thread, and every thread before the end of the launch
   void (*kernel)(void *);
   void *arguments;
   bool failed;
@@ -82,7 +82,7 @@ static Thread *current;
 
 HOST_UNSEEN inline unsigned lane() { return current->linear % WARP; }
 
-// Ends the launch with a message; the threads are left where they are.
+// End the launch with a message; the threads stay where they are.
 template <class... Values> [[noreturn]] HOST_UNSEEN void fail(Place place, const char *format, Values... values) {
   if (!block.failed) {
     block.failed = true;
@@ -123,7 +123,7 @@ HOST_UNSEEN inline void pass(Gate &gate, unsigned expected, const char *what, Pl
   if (orders_memory) acquire(&gate.clocks[ticket % 2]);
 }
 
-// Whether a barrier is there: asked in sources that mutations.py has numbered.
+// Whether a barrier is in place; sources that mutations.py has numbered ask this.
 HOST_UNSEEN inline bool stands(int barrier) {
   if (block.schedule.reached) block.schedule.reached[barrier] = 1;
   return barrier != block.schedule.without;
@@ -153,8 +153,8 @@ HOST_UNSEEN inline void warp_barrier(unsigned mask, Place place) {
   pass(whole_warp(mask, "__syncwarp", place).gate, WARP, "__syncwarp", place, true);
 }
 
-// Every lane of a warp gives a value; `compute(given, result)` makes every lane's result of all of them. An exchange is
-// no memory barrier, as PTX says.
+// Every lane of a warp gives a value, and `compute(given, result)` computes the results of all lanes from these values.
+// An exchange is no memory barrier, as PTX says.
 template <class Result, class Given, class Compute>
 HOST_UNSEEN Result exchange(Given mine, unsigned mask, const char *what, Place place, Compute compute) {
   static_assert(sizeof(Given) <= 64 && sizeof(Result) <= 64, "a lane's place in Warp");
@@ -200,7 +200,7 @@ HOST_UNSEEN inline void arrange(unsigned *order, unsigned n, int how) {
     }
 }
 
-// Resume each lane of a warp that can go on, once; whether there was one.
+// Resume once each lane of a warp that can go on; return whether there was one.
 HOST_UNSEEN inline bool run_warp(unsigned warp) {
   unsigned order[WARP];
   const unsigned first = warp * WARP;
@@ -255,7 +255,7 @@ HOST_UNSEEN inline void run_block(unsigned turn) {
     thread.copies = thread.group = 0;
     prepare(thread.fiber, i, turn, enter_thread);
   }
-  // A warp goes on as far as it can before the next: where a barrier is missing it runs far ahead of the others.
+  // A warp runs as far as it can before the next one runs, so without a barrier it gets far ahead of the others.
   unsigned order[MAX_WARPS];
   while (block.live && !block.failed) {
     bool moved = false;
@@ -317,7 +317,7 @@ HOST_UNSEEN inline int run_grid(const unsigned *grid, const unsigned *size, size
     shared[i].fill(shared_bytes);
     block.shared = shared[i].start;
     run_block(i);
-    if (!HOST_TSAN) shared[i].drop(shared_bytes);  // else a later block's memory would be taken for this one's
+    if (!HOST_TSAN) shared[i].drop(shared_bytes);  // otherwise a sanitizer would confuse a later block's memory with this one's
   }
   if (block.failed)
     for (unsigned i = 0; i < block.size; i++) release_for(block.thread[i].fiber, &block.ended);
@@ -354,10 +354,10 @@ int launch(void (*kernel)(A...), const unsigned *grid, const unsigned *size, siz
   return run_grid(grid, size, shared_bytes, schedule, Call<A...>::enter, &call, message);
 }
 
-template <class T> constexpr int signed_size(T **) { return -(int)sizeof(void *); }  // minus: a pointer
+template <class T> constexpr int signed_size(T **) { return -(int)sizeof(void *); }  // negative for a pointer
 template <class T> constexpr int signed_size(T *) { return sizeof(T); }
 
-// The bytes of each parameter, negative for pointers; how many there are.
+// The bytes of each parameter, negative for pointers; and the number of parameters.
 template <class... A> int parameters(void (*)(A...), int *sizes) {
   const int all[] = {signed_size((A *)nullptr)..., 0};
   for (size_t i = 0; i < sizeof...(A); i++) sizes[i] = all[i];

@@ -1,5 +1,5 @@
-// Fibers: one a CUDA thread, all on one thread of the operating system, so that a switch happens only where the shim
-// says so. ThreadSanitizer is told of each switch (without a happens-before edge), AddressSanitizer of each stack.
+// Fibers: one for each CUDA thread, all on one thread of the operating system, so that only the shim switches between
+// them. ThreadSanitizer is told of each switch (without a happens-before edge), AddressSanitizer of each stack.
 #pragma once
 #include <stdint.h>
 #include <stdlib.h>
@@ -30,12 +30,12 @@ void AnnotateIgnoreWritesEnd(const char *file, int line);
 #define HOST_ASAN 0
 #endif
 
-// What the shim does is not the kernel's doing: sanitizers shall not see it.
+// Sanitizers must not see the memory accesses of the shim itself, only those of the kernel.
 #define HOST_UNSEEN __attribute__((noinline, no_sanitize("thread", "address", "undefined")))
 
 #if defined(__x86_64__) && !defined(HOST_UCONTEXT)
 #define HOST_ASSEMBLY_SWITCH 1
-#else  // other processors: slower, because swapcontext saves the signal mask by a system call
+#else  // on other processors: slower, because swapcontext saves the signal mask by a system call
 #define HOST_ASSEMBLY_SWITCH 0
 #include <ucontext.h>
 #endif
@@ -52,14 +52,14 @@ struct Context {
 #endif
 };
 
-// A stack, and what ThreadSanitizer knows the fiber by that runs on it. Both are dear to make, and kept.
+// A stack, and ThreadSanitizer's handle of the fiber on it. Both are expensive to make, so they are reused.
 struct Seat {
   char *stack;
   void *tsan;
 };
 
-// Neighbouring blocks take turns, so that ThreadSanitizer tells their accesses apart. The symbol is one for all libraries
-// of kernels in a process.
+// Neighbouring blocks use different stacks in turn, so that ThreadSanitizer can distinguish their accesses. All
+// libraries of kernels in a process share this symbol.
 constexpr unsigned TURNS = HOST_TSAN ? 2 : 1;
 inline __attribute__((visibility("default"))) Seat seats[TURNS][1024];
 
@@ -79,7 +79,7 @@ struct Scheduler {
 static Scheduler scheduler;
 
 #if HOST_ASSEMBLY_SWITCH
-// Saves the registers that a call must keep on the old stack and takes them from the new one.
+// Save the registers that a call must preserve on the old stack, and load them from the new one.
 extern "C" __attribute__((visibility("hidden"))) void host_switch_stack(void **save, void *to);
 asm(".text\n.hidden host_switch_stack\n.globl host_switch_stack\n.type host_switch_stack,@function\n"
     "host_switch_stack:\n"
@@ -104,7 +104,7 @@ HOST_UNSEEN inline void prepare(Fiber &fiber, unsigned thread, unsigned turn, vo
   if (!seat.stack) {
     seat.stack = (char *)mmap(nullptr, STACK_BYTES, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (seat.stack == MAP_FAILED) abort();
-    mprotect(seat.stack, GUARD_BYTES, PROT_NONE);  // a stack that is too small shall fault, not overwrite
+    mprotect(seat.stack, GUARD_BYTES, PROT_NONE);  // if a stack is too small, the process shall fault instead of overwriting memory
 #if HOST_TSAN
     seat.tsan = __tsan_create_fiber(0);
 #endif
@@ -114,7 +114,7 @@ HOST_UNSEEN inline void prepare(Fiber &fiber, unsigned thread, unsigned turn, vo
 #endif
 #if HOST_ASSEMBLY_SWITCH
   void **top = (void **)(seat.stack + STACK_BYTES - 64);
-  *--top = nullptr;  // where entry would return to; keeps the stack aligned as after a call
+  *--top = nullptr;  // the return address of entry; keeps the stack aligned as after a call
   *--top = (void *)entry;
   for (int saved = 0; saved < 6; saved++) *--top = nullptr;
   fiber.context.stack_pointer = top;
@@ -127,7 +127,7 @@ HOST_UNSEEN inline void prepare(Fiber &fiber, unsigned thread, unsigned turn, vo
 #endif
 }
 
-// From the scheduler into a fiber; comes back when the fiber suspends itself.
+// Switch from the scheduler to a fiber; returns when the fiber suspends itself.
 HOST_UNSEEN inline void resume(Fiber &fiber) {
 #if HOST_ASAN
   __sanitizer_start_switch_fiber(&scheduler.asan_fake_stack, fiber.seat->stack, STACK_BYTES);
@@ -141,14 +141,14 @@ HOST_UNSEEN inline void resume(Fiber &fiber) {
 #endif
 }
 
-// First thing that a fiber does.
+// What a fiber does first.
 HOST_UNSEEN inline void arrive() {
 #if HOST_ASAN
   __sanitizer_finish_switch_fiber(nullptr, &scheduler.stack, &scheduler.stack_bytes);
 #endif
 }
 
-// From a fiber back to the scheduler; comes back when the scheduler resumes it.
+// Switch from a fiber back to the scheduler; returns when the scheduler resumes the fiber.
 HOST_UNSEEN inline void suspend(Fiber &fiber) {
 #if HOST_ASAN
   __sanitizer_start_switch_fiber(&fiber.asan_fake_stack, scheduler.stack, scheduler.stack_bytes);
@@ -179,7 +179,7 @@ HOST_UNSEEN inline void acquire(void *clock) {
 #endif
 }
 
-// In the place of a fiber that will not run again: all that it did is now before whoever acquires the clock.
+// Called for a fiber that will not run again: everything that it did happens before later acquisitions of the clock.
 HOST_UNSEEN inline void release_for(const Fiber &fiber, void *clock) {
 #if HOST_TSAN
   __tsan_switch_to_fiber(fiber.seat->tsan, 1);
@@ -190,7 +190,7 @@ HOST_UNSEEN inline void release_for(const Fiber &fiber, void *clock) {
 #endif
 }
 
-// Around what the shim lets the C library do.
+// Put around the shim's own calls of the C library.
 HOST_UNSEEN inline void look_away(bool away) {
 #if HOST_TSAN
   (away ? AnnotateIgnoreReadsBegin : AnnotateIgnoreReadsEnd)(__FILE__, __LINE__);

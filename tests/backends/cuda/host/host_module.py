@@ -1,4 +1,4 @@
-"""`HostModule` stands where `cupy.RawModule` stands on a machine with a GPU: same source, same names, run by shim.h."""
+"""`HostModule` replaces `cupy.RawModule` where there is no GPU; it compiles the same source and names with shim.h."""
 
 import contextlib
 import ctypes
@@ -29,15 +29,15 @@ FLAGS = (
     "-fPIC",
     "-shared",
     "-fvisibility=hidden",
-    "-fno-strict-aliasing",  # kernels read shared memory as what they please
+    "-fno-strict-aliasing",  # kernels read shared memory as various types
     "-ffp-contract=off",
-    "-fno-tree-loop-distribute-patterns",  # a loop that became memcpy would be seen by the sanitizers
+    "-fno-tree-loop-distribute-patterns",  # the sanitizers would report a loop that was compiled to memcpy
     "-Wall",
     "-Wno-unknown-pragmas",
 )
 SHARED_LIMITS = {"sm_80": 163 * 1024, "sm_86": 99 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024}
 """What a block may have at most. Cards of compute capability 8.9 and 12.0 have what those of 8.6 have."""
-DEFAULT_SHARED = 48 * 1024  # above it a kernel must ask, through max_dynamic_shared_size_bytes
+DEFAULT_SHARED = 48 * 1024  # for more, a kernel must set max_dynamic_shared_size_bytes
 GRID_LIMITS = (2**31 - 1, 65535, 65535)
 MESSAGE_BYTES = 512
 
@@ -45,12 +45,15 @@ _one_launch = threading.Lock()  # the shim has one block, and torch runs backwar
 
 
 class LaunchError(RuntimeError):
-    """What a GPU would refuse, or what the shim saw going wrong."""
+    """A launch that a GPU would refuse, or a mistake that the shim has found."""
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """In which order threads and blocks run: each one of `ORDERS`; and a numbered barrier that they pass, if any."""
+    """The order of threads and that of blocks, each one of `ORDERS`.
+
+    And the number of a barrier that is skipped, if any.
+    """
 
     threads: str = "forward"
     blocks: str = "forward"
@@ -68,7 +71,7 @@ _schedule = SCHEDULES[0]
 
 @contextlib.contextmanager
 def scheduled(schedule: Schedule) -> Iterator[None]:
-    """Launches inside run in this order (in every thread of Python)."""
+    """Run the launches inside the block in this order, in every thread of Python."""
     global _schedule
     before, _schedule = _schedule, schedule
     try:
@@ -85,22 +88,22 @@ class _CSchedule(ctypes.Structure):
 
 
 class HostModule:
-    """Kernels of one source, compiled for the CPU when the first is asked for.
+    """Kernels of one source, compiled for the CPU when one is first needed.
 
     Parameters
     ----------
     code : str
         CUDA C++ source.
     options : sequence of str
-        Options of NVRTC; only definitions (-D) mean anything here.
+        Options of NVRTC; only definitions (-D) have an effect here.
     name_expressions : sequence of str
         The kernels that may be asked for.
     """
 
     shared_limit = SHARED_LIMITS["sm_90"]
-    launched: set[str] | None = None  # where a test puts a set, names of launched kernels are added
-    reached: bytearray | None = None  # where a test puts bytes, those of barriers that are come to become 1
-    family: Callable[[str], Sequence[str]] | None = None  # names that are built with one: fewer and shared builds
+    launched: set[str] | None = None  # a test may put a set here, to which names of launched kernels are added
+    reached: bytearray | None = None  # a test may put bytes here; those of barriers that are reached become 1
+    family: Callable[[str], Sequence[str]] | None = None  # names that are built together
 
     def __init__(
         self, *, code: str, options: Sequence[str] = (), name_expressions: Sequence[str] = (), **_: Any
@@ -111,7 +114,7 @@ class HostModule:
         self._library: ctypes.CDLL | None = None
 
     def compile(self) -> None:
-        """Build the library, or find it built."""
+        """Build the library, unless it has been built before."""
         if self._library is None:
             self._library = ctypes.CDLL(str(build(self.code, self.names, self.options)))
 
@@ -127,7 +130,7 @@ class HostModule:
 
 
 class TruncatingModule(HostModule):
-    """Kernels whose tensor cores cut what they add, as those of GPUs are reported to; built one by one."""
+    """Kernels whose tensor cores truncate when they add, as those of GPUs are reported to do; built one by one."""
 
     family = None
 
@@ -148,7 +151,7 @@ class HostFunction:
 
     @property
     def max_dynamic_shared_size_bytes(self) -> int:
-        """How much shared memory a launch may ask for."""
+        """The most shared memory that a launch may use."""
         return self._max_shared
 
     @max_dynamic_shared_size_bytes.setter
@@ -211,7 +214,7 @@ class HostFunction:
 
 
 def _value(x: Any, is_pointer: bool) -> Any:
-    """The bytes that a launch copies for one argument: addresses of arrays, numbers and structures by value."""
+    """The bytes that a launch passes for one argument: the address of an array, or a number or a structure by value."""
     if hasattr(x, "data") and hasattr(x.data, "ptr"):  # cupy.ndarray
         return ctypes.c_uint64(x.data.ptr)
     if isinstance(x, np.ndarray) and is_pointer:
@@ -228,7 +231,7 @@ def _value(x: Any, is_pointer: bool) -> Any:
 
 
 def sanitizer() -> str:
-    """What this process runs under: "", "thread" or "address" (see sanitized.py)."""
+    """The sanitizer that this process runs under: "", "thread" or "address" (see sanitized.py)."""
     return os.environ.get("FAVORSHARP_HOST_SANITIZER", "")
 
 
@@ -238,7 +241,10 @@ def compiler() -> str | None:
 
 
 def build(code: str, names: Sequence[str], options: Sequence[str] = ()) -> Path:
-    """A shared library with launchers of these kernels; built once for each source, set of names and options."""
+    """The shared library with launchers of these kernels.
+
+    It is built once for each source, set of names and options.
+    """
     unit = code + '\n#line 1 "launchers"\n' + "".join(map(_launcher, range(len(names)), names))
     flags = [*FLAGS, *SANITIZERS[sanitizer()], *options, "-include", str(HERE / "shim.h")]
     command = [compiler() or "g++", *flags]

@@ -1,4 +1,4 @@
-// Bits as numbers, and the roundings of the GPU's conversions: to nearest, ties to even (tf32: ties away from zero).
+// Conversions between bits and numbers with the GPU's rounding: to nearest, ties to even (tf32: ties away from zero).
 #pragma once
 #include <stdint.h>
 #include <string.h>
@@ -45,6 +45,6 @@ inline uint32_t float_to_tf32(float x) {
   return (u & 0x7f800000) == 0x7f800000 ? u : (u + 0x1000) & 0xffffe000;
 }
 
-inline float tf32_seen(uint32_t x) { return bits<float>(x & 0xffffe000); }  // mma reads no more of it
+inline float tf32_seen(uint32_t x) { return bits<float>(x & 0xffffe000); }  // mma reads only these bits
 
 }  // namespace host

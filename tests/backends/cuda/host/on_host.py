@@ -1,4 +1,4 @@
-"""The backend `cuda` without a GPU: its own dispatch and launches, with `HostModule` for CuPy's modules."""
+"""The backend `cuda` without a GPU: its own dispatch and launches, with `HostModule` in place of CuPy's modules."""
 
 import sys
 import weakref
@@ -20,7 +20,7 @@ _guarded: "weakref.WeakSet[_Memory]" = weakref.WeakSet()
 
 
 def family_of(name: str) -> list[str]:
-    """The instances that are built together: of one kernel and dtype; under a sanitizer, whose builds are long, one."""
+    """The instances that are built together: those of one kernel and dtype, or only one under a sanitizer."""
     from favorsharp_cuda.host.source import INSTANTIATIONS
 
     if sanitizer():
@@ -45,7 +45,7 @@ def fresh(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
     """A new array full of NaN, between guards."""
     dtype = np.dtype(dtype)
     size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
-    if sanitizer() == "address":  # which sets guards of its own
+    if sanitizer() == "address":  # this call sets guards of its own
         whole = np.empty(size, np.uint8)
         whole[:] = 0xFF
         return whole.view(dtype).reshape(shape)
@@ -90,9 +90,9 @@ def _kept_empty(like: Any, shape: tuple[int, ...], dtype: str) -> Any:
 
 @contextmanager
 def installed(code: str | None = None) -> Iterator[str]:
-    """Inside, a backend of the given name runs the kernels on the CPU, into memory full of NaN.
+    """Inside the block, a backend of the given name runs the kernels on the CPU, and new arrays are full of NaN.
 
-    With `code`, those of another source.
+    With `code`, the kernels are those of another source.
     """
     from favorsharp_cuda.host import arrays, launch
 

@@ -1,11 +1,11 @@
-// Kernels with one of everything that the shim emulates: its own test, and no part of the library.
+// Kernels that use each feature that the shim emulates, for the tests of the shim; they are not part of the library.
 namespace sample {
 
-// Sum of each row, one block a row: shuffles within a warp, shared memory between warps.
+// The sum of each row, with one block for each row: shuffles within a warp, shared memory between warps.
 __global__ void row_sums(const float *x, float *sums, long long columns) {
   float *partial = (float *)host::shared_memory();
   const unsigned warps = blockDim.x / 32, warp = threadIdx.x / 32;
-  for (int round = 0; round < 3; round++) {  // the last round overwrites; a barrier at the end of each keeps them apart
+  for (int round = 0; round < 3; round++) {  // the next round overwrites these, so each round ends with a barrier
     float sum = 0.0f;
     for (long long i = threadIdx.x; i < columns; i += blockDim.x) sum += x[blockIdx.x * columns + i] * (round == 2);
     for (int step = 16; step; step /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, step);
@@ -78,11 +78,11 @@ __global__ void hand_over(const float *x, float *y, int rounds) {
   }
 }
 
-// What is wrong in each: the number says.
+// Kernels with one mistake each; the number selects the mistake.
 __global__ void wrong(int what, float *out, long long n) {
   float *shared = (float *)host::shared_memory();
   const unsigned thread = threadIdx.x;
-  if (what == 0) {  // a barrier that half of the block does not come to
+  if (what == 0) {  // a barrier that half of the block does not reach
     if (thread < 32) __syncthreads();
   } else if (what == 1) {  // two barriers where there should be one
     if (thread < 32) __syncthreads();

@@ -1,4 +1,4 @@
-"""Calls of the kernels of sample.cu. As a script: one mistake by its name, or every call that is right."""
+"""Calls of the kernels of sample.cu. As a script, it runs the mistake with a given name, or all correct calls."""
 
 import sys
 
@@ -14,7 +14,7 @@ NAMES = (
     "sample::wrong",
 )
 WRONG = {
-    "a barrier that half of the block does not come to": 0,
+    "a barrier that half of the block does not reach": 0,
     "two barriers in the place of one": 1,
     "a barrier after a return": 2,
     "a shuffle of half a warp": 3,

@@ -10,7 +10,7 @@ from host_module import compiler
 
 RUNTIMES = {"thread": "libtsan.so", "address": "libasan.so"}
 OPTIONS = {
-    # `exitcode` tells a report from any other failure; the first is enough
+    # `exitcode` distinguishes a report from other failures; the first report ends the process
     "thread": ("TSAN_OPTIONS", "exitcode=66:halt_on_error=1:report_signal_unsafe=0:history_size=2:atexit_sleep_ms=0"),
     "address": ("ASAN_OPTIONS", "exitcode=66:detect_leaks=0:halt_on_error=1:detect_stack_use_after_return=0"),
 }
@@ -18,9 +18,9 @@ REPORTED = 66
 
 
 def run(sanitizer: str, script: Path, *arguments: str, timeout: float = 1800) -> "subprocess.CompletedProcess[str]":
-    """Run `python script arguments` under "thread" or "address"; a report ends it with the code `REPORTED`.
+    """Run `python script arguments` under the sanitizer "thread" or "address"; a report exits with `REPORTED`.
 
-    The interpreter itself is not built for it, so that the sanitizer's library has to be loaded first.
+    The interpreter is not built with the sanitizer, so the library of the sanitizer has to be loaded first.
     """
     runtime = subprocess.run(
         [compiler() or "g++", f"-print-file-name={RUNTIMES[sanitizer]}"], capture_output=True, text=True, check=True
@@ -36,11 +36,11 @@ def run(sanitizer: str, script: Path, *arguments: str, timeout: float = 1800) ->
         "FAVORSHARP_HOST_SANITIZER": sanitizer,
         "OPENBLAS_NUM_THREADS": "1",
         "OMP_NUM_THREADS": "1",
-        "PYTHONMALLOC": "malloc",  # each array in a block of its own, with an edge to step over
+        "PYTHONMALLOC": "malloc",  # each array gets a block of its own, so that an access beyond its end is noticed
         "PYTHONPATH": os.pathsep.join(sys.path),
     }
     command = [sys.executable, str(script), *arguments]
-    if shutil.which("setarch"):  # ThreadSanitizer wants addresses where it expects them
+    if shutil.which("setarch"):  # ThreadSanitizer needs a memory layout without randomisation
         fixed = ["setarch", "-R", *command]
         if subprocess.run(["setarch", "-R", "true"], capture_output=True).returncode == 0:
             command = fixed

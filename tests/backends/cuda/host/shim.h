@@ -1,6 +1,6 @@
-// Runs CUDA C++ kernels on a CPU: g++ -include shim.h. The words of the language are here; block.h has the threads and
-// their barriers, tensor_cores.h what kernels write in PTX, fibers.h the switching. docs/design/host-shim.md says what
-// this proves, and what it cannot.
+// Runs CUDA C++ kernels on a CPU: g++ -include shim.h. This file defines the keywords of CUDA; block.h has the threads
+// and their barriers, tensor_cores.h the instructions that kernels write in PTX, fibers.h the switches between threads.
+// docs/design/host-shim.md says what this proves, and what it cannot.
 #pragma once
 #define FAVORSHARP_HOST 1
 #include <math.h>
@@ -98,7 +98,7 @@ inline int __all_sync(unsigned mask, int vote, host::HOST_HERE) {
   return host::exchange<unsigned>(vote != 0, mask, "__all_sync", place, host::vote) == 0xffffffffu;
 }
 
-template <class T> inline T atomicAdd(T *address, T value) {  // a loop of atomics, which ThreadSanitizer knows as such
+template <class T> inline T atomicAdd(T *address, T value) {  // a loop of atomic operations, which ThreadSanitizer recognises
   using Bits = typename std::conditional<sizeof(T) == 4, uint32_t, uint64_t>::type;
   static_assert(sizeof(T) == sizeof(Bits), "an atomic of 4 or 8 bytes");
   Bits seen = __atomic_load_n((Bits *)address, __ATOMIC_RELAXED);

@@ -1,5 +1,6 @@
-// What the kernels write in PTX: asynchronous copies, matrix loads, matrix products. The lane layouts are those of the
-// PTX manual's sections on mma.m16n8k16, mma.m16n8k8 and ldmatrix; `make gpu-check` compares them with a real GPU.
+// The instructions that the kernels write in PTX: asynchronous copies, matrix loads and matrix products. The lane
+// layouts are those of the PTX manual's sections on mma.m16n8k16, mma.m16n8k8 and ldmatrix; `make gpu-check` compares
+// them with a real GPU.
 #pragma once
 #include "block.h"
 #include "numbers.h"
@@ -20,7 +21,7 @@ HOST_UNSEEN inline void check_shared(const void *address, unsigned bytes, const 
 
 // ---- cp.async -----------------------------------------------------------------------------------------------------
 
-// What the shim remembers of a thread's copies; only the copies themselves are the kernel's doing.
+// The record of a thread's copies. Sanitizers see the copies, but not the accesses to this record.
 HOST_UNSEEN inline void enlist(void *shared, const void *global, unsigned bytes, unsigned source_bytes, Place place) {
   const Copy copy = {shared, global, bytes, source_bytes, current->group};
   if (copy.bytes != 4 && copy.bytes != 8 && copy.bytes != 16) fail(place, "cp.async of %u bytes", copy.bytes);
@@ -36,8 +37,8 @@ inline void check_aligned(const void *address, unsigned bytes, Place place) {
   if ((uintptr_t)address % bytes) fail(place, "%u bytes at %p, which is no multiple of them", bytes, address);
 }
 
-// Between its issue and the wait the destination holds nothing: written here, and again where the copy lands. Both
-// writes are the kernel's own to the sanitizers.
+// Between the issue and the wait, the destination has no valid value. It is written here, and again when the copy is
+// made; sanitizers see both writes as the kernel's.
 inline void cp_async(void *shared, const void *global, unsigned bytes, unsigned source_bytes, HOST_HERE) {
   enlist(shared, global, bytes, source_bytes, place);
   for (unsigned i = 0; i < bytes / 4; i++) ((uint32_t *)shared)[i] = 0xffffffffu;
@@ -45,7 +46,7 @@ inline void cp_async(void *shared, const void *global, unsigned bytes, unsigned 
 
 HOST_UNSEEN inline void cp_async_commit() { current->group++; }
 
-// Take the copies that land when all but the last `pending` groups do.
+// Take the copies of all but the last `pending` groups.
 HOST_UNSEEN inline unsigned take_landing(unsigned pending, Copy *landing) {
   unsigned kept = 0, taken = 0;
   for (unsigned i = 0; i < current->copies; i++) {
@@ -62,7 +63,7 @@ inline void land(const Copy &copy) {
     ((unsigned char *)copy.shared)[i] = i < copy.source_bytes ? ((const unsigned char *)copy.global)[i] : 0;
 }
 
-// Every copy lands but those of the last `pending` groups.
+// Make all copies except those of the last `pending` groups.
 inline void cp_async_wait(unsigned pending) {
   Copy landing[MAX_COPIES];
   const unsigned count = take_landing(pending, landing);
@@ -101,7 +102,7 @@ template <int N, bool TRANSPOSED = false> inline void ldmatrix(uint32_t (&out)[N
   using Chosen = Rows<N, TRANSPOSED>;
   const Chosen rows =
       exchange<Chosen>(row, 0xffffffffu, TRANSPOSED ? "ldmatrix.trans" : "ldmatrix", place, choose_rows<N, TRANSPOSED>);
-  for (int i = 0; i < N; i++) {  // the loads themselves are the kernel's to the sanitizers
+  for (int i = 0; i < N; i++) {  // sanitizers see these loads as the kernel's
     const uint16_t low = *rows.first[i], high = TRANSPOSED ? *rows.second[TRANSPOSED ? i : 0] : rows.first[i][1];
     out[i] = low | (uint32_t)high << 16;
   }
@@ -119,8 +120,8 @@ struct Sums {
 
 #ifdef HOST_TRUNCATES
 
-// A sum as tensor cores are reported to make it: all terms are cut towards zero two bits below the last place that the
-// largest of them has in float32, then added exactly, and the sum is cut to float32.
+// A sum as tensor cores are reported to compute it: all terms are truncated two bits below the last place that the
+// largest of them has in float32, then added exactly, and the sum is truncated to float32.
 template <int K> HOST_UNSEEN inline float sum_of_products(const float *a, const float (*b)[8], unsigned column, float c) {
   double term[K + 1], largest = __builtin_fabs((double)c), plain = c;
   term[K] = c;
