@@ -5,7 +5,7 @@ import pytest
 from scipy import stats
 
 import favorsharp as fs
-from favorsharp.draws import DRAWS, draw_rows
+from favorsharp.draws import DRAWS, discrete_rows, draw_rows
 
 
 @pytest.mark.parametrize("draw", DRAWS)
@@ -63,6 +63,14 @@ def test_sobol_is_more_even_than_chance():
     levels = stats.norm.cdf(draw_rows("sobol", 256, 4, 0))
     counts = np.stack([np.histogram(column, bins=16, range=(0, 1))[0] for column in levels.T])
     assert (counts == 16).all()  # a scrambled net is exactly stratified
+
+
+def test_a_row_whose_level_rounds_to_one_has_a_finite_count():
+    """That of the largest level below 1."""
+    counts, log_density = discrete_rows("geometric", np.array([[9.0], [np.inf]]), np.full((1, 1), 0.3))
+    assert (0.7 ** (counts + 1) < 2.0**-53).all()
+    assert (0.7**counts >= 2.0**-53).all()
+    assert np.isfinite(log_density).all()
 
 
 def test_generator_moves_on():

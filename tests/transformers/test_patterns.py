@@ -66,11 +66,11 @@ def test_blocks_of_images_change_nothing_where_there_is_no_image(pattern):
 @pytest.mark.parametrize("pattern", [CAUSAL, WINDOW], ids=["causal", "window"])
 def test_a_decoder_may_join_its_keys_with_those_of_the_encoder(pattern, is_padded, n, method):
     """As T5Gemma 2 does: its own keys first, which are causal, and then keys that every query sees."""
-    own, other = (torch.ones(2, 12, dtype=torch.bool) for _ in range(2))
+    own, other = (torch.ones(2, size, dtype=torch.bool) for size in (12, 9))
     if is_padded:
         own[1, :5] = other[1, 7:] = False
-    masks = mask_of(pattern, own, n), mask_of(BIDIRECTIONAL, other)
-    q, k, v = points(n, 24)
+    masks = mask_of(pattern, own, n), compact_mask(2, n, 9, mask_function=BIDIRECTIONAL, attention_mask=other)
+    q, k, v = points(n, 21)
     positions = torch.arange(12)
     visible = positions <= torch.arange(12 - n, 12)[:, None]
     visible &= positions > torch.arange(12 - n, 12)[:, None] - (3 if pattern is WINDOW else 12)
@@ -81,7 +81,7 @@ def test_a_decoder_may_join_its_keys_with_those_of_the_encoder(pattern, is_padde
         hidden = ~visible[:, -1]
         k, v = (torch.where(hidden[:, None, :, None], x + 1.0, x) for x in (k, v))
         torch.testing.assert_close(attend(REGISTERED[method], layer, q, k, v, torch.cat(masks, dim=-1))[0], found)
-        v = torch.where(torch.arange(24)[:, None] >= 12, v + 1.0, v)
+        v = torch.where(torch.arange(21)[:, None] >= 12, v + 1.0, v)
         assert (attend(REGISTERED[method], layer, q, k, v, torch.cat(masks, dim=-1))[0] - found).abs().min() > 1e-3
         return
     rows = [
