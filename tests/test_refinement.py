@@ -95,15 +95,6 @@ def test_padding_has_no_influence(filler):
     torch.testing.assert_close(padded.after, short.after)
 
 
-def test_grouped_heads_share_a_map():
-    q, k, v = (torch.from_numpy(x) for x in attention_problem(0, (2, 4), n=24))
-    k, v = k[:, :2], v[:, :2]
-    start = fs.fit(q[0], k[0], enable_gqa=True)
-    refined = refine(start, (q, k, v), steps=4, num_features=8, rng=0, enable_gqa=True)
-    assert refined.parameters.g1.shape == (2, 8, 8)
-    assert refined.after.shape == (2,)
-
-
 def test_modules_take_the_result(found):
     start, refined = found
     q, k, v = heads(0, 256)
@@ -135,19 +126,21 @@ def test_bad_arguments():
 
 
 def test_grouped_heads_have_a_mask_each():
-    """Rows of padding ask nothing: query head h has the mask of key head h // g."""
-    q, k, v = (torch.from_numpy(x) for x in attention_problem(0, (4,), n=24))
-    k, v = k[:2], v[:2]
+    """Rows of padding ask nothing: query head h has the mask, and the map, of key head h // g; a batch shares both."""
+    q, k, v = (torch.from_numpy(x) for x in attention_problem(0, (2, 4), n=24))
+    k, v = k[:, :2], v[:, :2]
     mask = torch.arange(24) < torch.tensor([[20], [11]])
-    start = fs.fit(q, k, enable_gqa=True)
+    start = fs.fit(q[0], k[0], enable_gqa=True)
     options = {"steps": 3, "num_features": 8, "rng": 0}
     refined = refine(start, [(q, k, v, mask)] * 2, enable_gqa=True, **options)
     for head, length in enumerate((20, 11)):
         fields = {n: x[head : head + 1] if isinstance(x, torch.Tensor) else x for n, x in vars(start).items()}
         own = type(start)(**fields)
-        pieces = (q[2 * head : 2 * head + 2, :length], k[head : head + 1, :length], v[head : head + 1, :length])
+        pieces = (q[:, 2 * head : 2 * head + 2, :length], *(x[:, head : head + 1, :length] for x in (k, v)))
         alone = refine(own, [pieces] * 2, enable_gqa=True, **options)
         torch.testing.assert_close(refined.before[head], alone.before[0])
+        torch.testing.assert_close(refined.parameters.g1[head], alone.parameters.g1[0])
+        assert refined.after[head] < refined.before[head]
 
 
 def test_a_stays_where_second_moments_are_finite():

@@ -137,10 +137,11 @@ def test_size_does_not_grow_and_old_states_stay(window):
 
 def test_states_are_picklable_and_know_their_map():
     q, k, v, fm = problem(np.asarray)
-    state = pickle.loads(pickle.dumps(fs.update(fs.init_state(fm, 5, like=k), k, v, fm)))
+    before = fs.update(fs.init_state(fm, 5, like=k), k, v, fm)
+    state = pickle.loads(pickle.dumps(before))
     assert len(repr(state)) < 200
-    fs.read(state, q, pickle.loads(pickle.dumps(fm)))
-    fs.read(state, q, fs.feature_map(fs.fit(q, k), 16, rng=0))
+    for same in (pickle.loads(pickle.dumps(fm)), fs.feature_map(fs.fit(q, k), 16, rng=0)):
+        np.testing.assert_array_equal(fs.read(state, q, same), fs.read(before, q, fm))
     for other in (
         fs.feature_map(fm.parameters, 16, rng=1),
         fs.feature_map(fm.parameters, 8, rng=0),
@@ -168,7 +169,8 @@ def test_narrow_streams_are_summed_wide(dtype):
     assert state.kv.dtype == torch.float32
     state = fs.update(state, k, v, fm)
     assert state.recent_k.dtype == k.dtype
-    assert fs.read(state, q, fm).dtype == q.dtype
+    wide = fs.update(fs.init_state(fm, 5, like=k.float(), window=4), k.float(), v.float(), fm)
+    torch.testing.assert_close(fs.read(state, q, fm), fs.read(wide, q.float(), fm).to(q.dtype))
 
 
 @pytest.mark.jax

@@ -145,9 +145,14 @@ def test_maps_made_in_inference_mode_can_be_trained_with(tmp_path):
         output(model, **inputs("llama"))
         save_maps(model, tmp_path)
     output(model, **inputs("llama")).sum().backward()
+    first = [weight.grad for weight in model.parameters()]
+    model.zero_grad()
     with torch.inference_mode():
         load_maps(model, tmp_path)
     output(model, **inputs("llama")).sum().backward()
+    for gradient, weight in zip(first, model.parameters(), strict=True):
+        torch.testing.assert_close(weight.grad, gradient)
+    assert model.model.layers[0].self_attn.k_proj.weight.grad.any()
 
 
 def test_calibration_takes_tensors_and_says_what_is_missing():
