@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -291,3 +292,30 @@ def test_the_padding_of_a_decoder_is_no_query_of_its_cross_attention():
     for name, fm in maps[0].items():
         for field in ("a", "g1", "center_x", "center_y"):
             torch.testing.assert_close(getattr(fm.parameters, field), getattr(maps[1][name].parameters, field))
+
+
+class CrossFirst(torch.nn.Module):
+    """Cross-attention before any self-attention, as in a Perceiver."""
+
+    def __init__(self):
+        super().__init__()
+        self.cross, self.own = torch.nn.Module(), torch.nn.Module()
+        self.cross.is_cross_attention = True
+        for layer in (self.cross, self.own):
+            layer.is_causal, layer.config = False, SimpleNamespace()
+
+    def forward(self, x, y, mask):
+        attend = interface.attend
+        attend(REGISTERED["favorsharp"], self.cross, x, y, y, None)
+        attend(REGISTERED["favorsharp"], self.own, x, x, x, mask)
+
+
+def test_the_padding_of_one_batch_is_not_that_of_the_next():
+    generator = torch.Generator().manual_seed(0)
+    batches = [
+        {name: torch.randn(2, 4, n, 8, generator=generator) for name, n in (("x", 6), ("y", 9))} | {"mask": mask}
+        for mask in ((torch.arange(6) < 3).expand(2, 1, 1, 6), None)
+    ]
+    maps = [calibrate(CrossFirst(), order)["cross"].parameters for order in (batches, batches[::-1])]
+    torch.testing.assert_close(maps[0].center_x, maps[1].center_x)
+    torch.testing.assert_close(maps[0].g1, maps[1].g1)
