@@ -4,33 +4,37 @@ As buffers, the map is moved, saved and loaded together with the model that uses
 """
 
 import copy
-import math
 from typing import Any, Self
 
 import torch
-from torch.nn import functional
 
 from favorsharp._arrays import is_array, stamps_of, statistics_dtype
 from favorsharp._autodiff import is_traced, is_traced_by_mode
 from favorsharp._checks import check_choice, check_flag, check_integer
 from favorsharp._values import map_arrays
-from favorsharp.attention_moments import attention_moments
 from favorsharp.draws import DRAWS, draw_rows
 from favorsharp.exact import kernel_scale
 from favorsharp.features import FeatureMap, feature_map
-from favorsharp.fitting import fit
+from favorsharp.fitting import fit, fit_named
 from favorsharp.landmarks.settings import Landmarks, landmarks
 from favorsharp.landmarks.verbs import check_landmark_options
 from favorsharp.methods import DENSE_EXPONENTIAL, LANDMARKS, MethodLike, check_method, method_of
-from favorsharp.moments import Moments, moments
+from favorsharp.moments import Moments
 from favorsharp.parameters import Parameters
+from favorsharp.torch.map_faults import (
+    ANGLE,
+    ROUNDING,
+    are_readable,
+    check_values,
+    fault_of_mixed_parameters,
+    fault_of_rows,
+    is_subclass,
+    largest_cosine,
+    numbers_of_parameters,
+)
 
 _PARAMETERS = ("a", "g1", "g2", "center_x", "center_y")
 _NUMBERS = ("projection", *_PARAMETERS)
-_ROUNDING = 1e-3
-"""How far g1^T g2 may be from I, relative to |g1|^T |g2|; averaging a map with itself in float32 gives up to 6e-4."""
-_ANGLE = 5e-3
-"""The largest cosine of two rows that count as orthogonal; rounding rows to bfloat16 gives smaller cosines."""
 
 
 class MapBuffers(torch.nn.Module):
@@ -240,15 +244,19 @@ class MapBuffers(torch.nn.Module):
         if isinstance(q, Moments):
             if any(x is not None for x in (k, key_mask, query_mask, weighting)) or is_causal:
                 raise TypeError("calibrate(moments) takes no k, masks or weighting: the moments have them in")
-            data = q
+            sample: dict[str, Any] = {}
         elif k is None:
             raise TypeError("calibrate takes queries and keys, or one Moments: k is missing")
         else:
-            data = self._gathered(q, k, key_mask, query_mask, weighting, is_causal)
-        fault = self._fault_of_rows() if _are_readable(self.projection) else None
+            masks = {"mask_x": query_mask, "mask_y": key_mask}
+            sample = {**self._averaged(q, k, masks), "weighting": weighting, "is_causal": is_causal}
+        fault = self._fault_of_rows() if are_readable(self.projection) else None
         if fault is not None:
             raise RuntimeError(fault)
-        parameters = fit(data, method=self.method, scale=self.scale, ridge=ridge)
+        names = ("q", "k")
+        parameters = fit_named(
+            names, q, k, method=self.method, kernel="softmax", scale=self.scale, ridge=ridge, **sample
+        )
         self.set_parameters(map_arrays(parameters, self._without_averaged_axes))
         return self
 
@@ -268,20 +276,7 @@ class MapBuffers(torch.nn.Module):
                 f"parameters are {parameters!r}; accepted: method {self.method!r}, kernel 'softmax', "
                 f"scale {self.scale:g}"
             )
-        for name in _PARAMETERS:
-            value = getattr(parameters, name)
-            shape = self._shape(name)
-            if tuple(value.shape) != shape:
-                raise ValueError(f"parameters.{name} has shape {tuple(value.shape)}; accepted: {shape}")
-            if value.device != self.projection.device:
-                raise ValueError(
-                    f"parameters.{name} is on {value.device}; accepted: the device of the module, "
-                    f"{self.projection.device}"
-                )
-        if self.method in DENSE_EXPONENTIAL and _are_readable(parameters.g1, parameters.g2):
-            distance = float(_distance_from_inverse(parameters.g1, parameters.g2))
-            if not distance < _ROUNDING:
-                raise ValueError(f"parameters.g1^T parameters.g2 differs from I by {distance:.2g}; accepted: rounding")
+        check_values(parameters, {name: self._shape(name) for name in _PARAMETERS}, self.projection.device)
         for name in _PARAMETERS:
             setattr(self, name, getattr(parameters, name).detach().to(self.projection.dtype, copy=True))
         self._last_fault = None
@@ -342,9 +337,8 @@ class MapBuffers(torch.nn.Module):
         assert self.draw is not None
         return draw_rows(self.draw, self.num_features, self.size, rng)
 
-    def _gathered(
-        self, q: Any, k: Any, key_mask: Any, query_mask: Any, weighting: float | None, is_causal: bool
-    ) -> Moments:
+    def _averaged(self, q: Any, k: Any, masks: dict[str, Any]) -> dict[str, Any]:
+        """The axes, masks and grouping of a fit to these queries and keys."""
         for name, x in (("q", q), ("k", k)):
             if not isinstance(x, torch.Tensor):
                 raise TypeError(f"{name} must be a torch tensor, got {type(x).__name__}")
@@ -352,16 +346,11 @@ class MapBuffers(torch.nn.Module):
             h = self.heads
             accepted = "(*b, n, d) and (*b, s, d)" if h is None else f"(*b, g {h}, n, d) and (*b, {h}, s, d)"
             raise ValueError(f"q has shape {tuple(q.shape)}, k has shape {tuple(k.shape)}; accepted: {accepted}")
-        if query_mask is None and q.shape[-2] == k.shape[-2] and not self.enable_gqa:
-            query_mask = key_mask
+        if masks["mask_x"] is None and q.shape[-2] == k.shape[-2] and not self.enable_gqa:
+            masks = {**masks, "mask_x": masks["mask_y"]}
         kept = (-3,) if self.heads is not None else ()
         axes = tuple(axis for axis in range(-k.ndim, -1) if axis not in kept)
-        options = {"axis": axes, "mask_x": query_mask, "mask_y": key_mask, "enable_gqa": self.enable_gqa}
-        if weighting is None:
-            if is_causal:
-                raise ValueError("is_causal=True says which pairs a weighting counts; accepted with weighting=...")
-            return moments(q, k, **options)
-        return attention_moments(q, k, weighting=weighting, scale=self.scale, is_causal=is_causal, **options)
+        return {"axis": axes, "enable_gqa": self.enable_gqa, **masks}
 
     def _without_averaged_axes(self, x: torch.Tensor) -> torch.Tensor:
         """Drop the leading axes of length 1 that averaging has left."""
@@ -409,8 +398,8 @@ class MapBuffers(torch.nn.Module):
         held = tuple(self._buffers[name] for name in _NUMBERS)
         # Unreadable buffers cannot be checked. In a mode that traces or fakes, and for tensor subclasses, the result is
         # the fault that was found last. Others (meta tensors, tensors in functorch transforms) are accepted unchecked.
-        if not _are_readable(*held):
-            return self._last_fault if is_traced_by_mode() or any(_is_subclass(x) for x in held) else None
+        if not are_readable(*held):
+            return self._last_fault if is_traced_by_mode() or any(is_subclass(x) for x in held) else None
         fault: str | None = self._fault_of_rows() or self._fault_of_parameters()
         self._last_fault = fault
         if fault is None and not any(is_traced(x) for x in held):
@@ -426,39 +415,19 @@ class MapBuffers(torch.nn.Module):
     @torch.no_grad()
     def _fault_of_rows(self) -> str | None:
         """Why the random rows cannot be used, or None."""
-        rows = self.projection.to(statistics_dtype(self.projection))
-        square, cosine = torch.stack([rows.square().mean(), _largest_cosine(rows)]).tolist()
-        name = type(self).__name__
-        if not math.isfinite(square):
-            return (
-                f"{name} has no random rows: nobody filled its memory (to_empty, or a load without that key); call "
-                "reset_parameters() or redraw(), or load a state dict"
-            )
-        if self.draw is None or (_may_be_normal(square, rows.numel()) and (cosine < _ANGLE or not self._orthogonal)):
-            return None
-        return (
-            f"the rows of {name} are not those of any draw {self.draw!r} (mean square {square:.3g}, largest cosine "
-            f"{cosine:.3g}): averages of different rows are like that, and memory that nobody filled. Average only "
-            "copies that share their rows, and leave out buffers otherwise; call redraw() or load a state dict"
-        )
+        return fault_of_rows(type(self).__name__, self.projection, self.draw, self._orthogonal)
 
     @torch.no_grad()
     def _fault_of_parameters(self) -> str | None:
         """Why the parameters cannot be used, or None."""
-        values = [getattr(self, name).to(statistics_dtype(self.projection)) for name in _PARAMETERS]
-        distance = _distance_from_inverse(values[1], values[2])
-        flags = [torch.stack([test(x).all() for x in values]).all() for test in (torch.isnan, torch.isfinite)]
-        blank, finite, distance = torch.stack([*(x.to(distance) for x in flags), distance]).tolist()
+        wide = statistics_dtype(self.projection)
+        values = [getattr(self, name).to(wide) for name in _PARAMETERS]
+        blank, finite, distance = numbers_of_parameters(values)
         if blank:
             return self._not_calibrated()
-        if finite and (distance < _ROUNDING or self.method not in DENSE_EXPONENTIAL):
+        if finite and (distance < ROUNDING or self.method not in DENSE_EXPONENTIAL):
             return None
-        return (
-            f"the parameters of {type(self).__name__} are not those of one fit (g1^T g2 differs from I by "
-            f"{distance:.2g}): averages of different calibrations are like that, numbers rounded to half precision, "
-            "and memory that nobody filled. Average only copies that share one calibration, and leave out buffers "
-            "otherwise; call calibrate(q, k) or load a state dict"
-        )
+        return fault_of_mixed_parameters(type(self).__name__, distance)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
         before = dict(self._buffers)
@@ -479,8 +448,8 @@ class MapBuffers(torch.nn.Module):
         if self._landmarks is not None:
             return
         self._last_fault = None
-        if _are_readable(*(self._buffers[name] for name in _NUMBERS)):
-            self._orthogonal = self._orthogonal and float(_largest_cosine(self.projection)) < _ANGLE
+        if are_readable(*(self._buffers[name] for name in _NUMBERS)):
+            self._orthogonal = self._orthogonal and float(largest_cosine(self.projection)) < ANGLE
             self._fault()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -512,36 +481,3 @@ def _moved(x: torch.Tensor | None, moved: torch.Tensor | None) -> torch.Tensor |
         if x.is_meta and not moved.is_meta:  # to_empty leaves its memory unset
             return torch.full(x.shape, torch.nan, dtype=dtype, device=moved.device)
         return x.to(device=moved.device, dtype=dtype, copy=True)
-
-
-def _is_subclass(x: torch.Tensor) -> bool:
-    """Whether x is a tensor subclass with operations of its own, such as a fake tensor."""
-    return type(x).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__
-
-
-def _are_readable(*arrays: torch.Tensor) -> bool:
-    """Whether the numbers of the tensors can be read here."""
-    wrapped = torch._C._functorch.is_functorch_wrapped_tensor
-    return not (is_traced_by_mode() or any(x.is_meta or _is_subclass(x) or wrapped(x) for x in arrays))
-
-
-def _largest_cosine(rows: torch.Tensor) -> torch.Tensor:
-    """The largest absolute cosine of two rows within a block of d rows."""
-    m, d = rows.shape
-    blocks = functional.pad(rows, (0, 0, 0, -m % d)).reshape(-1, d, d)
-    units = functional.normalize(blocks, dim=-1)
-    return (units @ units.mT).abs().triu(1).amax()
-
-
-def _may_be_normal(square: float, count: int) -> bool:
-    """Whether count / 2 independent normal numbers have this mean square with a probability above 1e-13.
-
-    The count is halved, because rows may come in pairs w and -w. The bound is Chernoff's.
-    """
-    return square > 0 and 0.25 * count * (square - 1 - math.log(square)) < 30
-
-
-def _distance_from_inverse(g1: torch.Tensor, g2: torch.Tensor) -> torch.Tensor:
-    """The largest absolute entry of g1^T g2 - I; each entry is divided by that of |g1|^T |g2| if this is above 1."""
-    identity = torch.eye(g1.shape[-1], dtype=g1.dtype, device=g1.device)
-    return ((g1.mT @ g2 - identity).abs() / (g1.abs().mT @ g2.abs()).clamp(min=1)).amax()
