@@ -356,9 +356,10 @@ def _known(data: Moments) -> Moments:
 
 def _scaled(data: Moments, scale: float) -> tuple[Array, Array, Array, Array]:
     root = math.sqrt(scale)
-    covariance = data.covariance_x * scale
-    alike = data.covariance_y is data.covariance_x  # and stay so: a balance of equal sides costs less
-    return data.mean_x * root, data.mean_y * root, covariance, covariance if alike else data.covariance_y * scale
+    mean, covariance = data.mean_x * root, data.covariance_x * scale
+    # what is the same on both sides stays so: a balance of equal sides costs less
+    mean_y = mean if data.mean_y is data.mean_x else data.mean_y * root
+    return mean, mean_y, covariance, covariance if data.covariance_y is data.covariance_x else data.covariance_y * scale
 
 
 def _ridge(ridge: Any, data: Moments) -> float:

@@ -39,6 +39,11 @@ class Statistics:
     cross: Array | None
 
     @property
+    def alike(self) -> bool:
+        """Whether queries and keys are the same points, so that a computation for one side serves both."""
+        return self.mean_y is self.mean_x and self.covariance_y is self.covariance_x
+
+    @property
     def second_x(self) -> Array:
         """The mean of x x^T."""
         return self.covariance_x + outer(self.mean_x, self.mean_x)
@@ -75,7 +80,8 @@ def saderf(data: Statistics) -> Values:
 
 def aderf(data: Statistics) -> Values:
     """A full balance of the second moments, and the same a for all axes (arXiv 2302.00787, theorem 4.2)."""
-    g1, g2 = balance(data.second_x, data.second_y, data.ridge)
+    second = data.second_x
+    g1, g2 = balance(second, second if data.alike else data.second_y, data.ridge)
     return _values(g1, g2, _one_a(_pair_sums(data, g1, g2)))
 
 
@@ -92,9 +98,7 @@ def optimal(data: Statistics) -> Values:
     """Centres, a full balance and one a for each axis: the smallest excess of the family (docs: theory, `optimal`)."""
     g1, g2 = balance(data.covariance_x, data.covariance_y, data.ridge)
     if data.cross is None:
-        first = congruence(g1, data.covariance_x)
-        alike = g2 is g1 and data.covariance_y is data.covariance_x
-        sums = first + (first if alike else congruence(g2, data.covariance_y))
+        sums = _spread(data, g1, g2)
     else:  # in weighted pairs u and v are correlated, so the principal axes of u + v are other ones
         xp = namespace_of(g1)
         mixed = g1 @ data.cross @ xp.matrix_transpose(g2)
@@ -162,10 +166,17 @@ def _one_a(sums: Array) -> Array:
     return _best_a(row_sum(sums) / sums.shape[-1])
 
 
+def _spread(data: Statistics, g1: Array, g2: Array) -> Array:
+    """The variance of u_l plus that of v_l, shape (*b, 1, d)."""
+    first = congruence(g1, data.covariance_x)
+    alike = g2 is g1 and data.covariance_y is data.covariance_x
+    return first + (first if alike else congruence(g2, data.covariance_y))
+
+
 def _pair_sums(data: Statistics, g1: Array, g2: Array) -> Array:
     """The mean over pairs of (u_l + v_l)^2, without centring, shape (*b, 1, d)."""
     shift = apply(g1, data.mean_x) + apply(g2, data.mean_y)
-    sums = congruence(g1, data.covariance_x) + congruence(g2, data.covariance_y) + shift * shift
+    sums = _spread(data, g1, g2) + shift * shift
     if data.cross is None:
         return sums
     xp = namespace_of(g1)

@@ -49,6 +49,16 @@ def test_excess_on_real_heads_in_narrow_types(dtype):
     np.testing.assert_allclose(fs.excess(parameters, q, k), EXPECTED["optimal"], rtol=1e-5)
 
 
+@pytest.mark.parametrize("method", FITTED)
+def test_points_that_are_queries_and_keys_alike_are_balanced_by_a_rotation(xp, method):
+    """One decomposition serves both sides, so they are the same to the last bit."""
+    x = xp(sample()[0].astype(np.float64))
+    fitted = fs.fit(x, x, method=method)
+    g1, g2 = xp.back(fitted.g1), xp.back(fitted.g2)
+    np.testing.assert_array_equal(g1, g2)
+    np.testing.assert_allclose(g1 @ np.swapaxes(g1, -1, -2), np.broadcast_to(np.eye(g1.shape[-1]), g1.shape), atol=1e-9)
+
+
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     seed=st.integers(0, 2**31), n=st.integers(1, 40), s=st.integers(1, 40), d=st.integers(1, 9), zeros=st.integers(0, 3)
