@@ -30,7 +30,6 @@ from favorsharp_numba.vectors.emitter import BYTES, VECTORS
 
 LOG2E = 1 / math.log(2)
 KINDS = {"float16": 0, "bfloat16": 1, "float32": 2, "float64": 3}
-ITEMS = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 
 
 def name_of(x: Any) -> str:
@@ -267,7 +266,7 @@ class Packed:
         matrix = LOG2E * side.rows
         rows = np.zeros((self.count, s.m, s.d_pad), self.dtype)
         rows[:, :, : s.d] = matrix
-        out[:, s.rows : s.rows + s.m * s.d_pad] = rows.reshape(self.count, -1)
+        out[:, s.rows : s.rows + s.m * s.d_pad] = rows.reshape(self.count, s.m * s.d_pad)
         self._put_panels(out, s.panels, np.swapaxes(matrix, -1, -2), s.m_pad)
         if s.has_dense:
             dense = math.sqrt(LOG2E) * side.dense
@@ -282,7 +281,8 @@ class Packed:
         spread = np.zeros((count, d, panels * self.panel), self.dtype)
         spread[:, :, :n] = matrix
         spread = spread.reshape(count, d, panels, self.panel).swapaxes(1, 2)
-        out[:, place : place + panels * d * self.panel] = spread.reshape(count, -1)
+        size = panels * d * self.panel
+        out[:, place : place + size] = spread.reshape(count, size)
 
 
 MOST_SIZES = 4

@@ -103,10 +103,11 @@ class LandmarkProblem:
         out[..., center : center + d] = host(metric.center)[..., 0, :]
         out[..., direction : direction + d] = host(metric.direction)[..., 0, :]
         for place, x in ((left, lift), (matrix, lift @ np.swapaxes(lift, -1, -2))):
-            spread = np.zeros((*lift.shape[:-1], -(-d_pad // width) * width), self.dtype)
+            count = -(-d_pad // width)
+            spread = np.zeros((*lift.shape[:-1], count * width), self.dtype)
             spread[..., :d] = x
-            panels = spread.reshape(*lift.shape[:-1], -1, width).swapaxes(-2, -3)
-            out[..., place : place + panels.shape[-3] * d * width] = panels.reshape(*lift.shape[:-2], -1)
+            panels = spread.reshape(*lift.shape[:-1], count, width).swapaxes(-2, -3)
+            out[..., place : place + count * d * width] = panels.reshape(*lift.shape[:-2], count * d * width)
         return s, out
 
     def _padded(self, x: int) -> int:

@@ -157,7 +157,7 @@ class AttentionProblem:
     def state_arrays(self) -> dict[str, Any]:
         """The sums as the arrays of a state: kv (*b, m, e), z and c (*b, 1, m), and their low parts."""
         s, batch = self.s, self.key_batch
-        first = self.sums.reshape(self.heads, self.segments, -1)[:, 0]
+        first = self.sums[:: self.segments]
         c = first[:, self.kv_size + s.m_pad : self.kv_size + s.m_pad + s.m] / LOG2E
         kv, z = (np.ascontiguousarray(x) for x in self.state_sums())
         kv_low, z_low = (None, None) if self.lows is None else self._taken_out(self.lows)
@@ -170,7 +170,7 @@ class AttentionProblem:
 
     def state_sums(self) -> tuple[Any, Any]:
         """The sums as kv (*b, m, e) and z (*b, 1, m) of a state, without a copy."""
-        return self._taken_out(self.sums.reshape(self.heads, self.segments, -1)[:, 0])
+        return self._taken_out(self.sums[:: self.segments])
 
     def _taken_out(self, sums: Any) -> tuple[Any, Any]:
         """kv and z in the shapes of a state, from sums or from their low parts, without a copy."""

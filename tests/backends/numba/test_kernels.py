@@ -8,7 +8,7 @@ import pytest
 from problems import attention_problem, key_mask
 
 import favorsharp as fs
-from favorsharp._values import astype
+from favorsharp._values import astype, map_arrays
 from favorsharp.dispatch import watch
 from favorsharp.ops.exponential_features import exponential_features
 from favorsharp.testing import check_backend
@@ -89,6 +89,26 @@ def test_blocks_of_any_length_lie_in_tiles_as_they_may(window, is_causal, group)
         mask = key_mask(n, k.shape[:-1], "holes") if n % 2 else None
         got, want = both(q, k, v, fm, is_causal=is_causal, window=window, key_mask=mask, enable_gqa=True)
         np.testing.assert_allclose(got, want, atol=1e-11)
+
+
+@pytest.mark.parametrize("of_batch", [False, True])
+@pytest.mark.parametrize("window", [0, 4])
+def test_a_batch_without_entries_has_results_without_entries(of_batch, window):
+    """Of the points alone, or of the map too."""
+    q, k, v = attention_problem(0, (2,), n=9)
+    fm = fs.feature_map(fs.fit(q, k, axis=-2 if of_batch else (0, -2)), 16, rng=0)
+    if of_batch:
+        fm = fs.feature_map(map_arrays(fm.parameters, lambda x: x[:0]), 16, rng=0)
+    q, k, v = q[:0], k[:0], v[:0]
+    with fs.use("numba"):
+        for given in (fm, fs.landmarks(4)):
+            assert fs.linear_attention(q, k, v, given, window=window).shape == v.shape
+            out, state = fs.linear_attention(q, k, v, given, is_causal=True, window=window, return_state=True)
+            token, _ = fs.decode_step(q[:, :1], k[:, :1], v[:, :1], state, given)
+            assert (out.shape, token.shape) == (v.shape, v[:, :1].shape)
+        for is_causal in (False, True):
+            _, pullback = fs.vjp(fs.linear_attention, q, k, v, fm, is_causal=is_causal, window=window)
+            assert [x.shape for x in pullback(v)] == [x.shape for x in (q, k, v)]
 
 
 @pytest.mark.parametrize("poison", [np.nan, np.inf, -np.inf])
