@@ -45,7 +45,6 @@ from favorsharp.landmarks.state import LandmarkState, grown, segments_of
 from favorsharp.moments import Moments
 from favorsharp.ops.compensated_sums import has_low_parts
 from favorsharp.ops.landmark_seeds import CANDIDATES, draw_seeds, noise_of
-from favorsharp.ops.landmarks import landmarks_drawn_by
 from favorsharp.ops.state import State, absorb_features, empty_state, num_leaving, unsettled, with_recent, with_sums
 
 __all__ = [
@@ -74,7 +73,6 @@ __all__ = [
     "is_compiling",
     "is_followed",
     "landmark_stream",
-    "landmarks_drawn_by",
     "library_of",
     "map_gradients",
     "named_dtype",

@@ -5,7 +5,8 @@
 
 from typing import Any
 
-from favorsharp.backend import broadcast_shapes, draw_seeds, landmarks_drawn_by, namespace_of
+from favorsharp.backend import broadcast_shapes, draw_seeds, namespace_of
+from favorsharp.ops.landmarks import choose_landmarks as choosing_op
 from favorsharp_cuda.host import arrays
 from favorsharp_cuda.host.declarations import SEED_THREADS
 from favorsharp_cuda.host.launch import run, shared_room
@@ -15,7 +16,7 @@ from favorsharp_cuda.host.source import expression
 
 def choose_landmarks(k: Any, log_weight: Any, metric: Any, **options: Any) -> tuple[Any, Any]:
     """As `favorsharp.ops.landmarks.choose_landmarks`."""
-    return landmarks_drawn_by(drawn, k, log_weight, metric, **options)
+    return choosing_op.reference(k, log_weight, metric, draw=drawn, **options)
 
 
 def drawn(points: Any, logs: Any, *, num_seeds: int) -> tuple[Any, Any]:

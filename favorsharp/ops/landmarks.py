@@ -71,6 +71,7 @@ def choose_landmarks(
     scale: float,
     seed: int,
     event: int,
+    draw: Draw | None = None,
 ) -> tuple[Array, Array]:
     """Choose landmarks for keys: seeds, then Lloyd steps.
 
@@ -92,6 +93,8 @@ def choose_landmarks(
     scale : float
     seed, event : int
         The same seed gives other random numbers for each event.
+    draw : callable, optional
+        As in `choose_seeds`; for backends with a kernel for this step alone, which call the reference.
 
     Returns
     -------
@@ -100,24 +103,6 @@ def choose_landmarks(
     used : array of bool, shape (*b, 1, m)
         False where no key was left to draw: no key belongs to such a landmark.
     """
-    numbers = {"num_landmarks": num_landmarks, "steps": steps, "seed": seed, "event": event}
-    return landmarks_drawn_by(None, k, log_weight, metric, kernel=kernel, scale=scale, **numbers)
-
-
-def landmarks_drawn_by(
-    draw: Draw | None,
-    k: Array,
-    log_weight: Array,
-    metric: Metric,
-    *,
-    num_landmarks: int,
-    steps: int,
-    kernel: str,
-    scale: float,
-    seed: int,
-    event: int,
-) -> tuple[Array, Array]:
-    """`choose_landmarks` with a function that draws the seeds, for backends that have one."""
     xp = namespace_of(k)
     noise = noise_of(seed, event, num_landmarks, k.shape[-1])
     fixed = without_gradient(k), without_gradient(log_weight)
