@@ -5,10 +5,12 @@ Tensors of torch's device `meta` stand for those of a GPU. They have no numbers,
 
 import sys
 
+import numpy as np
 import pytest
 
 import favorsharp as fs
 from favorsharp import _arrays
+from favorsharp.ops import landmark_seeds
 
 torch = pytest.importorskip("torch")
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
@@ -116,6 +118,17 @@ def test_numbers_are_those_of_a_cpu(monkeypatch):
         got = results()
     for a, b in zip(got, want, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-10)
+
+
+def test_each_stream_has_random_numbers_of_its_own(monkeypatch):
+    """A copy that another stream has begun may not be there yet."""
+    noise, copies = landmark_seeds.noise_of(0, 0, M, 3), []
+    monkeypatch.setattr(landmark_seeds, "is_on_gpu", lambda x: True)
+    for stream in (1, 2, 1):
+        monkeypatch.setattr(landmark_seeds, "stream_label", lambda x, stream=stream: stream)
+        copies.append(noise.beside(np.zeros(1), "offsets", np.float64, M))
+    assert copies[0] is copies[2]
+    assert copies[0] is not copies[1]
 
 
 def test_a_matrix_without_a_factor_gives_nan(monkeypatch):
