@@ -42,6 +42,22 @@ def test_grouped_heads(few_xp, window):
     np.testing.assert_allclose(few_xp.back(last), got[..., -1:, :], rtol=1e-8, atol=1e-9)
 
 
+@pytest.mark.parametrize("options", [{}, {"window": 4}, {"is_causal": True}])
+def test_grouped_heads_have_the_mask_of_their_key_head(few_xp, options):
+    """What it hides, keys and the queries at their positions, enters nothing."""
+    q, k, v = attention_problem(3, (4,), n=40)
+    k, v = k[:2], v[:2]
+    lengths, lm = (31, 17), fs.landmarks(7)
+    mask = np.arange(40) < np.array(lengths)[:, None]
+    given = (few_xp(x) for x in (q, k, v))
+    got = few_xp.back(fs.linear_attention(*given, lm, key_mask=few_xp(mask), enable_gqa=True, **options))
+    for head, length in enumerate(lengths):
+        queries = slice(2 * head, 2 * head + 2)
+        visible = (few_xp(x[:, :length]) for x in (q[queries], k[head : head + 1], v[head : head + 1]))
+        alone = few_xp.back(fs.linear_attention(*visible, lm, enable_gqa=True, **options))
+        np.testing.assert_allclose(got[queries, :length], alone, rtol=1e-9, atol=1e-11)
+
+
 @pytest.mark.parametrize("options", [{}, {"window": 4}, {"is_causal": True}, {"is_causal": True, "window": 4}])
 def test_packed_sequences_and_leading_axes(few_xp, options):
     q, k, v = stream_problem(few_xp, n=60, batch=(3,))
