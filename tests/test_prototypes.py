@@ -62,6 +62,19 @@ def test_products_of_features_are_on_the_scale_of_the_kernel():
     assert abs(ratio.mean()) < 1e-9
 
 
+@pytest.mark.parametrize("spread", [1.0, 1e-3])
+def test_the_scale_of_products_is_a_ridge_regression(rng, spread):
+    """A hundredth of the mean variance, and 1e-6, keep its slope small; wherever the points lie, their mean is met."""
+    u, wanted, seen = 2 + spread * rng.standard_normal((50, 3)), rng.standard_normal((50, 1)), np.arange(50) < 40
+    slope, constant = prototypes._linear(u, wanted, seen)
+    u, wanted = u[seen], wanted[seen]
+    covariance = np.cov(u.T, bias=True)
+    ridge = 0.01 * np.trace(covariance) / 3 + 1e-6
+    along = np.cov(u.T, wanted.T, bias=True)[:3, 3]
+    np.testing.assert_allclose(slope[0], np.linalg.solve(covariance + ridge * np.eye(3), along), rtol=1e-6)
+    np.testing.assert_allclose((u @ slope.T + constant).mean(), wanted.mean(), rtol=1e-9)
+
+
 @pytest.mark.parametrize(("window", "most"), [(0, 0.27), (16, 0.25)])
 def test_errors_on_the_attention_sample(window, most):
     q, k, v = (x.astype("float32") for x in load_sample())
