@@ -35,7 +35,8 @@ def outcome(call):
         return type(error), str(error)
     if isinstance(result, tuple):
         out, state = result
-        return (*described(out), *described(state.kv), state.window, state.recent_k.shape)
+        kept = (state.keys, state.held) if isinstance(state, fs.LandmarkState) else (state.kv, state.recent_k.shape)
+        return (*described(out), *described(kept[0]), kept[1], state.window)
     return described(result)
 
 
@@ -128,6 +129,25 @@ def test_one_other_argument_of_decode_step(library, window):
         assert outcome(lambda: fs.decode_step(*arguments, used, feature_map)) == fresh  # noqa: B023
 
 
+@pytest.mark.parametrize("library", ["numpy", "torch"])
+@pytest.mark.parametrize("grouped", [False, True])
+def test_one_other_argument_of_a_token_of_landmarks(library, grouped):
+    lm, (q, k, v) = fs.landmarks(4, room=4), points(library)
+    q = q.repeat(2, 1, 1) if grouped and library == "torch" else np.repeat(q, 2, axis=0) if grouped else q
+    options = {"enable_gqa": grouped}
+    own = [x[..., :1, :] for x in (q, k, v)]
+    _, state = fs.linear_attention(q, k, v, lm, is_causal=True, return_state=True, **options)
+    _, state = fs.decode_step(*own, state, lm, **options)
+    assert state.next_token is not None, "the first call has no plan"
+    calls = [([x if x is None or isinstance(x, list) else x[..., :1, :] for x in arguments], lm, options)
+             for arguments in changed_points(library)]  # fmt: skip
+    calls += [(own, lm, {"enable_gqa": flag}) for flag in (not grouped, int(grouped), None)]
+    calls += [(own, other, options) for other in (fs.landmarks(5, room=4), fs.landmarks(4, room=5), made(library))]
+    for arguments, used, given in calls:
+        fresh = outcome(lambda: fs.decode_step(*arguments, replace(state), used, **given))  # noqa: B023
+        assert outcome(lambda: fs.decode_step(*arguments, state, used, **given)) == fresh  # noqa: B023
+
+
 def test_circumstances_are_part_of_the_key(monkeypatch):
     feature_map, own = made("numpy"), points("numpy")
     fs.linear_attention(*own, feature_map)
@@ -142,9 +162,18 @@ def test_circumstances_are_part_of_the_key(monkeypatch):
 def test_modes_of_torch_are_part_of_the_key(context):
     feature_map, own = made("torch"), points("torch")
     own[0].requires_grad_()
-    assert fs.linear_attention(*own, feature_map).requires_grad
-    with context():
-        assert fs.linear_attention(*own, feature_map).requires_grad == (context is nullcontext)
+    state = fs.init_state(feature_map, E, like=own[1])
+    for call in (
+        lambda: fs.linear_attention(*own, feature_map),
+        lambda: fs.decode_step(*(x[..., :1, :] for x in own), state, feature_map)[0],
+    ):
+        for inside in (False, True, False):
+            with context() if inside else nullcontext():
+                assert call().requires_grad == (context is nullcontext or not inside)
+        _derived._stores.clear()
+        for inside in (True, False):
+            with context() if inside else nullcontext():
+                assert call().requires_grad == (context is nullcontext or not inside)
 
 
 def test_a_map_whose_tensors_change_has_no_old_plan():
