@@ -9,7 +9,7 @@ torch = pytest.importorskip("torch")
 import favorsharp as fs  # noqa: E402
 from favorsharp.diagnostics import load_sample, relative_error  # noqa: E402
 from favorsharp.torch import LinearAttention, refine  # noqa: E402
-from favorsharp.torch.refinement import _Steps  # noqa: E402
+from favorsharp.torch.refinement import _Problem, _Steps, _trained  # noqa: E402
 
 NAMES = ("a", "g1", "g2", "center_x", "center_y")
 
@@ -153,3 +153,20 @@ def test_a_stays_where_second_moments_are_finite():
     assert float(steps.parameters().a.detach().max()) > 0
     steps.project()
     assert float(steps.parameters().a.detach().max()) == 0
+
+
+def test_each_head_keeps_the_best_of_all_steps_that_were_checked():
+    q, k, v = (torch.from_numpy(x) for x in attention_problem(0, (3,), n=24))
+    start = fs.fit(q, k)
+    problem = _Problem((q, k, v), start, {"is_causal": False, "window": 0, "enable_gqa": False})
+    errors, checked = torch.tensor([[5, 5, 5], [4, 6, 5], [3, 7, 9], [6, 8, 1], [3, 9, 2]]).double(), []
+
+    class Held:
+        def error(self, parameters, draws):
+            checked.append(parameters)
+            return errors[len(checked) - 1]
+
+    best, history = _trained(start, [problem], Held(), lambda: torch.randn(8, 8).double(), 4, 0.1)
+    assert [error for _, _, error in history] == [float(error.mean()) for error in errors[1:]]
+    for head, step in enumerate((2, 0, 3)):
+        assert torch.equal(best.g1[head], checked[step].g1[head])
