@@ -14,8 +14,9 @@ from favorsharp.ops.causal_attention import causal_attention
 
 @pytest.fixture
 def small_tiles(monkeypatch):
-    """Cut the work into as many tiles as a long sequence would have."""
+    """Cut the work into as many tiles, and sums into as many parts, as a long sequence would have."""
     monkeypatch.setattr(state, "TILE_ELEMENTS", 64)
+    monkeypatch.setattr(state, "PART", 5)
     monkeypatch.setattr(blocks, "_LONGEST_TILE", 16)
 
 
