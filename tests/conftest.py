@@ -66,7 +66,7 @@ def _readonly() -> Library:
         spread = np.zeros((*host.shape[:-1], 2 * host.shape[-1]), host.dtype) if host.ndim else host.copy()
         if host.ndim:
             spread[..., ::2] = host
-            spread = spread[..., ::2]  # strided, too
+            spread = spread[..., ::2]  # the values are also strided
         spread.flags.writeable = False
         return spread
 
@@ -95,7 +95,7 @@ def _strict_device() -> Library:
 
 
 def _jax() -> Library:
-    # compiling takes most of the time of these tests, and small arrays gain nothing from an optimiser
+    # compilation takes most of the time of these tests, and optimisation does not help small arrays
     os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true")
     jax = pytest.importorskip("jax")
     jax.config.update("jax_enable_x64", True)
@@ -143,7 +143,7 @@ def xp(request: pytest.FixtureRequest) -> Any:
 
 @pytest.fixture(params=["numpy-readonly-strided", "torch", "strict-device1"])
 def few_xp(request: pytest.FixtureRequest) -> Library:
-    """One of the most demanding eager libraries: for tests of many cases, each of which JAX would compile."""
+    """A few eager libraries, for tests with many cases, each of which JAX would compile."""
     return MAKERS[request.param]()
 
 
@@ -162,7 +162,7 @@ def _is_compiled(item: pytest.Item) -> bool:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put first what compiles kernels: of two workers of `--dist worksteal`, one gets it all and compiles it once."""
+    """Put the tests that compile kernels first, so that one of two workers of `--dist worksteal` gets all of them."""
     items.sort(key=lambda item: not _is_compiled(item) and TESTS / "backends" / "numba" not in item.path.parents)
 
 
@@ -180,7 +180,7 @@ def _under_backend(request: pytest.FixtureRequest) -> Any:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node: Any) -> None:
-    """Add up what the workers of pytest-xdist counted."""
+    """Add up the counts of the workers of pytest-xdist."""
     import favorsharp_loopback
 
     favorsharp_loopback.calls.update(getattr(node, "workeroutput", {}).get("loopback", {}))

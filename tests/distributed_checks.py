@@ -1,6 +1,6 @@
 """The checks that each rank of a process group runs; tests/test_distributed.py spawns the ranks and reads the results.
 
-They are a module of their own, so that a spawned process can import it.
+The checks are in a module of their own, so that a spawned process can import them.
 """
 
 import datetime
@@ -175,7 +175,10 @@ def check_not_finite_stays_where_it_is(rank, world):
 
 
 def check_states_travel_and_keys_stay(rank, world):
-    """What a call sends does not grow with the length; a window adds a block of keys to each neighbour."""
+    """The amount of data that a call sends does not grow with the length.
+
+    A window adds a block of keys for each neighbour.
+    """
     sent = []
     originals = dist.all_reduce, dist.all_to_all_single
 
@@ -224,7 +227,10 @@ def check_fit_over_shards(rank, world):
 
 
 def check_landmarks(rank, world):
-    """As many landmarks as keys are exact, gradients too; fewer err about as much as in one process."""
+    """With as many landmarks as keys, results and gradients are exact.
+
+    With fewer, errors are about those of one process.
+    """
     for lengths in LENGTHS[world]:
         whole, here = sum(lengths), slice(sum(lengths[:rank]), sum(lengths[: rank + 1]))
         q, k, v = tensors(whole, (2, 3), whole, torch.float64, 2)

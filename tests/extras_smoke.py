@@ -1,4 +1,4 @@
-"""Run against an installed wheel with extras, which are named as arguments: one call of what each extra is for."""
+"""Run with an installed wheel; the arguments name its extras. The script makes one call for each extra."""
 
 import subprocess
 import sys

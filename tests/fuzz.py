@@ -1,7 +1,7 @@
 """Random calls of the public functions with one or two spoiled arguments: `python tests/fuzz.py SEED CALLS`.
 
-test_trust.py runs it in a separate process, under a time limit. It ends with a report at a crash, a hang, an exception
-that does not refuse an argument, or a result whose shape or dtype is not the promised one.
+test_trust.py runs it in a separate process, under a time limit. It stops with a report after a crash, a hang, an
+exception that does not refuse an argument, or a result whose shape or dtype is not the promised one.
 """
 
 import faulthandler

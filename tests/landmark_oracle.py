@@ -1,4 +1,5 @@
-"""Landmarks of one head in NumPy, key by key, written from the definition and not from the library."""
+"""An oracle for landmarks of one head, in NumPy and key by key, written from the definition and not from the
+library."""
 
 from dataclasses import dataclass
 
@@ -7,7 +8,8 @@ import numpy as np
 
 @dataclass
 class Held:
-    """What is held in differentiation: metric, the labels that made the centres, and those that the keys read."""
+    """The constants of differentiation: the metric, the labels that made the centres, and the labels by which keys are
+    read."""
 
     center: np.ndarray
     matrix: np.ndarray
@@ -48,14 +50,14 @@ def own_mass(y: np.ndarray, kernel: str) -> float:
 
 
 def choose(x: np.ndarray, y: np.ndarray, settings, noise, kernel: str) -> tuple[np.ndarray, Held]:
-    """Landmarks (not more than needed) of scaled keys, centred, and what is held."""
+    """The landmarks of scaled and centred keys, no more than needed, and the constants of differentiation."""
     held = Held(*metric(x, y, settings.tilt, kernel), None, None, None)
     y = y - held.center
     return condense(y, np.array([own_mass(row, kernel) for row in y]), held, settings, noise), held
 
 
 def condense(y: np.ndarray, mass: np.ndarray, held: Held, settings, noise) -> np.ndarray:
-    """Landmarks of centred keys with log masses; what is held is noted."""
+    """The landmarks of centred keys with log masses; the constants of differentiation are recorded."""
     weight = mass + [log_norm(row, held) for row in y]
     _, first = np.unique(y @ noise.direction, return_index=True)  # one of each value, in the order of projections
     first = first[mass[first] > -np.inf]
@@ -113,7 +115,7 @@ def conserving_log_weights(y: np.ndarray, points: np.ndarray, held: Held) -> np.
 def attention(
     x: np.ndarray, y: np.ndarray, v: np.ndarray, points: np.ndarray, held: Held, kernel: str, near: np.ndarray | None
 ) -> np.ndarray:
-    """Every key through its landmark, but exactly where `near` (n, s) says so; one normaliser."""
+    """Attention to keys through their landmarks, or exactly for the pairs in `near` (n, s), with one normaliser."""
     y = y - held.center
     x = x - held.center if kernel == "gaussian" else x
     mass = np.array([own_mass(row, kernel) for row in y])

@@ -1,6 +1,6 @@
-"""Every public verb, under a default device, fake tensors and modes that follow operations; run by test_tracers.py.
+"""Runs every public function under a default device, fake tensors and modes of torch, for test_tracers.py.
 
-A process of its own, as a kernel that is given a pointer to nothing ends it.
+It runs in a process of its own, because a kernel that gets an invalid pointer ends the process.
 """
 
 import sys
@@ -48,7 +48,7 @@ def problem(dtype: torch.dtype = torch.float32) -> SimpleNamespace:
 
 
 def with_gradients(call: Callable[..., Any], *arrays: torch.Tensor) -> tuple[Any, ...]:
-    """A result and the gradients of its squares."""
+    """A result, and the gradients of the sum of its squares."""
     own = [x.detach().clone().requires_grad_() for x in arrays]
     out = call(*own)
     (out * out).sum().backward()
@@ -61,7 +61,7 @@ def pulled_back(p: SimpleNamespace, name: str, *arrays: Any, **options: Any) -> 
 
 
 def verbs(p: SimpleNamespace) -> dict[str, Callable[[], Any]]:
-    """Every verb on the inputs of `problem`, by name."""
+    """Every public function, applied to the inputs of `problem`, by name."""
     q, k, v, fm, mask = p.q, p.k, p.v, p.fm, p.mask
     options: Any = {"num_features": 16, "rng": 0, "device": "cpu", "dtype": q.dtype}
 
@@ -223,12 +223,13 @@ def compare(name: str, got: list[Any], want: list[Any]) -> None:
 
 
 def check_same_numbers(how: str) -> None:
-    """The numbers of calls without the mode, before and after such a call; and nothing is left behind."""
+    """Check that calls with and without the mode give the same numbers, and that a call with the mode leaves nothing
+    behind."""
     calls, others = verbs(problem()), verbs(problem())
     for name, call in calls.items():
         print(how, name, flush=True)
         want = detached(others[name]())
-        with SAME_NUMBERS[how]() as mode:  # the first call of this map, then one like a call before
+        with SAME_NUMBERS[how]() as mode:  # the first call of this map, then a repeated call
             first = detached(call())
         compare(name, first, want)
         compare(name, detached(call()), want)
@@ -239,7 +240,10 @@ def check_same_numbers(how: str) -> None:
 
 
 def check_fake() -> None:
-    """Fake results of the right shape, dtype and device, or a refusal; and numbers again afterwards."""
+    """Check that fake results have the right shape, dtype and device, or that the call is refused.
+
+    Later calls give numbers.
+    """
     for cold in (True, False):
         calls, others = verbs(problem()), verbs(problem())
         for name, call in calls.items():

@@ -1,4 +1,4 @@
-"""Moments and fits in which pairs weigh as much as attention gives them."""
+"""Moments and fits in which pairs are weighted by attention."""
 
 import sys
 
@@ -51,7 +51,7 @@ def test_every_pair_weighs_its_attention(xp, power, kernel):
 
 
 def test_causal_masked_and_grouped(monkeypatch):
-    """A tile of a few queries, so that several are joined."""
+    """Tiles have only a few queries, so that several tiles are joined."""
     monkeypatch.setattr(sys.modules["favorsharp.attention_moments"], "_TILE_ELEMENTS", 128)
     (x, y, _), (z, _, _) = attention_problem(0, (2,), n=12), attention_problem(1, (2,), n=12)
     mask_x, mask_y = key_mask(1, (2, 12), "padding"), key_mask(2, (2, 12), "holes")
@@ -99,7 +99,8 @@ def weighted_objective(p, x, y, weights):
 
 
 def test_fits_are_best_for_the_weighted_pairs():
-    """Less excess over them than the plain fits, and no change of `a`, rotation or center lowers it."""
+    """Their excess over weighted pairs is smaller than that of plain fits, and no change of `a`, rotation or center
+    lowers it."""
     x, y, _ = attention_problem(5, n=60, d=4)
     weights = attention_weights(x, y, 1.0)
     for method in ("oprf", "sderf", "optimal"):
@@ -160,7 +161,7 @@ def weighted_second_moments(p, x, y, weights):
 
 @pytest.mark.parametrize("method", ["sderf", "optimal"])
 def test_the_axes_of_weighted_pairs_are_their_own(method):
-    """Sums u + v do not correlate, though queries and the keys that they attend to do."""
+    """The coordinates of u + v are uncorrelated, although queries are correlated with the keys that they attend to."""
     x, y, _ = attention_problem(6, n=60, d=4)
     p = fs.fit(x, y, method=method, weighting=1, ridge=0)
     moment = weighted_second_moments(p, x, y, attention_weights(x, y, 1.0))

@@ -1,4 +1,4 @@
-"""The benchmarks run: tiny sizes, so that their code cannot rot. What they measure is in docs/benchmarks.md."""
+"""The benchmarks run at tiny sizes, so that a broken benchmark is noticed. docs/benchmarks.md has their results."""
 
 import pytest
 
@@ -27,7 +27,7 @@ def test_every_script_runs_and_every_peer_is_right(report, name):
 
 
 def rows(report, others):
-    """Two rows whose numbers are known: 10 ms, with 20 ms of another or 0.5 times the bound of 8 GFLOP/s."""
+    """Two rows with known numbers: 10 ms beside 20 ms of other software, and 0.5 times the bound of 8 GFLOP/s."""
     table = report.measure.Table
     fast = table(
         "fast", {"favorsharp": 0.01, "other": 0.02, "kernel": 0.001}, goal=1.0, beside=("kernel",), label="fast"
@@ -42,7 +42,7 @@ def rows(report, others):
 
 def test_the_page_says_what_was_found_and_which_goals_are_missed(report, tmp_path):
     fast, slow, text = rows(report, 0.01)
-    assert "| fast | 10 | other 20 | 2.00 |  | 1 |" in text  # what stands beside is not compared
+    assert "| fast | 10 | other 20 | 2.00 |  | 1 |" in text  # calls that are listed beside are not compared
     assert "| fit, n=1 | 10 | ours 5 | 0.50 | 50 % | 90 % of the bound (missed) |" in text
     assert "Of 2 goals 1 are missed" in text
     assert text.index("benchmarks.png") < text.index("Of 2 goals") < text.index("## Terms") < text.index("| fast |")
@@ -56,7 +56,7 @@ def test_a_run_says_whether_other_work_ran(report, others, said):
 
 
 def test_the_work_of_others_is_what_is_not_ours(report, monkeypatch):
-    """Of 10 seconds of two processors all processes took 4 and this one 2."""
+    """In 10 seconds on two processors, all processes together used 4 seconds, and this process 2."""
     taken = iter([(10.0, 3.0, 100.0), (14.0, 5.0, 110.0)])
     monkeypatch.setattr(report.measure.OtherWork, "_now", staticmethod(lambda: next(taken)))
     assert report.measure.OtherWork().part == pytest.approx(0.2)
@@ -97,7 +97,10 @@ def test_every_experiment_of_the_papers_leaves_a_table_and_a_picture(name, optio
 
 
 def test_features_are_compared_for_both_purposes(tmp_path, monkeypatch):
-    """With names, so that no set is fetched; the best of a row is bold, and `auto` is one of the methods."""
+    """The sets are named, so that none is downloaded.
+
+    The best number of a row is bold, and `auto` is one of the methods.
+    """
     pytest.importorskip("sklearn")
     pytest.importorskip("matplotlib")
     import importlib
@@ -116,7 +119,10 @@ def test_features_are_compared_for_both_purposes(tmp_path, monkeypatch):
 
 
 def test_encoders_are_exact_where_every_key_is_kept(monkeypatch):
-    """A window over the whole text, and as many landmarks as keys, give the exact output; frozen prototypes do not."""
+    """A window over the whole text gives the exact output, and so do as many landmarks as keys.
+
+    Frozen prototypes do not.
+    """
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
     import importlib
     from pathlib import Path

@@ -112,7 +112,7 @@ def test_compare_without_a_file_measures_real_heads_and_a_longer_sequence(tmp_pa
 
 
 def bad_files(folder, arrays):
-    """Paths, and what the one line about each says."""
+    """Bad files, and a part of the error line for each."""
     good = arrays["q"]
 
     def save(name, **changes):

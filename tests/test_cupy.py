@@ -1,4 +1,7 @@
-"""CuPy arrays are recognised, checked and dispatched. No GPU is needed: they lie over host memory and are not read."""
+"""CuPy arrays are recognised, checked and dispatched.
+
+No GPU is needed, because they use host memory and are not read.
+"""
 
 import numpy as np
 import pytest
@@ -12,7 +15,7 @@ cupy = pytest.importorskip("cupy")
 
 @pytest.fixture
 def array():
-    """Make a real cupy.ndarray of device 0 over NumPy's memory."""
+    """A real cupy.ndarray of device 0 over the memory of a NumPy array."""
     from cupy.cuda import memory
 
     def make(shape, dtype="float32"):

@@ -1,4 +1,4 @@
-"""dask arrays: lazy, and NumPy's numbers whatever the chunks."""
+"""Results of dask arrays are lazy, and equal those of NumPy arrays for all chunks."""
 
 import numpy as np
 import pytest
@@ -78,7 +78,7 @@ def test_attention_says_what_takes_dask_arrays(is_causal):
 @pytest.mark.parametrize("batch", [(), (2,)])
 @pytest.mark.parametrize("kernel", ["softmax", "gaussian"])
 def test_chunks_of_points_become_landmarks_and_join(kernel, batch):
-    """As many landmarks as points are exact; fewer err about as much as they do for one array."""
+    """As many landmarks as points are exact; with fewer, the error is about that for one array."""
     x, y, v = attention_problem(0, batch, n=57, s=303, d=3)
     lazy = [da.from_array(a, chunks=(*(1,) * len(batch), 50, 2)) for a in (x, y, v)]
     logs = np.log(fs.kernel_matrix(x, y, kernel=kernel, scale=0.5))

@@ -1,4 +1,4 @@
-"""Data sets: every form of a file gives the same values, and nothing that is not the table is taken for it."""
+"""Data sets: every form of a file gives the same values, and a file that is not the table is refused."""
 
 import gzip
 import hashlib
@@ -39,7 +39,7 @@ def as_source(name):
         rows = [f"ADT{i}_YEAST  " + row.replace(",", "  ") for i, row in enumerate(rows)]
     if name == "wifi":
         rows = [row.replace(",", "\t") for row in rows]
-    return "\r\n".join([*rows, "", ""])  # some of the sources end lines so, and some end in an empty line
+    return "\r\n".join([*rows, "", ""])  # some of the source files have such line ends, and some end with an empty line
 
 
 @pytest.fixture(autouse=True)
@@ -53,7 +53,7 @@ def small_tables(monkeypatch):
 
 @pytest.fixture
 def archive(monkeypatch):
-    """A server on this machine with the archives under UCI's paths; what it was asked for."""
+    """A server on this machine with the archives under UCI's paths; returns the list of requested paths."""
     pytest.importorskip("pooch")
     asked, content = [], {}
     for name, table in datasets.TABLES.items():

@@ -24,7 +24,7 @@ def test_a_longer_sample_begins_with_the_recorded_tokens_and_keeps_their_moments
         assert np.all(moved < 0.2 * np.sqrt(x.var(axis=1).sum(axis=-1)))
         np.testing.assert_allclose(y.var(axis=1).sum(axis=-1), x.var(axis=1).sum(axis=-1), rtol=0.25)
         assert len(np.unique(y[0], axis=0)) == 3 * 512  # no token is repeated
-    q, k, _ = longer  # what belongs together stays together: a query's own key
+    q, k, _ = longer  # a query and its own key stay together
     own = [np.corrcoef((q[:, a : a + 512] * k[:, a : a + 512]).astype(float).sum(-1).ravel(),
                        (q[:, :512] * k[:, :512]).astype(float).sum(-1).ravel())[0, 1] for a in (512, 1024)]  # fmt: skip
     assert min(own) > 0.5
@@ -42,7 +42,7 @@ def test_relative_error(xp):
 @pytest.mark.parametrize("options", [{}, {"window": 8}, {"is_causal": True}, {"is_causal": True, "window": 8}], ids=str)
 @pytest.mark.parametrize("method", ["optimal", "oprf", "posrf"])
 def test_prediction_is_exact_where_variance_is_small(method, options):
-    """With many independent rows the first order is nearly the error, of which 8 draws tell a tenth or so."""
+    """With many independent rows, the first order is nearly the error, which 8 draws measure to about a tenth."""
     q, k, v = attention_problem(0, n=64, d=4)
     q, k = 0.35 * q, 0.35 * k
     parameters = fs.fit(q, k, method=method)
@@ -58,7 +58,7 @@ def test_prediction_is_exact_where_variance_is_small(method, options):
 @pytest.mark.parametrize("window", [0, 16])
 @pytest.mark.parametrize("method", ["posrf", "sderf", "optimal"])
 def test_prediction_on_real_heads(method, window):
-    """As the docstring says: 0.71 to 1.32 times what is measured."""
+    """The prediction is 0.71 to 1.32 times the measured error, as the docstring says."""
     q, k, v = (x.astype(np.float32) for x in load_sample())
     parameters, exact = fs.fit(q, k, method=method), fs.softmax_attention(q, k, v)
     for m in (32, 256):
@@ -125,7 +125,7 @@ def test_a_window_alone_ignores_the_other_keys():
 
 
 def test_rows_say_what_adds_nothing_to_its_window():
-    """Points on an arc, each of which attends to its neighbours, and features that give all far keys equal weights."""
+    """Points on an arc attend to their neighbours, and the features give all far keys equal weights."""
     angle = np.arange(64) * (np.pi / 64)
     q = 6 * np.stack([np.cos(angle), np.sin(angle)], axis=-1)
     v = np.random.default_rng(0).standard_normal((64, 4))

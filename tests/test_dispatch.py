@@ -1,4 +1,5 @@
-"""The choice of an implementation: what is chosen, what is refused, and that nothing falls back quietly."""
+"""The choice of an implementation: which one is chosen, which calls are refused, and that nothing falls back
+quietly."""
 
 import asyncio
 import sys
@@ -22,7 +23,7 @@ NUMPY = {
 
 
 class Point:
-    """An entry point, and the distribution it is of."""
+    """An entry point, and the distribution that it belongs to."""
 
     def __init__(self, name, backend, owner="favorsharp"):
         self.name, self.value, self.backend = name, f"made_up:{name}", backend
@@ -36,7 +37,7 @@ class Point:
 
 @pytest.fixture
 def install(monkeypatch):
-    """Install backends through the entry points, as metadata would."""
+    """Install backends as entry points, as the metadata of a package would."""
     import importlib.metadata
 
     def put(*points):
@@ -235,7 +236,7 @@ def test_a_wish_that_tracing_cannot_honour_is_an_error(install):
         torch.func.grad(lambda q: fs.linear_attention(q, k, v, fm).sum())(q)
 
 
-# Calls like one before -----------------------------------------------------------------------------------------------
+# Repeated calls -----------------------------------------------------------------------------------------------
 
 
 def prepared_problem():

@@ -1,4 +1,4 @@
-"""Attention of several processes: what each rank finds is in distributed_checks.py; here they are spawned."""
+"""Attention over several processes: this file starts the processes, and distributed_checks.py has their checks."""
 
 import json
 
@@ -32,7 +32,7 @@ def test_a_group_is_needed():
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # torch's own, where a graph breaks
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # torch warns where a graph breaks
 def test_a_compiled_caller_leaves_it_out_of_its_graph(tmp_path):
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1)
     try:

@@ -1,4 +1,4 @@
-"""Each draw's geometry, its marginals, and that one seed gives one draw."""
+"""The geometry and the marginals of each draw, and that one seed gives one draw."""
 
 import numpy as np
 import pytest
@@ -31,7 +31,10 @@ def test_every_row_is_standard_normal(draw):
 
 
 def test_fewer_orthogonal_rows_than_columns():
-    """They are the first columns of a Haar matrix, drawn without the others; signs of LAPACK's Q would show here."""
+    """They are the first columns of a Haar matrix, drawn without the others.
+
+    The test would notice signs as LAPACK chooses them.
+    """
     pairs = np.stack([draw_rows("orthogonal", 2, 3, seed) for seed in range(3000)])
     np.testing.assert_allclose((pairs[:, 0] * pairs[:, 1]).sum(-1), 0, atol=1e-12)
     direction = np.array([1.0, 1.0, -1.0]) / 3**0.5

@@ -1,4 +1,4 @@
-"""Every bad input is refused before any work, by a ValueError or TypeError that names it and says what is accepted."""
+"""A bad argument raises ValueError or TypeError before any work; the message names it and says what is accepted."""
 
 from types import SimpleNamespace
 
@@ -11,7 +11,7 @@ import favorsharp as fs
 
 @pytest.fixture
 def given(xp):
-    """Good arguments on one library, to spoil one at a time."""
+    """Good arguments of one library; each test spoils one of them."""
     q, k, v = (xp(x) for x in attention_problem(0, (2, 4), n=6))
     p = fs.fit(q, k)
     fm = fs.feature_map(p, 8, rng=0)

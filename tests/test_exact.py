@@ -1,4 +1,4 @@
-"""The yardsticks against definitions."""
+"""Exact kernels and exact attention, compared with their definitions."""
 
 import numpy as np
 import oracle

@@ -1,4 +1,4 @@
-"""The GPU benchmark without a GPU: its floors, its peers on the CPU, its page, and what it says where it cannot run."""
+"""The GPU benchmark without a GPU: lower bounds, peers on the CPU, the page, and the message if it cannot run."""
 
 import datetime
 import importlib

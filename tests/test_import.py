@@ -1,4 +1,4 @@
-"""Importing the package is cheap and brings no array library."""
+"""Importing the package is fast and imports no array library."""
 
 import subprocess
 import sys
@@ -32,7 +32,7 @@ def test_no_backend_is_loaded():
 
 
 def test_nothing_else_is_loaded_but_array_api_compat_and_the_standard_library():
-    """What makes an import slow; time itself would be the machine's."""
+    """Other modules would make the import slow; the time itself depends on the machine."""
     code = (
         "import sys; before = set(sys.modules); import favorsharp; "
         "print(*sorted({m.partition('.')[0] for m in set(sys.modules) - before} - sys.stdlib_module_names), "

@@ -252,7 +252,7 @@ def test_half_precision_inputs_of_large_norm(dtype, options):
 @pytest.mark.parametrize("scale", [1e-20, 1e-3, 1.0, 30.0, 1e3, 1e9, 1e15])
 @pytest.mark.parametrize("method", ["optimal", "posrf", "oprf", "sderf", "hyperbolic", "relu"])
 def test_rows_stay_within_the_values_at_every_scale(method, scale):
-    """Rows are convex combinations: nothing overflows, underflows to zero or is held up by an epsilon."""
+    """Rows are convex combinations: nothing overflows, and no denominator underflows or depends on an epsilon."""
     q, k, v = (x.astype(np.float32) for x in attention_problem(23, (2,), n=150))
     q, k = q * np.float32(scale), k * np.float32(scale)
     fm = map_of(q, k, method=method)
@@ -265,7 +265,7 @@ def test_rows_stay_within_the_values_at_every_scale(method, scale):
 
 @pytest.mark.compiled(False)
 def test_keys_of_very_unequal_size_do_not_drown_each_other():
-    """A causal row reads its own small key exactly as well as a later row reads a huge one."""
+    """A causal row reads its own small key as accurately as a later row reads a huge one."""
     q, k, v = attention_problem(24, n=130, d=4)
     k[100:] *= 60
     fm = map_of(q[:50], k[:50])
@@ -287,7 +287,8 @@ def test_inputs_are_not_modified():
 
 @pytest.mark.compiled(False)
 def test_attention_error_on_real_heads():
-    """Six heads of a sentence encoder, 512 tokens, 128 orthogonal features, float32: the mean over heads and seeds."""
+    """The mean error over six heads of a sentence encoder and several seeds (512 tokens, 128 orthogonal features,
+    float32)."""
     with np.load(Path(fs.__file__).parent / "data" / "attention_sample.npz") as file:
         q, k, v = (file[name].astype(np.float32) for name in "qkv")
     exact = fs.softmax_attention(q, k, v)

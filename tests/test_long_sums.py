@@ -19,7 +19,7 @@ BACKENDS = ["numba", "reference"]
 
 
 def problem(e=5, n=N):
-    """Points whose features differ much in size, and values about 3."""
+    """Points whose features differ much in size, and values near 3."""
     rng = np.random.default_rng(0)
     q, k = (rng.standard_normal((n, 4), dtype=np.float32) for _ in range(2))
     v = rng.standard_normal((n, e), dtype=np.float32) + 3
@@ -31,14 +31,14 @@ def doubled(*arrays):
 
 
 def sums(k, v, fm):
-    """What the keys amount to, features as numbers in float64."""
+    """The sums of the keys in float64."""
     k, v = doubled(k, v)
     features = fm.key(k)
     return features.T @ v, features.sum(axis=0)
 
 
 def expected(q, k, v, fm, *, causal=False, window=0):
-    """Attention of the last queries; with a window, those of which all keys behind are near."""
+    """The expected attention of the last queries; with a window, of those for which all later keys are near."""
     n, rows = len(k), []
     base = n - LAST - 3 * WINDOW if causal or window else n
     before = sums(k[:base], v[:base], fm)
@@ -71,7 +71,7 @@ def test_attention(window, causal):
         )  # fmt: skip
     assert_close(out[-LAST:], want)
     assert_close(packed[N + 100 - LAST : N + 100], want)
-    if window and not causal:  # the blocks behind, which another pass takes in
+    if window and not causal:  # the blocks behind, which another pass adds
         with fs.use("numba"):
             out = fs.linear_attention(q[::-1], k[::-1], v[::-1], fm, window=window)
         assert_close(out[:LAST][::-1], want)
@@ -102,7 +102,7 @@ def test_blocks_of_a_state(backend, block):
 
 
 def after_many(v, fm, key):
-    """A state that has seen one key 2**25 times, and the sums of these."""
+    """A state that has seen one key 2**25 times, and its exact sums."""
     state = fs.update(fs.init_state(fm, 1, like=key), key, v, fm)
     many = np.float32(2**25)
     return replace(state, kv=state.kv * many, z=state.z * many), [x * 2**25 for x in sums(key, v, fm)]
@@ -111,7 +111,7 @@ def after_many(v, fm, key):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("by", ["decode_step", "update"])
 def test_one_token_is_not_lost_in_very_many(backend, by):
-    """Each alone is below the rounding of the sums."""
+    """Each token alone is smaller than the rounding error of the sums."""
     count = 2049
     q, k, v, fm = problem(1, count)
     v = v + 600
@@ -133,7 +133,8 @@ def test_one_token_is_not_lost_in_very_many(backend, by):
 
 @pytest.mark.parametrize("at", [0, 1, 127, 128, 129, 200])
 def test_states_part_ways(at):
-    """Two that follow one state, token by token, know nothing of each other; nor does a copy."""
+    """Two streams that continue one state, token by token, do not affect each other, and neither does a copy of the
+    state."""
     q, k, v, fm = problem(2, 700)
     with fs.use("numba"):
         state = fs.init_state(fm, 2, like=k)
@@ -172,7 +173,7 @@ def test_low_parts_are_part_of_a_state(tmp_path):
 
 
 def assert_gradients(single, double):
-    """The terms of a gradient have both signs and mostly cancel: those of q, and still more those of the map."""
+    """Check gradients whose terms mostly cancel: those of q, and even more those of the map."""
     for got, want, limit in zip(single, double, [3e-5] * 3 + [1e-4] * 2, strict=True):
         assert got.dtype == np.float32
         assert np.abs(got - want).max() <= limit * max(1, np.abs(want).max())

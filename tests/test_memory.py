@@ -1,4 +1,4 @@
-"""Scratch memory is a tile, not a feature matrix."""
+"""Calls need memory for tiles, not for a whole feature matrix."""
 
 import tracemalloc
 

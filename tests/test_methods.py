@@ -1,4 +1,4 @@
-"""Every list of methods is derived from the records, and the records say the truth."""
+"""Every list of methods is derived from the records, and the entries of the records are right."""
 
 import ast
 import re
@@ -55,7 +55,7 @@ def test_the_readme_has_a_row_for_every_method():
 
 
 def test_no_other_file_lists_methods():
-    """A second list would have to be kept in step with the records by hand."""
+    """A second list would have to be updated by hand whenever the records change."""
     found = set()
     for path in (ROOT / "favorsharp").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):

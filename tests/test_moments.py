@@ -1,4 +1,4 @@
-"""Moments: their values, masks, grouped heads, and that they merge."""
+"""Moments: their values, masks, grouped heads, and merging."""
 
 import sys
 
@@ -123,7 +123,7 @@ def test_joined_moments_are_given_back_in_the_wider_dtype():
 @pytest.mark.parametrize("method", ["optimal", "aderf", "oprf"])
 @pytest.mark.parametrize("d", [1, 6])
 def test_one_array_on_both_sides_is_summed_once(method, d, monkeypatch):
-    """And fitted to as if there were two."""
+    """The fit is the same as for two arrays."""
     x = np.random.default_rng(0).standard_normal((2, 50, d)) * np.arange(1, d + 1) + 1
     mask = np.arange(50) % 3 > 0
     module, calls = sys.modules["favorsharp.moments"], []

@@ -1,4 +1,4 @@
-"""What is not finite reaches the rows that see it, and no others; what a mask hides reaches none."""
+"""A value that is not finite affects the rows that see it, and no others; a masked value affects none."""
 
 import numpy as np
 import pytest

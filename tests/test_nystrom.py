@@ -1,4 +1,4 @@
-"""Nystrom maps: what the products of their features are, what a fit looks at, and that kernel operators take them."""
+"""Nystrom maps: products of features, what a fit depends on, and calls of the kernel operators with them."""
 
 from functools import partial
 
@@ -31,7 +31,7 @@ def test_as_many_centres_as_points_are_exact(kernel):
 
 
 def test_centres_are_points_that_differ():
-    """Twelve centres of twelve points are these, even where some are nearly equal."""
+    """Twelve centres of twelve points are the points themselves, even if some are nearly equal."""
     rng = np.random.default_rng(2)
     points = np.repeat(rng.standard_normal((4, 3)), 3, axis=0) + 1e-3 * rng.standard_normal((12, 3))
     seen = np.ones(12, bool)
@@ -51,7 +51,8 @@ def test_both_draws_of_centres_have_random_numbers_of_their_own():
 
 @pytest.mark.parametrize("scale", [0.1, 0.5])
 def test_nearer_than_the_usual_map_of_the_same_centres(scale):
-    """On points of the fit and on others: wider functions and a regression, of smooth and of rough kernels."""
+    """Wider functions and the regression have a smaller error, on points of the fit and on others, for smooth and rough
+    kernels."""
     x, _, _ = attention_problem(1, n=600)
     x, other = x[:300], x[300:]
     fm = fitted(x, x, 12, kernel="gaussian", scale=scale)
@@ -76,7 +77,7 @@ def test_groups_far_apart_keep_their_centres():
 @KERNELS
 @pytest.mark.parametrize("m", [1, 5, 40])
 def test_equal_and_few_points(kernel, m):
-    """Copies of three points, a constant column among theirs; and one point alone."""
+    """Copies of three points with a constant column, and a single point."""
     points = np.random.default_rng(0).standard_normal((3, 4))
     points[:, 1] = 2.0
     for x in (np.repeat(points, 50, axis=0), points[:1]):
@@ -126,7 +127,7 @@ def test_masked_points_count_for_nothing_and_axes_are_pooled():
 
 @KERNELS
 def test_features_are_no_longer_than_the_kernel_allows(kernel):
-    """Also between points far out, where functions of single centres are large."""
+    """This holds also between points far out, where the functions of single centres are large."""
     x, asked = np.clip(np.random.default_rng(0).standard_t(2, (2, 600, 4)), -12, 12)
     fm = fitted(x, x, 40, kernel=kernel, scale=0.2)
     exact = np.exp(0.2 * (asked**2).sum(1)) if kernel == "softmax" else np.ones(600)
@@ -145,7 +146,7 @@ def test_a_batch_entry_without_points_has_no_features(kernel):
 
 
 def test_far_points_and_float32():
-    """Only numbers that the exact kernel has, too: no overflow on the way, and an offset changes nothing."""
+    """Results overflow only if the exact kernel does, and an offset of all points changes nothing."""
     x, y, _ = attention_problem(3)
     fm = fitted(x, y, 8, kernel="gaussian")
     assert np.isfinite(fm.query(1e6 * x)).all()
@@ -191,7 +192,7 @@ def test_maps_are_saved_and_compiled(tmp_path):
 
 
 def test_a_sample_holds_no_point_twice():
-    """And every point has the same chance."""
+    """Every point is drawn with the same probability."""
     x, seen = np.arange(37.0)[:, None], np.arange(37) % 5 > 0
     counts = np.zeros(37)
     for seed in range(400):

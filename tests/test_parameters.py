@@ -1,4 +1,4 @@
-"""The fits: against numbers computed elsewhere, numeric minimisers, and the laws of the family."""
+"""The fits, compared with numbers computed elsewhere and with numerical minimisers; and the laws of the family."""
 
 import json
 import pickle
@@ -35,7 +35,7 @@ def mean_h(s, a):
 
 @pytest.mark.parametrize("method", EXPECTED)
 def test_excess_on_real_heads(xp, method):
-    """Against an independent computation on six heads of a sentence encoder (tests/data)."""
+    """The excess equals that of an independent computation on six heads of a sentence encoder (tests/data)."""
     q, k = (xp(x.astype(np.float64)) for x in sample())
     got = xp.back(fs.excess(fs.fit(q, k, method=method), q, k))
     np.testing.assert_allclose(got, EXPECTED[method], rtol=1e-6)
@@ -87,7 +87,7 @@ def test_family_laws(method):
 
 
 def test_best_a_is_the_minimum_of_h():
-    """Every fitted a, axis by axis for sderf and optimal, shared for the others, against scipy."""
+    """Every fitted a equals SciPy's minimum: one for each axis for sderf and optimal, a common one for the others."""
     q, k, _ = attention_problem(1, n=60, d=4)
     for method in FITTED:
         p = fs.fit(q, k, method=method, ridge=0)
@@ -113,7 +113,8 @@ def test_best_a_is_the_minimum_of_h():
 
 
 def test_published_transforms_are_minima_of_their_classes():
-    """saderf over diagonal pairs, aderf over all pairs with one a, sderf over rotations: no neighbour is better."""
+    """No neighbour is better: among diagonal pairs for saderf, all pairs with one a for aderf, and rotations for
+    sderf."""
     q, k, _ = attention_problem(2, n=50, d=3)
     root = 3**-0.25
     x, y = q * root, k * root
@@ -139,7 +140,7 @@ def test_published_transforms_are_minima_of_their_classes():
 
 
 def test_optimal_is_the_minimum_over_all_free_parameters():
-    """BFGS over G, a and both centres, from several starts, at d = 2 (theory: `optimal`)."""
+    """BFGS over G, a and both centres, from several starts at d = 2, finds no smaller excess (theory: `optimal`)."""
     q, k, _ = attention_problem(3, n=30, d=2)
     root = 2**-0.25
     x, y = q * root, k * root
@@ -170,7 +171,7 @@ def test_optimal_balances():
 
 
 def test_saderf_scales_queries_up_where_keys_are_larger():
-    """The inverse of Psi is unbiased as well, and far worse (a fault of public code)."""
+    """The inverse of Psi is unbiased too, but has far more variance (an error in public code)."""
     q, k, _ = attention_problem(5, n=200)
     k = k * np.geomspace(0.1, 10, 8)
     p = fs.fit(q, k, method="saderf", ridge=0)
@@ -309,7 +310,7 @@ def test_gradients_stay_finite_where_a_is_flat():
 
 @pytest.mark.parametrize("method", ["aderf", "sderf", "optimal"])
 def test_axes_off_the_span_of_the_points_follow_from_the_data(rng, method):
-    """The same points in another order round otherwise; features elsewhere must not notice."""
+    """The same points in another order have other rounding errors, which must not change features elsewhere."""
     x = rng.standard_normal((6, 10))
     maps = [
         fs.feature_map(fs.fit(z, z, method=method, kernel="gaussian", scale=0.1), 16, rng=0)
@@ -321,7 +322,7 @@ def test_axes_off_the_span_of_the_points_follow_from_the_data(rng, method):
 
 
 def test_both_ways_to_balance_find_the_same_axes(monkeypatch):
-    """Eigenvalues of squares, for data that span the space; singular values, for traced arrays and other data."""
+    """Data that span the space use eigenvalues of squares; traced arrays and other data use singular values."""
     q, k = (x.astype(np.float64) for x in sample())
     quick = fs.fit(q, k)
     monkeypatch.setattr("favorsharp._algebra.is_traced", lambda x: True)
@@ -335,7 +336,8 @@ def test_both_ways_to_balance_find_the_same_axes(monkeypatch):
 @pytest.mark.parametrize("method", ["saderf", "aderf", "optimal"])
 @pytest.mark.parametrize("side", [0, 1])
 def test_a_side_without_spread_takes_the_measure_of_the_other(side, method):
-    """Its ridge is a share of the other's second moment, so that the balance does not depend on the unit of both."""
+    """Its ridge is relative to the second moment of the other side, so the balance does not depend on the common
+    unit."""
     q, k, _ = attention_problem(17, n=40)
     flat = np.zeros((5, 8))
     x, y = (flat, k) if side == 0 else (q, flat)

@@ -1,4 +1,4 @@
-"""A call with a plan behaves as one that is checked, whichever argument differs from that of the planned call."""
+"""A call that could use a plan behaves like a checked call, whichever argument differs from the planned call."""
 
 import gc
 from contextlib import nullcontext
@@ -28,7 +28,7 @@ def made(library, **options):
 
 
 def outcome(call):
-    """What a call gives: the values, dtype and need of a gradient of its results, or its error."""
+    """The outcome of a call: values, dtypes and `requires_grad` of its results, or its error."""
     try:
         result = call()
     except Exception as error:
@@ -50,11 +50,11 @@ def plans_of(feature_map):
 
 
 class Derived(np.ndarray):
-    """An array of another class."""
+    """A subclass of arrays."""
 
 
 def changed_points(library):
-    """Other arrays in the place of one argument."""
+    """Variants of one array argument."""
     q, k, v = points(library)
     narrow = points(library, dtype="float32")[0]
     for place, x in enumerate((q, k, v)):
@@ -74,7 +74,7 @@ def changed_points(library):
 
 
 def changed_options(library):
-    """Other options, as keyword arguments."""
+    """Variants of the options, as keyword arguments."""
     mask = np.arange(N) < 5
     masks = [mask, mask[:-1], mask.astype(np.float32), mask[None, None, None], mask.tolist()]
     if library == "torch":

@@ -1,4 +1,4 @@
-"""Maps of prototypes: what one feature is, what a fit looks at, their error, and that all calls take them."""
+"""Maps of prototypes: the meaning of a feature, what a fit depends on, errors, and calls with such maps."""
 
 import pickle
 from dataclasses import replace
@@ -40,7 +40,7 @@ def test_a_feature_is_exact_attention_from_its_prototype(kernel):
 @pytest.mark.parametrize("window", [0, 4])
 @pytest.mark.parametrize("kernel", ["softmax", "gaussian"])
 def test_equal_queries_get_exact_results(kernel, window):
-    """Then the far keys have the scale of those in the window, too."""
+    """Then far keys also have the scale of those in the window."""
     q, k, v = with_few_queries(different=1)
     fm = fitted(q, k, 8, kernel=kernel, scale=0.4)
     exact = weighted_by(np.log(fs.kernel_matrix(q, k, kernel=kernel, scale=0.4)), v)
@@ -54,7 +54,7 @@ def test_more_prototypes_than_different_queries_change_nothing():
 
 
 def test_products_of_features_are_on_the_scale_of_the_kernel():
-    """The mean over queries of the log ratio of the denominators is 0, as windows need it."""
+    """The mean over queries of the log ratio of the denominators is 0, which windows need."""
     q, k, _ = attention_problem(3, n=200)
     fm = fitted(q, k, 32)
     sums = fm.query(q) @ fm.key(k).sum(0)
@@ -103,7 +103,10 @@ def divergence(fm, q, k, seen_q, seen_k):
 
 
 def test_refinement_brings_weights_nearer_to_the_exact_ones():
-    """On the points of the fit, of which masked ones hold anything; and denominators keep the scale of the kernel."""
+    """This holds on the points of the fit, of which masked ones may hold anything.
+
+    Denominators keep the kernel's scale.
+    """
     q, k, _ = attention_problem(7, n=60)
     seen_q, seen_k = np.arange(60) % 5 != 0, np.arange(60) % 7 != 1
     before = divergence(fitted(q, k, 6, mask_x=seen_q, mask_y=seen_k), q, k, seen_q, seen_k)

@@ -12,7 +12,7 @@ SNIPPETS = re.findall(r"^```python\n(.*?)^```$", README.read_text(), flags=re.MU
 
 
 def promised(snippet):
-    """What the comments say is printed: behind a print, or on lines of their own after the last one."""
+    """The output that the comments promise: after a print, or on lines of their own after the last one."""
     behind = re.findall(r"^ *print\(.*\)  # (.*)$", snippet, flags=re.MULTILINE)
     below = re.findall(r"^# (.*)$", snippet, flags=re.MULTILINE)
     return behind or below

@@ -1,4 +1,4 @@
-"""CONTRIBUTING's three recipes, followed to the letter in a copy of the sources."""
+"""Follows the three recipes of CONTRIBUTING step by step in a copy of the sources."""
 
 import os
 import re

@@ -1,4 +1,4 @@
-"""Refinement lowers the held-out error, never raises it, and leaves the map unbiased."""
+"""Refinement lowers the held-out error or leaves it as it is, and the map stays unbiased."""
 
 import numpy as np
 import pytest
@@ -16,7 +16,8 @@ NAMES = ("a", "g1", "g2", "center_x", "center_y")
 
 @pytest.fixture(scope="module", autouse=True)
 def _reference():
-    """Each new kind of call would be compiled; tests of the kernels' gradients are elsewhere."""
+    """Run the references: every new kind of call would be compiled, and gradients of the kernels have tests of their
+    own."""
     with fs.use("reference"):
         yield
 
@@ -53,7 +54,7 @@ def test_error_falls_on_tokens_that_nothing_has_seen(found):
 
 
 def test_refined_maps_are_unbiased():
-    """The mean of many independent features is the kernel, at points that no fit was made to."""
+    """The mean of many independent features is the kernel, at points that were not fitted."""
     q, k, v = (torch.from_numpy(x) for x in attention_problem(0, n=40, d=4))
     start = fs.fit(q, k)
     parameters = refine(start, [(q, k, v)] * 2, steps=40, num_features=16, rng=0).parameters
@@ -83,7 +84,7 @@ def test_never_worse_with_masks_causal_and_windows(options):
 
 @pytest.mark.parametrize("filler", [50.0, None], ids=["large", "like data"])
 def test_padding_has_no_influence(filler):
-    """Padding of values that a model could have made is harder to notice than large ones."""
+    """The padding has values of ordinary size, whose influence is harder to notice than that of large values."""
     q, k, v = (torch.from_numpy(x) for x in attention_problem(0, (2,), n=24))
     mask = torch.arange(24) < 16
     start = fs.fit(q[:, :16], k[:, :16])
@@ -126,7 +127,7 @@ def test_bad_arguments():
 
 
 def test_grouped_heads_have_a_mask_each():
-    """Rows of padding ask nothing: query head h has the mask, and the map, of key head h // g; a batch shares both."""
+    """Queries at padding do not count: query head h has the mask and map of key head h // g, shared by a batch."""
     q, k, v = (torch.from_numpy(x) for x in attention_problem(0, (2, 4), n=24))
     k, v = k[:, :2], v[:, :2]
     mask = torch.arange(24) < torch.tensor([[20], [11]])
@@ -144,7 +145,7 @@ def test_grouped_heads_have_a_mask_each():
 
 
 def test_a_stays_where_second_moments_are_finite():
-    """A step of any length that would make `a` positive ends at 0."""
+    """A step that would make `a` positive ends at 0."""
     q, k, _ = (torch.from_numpy(x) for x in attention_problem(0, (3,), n=24))
     steps = _Steps(fs.fit(q, k))
     optimizer = torch.optim.SGD([steps.spread], lr=10.0)

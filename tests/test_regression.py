@@ -1,4 +1,4 @@
-"""Kernel operators: unbiased products, and normalised rows."""
+"""Kernel operators: products are unbiased, and rows are normalised."""
 
 import numpy as np
 import pytest
@@ -47,7 +47,7 @@ def test_a_row_whose_estimated_denominator_is_not_positive_is_nan():
 
 @pytest.mark.parametrize(("dtype", "least"), [("float32", 1e-4), ("float64", 1e-10)])
 def test_an_estimate_without_a_point_is_nan_where_rounding_errors_are_left(dtype, least):
-    """The first point has nearly all of its weight itself."""
+    """Nearly all of the weight at the first point is its own."""
     for share, is_lost in ((least / 10, True), (least * 10, False)):
         x, v = np.array([[1.0, 0.0], [share, 1.0], [0.0, 1.0]], dtype), np.array([5.0, 7.0, 9.0], dtype)
         fm = fs.feature_map(fs.fit(x, x, method="relu"), 2, draw=np.eye(2, dtype=dtype))
@@ -89,7 +89,7 @@ def test_next_to_nothing(few_xp, method, n, s):
 
 
 def test_signed_factors_do_not_overflow():
-    """Fourier features of the softmax kernel hold exp(|x|^2 / 2): normalised rows never form it."""
+    """Fourier features of the softmax kernel contain exp(|x|^2 / 2), which normalised rows never compute."""
     x, y, v = (a.astype(np.float32) for a in attention_problem(6, n=20, d=4))
     fm = fs.feature_map(fs.fit(x, y, method="trig"), 64, rng=0)
     out = fs.nadaraya_watson(30 * x, 30 * y, v, fm)
@@ -112,7 +112,7 @@ def test_weighted_points_are_left_out_as_a_whole(few_xp, method):
 @pytest.mark.parametrize("window", [0, 16])
 @pytest.mark.parametrize(("offset", "spread", "scale"), [(2010.0, 6.0, 0.1), (1e3, 1.0, 0.5)])
 def test_gaussian_features_far_from_the_origin(offset, spread, scale, window, rng):
-    """As right as float32 inputs are, beside the same map in float64."""
+    """They are as accurate as float32 inputs allow, compared with the same map in float64."""
     x = (offset + spread * rng.standard_normal((200, 3))).astype(np.float32)
     v = rng.standard_normal((200, 2)).astype(np.float32)
     fm = fs.feature_map(fs.fit(x, x, kernel="gaussian", scale=scale), 512, rng=0)
@@ -123,7 +123,7 @@ def test_gaussian_features_far_from_the_origin(offset, spread, scale, window, rn
 
 @pytest.mark.parametrize("method", ["posrf", "optimal"])
 def test_exact_scores_far_from_the_origin(method, rng):
-    """The reference's; with a window as long as the sequence, all scores are exact."""
+    """Scores of the reference: with a window as long as the sequence, all scores are exact."""
     x = (1e3 + rng.standard_normal((20, 3))).astype(np.float32)
     v = rng.standard_normal((20, 2)).astype(np.float32)
     fm = fs.feature_map(fs.fit(x, x, method=method, kernel="gaussian", scale=0.5), 8, rng=0)

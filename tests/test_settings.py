@@ -1,4 +1,4 @@
-"""Settings of NumPy and JAX that are the caller's own: underflow to 0 and broadcasting are no errors in here."""
+"""The caller's settings of NumPy and JAX do not turn underflow to 0 or broadcasting inside the library into errors."""
 
 import numpy as np
 import pytest
@@ -18,7 +18,7 @@ def data(dtype, size=20.0):
 
 
 def results(q, k, v, method):
-    """What the functions give; kernels and features are small numbers here."""
+    """The results of the functions, for data with very small kernels and features."""
     mask = np.arange(40) < np.asarray([[40], [0]])
     fm = fs.feature_map(fs.fit(q, k, method=method), 16, rng=0)
     state = fs.update(fs.init_state(fm, 8, like=k), k[:, :20], v[:, :20], fm)
@@ -61,7 +61,7 @@ def test_underflow_of_small_kernels_is_no_error(dtype, method):
 
 
 def check(function, *arguments):
-    """The same results under both settings; errors other than that of underflow included."""
+    """Check that results are the same under both settings, and that errors other than underflow are still raised."""
     with np.errstate(all="ignore"):
         wanted = list(function(*arguments))
     with np.errstate(under="raise"):
@@ -78,7 +78,7 @@ def test_overflow_is_still_heard_of():
 
 @pytest.mark.jax
 def test_ranks_may_be_promoted():
-    """One fit for points with leading axes, and masks of another rank."""
+    """The cases have one fit for points with leading axes, and masks of another rank."""
     jax = pytest.importorskip("jax")
     q, k, v = (jax.numpy.asarray(x, dtype="float32") for x in np.random.default_rng(0).normal(size=(3, 2, 12, 4)))
     mask = jax.numpy.arange(12) < 9

@@ -1,4 +1,4 @@
-"""The estimators: scikit-learn's own checks, and what they promise beyond them."""
+"""The estimators pass scikit-learn's own checks, and keep the further promises of their docstrings."""
 
 import pickle
 import re
@@ -59,7 +59,7 @@ EVERY = [
 @pytest.mark.parametrize("estimator", [*ESTIMATORS, *(pytest.param(e, marks=pytest.mark.slow) for e in EVERY)], ids=str)
 def test_scikit_learn_accepts_it(estimator, monkeypatch):
     monkeypatch.setenv("SCIPY_ARRAY_API", "1")
-    # a sample of repeated points is another sample
+    # a sample drawn from repeated points differs
     known = {"check_sample_weight_equivalence_on_dense_data": "features of points whatever their weights"}
     expected = known if isinstance(estimator, FeatureRidge) else {}
     results = check_estimator(estimator, on_fail=None, on_skip=None, expected_failed_checks=expected)
@@ -78,7 +78,7 @@ def test_scikit_learn_accepts_it(estimator, monkeypatch):
 
 
 def test_nystrom_features_are_nearer_to_the_kernel_than_scikit_learns():
-    """Centres of clusters, where Nystroem has points drawn uniformly; means of three draws."""
+    """Nystroem draws its centres uniformly. Errors are means over three draws."""
     x = np.random.default_rng(0).standard_normal((1500, 8))
     exact = rbf_kernel(x, gamma=1 / 16)
     errors = []
@@ -92,7 +92,7 @@ def test_nystrom_features_are_nearer_to_the_kernel_than_scikit_learns():
 @pytest.mark.parametrize("method", ["auto", "nystrom", "trig"])
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
 def test_inner_products_of_a_thousand_features(method, dtype):
-    """What scikit-learn asks of RBFSampler: gamma 10 and 1,000 features, on rows with sum 1 and on others."""
+    """The same test as scikit-learn's for RBFSampler: gamma 10 and 1,000 features, on rows with sum 1 and on others."""
     rng = np.random.default_rng(0)
     for x, y in (rng.random((2, 300, 50)), rng.random((2, 1500, 3))):
         x, y = ((a / a.sum(axis=1, keepdims=True)).astype(dtype) for a in (x, y))
@@ -106,7 +106,7 @@ def test_inner_products_of_a_thousand_features(method, dtype):
 
 @pytest.mark.parametrize("copies", [2, 100])
 def test_a_singular_kernel(copies):
-    """What scikit-learn asks of Nystroem: rows that are repeated, and more features than distinct rows."""
+    """The same test as scikit-learn's for Nystroem: repeated rows, and more features than distinct rows."""
     x = np.tile(np.random.default_rng(0).random((10, 20)), (copies, 1))
     for gamma in (0.01, 100.0):
         features = RandomFeatures("nystrom", n_components=20, gamma=gamma, random_state=0).fit_transform(x)
@@ -116,7 +116,7 @@ def test_a_singular_kernel(copies):
 
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
 def test_many_rows_of_few_values(dtype):
-    """Copies of a point have one centre together."""
+    """All copies of a point share one centre."""
     x = np.random.default_rng(0).integers(0, 4, (4000, 3)).astype(dtype)
     for gamma, bound in ((0.05, 1e-2), (0.5, 0.1)):
         features = RandomFeatures("nystrom", n_components=60, gamma=gamma, random_state=0).fit(x)
@@ -174,7 +174,7 @@ def test_auto_compares_at_points_that_were_not_fitted():
 
 
 def test_auto_knows_the_error_of_fourier_features():
-    """What it says is expected of independent ones is their error over draws."""
+    """The error that it states for independent features is their error over draws."""
     x = np.random.default_rng(0).standard_normal((300, 4))
     options, exact = {"n_components": 64, "gamma": 0.1}, rbf_kernel(x, gamma=0.1)
     reason = RandomFeatures(random_state=0, **options).fit(x).reason_
@@ -231,7 +231,7 @@ def test_blocks_equal_the_whole(method):
     for start in range(0, 300, 100):
         blocks.partial_fit(x[start : start + 100], y[start : start + 100], classes=[0, 1, 2, 3])
     two = NadarayaWatsonClassifier(**options).partial_fit(x[:100], y[:100], classes=[0, 1, 2, 3])
-    two.partial_fit(x[100:], y[100:])  # the first block chose the features: where later ones are cut is of no account
+    two.partial_fit(x[100:], y[100:])  # the first block chose the features
     np.testing.assert_array_equal(blocks.predict(x), two.predict(x))
     if method != "trig":
         np.testing.assert_allclose(blocks.predict_proba(x), two.predict_proba(x), rtol=1e-10)
@@ -244,7 +244,7 @@ def test_blocks_equal_the_whole(method):
 @pytest.mark.parametrize("classes", [2, 3])
 @pytest.mark.parametrize("method", ["trig", "landmarks", "optimal", "poisson"])
 def test_classifiers_score_every_row(method, classes):
-    """Also far from all points, where estimates of signed maps have no sign."""
+    """This holds also far from all points, where the estimates of signed maps may be 0 or negative."""
     rng = np.random.default_rng(11)
     x = rng.standard_normal((200, 2))
     y = np.digitize(x[:, 0], [0.0, 1.0][: classes - 1])
@@ -276,7 +276,7 @@ def test_auto_takes_landmarks_for_continuous_and_features_for_one_hot_tables():
 
 
 def test_auto_finds_the_bandwidth_of_digits():
-    """Features of a narrow kernel are poor there; landmarks reach what the exact smoother has, .96 to .99."""
+    """Features of a narrow kernel are poor there; landmarks reach the accuracy of the exact smoother, 0.96 to 0.99."""
     x, y = load_digits(return_X_y=True)
     model = NadarayaWatsonClassifier(method="auto", gamma="auto_cv", random_state=0).fit(x[::2], y[::2])
     assert model.method_ == "landmarks"
@@ -300,7 +300,7 @@ def test_the_exact_estimate_far_from_everything_is_the_nearest_point():
     ],
 )
 def test_leave_one_out_leaves_one_out(method, kernel):
-    """Log factors of signed features are constant for Gaussian Fourier features alone."""
+    """Only Gaussian Fourier features have constant log factors; other signed features have not."""
     rng = np.random.default_rng(0)
     x, v = rng.standard_normal((30, 2)), rng.standard_normal(30)
     fm = fs.feature_map(fs.fit(x, x, method=method, kernel=kernel, scale=0.1), 64, rng=0)
@@ -310,7 +310,7 @@ def test_leave_one_out_leaves_one_out(method, kernel):
 
 @pytest.mark.parametrize("method", ["optimal", "exact"])
 def test_auto_cv_finds_a_better_bandwidth(method):
-    """On points that were not fitted, of noisy values."""
+    """The bandwidth is better on points that were not fitted, with noisy values."""
     rng = np.random.default_rng(0)
     x = rng.uniform(-3, 3, (900, 1))
     truth = np.sin(4 * x[:, 0])
@@ -375,7 +375,7 @@ def test_exact_smoothing_in_any_unit(unit):
 @pytest.mark.parametrize("method", ["exact", "optimal", "trig"])
 @pytest.mark.parametrize("dtypes", [("float16", "float64"), ("float16", "float32"), ("float32", "float64")])
 def test_targets_keep_their_range(method, dtypes):
-    """A target's dtype decides, where that of the points is narrower."""
+    """If the dtype of the targets is wider than that of the points, it decides."""
     rng = np.random.default_rng(1)
     x = rng.standard_normal((500, 2)).astype(dtypes[0])
     top = 1e300 if dtypes[1] == "float64" else 1e30
@@ -457,7 +457,7 @@ def test_blocks_with_and_without_weights(method):
 
 @pytest.mark.parametrize("method", ["exact", "optimal", "trig"])
 def test_a_weighted_point_is_left_out_as_a_whole(method):
-    """As RidgeCV has it: leave-one-out of all repetitions of a point, whose error counts as often."""
+    """As in RidgeCV, all repetitions of a point are left out together, and its error counts as often."""
     rng = np.random.default_rng(6)
     x, weight = rng.standard_normal((40, 1)), rng.integers(0, 4, 40)
     y = np.sin(2 * x[:, 0]) + 0.1 * rng.standard_normal(40)
@@ -519,7 +519,7 @@ def test_weights_reach_the_estimators_of_ensembles_and_searches():
 
 @pytest.mark.parametrize("method", ["optimal", "exact", "trig"])
 def test_later_blocks_change_neither_bandwidth_nor_features(method):
-    """The first block chooses both; a later one of another spread enters the same sums."""
+    """The first block determines both; a later block with another spread is added to the same sums."""
     rng = np.random.default_rng(0)
     near, far = rng.standard_normal((200, 2)), 3 * rng.standard_normal((100, 2)) + 5
     model = NadarayaWatsonRegressor(method=method, n_components=512, random_state=0)
@@ -552,7 +552,10 @@ def test_classes_may_be_named_in_any_order():
 
 
 def test_the_exact_choice_of_bandwidth_leaves_the_point_itself_out():
-    """On noise alone no bandwidth should be small; with the point itself the smallest would fit best."""
+    """For pure noise, the chosen bandwidth must not be small.
+
+    If a point were not left out, the smallest would fit best.
+    """
     rng = np.random.default_rng(0)
     x, noise = rng.uniform(-3, 3, (200, 1)), rng.standard_normal(200)
     gammas = {
@@ -591,7 +594,8 @@ def test_landmarks_are_several_times_closer_than_features_on_continuous_tables(g
 @pytest.mark.parametrize("gamma", [0.5, "auto_cv"])
 @pytest.mark.parametrize("weighted", [False, True])
 def test_as_many_landmarks_as_points_are_exact(gamma, weighted):
-    """Also far from all points, where the nearest one counts, and where each point is left out to choose gamma."""
+    """This holds also far from all points, where the nearest one counts, and if each point is left out to choose
+    gamma."""
     rng = np.random.default_rng(9)
     x, weight = rng.standard_normal((120, 2)), rng.integers(0, 4, 120)
     y = np.sin(3 * x) + 0.1 * rng.standard_normal((120, 2))
@@ -662,7 +666,7 @@ def test_ridge_blocks_and_weights():
 
 
 def test_the_errors_of_ridge_blocks_are_those_of_generalised_cross_validation():
-    """By the matrix that turns values into estimates; features have the gamma that was asked for."""
+    """The errors are compared with those from the matrix that maps values to estimates."""
     x, y, _ = ridge_table()
     alphas, model = [1e-3, 1e-1, 10.0], FeatureRidge(n_components=20, gamma=0.3, random_state=0)
     model.set_params(alpha=alphas)
@@ -686,7 +690,7 @@ def test_points_of_no_weight_count_for_nothing_in_a_ridge():
 
 
 def test_a_ridge_without_a_penalty_has_the_shortest_coefficients():
-    """Of all that fit, because there are more features than points."""
+    """There are more features than points, so many coefficients fit the values exactly."""
     x, y, _ = ridge_table()
     model = FeatureRidge(method="trig", alpha=0.0, n_components=100, gamma=10.0, random_state=0).fit(x, y)
     features = model.features_.transform(x)

@@ -1,4 +1,4 @@
-"""Saved values come back with every number, and nothing else is taken for one."""
+"""`load` returns all numbers of a saved value, and refuses other files."""
 
 import io
 import json
@@ -63,7 +63,7 @@ def arrays_of(value):
 @pytest.mark.parametrize("library", MARKED)
 @pytest.mark.filterwarnings("ignore:Explicitly requested dtype float64")
 def test_every_value_comes_back_into_every_library(tmp_path, library, dtype, like):
-    """With the same numbers and the same dtype, or float32 where the library has no such dtype."""
+    """The numbers and the dtype are the same; the dtype is float32 if the library lacks the saved one."""
     make, into = make_array(library, dtype), make_array(like or "numpy", "float32")
     if make is None or into is None:
         pytest.skip("no such arrays here")

@@ -204,7 +204,7 @@ def test_a_map_whose_rows_were_written_to_is_looked_at_again(kind):
         return token, fs.linear_attention(q, k, v, fm), fs.linear_attention(q, k, v, fm, is_causal=True)
 
     with torch.no_grad():
-        for _ in range(2):  # the second call goes the short way of calls like one before
+        for _ in range(2):  # the second call uses the plan of the first
             results(fm)
         fm.rows.mul_(0.5)
         for got, want in zip(results(fm), results(replace(fm, rows=fm.rows.detach().clone())), strict=True):
@@ -269,7 +269,7 @@ def implementation(request):
 @pytest.mark.parametrize("window", [0, 4])
 @pytest.mark.usefixtures("implementation")
 def test_what_a_mask_hides_may_be_anything(window):
-    """Also in the last two blocks, whose values a state keeps as they are."""
+    """This includes the last two blocks, whose values a state keeps unchanged."""
     q, k, v, fm = problem(np.asarray, n=30)
     mask = np.ones((2, 30), bool)
     mask[:, [3, 17, 26, 29]] = False
@@ -285,7 +285,7 @@ def test_what_a_mask_hides_may_be_anything(window):
 @pytest.mark.parametrize("window", [0, 4])
 @pytest.mark.usefixtures("implementation")
 def test_a_masked_token_changes_nothing(window):
-    """The op takes a mask, which the public function does not offer."""
+    """The op takes a mask; the public function does not."""
     q, k, v, fm = problem(np.asarray, n=30)
     before = fs.update(
         fs.init_state(fm, 5, like=k, window=window), k[:, :21], v[:, :21], fm

@@ -1,4 +1,4 @@
-"""Suggestions: the least features that are predicted to do, checked against what they then do."""
+"""Suggestions: the smallest sufficient number of features, compared with measured errors."""
 
 import numpy as np
 import pytest
@@ -56,7 +56,7 @@ def test_no_points_are_refused():
 
 
 def test_exact_is_cheaper_until_the_products_of_features_are_fewer(monkeypatch):
-    """n s products of points against (n + s) m of points and rows."""
+    """Exact sums need n s products of points, features (n + s) m products of points and rows."""
     monkeypatch.setattr("favorsharp.diagnostics.suggestion._SIZES", (64,))
     rng = np.random.default_rng(0)
     for n, s, cheaper in ((128, 128, True), (129, 128, False), (64, 10_000, True), (65, 10_000, False)):

@@ -1,4 +1,4 @@
-"""The support table in the documentation is what `favorsharp matrix` says today."""
+"""The support table in the documentation equals the output of `favorsharp matrix`."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""What a third party runs finds what is wrong, and the loopback backend right."""
+"""`check_backend` finds wrong kernels, and accepts the loopback backend."""
 
 import itertools
 
@@ -61,7 +61,7 @@ def test_cases_are_the_same_problem_in_every_dtype():
 
 
 def a_backend(monkeypatch, **functions):
-    """The loopback backend with other functions, and kernels that declare what these offer."""
+    """The loopback backend with some functions replaced, and kernels that declare the options of these functions."""
     import favorsharp_loopback
 
     for name, function in functions.items():

@@ -1,4 +1,4 @@
-"""Tracers and modes of torch: a traced program equals the function on new input, or there is a clear refusal."""
+"""Tracers and modes of torch: a traced program equals the function on new inputs, or tracing raises a clear error."""
 
 import io
 import os
@@ -52,7 +52,7 @@ def explicit(q, k, v, feature_map, mask=None, is_causal=False, window=0):
     ids=str,
 )
 def test_every_verb_under_every_mode(modes):
-    """In a process of its own: a kernel with a pointer to nothing ends it."""
+    """The calls run in a process of their own, because a kernel with an invalid pointer ends the process."""
     tests = Path(__file__).parent
     paths = os.pathsep.join([str(tests), *(path for path in sys.path if path)])
     run = subprocess.run(
@@ -77,7 +77,7 @@ def graph_of(tracer, call, *example):
 
 
 def case_of(tracer, *options):
-    """A parameter; some tracers take seconds for each."""
+    """A test case; some tracers take seconds for each."""
     is_slow = tracer in ("compile", "real pre-dispatch", "symbolic pre-dispatch", "non-strict export")
     return pytest.param(tracer, *options, marks=pytest.mark.slow if is_slow else ())
 
@@ -98,7 +98,7 @@ def test_a_traced_function_equals_the_formula_on_new_input(tracer, options):
     def call(q, k, v, mask):
         return fs.linear_attention(q, k, v, fm, key_mask=mask, **options)
 
-    call(q, k, v, mask)  # remembered, and what is remembered must not go into the graph
+    call(q, k, v, mask)  # this call is cached, and cached arrays must not become part of the graph
     traced = graph_of(tracer, call, q, k, v, mask)
     new, other = inputs(1), torch.from_numpy(key_mask(5, (2, 24), "holes"))
     want = explicit(*new, fm, other.numpy(), **options)
@@ -165,7 +165,7 @@ def test_kernel_operators_and_features_are_traced():
         "decode_step": lambda q, k, v: fs.decode_step(q[:, :1], k[:, :1], v[:, :1], state, fm)[0],
         "packed": lambda q, k, v: fs.linear_attention(q, k, v, fm, cu_seqlens=[0, 7, 24]),
     }
-    for _ in range(2):  # the second is one like a call before
+    for _ in range(2):  # the second call repeats the first
         fs.decode_step(*token, state, fm)
     new = inputs(1)
     for name, call in calls.items():
@@ -190,9 +190,9 @@ def test_flops_are_counted_as_of_the_reference(options):
         assert own == count() > 0
 
 
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # torch's own, of fake copies
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # of fake copies
 def test_a_backward_pass_alone_is_followed():
-    """The forward pass ran kernels; the mode came later."""
+    """The forward pass ran kernels, and the mode began afterwards."""
     q, k, v = inputs()
     fm = fs.feature_map(fs.fit(q, k), 16, rng=0)
 
@@ -255,7 +255,7 @@ def test_selective_checkpoints_keep_and_compute_again():
 
 @pytest.mark.filterwarnings("ignore:You are using the legacy TorchScript:DeprecationWarning")
 def test_other_tracers_are_refused():
-    """Those that take sizes for constants, or have no example."""
+    """These tracers take sizes for constants, or have no example inputs."""
     q, k, v = inputs()
     fm = fs.feature_map(fs.fit(q, k), 16, rng=0)
     layer = MultiheadAttention(8, 2, num_features=16, rng=0, batch_first=True, dtype=torch.float64).calibrate(q).eval()
@@ -293,7 +293,7 @@ def test_other_tracers_are_refused():
 
 @pytest.mark.filterwarnings("ignore:Sparse CSR tensor support:UserWarning")
 def test_tensors_that_are_not_dense_are_refused():
-    """Also where a dense tensor of the shape came before."""
+    """They are refused also after a call with a dense tensor of the same shape."""
     q, k, v = (x[0].float() for x in inputs())
     fm = fs.feature_map(fs.fit(q, k), 16, rng=0)
     state = fs.update(fs.init_state(fm, 5, like=k), k, v, fm)

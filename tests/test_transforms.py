@@ -46,7 +46,8 @@ def test_torch_compile_fits_and_features():
 @pytest.mark.slow
 @pytest.mark.parametrize("window", [0, 4])
 def test_torch_compile_states(window):
-    """A compiled prefill and step give the state that eager calls give, and take each other's."""
+    """A compiled prefill and a compiled step return the state that eager calls return, and accept each other's
+    states."""
     torch, (q, k, v) = torch_problem(batch=(2,), n=20)
     fm = fs.feature_map(fs.fit(q, k), 8, rng=0)
 
@@ -78,7 +79,7 @@ def test_a_compiled_call_refuses_the_state_of_another_map():
     _, state = fs.linear_attention(q, k, v, own, return_state=True)
     fs.read(
         fs.linear_attention(q, k, v, other, return_state=True)[1], q, other
-    )  # its fingerprint is known from here on
+    )  # from here on its fingerprint is known
     torch._dynamo.reset()
     with pytest.raises(Exception, match="state comes from another feature map"):
         torch.compile(lambda q: fs.read(state, q, other), fullgraph=True, backend="eager")(q)
@@ -102,7 +103,10 @@ def test_torch_compiled_bidirectional_calls_return_states(options):
 
 @pytest.mark.slow
 def test_states_of_torch_compiled_calls_know_a_map_that_was_asked():
-    """No number is read while a compiler traces; a digest that is there goes into the graph, and its checks with it."""
+    """A compiler reads no number while it traces.
+
+    A digest that is known becomes part of the graph, together with its checks.
+    """
     torch, (q, k, v) = torch_problem(batch=(2,), n=6)
     fm, other = (fs.feature_map(fs.fit(q, k), 8, rng=seed) for seed in (0, 1))
     token = [x[:, :1] for x in (q, k, v)]
@@ -120,9 +124,9 @@ def test_states_of_torch_compiled_calls_know_a_map_that_was_asked():
     _, state = prefill(fm)
     assert state.fingerprint == fm.fingerprint
     _, theirs = prefill(other)
-    assert theirs.fingerprint is None  # that of the map in the call, not of the one that was traced
+    assert theirs.fingerprint is None  # the digest of the map in the call, not of the map that was traced
     assert other.fingerprint != fm.fingerprint
-    for feature_map in (other, fm):  # known by now, though a graph was made for a map without
+    for feature_map in (other, fm):  # known by now, although a graph was made for a map without a digest
         assert prefill(feature_map)[1].fingerprint == feature_map.fingerprint
     for run in (step, lambda state, feature_map: fs.decode_step(*token, state, feature_map)):
         run(state, fm)
@@ -131,7 +135,7 @@ def test_states_of_torch_compiled_calls_know_a_map_that_was_asked():
 
 
 def test_a_transform_leaves_no_mark_on_a_map():
-    """A state that is made inside of one has no digest; those that are made later do."""
+    """A state that is made inside a transform has no digest; states that are made later have one."""
     torch, (q, k, v) = torch_problem(batch=(2,), n=6)
     fm = fs.feature_map(fs.fit(q[0], k[0]), 8, rng=0)
     torch.func.vmap(lambda q, k, v: fs.linear_attention(q, k, v, fm, return_state=True)[1].kv)(q, k, v)
@@ -151,7 +155,7 @@ def test_torch_inductor():
 
 @pytest.mark.parametrize("options", MODES, ids=str)
 def test_torch_gradients(options):
-    """Through q, k, v and through the map's own numbers, with a masked row."""
+    """Gradients with respect to q, k, v and the numbers of the map, with a masked row."""
     torch, (q, k, v) = torch_problem(batch=(2,), n=9, d=3, e=2)
     p = fs.fit(q, k)
     rows = torch.asarray(np.random.default_rng(0).standard_normal((4, 3)))
@@ -187,11 +191,11 @@ def test_functional_gradients_agree(options):
 
 @pytest.mark.parametrize("options", MODES, ids=str)
 def test_forward_mode_derivatives_are_never_lost(options):
-    """Kernels read numbers alone, and would drop a tangent without a word."""
+    """Kernels read only numbers, and would drop a tangent without an error."""
     torch, (q, k, v) = torch_problem(n=9)
     forward_ad = torch.autograd.forward_ad
     fm = fs.feature_map(fs.fit(q, k), 8, rng=0)
-    fs.linear_attention(q, k, v, fm, **options)  # a call without a tangent comes first, and is remembered
+    fs.linear_attention(q, k, v, fm, **options)  # a call without a tangent comes first, and makes a plan
     for needs_gradient in (False, True):
         with forward_ad.dual_level():
             x = forward_ad.make_dual(k.clone().requires_grad_(needs_gradient), torch.ones_like(k))

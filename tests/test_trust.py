@@ -1,4 +1,4 @@
-"""Draws that stay what they are, properties over shapes and dtypes, bad arguments, and many threads."""
+"""Draws that do not change between versions, properties over shapes and dtypes, bad arguments, and many threads."""
 
 import subprocess
 import sys
@@ -55,7 +55,8 @@ def test_attention_and_estimates_are_means_of_the_values(n, s, d, e, dtype, kern
     seed=st.integers(0, 1000),
 )
 def test_blocks_masks_and_orders_of_keys_change_nothing(batch, s, d, dtype, method, kernel, spread, share, seed):
-    """A state of blocks is the state of all, a hidden key is one that is not there, and keys have no order."""
+    """A state made block by block equals the state of all keys, a hidden key counts as absent, and the order of keys
+    does not matter."""
     rng = np.random.default_rng(seed)
     q, k, v = (
         (a * rng.standard_normal((*batch, n, e))).astype(dtype)
@@ -109,7 +110,7 @@ def test_bad_arguments_raise_or_give_the_shapes_that_were_promised(indices, size
     [(0, 300), pytest.param(1, 6000, marks=pytest.mark.slow), pytest.param(2, 6000, marks=pytest.mark.slow)],
 )
 def test_random_calls_never_crash_hang_or_lie_about_shapes(seed, calls):
-    """In a process of its own: what would end or hang it ends this test only."""
+    """The calls run in a process of their own, so that a crash or a hang ends this test only."""
     pytest.importorskip("numba")  # vjp
     script = Path(__file__).with_name("fuzz.py")
     command = [sys.executable, str(script), str(seed), str(calls), *(["--torch"] if calls > 1000 else [])]

@@ -62,7 +62,7 @@ def test_orthogonal_draw_without_signs_would_be_noticed(monkeypatch):
 
 @pytest.mark.parametrize("method", ["posrf", "optimal", "trig", "poisson"])
 def test_callers_rows(method):
-    """An (m, d) matrix of the caller's rows."""
+    """Rows that the caller passes as an (m, d) matrix."""
     parameters, rng = parameters_of(method, "gaussian"), np.random.default_rng(0)
     x = 0.5 * DIRECTIONS
     exact = np.diag(fs.kernel_matrix(x, -0.4 * x, kernel="gaussian", scale=parameters.scale))
@@ -75,7 +75,7 @@ def test_callers_rows(method):
 
 
 def test_callers_proposal():
-    """Rows from any distribution, with log p / nu: here a mixture of two Gaussians."""
+    """Rows from any distribution, with log p / nu; here the distribution is a mixture of two Gaussians."""
     parameters, rng = parameters_of("optimal", "softmax"), np.random.default_rng(0)
     shift = np.array([0.5, 0, -0.5, 0.2])
 

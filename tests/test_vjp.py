@@ -1,4 +1,4 @@
-"""vjp: the gradients of torch's autograd, on arrays that have none."""
+"""`vjp` gives the gradients of torch's autograd for arrays without automatic differentiation."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Run against an installed wheel with its base requirements alone, outside of the checkout (`make wheel-check`)."""
+"""Run with an installed wheel and its base requirements only, outside of the checkout (`make wheel-check`)."""
 
 import shutil
 import subprocess

@@ -27,7 +27,7 @@ def imported(path):
 
 
 def floor(package, parts):
-    """The floor of a module of a backend."""
+    """The layer of a module of a backend."""
     floors = FLOORS[package]
     return next((i for i, names in enumerate(floors) if parts[0] in names), floors.index([]))
 

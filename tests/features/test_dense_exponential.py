@@ -20,7 +20,7 @@ def test_log_features_are_the_formula(method, kernel):
     root = p.scale**0.5
     query = oracle.log_feature(rows, q * root, p.a, p.g1, p.center_x, p.center_y, kernel) - 0.5 * np.log(6)
     key = oracle.log_feature(rows, k * root, p.a, p.g2, p.center_y, p.center_x, kernel) - 0.5 * np.log(6)
-    # how the constant of the centres is split between the sides is nobody's business: it cancels
+    # the split of the constant of the centres between the two sides does not matter, because it cancels
     split = fm.log_query(q)[:1, :1] - query[:1, :1] if method == "optimal" and kernel == "gaussian" else 0
     np.testing.assert_allclose(fm.log_query(q), query + split, atol=1e-11)
     np.testing.assert_allclose(fm.log_key(k), key - split, atol=1e-11)
@@ -30,7 +30,7 @@ def test_log_features_are_the_formula(method, kernel):
 
 @pytest.mark.parametrize("method", fs.METHODS)
 def test_one_seed_one_map_on_every_library(xp, method):
-    """Fit included: the axes have canonical signs and order."""
+    """This includes the fit, because the axes have canonical signs and a canonical order."""
     q, k, _ = attention_problem(1, (2,), n=30)
     want = fs.feature_map(fs.fit(q, k, method=method), 12, rng=7)
     got = fs.feature_map(fs.fit(xp(q), xp(k), method=method), 12, rng=7)
@@ -47,7 +47,7 @@ def test_order_of_the_data_does_not_turn_the_axes():
 
 
 def test_tied_signs_are_settled():
-    """Axes like (1, -1), whose largest entries tie, as plain data have."""
+    """Plain data have axes such as (1, -1), whose two largest entries are equally large."""
     q = np.array([[1.0, -1.0], [-1.0, 1.0], [2.0, -2.0], [0.5, 0.5], [-0.5, -0.5]])
     jitter = 1e-13 * np.random.default_rng(0).standard_normal((20, *q.shape))
     maps = [fs.fit(q + noise, q + noise, method="sderf") for noise in jitter]

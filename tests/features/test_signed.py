@@ -31,7 +31,7 @@ def test_fourier_needs_pairs():
 
 @pytest.mark.parametrize("method", ["poisson", "geometric"])
 def test_zero_coordinates(method):
-    """0 to the power 0 is 1, and 0 to any other power 0."""
+    """0 to the power 0 is 1, and 0 to any other power is 0."""
     q, k, _ = attention_problem(3)
     q[:, 2] = 0
     q[4] = 0

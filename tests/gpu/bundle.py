@@ -1,7 +1,7 @@
-"""Make, on a machine with a network, what a GPU machine without one lacks: `make gpu-bundle`, into .gpu.
+"""Download, on a machine with a network, what a GPU machine without one needs: `make gpu-bundle` writes to .gpu.
 
-Wheels of what the library and its tests import beside NumPy, torch, CuPy and pytest; with `--cubins` also every kernel
-compiled for one architecture, which needs CuPy and NVRTC, but no GPU.
+The bundle has wheels of what the library and its tests import besides NumPy, torch, CuPy and pytest. With `--cubins` it
+also has every kernel, compiled for one architecture; this needs CuPy and NVRTC, but no GPU.
 """
 
 import argparse
@@ -20,7 +20,7 @@ PLATFORMS = ("manylinux_2_28_x86_64", "manylinux_2_27_x86_64", "manylinux_2_17_x
 
 
 def wheels(folder: Path, names: Sequence[str], python: str) -> list[str]:
-    """Download wheels without what they depend on; the names of those that cannot be had."""
+    """Download wheels without their dependencies; return the names of those that are not available."""
     folder.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
     command += ["--only-binary=:all:", "--implementation", "cp", "--python-version", python, "-d", str(folder)]
@@ -46,7 +46,7 @@ def compiled(folder: Path, architecture: str) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Make the bundle; the number of wheels that cannot be had."""
+    """Make the bundle; return the number of wheels that are not available."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=ROOT / ".gpu")
     parser.add_argument("--python", default="3.12", help="version of Python of the GPU machine")

@@ -1,4 +1,7 @@
-"""Calls for the sanitizers and the profiler: small ones of every kernel, or a few large ones. Nothing is compared."""
+"""Calls for the sanitizers and the profiler: small calls of every kernel, or a few large ones.
+
+Results are not checked.
+"""
 
 import sys
 from functools import partial
@@ -15,7 +18,7 @@ SHAPES = {
 
 
 def small(which: str) -> int:
-    """Every call at some shapes, at ragged lengths; how many failed."""
+    """Make every call at some shapes and uneven lengths; return how many failed."""
     from shape_classes import CALLS, LENGTHS, VJPS, has_gradients
     from shape_classes import SHAPES as KNOWN
     from smoke import on_device
@@ -36,13 +39,13 @@ def small(which: str) -> int:
             fields = dict(zip(("call", "shape", "lengths", "library"), map(str, given), strict=True))
             record("call", **fields, ok=False, said=short(error))
             if context_is_lost(short(error)):
-                break  # the sanitizer has said where, and every other call would fail too
+                break  # the sanitizer has reported the place, and every later call would fail too
     record("calls", which=which, calls=len(todo), failed=failed)
     return failed
 
 
 def large() -> None:
-    """One call of what the benchmark times, for counters."""
+    """Make one call of each case of the benchmark, for the profiler's counters."""
     import torch
     from times import runner
 

@@ -1,4 +1,7 @@
-"""Clocks: of a call on the GPU alone, of the host, of each kernel and of a graph; and what the card does at most."""
+"""Measures the time of a call on the GPU, on the host, of each kernel and of a graph.
+
+It also measures the peak rates of the card.
+"""
 
 import statistics
 import time
@@ -15,7 +18,7 @@ DEVICE = "cpu" if DRY else "cuda"
 
 
 def clock(run: Callable[[], Any]) -> float:
-    """Median over about half a second, in rounds that begin while the GPU is busy: the host is not in it."""
+    """The median time over about half a second, in rounds that begin while the GPU is busy, so without the host."""
     if DRY:
         return gpu.seconds_on_cpu(run, 1)
     torch.cuda.synchronize()
@@ -27,7 +30,7 @@ def clock(run: Callable[[], Any]) -> float:
     pairs = []
     for _ in range(max(3, min(15, int(0.5 / max(once, 1e-6))))):
         scratch.zero_()  # the second-level cache
-        torch.cuda._sleep(int(2e9 * min(0.02, 2 * once)))  # cycles, in which launches queue up
+        torch.cuda._sleep(int(2e9 * min(0.02, 2 * once)))  # cycles, during which launches queue up
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
         run()
@@ -38,7 +41,7 @@ def clock(run: Callable[[], Any]) -> float:
 
 
 def host_seconds(run: Callable[[], Any], calls: int = 10) -> float:
-    """How long a call keeps the host if the GPU is not waited for."""
+    """The host's time for a call, without waiting for the GPU."""
     wait = (lambda: None) if DRY else torch.cuda.synchronize
     times = []
     for _ in range(calls):
@@ -51,7 +54,7 @@ def host_seconds(run: Callable[[], Any], calls: int = 10) -> float:
 
 
 def kernels(run: Callable[[], Any], calls: int = 3) -> dict[str, list[float]]:
-    """Launches a call and microseconds a call, of every kernel, the longest first."""
+    """The launches and microseconds per call of every kernel, the slowest first."""
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CUDA]) as seen:
@@ -70,7 +73,7 @@ def kernels(run: Callable[[], Any], calls: int = 3) -> dict[str, list[float]]:
 
 
 def graph_seconds(run: Callable[[], Any]) -> float:
-    """A replay of the captured call."""
+    """The time of a replay of the captured call."""
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -79,7 +82,7 @@ def graph_seconds(run: Callable[[], Any]) -> float:
 
 
 def ceilings() -> None:
-    """Record what the card does at most: bytes copied (read and written), products of bfloat16, an empty launch."""
+    """Record the peak rates of the card: bytes copied (read and written), products of bfloat16, and empty launches."""
     x = torch.empty(2**30, dtype=torch.float32, device="cuda").normal_()
     y = torch.empty_like(x)
     copy = clock(lambda: y.copy_(x))

@@ -1,6 +1,6 @@
-"""Compile every instance as a call would, in as many processes as there are cores, into CuPy's cache on disk.
+"""Compile every instance as a call would, with one process for each core, into CuPy's cache on disk.
 
-Later stages load what is compiled here.
+Later stages load the kernels from there.
 """
 
 import argparse
@@ -24,13 +24,13 @@ FEW = ("plain_features<float>", "favorsharp::scan", "sum_members<float>")
 
 
 def weight(expression: str, seconds: dict[str, float]) -> float:
-    """About how many seconds an instance takes: those that the bundle says, else a guess."""
+    """The seconds that an instance takes to compile: those that the bundle has recorded, or else a guess."""
     guess = next((9.0 - i for i, words in enumerate(SLOWEST) if words in expression), 1.0)
     return seconds.get(expression, guess)
 
 
 def compile_one(expression: str, bundle: Path | None) -> dict[str, Any]:
-    """Compile in this process: what the GPU's driver says of the kernel, or the error."""
+    """Compile in this process; return the attributes of the kernel that the driver reports, or the error."""
     start = time.perf_counter()
     try:
         if DRY:
@@ -48,7 +48,7 @@ def compile_one(expression: str, bundle: Path | None) -> dict[str, Any]:
 
 
 def all_of_them(expressions: Sequence[str], jobs: int, bundle: Path | None) -> int:
-    """Compile in processes, and record; how many failed."""
+    """Compile in several processes and record the results; return how many failed."""
     table = json.loads((ROOT / "tests/backends/cuda/resources.json").read_text())["sm_90"]
     start, seconds, failed, grown = time.perf_counter(), 0.0, 0, []
     with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:

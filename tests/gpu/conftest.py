@@ -1,4 +1,4 @@
-"""The scripts of a run on a GPU import each other by name."""
+"""Puts this folder on the path, because the scripts of a run on a GPU import each other by name."""
 
 import sys
 from pathlib import Path

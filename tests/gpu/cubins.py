@@ -1,4 +1,7 @@
-"""Kernels that are compiled on a machine without a GPU: made for the bundle, and handed to CuPy in place of NVRTC."""
+"""Kernels that are compiled on a machine without a GPU for the bundle.
+
+On the GPU, CuPy loads them instead of compiling.
+"""
 
 import hashlib
 import json
@@ -13,14 +16,14 @@ NOTHING: dict[str, Any] = {"source": "", "architecture": "", "kernels": {}, "sec
 
 
 def digest() -> str:
-    """Of the text of the kernels."""
+    """The digest of the kernels' source."""
     from favorsharp_cuda.host.source import source
 
     return hashlib.sha256(source().encode()).hexdigest()
 
 
 def compile_for(architecture: str, expression: str) -> tuple[str, bytes]:
-    """The symbol and the code of an instance, by NVRTC alone: it needs neither a driver nor a GPU."""
+    """The symbol and the code of an instance, compiled by NVRTC, which needs neither a driver nor a GPU."""
     from cupy_backends.cuda.libs import nvrtc
 
     from favorsharp_cuda.host.launch import OPTIONS
@@ -38,7 +41,7 @@ def compile_for(architecture: str, expression: str) -> tuple[str, bytes]:
 
 
 def make(bundle: Path, architecture: str, expressions: tuple[str, ...]) -> dict[str, Any]:
-    """Compile instances into the bundle, one after the other; the index that is written there."""
+    """Compile instances into the bundle, one after the other; return the index that is written there."""
     folder = bundle / "cubins"
     folder.mkdir(parents=True, exist_ok=True)
     index = {"source": digest(), "architecture": architecture, "kernels": {}, "seconds": {}}
@@ -53,13 +56,13 @@ def make(bundle: Path, architecture: str, expressions: tuple[str, ...]) -> dict[
 
 
 def read_index(bundle: Path) -> dict[str, Any]:
-    """What the bundle has compiled."""
+    """The index of the compiled kernels in the bundle."""
     file = bundle / "cubins" / "index.json"
     return json.loads(file.read_text()) if file.exists() else NOTHING
 
 
 def hand_to_cupy(bundle: Path) -> bool:
-    """Let CuPy file the bundle's code as its own where it would ask NVRTC; whether it is of this source."""
+    """Make CuPy use the bundle's code instead of calling NVRTC; return whether the bundle was made from this source."""
     index = read_index(bundle)
     if index["source"] != digest():
         return False

@@ -1,4 +1,4 @@
-"""What stages find: the checkout, unpacked wheels, metadata by which backends are found, and caches of their own.
+"""The environment of stages: the checkout, unpacked wheels, metadata by which backends are found, and caches.
 
 favorsharp is not installed for a run. Backends are entry points, so the few lines of metadata that an installation
 would have written are written into a folder on the path.
@@ -22,7 +22,7 @@ DRY = {"GPU_DRY": "1", "FAVORSHARP_BACKEND": "reference"}
 
 
 def lay_out(folder: Path, bundle: Path) -> None:
-    """Unpack the wheels of what is not installed here, and write favorsharp's metadata."""
+    """Unpack the wheels of packages that are not installed here, and write favorsharp's metadata."""
     folder.mkdir(parents=True, exist_ok=True)
     for wheel in sorted((bundle / "wheels").glob("*.whl")):
         if importlib.util.find_spec(wheel.name.split("-")[0]) is None:
@@ -41,11 +41,14 @@ def lay_out(folder: Path, bundle: Path) -> None:
 
 
 def variables(work: Path, bundle: Path, records: Path, stage: str, dry: bool) -> dict[str, str]:
-    """The environment of a stage. `work` has caches, and in `site` what `lay_out` wrote."""
+    """The environment variables of a stage.
+
+    The folder `work` has caches, and in `site` the files that `lay_out` wrote.
+    """
     paths = [str(HERE), str(ROOT), str(ROOT / "backends"), str(work / "site")]
     outer = {name: x for name, x in os.environ.items() if not name.startswith("PYTEST_XDIST")}
     found = {
-        **outer,  # without what makes pytest-xdist a worker of another run
+        **outer,  # without the variables that make a process a worker of another pytest-xdist run
         "PYTHONPATH": os.pathsep.join([*paths, *filter(None, [os.environ.get("PYTHONPATH")])]),
         "PYTHONUNBUFFERED": "1",
         "PYTHONDONTWRITEBYTECODE": "1",

@@ -1,4 +1,4 @@
-"""What machine this is, which versions it has, and whether the backend is found. None of our kernels runs here."""
+"""Records the machine, its versions, and whether the backend is found. None of our kernels runs here."""
 
 import importlib.metadata
 import shutil
@@ -84,7 +84,7 @@ QUESTIONS: dict[str, Callable[[], Any]] = {
 
 
 def main() -> None:
-    """Ask everything; what cannot be answered says why."""
+    """Record every fact, or the reason why it is not known."""
     for name, answer in QUESTIONS.items():
         try:
             record("fact", name=name, value=answer())

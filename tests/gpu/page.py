@@ -1,4 +1,4 @@
-"""Pages of what was recorded: `summary.md` of a run, and the results page of the docs.
+"""Writes pages from records: `summary.md` of a run, and the results page of the docs.
 
     python3 tests/gpu/page.py FOLDER...
 
@@ -29,7 +29,7 @@ SECTIONS = (*tables.SECTIONS, tables_of_times.times, tables_of_times.peers, tabl
 
 
 def summarise(records: Path, to: Path) -> None:
-    """Write the summary of a run, whole or not at all."""
+    """Write the summary of a run; the file is never incomplete."""
     found = tables.by_kind(read(records))
     lines = [*_head("A run on a GPU", found), *_sections((*SECTIONS, tables.ends), found)]
     fresh = to.with_suffix(".new")
@@ -72,7 +72,8 @@ def _sections(sections: Iterable[Any], found: tables.Found) -> list[str]:
 
 
 def publish(folders: Sequence[Path], docs: Path = DOCS) -> Path:
-    """Write the page into the docs, and refer to all such pages where the guide says what has run on a GPU."""
+    """Write the page into the docs, and link all such pages from the place in the guide that says what has run on a
+    GPU."""
     name, text = results(entry for folder in folders for entry in read(folder / "records.jsonl"))
     file = docs / "gpu-results" / name
     file.parent.mkdir(exist_ok=True)

@@ -1,4 +1,4 @@
-"""A few cases of the benchmark beside what else a GPU can run; each peer has a limit, and a line at once.
+"""A few cases of the benchmark beside other software for GPUs; each peer has a time limit, and is recorded at once.
 
 flash-linear-attention is left out: it tries 48 configurations of a kernel when it is first called, which takes minutes.
 `python -m benchmarks.gpu` has it, and more cases.
@@ -37,7 +37,7 @@ LIMIT = 25
 
 @contextlib.contextmanager
 def at_most(seconds: float) -> Iterator[None]:
-    """Raise after so many seconds; compiled code that runs at the time ends first."""
+    """Raise after so many seconds; compiled code that is running then finishes first."""
 
     def ring(*_: object) -> None:
         raise TimeoutError(f"more than {seconds:.0f} s")
@@ -64,7 +64,7 @@ def runs(case: Case | Token) -> tuple[Any, dict[str, Callable[..., Any]], Any]:
 
 
 def names(case: Case | Token) -> list[str]:
-    """The peers of a case, without any work."""
+    """The names of the peers of a case, without running them."""
     if isinstance(case, Token):
         return [gpu.OURS, gpu.LANDMARKS, "torch", "torch.compile"]
     found = gpu.forward_peers(case, "cpu", SimpleNamespace(rows=torch.zeros(1, 1)))
@@ -72,7 +72,7 @@ def names(case: Case | Token) -> list[str]:
 
 
 def measure(case: Case | Token, name: str, ends: float) -> None:
-    """Record the time of a peer, and how far it is from our result."""
+    """Record the time of a peer, and its difference from our result."""
     left = ends - time.time()
     if left < 3:
         raise TimeoutError("no time was left")
@@ -97,7 +97,7 @@ def steps(ends: float) -> list[Step]:
 
 
 def main() -> int:
-    """All that fits into the seconds."""
+    """Measure as many peers as the time allows."""
     options = turns.parser()
     options.add_argument("--seconds", type=float, default=120)
     options.add_argument("--ends", type=float, help="the end as a time, for processes that go on")

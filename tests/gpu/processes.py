@@ -1,4 +1,5 @@
-"""A process with a limit: its output goes into the log line by line, and at the limit its whole group is ended."""
+"""A process with a time limit: its output goes to the log line by line, and at the limit its process group is
+killed."""
 
 import ctypes
 import os
@@ -15,7 +16,7 @@ from pathlib import Path
 
 @dataclass
 class Stage:
-    """A process, what it tells, its limit in seconds, and variables of its own."""
+    """The command of a process, what it finds out, its limit in seconds, and its environment variables."""
 
     name: str
     tells: str
@@ -28,7 +29,7 @@ class Stage:
 
 @dataclass
 class Outcome:
-    """How a stage ended: "passed", "failed (code)", "cut at its limit", "stopped" or "cannot start"; its last lines."""
+    """How a stage ended, "passed", "failed (code)", "cut at its limit", "stopped" or "cannot start", and its last lines."""
 
     state: str
     seconds: float = 0.0
@@ -40,7 +41,10 @@ def run(
     stage: Stage, limit: float, folder: Path, variables: dict[str, str], say: Callable[[str], None],
     stopped: threading.Event,
 ) -> Outcome:  # fmt: skip
-    """Run a stage to its end, to a limit or until `stopped` is set; `say` is given every line."""
+    """Run a stage until it ends, reaches its limit or `stopped` is set.
+
+    `say` is called with every line of its output.
+    """
     begun, outcome = time.monotonic(), Outcome("running")
     try:
         process = subprocess.Popen(
@@ -79,14 +83,14 @@ def _read(process: subprocess.Popen[str], stage: Stage, outcome: Outcome, say: C
 
 
 def end_group(process: subprocess.Popen[str]) -> None:
-    """End every process of the group that a stage leads: asked first, and killed two seconds later."""
+    """End every process in the group of a stage: terminate them, and kill them two seconds later."""
     for number, patience in ((signal.SIGTERM, 2.0), (signal.SIGKILL, 1.0)):
         until = time.monotonic() + patience
         try:
             os.killpg(process.pid, number)
             while time.monotonic() < until:
                 process.poll()
-                os.killpg(process.pid, 0)  # raises when none is left
+                os.killpg(process.pid, 0)  # raises if no process is left
                 time.sleep(0.02)
         except (ProcessLookupError, PermissionError):
             return
@@ -96,6 +100,6 @@ _libc = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
 def end_with_parent() -> None:
-    """In a child, before its program starts: let the system end it when the run is killed (Linux only)."""
+    """Called in a child before its program starts: let the system end the child when the run is killed (Linux only)."""
     if _libc is not None:
         _libc.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG

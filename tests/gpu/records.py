@@ -1,4 +1,7 @@
-"""Findings: one line of JSON for each, on disk at once. Everything else, tables and pages, is made from these lines."""
+"""Writes and reads records: each finding is a line of JSON, written at once.
+
+Tables and pages are made from these lines.
+"""
 
 import json
 import os
@@ -20,12 +23,12 @@ LOST = (
 
 
 def context_is_lost(text: str) -> bool:
-    """Whether an error has taken the CUDA context of its process with it."""
+    """Whether an error has destroyed the CUDA context of its process."""
     return any(words in text for words in LOST)
 
 
 def append(file: Path, kind: str, stage: str, **fields: Any) -> str:
-    """Append a line to a file; several processes may do so at once. The line."""
+    """Append a line to a file, and return the line. Several processes may do so at once."""
     line = json.dumps({"kind": kind, "stage": stage, "at": round(time.time(), 2), **fields}, default=str)
     handle = os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     try:
@@ -36,14 +39,14 @@ def append(file: Path, kind: str, stage: str, **fields: Any) -> str:
 
 
 def record(kind: str, *, quiet: bool = False, **fields: Any) -> None:
-    """Record what a stage has found, in the file that the run has named, and print it."""
+    """Record a finding of a stage in the file of the run, and print it."""
     line = append(Path(os.environ.get("GPU_RECORDS", os.devnull)), kind, os.environ.get("GPU_STAGE", ""), **fields)
     if not quiet:
         print(line[:600], flush=True)
 
 
 def read(file: Path) -> list[dict[str, Any]]:
-    """All whole lines of a file: a run that is ended may leave half a line."""
+    """All complete lines of a file; a run that was stopped may leave an incomplete one."""
     found = []
     for line in file.read_text(errors="replace").splitlines() if file.exists() else ():
         try:
@@ -59,7 +62,7 @@ def short(error: BaseException, length: int = 300) -> str:
 
 
 def with_tests() -> None:
-    """Let the modules that the tests of the kernels share be imported."""
+    """Make the modules that the tests of the kernels share importable."""
     folder = ROOT / "tests" / "backends" / "cuda"
     for each in (ROOT / "tests", folder / "host", folder):
         if str(each) not in sys.path:

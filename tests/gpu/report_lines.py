@@ -1,6 +1,6 @@
-"""A pytest plugin (`-p report_lines`): each result is a line of the records at once, and a lost context ends a process.
+"""A pytest plugin (`-p report_lines`) that records each result at once, and ends a process that lost its CUDA context.
 
-With pytest-xdist another process goes on with the tests that are left.
+With pytest-xdist, another process goes on with the remaining tests.
 """
 
 import os
@@ -19,7 +19,7 @@ def _said(report: Any) -> str:
 
 @pytest.hookimpl(trylast=True)
 def pytest_runtest_logreport(report: Any) -> None:
-    """In the process that collects results: with pytest-xdist, not in its workers."""
+    """Record a result in the process that collects them, not in the workers of pytest-xdist."""
     if os.environ.get("PYTEST_XDIST_WORKER") or (report.when != "call" and report.outcome == "passed"):
         return
     said = "" if report.outcome == "passed" else _said(report)
@@ -30,7 +30,7 @@ def pytest_runtest_logreport(report: Any) -> None:
 
 @pytest.hookimpl(hookwrapper=True)
 def pytest_runtest_makereport() -> Generator[None, Any, None]:
-    """End the process if its context is lost: all its later tests would fail too."""
+    """End the process if its context is lost, because all later tests in it would fail too."""
     report = (yield).get_result()
     if report.failed and context_is_lost(str(report.longrepr)):
         record("lost context", test=report.nodeid, said=_said(report), quiet=True)

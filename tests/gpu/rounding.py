@@ -1,7 +1,7 @@
-"""How the tensor cores round, and what that does to sums over long sequences.
+"""Measures how the tensor cores round, and the effect on sums over long sequences.
 
-A product may be added to its accumulator by cutting bits off instead of rounding. Then sums of thousands of products
-are all too small, by some millionths for every hundred additions, which short tests cannot see.
+Tensor cores may truncate instead of rounding when they add a product to an accumulator. Then sums of thousands of
+products are all too small, by some millionths for every hundred additions, which short tests do not show.
 """
 
 import sys
@@ -34,7 +34,7 @@ Product = Callable[[Any, Any, Any], Any]
 
 
 def probe(multiply: Product) -> dict[str, Any]:
-    """What one mma says: `multiply(a (16, 16), b (16, 8), c (16, 8))` with float16 factors."""
+    """The rounding of one mma: `multiply(a (16, 16), b (16, 8), c (16, 8))` with float16 factors."""
     found = {}
     for name, (start, products) in ADDITIONS.items():
         a, b = np.zeros((16, 16), np.float32), np.zeros((16, 8), np.float32)
@@ -77,7 +77,7 @@ def by_the_kernels() -> Product:
 
 
 def long_sum(dtype: str, mean: float, heads: int, n: int, is_causal: bool, fields: dict[str, Any]) -> None:
-    """Record the error of a whole result, and the slope of the last results against exact ones."""
+    """Record the error of a whole result, and the slope of the last results as a function of the exact ones."""
     import torch
 
     import favorsharp as fs
@@ -103,7 +103,7 @@ def long_sum(dtype: str, mean: float, heads: int, n: int, is_causal: bool, field
 
 
 def steps() -> list[Step]:
-    """The probe, then sums: values about 0 and values that all add up, and many heads."""
+    """The probe, and then sums: of values around 0, of values of one sign, and with many heads."""
     found = [Step("probe", {}, lambda: record("probe", **probe(by_the_kernels())))]
     kinds = [(2, 0.0, LENGTHS), (2, 1.0, LENGTHS), (MANY_HEADS, 0.0, (1024, 16_384, 65_536))]
     for heads, mean, lengths in kinds[:1] if DRY else kinds:

@@ -1,9 +1,9 @@
-"""Run the kernels on a GPU: stages in the order of what they tell, each within a limit, none of which ends the run.
+"""Run the kernels on a GPU in stages with time limits, the most informative first; a failure does not end the run.
 
     python3 tests/gpu/run.py [--out FOLDER] [--seconds 540] [--stages facts,compile,...] [--dry]
 
-For a machine with a GPU, and without a network: README.md beside this file. What is found is on disk at once, so a run
-may be ended at any moment.
+It is meant for a machine with a GPU and without a network; see README.md in this folder. Findings are written to disk
+at once, so a run may be stopped at any time.
 """
 
 import argparse
@@ -32,14 +32,14 @@ SHORTEST = 5
 
 
 class Run:
-    """A run: groups of stages, where its findings go, and until when it may last.
+    """A run: groups of stages, the folder of its findings, and its time limit.
 
     Parameters
     ----------
     out, work, bundle : Path
         Folders: of findings, of caches and unpacked wheels, and of what `bundle.py` made.
     seconds : float
-        Of the whole run. `dry` says that there is no GPU.
+        The limit of the whole run. `dry` says that there is no GPU.
     """
 
     def __init__(self, out: Path, work: Path, bundle: Path, seconds: float, dry: bool = False) -> None:
@@ -53,7 +53,7 @@ class Run:
         environment.lay_out(work / "site", bundle)
 
     def all(self, groups: Sequence[Sequence[Stage]]) -> int:
-        """Run every group; the number of stages that did not pass."""
+        """Run every group; return the number of stages that did not pass."""
         outcomes: list[Outcome] = []
         with open(self.out / "log.txt", "a", buffering=1, errors="replace") as log:
             for group in groups:
@@ -66,7 +66,7 @@ class Run:
         return sum(outcome.state != "passed" for outcome in outcomes)
 
     def _one(self, stage: Stage, log: TextIO, outcomes: list[Outcome]) -> None:
-        """A stage, and the line that says how it ended."""
+        """Run a stage, and print how it ended."""
         left = self.ends - time.monotonic()
         if left < SHORTEST or self.stopped.is_set():
             outcome = Outcome("no time was left")
@@ -92,7 +92,7 @@ class Run:
 
 
 def why_not() -> str | None:
-    """Why there is nothing to run on here."""
+    """The reason why stages cannot run here, or None."""
     try:
         import cupy
 
@@ -120,7 +120,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def chosen(groups: list[list[Stage]], names: str) -> list[list[Stage]]:
-    """The stages of these names; all of them for no name."""
+    """The stages with these names, or all stages if there are no names."""
     known, wanted = [stage.name for group in groups for stage in group], [x for x in names.split(",") if x]
     for name in wanted:
         if name not in known:
@@ -129,7 +129,7 @@ def chosen(groups: list[list[Stage]], names: str) -> list[list[Stage]]:
 
 
 def main() -> int:
-    """Run what the command line says; the number of stages that did not pass."""
+    """Run the stages of the command line; return the number of those that did not pass."""
     given = parse()
     reason = None if given.dry else why_not()
     if reason:

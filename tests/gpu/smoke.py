@@ -1,6 +1,6 @@
-"""Every call once, at a few shapes, against float64: what works, what does not, and by how much.
+"""Makes every call once, at a few shapes, and records its error relative to float64.
 
-A process for each shape and library; in each, the calls take turns.
+There is a process for each shape and library, which makes one call after the other.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ SHAPES = (
 
 
 def on_device(name: str, shape: Any, lengths: Any, library: str) -> tuple[Any, str]:
-    """The result of a call, and what ran it."""
+    """The result of a call on the GPU, and the implementation that ran."""
     import test_gpu
     from on_host import installed
     from shape_classes import CALLS, Problem
@@ -48,7 +48,7 @@ def on_device(name: str, shape: Any, lengths: Any, library: str) -> tuple[Any, s
 
 
 def check(name: str, shape: Any, lengths: Any, library: str, fields: dict[str, Any]) -> None:
-    """Compare a call with float64, and record the error beside its limit."""
+    """Compare a call with float64, and record the error and its limit."""
     import numpy as np
     from shape_classes import CALLS, wanted
     from test_gpu import TOLERANCES
@@ -58,7 +58,7 @@ def check(name: str, shape: Any, lengths: Any, library: str, fields: dict[str, A
     begun = time.perf_counter()
     got, ran = on_device(name, shape, lengths, library)
     want = wanted(name, shape, lengths)
-    if name not in CALLS:  # gradients that vanish in exact arithmetic are compared with the size of the others
+    if name not in CALLS:  # gradients that are 0 in exact arithmetic are compared with the size of the others
         want = tuple(np.asarray(x) for x in want)
         size = max(float(np.abs(x).max()) for x in want[1:] if x.size)
         got, want = (tuple(np.append(x, size / 30) for x in each) for each in (got, want))
@@ -84,13 +84,13 @@ def steps(library: str, label: str) -> list[Step]:
 
 
 def jobs() -> list[list[str]]:
-    """A library and a shape for each process."""
+    """The library and the shape of each process."""
     shapes, libraries = (SHAPES[4:5], ("numpy",)) if DRY else (SHAPES, ("torch", "cupy"))
     return [[x, label] for label in shapes for x in libraries if not (x == "cupy" and "bfloat16" in label)]
 
 
 def main() -> int:
-    """Start a process for each job, or do one; how many ended early."""
+    """Start a process for each job, or do one job; return how many ended early."""
     options = turns.parser()
     options.add_argument("--job", nargs=2)
     options.add_argument("--jobs", type=int, default=6)

@@ -1,4 +1,7 @@
-"""What is run, in the order of what it tells. Stages of a group run beside each other; what is timed runs alone."""
+"""The stages of a run, the most informative first.
+
+Stages of a group run at the same time; stages that measure times run alone.
+"""
 
 import importlib.util
 import re
@@ -27,7 +30,7 @@ COUNTED = re.compile(
 
 @dataclass(frozen=True)
 class Settings:
-    """What a run is told: processes at once, seconds of the peers, no GPU, and compiled kernels of the bundle."""
+    """Settings of a run: number of processes, seconds for peers, whether there is a GPU, and the bundle's kernels."""
 
     jobs: int = 1
     peers: float = 120
@@ -112,7 +115,7 @@ def _rest(settings: Settings) -> list[Stage]:
 def _sanitized(settings: Settings, tool: str, which: str, tells: str) -> Stage:
     path = shutil.which("compute-sanitizer") or "compute-sanitizer"
     command = [path, "--tool", tool, "--error-exitcode", "9", "--print-limit", "30"]
-    if tool != "initcheck":  # which has to see what wrote the inputs
+    if tool != "initcheck":  # it must also see the kernels that wrote the inputs
         command += ["--kernel-name", "kns=favorsharp"]
     command = [*([] if settings.dry else command), *_script("calls", which)]
     name = tool if which == "first" else f"{tool}-{which}"
@@ -124,9 +127,9 @@ def _marked(settings: Settings) -> list[str]:
 
 
 def _pytest(workers: int, *options: str) -> list[str]:
-    """The suite, each result a line of the records; in processes that others replace when they lose their context."""
+    """The command of the test suite, which records each result; another process takes over if one loses its context."""
     found = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "report_lines", "--tb=short"]
-    if importlib.util.find_spec("pytest_benchmark"):  # it warns where pytest-xdist is, and warnings are errors here
+    if importlib.util.find_spec("pytest_benchmark"):  # it warns if pytest-xdist is used, and warnings are errors here
         found += ["-p", "no:benchmark"]
     if importlib.util.find_spec("pytest_timeout"):
         found += ["--timeout", "90", "--timeout-method", "thread"]

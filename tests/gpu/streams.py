@@ -1,4 +1,4 @@
-"""Streams, threads and graphs: a call has the same result wherever it is made, and harms nothing of torch's."""
+"""Checks with streams, threads and graphs: a call has the same result in each of them, and does not disturb torch."""
 
 import gc
 import sys
@@ -35,7 +35,7 @@ def call(given: Given) -> Any:
 
 
 def apart(results: list[Any], want: Any) -> float:
-    """The largest difference, which has to be 0."""
+    """The largest difference, which must be 0."""
     difference = max(float((x.float() - want.float()).abs().max()) for x in results)
     if difference != 0:
         raise AssertionError(f"{difference} apart")
@@ -43,13 +43,13 @@ def apart(results: list[Any], want: Any) -> float:
 
 
 def repeated() -> float:
-    """A call gives the same bits each time."""
+    """A repeated call gives the same bits."""
     given = problem(64, 300 if DRY else 2000, torch.float32)
     return apart([call(given) for _ in range(5)], call(given))
 
 
 def side_stream() -> float:
-    """A stream of torch's lives on after a call on it, and the result is that of the default stream."""
+    """A stream of torch can still be used after a call on it, and the result is that of the default stream."""
     given = problem(64, 300, torch.bfloat16)
     want, results = call(given), []
     torch.cuda.synchronize()
@@ -57,7 +57,7 @@ def side_stream() -> float:
     for _ in range(5):
         with torch.cuda.stream(stream):
             results.append(call(given))
-        gc.collect()  # CuPy's object of the stream goes, and may not take the stream with it
+        gc.collect()  # CuPy's object for the stream is deleted, which must not destroy the stream
         stream.synchronize()
     with torch.cuda.stream(stream):
         x = torch.ones(10, device="cuda") * 2
@@ -67,7 +67,7 @@ def side_stream() -> float:
 
 
 def memory_of_temporaries() -> float:
-    """Calls are not waited for, and other work takes the memory that they gave back."""
+    """The host does not wait for calls, and other work reuses the memory that they have freed."""
     given = problem(64, 4096, torch.float32)
     want, results = call(given), []
     torch.cuda.synchronize()
@@ -79,7 +79,7 @@ def memory_of_temporaries() -> float:
 
 
 def graphs() -> float:
-    """A captured call replays with new points."""
+    """A captured call can be replayed with new points."""
     given = problem(64, 500, torch.bfloat16)
     for _ in range(2):
         call(given)
@@ -93,7 +93,7 @@ def graphs() -> float:
 
 
 def threads() -> str:
-    """One instance with two sizes of shared memory, in two threads at once."""
+    """Two threads launch one instance with different sizes of shared memory at the same time."""
     problems = [problem(d, 300, torch.bfloat16) for d in (64, 33)]
     wanted, faults = [call(x) for x in problems], []
 
@@ -114,7 +114,7 @@ def threads() -> str:
 
 
 def check(function: Callable[[], object]) -> None:
-    """Record what a check says; one that fails is recorded by its turn."""
+    """Record the result of a check; `turns` records a check that fails."""
     with torch.no_grad():
         record("streams", name=function.__name__, ok=True, value=function())
 

@@ -1,4 +1,7 @@
-"""Tables in Markdown of what was recorded. Each section is a function of the records by kind, and empty without any."""
+"""Makes Markdown tables from records.
+
+Each section is a function of the records by kind; without records it is empty.
+"""
 
 import json
 from collections import Counter, defaultdict
@@ -13,7 +16,7 @@ MOST = 100
 
 
 def by_kind(records: Iterable[dict[str, Any]]) -> Found:
-    """Records by their kind; of a stage that was run several times, those of the last."""
+    """Records by kind; if a stage ran several times, those of its last run."""
     records = list(records)
     begun = {entry["stage"]: number for number, entry in enumerate(records) if entry["kind"] == "begin"}
     found: dict[str, list[dict[str, Any]]] = defaultdict(list)
@@ -25,7 +28,7 @@ def by_kind(records: Iterable[dict[str, Any]]) -> Found:
 
 
 def number(x: Any, digits: int = 3) -> str:
-    """A number as people read it; an empty cell for None."""
+    """A number as text for a table; empty for None."""
     return "" if x is None else f"{x:.{digits}g}" if isinstance(x, float) else str(x)
 
 
@@ -38,7 +41,7 @@ def table(columns: Iterable[str], rows: Iterable[Iterable[Any]]) -> list[str]:
 
 
 def named(entries: Iterable[Mapping[str, Any]], title: str, *names: str) -> list[str]:
-    """A section with a table of these fields; nothing without entries."""
+    """A section with a table of these fields; empty without entries."""
     entries = list(entries)[:MOST]
     return [f"## {title}", "", *table(names, ([x.get(name) for name in names] for x in entries))] if entries else []
 
@@ -62,7 +65,7 @@ def facts(found: Found) -> list[str]:
 
 
 def compiling(found: Found) -> list[str]:
-    """How many instances compile, and those that do not."""
+    """The number of instances that compile, and the instances that do not."""
     lines = []
     for x in found["compiled"]:
         grown = "; ".join(x["more_registers"]) or "none"
@@ -73,7 +76,7 @@ def compiling(found: Found) -> list[str]:
 
 
 def calls(found: Found) -> list[str]:
-    """Calls against float64: the wrong ones, and the right ones that came nearest to their limits."""
+    """Calls compared with float64: the wrong ones, and the right ones whose errors are nearest to their limits."""
     right = [x for x in found["call"] if x["ok"]]
     wrong = [x for x in found["call"] if not x["ok"]]
     if not found["call"]:
@@ -85,7 +88,7 @@ def calls(found: Found) -> list[str]:
 
 
 def failures(found: Found) -> list[str]:
-    """Tests that failed; one that took the context of its process with it is one line."""
+    """Tests that failed; a test that destroyed the context of its process is one line."""
     lost = {x["test"] for x in found["lost context"]}
     failed = [x for x in found["test"] if x["outcome"] == "failed" and x["test"] not in lost]
     entries = [x | {"what": "lost the context"} for x in found["lost context"]] + [x | {"what": ""} for x in failed]
@@ -93,7 +96,7 @@ def failures(found: Found) -> list[str]:
 
 
 def ended_early(found: Found) -> list[str]:
-    """Processes that did not come to their first step, and the calls of sanitizers and the profiler."""
+    """Processes that did not reach their first step, and calls of the sanitizers and the profiler that ended early."""
     died = named(found["died"], "Processes that did not begin", "stage", "said", "command")
     return [*died, *named(found["calls"], "Calls that nothing is compared with", "stage", "which", "calls", "failed")]
 
@@ -114,7 +117,7 @@ def rounding(found: Found) -> list[str]:
 
 
 def kept(found: Found) -> list[str]:
-    """What sanitizers and the profiler said."""
+    """The output of sanitizers and of the profiler."""
     lines = []
     for x in found["stage"]:
         lines += [f"## Said by {x['stage']}", "", "```", *x["kept"], "```", ""] if x["kept"] else []

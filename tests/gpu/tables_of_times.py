@@ -1,4 +1,4 @@
-"""Tables in Markdown of the times that were recorded, ours and those of peers."""
+"""Makes Markdown tables from the recorded times, ours and those of peers."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -7,7 +7,7 @@ from tables import Found, named, table
 
 
 def times(found: Found) -> list[str]:
-    """Nanoseconds a token and head, beside floors by the bytes a second that this card was seen to copy."""
+    """Nanoseconds for each token and head, beside lower bounds from the copy rate that was measured on this card."""
     if not found["time"]:
         return []
     ceilings = next((x for x in found["ceilings"] if "launch" in x), None)
@@ -44,7 +44,7 @@ def _times_row(x: Mapping[str, Any], ceilings: Mapping[str, Any] | None) -> list
 
 
 def peers(found: Found) -> list[str]:
-    """Ours beside others."""
+    """Our times beside those of peers."""
     entries = []
     for x in found["peer"]:
         ns = 1e9 * x["seconds"] / x["tokens"] if "seconds" in x else None

@@ -1,4 +1,4 @@
-"""What is carried to a machine without a network, and what its stages find there."""
+"""Tests of the bundle for a machine without a network, and of the environment of stages there."""
 
 import importlib.metadata
 import json
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.own_backend
 
 @pytest.fixture
 def pip(monkeypatch):
-    """Stands for pip, which can get everything but execnet. The commands that it was given."""
+    """Stands for pip, which can download everything except execnet; returns the list of its commands."""
     commands = []
 
     def run(command, **options):
@@ -34,7 +34,7 @@ def pip(monkeypatch):
 
 def test_a_bundle_has_a_wheel_of_everything_asked_for(pip, tmp_path, capsys):
     options = ["--out", str(tmp_path), "--wheel", "einops", "--without", "typer", "--python", "3.13"]
-    assert bundle.main(options) == 1  # what cannot be had is said, and the rest is there
+    assert bundle.main(options) == 1  # missing packages are reported, and the others are there
     said = capsys.readouterr()
     assert said.err == "execnet: ERROR: no such version\n"
     found = {file.name.partition("-")[0] for file in (tmp_path / "wheels").iterdir()}
@@ -52,11 +52,11 @@ def wheel(folder, package):
 
 
 def test_stages_find_backends_and_the_wheels_of_what_is_not_installed(tmp_path):
-    """Without an installation: by metadata, which says the entry points that pyproject.toml says."""
+    """Without an installation, they find backends by metadata with the entry points of pyproject.toml."""
     for package in ("numpy", "not_installed_anywhere"):
         wheel(tmp_path / "bundle" / "wheels", package)
     site = tmp_path / "work" / "site"
-    for _ in range(2):  # a second run finds what the first laid out
+    for _ in range(2):  # a second run finds the files of the first
         environment.lay_out(site, tmp_path / "bundle")
     assert (site / "not_installed_anywhere" / "__init__.py").exists()
     assert not (site / "numpy").exists()
@@ -73,7 +73,7 @@ def test_stages_find_backends_and_the_wheels_of_what_is_not_installed(tmp_path):
 
 @pytest.fixture
 def compiled(monkeypatch, tmp_path):
-    """A bundle with two compiled kernels for 9.0, and CuPy's own compiler, which says that it was asked."""
+    """A bundle with two compiled kernels for 9.0, and a stand-in for CuPy's compiler that records its calls."""
     compiler = pytest.importorskip("cupy.cuda.compiler", exc_type=ImportError)
     pytest.importorskip("favorsharp_cuda")
     monkeypatch.setattr(

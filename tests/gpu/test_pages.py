@@ -1,4 +1,4 @@
-"""The summary and the results page, from records; and that the docs say that there is none as long as there is none."""
+"""Tests of the summary and the results page. As long as there is no results page, the docs say so."""
 
 import page
 import pytest
@@ -11,7 +11,7 @@ pytestmark = pytest.mark.own_backend
 
 @pytest.fixture
 def folder(tmp_path):
-    """What two calls have recorded."""
+    """A folder with the records of two runs."""
     file = tmp_path / "records.jsonl"
     card = {"name": "NVIDIA H200", "driver_version": "580.1"}
     append(file, "fact", "facts", name="card", value=card)
@@ -64,7 +64,7 @@ def test_a_lost_context_is_one_line(folder):
 
 
 def test_floors_are_those_of_the_card_and_the_host_is_not_in_them():
-    """A card that copies half as fast has twice the floor, where bytes bound it."""
+    """If a card copies half as fast, the lower bound of a call that is limited by bytes is twice as large."""
     found = {"ceilings": [{"bytes_a_second": 1.5e12, "flops_a_second": 6e14, "launch": 2e-6}], "time": []}
     times = {"call": 8e-9, "with_host": 1e-6, "host": 9e-7, "graph": 6e-9, "kernels": {"walk": [1.0, 5e-3]}}
     floors = {"bytes": 2e-9, "products": 1e-9}
@@ -117,7 +117,7 @@ def test_the_docs_say_that_no_gpu_has_run_the_kernels_as_long_as_there_is_no_pag
 
 
 def test_no_other_page_says_so():
-    """Such sentences would stay when there is a page."""
+    """Such sentences elsewhere would become wrong once there is a results page."""
     for file in (page.ROOT / "README.md", *page.DOCS.rglob("*.md")):
         text = " ".join(file.read_text().lower().split())
         says = "no gpu has" in text

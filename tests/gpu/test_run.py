@@ -1,4 +1,4 @@
-"""A run without a GPU: limits, processes that die, findings that survive, and every stage dry."""
+"""Tests of a run without a GPU: time limits, processes that die, records that survive, and a dry run of every stage."""
 
 import importlib.util
 import os
@@ -203,7 +203,7 @@ def test_the_suite_goes_on_after_a_lost_context(tmp_path):
     paths = os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])
     outer = {name: x for name, x in os.environ.items() if not name.startswith("PYTEST_XDIST")}  # of this run's workers
     own = {**outer, "PYTHONPATH": paths, "GPU_RECORDS": str(tmp_path / "records.jsonl"), "GPU_STAGE": "forward"}
-    if importlib.util.find_spec("pytest_timeout") is None:  # starting others takes longest here
+    if importlib.util.find_spec("pytest_timeout") is None:  # starting other processes takes the most time here
         own |= {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTEST_PLUGINS": "xdist.plugin"}
     command = stages._pytest(1, "test_some.py", "-c", "pytest.ini")
     subprocess.run(command, cwd=tmp_path, env=own, capture_output=True, timeout=100)
@@ -211,7 +211,7 @@ def test_the_suite_goes_on_after_a_lost_context(tmp_path):
     lost = [x["test"] for x in found if x["kind"] == "lost context"]
     rest = {x["test"].partition("::")[2]: x["outcome"] for x in found if x["kind"] == "test"}
     (first,) = [x["said"] for x in found if x["kind"] == "test" and x["test"].endswith("test_first")]
-    assert "crashed" in first  # the process ended: it is not that the tests after it were lucky
+    assert "crashed" in first  # the process must have ended; later tests did not just happen to pass
     assert lost == ["test_some.py::test_first"]
     assert (rest["test_second"], rest["test_third"]) == ("passed", "failed")
 

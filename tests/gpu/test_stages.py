@@ -1,4 +1,4 @@
-"""What stages record, with a faked device: wrong results, lost bits, what does not compile, peers that are slow."""
+"""Tests of what stages record with a fake device: wrong results, lost bits, compilation errors, and slow peers."""
 
 import time
 
@@ -49,7 +49,7 @@ def test_shapes_of_the_calls_are_among_those_of_the_suite():
 
 
 def truncating(a, b, c):
-    """Adds products one by one, and cuts what a float32 does not hold."""
+    """Adds products one by one, and truncates each sum to float32."""
     total = c.astype(np.float64)
     for i in range(16):
         exact = total + np.outer(a[:, i].astype(np.float64), b[i])

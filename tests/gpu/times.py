@@ -1,4 +1,4 @@
-"""Times of our own calls: with the host and without, by graph, and of every kernel; and what the card does at most."""
+"""Measures our calls: with and without the host, as graphs, and kernel by kernel; and the peak rates of the card."""
 
 import sys
 from collections.abc import Callable
@@ -43,7 +43,7 @@ def runner(case: Case | Token) -> Callable[[], Any]:
 
 
 def measure(case: Case | Token) -> None:
-    """Record the times of a case; one of them that cannot be had says why."""
+    """Record the times of a case, or the reason why a time is missing."""
     run = runner(case)
     with_host = partial(gpu.seconds_on_cpu if DRY else gpu.seconds_on_gpu, rounds=5)
     ways = {"call": clock, "host": host_seconds, "with_host": with_host}

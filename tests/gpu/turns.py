@@ -1,4 +1,4 @@
-"""Steps that take turns in one process. If it dies or loses its CUDA context, another goes on with the next step.
+"""Runs steps one after the other in a process. If it dies or loses its CUDA context, another process goes on.
 
 So one fault is one line of the records, and not a hundred.
 """
@@ -21,7 +21,7 @@ LOST_CONTEXT = 88
 
 
 class Step(NamedTuple):
-    """What is recorded of a step if it fails, and the function that does it and records what it finds."""
+    """A function that does some work and records its findings; and the record that is made if it fails."""
 
     kind: str
     fields: dict[str, Any]
@@ -29,7 +29,7 @@ class Step(NamedTuple):
 
 
 def parser() -> argparse.ArgumentParser:
-    """Options by which a process is told where to go on; stages add their own."""
+    """The parser of options that tell a process at which step to begin; stages add options of their own."""
     options = argparse.ArgumentParser()
     options.add_argument("--first", type=int, default=0, help="number of the step to begin with")
     options.add_argument("--progress", type=Path, help="where to write which step is being done")
@@ -37,7 +37,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(make: Callable[[], Sequence[Step]]) -> int:
-    """Do the steps that `make` gives, in a child process; the number of processes that ended early."""
+    """Do the steps that `make` returns, in a child process; return the number of processes that ended early."""
     given, _ = parser().parse_known_args()
     if given.progress is None:
         return shepherd([sys.executable, *sys.argv])
@@ -58,7 +58,7 @@ def _do(step: Step) -> None:
 
 
 def shepherd(command: Sequence[str]) -> int:
-    """Run a process that takes `--first` and `--progress` until one gets to the end; how many did not."""
+    """Start processes with `--first` and `--progress` until one reaches the last step; return how many did not."""
     first = early = 0
     with tempfile.TemporaryDirectory() as folder:
         while True:
@@ -68,7 +68,7 @@ def shepherd(command: Sequence[str]) -> int:
             if code == 0:
                 return early
             early += 1
-            if not progress.exists():  # it did not come to a step, and another would not either
+            if not progress.exists():  # it did not reach any step, and another process would not either
                 record("died", said=f"a process ended with {code} before its first step", command=command[1:])
                 return early
             number, kind, fields = json.loads(progress.read_text())

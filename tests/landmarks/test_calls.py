@@ -1,4 +1,4 @@
-"""Landmarks in all calls that take a feature map: heads, packed sequences, other verbs, files."""
+"""Landmarks in all calls that take a feature map: heads, packed sequences, the other public functions, and files."""
 
 import pickle
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""The laws of the choice of landmarks, and of what it predicts."""
+"""The laws of the choice of landmarks, and of the expected error."""
 
 from dataclasses import replace
 
@@ -71,7 +71,7 @@ def test_as_many_landmarks_as_different_keys_are_exact(xp, kernel):
 
 
 def test_no_seed_is_drawn_twice(few_xp, rng):
-    """The distance of a seed from itself is rounded, and other keys may weigh next to nothing."""
+    """The distance of a seed from itself has a rounding error, and all other keys may have almost no weight."""
     u, weight = few_xp(rng.standard_normal((50, 6))), few_xp(np.linspace(0, -200, 50))
     metric = Metric(0 * u[:1, :], few_xp(np.eye(6)), 0 * u[:1, :])
     given = {"kernel": "softmax", "scale": 1.0}
@@ -81,7 +81,10 @@ def test_no_seed_is_drawn_twice(few_xp, rng):
 
 
 def test_one_query_needs_one_landmark(few_xp):
-    """Keys are told apart by queries only: one query sees one number of each key, and the choice knows it."""
+    """Only the queries distinguish keys.
+
+    One query sees one number of each key, and the choice takes this into account.
+    """
     q, k, v = attention_problem(2, n=1, s=50)
     got = fs.linear_attention(few_xp(q), few_xp(k), few_xp(v), fs.landmarks(1))
     np.testing.assert_allclose(few_xp.back(got), exact(q, k, v), atol=1e-9)

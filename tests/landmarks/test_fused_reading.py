@@ -14,7 +14,10 @@ from favorsharp.landmarks.state import read_landmarks
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("key_heads", [4, 2])
 def test_torch_s_own_attention_reads_the_same(monkeypatch, masked, key_heads):
-    """It is used on GPUs; here both read on the CPU. One row sees no key; hidden keys and a query hold NaN."""
+    """Torch's attention is used on GPUs.
+
+    Here both ways run on the CPU. One row sees no key; hidden keys and a query are NaN.
+    """
     torch = pytest.importorskip("torch")
     q, k, v = (torch.asarray(x) for x in attention_problem(21, (2, 4), n=40, d=8))
     k, v = k[:, :key_heads].clone(), v[:, :key_heads].clone()
@@ -34,7 +37,7 @@ def test_torch_s_own_attention_reads_the_same(monkeypatch, masked, key_heads):
     want, calls = results(), []
     module = importlib.import_module("favorsharp.landmarks.attention")  # favorsharp.landmarks is a function too
     monkeypatch.setattr(module, "has_fused_attention", lambda *arrays: calls.append(0) or True)
-    with fs.use("reference"):  # a kernel would read the token itself
+    with fs.use("reference"):  # a kernel would take the token without calling this
         got = results()
     for a, b in zip(got, want, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11, equal_nan=True)
@@ -57,7 +60,7 @@ def test_torch_s_own_attention_reads_what_no_derivative_follows(monkeypatch):
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_log_weights_are_not_rounded_to_16_bits(dtype):
-    """Keys that weigh nearly alike to bfloat16, which rounds 9.99 to 10: the bias is a sum of two numbers."""
+    """bfloat16 would round the log weight 9.99 to 10. The bias is the sum of two numbers, which keep the difference."""
     torch = pytest.importorskip("torch")
     numbers = torch.Generator().manual_seed(0)
     q, keys, values = (torch.randn(shape, generator=numbers) for shape in ((2, 3, 20, 6), (2, 3, 9, 6), (2, 3, 9, 11)))

@@ -1,4 +1,4 @@
-"""Gradients of landmarks with the choice held, and calls that JAX compiles."""
+"""Gradients of landmarks with a constant choice, and calls that JAX compiles."""
 
 import landmark_oracle
 import numpy as np
@@ -103,7 +103,7 @@ def test_gradients_of_a_stream_are_finite_and_causal():
     ],
 )
 def test_gradients_of_numpy_arrays_are_those_of_autograd(options, kernel):
-    """Grouped heads that share keys, a mask, values that are broadcast, packed sequences, and a long tile."""
+    """The cases have grouped heads, a mask, values that are broadcast, packed sequences, and a long tile."""
     q, k, v = attention_problem(16, (2, 4), n=90)
     k, v = k[:, :2], v[:1, :1]
     mask = np.random.default_rng(4).random((2, 1, 90)) > 0.2
@@ -172,7 +172,7 @@ def test_compiled_by_jax():
 
 @pytest.mark.jax
 def test_states_and_grouped_heads_compiled_by_jax():
-    """One function of everything that a stream does, so that there is one compilation."""
+    """One function makes all calls of a stream, so that JAX compiles only once."""
     jax = pytest.importorskip("jax")
     jax.config.update("jax_enable_x64", True)
     import favorsharp.jax  # noqa: F401

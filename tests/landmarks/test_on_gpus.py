@@ -1,6 +1,7 @@
-"""Landmarks on GPUs: nothing is read back or copied from the host, which would make it wait and a graph impossible.
+"""Landmarks on GPUs: a call neither reads a number back nor copies one from the host, because the host would have to
+wait.
 
-Tensors of torch's device `meta` stand for those of a GPU. They have no numbers, so whatever reads one fails.
+Tensors on torch's device `meta` stand for those on a GPU. They have no numbers, so reading one raises an error.
 """
 
 import sys
@@ -39,7 +40,7 @@ class Waits(TorchDispatchMode):
 
 @pytest.fixture
 def as_on_a_gpu(monkeypatch):
-    """Tensors without numbers, and operations that a mode counts, take the path of a GPU's tensors."""
+    """Make tensors without numbers, and operations that a mode counts, take the code path of tensors on a GPU."""
     for name, module in list(sys.modules.items()):
         if name.startswith("favorsharp."):
             for question in ("is_traced", "is_followed"):
@@ -53,7 +54,7 @@ def tensors(heads=4, n=N):
 
 
 def waits(call):
-    """What a second call waits for: the first one copies random numbers."""
+    """The operations for which the host waits in a second call; the first call copies random numbers."""
     call()
     with Waits() as found:
         call()
@@ -101,7 +102,8 @@ def test_what_waits_is_seen(as_on_a_gpu):
 
 
 def test_numbers_are_those_of_a_cpu(monkeypatch):
-    """With what only a GPU's tensors take: factors that are not checked, long tiles, random numbers that stay there."""
+    """This includes the code for GPUs only: factors that are not checked, long tiles, and random numbers that are
+    kept."""
     q, k, v = torch.randn((3, 2, 300, 16), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
     def results():

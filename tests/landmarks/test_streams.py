@@ -1,4 +1,4 @@
-"""Causal streams of landmarks, their states, and what states of whole calls hold."""
+"""Causal streams of landmarks, their states, and the states of whole calls."""
 
 import copy
 from itertools import pairwise
@@ -47,7 +47,10 @@ def test_whole_call_chunks_and_tokens_are_one_stream(few_xp, window):
 
 @pytest.mark.parametrize("window", [0, 4])
 def test_states_of_tokens_are_values(few_xp, window):
-    """A state goes on twice, and copies of it too, with grouped heads; hidden keys that are not finite stay hidden."""
+    """Two tokens may follow one state, or copies of it, also with grouped heads.
+
+    Hidden keys that are not finite stay hidden.
+    """
     q, k, v = (few_xp.back(x).copy() for x in stream_problem(few_xp, n=40, batch=(4,)))
     k, v, mask = k[:2], v[:2], np.arange(40) != 3
     k[:, 3], v[:, 3] = np.nan, np.inf
@@ -114,7 +117,7 @@ def test_stream_is_the_definition(few_xp, kernel, window):
 
 
 def test_a_stream_conserves_the_mean_kernel_of_its_keys(few_xp):
-    """With a tilt of 0, the mean is that over queries with the mean and covariance of those seen."""
+    """With a tilt of 0, the mean is taken over queries with the mean and covariance of the queries seen."""
     q, k, v = (0.6 * x for x in attention_problem(23, n=25, d=4))
     lm = fs.landmarks(8, tilt=0, room=16)
     arrays = [few_xp(x) for x in (q, k, v)]

@@ -1,4 +1,4 @@
-"""`LinearAttention`: calibrated once, then frozen; saved, moved, compiled and differentiated like any other."""
+"""`LinearAttention`: calibrated once, then frozen; saved, moved, compiled and differentiated like any other module."""
 
 import copy
 import pickle
@@ -74,7 +74,7 @@ def test_calls_are_deterministic_and_change_nothing(attention, training):
 
 @pytest.mark.parametrize("options", [{}, {"is_causal": True}, {"method": "posrf"}], ids=str)
 def test_what_inference_mode_made_can_be_trained_with(options):
-    """A loop validates before it trains, and may calibrate and draw again there."""
+    """A training loop may run validation first, and calibrate or redraw inside inference mode."""
     q, k, v = sample(2, 4, 50, 8)
     module = LinearAttention(8, 4, num_features=16, rng=0, **options)
     for change in (lambda: module.calibrate(q, k), lambda: None, lambda: module.redraw(1)):
@@ -103,7 +103,7 @@ def test_redraw_is_explicit_and_seeded(attention):
 
 @pytest.mark.parametrize("calibrated", [True, False])
 def test_state_dict_round_trip(attention, calibrated):
-    """Into a module with other rows, whether it has parameters already or not."""
+    """The state dict loads into a module with other rows, whether that module is calibrated or not."""
     q, k, v = sample(2, 4, 50, 8)
     other = LinearAttention(8, 4, num_features=16, rng=1)
     if calibrated:
@@ -113,7 +113,7 @@ def test_state_dict_round_trip(attention, calibrated):
 
 
 def test_state_dict_loads_after_a_call(attention):
-    """The frozen map that calls share is made anew."""
+    """After loading, the map that calls share is made anew."""
     q, k, v = sample(2, 4, 50, 8)
     other = LinearAttention(8, 4, num_features=16, rng=1).calibrate(k, q)
     other(q, k, v), other.feature_map.fingerprint
@@ -156,7 +156,7 @@ def test_half_precision_keeps_the_map(attention):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast_does_not_reach_the_features(attention, dtype):
     q, k, v = (x.requires_grad_() for x in sample(2, 4, 50, 8))
-    with fs.use("reference"):  # made of products that autocast would take
+    with fs.use("reference"):  # made of products that autocast would compute in half precision
         want = attention(q, k, v)
         with torch.autocast("cpu", dtype):
             out = attention(q, k, v)
@@ -183,7 +183,7 @@ def test_stream_equals_the_causal_call(attention):
 
 @pytest.mark.slow
 def test_export_and_compile(attention):
-    """One graph, with the map's numbers as inputs: a module that is calibrated again needs no new graph."""
+    """There is one graph, with the map's numbers as inputs, so a module that is calibrated again needs no new graph."""
     q, k, v = sample(2, 4, 50, 8)
     exported = torch.export.export(attention, (q, k, v)).module()
     torch.testing.assert_close(exported(q, k, v), attention(q, k, v))

@@ -1,4 +1,4 @@
-"""Modules in memory that others fill: deferred, converted, loaded, averaged, and in several processes."""
+"""Modules whose memory other code fills: deferred, converted, loaded and averaged modules, and several processes."""
 
 import copy
 import gc
@@ -21,7 +21,7 @@ KINDS_OF_MODULE = {
 
 
 def result(module):
-    """What a module makes of the same inputs each time; it is calibrated to them first, if its method is fitted."""
+    """The result of a module for fixed inputs; it is calibrated to them first if its method is fitted."""
     x = torch.randn(2, 30, 32, generator=torch.Generator().manual_seed(0))
     if isinstance(module, MultiheadAttention):
         return module.calibrate(x)(x, x, x)[0]
@@ -32,7 +32,8 @@ def result(module):
 @pytest.mark.parametrize("rng", [0, None, np.random.SeedSequence(3), np.random.default_rng(4)], ids=str)
 @pytest.mark.parametrize("kind", KINDS_OF_MODULE)
 def test_deferred_memory_is_filled_by_reset_parameters(kind, rng):
-    """The same numbers as without, also where every part of the module is reset on its own."""
+    """The numbers equal those of a module that was not deferred, also if every part of the module is reset by
+    itself."""
     make = KINDS_OF_MODULE[kind]
     torch.manual_seed(1)
     want = make(rng=copy.deepcopy(rng))
@@ -52,7 +53,7 @@ def test_deferred_memory_is_filled_by_reset_parameters(kind, rng):
 
 
 def test_reset_parameters_goes_back(attention):
-    """To the rows of the seed, and to a module that is not calibrated."""
+    """It restores the rows of the seed, and the module is not calibrated any more."""
     rows = attention.projection.clone()
     attention.redraw(5).reset_parameters()
     assert torch.equal(attention.projection, rows)
@@ -69,7 +70,7 @@ def test_reset_parameters_goes_back(attention):
 
 @pytest.mark.parametrize("kind", KINDS_OF_MODULE)
 def test_memory_that_nobody_filled_is_refused(kind):
-    """Of to_empty and skip_init; and what a loader puts in place of keys that it does not find."""
+    """Such memory comes from to_empty, from skip_init, and from loaders that do not find a key."""
     with torch.device("meta"):
         module = KINDS_OF_MODULE[kind](rng=0)
     with pytest.raises(RuntimeError, match="has no random rows: nobody filled its memory"):
@@ -108,7 +109,7 @@ def test_conversions_keep_the_numbers(attention):
 @pytest.mark.parametrize("assign", [False, True])
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 def test_strict_loads_both_ways(attention, assign, device):
-    """Calibrated and not, into either; and a module on meta, which only assignment fills."""
+    """State dicts of calibrated and other modules load into both kinds, and by assignment into a module on meta."""
     if device == "meta" and not assign:
         return
     q, k, v = sample(2, 4, 50, 8)
@@ -186,7 +187,7 @@ AVERAGES = {
 @pytest.mark.parametrize("use_buffers", [True, False])
 @pytest.mark.parametrize("average", AVERAGES)
 def test_averages_of_one_map_are_that_map(average, use_buffers):
-    """Whether the copy was made before calibration or after."""
+    """This holds whether the copy was made before calibration or after it."""
     for early in (True, False):
         module = KINDS_OF_MODULE["multihead"](rng=0)
         want = None if early else result(module)
@@ -204,7 +205,7 @@ def test_averages_of_one_map_are_that_map(average, use_buffers):
     [("calibrate", "averages of different calibrations"), ("redraw", "averages of different rows")],
 )
 def test_averages_of_different_maps_are_refused(change, message, average):
-    """They are not unbiased: g1^T g2 is not I any more, or the rows are not normal."""
+    """An average of different maps is biased: g1^T g2 is not I, or the rows are not normal."""
     module = KINDS_OF_MODULE["multihead"](rng=0)
     x = torch.randn(2, 30, 32)
     module.calibrate(x)
@@ -219,7 +220,7 @@ def test_averages_of_different_maps_are_refused(change, message, average):
 
 
 def test_numbers_are_looked_at_only_where_they_changed(attention, monkeypatch):
-    """As a look waits for the device."""
+    """The reason is that the host waits for the device when it looks."""
     looks = []
     look = LinearAttention._fault_of_rows
     monkeypatch.setattr(LinearAttention, "_fault_of_rows", lambda self: looks.append(1) or look(self))
@@ -235,7 +236,7 @@ def test_numbers_are_looked_at_only_where_they_changed(attention, monkeypatch):
 
 
 def test_graphs_are_not_made_of_nothing():
-    """Neither export nor a transform takes a module that is not calibrated; stacked modules are taken."""
+    """Export and transforms refuse a module that is not calibrated, and accept stacked modules."""
     q, k, v = sample(2, 4, 20, 8)
     blank = LinearAttention(8, 4, num_features=16)
     for call in (
@@ -284,7 +285,7 @@ def _trained_in_parallel(rank, calibrated):
 @pytest.mark.slow
 @pytest.mark.parametrize("calibrated", [(0, 1), (0,)], ids=str)
 def test_data_parallel_training(tmp_path, calibrated):
-    """Every process uses the map of the first, and gradients are those of one process."""
+    """Every process uses the map of the first process, and gradients equal those of a single process."""
     torch.multiprocessing.spawn(_train_in_parallel, args=(str(tmp_path), calibrated), nprocs=2)
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
     assert torch.equal(first["projection"], second["projection"])

@@ -18,7 +18,7 @@ KINDS = [
 
 
 def inputs(options, n=30, s=30):
-    """Query, key and value in the layout of a module with these options."""
+    """Queries, keys and values in the layout of a module with these options."""
     torch.manual_seed(0)
     made = [
         torch.randn(2, length, width, dtype=options.get("dtype"))
@@ -76,7 +76,8 @@ def test_as_many_landmarks_as_keys_are_torch(masked):
 
 
 def test_masks_of_torch():
-    """Causal masks in each of torch's forms; floating padding; unbatched inputs; padding without influence."""
+    """Causal masks in each of torch's forms, floating padding masks and unbatched inputs work, and padding has no
+    influence."""
     theirs = torch.nn.MultiheadAttention(32, 4, batch_first=True)
     exact = MultiheadAttention.from_torch(theirs, method="exact")
     x = inputs({"batch_first": True})[0]
@@ -108,7 +109,8 @@ def test_causal_features_do_not_see_the_future():
 
 
 def test_inside_an_encoder_layer_of_torch():
-    """In evaluation torch's layer computes exact attention by itself, past any module that looks like its own."""
+    """In evaluation mode, torch's layer may compute exact attention itself instead of calling a module that looks like
+    its own."""
     layer = torch.nn.TransformerEncoderLayer(32, 4, 64, batch_first=True).eval()
     x = inputs({"batch_first": True})[0]
     with torch.no_grad():

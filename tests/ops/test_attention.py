@@ -1,4 +1,4 @@
-"""Drawn problems: every option at once, against full matrices; the options are data, so no pair of them is left out."""
+"""Random problems with random options, compared with full matrices; so all pairs of options are tested."""
 
 from itertools import pairwise
 
@@ -14,7 +14,7 @@ WINDOWS = [0, 0, 1, 2, 3, 7, 16, 64, 100, 1000]
 
 
 def thinned(rng, batch):
-    """A shape that broadcasts to the batch."""
+    """A random shape that broadcasts to the batch."""
     shape = [size if rng.random() < 0.7 else 1 for size in batch]
     while shape and rng.random() < 0.25:
         shape = shape[1:]

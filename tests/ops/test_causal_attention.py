@@ -1,4 +1,4 @@
-"""What a query may not see takes no part in any number of its row: equal to the bit, for every position."""
+"""Hidden keys do not affect any number of a query's row: results have the same bits, for every position."""
 
 from contextlib import nullcontext
 
@@ -15,9 +15,9 @@ WINDOWS = [0, 1, 3, 16, 50, 200]
 @pytest.mark.parametrize("window", WINDOWS)
 @pytest.mark.parametrize("backend", ["reference", None])
 def test_no_future(few_xp, window, dtype, backend):
-    """Later tokens of another size altogether would show through any maximum or sum that is shared.
+    """Later tokens of a very different size would change any maximum or sum that earlier rows share with them.
 
-    The reference shares none, to the bit. Kernels may share a factor that cancels; then rounding remains.
+    The reference shares none, so its bits are equal. Kernels may share a factor that cancels up to rounding.
     """
     xp = few_xp
     with fs.use(backend) if backend else nullcontext():
@@ -40,7 +40,7 @@ def _check_no_future(xp, window, dtype, error):
 
 @pytest.mark.parametrize("window", WINDOWS)
 def test_the_last_row_is_the_bidirectional_one_where_blocks_allow(window):
-    """The last query sees all keys, and its own block is the last: its near keys are the same in both modes."""
+    """The last query sees all keys, and its own block is the last one. So its near keys are the same in both modes."""
     q, k, v = attention_problem(1, (2,), n=150)
     fm = fs.feature_map(fs.fit(q, k), 8, rng=0)
     both = [fs.linear_attention(q, k, v, fm, is_causal=is_causal, window=window) for is_causal in (False, True)]
@@ -48,7 +48,7 @@ def test_the_last_row_is_the_bidirectional_one_where_blocks_allow(window):
 
 
 def test_two_tokens_see_what_they_may():
-    """The first row is its own value, exactly."""
+    """The first row equals its own value exactly."""
     q, k, v = attention_problem(2, (3,), n=2)
     fm = fs.feature_map(fs.fit(q, k), 8, rng=0)
     for window in WINDOWS:

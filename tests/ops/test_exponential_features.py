@@ -1,4 +1,4 @@
-"""The op is the formula, whatever the axes and dtypes."""
+"""The op equals its formula, for all axes and dtypes."""
 
 import numpy as np
 import pytest
@@ -25,7 +25,8 @@ def test_formula(xp, name, rng):
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_narrow_inputs_are_summed_wide(dtype):
-    """The terms cancel to about 1 and are too large for the dtype on the way: 300 * 300 overflows float16."""
+    """The terms cancel to about 1, but intermediate results are too large for the dtype: 300 * 300 overflows
+    float16."""
     torch = pytest.importorskip("torch")
     narrow = getattr(torch, dtype)
     u, rows = torch.full((1, 2), 300.0, dtype=narrow), torch.tensor([[300.0, -300.0]], dtype=narrow)

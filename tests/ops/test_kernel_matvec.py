@@ -1,4 +1,4 @@
-"""Products with the estimated kernel: linear in the values, finite wherever the result is."""
+"""Products with the estimated kernel are linear in the values, and finite if the exact result is."""
 
 import numpy as np
 import pytest
@@ -8,7 +8,7 @@ import favorsharp as fs
 
 
 def test_intermediate_factors_of_any_size():
-    """Queries far out and keys far in: each side's features leave float32's range, their products do not."""
+    """With large queries and small keys, the features of each side leave float32's range, but their products do not."""
     x, y, v = (a.astype(np.float32) for a in attention_problem(0, n=20, s=30, d=4))
     x, y = x + np.float32([200, 0, 0, 0]), y * np.float32([0, 1, 1, 1])  # x.y is as if x had not moved
     fm = fs.feature_map(fs.fit(x, y), 64, rng=0)

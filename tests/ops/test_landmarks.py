@@ -1,4 +1,4 @@
-"""The ops of landmarks do what they say, key by key: assignment, means, weights, seeds, moments and reading."""
+"""The ops of landmarks, checked key by key: assignment, means, weights, seeds, moments and reading."""
 
 import numpy as np
 import pytest
@@ -61,7 +61,10 @@ def test_landmarks_take_the_weights_and_values_of_their_keys(few_xp, rng, kernel
 @pytest.mark.own_backend
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_sums_over_many_keys_do_not_drift(dtype):
-    """Two landmarks take 200,000 keys each: one after the other, a float32 sum of them would lose three digits."""
+    """Two landmarks take 200,000 keys each.
+
+    A float32 sum that adds them one after the other would lose three digits.
+    """
     rng = np.random.default_rng(0)
     k = np.where(rng.random((400_000, 1)) < 0.5, -2, 2) + rng.random((400_000, 2))
     v = 1 + rng.random((400_000, 1))
@@ -76,7 +79,8 @@ def test_sums_over_many_keys_do_not_drift(dtype):
 
 
 def test_log_weights_of_any_size(few_xp, rng):
-    """Weights far apart, also within a landmark: each landmark's are relative to its largest."""
+    """Weights differ very much in size, also within a landmark, so those of a landmark must be relative to its
+    largest."""
     k, _, v, points, used, metric = problem(rng)
     k[5], v[5] = 0, 0
     weight = rng.uniform(-3000, 3000, 70)
@@ -154,7 +158,7 @@ def test_what_records_gradients_runs_the_references(rng):
 
 
 def test_candidates_lie_anywhere_in_their_strata():
-    """Along the direction, one in each; hidden keys and copies take no place."""
+    """There is one candidate in each stratum along the direction; hidden keys and copies of keys do not count."""
     y = np.repeat(np.arange(51.0), 2)[:, None]
     visible = y[:, 0] < 50
     for offset in (0.0, 0.5, 0.999):

@@ -1,4 +1,4 @@
-"""Partial sums over keys: denominators of at least 1, and nothing depends on how the keys were cut."""
+"""Partial sums over keys have denominators of at least 1, and do not depend on how the keys are cut into tiles."""
 
 from itertools import pairwise
 
@@ -29,7 +29,10 @@ def problem(scale, n=50, s=70, m=9):
 
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 30.0, 1e3])
 def test_denominators_are_at_least_one(scale):
-    """Through a state, pair by pair, exactly, and after merging; the reference and the sums recover the plain ones."""
+    """This holds for sums through a state, pair by pair, with exact scores, and after merging.
+
+    With the reference they give the plain sums.
+    """
     q, k, v, fm, empty = problem(scale)
     lq, lk = fm.log_query(q), fm.log_key(k)
     cuts = (slice(0, 1), slice(1, 40), slice(40, 70))
@@ -116,7 +119,7 @@ def test_a_stream_is_cut_anywhere_with_small_tiles():
 
 
 def test_combine_keeps_the_low_parts_of_both_states(few_xp, rng):
-    """Sums and low parts together are those of float64, as if nothing had been rounded."""
+    """Sums and low parts together equal the float64 sums."""
 
     def state_of():
         sizes = {"kv": (1, 4, 3), "z": (1, 1, 4), "recent_k": (1, 0, 2), "recent_v": (1, 0, 3)}

@@ -1,4 +1,4 @@
-"""Runs every architecture of transformers that a small config builds, through our door and without it.
+"""Runs every architecture of transformers that a small config builds, with our attention and with transformers' own.
 
 For each one, a tiny model with random weights computes its outputs with eager attention and with `method="exact"`. They
 are equal, or the model is refused by an error that says what is accepted. Anything else is wrong. Run as a program, it
@@ -91,7 +91,7 @@ SAME = {"rtol": 2e-3, "atol": 2e-3}
 
 
 class Outcome(NamedTuple):
-    """What became of an architecture: "served", "refused", "outside", "not reached" or "wrong", and why."""
+    """The result for an architecture, "served", "refused", "outside", "not reached" or "wrong", and the reason."""
 
     kind: str
     why: str
@@ -215,7 +215,8 @@ def _outside(model: Any) -> str | None:
 
 
 def _generated(model_type: str, model: Any) -> Outcome:
-    """Greedy generation with exact attention equals eager; a StateCache equals the forward pass, or is refused."""
+    """Check that greedy generation equals eager attention, and with a StateCache the forward pass, or that it is
+    refused."""
     if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or not hasattr(model, "generate"):
         return Outcome("served", "")
     ids = _ids()[:, :6]
@@ -448,7 +449,7 @@ key may differ from eager attention, as it does in torch's attention. Of {total}
 
 
 def main(arguments: list[str]) -> None:
-    """Run the named architectures and print what became of each; without names, run all and write the page."""
+    """Run the named architectures and print the results; without names, run all and write the page."""
     hf.logging.set_verbosity_error()
     torch.set_num_threads(1)
     prepare()

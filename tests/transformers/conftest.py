@@ -13,6 +13,6 @@ sys.path.insert(0, str(Path(__file__).parent))  # tiny.py and passages.py
 
 @pytest.fixture(autouse=True)
 def _reference():
-    """Run the references: kernels would be compiled for every dtype, and have tests of their own."""
+    """Run the references, because kernels would be compiled for every dtype, and have tests of their own."""
     with fs.use("reference"):
         yield

@@ -1,4 +1,4 @@
-"""Maps: what a layer may be fitted to, what `calibrate` fits, and where maps stay."""
+"""Maps: what a layer may be fitted to, what `calibrate` fits, and where maps are stored."""
 
 import copy
 import pickle
@@ -77,7 +77,7 @@ def test_an_input_is_fitted_per_row_and_head():
 
 
 def test_calibration_fits_exact_activations_over_all_batches():
-    """The map of the second layer, from the queries and keys that the exact model has there, padding left out."""
+    """The map of the second layer is fitted to the queries and keys of the exact model there, without padding."""
     model = bert()
     mask = torch.arange(12)[None] < torch.tensor([12, 7, 3])[:, None]
     batches = [inputs("bert", seed=1), inputs("bert", seed=2) | {"attention_mask": mask.long()}]
@@ -114,7 +114,8 @@ def test_every_layer_of_whisper_gets_a_map():
 
 
 def test_frozen_maps_do_not_look_at_the_input():
-    """In a bidirectional model, too: a row does not depend on the others, nor a map on the row."""
+    """This holds in a bidirectional model too: a row does not depend on other rows, and a map does not depend on the
+    row."""
     model = with_maps(bert(), "bert")
     fm = model.encoder.layer[0].attention.self.favorsharp.by_name["favorsharp"]
     output(model, **inputs("bert", seed=5))
@@ -211,7 +212,7 @@ def test_a_saved_model_asks_for_its_maps(make, name, tmp_path):
     save_maps(model, tmp_path / "maps")
     again = type(model).from_pretrained(tmp_path / "model", attn_implementation="favorsharp", dtype=torch.float64)
     again.eval()
-    with pytest.raises(ValueError, match=r"load_maps"):  # also where a fit to the input would do
+    with pytest.raises(ValueError, match=r"load_maps"):  # also if a fit to the input would be possible
         output(again, **inputs(name))
     maps = load_maps(again, tmp_path / "maps")
     assert len(maps) == 2
@@ -279,7 +280,7 @@ def test_a_caller_s_rows_serve_every_layer():
 
 
 def test_the_padding_of_a_decoder_is_no_query_of_its_cross_attention():
-    """Whatever stands there, the maps are the same."""
+    """The maps do not depend on the tokens at padding."""
     maps = []
     for filler in (3, 40):
         model = whisper()

@@ -1,4 +1,7 @@
-"""`check` says before any input which layers are approximated; a model of which none is warns at its first call."""
+"""`check` tells before any input which layers are approximated.
+
+A model without such a layer warns at its first call.
+"""
 
 import pytest
 import torch
@@ -69,7 +72,7 @@ def test_layers_outside_the_interface_and_parts_by_another_name_are_unchanged():
 
 
 class OwnLayer(torch.nn.Linear):
-    """A layer of which the source does not say whether a helper looks up its attention."""
+    """A layer whose source does not show whether a helper looks up its attention."""
 
 
 class Own(hf.PreTrainedModel):

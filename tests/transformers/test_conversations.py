@@ -1,4 +1,4 @@
-"""Generation as in long conversations, from a cache of states: turns, prompts in chunks, rows that end early."""
+"""Generation as in long conversations, with a StateCache: several turns, prompts in chunks, and rows that end early."""
 
 import pytest
 import torch

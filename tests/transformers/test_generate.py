@@ -1,4 +1,4 @@
-"""Generation with a cache of states: the causal forward, token by token, in constant memory."""
+"""Generation with a StateCache equals the causal forward pass, token by token, in constant memory."""
 
 import numpy as np
 import pytest
@@ -74,7 +74,8 @@ def test_a_left_padded_batch_generates_as_its_forward(name, implementation):
     whole = output(model, input_ids=found.sequences, attention_mask=longer, position_ids=positions, use_cache=False)
     for step, logits in enumerate(found.logits):
         torch.testing.assert_close(logits, whole[:, 12 + step - 1].to(logits.dtype), rtol=1e-5, atol=1e-6)
-    # rows alone: the same tokens; with a window the padding is whole blocks here, so that blocks stay where they are
+    # the rows alone have the same tokens; with a window, the padding consists of whole blocks, so that blocks do not
+    # shift
     for i, length in enumerate((12, 9, 6)):
         alone = model.generate(
             ids[i : i + 1, 12 - length :], cache=StateCache(), max_new_tokens=6, do_sample=False, eos_token_id=None
@@ -153,7 +154,7 @@ def test_a_prompt_may_come_in_pieces(implementation):
 
 
 def test_a_cache_keeps_the_very_state_of_a_step():
-    """With it goes what the step knows of the state, which makes the next step fast. Views are copied once."""
+    """The state carries what a step has derived from it, which makes the next step fast. Views are copied once."""
     layer = StateLayer()
     key = torch.randn(1, 2, 9, 4)
     fm = fs.feature_map(fs.fit(key, key), 8, rng=0)
@@ -174,7 +175,7 @@ def test_memory_that_arrays_share_counts_once():
     cache.layers.append(StateLayer())
     cache.layers[0].state = NearKeys(whole[..., :4], whole[..., 4:], torch.ones(1, 6, dtype=torch.bool))
     assert cache.num_bytes == whole.numel() * 4 + 6
-    numbers = np.zeros((1, 2, 6, 8), np.float32)  # here the storage of a part begins at the part
+    numbers = np.zeros((1, 2, 6, 8), np.float32)  # here a part begins at the beginning of its storage
     cache.layers[0].state = NearKeys(*map(torch.from_numpy, (numbers, numbers[:, 1:])), torch.ones(1, 6, dtype=bool))
     assert cache.num_bytes == numbers.nbytes + 6
 
@@ -227,7 +228,7 @@ def test_a_static_cache_is_refused():
 
 @pytest.mark.parametrize("implementation", NAMES)
 def test_rows_of_the_batch_are_repeated_and_chosen(implementation):
-    """Padding among the keys of a window goes with its row."""
+    """The padding among the keys of a window moves with its row."""
     model = made("llama", implementation)
     ids, mask = left_padded(inputs("llama")["input_ids"], (12, 9, 2))
     later = inputs("llama", n=2, seed=3)["input_ids"]

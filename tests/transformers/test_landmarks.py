@@ -1,4 +1,4 @@
-"""Landmarks in models: exact if there is one for each key, causal, and generating from states of fixed size."""
+"""Landmarks in models: exact if there is one for each key, causal, and with states of fixed size for generation."""
 
 import copy
 from types import SimpleNamespace
@@ -72,7 +72,7 @@ def test_a_padded_batch_equals_its_rows_alone(name, implementation):
 @pytest.mark.parametrize("implementation", NAMES)
 @pytest.mark.parametrize("name", CAUSAL)
 def test_the_future_does_not_matter(name, implementation):
-    """Whisper's decoder reads the sound by landmarks that do not depend on its own tokens."""
+    """Whisper's decoder reads the sound through landmarks that do not depend on its own tokens."""
     model, batch = made(name, implementation), inputs(name)
     key = "decoder_input_ids" if name == "whisper" else "input_ids"
     changed = batch[key].clone()
@@ -156,7 +156,7 @@ def test_whisper_generates_from_two_caches_of_states():
 
 @pytest.mark.parametrize("implementation", NAMES)
 def test_beam_search_reorders_the_states(implementation):
-    """The scores of the beams are those of the forward on the same tokens."""
+    """The scores of the beams equal those of the forward pass on the same tokens."""
     model = made("gpt2", implementation)
     found = generated(model, inputs("gpt2")["input_ids"], StateCache(), num_beams=3, output_scores=True)
     logs = output(model, input_ids=found.sequences, use_cache=False).log_softmax(-1)[:, 11:-1]
@@ -165,7 +165,7 @@ def test_beam_search_reorders_the_states(implementation):
 
 
 def test_rows_of_the_batch_are_repeated_and_chosen():
-    """The moments go with their rows: a later compression is the same."""
+    """The moments move with their rows, so a later compression is the same."""
     model = made("llama", "windowed")
     ids, later = inputs("llama")["input_ids"], inputs("llama", n=8, seed=3)["input_ids"]
 
@@ -185,7 +185,7 @@ def test_rows_of_the_batch_are_repeated_and_chosen():
 
 @pytest.mark.parametrize("cache", [StateCache, DynamicCache])
 def test_generation_with_as_many_landmarks_as_keys_is_exact(cache):
-    model = made("llama", "many").float()  # in float64 eager attention is NaN where a row sees nothing
+    model = made("llama", "many").float()  # in float64 eager attention is NaN for a row that sees nothing
     batch, _ = padded("llama", "left", n=12, lengths=(12, 9, 2))
     prompt, mask = batch["input_ids"], batch["attention_mask"]
     found = generated(model, prompt, cache(), attention_mask=mask)
@@ -196,7 +196,7 @@ def test_generation_with_as_many_landmarks_as_keys_is_exact(cache):
 
 
 def test_a_growing_cache_generates():
-    """Earlier queries are not known then, so landmarks are chosen by the keys alone."""
+    """Such a cache does not keep earlier queries, so landmarks are chosen by the keys alone."""
     model = made("llama", "few")
     prompt = inputs("llama")["input_ids"]
     found = generated(model, prompt, DynamicCache())
@@ -279,7 +279,7 @@ def test_it_compiles():
 
 
 def test_a_number_of_landmarks_is_shared_by_the_heads_of_a_layer_or_of_a_model():
-    """Two layers of two key heads; the room is as large as the share, or what is asked for."""
+    """The model has two layers of two key heads; `room` is the share of a head, or the number that was passed."""
     model, batch = MODELS["llama"](), inputs("llama", n=40)
     for per, number in (("head", 6), ("layer", 12), ("model", 24)):
         register("shared", method="landmarks", num_features=number, per=per, room=3, rng=0)
@@ -317,7 +317,7 @@ def test_padding_on_the_left_without_positions_warns_once():
 
 @pytest.mark.parametrize("name", MODELS)
 def test_attentions_are_refused_everywhere(name):
-    """GPT-2 does not tell its layers that they are asked for."""
+    """GPT-2 does not pass `output_attentions` on to its layers."""
     register("landmarks", method="landmarks", num_features=4)
     model = MODELS[name]()
     model.set_attn_implementation("landmarks")

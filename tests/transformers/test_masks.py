@@ -1,4 +1,4 @@
-"""Masks are decoded or refused: nothing that a model hides is seen, and no other pattern passes for one of the two."""
+"""Masks are decoded or refused: no hidden key is seen, and no other pattern is taken for a supported one."""
 
 import pytest
 import torch
@@ -92,7 +92,7 @@ def test_no_mask_before_a_prefix_is_refused():
 
 
 def test_the_mask_decides_whether_attention_is_causal():
-    """Some decoders do not mark their layers as causal, and some encoders do; eager attention adds the mask alone."""
+    """Some decoders do not mark their layers as causal, and some encoders do; eager attention only adds the mask."""
     mask = torch.ones(1, 1, 1, 6, dtype=torch.int8).as_subclass(CompactMask)
     assert read_mask(mask, 6, 6, is_causal=False).is_causal
     assert not read_mask(torch.ones(1, 1, 1, 6, dtype=torch.bool), 6, 6, is_causal=True).is_causal

@@ -1,4 +1,5 @@
-"""Every architecture through the interface: exactly, with padding, causally, compiled, in half precision, trained."""
+"""Architectures that go through the interface: exact, with padding, causal, compiled, in half precision, and
+trained."""
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ def name(request):
 
 
 def made(name, implementation="favorsharp"):
-    """A model, calibrated where it has to be."""
+    """A model, which is calibrated if that is necessary."""
     model = MODELS[name]()
     model.set_attn_implementation(implementation)
     if name in CAUSAL:
@@ -57,14 +58,14 @@ def test_exact_equals_eager(name):
 def test_exact_equals_eager_on_a_padded_batch(name, side):
     if name == "vit":
         pytest.skip("images have no padding")
-    model = MODELS[name]().float()  # in float64 some eager attentions are NaN where a row sees nothing
+    model = MODELS[name]().float()  # in float64 some eager attentions are NaN for a row that sees nothing
     batch, _, lengths = padded(name, side)
     batch = {k: v.float() if v.is_floating_point() else v for k, v in batch.items()}
     model.set_attn_implementation("eager")
     eager = output(model, **batch)
     model.set_attn_implementation("exact")
     exact = output(model, **batch)
-    for i, length in enumerate(lengths):  # what stands at padding is nobody's
+    for i, length in enumerate(lengths):  # results at padding do not matter
         rows = slice(0, length) if side == "right" else slice(12 - length, 12)
         assert (exact[i, rows] - eager[i, rows]).abs().max() < 1e-6
 
@@ -122,7 +123,7 @@ def test_the_error_falls_with_the_number_of_features(name):
 
 
 def test_a_layer_is_the_library_s_own_attention():
-    """Grouped heads, scaling and layout, against fs.linear_attention with the calibrated map."""
+    """A layer with grouped heads and a scaling equals fs.linear_attention with the calibrated map."""
     model = made("llama")
     seen = []
     attention = model.model.layers[1].self_attn
@@ -217,7 +218,7 @@ def test_registrations_stand_side_by_side():
 
 
 def test_llama_used_in_both_directions():
-    """A decoder that its config makes bidirectional is served as one, without calibration."""
+    """If its config makes a decoder bidirectional, it is served as a bidirectional model, without calibration."""
     model = llama()
     model.config.is_causal = False
     model.set_attn_implementation("eager")
@@ -229,7 +230,7 @@ def test_llama_used_in_both_directions():
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "frozen"), [("bert", False), ("bert", True), ("vit", False), ("llama", True)])
 def test_compiles_whole(name, frozen):
-    """One graph, forward and backward, with padding; also where maps are fitted to the input inside it."""
+    """There is one graph, forward and backward, with padding; also if maps are fitted to the input inside the graph."""
     model, batch = made(name), inputs(name)
     if frozen:
         calibrate(model, [inputs(name, seed=1)])

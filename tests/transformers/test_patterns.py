@@ -1,4 +1,4 @@
-"""Patterns that models compose: windows of two lengths, unions of which a part does nothing, and joined masks."""
+"""Patterns that models compose: windows of two lengths, unions in which a part has no effect, and joined masks."""
 
 import pytest
 import torch
@@ -77,7 +77,7 @@ def test_a_decoder_may_join_its_keys_with_those_of_the_encoder(pattern, is_padde
     visible = torch.cat([visible & own[:, None], other[:, None].expand(-1, n, -1)], dim=-1)
     layer = llama().model.layers[0].self_attn
     found, _ = attend(REGISTERED[method], layer, q, k, v, torch.cat(masks, dim=-1))
-    if method == "posrf" and pattern is CAUSAL:  # an estimate: it sees what it may see, and nothing else
+    if method == "posrf" and pattern is CAUSAL:  # an estimate, which must depend on visible keys only
         hidden = ~visible[:, -1]
         k, v = (torch.where(hidden[:, None, :, None], x + 1.0, x) for x in (k, v))
         torch.testing.assert_close(attend(REGISTERED[method], layer, q, k, v, torch.cat(masks, dim=-1))[0], found)

@@ -1,6 +1,6 @@
-"""Models outside the attention interface, keywords, and layers that do something between cache and attention.
+"""Models outside the attention interface, keywords, and layers that change keys between cache and attention.
 
-Each is served exactly or refused by an error that names the layer: nothing is attended to that the model hides.
+Each is served exactly, or refused by an error that names the layer; no hidden key is attended to.
 """
 
 import copy
@@ -34,7 +34,7 @@ def _registered():
 
 
 def made(name, implementation, **options):
-    """A small model of transformers by the name of its class."""
+    """A small model of transformers, given the name of its class."""
     family = name.removesuffix("ForCausalLM").removesuffix("Model")
     config = getattr(hf, f"{family}Config")(**(SMALL | options))
     torch.manual_seed(0)
@@ -186,7 +186,7 @@ def test_padding_that_repeats_one_number_is_padding():
     for n in (1, 10):
         seen = read_mask(compact_mask(2, n, n, attention_mask=row[:, :n]), n, n, is_causal=True)
         assert torch.equal(seen.key_mask, row[:, None, :n])
-        assert read_mask(compact_mask(2, n, n), n, n, is_causal=True).key_mask is None  # one token takes a step by this
+        assert read_mask(compact_mask(2, n, n), n, n, is_causal=True).key_mask is None  # a step of one token uses this
 
 
 def test_doge_adds_a_bias_of_its_own_and_siglip2_reads_a_boolean_mask():
@@ -215,7 +215,7 @@ def test_doge_adds_a_bias_of_its_own_and_siglip2_reads_a_boolean_mask():
 @pytest.mark.slow
 @pytest.mark.parametrize("use", ["add", "masked_fill", "attend", "bool"])
 def test_compiled_strangers_are_refused_too(use):
-    """By an axis more, with which no scores broadcast."""
+    """The mask has a further axis, so that scores do not broadcast with it."""
     torch._dynamo.reset()
     config = hf.LlamaConfig(**SMALL, attn_implementation="exact")
     for fullgraph in (True, False):
@@ -330,7 +330,7 @@ BETWEEN = {
 
 @pytest.mark.parametrize("name", BETWEEN)
 def test_a_layer_may_make_its_keys_of_what_its_cache_gave(name):
-    """JetMoe repeats its keys, latent attention makes keys and values of a few numbers."""
+    """JetMoe repeats its keys; latent attention computes keys and values from fewer numbers."""
     model = made(name, "favorsharp", **BETWEEN[name])
     calibrate(model, [IDS])
     whole = output(model, input_ids=IDS, attention_mask=torch.ones_like(IDS), use_cache=False)
@@ -345,7 +345,7 @@ def test_a_layer_that_attends_twice_is_refused():
         ValueError, match=r"DiffLlama\w* \(layer 0\) attends again.*accepted for such a layer: a DynamicCache"
     ):
         steps(model, StateCache())
-    steps(model, hf.DynamicCache())  # the refusal leaves nothing behind
+    steps(model, hf.DynamicCache())  # the error leaves no state behind
 
 
 HYBRIDS = {
@@ -388,7 +388,7 @@ def test_a_model_that_looks_for_keys_in_its_cache_is_refused():
 
 
 class Between(torch.nn.Module):
-    """A layer that does something to what its cache gives, in one forward."""
+    """A layer that changes the keys of its cache in its forward pass."""
 
     is_causal = True
 
@@ -455,6 +455,6 @@ def test_a_cache_that_an_error_left_half_filled_says_so():
     for message in ("calibrate", "after a call that raised an error.*accepted: reset"):
         with pytest.raises(ValueError, match=message):
             steps(model, cache)
-    calibrate(model, [IDS])  # has no trace of that cache
+    calibrate(model, [IDS])  # contains nothing of that cache
     cache.reset()
     steps(model, cache)

@@ -125,13 +125,13 @@ def inputs(name, batch=3, n=12, seed=0):
 
 
 def output(model, **batch):
-    """The model's last numbers: logits, or hidden states."""
+    """The model's output: logits, or hidden states."""
     found = model(**batch)
     return found.logits if "logits" in found else found.last_hidden_state
 
 
 def _sharp(kind, config):
-    """A model in evaluation mode whose scores are of the size of a trained one's, in float64."""
+    """A model in float64 and evaluation mode, with scores as large as those of a trained model."""
     torch.manual_seed(0)
     model = kind(config)
     with torch.no_grad():

@@ -1,6 +1,6 @@
 """Every kernel runs under the sanitizers, which find races, accesses out of bounds and reads of unwritten memory.
 
-And with each of its barriers removed.
+Every kernel also runs with each of its barriers removed.
 """
 
 import json

@@ -14,7 +14,7 @@ PATTERN = 7.25
 
 
 class Guarded(np.ndarray):
-    """Memory of workspaces. Its guard regions are checked when it is released, and at the end of the test."""
+    """The memory of workspaces. Its guard regions are checked when it is released, and at the end of the test."""
 
     guards = ()
     faults = None
@@ -30,7 +30,7 @@ class Guarded(np.ndarray):
 
 @pytest.fixture(autouse=True)
 def faults(monkeypatch):
-    """What kernels wrote outside of their workspaces, of which nothing may be left at the end of a test."""
+    """The list of writes outside of workspaces, which must be empty at the end of a test."""
     workspace = pytest.importorskip("favorsharp_numba.host.workspace")
     found, kept = [], []
 

@@ -22,7 +22,7 @@ PARAMETERS = ["g1", "g2", "center_x", "center_y"]
 
 
 def trainable(feature_map):
-    """The map with arrays of its own that gradients reach."""
+    """A copy of the map whose arrays require gradients."""
     arrays = {name: getattr(feature_map.parameters, name).clone().requires_grad_() for name in PARAMETERS}
     own = {name: getattr(feature_map, name).clone().requires_grad_() for name in ("rows", "log_weight")}
     made = replace(feature_map, parameters=replace(feature_map.parameters, **arrays), **own)
@@ -56,7 +56,7 @@ def assert_same(got, want, error):
         else:
             assert a.shape == b.shape
             assert a.dtype == b.dtype
-            # what vanishes in exact arithmetic is compared with the size of the others
+            # gradients that are 0 in exact arithmetic are compared with the size of the others
             assert float((a - b).abs().max()) <= error * max(float(b.abs().max()), 1e-2 * size)
 
 
@@ -240,7 +240,7 @@ def test_gradients_of_features(n, dtype):
 @pytest.mark.parametrize(("is_causal", "window"), [(False, 0), (True, 0), (False, 16), (True, 16)])
 @pytest.mark.parametrize(("dtype", "rounding"), [(torch.bfloat16, 2.0**-8), (torch.float16, 2.0**-11)], ids=str)
 def test_narrow_gradients_are_off_by_their_own_rounding(dtype, rounding, is_causal, window):
-    """What a map in float32 gets shows that nothing was rounded before, the result least of all."""
+    """The gradients of a float32 map show that no intermediate result was rounded to the narrow dtype."""
     q, k, v = (torch.asarray(x, dtype=dtype) for x in attention_problem(0, (2,), n=45, d=64, e=57))
     fm = fs.feature_map(fs.fit(q.double(), k.double()), 70, rng=0)
 
@@ -350,7 +350,7 @@ def test_gradients_of_products_reach_every_array_of_the_map(method, kernel, dtyp
 
 
 def test_gradients_of_products_reach_the_map_of_each_head():
-    """Also where one head's points are shared among threads, which leave sums of their own."""
+    """They do so too if threads share the points of one head, and each makes sums of its own."""
     x, y, v = (torch.asarray(a) for a in products_problem(((2,), (2,), (2,)), n=5000, s=6000))
     many = fs.feature_map(fs.fit(x, y, kernel="gaussian"), 12, rng=0)
     assert many.batch_shape == (2,)
@@ -375,7 +375,7 @@ def test_gradients_of_products_reach_the_map_of_each_head():
     [(1e-3, "gaussian"), (1e-3, "softmax"), (3, "gaussian"), (10, "softmax"), (30, "softmax"), (10, "gaussian")],
 )
 def test_gradients_of_products_at_every_scale(scale, kernel, dtype):
-    """Of values so large or small that the gradients are near 1 where the weights leave float32's range."""
+    """Values are so large or small that gradients are near 1 although the weights leave float32's range."""
     fm = products_map("posrf", kernel)
     x, y, v = products_problem(n=30, s=40, scale=scale)
     size = np.abs(fs.kernel_matvec(*(torch.asarray(a) for a in (x, y, v)), fm).numpy()).max()
@@ -386,7 +386,7 @@ def test_gradients_of_products_at_every_scale(scale, kernel, dtype):
     )
     for a, b in zip(got, want, strict=True):
         largest = float(b.abs().max())
-        if dtype == torch.float64 or largest > 1e-30:  # below, float32 has no digits left
+        if dtype == torch.float64 or largest > 1e-30:  # below this, float32 has no digits left
             torch.testing.assert_close(a.double(), b, rtol=0, atol=ERROR[dtype] * largest)
 
 

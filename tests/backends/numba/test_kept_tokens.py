@@ -1,4 +1,4 @@
-"""Tokens that are kept beside a state until its sums are asked for: they count as if they had entered the sums."""
+"""Tokens that are kept beside a state until its sums are read count as if they had been added to the sums."""
 
 import pickle
 
@@ -35,7 +35,7 @@ def assert_same(state, want, rtol):
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("shape", [((2,), 16, 8, 16), ((), 8, 4, 5), ((2, 3), 17, 5, 1), ((13,), 1, 1, 33)])
 def test_blocks_of_any_length(shape, dtype):
-    """A few keys are kept, more are added at once, and tokens of `decode_step` come between."""
+    """Some updates keep a few keys, others add more at once, and tokens of `decode_step` come between them."""
     q, k, v, fm = problem(*shape, sum(SIZES), dtype)
     tolerance = 1e-5 if dtype == np.float32 else 1e-13
     ways = {}
@@ -58,7 +58,10 @@ def test_blocks_of_any_length(shape, dtype):
 
 @pytest.mark.parametrize("size", [1, 2, 5])
 def test_features_that_rise_by_far(size):
-    """A token may have features that are 2**40 times as large as those of the sums, or more; the sums then rise."""
+    """A token may have features that are 2**40 times as large as those of the sums, or more.
+
+    The tops of the sums then rise.
+    """
     q, k, v, fm = problem((3,), 16, 8, 4, 60, np.float64)
     k[:, :3] *= 30  # points far away have small features
     k[1, 3:41] *= 12
@@ -80,7 +83,7 @@ def test_features_that_rise_by_far(size):
 
 
 def test_keys_of_two_ways():
-    """Two states that follow one know nothing of each other's keys, and the first does not change."""
+    """Two states that continue one state do not see each other's keys, and that state does not change."""
     _, k, v, fm = problem((2,), 16, 8, 4, 40)
     with fs.use("numba"):
         start = fs.update(fs.init_state(fm, 4, like=k), k[:, :10], v[:, :10], fm)
@@ -112,7 +115,7 @@ def test_sums_are_computed_when_they_are_asked_for():
 
 
 def test_sums_are_seen_by_tracers():
-    """What torch compiles, traces or differentiates reads the sums of kept tokens too."""
+    """Calls that torch compiles, traces or differentiates read the sums with kept tokens."""
     torch = pytest.importorskip("torch")
     from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -139,7 +142,7 @@ def test_sums_are_seen_by_tracers():
 
 
 def test_sums_that_a_mode_asks_for_are_not_of_that_mode():
-    """They stay with the state, which outlives the mode."""
+    """The sums stay with the state, which outlives the mode."""
     torch = pytest.importorskip("torch")
     from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 

@@ -1,4 +1,4 @@
-"""The kernels against the references, op by op, and what only kernels have to get right: layouts, tops, totals."""
+"""The kernels against the references, op by op; and what concerns kernels only: memory layouts, tops and totals."""
 
 import tracemalloc
 from itertools import pairwise
@@ -52,7 +52,10 @@ def both(q, k, v, feature_map, **options):
 @pytest.mark.parametrize("scale", [1e-12, 1.0, 30.0, 1e3])
 @pytest.mark.parametrize(("is_causal", "window"), [(False, 0), (True, 0), (False, 16), (True, 16)])
 def test_no_scale_of_the_inputs_overflows_or_vanishes(scale, is_causal, window):
-    """Log features reach 1e6 here; in float64 kernel and reference still agree to rounding of such logarithms."""
+    """Log features reach 1e6 here.
+
+    In float64, kernel and reference still agree up to the rounding of such logarithms.
+    """
     q, k, v = attention_problem(1, (2,), n=150)
     fm = fs.feature_map(fs.fit(q, k, method="posrf"), 24, rng=0)
     mask = key_mask(2, k.shape[:-1], "holes")
@@ -63,7 +66,7 @@ def test_no_scale_of_the_inputs_overflows_or_vanishes(scale, is_causal, window):
 
 @pytest.mark.parametrize("window", [0, 1, 8, 10])
 def test_a_causal_row_is_not_washed_out_by_a_key_it_cannot_see(window):
-    """Keys whose features grow by 2**200 within a tile: the tile's common top would leave its early rows nothing."""
+    """Features grow by 2**200 within a tile. With one top for the tile, the features of early rows would be 0."""
     rng = np.random.default_rng(0)
     n, d = 64, 4
     growing = np.linspace(0, 40, n)[:, None] * np.ones(d)
@@ -81,7 +84,10 @@ def test_a_causal_row_is_not_washed_out_by_a_key_it_cannot_see(window):
 @pytest.mark.parametrize("is_causal", [False, True])
 @pytest.mark.parametrize("window", [1, 10, 16, 32, 33, 48, 64, 100, 128])
 def test_blocks_of_any_length_lie_in_tiles_as_they_may(window, is_causal, group):
-    """Several blocks in a tile, or several tiles in a block; some query heads of a key head fit, or too many."""
+    """A tile has several blocks, or a block several tiles.
+
+    The query heads of a key head fit into the workspace, or do not.
+    """
     for n in (1, 2 * window, 2 * window + 1, 64, 65, 3 * max(64, window) - 1):
         q, k, v = attention_problem(n, (2, 6), n=n)
         k, v = k[:, : 6 // group], v[:, : 6 // group]
@@ -233,7 +239,7 @@ def test_out_is_written_without_an_array_of_its_size(call):
 @pytest.mark.parametrize("m", [1, 15, 16, 64, 100])
 @pytest.mark.parametrize("n", [0, 1, 65, 40_000])
 def test_features_written_to_out_equal_fresh_ones(n, m):
-    """40,000 rows are past the size from which results are stored past the caches."""
+    """The result of 40,000 rows is so large that it is stored past the caches."""
     rng = np.random.default_rng(0)
     u, rows, row, column = (
         rng.standard_normal(shape).astype(np.float32) / 2 for shape in ((n, 8), (m, 8), (n, 1), (1, m))
@@ -316,7 +322,7 @@ def test_a_window_in_both_directions_in_one_pass(window, n):
 
 
 def test_a_stream_of_repeated_keys_takes_the_candidates_of_the_reference():
-    """There are more different keys than candidates, and each key comes three times."""
+    """There are more different keys than candidates, and each key occurs three times."""
     q, k, v = attention_problem(23, (2,), n=120)
     k = np.repeat(k[:, :40], 3, axis=1)
     got, want = both(q, k, v, fs.landmarks(4, room=100), is_causal=True)
@@ -324,7 +330,10 @@ def test_a_stream_of_repeated_keys_takes_the_candidates_of_the_reference():
 
 
 def test_streams_compress_more_keys_than_their_kernel_holds_distances_of():
-    """From 1,025 keys on the steps run one by one; a call with and one without such a compression are one stream."""
+    """From 1,025 keys on, the steps run one by one.
+
+    A stream in one call equals a stream in parts, with such compressions.
+    """
     q, k, v = attention_problem(24, (2,), n=1400)
     lm, mask = fs.landmarks(4, room=1030), key_mask(5, (2, 1400), "holes")
     got, want = both(q, k, v, lm, is_causal=True, key_mask=mask)
@@ -334,7 +343,7 @@ def test_streams_compress_more_keys_than_their_kernel_holds_distances_of():
 @pytest.mark.parametrize("steps", [0, 1, 3])
 @pytest.mark.parametrize("n", [63, 64, 130, 330])
 def test_streams_are_those_of_the_reference(n, steps):
-    """Tiles of keys that end in the middle, landmarks without keys, weights far apart, in both dtypes."""
+    """Both dtypes, with incomplete tiles of keys, landmarks without keys, and weights of very different size."""
     q, k, v = attention_problem(25, (2,), n=n)
     k[0, 20:50] *= 1e-3
     for m, window in ((1, 0), (7, 0), (20, 5), (64, 16)):
@@ -356,9 +365,9 @@ def test_only_queries_that_see_a_key_that_is_not_finite_lose_their_result():
 
 
 def test_packed_and_whole_sequences_share_kernels():
-    """Between kernels a constant is a type of its own: one among the arguments compiles the kernel called once more.
-
-    Seen where kernels are compiled, as after every edit of the package; one from the cache brings no others.
+    """In compiled code a constant has a type of its own, so a constant argument would compile the called kernel once
+    more. The test can see this only if kernels are compiled, as after an edit of the package, and not loaded from the
+    cache.
     """
     from favorsharp_numba.kernels import (
         attention,
@@ -385,7 +394,7 @@ def test_packed_and_whole_sequences_share_kernels():
 
 @pytest.mark.parametrize("before", [0, 5, 16, 40])
 def test_a_state_with_a_window_holds_no_memory_of_the_whole_sequence(before):
-    """Its recent keys are not a view of a copy of all of them, and neither of the caller's array."""
+    """Its recent keys are a view neither of a copy of all keys nor of the caller's array."""
     w, n = 16, 300
     q, k, v = attention_problem(1, (2,), n=n)
     fm = fs.feature_map(fs.fit(q, k), 8, rng=0)
@@ -401,7 +410,7 @@ def test_a_state_with_a_window_holds_no_memory_of_the_whole_sequence(before):
 
 @pytest.mark.parametrize("e", [1, 5, 16, 80])
 def test_tokens_one_by_one_equal_the_sequence(e):
-    """The plan of a token is made at the first one; later ones may lie elsewhere in memory."""
+    """The first token makes the plan; the arrays of later tokens may be elsewhere in memory."""
     q, k, v = attention_problem(8, (2, 3), n=12, e=e)
     fm = fs.feature_map(fs.fit(q, k), 19, rng=0)
     for dtype, error in ((np.float64, 1e-12), (np.float32, 1e-5)):
@@ -418,7 +427,7 @@ def test_tokens_one_by_one_equal_the_sequence(e):
 @pytest.mark.parametrize("window", [0, 2])
 @pytest.mark.parametrize("layout", ["whole", "heads last"])
 def test_tokens_of_grouped_heads_equal_the_sequence(layout, window):
-    """Several queries read a key head; a query of NaN gives NaN to itself only."""
+    """Several queries read a key head; a query that is NaN affects its own result only."""
     q, k, v = attention_problem(8, (2, 3), n=6, e=5)
     q = np.concatenate([q, -q, 0.5 * q], axis=1)
     fm = fs.feature_map(fs.fit(k, k), 19, rng=0)
@@ -460,7 +469,7 @@ def test_a_state_that_begins_to_need_gradients_is_looked_at_again(name, recordin
 @pytest.mark.parametrize("spread", [0.1, 1.0, 8.0])
 @pytest.mark.parametrize(("n", "s", "m"), [(1, 1, 1), (65, 130, 3), (130, 65, 17), (200, 700, 70), (3, 0, 5)])
 def test_values_of_one_column(n, s, m, spread, dtype):
-    """With a wide spread log features differ by hundreds, so that tops rise and references are taken again."""
+    """With a wide spread, log features differ by hundreds, so that tops rise and references are computed again."""
     rng = np.random.default_rng(0)
     q, k = (spread * rng.standard_normal((2, size, 6)).astype(dtype) for size in (n, s))
     k = k[:, np.argsort(np.sum(k[0] ** 2, axis=-1))]  # norms grow, and tops with them
@@ -485,7 +494,7 @@ def test_values_of_one_column(n, s, m, spread, dtype):
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("scale", [1e4, 1e7, 1e12])
 def test_one_column_of_points_whose_logarithms_cannot_be_told_apart(scale, dtype):
-    """Rounding is above any limit on what features may exceed, and results still lie between the values."""
+    """Rounding errors exceed every limit for features; results must still lie between the values."""
     q, k, v = (x.astype(dtype) for x in attention_problem(4, (2,), n=90))
     fm = astype(fs.feature_map(fs.fit(q, k, method="posrf"), 20, rng=0), dtype)
     v = v[..., :1]
@@ -499,7 +508,7 @@ def test_one_column_of_points_whose_logarithms_cannot_be_told_apart(scale, dtype
 
 
 def test_sums_of_one_column_keep_the_range_of_the_dtype():
-    """Points where features peak: 2**reference leaves the range of float32, and what is read of it does not."""
+    """Points at which features are largest: 2**reference leaves the range of float32, but the result does not."""
     x = np.random.default_rng(1).standard_normal((40, 128))
     fm = fs.feature_map(fs.fit(x, x, method="posrf"), 8, rng=0)
     peaks = (np.asarray(fm.rows) / fm.parameters.scale**0.5).astype(np.float32)
@@ -514,7 +523,7 @@ def test_sums_of_one_column_keep_the_range_of_the_dtype():
 
 @pytest.mark.parametrize("window", [16, 70])  # units of several blocks, and of one
 def test_windows_around_landmarks_over_several_groups_of_units(window):
-    """Sums of prefixes are kept before each eighth unit; queries of two heads read the same keys."""
+    """Sums of prefixes are kept before every eighth unit, and two query heads read the same keys."""
     q, k, v = attention_problem(5, (2,), n=1300)
     mask = key_mask(6, k.shape[:-1], "holes")
     k[~mask], v[~mask] = np.nan, np.inf

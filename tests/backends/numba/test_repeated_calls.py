@@ -1,4 +1,4 @@
-"""What a call costs besides its kernels if nothing has changed since one like it: counted, not timed."""
+"""The work of a repeated call besides its kernels; it is counted, not timed."""
 
 import tracemalloc
 
@@ -15,7 +15,7 @@ HEADS, N, D, M = 4, 1000, 32, 32
 
 @pytest.fixture
 def counts(monkeypatch):
-    """How often a map was folded or packed, and helpers were woken; two threads may work."""
+    """The counts of folded maps, packed maps and woken worker threads; two threads may work."""
     from favorsharp_numba.host import arguments, threads
 
     found = {"fold": 0, "pack": 0, "wake": 0}
@@ -37,7 +37,7 @@ def counts(monkeypatch):
 
 
 def calls(library, map_dtype, n=N):
-    """For each verb: a call, the number of times it needs helpers, and the number of MiB that it has to return."""
+    """For each public function: a call, how often it needs worker threads, and the MiB of its result."""
     to = np.asarray if library == "numpy" else pytest.importorskip("torch").asarray
     rng = np.random.default_rng(0)
     q, k, v, more = (to(x) for x in rng.standard_normal((4, HEADS, n, D)))
@@ -80,7 +80,10 @@ def test_a_call_like_one_before_derives_nothing_anew(counts, library, map_dtype)
 
 
 def test_a_call_copies_no_array_of_points():
-    """An array of points has 4 MiB, and besides results the workspaces of two threads are much smaller."""
+    """An array of points has 4 MiB.
+
+    Apart from the result, a call needs only the workspaces of two threads, which are much smaller.
+    """
     tracemalloc.start()
     try:
         for name, call, _, results in calls("numpy", "float64", 4 * N):

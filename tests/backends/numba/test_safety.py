@@ -1,4 +1,4 @@
-"""Kernels among others: threads, forks, threading layers, limits, caches, processors. Each in a process of its own."""
+"""Kernels with threads, forks, Numba's threading layers, limits, caches and processors; each test starts a process."""
 
 import os
 import platform
@@ -127,7 +127,7 @@ POOLS = pytest.mark.parametrize("of_torch", [False, True], ids=["own threads", "
 
 
 def shared(code, *, of_torch):
-    """Run code after SHARED on two threads, our own or those of torch; return what it prints."""
+    """Run SHARED and then code with two threads, our own or those of torch; return what it prints."""
     if of_torch:
         pytest.importorskip("torch")
     start = "import sys\n" + of_torch * "import torch\ntorch.set_num_threads(2)\n"
@@ -206,7 +206,8 @@ def test_what_goes_wrong_on_a_helper_is_raised_by_the_call(of_torch):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="GNU's entry points of OpenMP")
 def test_threads_of_torch_work_for_its_arrays():
-    """With the bits of our own threads, which work for other arrays, beside a first caller, and in a forked child."""
+    """Results have the same bits as with our own threads, which work for other arrays, for a second caller, and in a
+    forked child."""
     code = """
     import os
     from favorsharp_numba.host import threads, torch_team
@@ -265,7 +266,7 @@ def test_every_vector_width_gives_the_same_results(width, tmp_path):
     """
     options = "OPTIONS = [{}, {'is_causal': True}, {'window': 16}, {'is_causal': True, 'window': 5}]\n"
     width_of_host = python(options + textwrap.dedent(code), dtype="float32")
-    other = {"FAVORSHARP_NUMBA_VECTORS": width, "NUMBA_CACHE_DIR": str(tmp_path)}  # in its own cache: it replaces one
+    other = {"FAVORSHARP_NUMBA_VECTORS": width, "NUMBA_CACHE_DIR": str(tmp_path)}  # its own cache
     assert python(options + textwrap.dedent(code), dtype="float32", **other) == width_of_host
 
 
@@ -305,7 +306,7 @@ def test_code_for_a_lesser_processor_has_none_of_the_instructions_it_lacks(name,
 
 @pytest.mark.slow
 def test_runs_where_nothing_can_be_cached(tmp_path):
-    """A package and a home that cannot be written to, whoever the user is: every process compiles."""
+    """If neither the package nor the home can be written to by any user, every process compiles."""
     package = tmp_path / "backends"
     shutil.copytree(ROOT / "backends", package, ignore=shutil.ignore_patterns("__pycache__"))
     (package / "favorsharp_numba" / "kernels" / "__pycache__").touch()
@@ -334,7 +335,7 @@ def test_a_home_takes_the_cache_of_a_package_that_cannot_be_written_to(tmp_path)
 
 @pytest.mark.slow
 def test_a_cache_that_names_classes_of_other_sources_is_of_no_account(tmp_path):
-    """As after an update: the index of compiled functions holds the classes of their arguments by name."""
+    """After an update, the index of compiled functions may name classes of arguments that no longer exist."""
     package = tmp_path / "backends"
     shutil.copytree(ROOT / "backends", package, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("Points", "Dots"):
@@ -357,7 +358,7 @@ def test_a_cache_that_names_classes_of_other_sources_is_of_no_account(tmp_path):
 
 @pytest.mark.slow
 def test_a_kernel_is_compiled_anew_when_a_file_it_uses_has_changed(tmp_path):
-    """Numba's own stamp is that of the kernel's file; here exp2 of another file is halved."""
+    """Numba's own stamp is that of the kernel's file; the test halves exp2, which is in another file."""
     package = tmp_path / "backends"
     shutil.copytree(ROOT / "backends", package, ignore=shutil.ignore_patterns("__pycache__"))
     code = """
@@ -420,7 +421,10 @@ def test_importing_the_backend_imports_nothing():
 @pytest.mark.kernels
 @pytest.mark.parametrize("threads", ["1", "2", "7"])
 def test_packed_sequences_are_their_pieces_at_any_number_of_threads(threads):
-    """Values with a window, and the gradients of points and map, of heads and sequences that threads share."""
+    """This holds for values with a window, and for the gradients of points and map.
+
+    Threads share heads and sequences.
+    """
     pytest.importorskip("torch")
     code = """
     from dataclasses import replace

@@ -1,5 +1,5 @@
 # ruff: noqa: E402 - without Numba these tests are skipped before anything is imported
-"""Layouts of workspaces, the guards around them in these tests, and the window rule that kernels share."""
+"""Layouts of workspaces, the guards around workspaces in these tests, and the window rule that kernels share."""
 
 import ctypes
 import importlib
@@ -40,7 +40,7 @@ KERNELS = {value for module in MODULES for value in vars(module).values() if has
 
 
 def sizes_for(name):
-    """Sizes whose parts have different lengths."""
+    """Sizes for which the parts of a workspace have different lengths."""
     if name.startswith("exponential_features"):
         return [Features(100, 21, 5, 32, 16, 1, direct, 0) for direct in (0, 1)]
     if name.startswith(("landmark_stream", "landmark_compression")):
@@ -59,7 +59,7 @@ def sizes_for(name):
 
 
 def flat(parts):
-    """The places of a layout, in which layouts may be nested."""
+    """All places of a layout, including those of nested layouts."""
     for part in parts:
         yield from flat(part) if isinstance(part, tuple) else (part,)
 

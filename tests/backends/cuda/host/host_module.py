@@ -50,10 +50,7 @@ class LaunchError(RuntimeError):
 
 @dataclass(frozen=True)
 class Schedule:
-    """The order of threads and that of blocks, each one of `ORDERS`.
-
-    And the number of a barrier that is skipped, if any.
-    """
+    """The orders of threads and of blocks, each one of `ORDERS`, and the number of a barrier that is skipped, if any."""
 
     threads: str = "forward"
     blocks: str = "forward"
