@@ -29,7 +29,7 @@ class Stage:
 
 @dataclass
 class Outcome:
-    """How a stage ended, "passed", "failed (code)", "cut at its limit", "stopped" or "cannot start", and its last lines."""
+    """How a stage ended ("passed", "failed (code)", "cut at its limit", "stopped", "cannot start"); its last lines."""
 
     state: str
     seconds: float = 0.0

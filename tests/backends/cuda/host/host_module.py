@@ -50,7 +50,7 @@ class LaunchError(RuntimeError):
 
 @dataclass(frozen=True)
 class Schedule:
-    """The orders of threads and of blocks, each one of `ORDERS`, and the number of a barrier that is skipped, if any."""
+    """The orders of threads and of blocks, each one of `ORDERS`, and the number of a barrier that is skipped."""
 
     threads: str = "forward"
     blocks: str = "forward"
