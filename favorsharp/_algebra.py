@@ -98,17 +98,17 @@ def eigen(s: Array) -> tuple[Array, Array]:
 def balance(s1: Array, s2: Array, ridge: float) -> tuple[Array, Array]:
     """Return g1, g2 with g1^T g2 = I that map both second moments to the same diagonal matrix, largest entry first."""
     xp = namespace_of(s1, s2)
-    if s2 is s1:  # the axes of both
+    if s2 is s1:  # the common axes
         _, axes = eigen(regular(s1, s1, ridge))
         axes = axes * signs(axes)
         return axes, axes
-    # a Cholesky factor costs much less than a square root, but needs the least ridge: rounding is smaller than this
+    # a Cholesky factor costs much less than a square root, but needs the default ridge, which exceeds rounding errors
     factor = triangular if ridge >= min(least_ridge(s1), least_ridge(s2)) else square_root
     s1, s2 = regular(s1, s2, ridge), regular(s2, s1, ridge)
     if factor is triangular and not is_traced(s1):
         transposed = xp.matrix_transpose(xp.linalg.cholesky(s1))
         squares, axes = eigen(transposed @ s2 @ xp.matrix_transpose(transposed))
-        # small eigenvalues of squares lose digits: those that only the ridge makes would lose their order
+        # squares lose digits of small eigenvalues, so eigenvalues that come from the ridge alone would lose their order
         least = max(1e-6, 1e4 * float(xp.finfo(squares.dtype).eps))
         if bool(xp.all(squares[..., -1:] > least * squares[..., :1])):
             roots, axes = xp.matrix_transpose(squares) ** 0.25, axes @ transposed

@@ -72,10 +72,10 @@ def _numpy_label(dtype: DType) -> str:
 
 
 def signature_of(x: Any, *, with_layout: bool = False) -> Any:
-    """A hashable value of all that the checks and the choice of an implementation read of x; None if it has none.
+    """A hashable value that holds all that checks and the choice of an implementation read of x, or None.
 
-    There is one for plain NumPy arrays, for torch tensors, and for values of exactly the types bool, int, str and
-    None. `with_layout` adds the memory layout of an array, such as its strides.
+    Plain NumPy arrays, torch tensors, and values of exactly the types bool, int, str and None have such a value.
+    `with_layout` adds the memory layout of an array, such as its strides.
     """
     kind = type(x)
     module = kind.__module__
@@ -95,11 +95,11 @@ def signature_of(x: Any, *, with_layout: bool = False) -> Any:
 
 
 def stamps_of(arrays: Iterable[Array]) -> tuple[Any, ...]:
-    """A value that changes when torch tensors are written to in place, or begin or cease to need gradients."""
+    """A value that changes when a torch tensor is written to in place, or begins or ceases to need gradients."""
     torch = sys.modules.get("torch")
     if torch is None:
         return ()
-    kind = torch.Tensor  # parameters too, which an optimiser writes to
+    kind = torch.Tensor  # this includes parameters, which an optimiser writes to
     held = [x for x in arrays if isinstance(x, kind)]
     try:
         return tuple([(x.requires_grad, x._version) for x in held])
@@ -119,7 +119,7 @@ def result_dtype(xp: Namespace, *arrays: Array) -> DType:
     names = {dtype_name(dtype) for dtype in dtypes}
     if len(names) == 1:
         return dtypes[0]
-    if "bfloat16" in names:  # unknown to the standard, and torch's own function for it cannot be compiled
+    if "bfloat16" in names:  # the standard does not know it, and torch.compile cannot trace torch's own function for it
         return named_dtype(xp, "float64" if "float64" in names else "float32")
     return xp.result_type(*dtypes)
 
@@ -188,14 +188,17 @@ def from_host(values: Any, like: Array, dtype: DType | None = None) -> Array:
 
 
 def is_on_gpu(x: Array) -> bool:
-    """Whether the host would have to wait for the device of x to learn a number that is computed there."""
+    """Whether the host would have to wait for the device of x in order to read a number from it."""
     if array_api_compat.is_torch_array(x):
         return bool(x.device.type != "cpu")
     return bool(array_api_compat.is_cupy_array(x))
 
 
 def cholesky(x: Array) -> Array:
-    """The lower Cholesky factor, (*b, d, d); on a GPU NaN if x has none, because the host does not wait to learn it."""
+    """The lower Cholesky factor, (*b, d, d).
+
+    If x has none, it is NaN on a GPU, where the host does not wait for the check.
+    """
     if not (array_api_compat.is_torch_array(x) and is_on_gpu(x)):
         return namespace_of(x).linalg.cholesky(x)  # CuPy does not wait either
     torch = sys.modules["torch"]
@@ -204,7 +207,7 @@ def cholesky(x: Array) -> Array:
 
 
 def solve(a: Array, b: Array, *, lower: bool = False) -> Array:
-    """The solution x of a x = b, (*b, d, d), (*b, d, e) -> (*b, d, e); as `cholesky`, it makes no host wait for a GPU.
+    """The solution x of a x = b, (*b, d, d), (*b, d, e) -> (*b, d, e); like `cholesky`, it never makes the host wait.
 
     `lower` says that a is a lower triangle, which needs no pivots.
     """
@@ -215,7 +218,10 @@ def solve(a: Array, b: Array, *, lower: bool = False) -> Array:
 
 
 def stream_label(x: Array) -> int:
-    """The stream on which CuPy's copies from the host are in order; 0 for libraries that wait until they are done."""
+    """The stream on which CuPy copies from the host, as a number.
+
+    0 for libraries whose copies are complete on return.
+    """
     return int(sys.modules["cupy"].cuda.get_current_stream().ptr) if array_api_compat.is_cupy_array(x) else 0
 
 

@@ -1,4 +1,4 @@
-"""What array libraries record, differentiate and trace, and whether kernels may run beside it."""
+"""What array libraries record, differentiate and trace, and whether kernels may run then; the package asks here."""
 
 import math
 import sys
@@ -61,7 +61,10 @@ def tensor_fault(x: Any) -> str | None:
 
 
 def _has_modes(torch: Any) -> bool:
-    """Whether a mode of torch sees operations; a mode that only sets the device of new tensors does not count."""
+    """Whether a mode of torch is active that sees operations.
+
+    A mode that only sets the device of new tensors does not count.
+    """
     if torch._C._len_torch_dispatch_stack():
         return True
     count = torch._C._len_torch_function_stack()
@@ -77,7 +80,7 @@ def _modes_trace(torch: Any) -> bool:
 
 
 def is_traced_by_mode() -> bool:
-    """Whether a mode of torch records or fakes operations (`make_fx`, FakeTensorMode): results have no numbers."""
+    """Whether a mode of torch records or fakes operations (`make_fx`, FakeTensorMode): then results have no numbers."""
     torch = sys.modules.get("torch")
     return torch is not None and _has_modes(torch) and _modes_trace(torch)
 
@@ -109,7 +112,7 @@ def in_forward_mode(torch: Any) -> bool:
 
 
 def has_fused_attention(*arrays: Array) -> bool:
-    """Whether `fused_attention` takes these arrays: tensors on a GPU or a like device, that no derivative follows.
+    """Whether `fused_attention` takes these arrays: tensors outside the CPU of which no derivative is recorded.
 
     Some of torch's kernels have no second derivatives and no derivatives in forward mode.
     """
@@ -121,7 +124,7 @@ def has_fused_attention(*arrays: Array) -> bool:
 
 
 def fused_attention(q: Array, k: Array, v: Array, scale: float) -> Array:
-    """Softmax attention by the kernel that torch chooses for the device; fast ones take four axes only."""
+    """Softmax attention by the kernel that torch chooses for the device; fast kernels take arrays of four axes only."""
     attend = sys.modules["torch"].nn.functional.scaled_dot_product_attention
     batch = q.shape[:-2]
     if len(batch) != 2:
@@ -131,7 +134,7 @@ def fused_attention(q: Array, k: Array, v: Array, scale: float) -> Array:
 
 
 def mode_of_library() -> Any:
-    """The global settings that torch's results depend on; None if torch traces, transforms or follows operations."""
+    """The global settings on which torch's results depend; None if torch traces, transforms or follows operations."""
     torch = sys.modules.get("torch")
     if torch is None:
         return False
@@ -173,9 +176,9 @@ def without_gradient(x: Array) -> Array:
 
 @contextmanager
 def outside_modes(x: Array) -> Iterator[None]:
-    """For what outlives the modes of torch that are active, such as a value that is computed when it is first read.
+    """A context for computing a value that outlives the active modes of torch.
 
-    Inside no dispatch mode follows operations on tensors, none is fake, and none is made for inference only.
+    Inside it, no dispatch mode follows operations, and no tensor is fake or made for inference only.
     """
     if not array_api_compat.is_torch_array(x):
         yield
@@ -198,7 +201,7 @@ def recorded_gradients(
     torch = sys.modules["torch"]
     again = torch.is_grad_enabled()
     with torch.enable_grad():
-        # autograd.grad stops at these views; the graph goes on to the arrays
+        # autograd.grad stops at these views; the graph continues to the arrays
         own = [None if x is None else x.view_as(x) for x in arrays]
         reached = [
             (x, gradient)
@@ -214,7 +217,7 @@ def recorded_gradients(
 
 
 def recorded_or_followed(*gradients: Array | None) -> bool:
-    """Whether kernels cannot process torch's gradients, because these are recorded themselves, traced or followed."""
+    """Whether kernels must not compute gradients, because torch records, traces or follows the backward pass itself."""
     if sys.modules["torch"].is_grad_enabled():
         return True
     return any(x is not None and is_followed(x) for x in gradients)
@@ -225,7 +228,7 @@ def differentiate(
 ) -> tuple[Array, Callable[[Array], tuple[Array, ...]]]:
     """The result of function(*arrays), and a function from its gradient to the gradients of the arrays.
 
-    The library of the arrays does the differentiation.
+    The library of the arrays computes these gradients.
     """
     if array_api_compat.is_torch_array(arrays[0]):
         torch = sys.modules["torch"]

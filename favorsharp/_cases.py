@@ -98,7 +98,10 @@ def _problem(shape: str) -> tuple[Any, Any, Any]:
 
 
 def _map(shape: str, to: Callable[[Any], Array]) -> Any:
-    """A map for the problem, in the dtype of the computation; fitted in NumPy, so that all libraries get the same."""
+    """A map for the problem, in the dtype of the computation.
+
+    It is fitted in NumPy, so that all libraries get the same map.
+    """
     like = to(np.zeros(1))
     wide = named_dtype(namespace_of(like), _wide_name(like))
     return map_arrays(_fitted(shape), lambda x: from_host(np.array(x), like, wide))
@@ -113,7 +116,7 @@ def _fitted(shape: str) -> Any:
 def _mask(shape: tuple[int, ...]) -> Any:
     mask = np.random.default_rng(1).random(shape) > 0.3
     if mask.ndim > 1 and mask.shape[0] > 1:
-        mask[0] = False  # so that some rows see no key
+        mask[0] = False  # then some rows see no key
     return mask
 
 
@@ -216,7 +219,7 @@ def _kernel_matvec() -> Iterator[Case]:
 
 
 def _wide(host: Any, to: Callable[[Any], Array]) -> Array:
-    """A NumPy array in the dtype of the computation, float32 at least."""
+    """A NumPy array in the dtype of the computation, which is at least float32."""
     like = to(np.zeros(1))
     return from_host(np.array(host), like, named_dtype(namespace_of(like), _wide_name(like)))
 
@@ -368,7 +371,7 @@ def gradient_cases(op: str) -> tuple[Case, ...]:
 def _attention_vjp() -> Iterator[Case]:
     for base in (*_attention(True, (0, 5)), *_unequal()):
         if base.name.startswith("tiles, window 5"):
-            continue  # the differences of the reference take long
+            continue  # finite differences of the reference are slow
         for is_causal in (False, True):
             if is_causal and ("unequal" in base.name or "grouped" in base.name):
                 continue

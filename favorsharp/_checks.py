@@ -1,4 +1,7 @@
-"""Checks of the arguments of public functions. Every message names the argument, what came, and what is accepted."""
+"""Checks of the arguments of public functions.
+
+Every message names the argument, what was passed, and what is accepted.
+"""
 
 import math
 import operator
@@ -58,7 +61,7 @@ def check_floats(**named: Any) -> Namespace:
 
 
 def check_in_memory(**named: Any) -> None:
-    """Raise if any of the named arrays is dask's, where only arrays in memory will do."""
+    """Raise if any of the named arrays is a dask array, in functions that take only arrays in memory."""
     lazy = [name for name, x in named.items() if library_of(x) == "dask"]
     if lazy:
         raise TypeError(
@@ -68,7 +71,7 @@ def check_in_memory(**named: Any) -> None:
 
 
 def check_unfollowed(name: str, x: Array) -> None:
-    """Raise where kernels cannot read an array that is given to a call later on: it is traced, or followed by modes."""
+    """Raise if kernels cannot read an array that a pullback gets, because it is traced or followed by a mode."""
     if is_followed(x):
         raise TypeError(
             f"{name} is traced, or a mode of torch follows operations, and the call before it was not; accepted: both "
@@ -232,7 +235,7 @@ def check_window(window: Any, q: Array, k: Array) -> int:
 
 
 def check_window_of_state(held: int, window: int, is_causal: bool) -> None:
-    """Check that a call that goes on from a state has the window of the state, and is causal if there is one."""
+    """Check that a call that continues from a state has the window of the state, and is causal if there is a window."""
     if held != window:
         raise ValueError(f"window must be that of the state, {held}, got {window}")
     if window and not is_causal:

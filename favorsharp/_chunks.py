@@ -1,4 +1,4 @@
-"""Dask arrays: one delayed call for each chunk of points, and a tree that merges the results.
+"""Functions for dask arrays: one delayed call for each chunk of points, and a tree that merges the results.
 
 `moments`, `fit` and the functions of `regression` use it. dask is imported only if a caller passes one of its arrays.
 """
@@ -35,7 +35,7 @@ def as_chunked(**named: Array) -> list[Array]:
 
 
 def point_blocks(x: Array, like: Array | None = None) -> list[Any]:
-    """Delayed chunks of x along the point axis -2, other axes whole; cut where `like` is cut, if it is given."""
+    """Delayed chunks of x along the point axis -2, cut at the places where `like` is cut; other axes are not cut."""
     points = x.chunks[-2] if like is None else like.chunks[-2]
     x = x.rechunk({axis: points if axis == x.ndim - 2 else -1 for axis in range(x.ndim)})
     return list(x.to_delayed().ravel())

@@ -1,6 +1,6 @@
-"""What was made from a feature map before: one store for plans of calls, prepared maps and the backends' packed maps.
+"""A store of what was made from a feature map: plans of calls, prepared maps, and the packed maps of backends.
 
-Maps are frozen, but the tensors of torch that a map holds may be written to, or begin to need gradients. Then all that
+Maps are frozen, but torch tensors that a map holds may be written to, or begin to need gradients. Then everything that
 was made from the map is forgotten.
 """
 
@@ -12,7 +12,7 @@ from favorsharp._arrays import stamps_of
 
 
 class _Made(NamedTuple):
-    """What was made from a map whose tensors had these stamps, by key."""
+    """What was made from a map while its tensors had these stamps, by key."""
 
     stamps: tuple[Any, ...]
     by_key: dict[Hashable, Any]
@@ -30,12 +30,12 @@ def _store_of(feature_map: Any) -> _Made:
 
 
 def made_from(feature_map: Any) -> dict[Hashable, Any]:
-    """What was made from a map with its present numbers, by key; nothing in it may refer to the map itself."""
+    """What was made from the present numbers of a map, by key; nothing in it may refer to the map itself."""
     return _store_of(feature_map).by_key
 
 
 def derived(feature_map: Any, key: Hashable, make: Callable[[], Any]) -> Any:
-    """The value that was made under a key from a map with its present numbers, or a new one from `make`."""
+    """The value that was made from the present numbers of a map under a key, or a new one from `make`."""
     return _from(_store_of(feature_map), key, make)
 
 
@@ -46,9 +46,9 @@ def _from(store: _Made, key: Hashable, make: Callable[[], Any]) -> Any:
 
 
 def derived_unless_trained(feature_map: Any, key: Hashable, make: Callable[[], Any]) -> Any:
-    """As `derived`; always a new value if a tensor of the map needs gradients, or was made in inference mode.
+    """As `derived`, but always a new value if a tensor of the map needs gradients, or was made in inference mode.
 
-    Changes of such tensors go unnoticed, or the value has a graph that belongs to one call.
+    Changes of inference tensors cannot be noticed, and a value with gradients has a graph that belongs to one call.
     """
     store = _store_of(feature_map)
     if any(stamp is None or stamp[0] for stamp in store.stamps):

@@ -25,9 +25,9 @@ def merge_heads(group: int, out: Array) -> Array:
 
 
 def join_queries(group: int, q: Array) -> Array:
-    """The queries of one token by the key head that they read, (*b, h g, 1, d) -> (*b, h, g, d).
+    """The queries of one token, grouped by the key head that they read, (*b, h g, 1, d) -> (*b, h, g, d).
 
-    They need no group axis if all of them see the same keys.
+    Since all of them see the same keys, they need no group axis.
     """
     if group == 1:
         return q
@@ -51,7 +51,7 @@ def add_mask_axis(mask: Array | None) -> Array | None:
 def grouped(
     group: int, q: Array, k: Array, v: Array, key_mask: Array | None
 ) -> tuple[Array, Array, Array, Array | None]:
-    """Queries, keys, values and mask with the group axis; keys, values and mask have length 1 there."""
+    """Queries, keys, values and mask with the group axis, which has length 1 for keys, values and mask."""
     if group == 1:
         return q, k, v, key_mask
     return split_heads(group, q), k[..., None, :, :], v[..., None, :, :], add_mask_axis(key_mask)

@@ -21,7 +21,7 @@ Elementwise: TypeAlias = Callable[[Array], Array]
 
 
 class PositiveMap(Protocol):
-    """What attention needs of a feature map: logarithms of non-negative features."""
+    """The methods that attention needs of a feature map: logarithms of non-negative features."""
 
     @property
     def num_features(self) -> int:

@@ -1,4 +1,4 @@
-"""What dataclasses hold, and copies of them in which the arrays are changed, or have another dtype."""
+"""Functions for dataclasses of arrays: the arrays that they hold, and copies with changed arrays or another dtype."""
 
 from collections.abc import Callable, Collection
 from dataclasses import fields, is_dataclass, replace
@@ -34,7 +34,7 @@ def held_arrays(value: Any) -> list[Array]:
 
 
 def fields_alone(value: Any) -> dict[str, Any]:
-    """The fields of a dataclass as pickle shall keep them: without other memory of which a tensor is a part."""
+    """The fields of a dataclass for pickle; a tensor that is a part of larger memory is copied."""
     return {field.name: _alone(getattr(value, field.name)) for field in fields(value)}
 
 
@@ -50,7 +50,7 @@ def _names(value: Any) -> Collection[str]:
 def astype(value: Any, dtype: Any) -> Any:
     """A copy of a dataclass with its arrays of numbers in the given dtype; the value itself if they have it already.
 
-    It matters that the value itself is returned: backends keep what they derive from an object as long as it exists.
+    Callers rely on getting the value itself, because backends keep what they derive from an object while it exists.
     """
     same = True
 

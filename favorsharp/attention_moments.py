@@ -96,10 +96,10 @@ def attention_moments(
 
 @dataclass(frozen=True, eq=False)
 class _Pairs:
-    """Queries (*b, n, d) and keys (*b, s, d), centred at their plain means and 0 where hidden; and who sees whom.
+    """Queries (*b, n, d) and keys (*b, s, d), centred at their plain means, 0 if hidden; and which pairs are visible.
 
-    Centring keeps sums from being differences of large numbers. `positions` (n,) are those of the queries if calls are
-    causal; the g queries of a group follow each other on the axis n.
+    Centring avoids differences of large numbers. `positions` (n,) are the positions of the queries in causal calls; the
+    g queries of a group are next to each other on the axis n.
     """
 
     x: Array
@@ -125,7 +125,7 @@ class _Pairs:
 def _pairs(
     x: Array, y: Array, data: Moments, group: int, mask_x: Array | None, mask_y: Array | None, is_causal: bool
 ) -> _Pairs:
-    """The points as the sums take them; the g queries of each key head are pooled."""
+    """The points in the form for the sums, with the g queries of each key head pooled."""
     xp = namespace_of(x, y)
     positions = xp.arange(x.shape[-2], **on_device_of(x))
     visible_x, visible_y = _visible(mask_x, x), _visible(mask_y, y)

@@ -1,6 +1,6 @@
 """Checks the arguments of attention, for `linear_attention`, `vjp` and `distributed.linear_attention`.
 
-`checked` returns a `Call`: the arguments in the form in which the ops take them.
+`checked` returns a `Call`: the arguments in the form that the ops take.
 """
 
 from dataclasses import dataclass
@@ -29,7 +29,7 @@ from favorsharp.plans import prepared_map
 
 @dataclass(frozen=True, eq=False)
 class Call:
-    """Checked arguments of attention, in the form in which the ops take them.
+    """Checked arguments of attention, in the form that the ops take.
 
     Attributes
     ----------
@@ -75,7 +75,7 @@ class Call:
         return broadcast_shapes(self.k.shape[:-2], self.v.shape[:-2], self.feature_map.batch_shape, mask)
 
     def shape_with(self, state: State | None) -> tuple[int, ...]:
-        """The shape of the result of a call that continues from a state (which has the group axis too) or from none."""
+        """The shape of the result of a call, which may continue from a state; the state has the group axis too."""
         held = () if state is None else state.like.shape[:-2]
         batch = merged_batch(self.group, self.q.shape[:-2], self.key_batch, held)
         return (*batch, self.q.shape[-2], self.v.shape[-1])
@@ -85,20 +85,20 @@ class Call:
         return empty_state(self.feature_map, self.key_batch, self.k.shape[-1], self.v.shape[-1], window, like)
 
     def place(self, run: Implementation, out: Array | None) -> dict[str, Array]:
-        """The keyword argument `out`, if the implementation can write its result there; else no argument."""
+        """The keyword argument `out` if the implementation can write its result there, otherwise no argument."""
         if out is None or not run.takes_out or is_followed(out):
             return {}
         return {"out": split_heads(self.group, out)}
 
     def deliver(self, result: Array, out: Array | None, place: dict[str, Array] | None = None) -> Array:
-        """The result with merged heads, in `out` if that is given; `place` is what the method `place` returned."""
+        """The result with merged heads, in `out` if that is given; `place` is the result of the method `place`."""
         if place and result is place["out"]:
             assert out is not None
             return out
         result = merge_heads(self.group, result)
         if out is None:
             return result
-        out[...] = result  # the only place where the package writes to an array of the caller
+        out[...] = result  # the package writes to an array of the caller only here
         return out
 
 

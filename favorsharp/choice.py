@@ -98,7 +98,7 @@ def latest_wish() -> tuple[str, ...]:
 
 
 def names_wished() -> tuple[tuple[str, ...], str]:
-    """The names that the caller asked for, none by default, and a description of where."""
+    """The backends that the caller has named, none by default, and a description of where they were named."""
     names = _wish.get()
     if names:
         return names, "use()"
@@ -131,7 +131,7 @@ def _check_names(names: Iterable[str], source: str) -> None:
 
 
 def circumstances() -> Hashable | None:
-    """What a choice depends on besides the request; None while `watch` records, so that no call is skipped."""
+    """What a choice depends on besides the request; None while `watch` records, so that every call is dispatched."""
     if _calls.get() is not None:
         return None
     return _wish.get(), os.environ.get(VARIABLE), _generation

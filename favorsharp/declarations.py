@@ -1,4 +1,4 @@
-"""What a call asks for and what a backend offers: requests, kernels and backends; `dispatch` chooses between them."""
+"""The requests of calls, and the kernels and backends that serve them; `dispatch` chooses between the kernels."""
 
 import importlib.util
 from collections.abc import Callable
@@ -21,7 +21,7 @@ CURES = {"numba": "favorsharp[cpu]", "cupy": "favorsharp[cuda12]' or 'favorsharp
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """Everything about a call on which the choice of an implementation depends. It has no shapes.
+    """All properties of a call on which the choice of an implementation depends. Shapes are not among them.
 
     Attributes
     ----------
@@ -112,17 +112,17 @@ class Kernel:
         state, and is differentiable if the kernel is.
     plan : str, optional
         For decode_step and landmark_stream: ``"module:function"``. The function takes the arguments of a first call;
-        those of decode_step have grouped queries joined by the key head that they read
-        (`favorsharp._heads.join_queries`). It returns a function for calls whose arrays (for landmark_stream: other
-        than those of the state) have the same shapes, dtypes and memory layouts, or None if there is none.
+        for decode_step, the queries that share a key head are joined (`favorsharp._heads.join_queries`). It returns a
+        function for calls whose arrays have the same shapes, dtypes and memory layouts (for landmark_stream, except
+        those of the state), or None if it has no such function.
     takes_out : bool
         For attention and causal_attention: whether the function, and `packed`, take an array for the result as `out`.
         They return that array if they wrote to it.
     of_points : str, optional
-        For exponential_features: ``"module:function"``, which computes features of the points that a caller of a map
-        has. It is called as function(x, feature_map, side, logarithms=..., out=...) with side "query" or "key", returns
-        features or their logarithms in the dtype of x, and writes them to `out` if that is not None. It is not called
-        if torch records gradients.
+        For exponential_features: ``"module:function"``, which computes features from the points that a map gets. It is
+        called as function(x, feature_map, side, logarithms=..., out=...) with side "query" or "key", returns features
+        or their logarithms in the dtype of x, and writes them to `out` if that is not None. It is not called if torch
+        records gradients.
     """
 
     op: str
@@ -170,7 +170,7 @@ class Kernel:
 
 @dataclass(frozen=True)
 class Implementation:
-    """What runs an op: a function, and what else its kernel declares (see `Kernel`)."""
+    """The function that runs an op, and the other functions that its kernel declares (see `Kernel`)."""
 
     run: Callable[..., Any]
     packed: Callable[..., Any] | None = None

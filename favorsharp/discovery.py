@@ -22,7 +22,7 @@ BUNDLED = ("numba", "cuda")
 def entry_points() -> "Mapping[str, EntryPoint]":
     """The entry point of each backend by name: the bundled ones first, in their order, then the others by name."""
     found: dict[str, EntryPoint] = {}
-    import importlib.metadata  # slow: a third of the time allowed for `import favorsharp`
+    import importlib.metadata  # slow: it would take a third of the time allowed for `import favorsharp`
 
     known = importlib.metadata.entry_points(group=GROUP)
     for point in sorted(known, key=lambda point: (not is_bundled(point), _rank(point))):

@@ -1,4 +1,4 @@
-"""Which implementation runs an operation: ops, kernels, backends, and the choice between them.
+"""Chooses the implementation of an operation: ops, kernels, backends, and the choice between them.
 
 What this module promises:
 
@@ -136,7 +136,7 @@ class Op(Generic[P, R]):
         return self._own if kernel is None else cast(Implementation, implementation_of(kernel))
 
     def offers_of_points(self, *args: Any) -> bool:
-        """Whether such a call would run a kernel whose `of_points` can be called. `watch` does not record this."""
+        """Whether a call with these arguments would run a kernel that has `of_points`. `watch` does not record this."""
         request = request_of(self.name, *args)
         if request.traced or request.gradient:
             return False
@@ -177,7 +177,7 @@ def _decide_while_tracing(latest: tuple[str, ...], *request: Any) -> tuple[str |
 _loaded: dict[str, Implementation] = {}
 """The implementations that traced calls run, by target."""
 
-# What torch.compiler.assume_constant_result does, without importing torch.
+# torch.compiler.assume_constant_result sets the same attribute; here torch is not imported.
 _decide_while_tracing._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 

@@ -1,4 +1,4 @@
-"""Random rows w, each distributed as N(0, I), drawn on the host in float64; `feature_map` calls `draw_rows`.
+"""Draws random rows w, each distributed as N(0, I), on the host in float64; `feature_map` calls `draw_rows`.
 
 The rows of one draw may depend on each other: that keeps every estimate unbiased and lowers its variance. The same seed
 gives the same draw for every array library and device; the caller casts and moves it. All random rows are drawn here.
@@ -56,10 +56,10 @@ _WHOLE = 256
 
 
 def orthogonal(num_rows: int, size: int, rng: np.random.Generator) -> Rows:
-    """Blocks of d mutually orthogonal rows: Haar directions, independent chi_d lengths (arXiv 2009.14794)."""
+    """Blocks of d mutually orthogonal rows, with Haar directions and independent chi_d lengths (arXiv 2009.14794)."""
     if num_rows >= size or size <= _WHOLE:
         return _blocks(np.eye(size), num_rows, size, rng)
-    # the first columns of a Haar matrix need no others
+    # the first columns of a Haar matrix can be drawn without the others
     directions, lengths = _haar(1, size, rng, num_rows)[0].T, np.sqrt(rng.chisquare(size, num_rows))
     rows: Rows = lengths[:, None] * directions
     return rows
@@ -132,7 +132,7 @@ def _blocks(directions: Rows, num_rows: int, size: int, rng: np.random.Generator
 def _haar(num_blocks: int, size: int, rng: np.random.Generator, columns: int | None = None) -> Rows:
     """Orthogonal matrices, or their first columns, uniformly distributed (Mezzadri, arXiv math-ph/0609050)."""
     q, r = np.linalg.qr(rng.standard_normal((num_blocks, size, size if columns is None else columns)))
-    # Without the signs LAPACK's Q favours some directions, and positive features then estimate 0.7 to 1.3 times the
+    # Without the signs, LAPACK's Q favours some directions, and positive features would estimate 0.7 to 1.3 times the
     # kernel, depending on the direction of x + y.
     signs = np.where(np.diagonal(r, axis1=-2, axis2=-1) < 0, -1.0, 1.0)
     turned: Rows = q * signs[:, None, :]

@@ -59,7 +59,7 @@ def log_gaussian(x: Array, y: Array, scale: float) -> Array:
     for points that are not finite.
     """
     logs = gaussian_rows(x, y, scale)(0, x.shape[-2])
-    above = without_gradient(logs)  # derivatives at equal points, second ones too, stay those of logs
+    above = without_gradient(logs)  # derivatives at equal points, also the second ones, stay those of logs
     return logs - namespace_of(logs).where(above > 0, above, 0.0)
 
 

@@ -174,13 +174,14 @@ def fit_map(
     axis, mask_x, mask_y, enable_gqa
         As in `moments`.
     rng : None, int, SeedSequence or numpy Generator
-        As in `feature_map`. For prototypes it chooses 1,024 of the queries, if there are more, and the starting points;
-        for Nystrom maps 512 of the queries and as many keys, or with more than 410 features 1.25 times as many of each
-        as there are features, and the centres among these.
+        As in `feature_map`. For prototypes it chooses 1,024 of the queries, if there are more, and the starting points.
+        For Nystrom maps it chooses the centres, and before that a sample of 512 queries and 512 keys; with more than
+        410 features, the sample has 1.25 queries and 1.25 keys for each feature.
     refine : int
-        For prototypes, the number of steps of gradient descent that bring attention weights nearer to the exact ones
-        on the points of the fit; 40 are enough. From a thousand tokens or more, errors on other texts are about a tenth
-        smaller, and on the points of the fit a fifth. From a few hundred tokens it gains nothing on others.
+        For prototypes, the number of steps of gradient descent that bring attention weights nearer to the exact ones on
+        the points of the fit; 40 are enough. With a thousand tokens or more, errors are about a tenth smaller on other
+        texts, and a fifth smaller on the points of the fit. With a few hundred tokens, errors on other texts do not
+        become smaller.
 
     Returns
     -------
@@ -228,8 +229,8 @@ def fit_map(
 def _map_from_points(
     method: str, x: Array, y: Array, num_features: int, rng: Any, refine: int, **fitting: Any
 ) -> FeatureMap:  # fmt: skip
-    """A map of prototypes, or of Nystrom's method; `fitting` has arguments of `fit` that have no defaults here."""
-    from favorsharp.draws import generator  # loads NumPy, which `import favorsharp` must not
+    """A map of prototypes, or of Nystrom's method; `fitting` holds further arguments of `fit`."""
+    from favorsharp.draws import generator  # imports NumPy, which `import favorsharp` must not load
 
     m, own = check_integer("num_features", num_features, 1), generator(rng)
     check_in_memory(x=x, y=y)
@@ -266,7 +267,7 @@ def _without_transform(x: Array, y: Array, **fitting: Any) -> Parameters:
         xp = namespace_of(data)
         if not is_traced(data) and not bool(xp.all(xp.isfinite(data))):
             raise ValueError(f"{name} holds values that are not finite: cannot fit to them")
-    # one point and one column have the axes, the dtype and the scale of all
+    # one point and one column have the same axes, dtype and scale as all points
     p = fit_named(("x", "y"), x[..., :1, :1], y[..., :1, :1], method="posrf", **fitting)
     xp = namespace_of(p.a)
     eye = xp.eye(size, dtype=p.a.dtype, **on_device_of(p.a))
@@ -345,7 +346,7 @@ def in_range(x: Array, y: Array, scale: float | None) -> tuple[Array, Array, flo
 
 
 def _known(data: Moments) -> Moments:
-    """The moments; those of dask arrays are computed, because a fit needs their values. They are small."""
+    """The moments as numbers; lazy moments of dask arrays are computed, because a fit needs their values."""
     if not is_chunked(data.mean_x):
         return data
     import dask

@@ -29,7 +29,7 @@ from favorsharp.parameters import Parameters, log_kernel_of
 
 @dataclass(frozen=True)
 class Statistics:
-    """What a fit computes the parameters from: the moments of scaled points, and the ridge."""
+    """The input of the formulas: the moments of scaled points, and the ridge."""
 
     mean_x: Array
     mean_y: Array
@@ -99,7 +99,7 @@ def optimal(data: Statistics) -> Values:
     g1, g2 = balance(data.covariance_x, data.covariance_y, data.ridge)
     if data.cross is None:
         sums = _spread(data, g1, g2)
-    else:  # in weighted pairs u and v are correlated, so the principal axes of u + v are other ones
+    else:  # in weighted pairs u and v are correlated, so the principal axes of u + v differ from those of u and v
         xp = namespace_of(g1)
         mixed = g1 @ data.cross @ xp.matrix_transpose(g2)
         own = [g @ s @ xp.matrix_transpose(g) for g, s in ((g1, data.covariance_x), (g2, data.covariance_y))]
@@ -113,7 +113,7 @@ def poisson(data: Statistics) -> Values:
     xp = namespace_of(data.mean_x)
     products = diagonal(data.second_x) * diagonal(data.second_y)
     rate = xp.sqrt(row_sum(products) / products.shape[-1])
-    return {**plain(data), "rate": xp.where(rate > 0, rate, 1e-6)}  # if the data are zeros, smaller is better
+    return {**plain(data), "rate": xp.where(rate > 0, rate, 1e-6)}  # if all data are zero, the smallest rate is best
 
 
 def geometric(data: Statistics) -> Values:

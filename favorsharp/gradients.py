@@ -68,7 +68,7 @@ def vjp(function: Any, *arguments: Any, **options: Any) -> tuple[Array, Pullback
 
     def pullback(gradient: Array) -> tuple[Array, ...]:
         check_floats(gradient=gradient, out=out)
-        if tuple(gradient.shape) != tuple(out.shape):  # kernels would read past its end
+        if tuple(gradient.shape) != tuple(out.shape):  # with another shape, kernels would read past its end
             raise ValueError(
                 f"gradient has shape {tuple(gradient.shape)}; accepted: that of the result, {tuple(out.shape)}"
             )

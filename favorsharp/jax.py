@@ -1,4 +1,4 @@
-"""Register the library's values as JAX pytrees, so that `jax.jit`, `jax.vmap` and `jax.lax.scan` take and return them.
+"""Registers the library's values as JAX pytrees, so that `jax.jit`, `jax.vmap` and `jax.lax.scan` take and return them.
 
 Users import it once: ``import favorsharp.jax``. Arrays are leaves; names, sizes and the fingerprint of a state are
 static.
@@ -16,7 +16,7 @@ _STATIC = frozenset(
 )
 
 for _kind in VALUES:
-    if _kind is Landmarks:  # settings alone
+    if _kind is Landmarks:  # only settings
         jax.tree_util.register_static(Landmarks)
         continue
     _names = [field.name for field in fields(_kind)]

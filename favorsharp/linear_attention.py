@@ -274,7 +274,7 @@ def linear_attention(
 def _attend(
     call: Call, state: State | None, return_state: bool, out: Array | None, known: tuple[Any, Any]
 ) -> tuple[Array, State | None]:
-    """The result of a call and the state after it, if there is one; `known` is the map and the key for a plan."""
+    """The result of a call and the state after it, if one is returned; `known` is the map and the key for a plan."""
     if not call.is_causal and (state is not None or return_state):
         state = call.empty_state(call.window, call.k) if state is None else state
         state = update_op(state, *call.arguments[1:], key_mask=call.key_mask)
@@ -509,7 +509,7 @@ def decode_step(
     if key is not None and q.dtype == k.dtype == v.dtype:
         layout = layout_of(state)
         keep(feature_map, key, Plan(run, prepared, layout))
-        if planned is not None:  # the next token finds this plan, also if a window then holds one key more
+        if planned is not None:  # the next token finds this plan, even if the window holds one key more by then
             after.remember("known_layout", layout)
     return cast(part_queries(group, out), result_dtype(xp, q, k, v)), after
 

@@ -1,6 +1,6 @@
-"""The choice of a feature map for points: candidates are made and compared with the exact kernel on other points.
+"""Chooses a feature map for points: candidates are made and compared with the exact kernel on other points.
 
-`favorsharp.sklearn.RandomFeatures(method="auto")` is the public door.
+`favorsharp.sklearn.RandomFeatures(method="auto")` calls this module.
 """
 
 from collections.abc import Callable
@@ -43,7 +43,7 @@ class Choice:
 def choose_map(points: Array, n: int, scale: float, m: int, purpose: str, make: Callable[[str], FeatureMap]) -> Choice:
     """The map of m features with the least error for the Gaussian kernel of n points like those given, (k, d).
 
-    `make` makes the map of a method, from other points, so that none has an advantage.
+    `make` makes the map of a method from other points, so that no method has an advantage.
     """
     wide = cast(points, statistics_dtype(points))
     exact = to_host(kernel_matrix(wide, wide, kernel="gaussian", scale=scale)).astype(np.float64)
@@ -74,7 +74,7 @@ def product_error(found: Any, exact: Any, n: int) -> float:
 
 
 def square_sum(matrix: Any, n: int) -> float:
-    """The sum of squares of a matrix of n points, from that of a sample of them."""
+    """The sum of squares of the matrix of n points, estimated from the matrix of a sample."""
     own = np.mean(np.diagonal(matrix) ** 2)
     size = len(matrix)
     others = (np.sum(matrix**2) - size * own) / (size * (size - 1)) if size > 1 else 0.0
@@ -82,15 +82,15 @@ def square_sum(matrix: Any, n: int) -> float:
 
 
 def _expected_of_trig(exact: Any, m: int, n: int) -> float:
-    """The error that iid Fourier features are expected to have: their products have the variance (1 - K^2)^2 / m."""
+    """The expected error of iid Fourier features, whose products have the variance (1 - K^2)^2 / m."""
     return float(np.sqrt(square_sum((1 - exact**2) / np.sqrt(m), n) / square_sum(exact, n)))
 
 
 def smoothing_error(found: Any, exact: Any, n: int) -> float:
     """The relative error of the kernel matrix with its rows divided by their sums.
 
-    A row that is farther off than zeros, or has no positive sum, counts as much as zeros: a single row with a sum near
-    0 would decide else.
+    A row whose error exceeds that of zeros, or whose sum is not positive, counts like zeros. Otherwise a single row
+    with a sum near 0 would decide the comparison.
     """
     total = found.sum(axis=1, keepdims=True)
     wanted = exact / exact.sum(axis=1, keepdims=True)

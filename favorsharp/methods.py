@@ -49,7 +49,7 @@ class Method:
     logarithm : callable, optional
         Elementwise methods only: it takes projected inputs, and returns the logarithms of the features.
     for_kernels : bool
-        Whether `favorsharp.map_choice` tries it, which looks for the features nearest to a Gaussian kernel.
+        Whether `favorsharp.map_choice` tries the method when it looks for the features nearest to a Gaussian kernel.
     """
 
     name: str
@@ -174,7 +174,7 @@ FOR_KERNELS = tuple(record.name for record in reversed(_RECORDS) if record.for_k
 
 
 def method_of(method: MethodLike) -> Method:
-    """The record of a method that was checked; all callables have the same record."""
+    """The record of a checked method; all callables have the same record."""
     return TABLE[method] if isinstance(method, str) else _OF_CALLABLES
 
 

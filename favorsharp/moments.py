@@ -1,4 +1,4 @@
-"""First and second moments of queries and keys: all that `fit` needs to know of the data."""
+"""First and second moments of queries and keys, from which `fit` computes parameters."""
 
 from dataclasses import dataclass
 from functools import reduce, singledispatch
@@ -154,7 +154,7 @@ def moments(
 
 @under_own_settings
 def weighted_moments(x: Array, weight: Array) -> Moments:
-    """Moments of points (n, d) that are queries and keys alike, each counted as often as its weight (n,) says."""
+    """Moments of points (n, d) that are both queries and keys, each counted as often as its weight (n,) says."""
     xp, wide = namespace_of(x, weight), statistics_dtype(x)
     sides = []
     for start in range(0, x.shape[0], _TILE):
@@ -290,7 +290,7 @@ def point_moments(x: Array, mask: Array | None) -> tuple[Array, Array, Array]:
 
 def _strict_moments(x: Array, mask: Array | None, axes: tuple[int, ...]) -> _Side:
     """Count, mean and covariance of one side; NaN if a visible point is not finite."""
-    if axes or is_traced(x) or is_restricted():  # a backend that is named for attention need not have this op
+    if axes or is_traced(x) or is_restricted():  # a backend that the caller names for attention need not have this op
         return side_of(x, mask, axes)
     xp = namespace_of(x)
     count, mean, covariance = point_moments(x, mask)

@@ -56,7 +56,7 @@ precision."""
 
 
 def sample_size(num_features: int) -> int:
-    """How many points a map is made from, if there are so many."""
+    """The number of points that a map is made from, if there are so many."""
     return max(SAMPLE, math.ceil(REGRESSED * num_features))
 
 
@@ -65,8 +65,8 @@ def nystrom_map(
 ) -> NystromMap:
     """The map for pooled queries and keys, (*b, n, d) and (*b, s, d), and the parameters fitted to them.
 
-    These are those of `optimal`, or of `posrf` for the Gaussian kernel: g1 and g2 are the identity then. `rng` is a
-    NumPy generator. Directions that rounding errors would swamp are left out.
+    The parameters are those of `optimal`; for the Gaussian kernel they are those of `posrf`, with g1 and g2 the
+    identity. `rng` is a NumPy generator. Directions in which rounding errors would dominate are left out.
     """
     xp = namespace_of(x, y)
     least = NOISE * math.sqrt(num_features) * float(xp.finfo(fitted.g1.dtype).eps)
@@ -114,7 +114,7 @@ def _order(points: Array, seen: Array, m: int, least: float, noise: Array) -> tu
     Points that do not count are the last. `noise` has two rows of Gumbel numbers.
     """
     xp = namespace_of(points)
-    # which numbers a point gets must not depend on masked points
+    # the random numbers of a point must not depend on masked points
     rank = xp.cumulative_sum(cast(seen, xp.int64), axis=-1) - 1
     rank = xp.maximum(rank, xp.zeros_like(rank))
     key, other = (
@@ -138,14 +138,14 @@ def _taken(a: Array, order: Array) -> Array:
 
 
 def _centres(points: Array, seen: Array, order: Array, rough: Array, m: int) -> Array:
-    """Centres (*b, m, d) near the first points of an order; repeated if fewer than m points count."""
+    """Centres (*b, m, d) near the first points of an order; they are repeated if fewer than m points count."""
     xp = namespace_of(points)
     count = xp.sum(cast(seen, order.dtype), axis=-1, keepdims=True)
     slot = xp.arange(m, dtype=order.dtype, **on_device_of(points)) % xp.maximum(count, xp.ones_like(count))
     centres = _taken(points, xp.take_along_axis(order, slot, axis=-1))
     narrow, used = cast(centres, xp.float32), xp.ones_like(centres[..., :1, :1], dtype=xp.bool)
     means = cast(k_means(cast(points, xp.float32), seen, narrow, used, 1), points.dtype)
-    # copies of a point stay equal: of different ones, the points could not tell the functions apart
+    # copies of a point stay equal: if they differed, the regression could not distinguish their functions
     halves = 0.5 * xp.matrix_transpose(row_sum(narrow * narrow))
     means = _taken(means, xp.argmax(narrow @ xp.matrix_transpose(narrow) - halves, axis=-1))
     way = TOWARDS_MEANS * (means - centres)
@@ -156,7 +156,7 @@ def _centres(points: Array, seen: Array, order: Array, rough: Array, m: int) -> 
 
 
 def _root(points: Array, seen: Array, centres: Array, sharpness: Array, least: float) -> Array:
-    """A root of the A for which W A W^T, of the points with the centres, is nearest to their kernel matrix.
+    """A root of the A for which W A W^T is nearest to the kernel matrix; W has the kernels of points with centres.
 
     The functions of the regression are combinations of W that are of order 1 at the centres. Products with the kernel
     matrix may be in float32 if the map is far from exact.
@@ -177,9 +177,9 @@ def _root(points: Array, seen: Array, centres: Array, sharpness: Array, least: f
 
 
 def _directions(matrix: Array, least: float) -> tuple[Array, Array, Array]:
-    """Eigenvectors, eigenvalues as a row, and which are above `least` and the rounding errors of the decomposition.
+    """Eigenvectors, eigenvalues as a row, and a mask of those above `least` and above rounding errors.
 
-    The others are replaced by `least`.
+    The other eigenvalues are replaced by `least`.
     """
     xp = namespace_of(matrix)
     values, axes = (xp.flip(a, axis=-1) for a in xp.linalg.eigh(matrix))

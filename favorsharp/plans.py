@@ -1,8 +1,8 @@
 """Plans: the outcome of a call's checks and of its choice of an implementation, kept for later calls like it.
 
 For one token, the checks and the choice take longer than the arithmetic. So `linear_attention` and `decode_step` keep
-their outcome for each feature map, under a key. A later call with the same key skips the checks. So the checks of these
-two functions must not look at anything but what the key holds:
+their outcome for each feature map, under a key, and a later call with the same key skips the checks. Therefore the
+checks of these two functions may only depend on what the key holds:
 
 - of each array: type, shape, dtype, device, layout and whether it needs a gradient; for `decode_step` also how it
   lies in memory (strides, alignment);
@@ -12,11 +12,11 @@ two functions must not look at anything but what the key holds:
 - for `decode_step`, of the state: the same of its arrays as of the arguments, its window and its fingerprint;
 - the backends that `use` or the environment asks for, and the global settings of the array library.
 
-A map in the dtype of a computation, or with an axis for grouped heads, is kept in the same way (`prepared_map`):
-backends find again what they derived from it.
+A map in the dtype of a computation, or with an axis for grouped heads, is kept in the same way (`prepared_map`), so
+that backends find again what they have derived from it.
 
-If you add a check that looks at more, add that to `key_of`. tests/test_plans.py varies each argument of a call that has
-a plan. See docs: design, calls like one before.
+If you add a check that depends on more, extend `key_of`. tests/test_plans.py varies each argument of a call that has a
+plan. See docs: design, calls with the layout of an earlier call.
 """
 
 from collections.abc import Callable, Hashable
@@ -65,12 +65,13 @@ def key_of(
 ) -> tuple[Hashable, ...] | None:
     """The key of a call; None if the call has no key, so that its arguments must be checked.
 
-    With `with_layout` the key also says how arrays lie in memory. `state` is what `layout_of` returns for the state.
+    With `with_layout` the key also holds the memory layout of arrays. `state` is the result of `layout_of` for the
+    state.
     """
     mode = mode_of_library()
     if mode is None or state is None or (around := circumstances()) is None:
         return None
-    if getattr(feature_map, "arrays", None) is None:  # read after the mode: compilers cannot trace a cached property
+    if getattr(feature_map, "arrays", None) is None:  # after the mode: not traceable
         return None
     key: list[Hashable] = [mode, around, state]
     for x in arguments:
@@ -93,10 +94,11 @@ def layout_of(state: State) -> Hashable:
 
 
 def prepared_map(feature_map: Any, dtype: Any, *, grouped: bool = False) -> Any:
-    """The map in a dtype, with an axis for grouped heads if wanted: for later calls the same object, or the map itself.
+    """The map in a dtype, with an axis for grouped heads if wanted. Later calls get the same object.
 
-    A map whose tensors need gradients is prepared for each call, because the graph of one call must not be that of
-    another; so is a map in traced calls, and one of a library other than NumPy and torch.
+    A map that needs no change is returned itself. Three kinds of maps are prepared for each call: maps whose tensors
+    need gradients, because calls must not share a graph; maps in traced calls; and maps of libraries other than NumPy
+    and torch.
     """
 
     def prepare() -> Any:
@@ -112,7 +114,7 @@ def prepared_map(feature_map: Any, dtype: Any, *, grouped: bool = False) -> Any:
 
 
 def _unless(feature_map: Any, value: Any) -> Any:
-    """The value, or None in place of the map itself, so that the map can be freed."""
+    """The value; or None if it is the map itself, so that the store does not keep the map alive."""
     return None if value is feature_map else value
 
 

@@ -70,14 +70,14 @@ def prototype_map(
 def _centres(u: Array, seen: Array, m: int, rng: Any) -> tuple[Array, Array]:
     """k-means centres of queries, (*b, m, d), and the logarithms of the shares with which they count, (*b, 1, m).
 
-    Where there are fewer different queries than centres, the first centre is repeated, and its copies share its weight.
+    If there are fewer different queries than centres, the first centre is repeated, and its copies share its weight.
     """
     xp = namespace_of(u)
     slots = CANDIDATES * m
     noise = Noise(rng.standard_normal(u.shape[-1]), rng.random(slots), rng.gumbel(size=slots))
     origin, covariance = xp.zeros_like(u[..., :1, :]), outer(u[..., :0, :], u[..., :0, :])
     euclidean = Metric(origin, identity(covariance, covariance), origin)
-    alike = xp.where(seen, -xp.sum(u * u, axis=-1), -xp.inf)  # all queries matter alike: this cancels s = |u|^2
+    alike = xp.where(seen, -xp.sum(u * u, axis=-1), -xp.inf)  # cancels s = |u|^2: all weights are equal
     index, used = choose_seeds(u, alike, euclidean, m, noise, kernel="softmax", scale=1.0)
     u = xp.broadcast_to(u, (*index.shape[:-1], *u.shape[-2:]))
     points, used = xp.take_along_axis(u, index[..., None], axis=-2), used[..., None, :]
@@ -120,7 +120,7 @@ def _log_denominators(p: Parameters, points: Array, y: Array, seen: Array) -> Ar
 
 
 def _linear(u: Array, wanted: Array, seen: Array) -> tuple[Array, Array]:
-    """The linear function of u nearest to the wanted numbers: slope (*b, 1, d) and constant (*b, 1, 1)."""
+    """The linear function of u that is nearest to the wanted numbers: its slope (*b, 1, d) and constant (*b, 1, 1)."""
     xp = namespace_of(u)
     weight = cast(seen, u.dtype)[..., None]
     weight = weight / xp.maximum(xp.sum(weight, axis=-2, keepdims=True), xp.ones_like(weight[..., :1, :]))
@@ -185,7 +185,7 @@ def refined(
 
 
 def _some(x: Array, seen: Array, most: int, rng: Any) -> tuple[Array, Array]:
-    """Some of the points, the same positions for all heads, and which of them count."""
+    """A sample of the points, at the same positions for all heads, and a mask of those that count."""
     xp = namespace_of(x)
     order = xp.arange(x.shape[-2], **on_device_of(x))
     index = from_host(rng.permutation(x.shape[-2])[:most], x, dtype=order.dtype)
@@ -211,7 +211,7 @@ def _slopes(own: DenseExponentialMap, x: Array, seen_x: Array, y: Array, seen_y:
 
 
 def _on_scale(own: DenseExponentialMap, x: Array, seen_x: Array, y: Array, seen_y: Array) -> DenseExponentialMap:
-    """The map times the number with which the mean over queries of the log ratio of the denominators is 0."""
+    """The map times a number, so that the mean over queries of the log ratio of the denominators is 0."""
     xp = namespace_of(x)
     queries, keys, factor = _balanced(own, x, y, seen_y)
     total = xp.sum(queries @ xp.matrix_transpose(keys), axis=-1, keepdims=True)

@@ -175,7 +175,7 @@ def _chunked(x: Array, y: Array, v: Array, feature_map: Any, finish: Callable[[S
     x, y, v = as_chunked(x=x, y=y, v=v)
     if not isinstance(feature_map, FeatureMap):
         raise TypeError(f"feature_map must be a favorsharp.FeatureMap, got {type(feature_map).__name__}")
-    # the checks run on stand-ins of the same shapes and dtypes without data, so nothing is computed here
+    # the checks run on stand-ins with the same shapes and dtypes but without data, so nothing is computed here
     hollow = [np.broadcast_to(np.zeros((), dtype=a.dtype), a.shape) for a in (x, y, v)]
     dtype = check_products(hollow[0], hollow[1], hollow[2], feature_map)
     out_dtype = np.result_type(*(a.dtype for a in hollow))
@@ -216,7 +216,7 @@ def _read_landmarks(state: LandmarkState, x: Array, settings: Landmarks) -> Arra
 
 
 def _read_by_chunks(finish: Any, held: Any, x: Any, feature_map: Any, shape: tuple[int, ...], dtype: Any) -> Any:
-    """What each chunk of x reads from the delayed sums or state of all points y; `shape` leaves out the point axis."""
+    """The results of each chunk of x from the delayed sums or state of all points y; `shape` omits the point axis."""
     import dask
     import dask.array as da
 
@@ -290,7 +290,7 @@ def gather(y: Array, v: Array, feature_map: Any, weight: Array | None = None) ->
 
 
 def _last_column_apart(kv: Array | None) -> tuple[Array | None, Array | None]:
-    """The other columns of kv, and its last one as a row: the sums of weighted values and of weights."""
+    """The first columns of kv, and its last column as a row: the sums of weighted values, and those of weights."""
     if kv is None:
         return None, None
     return kv[..., :-1], namespace_of(kv).matrix_transpose(kv[..., -1:])
@@ -375,7 +375,7 @@ def leave_one_out(x: Array, v: Array, /, feature_map: FeatureMap) -> Array:
 def left_out(x: Array, v: Array, prepared: Any, weight: Array | None = None) -> Array:
     """`leave_one_out` with positive weights (*b, n) of the points; a point is left out with all its weight.
 
-    The arguments have been checked, and the map, which may be one of landmarks, is in the dtype to compute in.
+    The arguments have been checked, and the map, which may consist of landmarks, is in the dtype to compute in.
     """
     xp = namespace_of(x, v)
     dtype = compute_dtype(xp, x, v)

@@ -1,6 +1,6 @@
 """Ridge regression from sums over blocks of features, with an intercept, for many penalties at once.
 
-`favorsharp.sklearn.FeatureRidge` is the public door. Features are (n, m), values (n, e), weights (n,), all float64
+`favorsharp.sklearn.FeatureRidge` calls this module. Features are (n, m), values (n, e), weights (n,), all float64
 where the device has it.
 """
 
@@ -12,7 +12,7 @@ from favorsharp._typing import Array
 
 @dataclass(frozen=True)
 class RidgeSums:
-    """What a regression needs to know of its points: the sum of weights, means, and sums of centred products.
+    """The sums from which a regression is computed: the sum of weights, means, and sums of centred products.
 
     Attributes
     ----------
@@ -89,7 +89,7 @@ class RidgePath:
     def left_out(self, features: Array, values: Array, weight: Array) -> Array:
         """The weighted sums of square leave-one-out errors of a block of the points, (a, e).
 
-        A point is left out with all its weight; a regression without it is not computed: the error is the residual
+        A point is left out with all its weight. No regression without the point is computed: the error is the residual
         divided by one minus the point's own influence on its estimate.
         """
         xp = namespace_of(features)
@@ -105,7 +105,7 @@ class RidgePath:
         return xp.stack(out)
 
     def generalised(self) -> Array:
-        """The same sums by generalised cross-validation, which replaces each influence by their mean, (a, e).
+        """The same sums by generalised cross-validation, (a, e), which replaces each influence by the mean influence.
 
         It needs no points. The number of points is taken to be the sum of the weights.
         """

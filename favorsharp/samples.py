@@ -1,4 +1,4 @@
-"""The points that a map is made from: pooled over axes and grouped heads, a sample of them, and its centres."""
+"""Points for maps that are made from points: pooling over axes and grouped heads, sampling, and k-means centres."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ SAMPLE = 1024
 
 
 def pooled(x: Array, mask: Array | None, axis: int | tuple[int, ...], group: int) -> tuple[Array, Array]:
-    """Points with all averaged axes, and grouped heads, moved into the point axis, and which of them count."""
+    """Points with all averaged axes and grouped heads moved into the point axis, and a mask of those that count."""
     xp = namespace_of(x)
     seen = xp.ones(x.shape[:-1], dtype=xp.bool, **on_device_of(x)) if mask is None else mask
     shape = broadcast_shapes(seen.shape, x.shape[:-1])
@@ -30,7 +30,7 @@ def pooled(x: Array, mask: Array | None, axis: int | tuple[int, ...], group: int
 
 
 def sampled(x: Array, seen: Array, rng: Any, most: int = SAMPLE) -> tuple[Array, Array]:
-    """Up to `most` of the points that count, one from each of as many strata, and which entries are filled.
+    """Up to `most` of the points that count, one from each of as many strata, and a mask of the filled entries.
 
     No point is taken twice. The strata begin at a random point, so that all points have the same chance.
     """

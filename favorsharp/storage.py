@@ -80,8 +80,8 @@ def load(path: "str | Path", *, like: Array | None = None) -> Any:
     Returns
     -------
     Moments, Parameters, FeatureMap, State, Landmarks or LandmarkState
-        It has the same numbers as the saved value. So a state and the map that it was made with still fit together,
-        also if only one of them, or both, were saved and loaded.
+        It has the same numbers as the saved value. So a state and the map that made it still belong together, even if
+        one of them or both were saved and loaded.
 
     Raises
     ------
@@ -112,7 +112,7 @@ def load(path: "str | Path", *, like: Array | None = None) -> Any:
                 arrays = {name: archive[name] for name in archive.files}
             header = json.loads(arrays.pop("header").tobytes())
             version = header["favorsharp"]
-        except Exception as error:  # a damaged file can raise anything; NumPy's advice would be to run code from it
+        except Exception as error:  # any error; NumPy would advise to run code from the file
             raise ValueError(f"{path}: not a file that favorsharp.save wrote, or a damaged one") from error
     if version != FORMAT:
         raise ValueError(f"{path}: format {version!r} of favorsharp's files; accepted: {FORMAT}")
@@ -125,7 +125,7 @@ def load(path: "str | Path", *, like: Array | None = None) -> Any:
 
 
 def _taken_apart(value: Any, prefix: str, arrays: dict[str, Any]) -> dict[str, Any]:
-    """The fields of a value as JSON can hold them; its arrays are put into `arrays`."""
+    """The fields of a value as JSON; its arrays are put into `arrays`."""
     if type(value) not in VALUES:
         raise TypeError(f"value must be Moments, Parameters, a FeatureMap or a State, got {type(value).__name__}")
     entries: dict[str, Any] = {}

@@ -35,7 +35,7 @@ MOST_POINTS = 200
 
 @dataclass(frozen=True)
 class Row:
-    """One comparison: the op, the case, the library and dtype, what ran, and its largest relative error.
+    """One comparison: the op, the case, the library and dtype, the implementation, and its largest relative error.
 
     Examples
     --------
@@ -170,7 +170,7 @@ def _rows(name: str, kernel: Kernel, library: str, dtype: str, make: Callable[[A
     for case, compare in compared:
         arguments, options = case.make(make)
         if kernel.why_not(request_of(kernel.op, *arguments, *options.values())) is not None:
-            continue  # another device, or a family that the kernel does not declare
+            continue  # the kernel declares another device, or does not declare the family
         with use(name), watch() as calls:
             chosen = OPS[kernel.op].implementation(*arguments, **options)
         place = f"{kernel.op}, case {case.name!r}, {library} {dtype}"
@@ -252,7 +252,7 @@ class _Slopes:
 
 @cache
 def _slopes(op: str, name: str) -> _Slopes:
-    """Those of the case of that name, by differences of the reference; the same for every library and dtype."""
+    """The derivatives of the case of that name, by finite differences; they serve every library and dtype."""
     case = next(case for case in gradient_cases(op) if case.name == name)
     wide, options = case.make(_wide)
     reference = _REFERENCES[op]
@@ -303,7 +303,7 @@ _REFERENCES: dict[str, Callable[..., Any]] = {
 def _arrays_of(result: Any) -> list[Array]:
     if isinstance(result, tuple):
         return [array for part in result for array in _arrays_of(part)]
-    if isinstance(result, LandmarkState):  # the order of its keys depends on the draw
+    if isinstance(result, LandmarkState):  # the order of these keys depends on the draw
         seen = result.moments
         return [seen.mean_x, seen.covariance_x, seen.mean_y, seen.covariance_y]
     if isinstance(result, State):

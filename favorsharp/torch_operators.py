@@ -1,7 +1,7 @@
 """Operators of torch that run the kernels of a backend; the part of the kit for backends that imports torch.
 
 A backend declares an `Operator` once: the axes of its tensors and results, the functions that compute results and
-gradients, and the reference. What torch needs follows from that:
+gradients, and the reference. This module makes what torch needs:
 
 - Eager calls that torch records go through an autograd Function that holds the feature map itself. If the gradients are
   to be differentiated again, the reference computes them.
@@ -32,7 +32,7 @@ __all__ = ["FEATURES", "MATVEC", "Coordinates", "Library", "Operator", "TensorMa
 
 
 class Coordinates(NamedTuple):
-    """What the coordinates of features depend on: some fields of `favorsharp.Parameters`."""
+    """The fields of `favorsharp.Parameters` on which the coordinates of features depend."""
 
     kernel: str
     scale: float
@@ -45,7 +45,7 @@ class Coordinates(NamedTuple):
 class TensorMap:
     """A dense-exponential map as a custom operator takes it: the six tensors of `arrays_of`, and two settings.
 
-    It has what kernels read of a `DenseExponentialMap`, under the same names.
+    It has the attributes of `DenseExponentialMap` that kernels read, under the same names.
     """
 
     fingerprint = None
@@ -99,26 +99,28 @@ class Operator:
     ----------
     name : str
     tensors : str
-        Each tensor with its last axes, such as "q: n d, key_mask?: s". A question mark stands behind the name of one
-        that may be missing (None). The axes before these broadcast. The axis m has the size that the map gives it.
+        Each tensor with its last axes, such as "q: n d, key_mask?: s". A question mark after the name marks a tensor
+        that may be None. The axes before the named ones broadcast. The size of the axis m is the number of features of
+        the map.
     results : str or callable
-        The results in the same form; with a callable, `results(map, *tensors, **options)` gives the results of a fake
-        call, and nothing is differentiated.
+        The results in the same form. If it is a callable, `results(map, *tensors, **options)` returns the results of a
+        fake call, and the operator is not differentiable.
     forward : callable
-        `forward(map, *tensors, **options)` returns the results as a sequence, followed by what `backward` needs beside
-        them.
+        `forward(map, *tensors, **options)` returns the results as a sequence, followed by further tensors for
+        `backward`.
     backward : callable, optional
         `backward(gradients, made, map, *tensors, of_map, **options)` returns the gradients of all tensors that are
-        there and not boolean and then, with `of_map`, those of the arrays of the map. `made` is what `forward`
-        returned. If there are several results, a gradient may be None.
+        neither None nor boolean and, with `of_map`, then those of the arrays of the map. `made` is the result of
+        `forward`. If there are several results, a gradient may be None.
     reference : callable, optional
         `reference(map, *tensors, **options)` returns the results as a tuple, by functions that torch differentiates.
     kept : str
-        Tensors that `forward` of a custom operator returns behind the results, in the same form; always wide.
+        The further tensors that `forward` of a custom operator returns after the results, in the same form; always
+        wide.
     options : str
         The types and names of the options, such as "int window, bool causal".
     wide : bool
-        Whether results are in the dtype that is computed in (float64 or float32), and not in that of the first tensor.
+        Whether results have the dtype of the computation (float64 or float32) instead of that of the first tensor.
     with_map : bool
         Whether there is a map; if not, None stands for it.
     keeps_results : bool
@@ -143,7 +145,7 @@ class Operator:
             self._register(library)
 
     def __call__(self, feature_map: Any, *tensors: Any, made: Sequence[Any] | None = None, **options: Any) -> Any:
-        """The results as a tuple, recorded by torch; `made` is what `forward` returned, if that ran already."""
+        """The results as a tuple, recorded by torch; `made` is the result of `forward`, if that has run already."""
         arrays = arrays_of(feature_map) if self.with_map else ()
         if not is_followed(tensors[0]):
             return _Eager.apply(self, feature_map, options, made, *tensors, *arrays)
@@ -152,7 +154,7 @@ class Operator:
         return Traced.apply(self, self.numbers(feature_map, options), *tensors, *arrays)[: len(self.results)]
 
     def direct(self, feature_map: Any, *tensors: Any, **options: Any) -> Any:
-        """The list of results of the custom operator, and of what it keeps; torch records nothing."""
+        """The results of the custom operator and the further tensors, as a list; torch records nothing."""
         arrays = arrays_of(feature_map) if self.with_map else ()
         return self.op(*self.arguments(self.numbers(feature_map, options), (*tensors, *arrays)))
 
@@ -171,11 +173,11 @@ class Operator:
             self.backward_op = _defined(library, name, schema, self.run_backward, self._fake_backward)
 
     def _made(self) -> list[_Tensor]:
-        """What `backward` of a custom operator gets of what `forward` returned."""
+        """The part of the result of `forward` that `backward` of a custom operator gets."""
         return [*(self.results if self.keeps_results else ()), *self.kept]
 
     def numbers(self, feature_map: Any, options: dict[str, Any]) -> tuple[Any, ...]:
-        """The arguments of the custom operator behind its tensors."""
+        """The arguments of the custom operator after its tensors."""
         p = feature_map.parameters if self.with_map else None
         settings = () if p is None else (float(p.scale), p.kernel)
         return (*settings, *(options[name] for _, name in self.options))
@@ -215,7 +217,7 @@ class Operator:
         return self.fake(own, *tensors, **options)
 
     def _fake(self, own: TensorMap | None, *tensors: Any, **options: Any) -> list[Any]:
-        """New tensors with the shapes of the results and of what is kept."""
+        """New tensors with the shapes of the results and of the further tensors."""
         sizes: dict[str, Any] = {"1": 1, "2": 2}
         batches = [] if own is None else [own.batch_shape]
         for (_, axes, _), x in zip(self.tensors, tensors, strict=True):
@@ -239,7 +241,10 @@ class Operator:
     # What both kinds of autograd Functions need -----------------------------------------------------------------
 
     def placed(self, found: Iterable[Any], flat: Sequence[Any]) -> list[Any]:
-        """What `backward` returned, as one entry for each tensor and array of the map; None where there is none."""
+        """The result of `backward` with an entry for each tensor and each array of the map.
+
+        None if it has no gradient.
+        """
         each = iter(found)
         own = [next(each) if _has_gradient(x) else None for x in flat[: self.count]]
         return own + (list(each) or [None] * (len(flat) - self.count))
@@ -313,7 +318,7 @@ class Traced(torch.autograd.Function):
         flat, made = ctx.saved_tensors[:count], ctx.saved_tensors[count:]
         of_map = any(ctx.needs_input_grad[first:])
         given = (operator, ctx.numbers, of_map, *gradients[: len(operator.results)], *flat, *made)
-        # compilers refuse second derivatives, and cannot trace a Function inside of a Function
+        # compilers refuse second derivatives, and cannot trace a Function inside another Function
         found = _Once.forward(*given) if torch.compiler.is_compiling() else _Once.apply(*given)
         return None, None, *operator.placed(found, flat)
 
@@ -376,7 +381,7 @@ def _has_gradient(x: Any) -> bool:
 
 
 def _owned(x: Any) -> Any:
-    """The tensor itself, or a copy if it is a view or not contiguous: results of an operator have their own memory."""
+    """The tensor, or a copy if it is a view or not contiguous: results of an operator must own their memory."""
     return x.clone(memory_format=torch.contiguous_format) if x._is_view() or not x.is_contiguous() else x
 
 

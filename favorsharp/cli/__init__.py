@@ -1,4 +1,4 @@
-"""The command line with its commands `favorsharp compare`, `favorsharp info` and `favorsharp matrix`.
+"""The command line, with the commands `favorsharp compare`, `favorsharp info` and `favorsharp matrix`.
 
 The console script `favorsharp` and `python -m favorsharp` call `main`.
 """
@@ -15,7 +15,7 @@ _INTERRUPTED = 130
 
 def main() -> None:
     """Run the command line. Every error, also a missing package, prints one line and exits with code 2."""
-    if sys.argv[1:] == ["--version"]:  # this needs no other package
+    if sys.argv[1:] == ["--version"]:  # the option --version needs no other package
         _print_version(True)
     try:
         import matplotlib  # noqa: F401

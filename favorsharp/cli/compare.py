@@ -300,7 +300,7 @@ def _advice(rows: list[Comparison], target: float) -> str:
 
 
 def _summary(subject: _Subject) -> list[str]:
-    """The time of exact attention, and for landmarks and `optimal` the setting with the least error that saves time."""
+    """The time of exact attention; for landmarks and `optimal`, the setting with the least error that saves time."""
     exact = subject.rows[0].exact_seconds
     lines = [
         f"Exact attention over {subject.points[1].shape[-2]:,} tokens takes {_milliseconds(exact)} ms, and its time "

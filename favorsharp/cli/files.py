@@ -30,7 +30,10 @@ def read_attention(path: Path) -> tuple[Any, Any, Any, float | None]:
 
 
 def check_writable(*paths: Path | None) -> None:
-    """Raise unless the files can be written; called before the work starts. Existing files are not changed."""
+    """Raise unless the files can be written.
+
+    The commands call it before they start to work; existing files do not change.
+    """
     for path in paths:
         if path is None:
             continue
@@ -52,7 +55,7 @@ def _read_triple(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{folder}: no {', '.join(absent)}; accepted: {ACCEPTED}")
     try:
         return {name: np.load(folder / f"{name}.npy", allow_pickle=False) for name in "qkv"}
-    except Exception as error:  # a damaged file can raise anything
+    except Exception as error:  # a damaged file can raise any error
         raise ValueError(f"{folder}: cannot be read as .npy: {error}") from None
 
 

@@ -21,7 +21,7 @@ DTYPES = ("float16", "bfloat16", "float32", "float64")
 def matrix(
     markdown: Annotated[Path | None, typer.Option(help="Write the table as a Markdown page.")] = None,
 ) -> None:
-    """Run every op on every library and dtype found here: what ran, and its largest error against float64."""
+    """Run every op on every library and dtype found here; print what ran, and its largest error against float64."""
     console = Console()
     check_writable(markdown)
     rows = support()
@@ -43,7 +43,7 @@ def matrix(
 
 
 def support() -> list[tuple[Row, str]]:
-    """One row and a device for each op, library and dtype; a row covers all test cases of the op."""
+    """A row and the device for each op, library and dtype; a row covers all test cases of the op."""
     rows = []
     for op in sorted(op for op in OPS if not op.endswith("_vjp")):  # their results are functions
         truths = [(case, wanted(op, case)) for case in cases(op)]

@@ -1,4 +1,4 @@
-"""The picture of `favorsharp compare`: error against time, one panel for each set of queries and keys."""
+"""The picture of `favorsharp compare`: error against time, with a panel for each set of queries and keys."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -81,7 +81,7 @@ def _panel(axis: Any, title: str, rows: Sequence[Comparison]) -> None:
 
 
 def _line(axis: Any, method: str, window: int, group: list[Comparison], *, is_first: bool) -> None:
-    """Draw the line of a method, and write its name, or that of its window, and its numbers of features beside it."""
+    """Draw the line of a method, and write its name or its window, and its numbers of features, beside it."""
     times, errors = [1e3 * row.seconds for row in group], [row.measured for row in group]
     colour, named = COLOURS.get(method, OTHERS), method in COLOURS
     axis.plot(

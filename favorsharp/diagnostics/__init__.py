@@ -1,4 +1,4 @@
-"""Predicted and measured error of approximate attention, time and memory; for `suggest` and the command line."""
+"""Predicted and measured errors of approximate attention, times and memory; `suggest` and the command line use them."""
 
 from favorsharp.diagnostics.comparison import Comparison, compare, recommend
 from favorsharp.diagnostics.prediction import predicted_error, relative_error

@@ -1,4 +1,4 @@
-"""Settings measured on queries, keys and values: the public functions `compare` and `recommend`."""
+"""Measures settings on queries, keys and values: the public functions `compare` and `recommend`."""
 
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -73,7 +73,7 @@ class Comparison:
 
     @property
     def adds_nothing(self) -> bool:
-        """Whether the features or landmarks have no smaller error than their window has without them."""
+        """Whether the window alone has no larger error than the features or landmarks with the window."""
         return self.alone is not None and self.num_features > 0 and self.measured >= self.alone
 
     def as_dict(self) -> dict[str, Any]:
@@ -163,7 +163,7 @@ def compare(
 
 @dataclass(frozen=True)
 class _Trial:
-    """A method with a number of features: a map, or landmarks, for each seed, and what is predicted of them."""
+    """A method with a number of features: a map, or landmarks, for each seed, and the predicted error."""
 
     method: Any
     draw: str
@@ -174,7 +174,7 @@ class _Trial:
 
 
 class _Bench:
-    """The points that settings are measured on, and exact attention's output and time."""
+    """The points on which settings are measured, and the output and the time of exact attention."""
 
     def __init__(
         self, q: Array, k: Array, v: Array, seeds: int, scale: float | None, is_causal: bool, repeats: int
@@ -195,7 +195,7 @@ class _Bench:
         return (q[..., : self.half, :], k[..., : self.half, :]) if self.is_causal else (q, k)
 
     def measured(self, trial: _Trial, window: int, alone: float | None) -> Comparison:
-        """Measure a trial with a window, whose error without the trial's features is given."""
+        """Measure a trial with a window; the error of the window alone is given."""
 
         def call(seed: int = 0) -> Array:
             return linear_attention(*self.points, trial.maps[seed], is_causal=self.is_causal, window=window)
@@ -231,7 +231,7 @@ class _Bench:
 
 
 def _trials(bench: _Bench, methods: Any, draws: Any, num_features: Any) -> Iterator[_Trial]:
-    """What `compare` measures, with all windows each."""
+    """The trials of `compare`; each is measured with all windows."""
     q, k, _ = bench.points
     seeds, scale = range(bench.seeds), bench.scale
     for method in methods:

@@ -1,4 +1,4 @@
-"""The error of attention through features before any are drawn: the public function `predicted_error`."""
+"""Predicts the error of attention through features without drawing any: the public function `predicted_error`."""
 
 from dataclasses import replace
 from typing import Any
@@ -169,9 +169,9 @@ def _predicted_head(p: Parameters, x: Any, y: Any, values: Any, visible: Any, fa
     weights = weights * far
     even = far / np.maximum(far.sum(-1, keepdims=True), 1)
     lost = (weights - weights.sum(-1, keepdims=True) * even) @ values
-    # R_jk = exp(own + side_j + side_k + cross_jk), where cross is a Gram matrix. Half of its diagonal is moved to
-    # the sides: then the factor that the rows share is at most 1, and each row has one largest exponent. It is cut at
-    # 300 nats, where the error has long reached its ceiling
+    # R_jk = exp(own + side_j + side_k + cross_jk), where cross is a Gram matrix. Half of its diagonal is moved to the
+    # sides. Then the factor that the rows share is at most 1, and each row has one largest exponent. Exponents are cut
+    # at 300 nats, far beyond the point where the error reaches its ceiling
     half = 0.5 * np.diagonal(cross)
     shared = np.exp(cross - half[:, None] - half[None, :])
     side = side + half

@@ -43,7 +43,7 @@ class Suggestion:
     exact_is_cheaper : bool
         Whether the exact sums take no more operations: n s is at most (n + s) m.
     biased : bool
-        Whether the mean over draws is not the exact kernel; so it is with landmarks.
+        Whether the mean over draws is not the exact kernel; True for landmarks.
     """
 
     method: str
@@ -153,7 +153,7 @@ def _check_suggest(x: Array, y: Array, v: Array | None, target_error: float, pur
 def _errors_of_features(
     x: Array, y: Array, values: Array, method: str, kernel: str, scale: float | None
 ) -> Iterator[tuple[int, float]]:
-    """Numbers of features of a method that is fitted to the points, and the errors that are predicted for them."""
+    """Numbers of features of a method that is fitted to the points, and their predicted errors."""
     parameters = fit_named(("x", "y"), x, y, method=method, kernel=kernel, scale=scale)
     heads = predicted_heads(parameters, x, y, values, 0, False, 32)
     for m in _SIZES:
@@ -161,7 +161,7 @@ def _errors_of_features(
 
 
 def _errors_of_landmarks(x: Array, y: Array, kernel: str, scale: float | None) -> Iterator[tuple[int, float]]:
-    """Numbers of landmarks, and the errors that are expected of them."""
+    """Numbers of landmarks, and their expected errors."""
     options: dict[str, Any] = {"kernel": kernel, "scale": scale}
     options |= {"tilt": GAUSSIAN_TILT} if kernel == "gaussian" else {}
     for m in _SIZES:

@@ -1,4 +1,4 @@
-"""Attention over a sequence whose shards lie on several processes (docs: design, sharding).
+"""Attention over a sequence whose shards are on several processes (docs: design, sharding).
 
 Each rank of a torch.distributed process group holds consecutive positions of the sequence, in the order of the ranks.
 Instead of their keys and values, the ranks send each other states: m (e + 2) numbers a head, whatever the length. Users

@@ -138,7 +138,7 @@ def _prepared(
     window: int,
     enable_gqa: bool,
 ) -> Shard:
-    """Check and prepare the arguments of this rank; `told` is what the ranks compare."""
+    """Check and prepare the arguments of this rank; `told` holds what the ranks compare."""
     call = checked(q, k, v, feature_map, is_causal=is_causal, window=window, key_mask=key_mask, enable_gqa=enable_gqa)
     if library_of(q) != "torch":
         raise TypeError(f"q, k and v must be torch tensors, got arrays of {library_of(q)}")
@@ -159,7 +159,7 @@ def _prepared(
 
 
 def _as_a_whole(shard: Shard, group: Any) -> tuple[Array, Array]:
-    """Bidirectional attention without a window: the ranks' states are summed, and every query reads the sum."""
+    """Bidirectional attention without a window: the states of the ranks are summed, and every query reads the sum."""
     state = shard.state_of(0, shard.k.shape[-2])
     # the output does not depend on the reference of the sums, so the reference needs no gradient
     top = state.c.detach().clone(memory_format=torch.contiguous_format)
@@ -213,7 +213,7 @@ def _between(shard: Shard, prefix: State, suffix: State, left: _Block, right: _B
             (left[2][..., None], mask[..., None], right[2][..., None]),
         )
     )
-    # the queries of the neighbours' keys are on other ranks: rows of zeros take their place, and are cut off again
+    # the queries at the neighbours' keys are on other ranks; rows of zeros take their place, and are cut off again
     queries = rows_between(shard.q, -before, n + right[0].shape[-2])
     prefix, suffix = (replace(state, window=shard.window) for state in (prefix, suffix))
     parts = windowed_rows(prefix, suffix, queries, k, v, visible[..., 0], shard.feature_map)

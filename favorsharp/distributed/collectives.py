@@ -16,7 +16,10 @@ from torch.autograd.function import once_differentiable
 
 
 class Sum(torch.autograd.Function):
-    """Sum x over the ranks; the backward pass sums the gradients. The node depends on `ties` without reading them."""
+    """Sum x over the ranks.
+
+    The backward pass sums the gradients. The node depends on `ties`, but does not read them.
+    """
 
     @staticmethod
     def forward(ctx: Any, group: Any, x: Any, *ties: Any) -> Any:
@@ -93,7 +96,7 @@ def check_group(group: Any) -> None:
 
 
 def on_every_rank(group: Any, make: Callable[[], Any], tell: Callable[[Any], Any]) -> tuple[Any, list[Any]]:
-    """Return what make() gives on this rank, and what `tell` says of it on every rank.
+    """Return the result of make() on this rank, and the results of `tell` for it on all ranks.
 
     An error on one rank is raised on all: if one rank raised alone, the others would wait for it.
     """

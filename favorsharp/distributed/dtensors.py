@@ -76,7 +76,7 @@ def _sharded_axes(q: Any, k: Any, v: Any, enable_gqa: bool) -> list[int | None]:
 
 
 def _part(x: Any, axes: list[int | None], mesh: Any) -> Any:
-    """The part that this rank has of a DTensor, or of a tensor that every rank holds whole."""
+    """The part of a DTensor on this rank, or this rank's part of a tensor that every rank holds whole."""
     whole = x if isinstance(x, DTensor) else DTensor.from_local(x, mesh, [Replicate()] * mesh.ndim, run_check=False)
     placements = [
         Shard(x.ndim + axis) if axis is not None and x.ndim >= -axis and x.shape[axis] > 1 else Replicate()

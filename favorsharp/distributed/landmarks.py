@@ -1,8 +1,8 @@
 """Attention through landmarks over several processes: each rank compresses its own keys, and the results are joined.
 
-All ranks use the moments of all queries and keys, so they measure distances alike. Each sends its landmarks, or its
-keys if it has no more of them, to all ranks. What arrives is compressed again to m landmarks, which are the same on
-every rank. No rank sends more than m (d + e + 2) numbers a head to another.
+All ranks use the moments of all queries and keys, so they have the same metric. Each rank sends its landmarks, or its
+keys if it has no more than m, to all ranks. Every rank compresses what it receives again to m landmarks, which are the
+same on all ranks. No rank sends more than m (d + e + 2) numbers a head to another.
 """
 
 from dataclasses import dataclass, replace
@@ -78,7 +78,7 @@ def _prepared(
     key_mask: Array | None,
     enable_gqa: bool,
 ) -> _Call:
-    """Check and prepare the arguments of this rank; `told` is what the ranks compare."""
+    """Check and prepare the arguments of this rank; `told` holds what the ranks compare."""
     if is_causal or window:
         raise ValueError(
             f"landmarks over several ranks take no is_causal and no window, got is_causal={is_causal}, "
@@ -120,7 +120,7 @@ def _of_all_ranks(own: Moments, group: Any) -> Moments:
 
 
 def _packed(state: LandmarkState) -> Array:
-    """Keys, values, log weights and which of them count, with the point axis first: (r, *b, d + e + 2)."""
+    """Keys, values, log weights and a flag for those that count, with the point axis first: (r, *b, d + e + 2)."""
     seen = state.log_weight != -torch.inf
     weight = torch.where(seen, state.log_weight, 0.0)
     parts = (state.keys, state.values, weight[..., None], cast(seen, weight.dtype)[..., None])

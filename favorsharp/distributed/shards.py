@@ -1,4 +1,4 @@
-"""What the ranks send each other: states of their keys and, with a window, the blocks of keys next to a border.
+"""The data that the ranks exchange: states of their keys and, with a window, the blocks of keys next to a border.
 
 With a window of w, a query scores its own block and the two neighbouring blocks exactly. At the border of a shard, one
 of these blocks lies on the neighbouring rank. That rank sends the keys and values of the block, and a state without
@@ -31,7 +31,7 @@ class Shard(Call):
     empty : State
         The state of no keys.
     told : dict
-        What the ranks compare.
+        The values that the ranks compare.
     """
 
     empty: State
@@ -72,7 +72,7 @@ def agreed(told: list[dict[str, Any]]) -> list[int]:
 
 @dataclass(frozen=True)
 class Routes:
-    """Which rank sends what to which rank; every rank works it out from the lengths of all shards."""
+    """Which rank sends what to which rank; every rank computes this from the lengths of all shards."""
 
     lengths: Sequence[int]
     window: int

@@ -1,4 +1,4 @@
-"""Feature maps: parameters and random rows give features whose products average to the kernel.
+"""Feature maps: from parameters and random rows to features whose products estimate the kernel.
 
 The public function `feature_map` is here; each family of maps has its own file.
 """
@@ -80,7 +80,7 @@ def feature_map(
         return _proposed(parameters, m, draw)
     num_rows = -(-m // 2) if method.paired else m
     if isinstance(draw, str):
-        from favorsharp.draws import draw_rows  # loads NumPy, which `import favorsharp` must not
+        from favorsharp.draws import draw_rows  # imports NumPy, which `import favorsharp` must not load
 
         rows: Any = draw_rows(draw, num_rows, parameters.size, rng)
     elif is_array(draw):

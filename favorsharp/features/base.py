@@ -125,7 +125,7 @@ class FeatureMap:
 
 
 def written(result: Array, out: Array | None) -> Array:
-    """The result; if `out` is given, that, after the result was written to it."""
+    """The result itself; or `out`, if that is given, after the result was written to it."""
     if out is None:
         return result
     out[...] = result
@@ -199,7 +199,7 @@ class PositiveFeatureMap(FeatureMap):
         return cast(prepared._log_features(side, wide), x.dtype)
 
     def _features(self, name: str, x: Array, side: str, logarithms: bool, out: Array | None) -> Array:
-        """Features of one side, or their logarithms, written to `out` if that is given."""
+        """Features of one side or their logarithms, written to `out` if that is given."""
         self._check_out(name, x, out)
         prepared, wide = self._prepared(name, x)
         result = prepared._log_features(side, wide)

@@ -61,7 +61,7 @@ class DenseExponentialMap(PositiveFeatureMap):
         return u @ namespace_of(u).matrix_transpose(self.rows) + (row + self.column)
 
     def _features(self, name: str, x: Array, side: str, logarithms: bool, out: Array | None) -> Array:
-        """As for every map; a kernel that takes the points as they are computes the features in one pass."""
+        """Features of one side, as for every map. A kernel that takes unscaled points computes them in one pass."""
         self._check_out(name, x, out)
         check_data(self.parameters, **{name: x})
         if exponential_features.offers_of_points(x, self, out):

@@ -34,7 +34,7 @@ class DiscreteMap(SignedFeatureMap):
                 f"method {parameters.method_name!r} draws on the host, and the parameters are traced: build its "
                 "feature map outside of jit"
             )
-        from favorsharp.draws import discrete_rows  # loads NumPy, which `import favorsharp` must not
+        from favorsharp.draws import discrete_rows  # imports NumPy, which `import favorsharp` must not load
 
         counts, log_density = discrete_rows(str(parameters.method), to_host(rows), to_host(parameters.rate))
         column = log_density[..., None, :] - 0.5 * math.log(num_features)

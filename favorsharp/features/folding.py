@@ -42,8 +42,9 @@ class FoldedSide:
     column : array, shape (count, m)
     rows : array, shape (count, m, d)
     dense : array, shape (count, d, d)
-        0 if the quadratic form is a multiple of |z|^2 in all maps of the batch; `beta` then holds it. It is one if g is
-        a multiple of an orthogonal matrix: for `sderf`, and for `optimal` and `aderf` of sides with equal moments.
+        0 if the quadratic form is a multiple of |z|^2 in all maps of the batch; `beta` then holds the factor. This is
+        so if g is a multiple of an orthogonal matrix: for `sderf`, and for `optimal` and `aderf` if both sides have
+        equal moments.
     """
 
     root: float

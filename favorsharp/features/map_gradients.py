@@ -1,4 +1,4 @@
-"""The gradients of a map's arrays, from sums over points that the backward kernels of the backends collect.
+"""The gradients of a map's arrays, computed from sums over points that the backward kernels of the backends make.
 
 Log features depend on a map through few numbers. With points z = sqrt(scale) x - center, a side's log features are
 

@@ -1,4 +1,4 @@
-"""The features of Nystrom's method: kernels of a point with centres, times a matrix."""
+"""The feature map of Nystrom's method: kernels of a point with centres, times a matrix."""
 
 from dataclasses import dataclass
 
@@ -31,7 +31,7 @@ class NystromMap(SignedFeatureMap):
     root : array, shape (*b, c, m)
         A root of a matrix near the inverse of exp(-|c - c'|^2 / 2).
     sharpness : array, shape (*b, 1, 1)
-        Where it is less than 1, the functions of the centres are wider than the kernel.
+        If it is less than 1, the functions of the centres are wider than the kernel.
     """
 
     root: Array
@@ -68,7 +68,7 @@ class NystromMap(SignedFeatureMap):
             length = xp.sqrt(xp.vecdot(found, found))[..., None]
             return cast(found / xp.maximum(length, xp.ones_like(length)), x.dtype)
 
-        if library_of(x) == "numpy":  # small tiles stay in the cache, and are written in place
+        if library_of(x) == "numpy":  # small tiles stay in the cache, and are computed in place
             if out is None:
                 batch = broadcast_shapes(x.shape[:-2], self.batch_shape)
                 out = namespace_of(x).empty((*batch, x.shape[-2], self.num_features), dtype=x.dtype)

@@ -105,7 +105,7 @@ def landmark_window(
 def stream(
     q: Array, k: Array, v: Array, state: LandmarkState, *, key_mask: Array | None = None, grouped: bool = False
 ) -> tuple[Array, LandmarkState]:
-    """`landmark_stream`, by a kernel if the kernel of the landmarks is softmax."""
+    """The op `landmark_stream` for the softmax kernel, and its reference for the Gaussian kernel."""
     run = landmark_stream if state.settings.kernel == "softmax" else landmark_stream.reference
     result: tuple[Array, LandmarkState] = run(q, k, v, state, key_mask=key_mask, grouped=grouped)
     return result

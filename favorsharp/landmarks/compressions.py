@@ -1,4 +1,4 @@
-"""Compressions as the gradients of landmarks see them: which keys make a landmark, and derivatives with that held."""
+"""Compressions for the gradients of landmarks: which keys make a landmark, and derivatives with this choice fixed."""
 
 from dataclasses import dataclass, replace
 
@@ -20,7 +20,7 @@ Held = tuple[Array, Array, Array]
 
 @dataclass(frozen=True, eq=False)
 class Compression:
-    """A choice of landmarks for keys that are held, in scaled and centred coordinates.
+    """A choice of landmarks for the keys of a state, in scaled and centred coordinates.
 
     `made_by` (*b, s) is the landmark whose centre a key is part of, and `own` the landmark that the key belongs to.
     Without Lloyd steps, `seeds` (*b, m) are the positions of the keys that are landmarks.
@@ -37,7 +37,7 @@ class Compression:
 
 
 def compression(held: Held, seen: Moments, settings: Landmarks, ridge: float, event: int) -> Compression:
-    """Compress the keys that are held, with the moments of all queries and keys seen (see `landmark_map`)."""
+    """Compress the keys of a state, with the moments of all queries and keys seen (see `landmark_map`)."""
     xp = namespace_of(held[0])
     k, weight, v = held
     m, visible = settings.num_landmarks, weight != -xp.inf
@@ -127,7 +127,7 @@ def _shares(made: Compression, owner: Array, logs: Array, rows: Array) -> tuple[
     for a, b in tiles_of(logs.shape[-2], m, tuple(logs.shape[:-2])):
         member = (owner[..., a:b, None] == slots) & made.visible[..., a:b, None]
         total = gather(xp.where(member, logs[..., a:b, :], -xp.inf), rows[..., a:b, :], total)
-    assert total is not None  # there are keys
+    assert total is not None  # there is at least one key
     den = xp.where(total.den > 0, total.den, 1.0)
     level = xp.where(total.den > 0, total.ref, 0.0) + xp.log(den)
     share = xp.exp(xp.where(made.visible[..., None], logs - of_owner(level, owner), -xp.inf))

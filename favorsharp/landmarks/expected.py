@@ -83,5 +83,5 @@ def expected_error(
         share = -xp.expm1(-xp.maximum(squares, xp.zeros_like(squares)))
         logs = xp.where(visible[..., start:stop, None], 2 * (log_norm + mass), -xp.inf)
         total = gather(logs, share, total)
-    assert total is not None  # there are keys
+    assert total is not None  # there is at least one key
     return xp.broadcast_to(xp.sqrt(finish(total)[..., 0, 0]), batch)

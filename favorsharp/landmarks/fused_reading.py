@@ -1,4 +1,4 @@
-"""Reading landmarks by torch's own attention, on a GPU: the log weights of keys become coordinates of them."""
+"""Reads landmarks by torch's own attention on a GPU: the log weights of keys become further coordinates of the keys."""
 
 from favorsharp._arrays import broadcast_shapes, cast, dtype_name, namespace_of, on_device_of
 from favorsharp._autodiff import fused_attention
@@ -10,7 +10,7 @@ from favorsharp.landmarks.settings import Landmarks
 def read_fused(
     q: Array, keys: Array, log_weight: Array, values: Array, settings: Landmarks, *, grouped: bool = False
 ) -> Array:
-    """As `read_landmarks` for the softmax kernel, by torch's own attention, where each query sees all keys.
+    """As `read_landmarks` for the softmax kernel, by torch's own attention; each query must see all keys.
 
     Grouped queries have one more axis than keys, before the last two. Queries of 16 bits are read in their dtype.
     """
@@ -39,8 +39,8 @@ def read_fused(
 def _with_bias(x: Array, keys: Array, bias: Array) -> tuple[Array, Array]:
     """Queries and keys whose products are x.y + bias, (*b, n, d), (*b, s, d) and (*b, s, 1).
 
-    Torch's fastest kernels take no bias, so two coordinates of the keys hold it: the second is what rounding to their
-    dtype takes off the first. The number of coordinates becomes a multiple of eight.
+    Torch's fastest kernels take no bias, so two coordinates of the keys hold it; the second coordinate is the rounding
+    error of the first. The number of coordinates becomes a multiple of eight.
     """
     xp = namespace_of(x)
     high = cast(bias, keys.dtype)
@@ -53,7 +53,7 @@ def _with_bias(x: Array, keys: Array, bias: Array) -> tuple[Array, Array]:
 
 
 def _widened(x: Array, width: int) -> Array:
-    """The array with zeros behind its last axis."""
+    """The array with zeros appended along its last axis."""
     xp = namespace_of(x)
     missing = width - x.shape[-1]
     return (

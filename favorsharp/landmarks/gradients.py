@@ -1,8 +1,8 @@
-"""The gradients of attention through landmarks in array functions, for arrays whose library differentiates nothing.
+"""The gradients of attention through landmarks in array functions, for arrays without automatic differentiation.
 
-They are those of autograd: the metric, the seeds and the assignment of keys to landmarks are constants. A stream is
-gone through backwards, segment by segment; a bidirectional call is one compression and one read, which for windows is
-in `window_gradients`.
+They equal those of autograd: the metric, the seeds and the assignment of keys to landmarks are constants. A stream is
+processed backwards, segment by segment. A bidirectional call is one compression and one read; `window_gradients` has
+the read with a window.
 """
 
 from dataclasses import replace

@@ -1,9 +1,8 @@
 """The metric in which two keys are near if the queries cannot tell them apart (docs: theory, landmarks).
 
-Queries are modelled as N(mu, S_x), and keys have the covariance S_y. The squared error of a query counts in proportion
-to Z^-t, where Z is its denominator. The density of queries times Z^-t is Gaussian, with the covariance
-M = (S_x^-1 + t S_y)^-1 and the mean mu_t = M S_x^-1 mu. Under this density, the inner product of the kernels of two
-centred keys y, y' is
+Queries are modelled as N(mu, S_x), and keys have the covariance S_y. The squared error of a query is weighted by Z^-t,
+where Z is its denominator. The density of queries times Z^-t is Gaussian, with the covariance M = (S_x^-1 + t S_y)^-1
+and the mean mu_t = M S_x^-1 mu. Under this density, the inner product of the kernels of two centred keys y, y' is
 
     exp( s + s' - |u - u'|^2 / 2 ),    u = L'y,    M = L L',    s = mu_t.y + |u|^2.
 """
@@ -38,7 +37,7 @@ def metric_of(moments: Moments, settings: Landmarks, ridge: float, dtype: DType)
     cov_x = xp.where(seen, without_gradient(moments.covariance_x) * scale, cov_y)
     batch = broadcast_shapes(cov_x.shape[:-2], cov_y.shape[:-2])
     eye = xp.broadcast_to(xp.eye(size, dtype=cov_x.dtype, **on_device_of(cov_x)), (*batch, size, size))
-    if settings.kernel == "gaussian":  # keys weigh exp(-|y|^2 / 2): their covariance is (S_y^-1 + I)^-1
+    if settings.kernel == "gaussian":  # keys have the weights exp(-|y|^2 / 2), so their covariance is (S_y^-1 + I)^-1
         mean = mean - center
         cov_y = solve(eye + cov_y, xp.broadcast_to(cov_y, eye.shape))
     relative = max(ridge, 8 * size * float(xp.finfo(cov_x.dtype).eps))

@@ -23,7 +23,7 @@ class Landmarks:
     scale : float or None
         As in `fit`; None stands for the default of the kernel, which may depend on d.
     tilt : float
-        How strongly the choice discounts errors of queries with a large denominator; see `landmarks`.
+        How strongly the choice discounts the errors of queries with a large denominator; see `landmarks`.
     steps : int
         Lloyd steps after the seeds.
     room : int
@@ -63,8 +63,8 @@ def landmarks(
 ) -> Landmarks:
     """Settings for landmarks: m weighted keys in place of n, chosen for the queries that a head gets.
 
-    Pass the result to attention in place of a feature map. Landmarks are chosen anew in each call, and again and again
-    in a stream, so nothing has to be calibrated. They are much closer to exact attention than as many random features.
+    Pass the result to attention in place of a feature map. Landmarks are chosen anew in each call, and repeatedly in a
+    stream, so nothing has to be calibrated. They are much closer to exact attention than as many random features.
     **They are biased**: the mean over draws is the exact kernel for random features, but not for landmarks.
 
     Parameters
@@ -76,8 +76,9 @@ def landmarks(
     scale : float, optional
         Positive and finite. None means d**-0.5 for softmax and 1 for Gaussian.
     tilt : float
-        The choice divides the squared error of a query by its denominator to this power: 0 or more. For attention 1 to
-        2 do equally well. For Gaussian kernels that are narrow next to the spread of the points, take 2.
+        The choice divides the squared error of a query by its denominator to this power: 0 or more. For attention,
+        values from 1 to 2 do equally well. For Gaussian kernels that are narrow compared with the spread of the points,
+        take 2.
     steps : int
         Lloyd steps after the seeds, 0 or more; each is a pass over the keys.
     room : int, optional

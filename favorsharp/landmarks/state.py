@@ -91,7 +91,7 @@ class LandmarkState:
         object.__setattr__(self, name, value)
 
     def __getattr__(self, name: str) -> Any:
-        """The moments of a state that `grown` made, when they are first asked for."""
+        """Compute the moments of a state that `grown` made, when they are first read."""
         if name != "moments" or "pending" not in vars(self):
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
         before, queries, start, grouped = vars(self)["pending"]
@@ -101,7 +101,7 @@ class LandmarkState:
         return self.moments
 
     def __getstate__(self) -> dict[str, Any]:
-        """The fields alone."""
+        """The fields of the dataclass, without anything that was attached."""
         return fields_alone(self)
 
     @property
@@ -147,8 +147,8 @@ def empty_landmarks(
 class Segment(NamedTuple):
     """Keys start .. stop of a call, between two compressions.
 
-    If `due`, the keys held are compressed before the first one enters: `before` keys, with the random numbers of the
-    event `seen`, the number of keys seen. After that, `held` keys are held.
+    If `due`, the `before` keys that the state holds are compressed before the first key enters, with the random numbers
+    of the event `seen`, the number of keys seen. Afterwards the state holds `held` keys.
     """
 
     start: int
@@ -227,7 +227,7 @@ def condensed(
     """Replace keys with log weights by landmarks: points that are not scaled, log weights, and mean values.
 
     (*b, s, d), (*b, s), (*b, s, e) -> (*b, m, d), (*b, m), (*b, m, e). Conserving weights are for keys that are
-    compressed again and again: the least squared error makes a kernel smaller each time.
+    compressed repeatedly, because weights of least squared error make kernels smaller each time.
     """
     given = chosen.points, chosen.used, chosen.metric
     return condense(k, log_weight, v, *given, kernel=chosen.kernel, scale=chosen.scale, conserving=conserving)
@@ -290,10 +290,10 @@ def grown(
     start: int,
     grouped: bool,
 ) -> LandmarkState:
-    """The state with a further exact key, whose moments are computed when they are asked for.
+    """The state with a further exact key; its moments are computed when they are first read.
 
-    They are `before` and those of the queries (*b, n, d), or (*b, g, n, d) if `grouped`, and keys from the position
-    `start` on; there may be more queries and more coordinates than keys have.
+    They combine `before` with the moments of the queries (*b, n, d), or (*b, g, n, d) if `grouped`, and of the keys
+    from the position `start` on. The array of queries may be longer than that of the keys, and have more coordinates.
     """
     after = object.__new__(LandmarkState)
     own = {"keys": keys, "log_weight": log_weight, "values": values, "num_seen": state.num_seen + 1}
@@ -305,7 +305,7 @@ def grown(
 def compressed(state: LandmarkState, keep: int, *, once: bool = False, event: int = 0) -> LandmarkState:
     """The state with its keys condensed to m landmarks, except for the last `keep`.
 
-    `once` says that all queries are known and that the landmarks are not compressed again.
+    With `once`, all queries are known, and the landmarks will not be compressed again.
     """
     old, new = slice(0, state.held - keep), slice(state.held - keep, state.held)
     k, log_weight, v = state.keys[..., old, :], state.log_weight[..., old], state.values[..., old, :]
@@ -321,7 +321,7 @@ def compressed(state: LandmarkState, keep: int, *, once: bool = False, event: in
 
 
 def conserves_means(settings: Landmarks) -> bool:
-    """Whether compressions of a stream conserve the mean kernel of a key: only for attention, where it helps."""
+    """Whether compressions of a stream conserve the mean kernel of a key; only attention profits from it."""
     return settings.kernel == "softmax"
 
 

@@ -1,4 +1,4 @@
-"""What the public functions run if they are given `Landmarks` in place of a feature map: checks, then the work."""
+"""What the public functions call if they get `Landmarks` in place of a feature map: checks, and then the work."""
 
 from collections.abc import Callable
 from itertools import pairwise
@@ -40,7 +40,7 @@ from favorsharp.landmarks.state import LandmarkState, empty_landmarks
 
 
 def landmark_call(q: Array, k: Array, v: Array, num_landmarks: int, given: dict[str, Any], **options: Any) -> Array:
-    """`attention(method="landmarks")`; `given` has `draw` and `calibration`, which must have their defaults."""
+    """`attention(method="landmarks")`; `given` holds `draw` and `calibration`, which must have their defaults."""
     check_attention(
         q, k, v, is_causal=options["is_causal"], key_mask=options["key_mask"], enable_gqa=options["enable_gqa"]
     )
@@ -124,7 +124,7 @@ def _run(
     if is_causal:
         return stream(q, k, v, state, key_mask=key_mask, grouped=grouped)
     state = gathered(q, k, v, state, key_mask=key_mask, grouped=grouped)
-    if window:  # the output reads landmarks of all keys, also of those that the state keeps exact
+    if window:  # the output is read from landmarks of all keys, including those that the state keeps exact
         return whole(q, k, v, settings, key_mask=key_mask, window=window, grouped=grouped), state
     return read_state(state, q, grouped=grouped), state
 
@@ -189,7 +189,10 @@ def landmark_read(state: Any, q: Array, settings: Landmarks, *, enable_gqa: bool
 def landmark_step(
     q: Array, k: Array, v: Array, state: Any, settings: Landmarks, *, enable_gqa: bool
 ) -> tuple[Array, LandmarkState]:
-    """`decode_step` with landmarks. A token like the one before is not checked again (see `favorsharp.plans`)."""
+    """`decode_step` with landmarks.
+
+    A token with the layout of the previous one is not checked again (see `favorsharp.plans`).
+    """
     key, known = _key_of_token(q, k, v, state, enable_gqa), getattr(state, "next_token", None)
     if known is None or known.key != key or state.settings != settings:
         known = _checked_token(q, k, v, state, settings, enable_gqa, key)
@@ -200,7 +203,7 @@ def landmark_step(
 
 
 class _Token(NamedTuple):
-    """What `decode_step` keeps of its checks: for which key they hold, the function to run, and more."""
+    """The outcome of the checks of `decode_step`: the key for which they hold, the function to run, and settings."""
 
     key: Any
     run: Callable[..., Any]
@@ -209,7 +212,7 @@ class _Token(NamedTuple):
 
 
 def _key_of_token(q: Array, k: Array, v: Array, state: Any, enable_gqa: Any) -> Any:
-    """What the checks of a token look at, besides the state; None if they must not be skipped."""
+    """A key of what the checks of a token read besides the state; None if the checks must not be skipped."""
     mode, around = mode_of_library(), circumstances()
     held = [getattr(state, name, None) for name in ("keys", "log_weight", "values")]
     if mode is None or around is None or records_gradients(held):

@@ -1,10 +1,10 @@
-"""The gradients of attention with a window in both directions around landmarks, with the choice of landmarks held.
+"""The gradients of attention with a window in both directions around landmarks, for a fixed choice of landmarks.
 
 Positions are cut into units of whole blocks. The surroundings of a unit are its blocks and one more on each side. Every
-query of a unit reads the keys outside of its surroundings through the same weighted landmarks, whose sums are those of
-prefixes and suffixes of the keys; nothing is subtracted. In the surroundings, pairs are scored one by one, exactly or
-with the score of the key's landmark. Backwards, the units that read a key through prefixes are those behind it, so
-their sums are suffixes of sums over units, and the other way round.
+query of a unit reads the keys outside of its surroundings through the same weighted landmarks. Their sums are the sums
+of a prefix and of a suffix of the keys, so nothing is subtracted. In the surroundings, pairs are scored one by one,
+exactly or with the score of the key's landmark. In the backward pass, a key in a prefix gets gradients from the units
+behind it, so these are added up in suffix sums over units; keys in a suffix use prefix sums.
 """
 
 from collections.abc import Iterator
@@ -89,7 +89,7 @@ class _Call:
             yield merge(total, after.pop())
 
     def read(self, unit: Unit, far: Partial) -> Partial:
-        """Go back through what the queries of a unit read. Return their sums for `through_sums`."""
+        """The backward pass through the reads of a unit's queries. Return their sums for `through_sums`."""
         xp, around = self.xp, slice(unit.low, unit.high)
         level = xp.where(far.den > 0, far.ref + xp.log(xp.where(far.den > 0, far.den, 1.0)), -xp.inf)
         values = xp.concat([self.made.values[..., around, :], finish(far)], axis=-2)[..., None, :, :]
@@ -128,7 +128,7 @@ class _Call:
     def take(
         self, rows: slice, around: slice, share: Array, slope: Array, near: Array, owner: Array
     ) -> None:  # fmt: skip
-        """Add the gradients of what queries and the keys around them say of each other, and of landmarks."""
+        """Add the gradients through the pairs of queries and keys in the surroundings, and through landmarks."""
         xp, x, g, size = self.xp, self.q[..., rows, :], self.g[..., rows, :], around.stop - around.start
         pairs, of_raw = slope[..., :size], slope[..., size:]
         exact, far = xp.where(near, pairs, 0.0), xp.where(near, 0.0, pairs)
@@ -146,7 +146,7 @@ class _Call:
         self.dv[..., around, :] += _over_group(xp.matrix_transpose(share) @ g)
 
     def through_sums(self, units: list[Unit], of_units: list[Partial]) -> None:
-        """Add the gradients of keys at the landmarks that units read: those before them, and those behind them."""
+        """Add the gradients of keys through the landmarks that units read: keys before a unit, and keys behind it."""
         total, starts = None, [0, *(unit.low for unit in units)]
         for (start, stop), own in reversed(list(zip(pairwise(starts), of_units, strict=True))):
             total = own if total is None else merge(total, own)
@@ -157,7 +157,7 @@ class _Call:
             self.take_sums(start, stop, total)
 
     def take_sums(self, start: int, stop: int, total: Partial) -> None:
-        """Add the gradients of the keys start .. stop, whose landmarks queries with these sums have read."""
+        """Add the gradients of the keys start .. stop, given the sums of the queries that have read their landmarks."""
         if stop <= start:
             return
         xp, part = self.xp, slice(start, stop)
@@ -169,7 +169,7 @@ class _Call:
 
 
 def _gathered(logs: Array, rows: Array, total: Partial | None) -> Partial:
-    """`gather` of rows for each landmark, (*b, s, m) and (*b, s, .); sums without any row have a ref of -inf."""
+    """`gather` of rows for each landmark, (*b, s, m) and (*b, s, .); the reference of a sum without rows is -inf."""
     xp = namespace_of(logs)
     if logs.shape[-2] == 0:
         m = logs.shape[-1]

@@ -1,4 +1,7 @@
-"""Causal linear attention: a query reads the keys up to its own, and those of a state. `linear_attention` calls it."""
+"""Causal linear attention: a query reads the keys up to its own, and those of a state.
+
+`linear_attention` calls this op.
+"""
 
 from dataclasses import replace
 
@@ -55,7 +58,8 @@ def causal_attention(
     full_batch = broadcast_shapes(q.shape[:-2], batch, state.kv.shape[:-2])
     before = state.recent_k.shape[-2]
     keys, values, mask = with_recent(state, k, v, key_mask)
-    # the queries of the keys that the state keeps are done: rows of zeros take their place, and are cut off again
+    # the queries at keys that the state keeps were processed before; rows of zeros take their place, and are cut off
+    # again
     front = xp.zeros((*q.shape[:-2], before, q.shape[-1]), dtype=q.dtype, **on_device_of(q))
     queries = q if before == 0 else xp.concat([front, q], axis=-2)
     length = queries.shape[-2]

@@ -8,7 +8,7 @@ PART = 512
 
 
 def has_low_parts(kv: Array) -> bool:
-    """Whether a state with these sums keeps low parts: the rounding of float64 is never felt."""
+    """Whether a state with these sums keeps low parts; float64 sums need none."""
     return bool(kv.dtype != namespace_of(kv).float64)
 
 
@@ -16,7 +16,7 @@ def sums_of(p: Array, v: Array) -> tuple[Array, Array]:
     """p^T v and the sum of p over the keys, computed as a sum of sums of parts."""
     xp = namespace_of(p)
     length = p.shape[-2]
-    if not isinstance(length, int) or length < 2 * PART:  # a symbolic one is not known yet
+    if not isinstance(length, int) or length < 2 * PART:  # a symbolic size is not known yet
         return xp.matrix_transpose(p) @ v, xp.sum(p, axis=-2, keepdims=True)
     whole = length // PART * PART
     parts, values = (xp.reshape(x[..., :whole, :], (*x.shape[:-2], whole // PART, PART, x.shape[-1])) for x in (p, v))
@@ -31,7 +31,7 @@ def sums_of(p: Array, v: Array) -> tuple[Array, Array]:
 def added(
     scales: tuple[Array, Array], sums: tuple[Array, Array], lows: tuple[Array | None, Array | None]
 ) -> tuple[Array, Array | None]:
-    """Sums times their scales added, and what rounding takes off; 0 where they are not finite."""
+    """The sum of two sums times their scales, and its rounding error, which is 0 if the sum is not finite."""
     old, new = (scale * x for scale, x in zip(scales, sums, strict=True))
     total = old + new
     if not (has_low_parts(old) and has_low_parts(new)):

@@ -55,7 +55,7 @@ class Noise:
     def beside(self, like: Array, name: str, dtype: DType, count: int) -> Array:
         """The first numbers of an array, in the library and on the device of `like`.
 
-        Numbers for a GPU are copied there once, because the host waits for a copy, and no graph can capture one.
+        Numbers are copied to a GPU only once, because the host waits for a copy, and a graph cannot capture it.
         """
         if self.drawn is None or not is_on_gpu(like) or is_traced(like):
             return from_host(getattr(self, name)[:count], like, dtype=dtype)
@@ -92,11 +92,11 @@ def _arrays_of(seed: int, event: int, slots: int, size: int) -> tuple[Any, Any, 
 
 
 def _drawn(seed: int, event: int, slots: int, size: int) -> tuple[tuple[float, ...], ...]:
-    """The numbers of `noise_of` in Python, which a compiled graph can hold."""
+    """The random numbers of `noise_of` as Python numbers, which a compiled graph can hold."""
     return tuple(tuple(array.tolist()) for array in _arrays_of(seed, event, slots, size))
 
 
-# What torch.compiler.assume_constant_result does, without importing torch.
+# torch.compiler.assume_constant_result sets the same attribute; here torch is not imported.
 _drawn._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
@@ -127,7 +127,7 @@ def choose_seeds(
     kernel : {"softmax", "gaussian"}
     scale : float
     draw : callable, optional
-        What does the work of `draw_seeds`, which stands for None.
+        A function that is called in place of `draw_seeds`; None means `draw_seeds`.
     """
     xp = namespace_of(k)
     visible = log_weight != -xp.inf
@@ -145,7 +145,7 @@ def choose_seeds(
 
 
 def _candidates(y: Array, visible: Array, slots: int, noise: Noise) -> tuple[Array, Array]:
-    """Positions of up to `slots` different visible keys, and which of the slots are filled, both (*b, slots).
+    """Positions of up to `slots` different visible keys, and a mask of the slots that are filled, both (*b, slots).
 
     If there are no more different keys than slots, these are all keys; otherwise, one key from each of as many strata
     along the random direction as there are slots.
@@ -163,7 +163,7 @@ def _candidates(y: Array, visible: Array, slots: int, noise: Noise) -> tuple[Arr
     count = xp.sum(cast(first, wide), axis=-1, keepdims=True)
     different = xp.argsort(cast(~first, xp.int8), axis=-1, stable=True)
     slot = xp.arange(slots, dtype=wide, **on_device_of(y))
-    offset = noise.beside(y, "offsets", wide, slots)  # has no effect if there is a slot for each key
+    offset = noise.beside(y, "offsets", wide, slots)  # this has no effect if there is a slot for each key
     rank = xp.floor((slot + offset) * xp.maximum(count / slots, xp.ones_like(count)))
     filled = rank < count
     rank = cast(xp.minimum(rank, xp.zeros_like(rank) + (y.shape[-2] - 1)), order.dtype)
@@ -175,7 +175,7 @@ Draw = Callable[..., tuple[Array, Array]]
 
 
 def draw_seeds(points: Array, logs: Array, *, num_seeds: int) -> tuple[Array, Array]:
-    """Draw seeds among candidates: the next has the largest sum of logs and of log(1 - exp(-D^2)).
+    """Draw seeds among candidates; the next one has the largest sum of its entry in `logs` and of log(1 - exp(-D^2)).
 
     D is its distance to the nearest seed so far. Distances that rounding errors could make count as 0.
 

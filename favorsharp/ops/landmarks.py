@@ -1,4 +1,4 @@
-"""Landmarks, m weighted keys in place of n: their choice from keys, and attention to them (docs: theory, landmarks).
+"""The ops that choose landmarks (m weighted keys in place of n) and replace keys by them (docs: theory, landmarks).
 
 Keys are passed as they are, with log weights; the functions here scale and centre them. All arrays of a metric, the
 assignment of keys to landmarks, and seeds are constants in differentiation.
@@ -16,7 +16,7 @@ from favorsharp.ops.tiles import tiles_of
 
 
 def nearness(points: Array, used: Array, metric: Metric, y: Array) -> tuple[Array, Array]:
-    """u.u_c - |u_c|^2 / 2 of keys and landmarks, and which landmark is nearest to each key, both (*b, s, m).
+    """u.u_c - |u_c|^2 / 2 of keys and landmarks, and a mask of the landmark nearest to each key, both (*b, s, m).
 
     The first is largest for the nearest landmark, and -inf for unused ones.
     """
@@ -92,7 +92,7 @@ def choose_landmarks(
     kernel : {"softmax", "gaussian"}
     scale : float
     seed, event : int
-        The same seed gives other random numbers for each event.
+        One seed gives different random numbers for each event.
     draw : callable, optional
         As in `choose_seeds`; for backends with a kernel for this step alone, which call the reference.
 
@@ -101,7 +101,7 @@ def choose_landmarks(
     points : array, shape (*b, m, d)
         Landmarks, scaled and centred.
     used : array of bool, shape (*b, 1, m)
-        False where no key was left to draw: no key belongs to such a landmark.
+        False if no key was left to draw; no key belongs to such a landmark.
     """
     xp = namespace_of(k)
     noise = noise_of(seed, event, num_landmarks, k.shape[-1])
@@ -162,7 +162,8 @@ def condense(
     kernel : {"softmax", "gaussian"}
     scale : float
     conserving : bool
-        Whether the weight of a key conserves the mean of its kernel over queries, or makes its squared error least.
+        Whether the weight of a key conserves the mean of its kernel over queries; otherwise it minimises the squared
+        error.
 
     Returns
     -------
@@ -183,6 +184,6 @@ def condense(
         logs = weights_of(points, used, metric, y, mass, conserving=conserving)
         logs = xp.where(visible[..., start:stop, None], logs, -xp.inf)
         total = gather(logs, v[..., start:stop, :], total)
-    assert total is not None  # there are keys
+    assert total is not None  # there is at least one key
     log_mass = (total.ref + xp.log(xp.where(total.den > 0, total.den, 1.0)))[..., 0]
     return *uncentred(points, log_mass, metric, kernel, scale), finish(total)

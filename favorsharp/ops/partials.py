@@ -35,7 +35,7 @@ def pair_partial(lq: Array, lk: Array, v: Array) -> Partial:
 def exact_partial(logits: Array, visible: Array | None, v: Array, *, mixed: bool = False) -> Partial:
     """Partial sums of queries over keys with exact log scores, (*b, n, s).
 
-    `mixed` says that rows may see different keys; a value that is not finite must then not reach the other rows.
+    With `mixed`, rows may see different keys; then a value that is not finite must not affect the other rows.
     """
     xp = namespace_of(logits)
     logits = finite_or_nan(logits)

@@ -33,9 +33,9 @@ from favorsharp.ops.tiles import tiles_of
 
 
 def log_features(feature_map: PositiveMap, side: str, x: Array) -> Array:
-    """Log features of queries or keys (`side`), without kernels: a reference runs none.
+    """Log features of queries or keys (`side`), computed without kernels, because references must not run any.
 
-    The methods of a map of this package may run one; maps of others have no such choice.
+    The methods of this package's maps may run kernels; for maps of other classes, their methods are called.
     """
     own: Callable[[str, Array], Array] | None = getattr(feature_map, "log_features", None)
     if own is not None:
@@ -45,7 +45,7 @@ def log_features(feature_map: PositiveMap, side: str, x: Array) -> Array:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class State:
-    """Everything that linear attention remembers of the keys and values it has seen; its size does not grow with them.
+    """The sums over all keys and values that linear attention has seen; their size does not grow.
 
     Attributes
     ----------
@@ -86,7 +86,7 @@ class State:
     recent_v: Array
     recent_mask: Array
     fingerprint: str | None
-    kv_low: Array | None = field(default_factory=lambda: None)  # no attribute of the class: see __getattr__
+    kv_low: Array | None = field(default_factory=lambda: None)  # not set on the class, because of __getattr__
     z_low: Array | None = field(default_factory=lambda: None)
 
     known_layout: ClassVar[Hashable] = None
@@ -101,7 +101,7 @@ class State:
         object.__setattr__(self, name, value)
 
     def __getattr__(self, name: str) -> Any:
-        """The sums of a state that `unsettled` made, when one of them is first asked for."""
+        """Compute the sums of a state that `unsettled` made, when one of them is first read."""
         if name not in _SUMS or "single_tokens" not in vars(self):
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
         for sums, array in self.single_tokens.sums().items():
@@ -109,7 +109,7 @@ class State:
         return vars(self)[name]
 
     def __getstate__(self) -> dict[str, Any]:
-        """The fields alone."""
+        """The fields of the dataclass, without anything that was attached."""
         return fields_alone(self)
 
     @property
@@ -141,7 +141,7 @@ class State:
 
 
 def empty_state(feature_map: PositiveMap, batch: tuple[int, ...], d: int, e: int, window: int, like: Array) -> State:
-    """The state of no keys, in the library, device and dtype of like; the caller sets its fingerprint."""
+    """The state of no keys, in the library, on the device and in the dtype of like; the caller sets its fingerprint."""
     xp = namespace_of(like)
     dtype = compute_dtype(xp, like)
     m = feature_map.num_features
@@ -192,9 +192,9 @@ def without_group_axis(group: int, state: State) -> State:
 
 
 def unsettled(state: State, tokens: Any) -> State:
-    """A state that computes its sums when they are read, from `tokens`: `tokens.sums()` are those after these tokens.
+    """A state that computes its sums when they are read, by `tokens.sums()`, which returns the sums after these tokens.
 
-    `tokens.like` is an array with the shape, dtype and device of its kv. The rest is that of `state`.
+    `tokens.like` is an array with the shape, dtype and device of its kv. All other fields are those of `state`.
     """
     after = object.__new__(State)
     after.__dict__.update({name: getattr(state, name) for name in _OTHERS}, single_tokens=tokens)
@@ -202,7 +202,7 @@ def unsettled(state: State, tokens: Any) -> State:
 
 
 def with_sums(state: State, kv: Array, z: Array, c: Array, **others: Any) -> State:
-    """The state with other sums, of which no low parts are known."""
+    """The state with other sums and without low parts."""
     return replace(state, kv=kv, z=z, c=c, kv_low=None, z_low=None, **others)
 
 

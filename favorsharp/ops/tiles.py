@@ -19,7 +19,7 @@ def tiles_of(
 
     The tiles of an array `like` on a GPU are longer.
     """
-    if not isinstance(length, int):  # symbolic, of torch.export: the number of tiles is not known
+    if not isinstance(length, int):  # a symbolic size of torch.export: the number of tiles is not known
         return iter(((0, length),))
     factor = ON_GPU if like is not None and is_on_gpu(like) else 1
     step = tile_length(width, batch, 1 << 20, factor)

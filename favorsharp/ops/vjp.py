@@ -110,7 +110,10 @@ def _arrays_of(feature_map: Any, of_map: bool) -> tuple[Array, ...]:
 
 
 def _points_and_map(feature_map: Any, arrays: tuple[Array, ...]) -> tuple[tuple[Array, Array, Array], Any]:
-    """The three arrays of points and values, and the map, with the rows and log_weight that follow, if any do."""
+    """The three arrays of points and values, and the map.
+
+    Its rows and log_weight are the further arrays, if there are any.
+    """
     first, second, values, *own = arrays
     if own:
         feature_map = replace(feature_map, rows=own[0], log_weight=own[1])

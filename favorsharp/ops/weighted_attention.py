@@ -47,7 +47,10 @@ def read_rows(
     values: Array,
     causal_from: int | None,
 ) -> Array:
-    """`weighted_attention` with any log kernel: `rows` computes its rows start to stop, and shape is (*b, n)."""
+    """`weighted_attention` with any log kernel.
+
+    `rows(start, stop)` computes rows of its matrix, and shape is (*b, n).
+    """
     xp = namespace_of(values)
     held, dtype = values.shape[-2], log_weight.dtype
     if held == 0:

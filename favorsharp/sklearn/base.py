@@ -8,7 +8,7 @@ from sklearn.base import (
     BaseEstimator,
 )
 from sklearn.utils import check_random_state
-from sklearn.utils._array_api import (  # private, and imported in this folder alone
+from sklearn.utils._array_api import (  # private, and imported in this folder only
     get_namespace_and_device,
     supported_float_dtypes,
 )
@@ -33,7 +33,7 @@ class KernelEstimator(BaseEstimator):
 
     def _points(self, x: Any, *, reset: bool, **options: Any) -> Any:
         xp, _, device = get_namespace_and_device(x)
-        # as elsewhere in scikit-learn, other dtypes than float32 and float64 are converted to the widest float dtype
+        # as elsewhere in scikit-learn, dtypes other than float32 and float64 are converted to the widest float dtype
         dtypes = [dtype for dtype in supported_float_dtypes(xp, device) if dtype_name(dtype) != "float16"]
         return validate_data(self, x, dtype=dtypes, reset=reset, **options)
 
@@ -69,7 +69,7 @@ class KernelEstimator(BaseEstimator):
                 x, x, self.n_components, method="nystrom", draw=draw, kernel="gaussian", scale=2 * gamma, rng=seed
             )
         check_method(method)
-        if not method_of(method).is_fitted:  # such a method looks at no data
+        if not method_of(method).is_fitted:  # such a method does not depend on data
             x, weight = x[:1, ...], None
         data = (x, x) if weight is None else (weighted_moments(x, weight),)
         parameters = fit(*data, method=method, kernel="gaussian", scale=2 * gamma)

@@ -1,4 +1,4 @@
-"""Kernel-weighted means in blocks: the public estimators `NadarayaWatsonRegressor` and `NadarayaWatsonClassifier`."""
+"""Sums of weighted values: the public estimators `NadarayaWatsonRegressor` and `NadarayaWatsonClassifier`."""
 
 from typing import Any, Self
 
@@ -7,7 +7,7 @@ from sklearn.base import (
     ClassifierMixin,
     RegressorMixin,
 )
-from sklearn.utils._array_api import (  # private, and imported in this folder alone
+from sklearn.utils._array_api import (  # private, and imported in this folder only
     check_same_namespace,
     get_namespace,
 )
@@ -91,7 +91,7 @@ class _NadarayaWatson(KernelEstimator):
         from tqdm import tqdm
 
         host = to_host(v).astype(np.float64)
-        size = float(np.abs(host).max()) or 1.0  # errors are divided by it, as squares could overflow
+        size = float(np.abs(host).max()) or 1.0  # so that squares of errors do not overflow
         counts = np.ones((len(host), 1)) if weight is None else to_host(weight).astype(np.float64)[:, None]
         own = counts * host
         rest = counts.sum() - counts
@@ -120,7 +120,7 @@ class _NadarayaWatson(KernelEstimator):
         return landmarks(self.n_components, kernel="gaussian", scale=2 * gamma, tilt=GAUSSIAN_TILT, rng=seed)
 
     def _take(self, x: Any, v: Any, sample_weight: Any) -> None:
-        """Add points, values and weights, of which only the weights are unchecked; the first block chooses the map."""
+        """Add checked points and values, and unchecked weights; the first block chooses the map."""
         xp, first = namespace_of(x), not self.__sklearn_is_fitted__()
         weight = None
         if sample_weight is not None:
@@ -341,7 +341,7 @@ class NadarayaWatsonClassifier(ClassifierMixin, _NadarayaWatson):
         return shares[:, 1] - shares[:, 0] if len(self._named()) == 2 else shares
 
     def _shares(self, x: Any, method: str) -> Any:
-        if getattr(self, "method_", None) not in SIGNED:  # before a fit, this says so
+        if getattr(self, "method_", None) not in SIGNED:  # raises before a fit
             return self._estimate(x, method)
         # the denominator of a signed map may not be positive, so shares are made from the numerators
         parts = self._estimate(x, method, products)

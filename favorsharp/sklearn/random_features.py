@@ -6,7 +6,7 @@ from sklearn.base import (
     ClassNamePrefixFeaturesOutMixin,
     TransformerMixin,
 )
-from sklearn.utils._array_api import (  # private, and imported in this folder alone
+from sklearn.utils._array_api import (  # private, and imported in this folder only
     check_same_namespace,
 )
 from sklearn.utils.validation import check_is_fitted
@@ -103,7 +103,7 @@ class RandomFeatures(ClassNamePrefixFeaturesOutMixin, TransformerMixin, KernelEs
         return self
 
     def _choose(self, x: Any, seed: int) -> None:
-        """Compare methods at points that no map was made from, if there are four or more."""
+        """Compare methods at points from which no map was made, if there are four such points or more."""
         n, m = x.shape[0], check_integer("n_components", self.n_components, 1)
         order, held = shuffled(x, seed), min(SAMPLE, n // 4)
         fitted = order[: min(n - held, sample_size(m))]
@@ -114,7 +114,7 @@ class RandomFeatures(ClassNamePrefixFeaturesOutMixin, TransformerMixin, KernelEs
 
         choice = choose_map(rows_of(x, asked), n, 2 * self.gamma_, m, self.purpose, make)
         self.feature_map_, self.method_, self.reason_ = choice.feature_map, choice.method, choice.reason
-        if self.method_ == "nystrom" and len(fitted) < min(n, sample_size(m)):  # the points in question are needed, too
+        if self.method_ == "nystrom" and len(fitted) < min(n, sample_size(m)):  # these points are needed, too
             self.feature_map_ = self._map(x, self.gamma_, seed, method="nystrom")
 
     def _accepted(self) -> str:

@@ -6,7 +6,7 @@ import numpy as np
 from sklearn.base import (
     RegressorMixin,
 )
-from sklearn.utils._array_api import (  # private, and imported in this folder alone
+from sklearn.utils._array_api import (  # private, and imported in this folder only
     check_same_namespace,
 )
 from sklearn.utils.validation import _check_sample_weight, check_is_fitted
@@ -26,8 +26,8 @@ from favorsharp.sklearn.random_features import RandomFeatures
 class FeatureRidge(RegressorMixin, KernelEstimator):  # numpydoc ignore=PR02
     """Ridge regression on features of the Gaussian kernel: kernel ridge regression in time linear in the points.
 
-    The penalty is chosen by exact leave-one-out errors, all from one decomposition. Memory does not grow with the
-    points beyond the data: features are made and summed in blocks.
+    The penalty is chosen by exact leave-one-out errors, which all come from one decomposition. Features are made and
+    summed in blocks, so the memory beyond the data does not grow with the number of points.
 
     Parameters
     ----------
@@ -48,8 +48,8 @@ class FeatureRidge(RegressorMixin, KernelEstimator):  # numpydoc ignore=PR02
     alpha_ : float
         The penalty that was used.
     alpha_errors_ : array, shape (n_alphas,)
-        Only with several penalties: for each, in the order given, the mean square leave-one-out error. After
-        `partial_fit`, whose earlier points are gone, it is the estimate of generalised cross-validation.
+        Only with several penalties: the mean square leave-one-out error of each, in the order given. After
+        `partial_fit`, which does not keep earlier points, it is the estimate of generalised cross-validation.
     coef_ : array, shape (n_components,) or (n_targets, n_components)
     intercept_ : float or array, shape (n_targets,)
     features_ : RandomFeatures

@@ -1,4 +1,4 @@
-"""The public module `MapBuffers`, the base of `LinearAttention`: a feature map held as buffers of a module.
+"""The public module `MapBuffers`, the base of `LinearAttention`: it holds a feature map as buffers.
 
 As buffers, the map is moved, saved and loaded together with the model that uses it.
 """
@@ -38,7 +38,7 @@ _NUMBERS = ("projection", *_PARAMETERS)
 
 
 class MapBuffers(torch.nn.Module):
-    """A feature map held as buffers; the base of `LinearAttention`, and for modules of your own.
+    """A module that holds a feature map as buffers; the base of `LinearAttention` and of modules of your own.
 
     The buffers are `projection`, which holds the random rows, and the parameters `a`, `g1`, `g2`, `center_x` and
     `center_y`, which are NaN before calibration. They have their final shapes from the start, so loading checkpoints
@@ -333,7 +333,7 @@ class MapBuffers(torch.nn.Module):
     def _rows(self, rng: Any) -> Any:
         if rng is None:
             seed = torch.randint(0, 2**62, (), device="cpu")
-            rng = 0 if is_traced(seed) else int(seed)  # in a fake module the rows have no numbers, so any seed will do
+            rng = 0 if is_traced(seed) else int(seed)  # a fake module has no rows, so any seed will do
         assert self.draw is not None
         return draw_rows(self.draw, self.num_features, self.size, rng)
 
@@ -397,7 +397,8 @@ class MapBuffers(torch.nn.Module):
             return None
         held = tuple(self._buffers[name] for name in _NUMBERS)
         # Unreadable buffers cannot be checked. In a mode that traces or fakes, and for tensor subclasses, the result is
-        # the fault that was found last. Others (meta tensors, tensors in functorch transforms) are accepted unchecked.
+        # the fault that was found last. Other unreadable buffers (meta tensors, tensors in functorch transforms) are
+        # accepted unchecked.
         if not are_readable(*held):
             return self._last_fault if is_traced_by_mode() or any(is_subclass(x) for x in held) else None
         fault: str | None = self._fault_of_rows() or self._fault_of_parameters()
@@ -473,11 +474,14 @@ def _own(rows: Any) -> torch.Tensor:
 
 
 def _moved(x: torch.Tensor | None, moved: torch.Tensor | None) -> torch.Tensor | None:
-    """The buffer x after a module conversion gave `moved`: on that device, but not rounded; NaN if x has no numbers."""
+    """The buffer x after a conversion of the module to `moved`: on its device, but not rounded.
+
+    NaN if x has no numbers.
+    """
     if x is None or moved is None or moved is x or type(moved) is not type(x) or not x.is_floating_point():
         return moved
     dtype = x.dtype if moved.dtype in (torch.float16, torch.bfloat16) else moved.dtype
     with torch.inference_mode(False), torch.no_grad():
-        if x.is_meta and not moved.is_meta:  # to_empty leaves its memory unset
+        if x.is_meta and not moved.is_meta:  # to_empty does not fill its memory
             return torch.full(x.shape, torch.nan, dtype=dtype, device=moved.device)
         return x.to(device=moved.device, dtype=dtype, copy=True)

@@ -1,4 +1,4 @@
-"""The public module `MultiheadAttention`: linear attention with the signature and the weights of torch's module."""
+"""The public module `MultiheadAttention`: linear attention with the signature and the weights of torch's own module."""
 
 import math
 from typing import Any, Self
@@ -119,7 +119,7 @@ class MultiheadAttention(torch.nn.Module):
         module : torch.nn.MultiheadAttention
         **options
             method, num_features, draw, rng, window. If torch's module has dropout of attention weights, pass
-            `dropout=0.0` to do without it.
+            `dropout=0.0` to drop this option.
         """
         if not isinstance(module, torch.nn.MultiheadAttention):
             raise TypeError(f"module must be a torch.nn.MultiheadAttention, got {type(module).__name__}")
@@ -313,7 +313,7 @@ class MultiheadAttention(torch.nn.Module):
 
 
 def _keep_own_map(module: torch.nn.Module, state_dict: Any, prefix: str, *_: Any) -> None:
-    """Add the module's own map to a state dict that has none, such as torch's, so that loading does not change it."""
+    """Add the module's own map to a state dict without a map, such as torch's, so that loading keeps the map."""
     inner = f"{prefix}attention."
     if isinstance(module.attention, LinearAttention) and not any(name.startswith(inner) for name in state_dict):
         state_dict.update({inner + name: x for name, x in module.attention.state_dict().items()})

@@ -165,7 +165,7 @@ def _trained(
 
 
 class _Steps:
-    """The trained tensors: coordinates relative to the start, in which every constraint holds.
+    """The trained tensors: coordinates relative to the start, in which all constraints hold.
 
     g1 = exp(E) g1_0 and g2 = exp(-E^T) g2_0, so g1^T g2 does not change; 1 - 4a = exp(r) with r >= 0; and the centers
     move in the coordinates of u and v, in which all directions have similar scales.
@@ -216,7 +216,7 @@ class _Problem:
         self.batch = tuple(like.g1.shape[:-2])
         self.group = q.shape[-3] // k.shape[-3] if options["enable_gqa"] else 1
         counts = torch.ones_like(self.exact[..., 0], dtype=torch.bool)
-        if self.key_mask is not None and q.shape[-2] == k.shape[-2]:  # queries at padding do not count
+        if self.key_mask is not None and q.shape[-2] == k.shape[-2]:  # queries at padding are ignored
             mask = self.key_mask
             if self.group > 1 and mask.ndim > 1 and mask.shape[-2] > 1:
                 mask = mask.repeat_interleave(self.group, -2)

@@ -11,7 +11,7 @@ from favorsharp.features import FeatureMap
 from favorsharp.landmarks.settings import Landmarks
 from favorsharp.linear_attention import decode_step, init_state, linear_attention, read, update
 from favorsharp.transformers.cache import StateLayer, layer_of
-from favorsharp.transformers.maps import FrozenMaps as FrozenMaps  # whole models pickled with 0.1.0 name it here
+from favorsharp.transformers.maps import FrozenMaps as FrozenMaps  # models pickled with 0.1.0 name it here
 from favorsharp.transformers.maps import crosses, map_for
 from favorsharp.transformers.masks import Visible, read_mask
 from favorsharp.transformers.models import adds_masks_only, heard, label, warn_once
@@ -24,7 +24,7 @@ _HARMLESS = frozenset(
     {
         # positions and kinds of tokens: already part of the queries, the keys and the mask
         *("position_ids", "cache_position", "position_embeddings", "token_type_ids", "mm_token_type_ids"),
-        # what the model returns or counts
+        # options of what the model returns or counts
         *("use_cache", "return_dict", "output_hidden_states", "output_router_logits", "num_items_in_batch"),
         *("labels", "logits_to_keep", "return_loss"),
         # options of other kernels: determinism, and lengths of packed sequences (their bounds are refused)
@@ -102,7 +102,7 @@ def _visible(
     sliding_window: int | None,
     layer: StateLayer | None,
 ) -> Visible:
-    """Which keys the queries of a call see, by its mask, and by what the layer says of itself where there is none."""
+    """Which keys the queries of a call see, by its mask, or by the layer's attributes if there is no mask."""
     if layer is not None and s == 0:  # cross-attention after its first step
         seen = Visible(None, False)
     else:
@@ -126,7 +126,7 @@ def _without_dropout(registration: Registration, module: Any, dropout: float) ->
 
 
 def _check_positions(module: Any, seen: Visible, position_ids: Any, is_whole: bool) -> None:
-    """Warn if padding on the left moves the positions of its rows, which the caller did not correct."""
+    """Warn if padding on the left shifts the positions of its rows and the caller did not correct them."""
     if seen.key_mask is None or position_ids is None or not is_whole or torch.compiler.is_compiling():
         return
     if position_ids.shape[0] == 1 < seen.key_mask.shape[0] and not bool(seen.key_mask[:, 0, 0].all()):
@@ -156,7 +156,7 @@ def _check_keywords(registration: Registration, module: Any, keywords: dict[str,
 
 
 def _check_sliding(registration: Registration, module: Any, window: int | None, seen: Visible, length: int) -> None:
-    """Refuse a sliding window that hides a key and is not in the mask that the layer got."""
+    """Refuse a sliding window that hides a key but is missing in the mask that the layer got."""
     if window is not None and seen.reach is None and length > window + (0 if seen.is_causal else 1):
         raise ValueError(
             f"{label(module)} has a sliding window of {window}, and {length} keys: the window is not served by "
@@ -179,7 +179,7 @@ def near(
 
 
 def others_first(key: Tensor, value: Tensor, seen: Visible) -> tuple[Tensor, Tensor, Visible]:
-    """Move keys of another sequence, which all queries see, before the keys of their own: the whole is causal then."""
+    """Move keys of another sequence, which all queries see, before the own keys, so that attention is causal."""
     mask = None if seen.key_mask is None else seen.key_mask.roll(seen.others, -1)
     return key.roll(seen.others, -2), value.roll(seen.others, -2), replace(seen, key_mask=mask)
 
@@ -206,7 +206,10 @@ def approximate(
     window: int,
     grouped: bool,
 ) -> Tensor:
-    """Linear attention; causal queries are at the last positions of the keys, and earlier keys enter by a state."""
+    """Linear attention.
+
+    Causal queries are at the last positions of the keys, and earlier keys enter through a state.
+    """
     n, s = query.shape[-2], key.shape[-2]
     key_mask, state = seen.key_mask, None
     if isinstance(fm, Landmarks) and cross:
@@ -276,7 +279,8 @@ def state_of(
 ) -> Any:
     """The state of all keys, for queries of another sequence.
 
-    Of the queries it depends on the shape only. Landmarks chosen for them would show a decoder its own future.
+    It depends only on the shape of the queries. Landmarks that are chosen for the queries would show a decoder its own
+    future.
     """
     _, state = linear_attention(
         query[..., :0, :], key, value, fm, key_mask=seen.key_mask, enable_gqa=grouped, return_state=True
@@ -285,10 +289,10 @@ def state_of(
 
 
 def _collected() -> Any:
-    """What transformers records in the running call besides its result; it does not tell every layer."""
+    """The outputs besides the result that transformers records in the running call; it does not tell every layer."""
     try:
         from transformers.utils.output_capturing import _active_collector
-    except ImportError:  # versions that tell every layer
+    except ImportError:  # versions of transformers that tell every layer
         return None
     return _active_collector.get()
 

@@ -38,9 +38,9 @@ class StateLayer(CacheLayerMixin):
     `update` marks the new keys and returns them with their values; the attention function then adds them to the state.
     For cross-attention, `keys` and `values` are empty after the first step, and these keys are marked too.
 
-    The attention function must receive the tensors that `update` returned, or others for the same positions that the
-    layer made of them, as latent attention does; and only once, because a state cannot tell whether it already contains
-    a key.
+    The attention function must receive the tensors that `update` returned, or tensors for the same positions that the
+    layer computed from them, as latent attention does. It must receive them only once, because a state cannot tell
+    whether it already contains a key.
     """
 
     is_sliding = False
@@ -102,7 +102,7 @@ class StateLayer(CacheLayerMixin):
         self._received = given is not None
 
     def take(self, state: Memory, *, keep: tuple[Tensor, Tensor] | None = None) -> None:
-        """Store the state that contains the last keys; `keep` are empty keys and values to return in later steps."""
+        """Store the state that contains the last keys; `keep` holds empty keys and values to return in later steps."""
         self.state = _compact(state)
         if self._given is not None:
             self.seen += int(self._given[0].shape[-2])
@@ -142,7 +142,7 @@ class StateLayer(CacheLayerMixin):
         """Return -1, which means no limit."""
         return -1
 
-    get_max_cache_shape = get_max_length  # its name until transformers 5.12
+    get_max_cache_shape = get_max_length  # the name until transformers 5.12
 
     def reset(self) -> None:
         """Forget everything."""
@@ -240,7 +240,7 @@ class StateCache(Cache):
 
     @property
     def num_bytes(self) -> int:
-        """The memory of all states in bytes, with what is kept for their next tokens, and of recurrences."""
+        """The memory of all states in bytes, including recurrences and what is kept for the next tokens."""
         spans: list[tuple[int, int]] = []  # arrays of a state may share their memory
         beside = 0
 
@@ -384,7 +384,10 @@ def _name_of(caller: FrameType | None) -> str:
 
 
 def _running(caller: int) -> tuple[int, ...] | None:
-    """How far the frame with this id has come, and each frame that it called, if it is on the stack."""
+    """The instruction that the frame with this id has reached, and those of the frames that it called.
+
+    Empty if not running.
+    """
     places: list[int] = []
     frame: FrameType | None = sys._getframe(2)
     while frame is not None:
@@ -398,8 +401,9 @@ def _running(caller: int) -> tuple[int, ...] | None:
 def _compact(state: Memory) -> Memory:
     """A state whose recent keys are copies if they are views, which would keep the arrays of a whole prompt in memory.
 
-    Only states with a window have recent keys. A state that needs no copy is returned itself, because what a step knows
-    of its state for the next one is lost in another value; so is one whose keys lie in a store of two blocks.
+    Only states with a window have recent keys. A state that needs no copy is returned itself, because a copy would lose
+    what a step has attached to it for the next step. A state whose keys are in a store of two blocks is returned
+    itself, too.
     """
     if not isinstance(state, State) or not state.window or state.store is not None:
         return state

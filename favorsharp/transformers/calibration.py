@@ -33,7 +33,7 @@ class _Layer:
 
 @dataclass
 class _Collector:
-    """Gathers the moments of every layer of one model while it runs with exact attention."""
+    """Gathers the moments of every layer of a model while the model runs with exact attention."""
 
     modules: frozenset[int]
     layers: dict[int, _Layer] = field(default_factory=dict)
@@ -77,7 +77,7 @@ class _Collector:
         known.moments = combine(known.moments, found)
 
 
-@torch.inference_mode(False)  # training cannot use tensors made in that mode
+@torch.inference_mode(False)  # training cannot use tensors that were made in inference mode
 def calibrate(model: Any, batches: Iterable[Any]) -> dict[str, FeatureMap]:
     """Fit the feature maps of all attention layers on sample inputs, and freeze them.
 
@@ -164,8 +164,8 @@ def calibrate(model: Any, batches: Iterable[Any]) -> dict[str, FeatureMap]:
 def save_maps(model: Any, directory: str | Path) -> None:
     """Write the maps that `calibrate` fitted to a directory, with one file for each layer.
 
-    `save_pretrained` does not write them. A calibrated model that is loaded again raises an error at a call, until
-    `load_maps` has loaded them.
+    `save_pretrained` does not write them. After a calibrated model was loaded again, calls raise an error until
+    `load_maps` has loaded its maps.
 
     Parameters
     ----------

@@ -12,7 +12,7 @@ from favorsharp.transformers.registrations import EXACT, REGISTERED, WITHOUT_MAP
 
 
 class LayerCheck(NamedTuple):
-    """What becomes of one attention layer.
+    """Whether and how one attention layer is approximated.
 
     Attributes
     ----------
@@ -22,9 +22,9 @@ class LayerCheck(NamedTuple):
         The name of its class.
     attention : {"approximated", "exact", "unchanged"}
         "exact" is softmax attention by the method "exact", or within a sliding window with any method; "unchanged" is
-        whatever the model does without us.
+        the model's own attention.
     why : str
-        The method and what is still needed, or the reason why the layer is unchanged.
+        The method and what the layer still needs, or the reason why it is unchanged.
     """
 
     name: str
@@ -63,8 +63,8 @@ class ModelCheck:
 def check(model: Any) -> ModelCheck:
     """Say which attention layers of a model will be approximated, before it has seen any input.
 
-    It reads the names in the model's config and the source of its layers. What only a call can show is not part of it:
-    a mask, a keyword or a cache may still be refused, with an error that names the layer.
+    It reads the names in the model's config and the source of its layers. A later call may still refuse a mask, a
+    keyword or a cache, with an error that names the layer.
 
     Parameters
     ----------

@@ -49,10 +49,10 @@ def register(
     draw
         As in `favorsharp.feature_map`. Landmarks take none.
     rng : None, int, SeedSequence or Generator
-        As in `favorsharp.feature_map` and in `favorsharp.landmarks`. All that is random depends only on the seed of the
+        As in `favorsharp.feature_map` and in `favorsharp.landmarks`. All random numbers depend only on the seed of the
         registration, so the same seed gives the same model.
     calibration : {"input", "frozen"}
-        What a layer does that `calibrate` has not fitted. With "input", bidirectional self-attention is fitted to each
+        What a layer does if `calibrate` has not fitted it. With "input", bidirectional self-attention is fitted to each
         input, separately for each head and each row of the batch; causal and cross-attention raise an error, because a
         fit to the sequence would show it its own future. With "frozen", every layer raises an error. Methods that fit
         nothing (`posrf`) need no calibration. Landmarks take none.

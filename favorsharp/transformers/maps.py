@@ -46,7 +46,7 @@ class FrozenMaps(torch.nn.Module):
 
 
 def frozen_map(module: Any, registration: Registration) -> FeatureMap | None:
-    """The map that `calibrate` or `load_maps` stored on a layer for this registration, or None."""
+    """The map that `calibrate` or `load_maps` stored on a layer for this registration; None if there is none."""
     holder = getattr(module, CHILD, None)
     fm: FeatureMap | None = None if holder is None else holder.by_name.get(registration.name)
     if fm is None:
@@ -68,7 +68,7 @@ def map_for(
     scaling: float | None,
     grouped: bool,
 ) -> FeatureMap:
-    """The frozen map of the layer; without one, a map fitted to this input, if that shows a query no later keys."""
+    """The frozen map of the layer; or a map fitted to this input, if the fit does not show a query later keys."""
     frozen = frozen_map(module, registration)
     if frozen is not None:
         expected = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
@@ -118,6 +118,7 @@ def is_cross(module: Any) -> bool:
 def crosses(module: Any, n: int, s: int, seen: Visible) -> bool:
     """Whether the queries of a call come from another sequence than its keys.
 
-    No causal mask is of such a call, even if its layer does not say that it is causal, as in some decoders.
+    A call with a causal mask is never such a call, even if its layer does not declare that it is causal, as in some
+    decoders.
     """
     return not seen.is_causal and (is_cross(module) or n != s)

@@ -1,8 +1,8 @@
 """Makes and reads attention masks of transformers models: which keys are padding, and whether attention is causal.
 
 transformers calls a registered mask function once in each forward pass, and passes its result to every layer. Linear
-attention needs only one bit for each key and one bit for the whole mask. So `compact_mask` returns one of these, and no
-n by n mask is made:
+attention needs only one bit for each key and one bit for the whole mask. So `compact_mask` returns one of the following
+masks instead of an n by n mask:
 
     bool   (B, 1, 1, s)   every query sees the keys that are True
     int8   (B, 1, 1, s)   query i sees the keys that are 1, up to its own position
@@ -16,10 +16,9 @@ Other code does not know this format. So the mask is a `CompactMask`, a tensor t
 While a graph is recorded, tensors cannot have a class of their own. There, the mask has two more axes, of lengths 2 and
 3, so that it does not broadcast with the scores of other code, and with a window two more that are longer by 1 than its
 `reach`; their strides are 0.
-Two masks that a layer joins along the keys say that the last `others` keys are of another sequence, and precede all
-queries; this is known outside graphs only.
-A dense mask that the caller made passes through transformers unchanged; `read_mask` compares it, value by value, with
-the bidirectional and the causal pattern.
+If a layer joins two masks along the keys, the last `others` keys belong to another sequence and precede all queries;
+this is known only outside graphs. A dense mask that the caller made passes through transformers unchanged; `read_mask`
+compares it, value by value, with the bidirectional and the causal pattern.
 """
 
 import sys
@@ -125,7 +124,7 @@ class CompactMask(torch.Tensor):
 
 
 def _joined(masks: Any = (), dim: int = 0, **others: Any) -> CompactMask | None:
-    """A causal mask and the mask of another sequence's keys, joined along the keys; None for all else."""
+    """A causal mask and the mask of another sequence's keys, joined along the keys; None for other tensors."""
     if len(masks) != 2 or others or not all(isinstance(x, CompactMask) and x.ndim == 4 and not x.others for x in masks):
         return None
     own, other = masks
@@ -174,9 +173,9 @@ class Visible:
     is_causal : bool
         Whether each of the queries, which are at the last n positions, sees only keys up to its own position.
     reach : (int, int) or None
-        How far before and behind a query the keys are that it sees, with a sliding window; None without one.
+        With a sliding window, how far before and after a query the visible keys reach; None without one.
     others : int
-        The number of keys at the end that are of another sequence, and which all queries see.
+        The number of keys at the end that belong to another sequence, and that all queries see.
     """
 
     key_mask: Tensor
@@ -312,7 +311,7 @@ def _read_compact(mask: Tensor, n: int, s: int, is_causal: bool, reach: Reach | 
                 "another sequence; accepted: the mask as the model made it, in self-attention"
             )
         return Visible(key_mask, mask.dtype is torch.int32, reach)
-    if mask.dtype is torch.int8:  # the mask decides, as it does in eager attention, and not what the layer says it is
+    if mask.dtype is torch.int8:  # as in eager attention, the mask decides, and not the layer's attributes
         return Visible(key_mask, True)
     return Visible(key_mask, is_causal and n == 1)
 

@@ -147,7 +147,7 @@ def _check_layers(model: Any, requested: str) -> None:
     if not any(reaches(kind) for kind in kinds):
         layers = [kind.__name__ for kind in kinds if "Attention" in kind.__name__ and not _is_of_torch(kind)]
         raise ValueError(_message(model, requested, layers[0] if layers else None))
-    if not any(map(_asks, kinds)):  # its layers are not of transformers, and only a call shows what they do
+    if not any(map(_asks, kinds)):  # its layers are not part of transformers, and only a call shows what they do
         _listen(model, requested)
 
 
@@ -156,7 +156,7 @@ _listening: WeakSet[Any] = WeakSet()
 
 
 def heard() -> None:
-    """Note that a registered attention was called."""
+    """Record that a registered attention was called."""
     if not torch.compiler.is_compiling():
         _listening.clear()
 
@@ -197,9 +197,9 @@ def _message(model: Any, requested: str, layer: str | None) -> str:
 
 
 def adds_masks_only(module: Any) -> bool:
-    """Whether a layer is of a model of transformers that has eager attention only, where no mask hides no key.
+    """Whether a layer belongs to a model of transformers with eager attention only, where a missing mask hides no key.
 
-    In the others no mask leaves it to the layer whether its attention is causal, as in torch's own attention.
+    In other models, a missing mask means that the layer decides whether attention is causal, as in torch's attention.
     """
     return not torch.compiler.is_compiling() and _has_eager_only(type(module).__module__)
 

@@ -1,4 +1,4 @@
-"""Recognises the attention patterns of transformers models, which are functions of a query's and a key's position."""
+"""Recognises the attention patterns of transformers models, which are functions of two positions."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -25,8 +25,8 @@ def kind_of(
 ) -> tuple[torch.dtype, Reach | None]:
     """The dtype of the mask for a pattern, in the format of `masks`, and the reach of a sliding window.
 
-    The arguments are those of `compact_mask`, with its other `keywords`; `length` is the number of keys, with those
-    that a cache has seen.
+    The arguments are those of `compact_mask`, with its other `keywords`; `length` is the number of keys, including
+    those that a cache has seen.
     """
     if mask_function is bidirectional_mask_function:
         return torch.bool, None
@@ -71,8 +71,8 @@ def _within(kind: torch.dtype, windows: list[tuple[int, int | None]]) -> tuple[t
 def _has_no_tensor(mask_function: Any, attention_mask: Any, use_vmap: bool, keywords: dict[str, Any]) -> bool:
     """Whether a pattern surely contains no tensor, so that torch.compile can make it a constant.
 
-    Patterns with tensors are those of packed sequences, which are looked for where a causal model gets no mask, of
-    blocks, which are joined by "or", of chunks, and of the caller's own functions, which are evaluated by vmap.
+    Four kinds of patterns contain tensors: packed sequences, which transformers looks for if a causal model gets no
+    mask; blocks, which are joined by "or"; chunks; and the caller's own functions, which are evaluated by vmap.
     """
     is_chunked = getattr(keywords.get("config"), "attention_chunk_size", None) is not None
     may_be_packed = attention_mask is None and "allow_is_bidirectional_skip" not in keywords
@@ -102,7 +102,7 @@ def _split(mask_function: Any) -> tuple[list[tuple[int, int | None]], list[Any]]
 
 
 def _window_of(part: Any) -> tuple[int, int | None] | None:
-    """How far a pattern that is a sliding window reaches before and behind a query; None behind it for all keys."""
+    """How far a sliding-window pattern reaches before and after a query; None after it means all later keys."""
     held = _held_by(part)
     size, is_causal = held.get("sliding_window"), held.get("is_causal", False)
     name, module = getattr(part, "__qualname__", ""), getattr(part, "__module__", None) or ""
@@ -134,16 +134,16 @@ def _parts_of(mask_function: Any) -> Iterator[Any]:
 
 
 def _held_by(function: Any) -> dict[str, Any]:
-    """The variables that a function has from the function in which it was made."""
+    """The variables that a function has captured from the function in which it was made."""
     cells = getattr(function, "__closure__", None) or ()
     names = function.__code__.co_freevars if cells else ()
     return {name: cell.cell_contents for name, cell in zip(names, cells, strict=True)}
 
 
 def _largest(mask_function: Any, dense: Callable[[Any], Tensor]) -> Any:
-    """The part of a union that contains all others for these lengths, as blocks of images do nothing without an image.
+    """The part of a union that contains all other parts for these lengths; for example, blocks of images may be empty.
 
-    The pattern itself if it is no union, or has no such part.
+    If the pattern is no union, or has no such part, the result is the pattern itself.
     """
     if getattr(mask_function, "__qualname__", "").startswith("or_masks."):
         whole = dense(mask_function)

@@ -1,4 +1,4 @@
-"""What `register` keeps of each name: its options, and what follows from them for a layer."""
+"""The options of each registered name, and the settings of a layer that follow from them."""
 
 from dataclasses import dataclass, replace
 from functools import lru_cache

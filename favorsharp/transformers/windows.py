@@ -1,4 +1,4 @@
-"""Layers with a sliding window: each query sees few keys, so their attention is exact, in time linear in the length."""
+"""Attention of layers with a sliding window: each query sees few keys, so it is exact, in time linear in the length."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -31,7 +31,7 @@ def near_attention(query: Tensor, key: Tensor, value: Tensor, seen: Visible, sca
     """Softmax attention to the keys within `seen.reach`; queries are at the last positions of the keys.
 
     Queries are cut into blocks as long as the reach, which share the keys that any of them sees. (B, H, n, d), with
-    keys and values of (B, Hkv, s, .) -> (B, H, n, e). Keys of another sequence come first; every block has them all.
+    keys and values of (B, Hkv, s, .) -> (B, H, n, e). Keys of another sequence come first; every block has all of them.
     """
     n, s, o, (before, behind) = query.shape[-2], key.shape[-2], seen.others, seen.reach or (0, 0)
     if n == 0 or s == 0:
@@ -39,7 +39,7 @@ def near_attention(query: Tensor, key: Tensor, value: Tensor, seen: Visible, sca
     block = min(n, max(16, before))
     count = -(-n // block)
     width = block + before + behind
-    padding = (before, count * block - n + behind)  # positions before the first key and behind the last
+    padding = (before, count * block - n + behind)  # positions before the first key and after the last
     first = s - o - n
     visible = torch.ones((1, s), dtype=torch.bool, device=key.device) if seen.key_mask is None else seen.key_mask[:, 0]
     near = functional.pad(visible[:, o:], padding)[:, first:].unfold(-1, width, block)
