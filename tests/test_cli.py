@@ -11,8 +11,6 @@ from problems import attention_problem
 import favorsharp as fs
 from favorsharp.cli import main
 
-pytestmark = pytest.mark.own_backend
-
 FAST = ["--methods", "posrf,optimal", "--features", "8,64", "--seeds", "1"]
 
 

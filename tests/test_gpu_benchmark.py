@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 
 torch = pytest.importorskip("torch")
-pytestmark = pytest.mark.own_backend
 ROOT = Path(__file__).parents[1]
 
 

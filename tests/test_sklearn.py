@@ -26,7 +26,7 @@ from sklearn.utils.estimator_checks import check_estimator
 import favorsharp as fs
 from favorsharp.sklearn import FeatureRidge, NadarayaWatsonClassifier, NadarayaWatsonRegressor, RandomFeatures
 
-pytestmark = pytest.mark.own_backend
+pytestmark = pytest.mark.compiled
 
 ESTIMATORS = [
     RandomFeatures(n_components=32, random_state=0),
@@ -55,6 +55,7 @@ EVERY = [
 """Every method that an estimator takes, and that `ESTIMATORS` may lack."""
 
 
+@pytest.mark.compiled(False)
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("estimator", [*ESTIMATORS, *(pytest.param(e, marks=pytest.mark.slow) for e in EVERY)], ids=str)
 def test_scikit_learn_accepts_it(estimator, monkeypatch):

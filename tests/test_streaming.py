@@ -194,7 +194,7 @@ def test_decode_under_jit():
 @pytest.mark.parametrize("kind", ["Tensor", "Parameter"])
 def test_a_map_whose_rows_were_written_to_is_looked_at_again(kind):
     torch = pytest.importorskip("torch")
-    q, k, v = (torch.from_numpy(x).float() for x in attention_problem(0, (2,), n=12))
+    q, k, v = (torch.from_numpy(x) for x in attention_problem(0, (2,), n=12))
     fm = fs.feature_map(fs.fit(q, k, method="posrf"), 16, rng=0)
     fm = replace(fm, rows=torch.nn.Parameter(fm.rows.clone()) if kind == "Parameter" else fm.rows.clone())
 
@@ -214,7 +214,7 @@ def test_a_map_whose_rows_were_written_to_is_looked_at_again(kind):
 @pytest.mark.parametrize("window", [0, 4])
 def test_a_map_written_to_between_two_tokens_is_looked_at_again(window):
     torch = pytest.importorskip("torch")
-    q, k, v = (torch.from_numpy(x).float() for x in attention_problem(0, (2,), n=12))
+    q, k, v = (torch.from_numpy(x) for x in attention_problem(0, (2,), n=12))
     fm = fs.feature_map(fs.fit(q, k, method="posrf"), 16, rng=0)
     fm = replace(fm, rows=fm.rows.clone())
     tokens = [[x[..., i : i + 1, :] for x in (q, k, v)] for i in range(12)]

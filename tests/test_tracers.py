@@ -294,7 +294,7 @@ def test_other_tracers_are_refused():
 @pytest.mark.filterwarnings("ignore:Sparse CSR tensor support:UserWarning")
 def test_tensors_that_are_not_dense_are_refused():
     """They are refused also after a call with a dense tensor of the same shape."""
-    q, k, v = (x[0].float() for x in inputs())
+    q, k, v = (x[0] for x in inputs())
     fm = fs.feature_map(fs.fit(q, k), 16, rng=0)
     state = fs.update(fs.init_state(fm, 5, like=k), k, v, fm)
     token = [x[:1].contiguous() for x in (q, k, v)]

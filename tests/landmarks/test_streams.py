@@ -135,6 +135,7 @@ def test_a_stream_conserves_the_mean_kernel_of_its_keys(few_xp):
     np.testing.assert_allclose(got, mean_kernels(y).sum(), rtol=1e-9)
 
 
+@pytest.mark.compiled(False)
 def test_single_precision_devices():
     strict = pytest.importorskip("array_api_strict")
     arrays = [x[:2].astype(np.float32) for x in load_sample()]

@@ -12,7 +12,7 @@ SIZES = (1, 4, 3, 16, 31, 32, 33, 2, 0, 5, 60, 1, 7)
 pytestmark = pytest.mark.own_backend
 
 
-def problem(batch, m, d, e, n, dtype=np.float32):
+def problem(batch, m, d, e, n, dtype=np.float64):
     rng = np.random.default_rng(0)
     q, k, v = (rng.standard_normal((*batch, n, size)).astype(dtype) for size in (d, d, e))
     return q, k, v, fs.feature_map(fs.fit(q, k), m, rng=0)
@@ -32,7 +32,7 @@ def assert_same(state, want, rtol):
     np.testing.assert_allclose(state.c, want.c, rtol=rtol, atol=rtol)
 
 
-@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("dtype", [pytest.param(np.float32, marks=pytest.mark.kernels), np.float64])
 @pytest.mark.parametrize("shape", [((2,), 16, 8, 16), ((), 8, 4, 5), ((2, 3), 17, 5, 1), ((13,), 1, 1, 33)])
 def test_blocks_of_any_length(shape, dtype):
     """Some updates keep a few keys, others add more at once, and tokens of `decode_step` come between them."""
@@ -56,6 +56,7 @@ def test_blocks_of_any_length(shape, dtype):
         np.testing.assert_allclose(got, want, rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.kernels
 @pytest.mark.parametrize("size", [1, 2, 5])
 def test_features_that_rise_by_far(size):
     """A token may have features that are 2**40 times as large as those of the sums, or more.
