@@ -8,15 +8,15 @@ import pytest
 from problems import attention_problem, key_mask
 
 import favorsharp as fs
-from favorsharp.ops import blocks, state
+from favorsharp.ops import blocks, compensated_sums, partials, state, tiles
 from favorsharp.ops.causal_attention import causal_attention
 
 
 @pytest.fixture
 def small_tiles(monkeypatch):
     """Cut the work into as many tiles, and sums into as many parts, as a long sequence would have."""
-    monkeypatch.setattr(state, "TILE_ELEMENTS", 64)
-    monkeypatch.setattr(state, "PART", 5)
+    monkeypatch.setattr(tiles, "TILE_ELEMENTS", 64)
+    monkeypatch.setattr(compensated_sums, "PART", 5)
     monkeypatch.setattr(blocks, "_LONGEST_TILE", 16)
 
 
@@ -37,11 +37,11 @@ def test_denominators_are_at_least_one(scale):
     lq, lk = fm.log_query(q), fm.log_key(k)
     cuts = (slice(0, 1), slice(1, 40), slice(40, 70))
     parts = [state.read_partial(state.absorb(empty, k[:, c], v[:, c], None, fm), lq) for c in cuts]
-    parts += [state.pair_partial(lq, lk[:, c], v[:, c]) for c in cuts]
-    parts += [state.exact_partial(fm.log_kernel(q, k[:, c]), None, v[:, c]) for c in cuts]
-    parts.append(state.merge(state.merge(parts[0], parts[1]), parts[2]))
-    parts.append(state.merge(parts[3], state.merge(parts[4], parts[5])))
-    parts.append(state.merge(parts[0], state.merge(parts[4], parts[8])))
+    parts += [partials.pair_partial(lq, lk[:, c], v[:, c]) for c in cuts]
+    parts += [partials.exact_partial(fm.log_kernel(q, k[:, c]), None, v[:, c]) for c in cuts]
+    parts.append(partials.merge(partials.merge(parts[0], parts[1]), parts[2]))
+    parts.append(partials.merge(parts[3], partials.merge(parts[4], parts[5])))
+    parts.append(partials.merge(parts[0], partials.merge(parts[4], parts[8])))
     for part in parts:
         assert (part.den >= 1 - 1e-12).all()
         assert np.isfinite(part.num).all()
@@ -50,23 +50,23 @@ def test_denominators_are_at_least_one(scale):
     want = oracle.attention(scores, v)
     for part in parts[9:11]:
         np.testing.assert_allclose(np.log(part.den[..., 0]) + part.ref[..., 0], total, rtol=1e-12, atol=1e-12)
-        np.testing.assert_allclose(state.finish(part), want, atol=1e-9)
+        np.testing.assert_allclose(partials.finish(part), want, atol=1e-9)
 
 
 def test_nothing_is_the_identity_of_merge():
     q, k, v, fm, empty = problem(1.0)
     lq = fm.log_query(q)
     nothing = state.read_partial(empty, lq)
-    hidden = state.exact_partial(fm.log_kernel(q, k), np.zeros((50, 70), bool), v)
+    hidden = partials.exact_partial(fm.log_kernel(q, k), np.zeros((50, 70), bool), v)
     full = state.read_partial(state.absorb(empty, k, v, None, fm), lq)
     for none in (nothing, hidden):
         assert (none.den == 0).all()
         assert np.isneginf(none.ref).all()
-        assert (state.finish(none) == 0).all()
-        for merged in (state.merge(none, full), state.merge(full, none)):
+        assert (partials.finish(none) == 0).all()
+        for merged in (partials.merge(none, full), partials.merge(full, none)):
             for name in ("num", "den", "ref"):
                 np.testing.assert_array_equal(getattr(merged, name), getattr(full, name))
-        assert (state.finish(state.merge(none, none)) == 0).all()
+        assert (partials.finish(partials.merge(none, none)) == 0).all()
 
 
 def test_keys_in_any_order_and_any_cut_are_one_state(few_xp, rng):
