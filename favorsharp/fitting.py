@@ -293,36 +293,8 @@ def fit_named(
     """`fit`, with error messages that use the caller's names for the data."""
     check_method(method)
     check_choice("kernel", kernel, ("softmax", "gaussian"))
-    if isinstance(x, Moments):
-        defaults = {"y": None, "axis": -2, "mask_x": None, "mask_y": None, "enable_gqa": False}
-        defaults |= {"weighting": None, "is_causal": False}
-        values = {"y": y, **gathering, "weighting": weighting, "is_causal": is_causal}
-        given = [name for name, value in values.items() if is_array(value) or value != defaults[name]]
-        if given:
-            raise TypeError(f"fit(moments) takes no {', '.join(given)}: the moments have them in")
-        data = _known(x)
-        near = scale
-    elif y is None:
-        raise TypeError("fit takes queries and keys, or one Moments: y is missing")
-    else:
-        x, y, near = in_range(x, y, scale)
-        if weighting is not None:
-            data = attention_moments(
-                x, y, weighting=weighting, kernel=kernel, scale=near, is_causal=is_causal, **gathering
-            )
-        elif is_causal:
-            raise ValueError("is_causal=True says which pairs a weighting counts; accepted with weighting=...")
-        else:
-            data = _known(moments(x, y, **gathering))
-    for name, mean, covariance in zip(
-        names, (data.mean_x, data.mean_y), (data.covariance_x, data.covariance_y), strict=True
-    ):
-        if not is_traced(covariance):
-            xp = namespace_of(covariance)
-            if not bool(xp.all(xp.isfinite(mean)) & xp.all(xp.isfinite(covariance))):
-                raise ValueError(
-                    f"{name} holds values that are not finite (or whose squares are not): cannot fit to them"
-                )
+    data, near = _moments_of(x, y, kernel, scale, {**gathering, "weighting": weighting, "is_causal": is_causal})
+    _check_finite(names, data)
     scale, near = kernel_scale(kernel, scale, data.size), kernel_scale(kernel, near, data.size)
     cross = None if data.cross is None else data.cross * near
     statistics = Statistics(*_scaled(data, near), ridge=_ridge(ridge, data), cross=cross)
@@ -330,6 +302,41 @@ def fit_named(
     assert formula is not None  # check_method refuses the others
     values = {name: _restore(value, data) for name, value in formula(statistics).items()}
     return Parameters(method=method, kernel=kernel, scale=scale, **values)
+
+
+_UNGIVEN = {"axis": -2, "mask_x": None, "mask_y": None, "enable_gqa": False, "weighting": None, "is_causal": False}
+
+
+def _moments_of(
+    x: Array | Moments, y: Array | None, kernel: str, scale: float | None, options: dict[str, Any]
+) -> tuple[Moments, float | None]:
+    """The moments that a fit reads, and the scale of the points that they are of."""
+    if isinstance(x, Moments):
+        given = [name for name, value in options.items() if is_array(value) or value != _UNGIVEN[name]]
+        given = given if y is None else ["y", *given]
+        if given:
+            raise TypeError(f"fit(moments) takes no {', '.join(given)}: the moments have them in")
+        return _known(x), scale
+    if y is None:
+        raise TypeError("fit takes queries and keys, or one Moments: y is missing")
+    x, y, near = in_range(x, y, scale)
+    if options["weighting"] is not None:
+        return attention_moments(x, y, kernel=kernel, scale=near, **options), near
+    if options["is_causal"]:
+        raise ValueError("is_causal=True says which pairs a weighting counts; accepted with weighting=...")
+    gathering = {name: value for name, value in options.items() if name not in ("weighting", "is_causal")}
+    return _known(moments(x, y, **gathering)), near
+
+
+def _check_finite(names: tuple[str, str], data: Moments) -> None:
+    """Raise an error if moments are not finite, by the names of the points."""
+    sides = (data.mean_x, data.covariance_x), (data.mean_y, data.covariance_y)
+    for name, (mean, covariance) in zip(names, sides, strict=True):
+        if is_traced(covariance):
+            continue
+        xp = namespace_of(covariance)
+        if not bool(xp.all(xp.isfinite(mean)) & xp.all(xp.isfinite(covariance))):
+            raise ValueError(f"{name} holds values that are not finite (or whose squares are not): cannot fit to them")
 
 
 def in_range(x: Array, y: Array, scale: float | None) -> tuple[Array, Array, float | None]:

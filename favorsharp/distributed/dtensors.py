@@ -21,15 +21,7 @@ def over_dtensors(
     """Attention of DTensors with equal placements: by `sharded` if the sequence is sharded, else locally."""
     if group is not None:
         raise ValueError("group must be None with DTensors: their mesh says which ranks share a sequence")
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        if not isinstance(x, DTensor):
-            raise TypeError(f"q, k and v must all be DTensors or none, got {name} as {type(x).__name__}")
-    for name, x in (("q", q), ("v", v)):
-        if x.device_mesh != k.device_mesh or x.placements != k.placements or x.ndim != k.ndim:
-            raise ValueError(
-                f"q, k and v must be placed alike: {name} has {x.ndim} axes and {x.placements} on {x.device_mesh}, "
-                f"k has {k.ndim} axes and {k.placements} on {k.device_mesh}"
-            )
+    _check_placed_alike(q, k, v)
     mesh, axes = k.device_mesh, _sharded_axes(q, k, v, options["enable_gqa"])
     own_map = feature_map
     if any(axis is not None and axis < -2 for axis in axes):  # only the maps of this rank's heads
@@ -42,10 +34,22 @@ def over_dtensors(
         out = sharded(own_q, own_k, own_v, own_map, key_mask=key_mask, group=own, **options)
     else:
         out = linear_attention(own_q, own_k, own_v, own_map, key_mask=key_mask, **options)
-    cut = [axis for axis in axes if axis is not None]
-    shape = [q.shape[i - out.ndim] if i - out.ndim in cut else size for i, size in enumerate(out.shape)]
+    shape = [q.shape[i - out.ndim] if i - out.ndim in axes else size for i, size in enumerate(out.shape)]
     stride = [math.prod(shape[i + 1 :]) for i in range(len(shape))]
     return DTensor.from_local(out, mesh, k.placements, run_check=False, shape=tuple(shape), stride=tuple(stride))
+
+
+def _check_placed_alike(q: Any, k: Any, v: Any) -> None:
+    """Raise an error unless all are DTensors with as many axes and equal placements on one mesh."""
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(x, DTensor):
+            raise TypeError(f"q, k and v must all be DTensors or none, got {name} as {type(x).__name__}")
+    for name, x in (("q", q), ("v", v)):
+        if x.device_mesh != k.device_mesh or x.placements != k.placements or x.ndim != k.ndim:
+            raise ValueError(
+                f"q, k and v must be placed alike: {name} has {x.ndim} axes and {x.placements} on {x.device_mesh}, "
+                f"k has {k.ndim} axes and {k.placements} on {k.device_mesh}"
+            )
 
 
 def _sharded_axes(q: Any, k: Any, v: Any, enable_gqa: bool) -> list[int | None]:

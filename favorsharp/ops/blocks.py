@@ -114,18 +114,9 @@ def near_partial(
     xp = namespace_of(q, k, v)
     window, dtype = state.window, state.kv.dtype
     start, stop = rows
-    reach = 1 if causal else 2
     if stop - start <= window and start // window == (stop - 1) // window:
-        block = start // window * window
-        low, high = max(block - window, 0), min(block + reach * window, k.shape[-2])
-        near_k = hide(cast(k[..., low:high, :], dtype), key_mask[..., low:high])
-        logits = feature_map.log_kernel(cast(q[..., start:stop, :], dtype), near_k)
-        visible = key_mask[..., None, low:high]
-        if causal:
-            positions = xp.arange(0, high, **on_device_of(k))
-            visible = visible & (positions[start:stop, None] >= positions[None, low:high])
-        values = hide(cast(v[..., low:high, :], dtype), key_mask[..., low:high])
-        return exact_partial(logits, visible, values, mixed=causal)
+        return _near_of_one_block(q, k, v, key_mask, feature_map, rows, state, causal)
+    reach = 1 if causal else 2
     tile = -(-(stop - start) // window) * window
     shifts = [(offset * window) for offset in range(-1, reach)]
     own = _in_blocks(cast(rows_between(q, start, start + tile), dtype), window)
@@ -143,6 +134,31 @@ def near_partial(
         feature_map.expanded().log_kernel(own, hide(keys, mask)), pairs, hide(values, mask), mixed=causal
     )
     return _first_rows(_map(part, _out_of_blocks), stop - start)
+
+
+def _near_of_one_block(
+    q: Array,
+    k: Array,
+    v: Array,
+    key_mask: Array,
+    feature_map: PositiveMap,
+    rows: tuple[int, int],
+    state: State,
+    causal: bool,
+) -> Partial:
+    """`near_partial` of rows of one block."""
+    window, dtype = state.window, state.kv.dtype
+    start, stop = rows
+    block = start // window * window
+    low, high = max(block - window, 0), min(block + (1 if causal else 2) * window, k.shape[-2])
+    near_k = hide(cast(k[..., low:high, :], dtype), key_mask[..., low:high])
+    logits = feature_map.log_kernel(cast(q[..., start:stop, :], dtype), near_k)
+    visible = key_mask[..., None, low:high]
+    if causal:
+        positions = namespace_of(k).arange(0, high, **on_device_of(k))
+        visible = visible & (positions[start:stop, None] >= positions[None, low:high])
+    values = hide(cast(v[..., low:high, :], dtype), key_mask[..., low:high])
+    return exact_partial(logits, visible, values, mixed=causal)
 
 
 def rows_between(x: Array, start: int, stop: int) -> Array:

@@ -80,16 +80,31 @@ def attend(
         out = exact(query, key, value, seen, scaling, grouped)
     else:
         _check_positions(module, seen, kwargs.get("position_ids"), n == s)
-        fm: FeatureMap | Landmarks
-        if registration.landmarks is None:
-            fm = map_for(registration, module, query, key, seen, scaling, grouped)
-        else:
-            fm = registration.landmarks_for(module, key.shape[1], scaling)
-        cross = crosses(module, n, s, seen)
-        window = 0 if cross else registration.window
-        run = partial(approximate, cross) if layer is None else partial(remember, layer)
-        out = run(query, key, value, fm, seen, window, grouped)
+        out = _linear(registration, module, layer, query, key, value, seen, scaling, grouped)
     return out.transpose(1, 2).contiguous(), None
+
+
+def _linear(
+    registration: Registration,
+    module: Any,
+    layer: StateLayer | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    seen: Visible,
+    scaling: float | None,
+    grouped: bool,
+) -> Tensor:
+    """Linear attention through the layer's map or landmarks, from the state in the cache if there is one."""
+    fm: FeatureMap | Landmarks
+    if registration.landmarks is None:
+        fm = map_for(registration, module, query, key, seen, scaling, grouped)
+    else:
+        fm = registration.landmarks_for(module, key.shape[1], scaling)
+    cross = crosses(module, query.shape[-2], key.shape[-2], seen)
+    window = 0 if cross else registration.window
+    run = partial(approximate, cross) if layer is None else partial(remember, layer)
+    return run(query, key, value, fm, seen, window, grouped)
 
 
 def _visible(

@@ -122,21 +122,7 @@ def calibrate(model: Any, batches: Iterable[Any]) -> dict[str, FeatureMap]:
     model = getattr(model, "_orig_mod", model)
     named = dict(model.named_modules())
     collector = _Collector(frozenset(map(id, named.values())))
-    training = [module for module in named.values() if module.training]
-    before = set_collector(collector)
-    count = 0
-    try:
-        model.eval()
-        with torch.no_grad():
-            for batch in batches:
-                count += 1
-                collector.query_mask = None
-                _ = model(**batch) if isinstance(batch, Mapping) else model(batch)
-    finally:
-        set_collector(before)
-        for module in training:
-            module.training = True
-    if count == 0:
+    if _run(model, named.values(), batches, collector) == 0:
         raise ValueError("batches must hold at least one batch, got none")
     if not collector.layers and collector.windows:
         raise ValueError(
@@ -159,6 +145,25 @@ def calibrate(model: Any, batches: Iterable[Any]) -> dict[str, FeatureMap]:
             layer.module, registration.name, feature_map(parameters, registration.num_features, draw=draw)
         )
     return found
+
+
+def _run(model: Any, modules: Iterable[Any], batches: Iterable[Any], collector: _Collector) -> int:
+    """Run the model in evaluation mode while the collector records the calls of its layers; the number of batches."""
+    training = [module for module in modules if module.training]
+    before = set_collector(collector)
+    count = 0
+    try:
+        model.eval()
+        with torch.no_grad():
+            for batch in batches:
+                count += 1
+                collector.query_mask = None
+                _ = model(**batch) if isinstance(batch, Mapping) else model(batch)
+    finally:
+        set_collector(before)
+        for module in training:
+            module.training = True
+    return count
 
 
 def save_maps(model: Any, directory: str | Path) -> None:

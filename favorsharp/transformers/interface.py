@@ -85,16 +85,7 @@ def register(
     """
     from favorsharp.draws import DRAWS, generator
 
-    if not isinstance(name, str) or not name:
-        raise TypeError(f"name must be a string that is not empty, got {name!r}")
-    known = AttentionInterface._global_mapping
-    if (
-        name == "eager"
-        or "flash" in name
-        or any(c in name for c in "/|@:")
-        or (name in known and name not in REGISTERED)
-    ):
-        raise ValueError(f"name {name!r} means something to transformers already; accepted: any other, without / | @ :")
+    _check_name(name)
     check_method(method, positive=True, also=tuple(WITHOUT_MAPS))
     if isinstance(draw, str):
         check_choice("draw", draw, DRAWS, also=", an (m, d) array of rows, or a pair (rows, log_weight)")
@@ -125,3 +116,12 @@ def register(
     AttentionInterface.register(name, partial(attend, registration))
     AttentionMaskInterface.register(name, compact_mask)
     guard(REGISTERED)
+
+
+def _check_name(name: Any) -> None:
+    """Raise an error if transformers itself uses the name, or would read more than a name in it."""
+    if not isinstance(name, str) or not name:
+        raise TypeError(f"name must be a string that is not empty, got {name!r}")
+    taken = name in AttentionInterface._global_mapping and name not in REGISTERED
+    if taken or name == "eager" or "flash" in name or any(c in name for c in "/|@:"):
+        raise ValueError(f"name {name!r} means something to transformers already; accepted: any other, without / | @ :")

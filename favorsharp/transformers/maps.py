@@ -78,15 +78,7 @@ def map_for(
             )
         return frozen
     if method_of(registration.method).is_fitted:
-        why = None
-        if registration.name in (getattr(getattr(module, "config", None), CALIBRATED, None) or ()):
-            why = "the model was calibrated before it was saved, and its maps are not in the checkpoint: load_maps them"
-        elif registration.calibration == "frozen":
-            why = "it was registered with calibration='frozen'"
-        elif seen.is_causal:
-            why = "it is causal: a fit to the sequence itself would show it its own future"
-        elif crosses(module, query.shape[-2], key.shape[-2], seen):
-            why = "its queries come from another sequence, which a fit would show its own future where that is causal"
+        why = _why_not_fitted(registration, module, query.shape[-2], key.shape[-2], seen)
         if why is not None:
             raise ValueError(
                 f"attn_implementation={registration.name!r}, method {registration.method!r}: {label(module)} has no "
@@ -105,6 +97,19 @@ def map_for(
         enable_gqa=grouped,
     )
     return feature_map(parameters, registration.num_features, draw=registration.draw_for(query.shape[-1], query))
+
+
+def _why_not_fitted(registration: Registration, module: Any, n: int, s: int, seen: Visible) -> str | None:
+    """Why a layer without a map is not fitted to its input, or None."""
+    if registration.name in (getattr(getattr(module, "config", None), CALIBRATED, None) or ()):
+        return "the model was calibrated before it was saved, and its maps are not in the checkpoint: load_maps them"
+    if registration.calibration == "frozen":
+        return "it was registered with calibration='frozen'"
+    if seen.is_causal:
+        return "it is causal: a fit to the sequence itself would show it its own future"
+    if crosses(module, n, s, seen):
+        return "its queries come from another sequence, which a fit would show its own future where that is causal"
+    return None
 
 
 def is_cross(module: Any) -> bool:

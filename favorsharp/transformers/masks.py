@@ -184,6 +184,17 @@ class Visible:
     others: int = 0
 
 
+def _padding_of(attention_mask: Tensor, start: int, stop: int) -> Tensor | None:
+    """Which of the positions from `start` on and before `stop` are no padding; None if all of them are."""
+    if attention_mask.shape[-1] < stop:
+        raise ValueError(
+            f"attention_mask has {attention_mask.shape[-1]} positions; accepted: all {stop}, with those that the cache "
+            "has seen"
+        )
+    padding = attention_mask[:, start:stop]
+    return None if not torch.compiler.is_compiling() and bool(padding.all()) else padding
+
+
 def compact_mask(
     batch_size: int,
     q_length: int,
@@ -233,16 +244,7 @@ def compact_mask(
             f"queries end at position {q_offset} + {q_length}, keys at {kv_offset} + {kv_length}: a static cache has "
             "room for later keys; accepted: favorsharp.transformers.StateCache, a DynamicCache, or no cache"
         )
-    padding = None
-    if attention_mask is not None:
-        if attention_mask.shape[-1] < kv_offset + kv_length:
-            raise ValueError(
-                f"attention_mask has {attention_mask.shape[-1]} positions; accepted: all {kv_offset + kv_length}, with "
-                "those that the cache has seen"
-            )
-        padding = attention_mask[:, kv_offset : kv_offset + kv_length]
-        if not torch.compiler.is_compiling() and bool(padding.all()):
-            padding = None
+    padding = None if attention_mask is None else _padding_of(attention_mask, kv_offset, kv_offset + kv_length)
     dtype, reach = kind_of(
         mask_function, attention_mask, batch_size, q_length, q_offset, kv_offset + kv_length, use_vmap, device, keywords
     )

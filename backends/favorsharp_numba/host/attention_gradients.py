@@ -96,23 +96,12 @@ def attention_backward(
     dq, dk, dv = (np.zeros((heads, size, width), dtype) for size, width in ((n, s.d), (length, s.d), (length, s.e - 1)))
     maps = np.zeros((heads, 2, map_sums_size(s) if of_map else 0), dtype)
     given, result = held.points(gradient, problem.batch), held.points(exact, problem.batch)
-    fixed = problem.arguments_fixed()
+    sides = {name: problem.fixed[name] for name in ("query_side", "key_side", "map_of")}
     p = Backward(
-        num_keys=length,
-        num_queries=n,
-        window=window,
-        causal=int(causal),
-        with_factors=int(window > 0),
-        query_side=fixed["query_side"],
-        key_side=fixed["key_side"],
-        map_of=fixed["map_of"],
-        stats=held.place(stats),
-        dq=held.place(dq),
-        dk=held.place(dk),
-        dv=held.place(dv),
-        maps=held.place(maps) if of_map else 0,
-        maps_size=maps.shape[-1],
-    )
+        num_keys=length, num_queries=n, window=window, causal=int(causal), with_factors=int(window > 0), **sides,
+        stats=held.place(stats), dq=held.place(dq), dk=held.place(dk), dv=held.place(dv),
+        maps=held.place(maps) if of_map else 0, maps_size=maps.shape[-1],
+    )  # fmt: skip
     cost = float(heads * max(n, length) * s.m * 6 * (s.d + s.e))
     if bounds is None:
         _whole(problem, p, given, result, cost)

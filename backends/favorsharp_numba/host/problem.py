@@ -92,25 +92,27 @@ class AttentionProblem:
             self.key_batch = self.batch
         self.heads, self.query_heads = math.prod(self.key_batch), math.prod(self.batch)
         self.held = Held()
-        # several query heads read the same key head if only the queries have an axis
-        key_head_of = indices(self.key_batch, self.batch)
-        order, starts = members(self.key_batch, self.batch)
         self.num_keys = k.shape[-2] if k is not None else 0
         self.num_queries = q.shape[-2] if q is not None else 0
-        self.k = self.held.points(k, self.key_batch) if k is not None else None
-        self.v = self.held.points(v, self.key_batch) if v is not None else None
+        self.k, self.v = (None if x is None else self.held.points(x, self.key_batch) for x in (k, v))
         self.q = self.held.points(q, self.batch) if q is not None else None
         self.mask = self.held.mask(key_mask, self.key_batch)
         self.window = window
         self.stats: Any = None
         self.lows: Any = None
-        self._fixed = {
+        self.fixed = self._fixed_arguments(query_constants, key_constants)
+
+    def _fixed_arguments(self, query_constants: Any, key_constants: Any) -> dict[str, int]:
+        """The arguments that do not depend on the sums: addresses of constants and of lists of heads."""
+        # several query heads read the same key head if only the queries have an axis
+        order, starts = members(self.key_batch, self.batch)
+        return {
             "query_side": self.held.place(query_constants),
             "key_side": self.held.place(key_constants),
             "map_of": self.held.constant(indices(self.packed.batch, self.key_batch)),
             "members": self.held.constant(order),
             "member_starts": self.held.constant(starts),
-            "key_head_of": self.held.constant(key_head_of),
+            "key_head_of": self.held.constant(indices(self.key_batch, self.batch)),
         }
 
     def new_sums(self, *, segments: int = 1, transposed: bool = False, empty: Any = np.zeros) -> Any:
@@ -184,10 +186,6 @@ class AttentionProblem:
         self.stats = np.zeros((self.query_heads, self.num_queries, 2), self.packed.dtype)
         return self.stats
 
-    def arguments_fixed(self) -> dict[str, int]:
-        """The arguments that do not depend on the sums: addresses of constants and of lists of heads."""
-        return self._fixed
-
     def arguments(self, *, causal: bool = False, first_query: int = 0) -> Any:
         """The arguments of the forward kernels that are not arrays of points."""
         return Problem(
@@ -203,7 +201,7 @@ class AttentionProblem:
             kv_size=self.kv_size,
             stats=0 if self.stats is None else self.held.place(self.stats),
             lows=0 if self.lows is None else self.held.place(self.lows),
-            **self._fixed,
+            **self.fixed,
         )
 
     def run(self, kernel: Any, tasks: int, work: float, *arguments: Any, extra: int = 0) -> None:
