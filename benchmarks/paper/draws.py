@@ -65,22 +65,35 @@ def main(
                     if method != "trig":  # its features are signed, so attention refuses it
                         whole[method, draw, m] = attention_errors(heads, method, draw, m, seeds)
                     progress.advance(task)
-    lines = ["**Error of single kernel values (d = 16, N(0, I), softmax kernel of scale 1/4)**", ""]
-    rows = [
+    _draw(single, whole, sizes, output)
+    write("draws", [stamp(time.perf_counter() - start), "", *_tables(single, whole, sizes[::2])], output)
+
+
+def _tables(single, whole, sizes) -> list[str]:
+    """The lines of both tables."""
+    head = ["method", "m", *(f"`{draw}`" for draw in DRAWS)]
+    kernels = [
         [f"`{method}`", m, *emphasised([single[method, draw, m] for draw in DRAWS], ".3f")]
         for method in METHODS
-        for m in sizes[::2]
+        for m in sizes
     ]
-    lines += table(["method", "m", *(f"`{draw}`" for draw in DRAWS)], rows)
-    lines += ["**Error of attention on six heads (512 tokens, d = 32): mean ± standard error over the draws**", ""]
-    rows = []
+    heads = []
     for method in METHODS[:-1]:
-        for m in sizes[::2]:
+        for m in sizes:
             cells = [whole[method, draw, m] for draw in DRAWS]
             texts = emphasised([float(cell.mean()) for cell in cells], ".4f")
             errors = [f"{cell.std(ddof=1) / len(cell) ** 0.5:.4f}" for cell in cells]
-            rows.append([f"`{method}`", m, *(f"{a} ± {b}" for a, b in zip(texts, errors, strict=True))])
-    lines += table(["method", "m", *(f"`{draw}`" for draw in DRAWS)], rows)
+            heads.append([f"`{method}`", m, *(f"{a} ± {b}" for a, b in zip(texts, errors, strict=True))])
+    return [
+        *("**Error of single kernel values (d = 16, N(0, I), softmax kernel of scale 1/4)**", ""),
+        *table(head, kernels),
+        *("**Error of attention on six heads (512 tokens, d = 32): mean ± standard error over the draws**", ""),
+        *table(head, heads),
+    ]
+
+
+def _draw(single, whole, sizes, output) -> None:
+    """Write the picture."""
     with picture("draws", output, nrows=2, ncols=len(METHODS), figsize=(13, 5.2)) as axes:
         for column, method in enumerate(METHODS):
             for draw, colour in DRAWS.items():
@@ -97,7 +110,6 @@ def main(
         axes[1, 0].set_ylabel("attention error / iid")
         axes[1, -1].axis("off")
         axes[0, 0].legend(frameon=False, fontsize=7)
-    write("draws", [stamp(time.perf_counter() - start), "", *lines], output)
 
 
 if __name__ == "__main__":

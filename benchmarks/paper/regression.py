@@ -7,6 +7,7 @@ method, the mean is used.
 
 import time
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -28,6 +29,8 @@ from favorsharp.sklearn import NadarayaWatsonRegressor, RandomFeatures
 METHODS = ("trig", "posrf", "oprf", "saderf", "aderf", "sderf", "optimal")
 KINDS = {"nw": (*METHODS, "landmarks"), "ridge": ("RBFSampler", "Nystroem", *METHODS, "nystrom")}
 THEIRS = {"RBFSampler": RBFSampler, "Nystroem": Nystroem}
+Found = dict[tuple[str, str, str, int], tuple[float, float, float]]
+"""Errors, their standard errors and times, by set, kind, method and number of features."""
 SAMPLE = 1000
 """Number of training rows for tuning and solving exact kernel ridge regression, whose cost is cubic in it."""
 
@@ -105,56 +108,57 @@ def main(
     """Write the tables and the picture."""
     start = time.perf_counter()
     sizes = [m for m in (16, 64, 256, 1024) if m <= largest]
-    found: dict[tuple[str, str, str, int], tuple[float, float, float]] = {}
+    found: Found = {}
     bounds: dict[tuple[str, str], tuple[float, float, int]] = {}
     with Progress() as progress:
         task = progress.add_task("regression", total=len(SETS) * len(sizes) * sum(map(len, KINDS.values())))
         for name in SETS:
             data = split(name, rows)
-            bounds[name, "nw"] = (*error_and_time(nadaraya_watson("exact", 0, 0, data), data, 1), len(data[0]))
             best = tuned_ridge(data)
             centre = data[1][:SAMPLE].mean()
             sample = (data[0][:SAMPLE], data[1][:SAMPLE] - centre, data[2], data[3] - centre)
+            bounds[name, "nw"] = (*error_and_time(nadaraya_watson("exact", 0, 0, data), data, 1), len(data[0]))
             bounds[name, "ridge"] = (*error_and_time(best, sample, 1), len(sample[0]))
             for kind, methods in KINDS.items():
-                for method in methods:
-                    for m in sizes:
-                        pairs = []
-                        for seed in range(seeds):
-                            if kind == "nw":
-                                model = nadaraya_watson(method, m, seed, data)
-                            else:
-                                model = ridge(method, m, seed, best, len(data[0]))
-                            pairs.append(error_and_time(model, data, 3 if seed == 0 else 1))
-                        errors, seconds = np.array(pairs).T
-                        found[name, kind, method, m] = (
-                            errors.mean(),
-                            errors.std(ddof=1) / seeds**0.5,
-                            np.median(seconds),
-                        )
-                        progress.advance(task)
-    lines: list[str] = []
-    titles = {"nw": "Nadaraya-Watson", "ridge": "Ridge regression on features"}
-    for kind, methods in KINDS.items():
-        for name, (what, _) in SETS.items():
-            error, seconds, points = bounds[name, kind]
-            lines += [
-                f"**{titles[kind]}, {name}** ({what}). Exact on {points} rows: error {error:.3f} in "
-                f"{1e3 * seconds:.0f} ms.",
-                "",
-            ]
-            columns = [[found[name, kind, method, m] for method in methods] for m in sizes]
-            best_of = [emphasised([cell[0] for cell in column], ".3f") for column in columns]
-            body = []
-            for i, method in enumerate(methods):
-                cells = [
-                    f"{best_of[j][i]} ± {columns[j][i][1]:.3f}, {1e3 * columns[j][i][2]:.0f} ms"
-                    for j in range(len(sizes))
-                ]
-                body.append([f"`{method}`", *cells])
-            lines += table(["method", *(f"m = {m}" for m in sizes)], body)
+                for method, m in product(methods, sizes):
+                    found[name, kind, method, m] = _over_draws(kind, method, m, seeds, data, best)
+                    progress.advance(task)
+    lines = [line for kind in KINDS for name in SETS for line in _table(kind, name, found, bounds[name, kind], sizes)]
     _draw(found, bounds, sizes, output)
     write("regression", [stamp(time.perf_counter() - start), "", *lines], output)
+
+
+def _over_draws(kind, method, m, seeds, data, best) -> tuple[float, float, float]:
+    """The mean error over draws, its standard error, and the median of the times."""
+    pairs = []
+    for seed in range(seeds):
+        model = nadaraya_watson(method, m, seed, data) if kind == "nw" else ridge(method, m, seed, best, len(data[0]))
+        pairs.append(error_and_time(model, data, 3 if seed == 0 else 1))
+    errors, seconds = np.array(pairs).T
+    return errors.mean(), errors.std(ddof=1) / seeds**0.5, np.median(seconds)
+
+
+def _table(kind: str, name: str, found: Found, bound: tuple[float, float, int], sizes: list[int]) -> list[str]:
+    """The lines of one table: a row for each method, the best errors bold."""
+    error, seconds, points = bound
+    title = {"nw": "Nadaraya-Watson", "ridge": "Ridge regression on features"}[kind]
+    columns = [[found[name, kind, method, m] for method in KINDS[kind]] for m in sizes]
+    errors = [emphasised([cell[0] for cell in column], ".3f") for column in columns]
+    body = [
+        [
+            f"`{method}`",
+            *(
+                f"{texts[i]} ± {column[i][1]:.3f}, {1e3 * column[i][2]:.0f} ms"
+                for texts, column in zip(errors, columns, strict=True)
+            ),
+        ]
+        for i, method in enumerate(KINDS[kind])
+    ]
+    return [
+        f"**{title}, {name}** ({SETS[name][0]}). Exact on {points} rows: error {error:.3f} in {1e3 * seconds:.0f} ms.",
+        "",
+        *table(["method", *(f"m = {m}" for m in sizes)], body),
+    ]
 
 
 def _draw(found, bounds, sizes, output) -> None:
