@@ -132,6 +132,17 @@ def triangular(s: Array) -> tuple[Array, Array]:
     return root, xp.linalg.inv(root)
 
 
+def inverse_of_lower(lower: Array) -> Array:
+    """The inverse of a lower triangular matrix, by halves."""
+    xp, half = namespace_of(lower), lower.shape[-1] // 2
+    if half < 32:
+        return xp.linalg.inv(lower)
+    first, last = (inverse_of_lower(part) for part in (lower[..., :half, :half], lower[..., half:, half:]))
+    below = -last @ (lower[..., half:, :half] @ first)
+    above = xp.zeros_like(xp.matrix_transpose(below))
+    return xp.concat([xp.concat([first, above], axis=-1), xp.concat([below, last], axis=-1)], axis=-2)
+
+
 def square_root(s: Array) -> tuple[Array, Array]:
     """The symmetric square root of a positive definite matrix and its inverse."""
     xp = namespace_of(s)

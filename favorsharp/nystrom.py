@@ -11,7 +11,7 @@ import math
 from dataclasses import replace
 from typing import Any
 
-from favorsharp._algebra import on_diagonal, outer, row_sum, trace
+from favorsharp._algebra import inverse_of_lower, on_diagonal, outer, row_sum, trace
 from favorsharp._arrays import broadcast_shapes, cast, from_host, namespace_of, on_device_of
 from favorsharp._autodiff import is_traced
 from favorsharp._nonfinite import hide
@@ -36,8 +36,11 @@ INWARDS = 0.2
 FARTHEST = 0.45
 """The longest way that a centre moves, in widths of the kernel: no point may be far from its own centre."""
 
-REGRESSED = 2.5
+REGRESSED = 2.0
 """Points of the regression for each feature; the centres were made from the first of them."""
+
+WEIGHT = 2.5
+"""How often the points that centres were made from count in the regression."""
 
 NOISE = 8.0
 """Eigenvalues below this times the root of m and the precision of the dtype of the features are left out. Along such a
@@ -47,12 +50,12 @@ ROUGH = 0.02
 """A kernel is called rough if its eigenvalues at the uniform centres are above this. Of others, a wider W and centres
 that have moved inwards would lose digits."""
 
-COARSE = 1e-3
-"""Where all eigenvalues of W at the centres are above this, float32 is enough for the regression."""
+COARSE = 1e-6
+"""Where no combination of W of length 1 has a smaller sum of squares on the points of the regression, W is used as it
+is, and float32 is enough."""
 
-RIDGE = 1e3
-"""What is added to the square sums of the functions of the regression, which are of order 1 or 0, in units of the
-precision."""
+RIDGE = 4.0
+"""What is added to the square sums of the functions of the regression, in units of their sum and of the precision."""
 
 
 def sample_size(num_features: int) -> int:
@@ -70,14 +73,14 @@ def nystrom_map(
     """
     xp = namespace_of(x, y)
     least = NOISE * math.sqrt(num_features) * float(xp.finfo(fitted.g1.dtype).eps)
-    regressed, most = max(SAMPLE // 2, math.ceil(REGRESSED * num_features)), sample_size(num_features)
+    most = sample_size(num_features)
     p = astype(fitted, x.dtype)
     if y is x:
-        points, seen = sampled(hide(x, seen_x), seen_x, rng, most)
+        points, seen = _few(x, seen_x, rng, most)
         points = points if p.kernel == "gaussian" else embed_query(p, points)[0]
     else:
-        x, seen_x = sampled(hide(x, seen_x), seen_x, rng, most // 2)
-        y, seen_y = sampled(hide(y, seen_y), seen_y, rng, most // 2)
+        x, seen_x = _few(x, seen_x, rng, most // 2)
+        y, seen_y = _few(y, seen_y, rng, most // 2)
         x, y = (x, y) if p.kernel == "gaussian" else (embed_query(p, x)[0], embed_key(p, y)[0])
         points, seen = _joined(x, y), _joined(seen_x[..., None], seen_y[..., None])[..., 0]
     p = replace(p, method="nystrom", a=xp.zeros_like(p.a))
@@ -86,11 +89,21 @@ def nystrom_map(
         centre = _mean(points, seen)
         points, p = points - centre, replace(p, center_x=centre, center_y=centre)
     order, rough = _order(points, seen, num_features, least, from_host(rng.gumbel(size=(2, most)), points))
+    points, seen = _taken(points, order), xp.take_along_axis(seen, order, axis=-1)
     sharpness = xp.where(rough, SHARPNESS, xp.ones_like(points[..., :1, :1]))
-    centres = xp.sqrt(sharpness) * _centres(points, seen, order, rough, num_features)
-    order = order[..., : min(regressed, points.shape[-2])]
-    root = _root(_taken(points, order), _taken(seen[..., None], order), centres, sharpness, least)
+    centres = xp.sqrt(sharpness) * _centres(points, seen, rough, num_features)
+    count = min(points.shape[-2], max(SAMPLE // 2, math.ceil(REGRESSED * num_features)))
+    root = _root(points[..., :count, :], seen[..., :count], centres, sharpness, least)
     return NystromMap(p, num_features, centres, root, sharpness)
+
+
+def _few(x: Array, seen: Array, rng: Any, most: int) -> tuple[Array, Array]:
+    """Up to `most` of the points that count, with 0 in place of others, and which entries are filled."""
+    x = hide(x, seen)
+    if x.shape[-2] > most:
+        return sampled(x, seen, rng, most)
+    rng.random(most)  # later numbers must not depend on how many points do not count
+    return x, seen
 
 
 def _joined(a: Array, b: Array) -> Array:
@@ -134,15 +147,16 @@ def _order(points: Array, seen: Array, m: int, least: float, noise: Array) -> tu
 
 def _taken(a: Array, order: Array) -> Array:
     """Rows in an order, (*b, n, e) and (*b, k) -> (*b, k, e)."""
-    return namespace_of(a, order).take_along_axis(a, order[..., None], axis=-2)
+    xp = namespace_of(a, order)
+    return xp.take(a, order, axis=0) if a.ndim == 2 else xp.take_along_axis(a, order[..., None], axis=-2)
 
 
-def _centres(points: Array, seen: Array, order: Array, rough: Array, m: int) -> Array:
-    """Centres (*b, m, d) near the first points of an order; they are repeated if fewer than m points count."""
+def _centres(points: Array, seen: Array, rough: Array, m: int) -> Array:
+    """Centres (*b, m, d) near the first points; they are repeated if fewer than m points count."""
     xp = namespace_of(points)
-    count = xp.sum(cast(seen, order.dtype), axis=-1, keepdims=True)
-    slot = xp.arange(m, dtype=order.dtype, **on_device_of(points)) % xp.maximum(count, xp.ones_like(count))
-    centres = _taken(points, xp.take_along_axis(order, slot, axis=-1))
+    count = xp.sum(cast(seen, xp.int64), axis=-1, keepdims=True)
+    slot = xp.arange(m, dtype=xp.int64, **on_device_of(points)) % xp.maximum(count, xp.ones_like(count))
+    centres = _taken(points, slot)
     narrow, used = cast(centres, xp.float32), xp.ones_like(centres[..., :1, :1], dtype=xp.bool)
     means = cast(k_means(cast(points, xp.float32), seen, narrow, used, 1), points.dtype)
     # copies of a point stay equal: if they differed, the regression could not distinguish their functions
@@ -158,22 +172,51 @@ def _centres(points: Array, seen: Array, order: Array, rough: Array, m: int) -> 
 def _root(points: Array, seen: Array, centres: Array, sharpness: Array, least: float) -> Array:
     """A root of the A for which W A W^T is nearest to the kernel matrix; W has the kernels of points with centres.
 
-    The functions of the regression are combinations of W that are of order 1 at the centres. Products with the kernel
-    matrix may be in float32 if the map is far from exact.
+    The functions of the regression are combinations of W that are orthonormal on the points. Products may be in float32
+    if the map is far from exact.
     """
     xp = namespace_of(points)
-    wide, weight = points.dtype, cast(seen, points.dtype)
-    axes, values, kept = _directions(gaussian(centres, centres), least)
-    combined = axes * xp.where(kept, 1 / values, 0.0)
-    functions = (gaussian(xp.sqrt(sharpness) * points, centres) @ combined) * weight
-    inverse = xp.linalg.inv(on_diagonal(outer(functions, functions), RIDGE * float(xp.finfo(wide).eps)))
-    enough = points.shape[-2] > 2 * centres.shape[-2] and not is_traced(values) and bool(xp.all(values > COARSE))
-    narrow = xp.float32 if enough else wide
-    points, functions = cast(points, narrow), cast(functions, narrow)
+    wide, narrow = points.dtype, xp.float32
+    first = xp.arange(points.shape[-2], **on_device_of(points)) < centres.shape[-2]
+    weight = (cast(seen, wide) * (1 + (WEIGHT**0.5 - 1) * cast(first, wide)))[..., None]
+    combined, functions = _of_rough(points, weight, centres, sharpness)
+    if combined is None:
+        narrow = wide
+        axes, values, kept = _directions(gaussian(centres, centres), least)
+        axes = axes * xp.where(kept, 1 / values, 0.0)
+        functions = (gaussian(xp.sqrt(sharpness) * points, centres) @ axes) * weight
+        inner = _orthonormal(functions)
+        combined, functions = axes @ inner, functions @ inner
+    points, functions = cast(points, narrow), functions * cast(weight, narrow)
     moment = cast(outer(functions, gaussian(points, points) @ functions), wide)
     size = trace(moment)
     rounding = 8 * float(xp.finfo(narrow).eps) * xp.where(size > 0, size, 1.0)  # 0 if no point counts
-    return combined @ (inverse @ xp.linalg.cholesky(on_diagonal(moment, rounding)))
+    return combined @ xp.linalg.cholesky(on_diagonal(moment, rounding))
+
+
+def _of_rough(points: Array, weight: Array, centres: Array, sharpness: Array) -> tuple[Array | None, Array]:
+    """Combinations of W that are orthonormal on the points, and their values in float32.
+
+    None in place of the first if W is not well-conditioned, or not known to be.
+    """
+    xp = namespace_of(points)
+    if is_traced(points) or points.shape[-2] < 1.5 * centres.shape[-2] or not bool(xp.all(sharpness < 1)):
+        return None, points
+    near, to = (cast(a, xp.float32) for a in (xp.sqrt(sharpness) * points, centres))
+    functions = gaussian(near, to) * cast(weight, xp.float32)
+    combined = _orthonormal(cast(functions, points.dtype))
+    if not bool(xp.all(xp.sum(combined * combined, axis=(-2, -1)) < 1 / COARSE)):
+        return None, points
+    return combined, functions @ cast(combined, xp.float32)
+
+
+def _orthonormal(functions: Array) -> Array:
+    """The combinations of functions that are orthonormal on the points, (*b, n, m) -> (*b, m, m)."""
+    xp = namespace_of(functions)
+    square = outer(functions, functions)
+    size = trace(square)
+    ridge = RIDGE * float(xp.finfo(square.dtype).eps) * xp.where(size > 0, size, 1.0)  # 0 if no point counts
+    return xp.matrix_transpose(inverse_of_lower(xp.linalg.cholesky(on_diagonal(square, ridge))))
 
 
 def _directions(matrix: Array, least: float) -> tuple[Array, Array, Array]:
