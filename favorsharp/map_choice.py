@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from favorsharp._arrays import cast, statistics_dtype, to_host
+from favorsharp._arrays import to_host
 from favorsharp._typing import Array
 from favorsharp.exact import kernel_matrix
 from favorsharp.features import FeatureMap
@@ -45,26 +45,26 @@ def choose_map(points: Array, n: int, scale: float, m: int, purpose: str, make: 
 
     `make` makes the map of a method from other points, so that no method has an advantage.
     """
-    wide = cast(points, statistics_dtype(points))
-    exact = to_host(kernel_matrix(wide, wide, kernel="gaussian", scale=scale)).astype(np.float64)
+    exact = to_host(kernel_matrix(points, points, kernel="gaussian", scale=scale)).astype(np.float64)
+    expected = _expected_of_trig(exact, m, n)
     error = smoothing_error if purpose == "smoothing" else product_error
     made, errors = {}, {}
     for method in FOR_KERNELS:
         if (method == "trig" and m % 2) or (method == "optimal" and points.shape[1] > WIDE):
             continue
         made[method] = make(method)
-        features = to_host(made[method].query(wide)).astype(np.float64)
-        errors[method] = error(features @ features.T, exact, n)
-        if purpose != "smoothing" and errors[method] < CLEAR * _expected_of_trig(exact, m, n):
+        features = to_host(made[method].query(points))
+        errors[method] = error((features @ features.T).astype(np.float64), exact, n)
+        if purpose != "smoothing" and errors[method] < CLEAR * expected:
             break
     first, best = next(iter(errors)), min(errors, key=lambda method: errors[method])
     if errors[best] > (1 - MARGIN / len(exact) ** 0.5) * errors[first]:
         best = first
     found = ", ".join(f"{method} {value:.3g}" for method, value in errors.items())
-    what = "the smoothing matrix" if purpose == "smoothing" else "the kernel matrix"
+    what = "rows of the smoothing matrix" if purpose == "smoothing" else "the kernel matrix"
     reason = f"relative error of {what} on {len(exact)} points: {found}"
     if len(errors) == 1 and best == FOR_KERNELS[0] and purpose != "smoothing":
-        reason += f"; about {_expected_of_trig(exact, m, n):.2g} is expected of trig"
+        reason += f"; about {expected:.2g} is expected of trig"
     return Choice(made[best], best, reason)
 
 
@@ -87,13 +87,14 @@ def _expected_of_trig(exact: Any, m: int, n: int) -> float:
 
 
 def smoothing_error(found: Any, exact: Any, n: int) -> float:
-    """The relative error of the kernel matrix with its rows divided by their sums.
+    """The root mean square of the relative errors of rows of the kernel matrix, each divided by its sum.
 
     A row whose error exceeds that of zeros, or whose sum is not positive, counts like zeros. Otherwise a single row
-    with a sum near 0 would decide the comparison.
+    with a sum near 0 would decide the comparison. All rows have the same weight: rows of points far out have the
+    largest entries, and a sample may hold one of these or none. `n`, the number of points, is not used.
     """
     total = found.sum(axis=1, keepdims=True)
     wanted = exact / exact.sum(axis=1, keepdims=True)
     weights = np.where(total > 0, found / np.where(total > 0, total, 1.0), 0.0)
-    size = np.sum(wanted**2, axis=1)
-    return float(np.sqrt(np.sum(np.minimum(np.sum((weights - wanted) ** 2, axis=1), size)) / np.sum(size)))
+    errors = np.sum((weights - wanted) ** 2, axis=1) / np.sum(wanted**2, axis=1)
+    return float(np.sqrt(np.mean(np.minimum(errors, 1.0))))
