@@ -215,7 +215,12 @@ class StateCache(Cache):
     (1, True)
     """
 
-    def __init__(self, config: Any = None) -> None:
+    def __init__(self, config: Any = None, **unknown: Any) -> None:
+        if unknown:
+            raise ValueError(
+                f"{_name_of(_caller())} makes a StateCache with {', '.join(unknown)}; accepted: config alone, and for "
+                "a model that makes its caches itself (T5Gemma 2) a DynamicCache"
+            )
         if config is None:
             super().__init__(layer_class_to_replicate=StateLayer)
         else:

@@ -458,3 +458,15 @@ def test_a_cache_that_an_error_left_half_filled_says_so():
     calibrate(model, [IDS])  # contains nothing of that cache
     cache.reset()
     steps(model, cache)
+
+
+class MakesItsCaches(torch.nn.Module):
+    """As T5Gemma 2 does in `generate`: it makes another cache of the class that it was given."""
+
+    def forward(self, cache):
+        return type(cache)(config=None, offloading=False)
+
+
+def test_a_model_that_makes_its_caches_itself_is_named():
+    with pytest.raises(ValueError, match=r"MakesItsCaches makes a StateCache with offloading; accepted.*DynamicCache"):
+        MakesItsCaches()(StateCache())
