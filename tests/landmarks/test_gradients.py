@@ -7,6 +7,7 @@ import pytest
 from problems import attention_problem
 
 import favorsharp as fs
+from favorsharp.landmarks import window_gradients
 from favorsharp.ops.landmark_seeds import noise_of
 
 
@@ -63,7 +64,8 @@ class Through:
         pytest.param(jax_gradients, "gaussian", 3, 1, marks=pytest.mark.jax),
     ],
 )
-def test_gradients_with_the_assignment_held(rng, gradients, kernel, window, steps):
+def test_gradients_with_the_assignment_held(rng, monkeypatch, gradients, kernel, window, steps):
+    monkeypatch.setattr(window_gradients, "UNIT", 6)  # several units, which read keys before and behind them
     arrays = attention_problem(15, n=24, d=3, e=2)
     q, k, _ = arrays
     lm = fs.landmarks(5, kernel=kernel, steps=steps)
