@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import favorsharp as fs
-from favorsharp import _derived, plans
+from favorsharp import _derived, dispatch, plans
 
 pytestmark = pytest.mark.compiled
 torch = pytest.importorskip("torch")
@@ -150,9 +150,16 @@ def test_one_other_argument_of_a_token_of_landmarks(library, grouped):
 
 def test_circumstances_are_part_of_the_key(monkeypatch):
     feature_map, own = made("numpy"), points("numpy")
+
+    def planned():
+        return plans.find(feature_map, plans.key_of(feature_map, *own, None, False, 0)) is not None
+
     fs.linear_attention(*own, feature_map)
+    assert planned()
     with fs.use("reference"):
-        assert plans.find(feature_map, plans.key_of(feature_map, *own, None, False, 0)) is None
+        assert not planned()
+    dispatch.rediscover()
+    assert not planned()
     monkeypatch.setenv("FAVORSHARP_BACKEND", "no such backend")
     with pytest.raises(ValueError, match="no such backend"):
         fs.linear_attention(*own, feature_map)
