@@ -96,9 +96,12 @@ def test_chunks_of_points_become_landmarks_and_join(kernel, batch):
     assert ours < 1.5 * alone < 0.5 * np.linalg.norm(exact)
 
 
-def test_landmarks_of_values_of_one_axis_and_errors():
-    x, y, v = (da.from_array(a, chunks=6) for a in attention_problem(3, n=20))
+def test_landmarks_of_one_chunk_of_values_of_one_axis_and_errors():
+    x, y, v = attention_problem(3, n=20)
     lm = fs.landmarks(8)
+    got = fs.nadaraya_watson(*(da.from_array(a, chunks=20) for a in (x, y, v)), lm)
+    np.testing.assert_allclose(got.compute(), fs.nadaraya_watson(x, y, v, lm), rtol=1e-10)
+    x, y, v = (da.from_array(a, chunks=6) for a in (x, y, v))
     got, want = (fs.nadaraya_watson(x, y, values, lm).compute() for values in (v[:, 0], v[:, :1]))
     np.testing.assert_array_equal(got, want[:, 0])
     with pytest.raises(ValueError, match="agree in s"):

@@ -25,6 +25,7 @@ from sklearn.utils.estimator_checks import check_estimator
 
 import favorsharp as fs
 from favorsharp.sklearn import FeatureRidge, NadarayaWatsonClassifier, NadarayaWatsonRegressor, RandomFeatures
+from favorsharp.sklearn.nadaraya_watson import _exact_leave_one_out
 
 pytestmark = pytest.mark.compiled
 
@@ -468,7 +469,7 @@ def test_a_weighted_point_is_left_out_as_a_whole(method):
     for power in range(-4, 7):
         gamma = whole.gamma_ * 2.0**power
         model = NadarayaWatsonRegressor(gamma=gamma, **options).fit(x, y, sample_weight=weight)
-        errors = np.zeros(40)
+        errors, outs = np.zeros(40), []
         for i in np.flatnonzero(kept):
             others = (np.arange(40) != i) & kept
             if method == "exact":
@@ -478,9 +479,25 @@ def test_a_weighted_point_is_left_out_as_a_whole(method):
                 out = fs.nadaraya_watson(x[i : i + 1], *repeated, model.feature_map_)[0]
                 out = np.average(y[others], weights=weight[others]) if np.isnan(out) else out
             errors[i] = (out - y[i]) ** 2
+            outs.append(out)
+        if method == "exact":
+            got = _exact_leave_one_out(x[kept], y[kept, None], gamma, weight[kept].astype(float))
+            np.testing.assert_allclose(got[:, 0], outs, rtol=1e-9)
         found[gamma] = np.average(errors, weights=weight)
     tuned = NadarayaWatsonRegressor(gamma="auto_cv", **options).fit(x, y, sample_weight=weight)
     assert tuned.gamma_ == pytest.approx(min(found, key=found.get))
+
+
+def test_a_point_without_neighbours_is_judged_by_the_mean_of_the_others(monkeypatch):
+    """Not by a mean that contains it, which would be nearer to it."""
+    v, weight = np.array([[0.0], [1.0], [2.0], [3.0]]), np.array([1.0, 2.0, 1.0, 1.0])
+    others = [np.average(np.delete(v[:, 0], i), weights=np.delete(weight, i)) for i in range(4)]
+    alone = np.average((others - v[:, 0]) ** 2, weights=weight)
+    model = NadarayaWatsonRegressor()
+    for share, best in ((0.99, 2.0), (1.01, 1.0)):
+        outs = {1.0: np.full((4, 1), np.nan), 2.0: v + np.sqrt(share * alone)}
+        monkeypatch.setattr(model, "_left_out", lambda x, v, gamma, *rest, outs=outs: outs[gamma])
+        assert model._tuned(v, v, 0, weight, ("exact",), [1.0, 2.0]) == ("exact", best)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Partial sums over keys have denominators of at least 1, and do not depend on how the keys are cut into tiles."""
 
 from itertools import pairwise
+from types import SimpleNamespace
 
 import numpy as np
 import oracle
@@ -51,6 +52,21 @@ def test_denominators_are_at_least_one(scale):
     for part in parts[9:11]:
         np.testing.assert_allclose(np.log(part.den[..., 0]) + part.ref[..., 0], total, rtol=1e-12, atol=1e-12)
         np.testing.assert_allclose(partials.finish(part), want, atol=1e-9)
+
+
+def test_low_parts_shrink_with_their_sums():
+    """Keys with far larger features come last: what rounding took off the sums before hardly counts then."""
+    rng = np.random.default_rng(0)
+    logs = np.concatenate([rng.uniform(-1, 0, (3000, 4)), 20 + rng.uniform(-1, 0, (10, 4))]).astype(np.float32)
+    v = rng.uniform(1, 2, (3010, 2)).astype(np.float32)
+    made = state.empty_state(SimpleNamespace(num_features=4), (), 3, 2, 0, v)
+    for start in range(0, 3010, 10):
+        made = state.absorb_features(made, logs[start : start + 10], v[start : start + 10])
+        if start == 2990:
+            assert np.abs(made.z_low).max() > 1e-5
+    features = np.exp(logs.astype(np.float64) - made.c)
+    np.testing.assert_allclose(made.z[0].astype(np.float64) + made.z_low[0], features.sum(0), rtol=3e-7)
+    np.testing.assert_allclose(made.kv.astype(np.float64) + made.kv_low, features.T @ v, rtol=3e-7)
 
 
 def test_nothing_is_the_identity_of_merge():
