@@ -9,7 +9,7 @@ from favorsharp._values import map_arrays
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("cupy")
-from favorsharp_cuda.host import plain, repeats, tiles  # noqa: E402
+from favorsharp_cuda.host import launch, plain, repeats, tiles  # noqa: E402
 
 pytestmark = [pytest.mark.own_backend, pytest.mark.usefixtures("torch_on_host")]
 N, D, E = 70, 3, 2
@@ -134,6 +134,17 @@ def test_a_result_over_an_argument_is_not_repeated_from_one_beside_it(options):
             torch.testing.assert_close(out, want)
             for x, before in zip(given, kept, strict=True):
                 x.copy_(before)
+
+
+def test_another_stream_repeats_nothing(planned, monkeypatch):
+    """There, the constants of the map may not be ready."""
+    fm = drawn()
+    for stream, repeats_it in ((1, False), (1, True), (2, False), (1, True)):
+        monkeypatch.setattr(launch, "stream_of", lambda like, stream=stream: (stream, False))
+        planned.clear()
+        with fs.use("cuda"):
+            fs.linear_attention(*points(1), fm)
+        assert bool(planned) != repeats_it
 
 
 def test_a_map_that_is_trained_is_never_kept(planned):
