@@ -198,7 +198,16 @@ def fetch_abalone(*, data_home: str | Path | None = None) -> Dataset:
 
 
 def fetch_banknote(*, data_home: str | Path | None = None) -> Dataset:
-    """Banknote authentication: 2 classes; n = 1372, d = 4. Parameters and errors are those of `fetch_abalone`.
+    """Banknote authentication: 2 classes; n = 1372, d = 4.
+
+    Parameters
+    ----------
+    data_home : str or Path, optional
+        As in `fetch_abalone`, which raises the same errors.
+
+    Returns
+    -------
+    Dataset
 
     Examples
     --------
@@ -210,7 +219,16 @@ def fetch_banknote(*, data_home: str | Path | None = None) -> Dataset:
 
 
 def fetch_car(*, data_home: str | Path | None = None) -> Dataset:
-    """Car evaluation: 4 classes, nominal columns; n = 1728, d = 21. Parameters and errors are those of `fetch_abalone`.
+    """Car evaluation: 4 classes, nominal columns; n = 1728, d = 21.
+
+    Parameters
+    ----------
+    data_home : str or Path, optional
+        As in `fetch_abalone`, which raises the same errors.
+
+    Returns
+    -------
+    Dataset
 
     Examples
     --------
@@ -222,7 +240,16 @@ def fetch_car(*, data_home: str | Path | None = None) -> Dataset:
 
 
 def fetch_yeast(*, data_home: str | Path | None = None) -> Dataset:
-    """Yeast: sites of proteins in 10 classes; n = 1484, d = 8. Parameters and errors are those of `fetch_abalone`.
+    """Yeast: sites of proteins in 10 classes; n = 1484, d = 8.
+
+    Parameters
+    ----------
+    data_home : str or Path, optional
+        As in `fetch_abalone`, which raises the same errors.
+
+    Returns
+    -------
+    Dataset
 
     Examples
     --------
@@ -236,7 +263,16 @@ def fetch_yeast(*, data_home: str | Path | None = None) -> Dataset:
 def fetch_cmc(*, data_home: str | Path | None = None) -> Dataset:
     """Contraceptive method choice: 3 classes; n = 1473, d = 9.
 
-    Every column is used as a number. Parameters and errors are those of `fetch_abalone`.
+    Every column is used as a number.
+
+    Parameters
+    ----------
+    data_home : str or Path, optional
+        As in `fetch_abalone`, which raises the same errors.
+
+    Returns
+    -------
+    Dataset
 
     Examples
     --------
@@ -250,7 +286,15 @@ def fetch_cmc(*, data_home: str | Path | None = None) -> Dataset:
 def fetch_nursery(*, data_home: str | Path | None = None) -> Dataset:
     """Nursery: 5 classes, one of which has only two points, nominal columns; n = 12960, d = 27.
 
-    Parameters and errors are those of `fetch_abalone`.
+
+    Parameters
+    ----------
+    data_home : str or Path, optional
+        As in `fetch_abalone`, which raises the same errors.
+
+    Returns
+    -------
+    Dataset
 
     Examples
     --------
@@ -264,7 +308,16 @@ def fetch_nursery(*, data_home: str | Path | None = None) -> Dataset:
 def fetch_wifi(*, data_home: str | Path | None = None) -> Dataset:
     """Wireless indoor localization: 4 rooms from the strengths of seven signals; n = 2000, d = 7.
 
-    Rows are in the order of the rooms. Parameters and errors are those of `fetch_abalone`.
+    Rows are in the order of the rooms.
+
+    Parameters
+    ----------
+    data_home : str or Path, optional
+        As in `fetch_abalone`, which raises the same errors.
+
+    Returns
+    -------
+    Dataset
 
     Examples
     --------
@@ -278,7 +331,16 @@ def fetch_wifi(*, data_home: str | Path | None = None) -> Dataset:
 def fetch_chess(*, data_home: str | Path | None = None) -> Dataset:
     """King and rook against king: depth of win in 18 classes, nominal columns; n = 28056, d = 40.
 
-    Parameters and errors are those of `fetch_abalone`; the file is called `krkopt.csv`.
+    In `data_home`, the file is called `krkopt.csv`.
+
+    Parameters
+    ----------
+    data_home : str or Path, optional
+        As in `fetch_abalone`, which raises the same errors.
+
+    Returns
+    -------
+    Dataset
 
     Examples
     --------

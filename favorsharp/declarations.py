@@ -1,4 +1,4 @@
-"""The requests of calls, and the kernels and backends that serve them; `dispatch` chooses between the kernels."""
+"""The requests of calls, and the kernels and backends that serve them; `favorsharp.choice` chooses between kernels."""
 
 import importlib.util
 from collections.abc import Callable
@@ -36,6 +36,14 @@ class Request:
         Whether the library records the call for a backward pass.
     traced : bool
         Whether an argument is traced, so that its values are not known yet, or a mode of torch follows operations.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from favorsharp.dispatch import request_of
+    >>> request = request_of("read", np.ones((4, 2), "float32"))
+    >>> request.library, request.device, request.dtype, request.gradient
+    ('numpy', 'cpu', 'float32', False)
     """
 
     op: str
@@ -123,6 +131,15 @@ class Kernel:
         called as function(x, feature_map, side, logarithms=..., out=...) with side "query" or "key", returns features
         or their logarithms in the dtype of x, and writes them to `out` if that is not None. It is not called if torch
         records gradients.
+
+    Examples
+    --------
+    >>> from favorsharp.dispatch import Kernel, Request
+    >>> kernel = Kernel("read", "mine.read:read", libraries={"numpy"}, devices={"cpu"}, dtypes={"float64"})
+    >>> kernel.why_not(Request("read", "numpy", "cpu", "float64")) is None
+    True
+    >>> kernel.why_not(Request("read", "numpy", "cpu", "float32"))
+    'dtype float32'
     """
 
     op: str
@@ -193,6 +210,13 @@ class Backend:
         Several kernels may implement the same op; the first one that accepts a request runs.
     fault : str, optional
         Why the backend cannot be used at all, if that is known from the start: discovery sets it for a broken plugin.
+
+    Examples
+    --------
+    >>> from favorsharp.dispatch import Backend, Kernel
+    >>> kernel = Kernel("read", "mine.read:read", libraries={"numpy"}, devices={"cpu"}, dtypes={"float64"})
+    >>> Backend("mine", requires=("numpy",), kernels=(kernel,)).why_not() is None
+    True
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""Chooses the implementation of an operation: ops, kernels, backends, and the choice between them.
+"""The ops: a call of an op runs the implementation that `favorsharp.choice` chooses, and `explain` says which and why.
 
 What this module promises:
 
@@ -79,7 +79,7 @@ OPS: dict[str, "Op[..., Any]"] = {}
 
 
 class Op(Generic[P, R]):
-    """An operation that backends may implement; the class is used as the decorator of the reference.
+    """An operation that backends may implement; the class is the decorator of its reference.
 
     A call of the op runs the implementation that the arguments, `use` and the environment choose. The docstring of the
     reference is the contract of the op. The reference runs if no kernel does, and every kernel is compared with it.
@@ -93,6 +93,13 @@ class Op(Generic[P, R]):
     ----------
     name : str
     reference : callable
+
+    Examples
+    --------
+    >>> from favorsharp.dispatch import OPS
+    >>> attention = OPS["attention"]
+    >>> attention.name, callable(attention.reference)
+    ('attention', True)
     """
 
     name: str
@@ -196,6 +203,14 @@ class Explanation:
         None if every backend that `use` or the environment names declines; a call would raise.
     reasons : mapping of str to str
         For every known implementation, in the order in which they are printed: "chosen", or why it does not run.
+
+    Examples
+    --------
+    >>> import numpy as np, favorsharp as fs
+    >>> with fs.use("reference"):
+    ...     found = fs.explain("attention", like=np.ones((4, 2)))
+    >>> found.request.dtype, found.reasons["reference"]
+    ('float64', 'chosen')
     """
 
     op: str
@@ -221,6 +236,11 @@ def explain(op: "Op[..., Any] | Callable[..., Any] | str", like: Any) -> Explana
     -------
     Explanation
         Printed, it has one line for each implementation. Inside `use` it shows the choice that a call there makes.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If the op is unknown, or if there is no array in `like`.
 
     Examples
     --------

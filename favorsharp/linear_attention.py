@@ -331,6 +331,11 @@ def init_state(feature_map: FeatureMap | Landmarks, v_size: int, *, like: Array,
     -------
     State or LandmarkState
 
+    Raises
+    ------
+    TypeError, ValueError
+        If an argument is not as described.
+
     Examples
     --------
     >>> import numpy as np, favorsharp as fs
@@ -376,6 +381,11 @@ def update(
     State or LandmarkState
         A new state; the given one is unchanged.
 
+    Raises
+    ------
+    TypeError, ValueError
+        If an argument is not as described, or if another map made the state.
+
     Examples
     --------
     >>> import numpy as np, favorsharp as fs
@@ -417,6 +427,11 @@ def read(state: Any, q: Array, /, feature_map: FeatureMap | Landmarks, *, enable
     -------
     array, shape (*b, n, e)
         In the dtype of q; zeros where no key is visible.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If an argument is not as described, or if another map made the state.
 
     Examples
     --------
@@ -468,6 +483,11 @@ def decode_step(
         In the dtype that q, k and v promote to.
     state : State or LandmarkState
         A new state; the given one is unchanged.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If an argument is not as described, or if another map made the state.
 
     Examples
     --------

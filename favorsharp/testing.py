@@ -111,6 +111,15 @@ def check_backend(
 def make_array(library: str, dtype: str) -> Callable[[Any], Array] | None:
     """A function that turns NumPy arrays into arrays of a library; None if it is not installed or lacks the dtype.
 
+    Parameters
+    ----------
+    library, dtype : str
+        Such as "torch" and "float32".
+
+    Returns
+    -------
+    callable or None
+
     Examples
     --------
     >>> from favorsharp.testing import make_array

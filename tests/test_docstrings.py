@@ -1,8 +1,9 @@
 """The docstring of each public function says what goes in and what comes out, and has an example.
 
-`make lint` checks the form of all docstrings; the examples run with `make docs`.
+`make lint` checks the form of all docstrings; `make docs` runs the examples on the pages of the site.
 """
 
+import doctest
 import importlib
 import importlib.util
 import inspect
@@ -14,24 +15,29 @@ from numpydoc.docscrape import NumpyDocString
 
 MODULES = {
     "favorsharp": None,
+    "favorsharp.diagnostics": None,
+    "favorsharp.datasets": None,
+    "favorsharp.testing": None,
     "favorsharp.distributed": "torch",
     "favorsharp.sklearn": "sklearn",
     "favorsharp.torch": "torch",
     "favorsharp.transformers": "transformers",
 }
 """The modules that users import, and the library that each needs."""
-RESULTS = {"Refinement"}
-"""Classes that only functions make; these have the examples."""
+OF_BACKENDS = ("Backend", "Explanation", "Kernel", "Op", "Request", "watch")
+"""What the authors of backends use of `favorsharp.dispatch`."""
 
 
 def public():
     for name, library in MODULES.items():
         if library is None or importlib.util.find_spec(library):
             module = importlib.import_module(name)
-            for attribute in sorted(set(module.__all__) - RESULTS):
+            for attribute in sorted(module.__all__):
                 value = getattr(module, attribute)
                 if inspect.isfunction(value) or inspect.isclass(value):
                     yield pytest.param(value, id=f"{name}.{attribute}")
+    dispatch = importlib.import_module("favorsharp.dispatch")
+    yield from (pytest.param(getattr(dispatch, name), id=f"favorsharp.dispatch.{name}") for name in OF_BACKENDS)
 
 
 def documented(section):
@@ -47,4 +53,12 @@ def test_public_docstrings(value):
         signature = inspect.signature(value)
         assert documented(parsed["Parameters"]) == list(signature.parameters)
         if signature.return_annotation not in (None, "None") and not hasattr(value, "__wrapped__"):
-            assert parsed["Returns"]
+            assert parsed["Returns"] or parsed["Yields"]
+
+
+@pytest.mark.parametrize("value", list(public()))
+def test_examples(value):
+    (found,) = doctest.DocTestFinder(recurse=False).find(value, value.__name__, globs={})
+    result = doctest.DocTestRunner().run(found)
+    assert result.attempted or "+SKIP" in value.__doc__
+    assert result.failed == 0

@@ -56,6 +56,15 @@ class Comparison:
         Whether the mean over draws is not the exact kernel, so that more features or draws need not help.
     alone : float or None
         The error of the window alone; None without a window.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from favorsharp.diagnostics import compare
+    >>> q, k, v = np.random.default_rng(0).standard_normal((3, 64, 8))
+    >>> (row,) = compare(q, k, v, methods=["optimal"], num_features=[16], windows=[0], repeats=1)
+    >>> row.method, row.draw, row.num_features, row.biased
+    ('optimal', 'orthogonal', 16, False)
     """
 
     method: str
@@ -134,6 +143,11 @@ def compare(
     ------
     Comparison
         First each window alone, then the settings in the order of the methods, draws, numbers of features and windows.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If an argument is not as described.
 
     Examples
     --------
@@ -262,7 +276,31 @@ def _no_features(q: Array, scale: float | None) -> FeatureMap:
 
 
 def recommend(rows: Iterable[Comparison], target: float) -> Comparison | None:
-    """The fastest of the measured settings whose error is at most the target; None if there is none."""
+    """The fastest of the measured settings whose error is at most the target.
+
+    Parameters
+    ----------
+    rows : iterable of Comparison
+        The results of `compare`.
+    target : float
+        The largest relative error that is accepted.
+
+    Returns
+    -------
+    Comparison or None
+        None if no setting reaches the target.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from favorsharp.diagnostics import compare, recommend
+    >>> q, k, v = np.random.default_rng(0).standard_normal((3, 64, 8))
+    >>> rows = list(compare(q, k, v, methods=["landmarks"], num_features=[8, 64], windows=[0], repeats=1))
+    >>> recommend(rows, target=1e-6).num_features  # as many landmarks as keys are exact
+    64
+    >>> recommend(rows[:1], target=1e-6) is None
+    True
+    """
     return min((row for row in rows if row.measured <= target), key=lambda row: row.seconds, default=None)
 
 

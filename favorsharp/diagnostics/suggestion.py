@@ -44,6 +44,14 @@ class Suggestion:
         Whether the exact sums take no more operations: n s is at most (n + s) m.
     biased : bool
         Whether the mean over draws is not the exact kernel; True for landmarks.
+
+    Examples
+    --------
+    >>> import numpy as np, favorsharp as fs
+    >>> q, k = np.random.default_rng(0).standard_normal((2, 256, 8))
+    >>> found = fs.suggest(q, k, target_error=0.3)
+    >>> found.reached, found.predicted_error <= 0.3, found.biased
+    (True, True, False)
     """
 
     method: str

@@ -146,7 +146,16 @@ def _digest(entries: list[tuple[str, Any]]) -> str:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class PositiveFeatureMap(FeatureMap):
-    """A feature map whose features are non-negative, so that it can give their logarithms."""
+    """A feature map whose features are non-negative, so that it can give their logarithms.
+
+    Examples
+    --------
+    >>> import numpy as np, favorsharp as fs
+    >>> q, k = np.random.default_rng(0).standard_normal((2, 64, 4))
+    >>> feature_map = fs.feature_map(fs.fit(q, k), 32, rng=0)
+    >>> np.allclose(np.exp(feature_map.log_query(q)), feature_map.query(q))
+    True
+    """
 
     positive: ClassVar[bool] = True
     family: ClassVar[str] = "elementwise"

@@ -24,7 +24,7 @@ from favorsharp.ops.tiles import tiles_of
 
 @under_own_settings
 def expected_error(
-    q: Array, k: Array, settings: Landmarks, *, key_mask: Array | None = None, enable_gqa: bool = False
+    q: Array, k: Array, /, settings: Landmarks, *, key_mask: Array | None = None, enable_gqa: bool = False
 ) -> Array:
     """The relative error of the kernels of keys that is to be expected when landmarks replace the keys.
 
@@ -48,6 +48,11 @@ def expected_error(
     -------
     array, shape (*b,)
         0 to 1; 0 where every key is its own landmark. In the dtype that q and k promote to, float32 at least.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If an argument is not as described.
 
     Examples
     --------

@@ -35,6 +35,15 @@ class Refinement:
         used before. `after` is at most `before`, because a head that did not improve keeps its parameters.
     history : tuple of (int, float, float)
         For some steps, the number of the step, the training error and the held-out error, averaged over heads.
+
+    Examples
+    --------
+    >>> import torch, favorsharp as fs
+    >>> from favorsharp.torch import refine
+    >>> q, k, v = torch.randn(3, 2, 64, 8)
+    >>> found = refine(fs.fit(q, k), (q, k, v), steps=5, num_features=16, rng=0)
+    >>> found.before.shape, found.parameters.method
+    (torch.Size([2]), 'optimal')
     """
 
     parameters: Parameters
