@@ -286,7 +286,6 @@ def fetch_cmc(*, data_home: str | Path | None = None) -> Dataset:
 def fetch_nursery(*, data_home: str | Path | None = None) -> Dataset:
     """Nursery: 5 classes, one of which has only two points, nominal columns; n = 12960, d = 27.
 
-
     Parameters
     ----------
     data_home : str or Path, optional
