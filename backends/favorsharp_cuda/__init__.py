@@ -13,7 +13,7 @@ _CHOICE = tuple(
         libraries=frozenset({library}),
         devices=frozenset({"cuda"}),
         dtypes=frozenset(FLOATS),
-        differentiable=True,  # all but the seeds, which are constants, is computed by functions of the array library
+        differentiable=True,  # array functions do all but the constant seeds
     )
     for library in ("cupy", "torch")
 )

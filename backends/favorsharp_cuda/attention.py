@@ -22,7 +22,7 @@ def attention(
 def attention_with_stats(
     q: Any, k: Any, v: Any, feature_map: Any, *, key_mask: Any = None, window: int = 0
 ) -> tuple[Any, Any]:
-    """Attention, and what a backward pass needs: 1 / total and the reference of every query, (*b, n, 2).
+    """Attention, and the stats for a backward pass: 1 / total and the reference of every query, (*b, n, 2).
 
     The reference is the number that was subtracted from the query's log weights; the total is the sum of its weights.
     """

@@ -90,7 +90,7 @@ def _nothing(k: Any, v: Any, batch: tuple[int, ...]) -> dict[str, Any]:
 
 
 def _of_key_heads(sums: tuple[Any, ...], batch: tuple[int, ...], keys: tuple[int, ...]) -> tuple[Any, ...]:
-    """Of the sums of all heads of `batch`, one entry for each head of `keys`."""
+    """Select, from the sums of all heads of `batch`, one entry for each head of `keys`."""
     if batch == keys:
         return sums
     chosen = _one_along(batch, keys)

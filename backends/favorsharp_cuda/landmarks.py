@@ -1,4 +1,4 @@
-"""The choice of landmarks: a kernel draws the seeds, which is m steps one after the other; arrays do the rest.
+"""The choice of landmarks: a kernel draws the seeds in m successive steps; array functions do the rest.
 
 `dispatch` calls `choose_landmarks` for CuPy arrays and for torch's CUDA tensors.
 """
@@ -20,14 +20,17 @@ def choose_landmarks(k: Any, log_weight: Any, metric: Any, **options: Any) -> tu
 
 
 def drawn(points: Any, logs: Any, *, num_seeds: int) -> tuple[Any, Any]:
-    """As `draw_seeds`, in one launch; if a block has no room for the candidates, in `num_seeds` steps of arrays."""
+    """As `draw_seeds`, in one launch.
+
+    Or in `num_seeds` steps of array functions if the candidates do not fit into a block.
+    """
     slots, d = points.shape[-2:]
     shared = 8 * (d + 3 * slots) + 16 * (SEED_THREADS // 32)
     if shared > shared_room(arrays.device_number(points)):
         return draw_seeds(points, logs, num_seeds=num_seeds)
     batch = broadcast_shapes(tuple(points.shape[:-2]), tuple(logs.shape[:-1]))
     dtype = arrays.name_of(points)
-    columns = arrays.empty(points, (*points.shape[:-2], d, slots), dtype)  # neighbouring threads read neighbours
+    columns = arrays.empty(points, (*points.shape[:-2], d, slots), dtype)  # so that loads are coalesced
     columns[...] = namespace_of(points).matrix_transpose(points)
     picks = arrays.empty(points, (*batch, 1, num_seeds), "int64")
     used = arrays.empty(points, (*batch, 1, num_seeds), "bool")

@@ -1,4 +1,4 @@
-"""The ops of states, for streaming: `update` adds keys, `read` lets queries read, `decode_step` does both for a token.
+"""The ops of states: `update` adds keys, `read` lets queries read the sums, and `decode_step` does both for a token.
 
 `dispatch` calls these functions; `torch.operators` calls them too. `update` and `read` run the tensor-core kernels
 (`tiles`) or the plain ones; `decode_step` has a kernel of its own.
@@ -30,7 +30,7 @@ def read(state: State, q: Any, feature_map: Any) -> Any:
 
 
 def read_with_stats(state: State, q: Any, feature_map: Any) -> tuple[Any, Any]:
-    """What queries read, and what a backward pass needs: 1 / total and the reference of every query, (*b, n, 2)."""
+    """The result of a read, and for a backward pass 1 / total and the reference of every query, (*b, n, 2)."""
     keys = key_batch_of(feature_map, state.recent_k, state.recent_v, state.recent_mask, state)
     batch = broadcast_shapes(tuple(q.shape[:-2]), keys)
     stats = arrays.empty(q, (*batch, q.shape[-2], 2), arrays.name_of(state.kv))
@@ -78,7 +78,7 @@ def entering(state: State, new: Any) -> Any:
 
 
 def _with_recent(state: State, k: Any, v: Any, mask: Any, leaving: int, feature_map: Any) -> State:
-    """The state after its recent keys were replaced by these keys, the first `leaving` of which enter the sums."""
+    """The state with these keys as recent keys, except for the first `leaving`, which enter the sums."""
     if leaving:
         state = _absorbed(state, k[..., :leaving, :], v[..., :leaving, :], mask[..., :leaving], feature_map)
     return replace(state, **recent_of(k[..., leaving:, :], v[..., leaving:, :], mask[..., leaving:]))

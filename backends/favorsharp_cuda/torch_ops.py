@@ -101,7 +101,7 @@ def causal_attention(
 
 
 def _computed(q: Any, k: Any, v: Any, feature_map: Any, key_mask: Any, window: int, sums: Any) -> Any:
-    """What `ATTENTION` keeps of a causal call, and the sums after it."""
+    """The further tensors that `ATTENTION` keeps of a causal call, and the sums after it."""
     sweep_of(q, q.shape[-1], v.shape[-1])
     state = sums_alone(k, v, sums, window)
     with torch.no_grad():
@@ -173,7 +173,7 @@ causal_attention_packed = packed(causal_attention)
 
 
 def _floats_of(state: State | None) -> tuple[Any, ...]:
-    """The tensors of a state that can have gradients; none without a state."""
+    """The tensors of a state that can have gradients; empty without a state."""
     return () if state is None else tensors_of(state)[:-1]
 
 
@@ -194,9 +194,9 @@ def _after(state: State, k: Any, changed: Any) -> State:
 
 
 def _by_reference(*arrays: Any) -> bool:
-    """Whether the references have to compute an op of states, because its operators do not support the call.
+    """Whether the references must compute an op of states, because its operators do not support the call.
 
-    That is so under transforms of `torch.func`, in forward mode, and for tensors of a subclass with its own dispatch.
+    They support neither transforms of `torch.func`, nor forward mode, nor tensor subclasses with their own dispatch.
     """
     if torch.compiler.is_compiling() or isinstance(arrays[0], FakeTensor):
         return False

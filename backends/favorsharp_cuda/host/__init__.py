@@ -1,1 +1,1 @@
-"""From a call to a launch: arrays, packed maps, the structures that kernels take, compilation, and the launchers."""
+"""The layer between a call and its launches: arrays, packed maps, structures of kernels, compilation, and launchers."""

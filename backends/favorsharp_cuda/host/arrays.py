@@ -1,4 +1,4 @@
-"""Helpers for arrays: addresses, strides, dtypes, devices and allocation. Most modules of this package call them.
+"""Helpers for arrays: addresses, strides, dtypes, devices and allocation. Most modules of this package use them.
 
 Arrays are CuPy arrays or torch tensors. Tests also run the kernels on the CPU, with NumPy arrays and CPU tensors.
 """

@@ -132,7 +132,7 @@ class Backward:
             p.set(**{name: self._place(*shape, zero=self.only_near and name in ("key_slopes", "dk"))})
 
     def pass_back(self, of_map: bool) -> MapSums | None:
-        """Run the kernels whose results `of_points`, `of_values` and `of_state` return.
+        """Run the kernels that compute the results of `of_points`, `of_values` and `of_state`.
 
         With `of_map`, the result is the sums from which the gradients of the map follow.
         """
@@ -156,7 +156,7 @@ class Backward:
             if x is not None:
                 self.problem.array(name, x[..., columns])
         size = columns.stop - columns.start
-        # zeros for keys that no sweep writes, and for later parts, for which sweeps add to what is there
+        # zeros, because no sweep writes some keys, and sweeps of later parts add to the array
         dv = self._place(self.s, size, zero=self.only_near or len(self.of_columns) > 0)
         self.of_columns.append((columns, dv))
         self.problem.set(e=size, dv=dv)
@@ -178,7 +178,7 @@ class Backward:
         if sums is self.read_by_keys and columns.start:
             z = namespace_of(z).zeros_like(
                 z
-            )  # keys have read z with the first columns; queries multiply it by each part of dout.out
+            )  # keys read z with the first columns only; queries multiply it by each part of dout.out
         for name, x in (("given_kv", kv[..., columns]), ("given_z", z), ("given_c", c)):
             self.problem.array(name, x)
 

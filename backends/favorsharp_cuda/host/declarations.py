@@ -1,4 +1,4 @@
-"""What Python and the kernels must agree on: sizes, flags, and the structures that kernels take.
+"""The declarations that Python and the kernels share: sizes, flags, and the structures that kernels take.
 
 They are declared here once. The modules of this folder import them, and `prelude` writes them in C++ for `source`.
 """

@@ -1,6 +1,6 @@
 """Compiles a kernel when it is first needed on a device, and launches it on the caller's device and stream.
 
-Threads may launch at the same time. A kernel is compiled by one of them, and nothing of it changes afterwards.
+Threads may launch at the same time. One of them compiles the kernel, which does not change afterwards.
 
 `plain`, `tiles`, `gradients` and `exponential_features_gradients` call `run`.
 """
@@ -118,7 +118,7 @@ def forget() -> None:
 def on_stream_of(like: Any) -> AbstractContextManager[Any]:
     """A context in which the caller's device and stream are CuPy's current ones."""
     if not arrays.is_torch(like) or arrays.on_host(like):
-        return _NOTHING  # a caller with CuPy arrays uses CuPy's current device and stream anyway
+        return _NOTHING  # CuPy arrays are always on CuPy's current device and stream
     import cupy
     import torch
 

@@ -4,8 +4,8 @@
 float64, with the map's own library, on the map's device and on the caller's stream.
 
 One number is read back to the host: whether either side has a quadratic form. If not, kernels skip the product with it.
-Nothing is read back for a map whose tensors require gradients, or that is packed while a CUDA graph is captured. Such a
-call does not wait for the GPU, and its kernels always compute the product, with zeros if there is no quadratic form.
+No number is read back for a map whose tensors require gradients, or that is packed while a CUDA graph is captured. Such
+a call does not wait for the GPU, and its kernels always compute the product, with zeros if there is no quadratic form.
 """
 
 import math

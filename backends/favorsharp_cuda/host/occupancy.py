@@ -1,6 +1,6 @@
-"""How many blocks of a kernel a multiprocessor holds, and into how many blocks a length is cut so that they fill a GPU.
+"""Computes how many blocks a multiprocessor holds, and into how many segments a length is cut to fill a GPU.
 
-`tiles` and `attention_gradients` ask. Nothing here has been measured: the counts follow from registers and shared
+`tiles` and `attention_gradients` call it. Nothing here has been measured: the counts follow from registers and shared
 memory, and the costs below are estimates.
 """
 
@@ -22,7 +22,7 @@ WAVES = 4
 
 
 def register_blocks(kernel: str, e: int) -> int:
-    """How many blocks of a tensor-core kernel for values of (padded) size e have their registers in a multiprocessor.
+    """How many blocks of a tensor-core kernel, for values of (padded) size e, fit into a multiprocessor's registers.
 
     The tests compare this with the table of registers that the compiler reports.
     """
@@ -30,7 +30,10 @@ def register_blocks(kernel: str, e: int) -> int:
 
 
 def shared_blocks(shared: int, room: int) -> int:
-    """How many blocks with so many bytes of shared memory fit into a multiprocessor; `room` is the most for one."""
+    """How many blocks with so many bytes of shared memory fit into a multiprocessor.
+
+    `room` is the limit of one block.
+    """
     return (room + RESERVED) // (shared + RESERVED)
 
 
@@ -51,7 +54,7 @@ def stages_of(kernel: str, e: int, one: int, two: int, room: int) -> int:
 def cut(blocks: int, length: int, unit: int, slots: int, shortest: int, absorbed: float = 0.0) -> tuple[int, int]:
     """The number of segments into which to cut a length, and their span.
 
-    Considered are the largest numbers of segments whose blocks fill a GPU once, twice and so on; the cheapest is taken.
+    The candidates are the largest numbers of segments whose blocks fill a GPU once, twice and so on; the cheapest wins.
 
     Parameters
     ----------

@@ -49,7 +49,7 @@ class Group:
         self.length = max(self.lengths)
         self.ragged = min(self.lengths) < self.length
         self.adjacent = not self.ragged and all(a[1] == b[0] for a, b in pairwise(spans))
-        # padding repeats the last row of the same sequence, so that NaN and infinities stay within their sequence
+        # padding repeats the last row of the same sequence, so that NaN and infinities do not reach other sequences
         own = np.arange(self.length)
         self.rows = Placed(np.concatenate([start + np.minimum(own, stop - start - 1) for start, stop in spans]))
         self.there = Placed(own < np.array(self.lengths)[:, None])
@@ -120,7 +120,7 @@ def _run(
     packing, own = packing_of(tuple(bounds)), expanded_map(feature_map)
     parts = []
     place = None
-    if out is not None and packing.in_order:  # otherwise the results of several calls, or padded ones, are gathered
+    if out is not None and packing.in_order:  # otherwise results are gathered
         place = options["out"] = packing.groups[0].taken(out)
     for group in packing.groups:
         points = (group.taken(x) for x in (q, k, v))

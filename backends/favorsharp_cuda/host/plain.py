@@ -44,7 +44,7 @@ def attend(
     pieces: int = 1,
     **numbers: int,
 ) -> Lows:
-    """Launch `plain_attention` once, with `pieces` blocks for each head; the low parts of the new sums.
+    """Launch `plain_attention` once, with `pieces` blocks for each head; return the low parts of the new sums.
 
     `numbers` are further fields of the structure.
     """
@@ -91,7 +91,7 @@ def _problem(
 
 
 def shared_of(like: Any, dtype: str, *, d: int, e: int, m: int) -> int:
-    """Bytes of shared memory that a block of `plain_attention` takes; an error if the device has less."""
+    """Bytes of shared memory that a block of `plain_attention` needs; raises if the device has less."""
     item = arrays.computed_item(dtype)
     others = d + e + PLAIN_THREADS // 32 + PLAIN_THREADS
     needed = item * (3 * m + others)
@@ -213,7 +213,7 @@ def decode(
     q: Any, k: Any, v: Any, feature_map: Any, key_mask: Any, sums: Sums, low: Lows, entering: int = 1,
     recent: Recent | None = None,
 ) -> tuple[Any, tuple[Sums, Lows], Recent | None] | None:  # fmt: skip
-    """One token: what its queries read when its key is included, the new sums with low parts, and new recent keys.
+    """One token: the result of its queries, which see its own key, the new sums with low parts, and new recent keys.
 
     Without recent keys, the token's key enters the sums. With them, it is appended to the recent keys, and the first
     `entering` of these leave and enter the sums; if `entering` is 0, the sums are returned unchanged.
@@ -250,7 +250,7 @@ def decode(
 
 
 def _recent_after(problem: Problem, q: Any, recent: Recent, batch: tuple[int, ...], entering: int) -> Recent:
-    """Arrays for the recent keys after a token, of which `entering` have left; both are set in the problem."""
+    """Arrays for the recent keys after a token, without the `entering` keys that leave; both are set in the problem."""
     (before, d), e, dtype = recent[0].shape[-2:], recent[1].shape[-1], arrays.name_of(q)
     length = before + 1 - entering
     after = (

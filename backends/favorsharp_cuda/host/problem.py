@@ -45,7 +45,7 @@ class Problem:
             self._numbers[self._places[name]] = value
 
     def copy(self) -> "Problem":
-        """Another problem in which the same is set."""
+        """A copy of the problem with the same fields."""
         other = Problem.__new__(Problem)
         other.__dict__ |= self.__dict__
         other._numbers, other.held = self._numbers[:], self.held[:]
@@ -72,13 +72,13 @@ class Problem:
             self._numbers[self._places[f"{name}.{field}"]] = value
 
     def sums(self, suffix: str, sums: "Sums | None", low: "Lows" = (None, None)) -> None:
-        """Set the sums of a state and their low parts, as far as there are any; `suffix` is "in" or "out"."""
+        """Set the sums of a state and their low parts, if there are any; `suffix` is "in" or "out"."""
         for name, x in zip(("kv", "z", "c"), sums or (), strict=sums is not None):
             self.array(f"{name}_{suffix}", x)
         self.lows(suffix, low)
 
     def lows(self, suffix: str, low: "Lows") -> None:
-        """Set the low parts of sums, as far as there are any."""
+        """Set the low parts of sums, if there are any."""
         for name, x in zip(("kv_low", "z_low"), low, strict=True):
             if x is not None:
                 self.array(f"{name}_{suffix}", x)

@@ -1,4 +1,4 @@
-"""What `repeats` needs to know of a call while its kernels are launched; `arrays`, `maps` and `launch` report it."""
+"""Records a call while its kernels are launched, for `repeats`; `arrays`, `maps` and `launch` report to it."""
 
 import threading
 from array import array
@@ -8,7 +8,7 @@ from favorsharp_cuda.host.declarations import ADDRESSES, PROBLEM
 
 
 class Launch(NamedTuple):
-    """One launch: the structure as numbers of eight bytes, and where it holds addresses of which arrays of the call."""
+    """One launch: its structure as numbers of eight bytes, and the places in it of addresses of the call's arrays."""
 
     expression: str
     grid: int
@@ -19,24 +19,24 @@ class Launch(NamedTuple):
 
 
 class Recording:
-    """The launches of a call whose arguments were tensors, as far as calls with other tensors can repeat them.
+    """The launches of a call with tensors, in the form in which a call with other tensors can repeat them.
 
     Attributes
     ----------
     made : list of (tensor, shape, dtype)
         The tensors that the call has allocated.
     constants : list of tensors
-        Those of the packed map; their addresses stay.
+        The tensors of the packed map, whose addresses do not change.
     launches : list of Launch
     is_whole : bool
-        False once a kernel was given an address that is not that of exactly one argument, allocation or constant.
+        False if a kernel got an address that does not belong to exactly one argument, allocation or constant.
     """
 
     def __init__(self, arguments: list[Any]) -> None:
         self.made: list[tuple[Any, tuple[int, ...], str]] = []
         self.constants: list[Any] = []
         self.launches: list[Launch] = []
-        places = [(x.data_ptr(), i) for i, x in enumerate(arguments) if x.numel()]  # kernels read nothing of empty ones
+        places = [(x.data_ptr(), i) for i, x in enumerate(arguments) if x.numel()]  # kernels do not read empty ones
         self.sources = dict(places)
         self.is_whole = len(self.sources) == len(places) and 0 not in self.sources
         self.count = len(arguments)

@@ -1,9 +1,9 @@
-"""Calls like one before repeat its launches: nothing is computed anew but the addresses.
+"""Later calls repeat the launches of an earlier call with the same layout, and compute only new addresses.
 
-Which kernels a call launches, and all numbers that it gives them but addresses, follow from the map and from the
-shapes, strides and dtypes of its tensors. So the first call of a kind is recorded, and later ones allocate the same
-tensors, put addresses into copies of the same structures, and launch. `tiles` and `plain` mark the functions for which
-that holds. See docs/design/repeated-launches.md.
+The kernels that a call launches, and all their arguments except addresses, follow from the map and from the shapes,
+strides and dtypes of its tensors. So the first call of a kind is recorded. Later calls allocate the same tensors, put
+addresses into copies of the same structures, and launch. `tiles` and `plain` mark the functions for which that holds.
+See docs/design/repeated-launches.md.
 """
 
 from collections.abc import Callable
@@ -27,17 +27,17 @@ _epoch = 0
 
 
 class _Known(NamedTuple):
-    """What calls of one kind do.
+    """The recorded work of one kind of calls.
 
     Attributes
     ----------
     made : tuple of (shape, dtype, offset)
-        The tensors that they allocate; those that are no results lie in one workspace, at an offset in bytes.
+        The tensors that they allocate. Tensors that are not results are in one workspace, at an offset in bytes.
     workspace : int
         The bytes of the workspace.
     launches : tuple of Launch
     results : nested tuple of int or None
-        Where the results are among the arguments and the tensors in `made`.
+        The positions of the results among the arguments and the tensors in `made`.
     constants : tuple of tensors
         Kept alive, because the launches hold their addresses.
     """
@@ -50,7 +50,7 @@ class _Known(NamedTuple):
 
 
 def forget() -> None:
-    """Let all calls be recorded anew. Tests call this after they have changed how calls are cut into blocks."""
+    """Forget all recorded calls. Tests call this after they have changed how calls are cut into blocks."""
     global _epoch
     _epoch += 1
 

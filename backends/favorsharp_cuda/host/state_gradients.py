@@ -38,8 +38,8 @@ def update_backward(
 ) -> tuple[Any, ...]:  # fmt: skip
     """The gradients of k and v, then those of the sums before the update, then the sums for those of the map.
 
-    If the largest log feature c of a feature is attained more than once, its gradient goes to the earlier state, or
-    else to the first key that attains it.
+    If several keys have the largest log feature c of a feature, its gradient goes to the earlier state, or else to the
+    first of these keys.
 
     Parameters
     ----------

@@ -16,7 +16,7 @@ LARGEST = 128
 
 
 def fit(x: Any, e: int, *, walks: bool = False) -> bool:
-    """Whether these kernels serve points x and values of size e on x's device; with `walks`, by `walk`."""
+    """Whether these kernels serve points x and values of size e on x's device; with `walks`, whether `walk` does."""
     dtype, d = arrays.name_of(x), x.shape[-1]
     if not (dtype in TILE_TYPES and 0 < d <= LARGEST and 0 < e <= LARGEST):
         return False

@@ -95,8 +95,8 @@ class Tiles:
     ) -> Any:
         """The sums of each segment of the keys, (heads, segments, size).
 
-        `cut` holds the number of segments, their span, how far keys are shifted against positions, and the number of
-        keys that enter. If `factors` is None, the kernel computes them, and needs the mask.
+        `cut` holds the number of segments, their span, the shift of keys relative to positions, and the number of keys
+        that enter. If `factors` is None, the kernel computes them, and needs the mask.
         """
         segments, span, shift, limit = cut
         if k.shape[-2] >= LONGEST:
@@ -196,7 +196,7 @@ class Tiles:
         n, heads, parts = k.shape[-2], math.prod(out.shape[:-2]), self.padded_e // self.part
         if n >= LONGEST:
             raise ValueError(f"k has s={n}; accepted by the CUDA kernels: fewer than {LONGEST} positions in one call")
-        window = min(window, LONGEST // 2)  # a sequence has two such blocks at most: all keys are near
+        window = min(window, LONGEST // 2)  # a sequence has at most two such blocks, so all keys are near
         stages, shared, segments, span = self._cut_of_walk(heads * parts, n, window)
         cut = segments, span, 2 * window * (-1 if reverse else 1), limit
         sums = self._sums_before(k, v, factors, key_batch, cut, state, low, reverse)

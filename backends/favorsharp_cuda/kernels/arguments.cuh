@@ -8,7 +8,7 @@ template <class Index> DEVICE void split_head(const Problem &p, i64 head, Index 
   for (int a = AXES - 1; a >= 0; a--) {
     const u32 size = (u32)p.shape[a];
     index[a] = 0;
-    if (size == 1) continue;  // as are most: this saves two divisions
+    if (size == 1) continue;  // most axes have length 1; this saves two divisions
     index[a] = rest % size;
     rest /= size;
   }

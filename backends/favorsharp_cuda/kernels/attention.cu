@@ -61,7 +61,7 @@ template <class T, int E> KERNEL(THREADS) read(ARGUMENT Problem p) {
     __syncthreads();
     if (p.stages == 1 && tile + 1 < tiles) copy_stage<P, E>(p, stages, side, totals, tile + 1);
   }
-  split_head(p, again(head), index);  // computed again, as registers are scarce in the loop
+  split_head(p, again(head), index);  // computed again, because registers are scarce in the loop
   const View<T> out = view<T>(p.out, index);
   const float *factors = view<const float>(p.query_factors, index).start;
   const View<float> stats = view<float>(p.stats, index);

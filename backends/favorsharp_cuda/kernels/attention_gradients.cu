@@ -32,7 +32,7 @@ template <class T, int W, int V, int M> struct Sweep {
   static constexpr int C = GRADIENT_ROWS, P = W + 4, VALUES = V + 4, Q = M + 4, PAIR = C + 4;
   static constexpr bool NARROW = sizeof(T) == 2;
   static constexpr int EXPONENT = Planes<T>::EXPONENT, SUM = Planes<T>::SUM, VALUE = Planes<T>::VALUE;
-  // columns that are processed at once, as registers allow
+  // columns that are processed at once, limited by registers
   static constexpr int PART = W == 128 ? 64 : W, VALUE_PART = V == 128 ? 64 : V;
 
   const Gradients &g;

@@ -165,7 +165,7 @@ template <class T, int E> KERNEL(WALK_BOUNDS) walk(ARGUMENT Problem p) {
       }
     }
   }
-  // computed again, as registers are scarce in the loop
+  // computed again, because registers are scarce in the loop
   if (p.kv_out.start && again((int)blockIdx.x) / ((int)p.padded_e / E) % (int)p.segments == (int)p.segments - 1) {
     const View<float> kv = s.template array<float>(Start::KV_OUT, p.kv_out);
     const View<float> z = s.template array<float>(Start::Z_OUT, p.z_out), c = s.template array<float>(Start::C_OUT, p.c_out);

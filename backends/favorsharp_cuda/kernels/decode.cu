@@ -229,7 +229,7 @@ __global__ void __launch_bounds__(DECODE_THREADS, RESIDENT<T, G, NEAR>) decode(A
     } else {
       multiply_token<1>(sum, 1 + count, points, parts, key.rows(), query.rows(), d, m, first);
     }
-    split_head(p, again(first_head), index);  // computed again, as registers are scarce while points are multiplied
+    split_head(p, again(first_head), index);  // computed again, because registers are scarce there
     if (mine) {
       const View<const A> z = view<const A>(p.z_in, index), c = view<const A>(p.c_in, index);
       const A before = c.at(0, j);

@@ -1,4 +1,4 @@
-// What differs between the two compilers of this source, for use in all other files. For a GPU (NVRTC, nvcc),
+// Definitions that differ between the two compilers of this source; all other files use them. For a GPU (NVRTC, nvcc),
 // intrinsics are inline PTX, so that no header is needed. With FAVORSHARP_HOST, a shim that is included before this
 // file runs the same kernels on a CPU.
 #define DEVICE __device__ __forceinline__
@@ -199,7 +199,7 @@ template <class A> DEVICE A infinity();
 template <> DEVICE float infinity<float>() { return INFINITY_F; }
 template <> DEVICE double infinity<double>() { return (double)INFINITY_F; }
 
-DEVICE float larger(float a, float b) { return fmaxf(a, b); }  // if one is NaN, the other
+DEVICE float larger(float a, float b) { return fmaxf(a, b); }  // if one is NaN, returns the other
 DEVICE double larger(double a, double b) { return fmax(a, b); }
 DEVICE float exp_of(float x) { return exp2_of(x * 1.4426950408889634f); }
 DEVICE double exp_of(double x) { return exp(x); }

@@ -44,7 +44,7 @@ template <class T> KERNEL(THREADS) factors(ARGUMENT Problem p) {
   } else {
     __syncwarp();
   }
-  split_head(p, again(head), index);  // computed again, as registers are scarce in the loop
+  split_head(p, again(head), index);  // computed again, because registers are scarce in the loop
   const View<const bool> mask = view<const bool>(p.mask, index);
   const View<float> out = view<float>(p.out, index);
   for (int h = 0; h < 2; h++) {

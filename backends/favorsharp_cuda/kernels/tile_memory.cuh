@@ -156,7 +156,7 @@ template <int P> DEVICE void put_planes(u16 *planes, int distance, float x) {
   if (P == 2) planes[distance] = to_bfloat16(x - to_float(high)).bits;
 }
 
-// Each of two numbers of bfloat16 in a word.
+// Convert each of the two bfloat16 numbers in a word.
 DEVICE float float_of_low(u32 word) { return __uint_as_float(word << 16); }
 DEVICE float float_of_high(u32 word) { return __uint_as_float(word & 0xffff0000u); }
 // The same for neighbouring numbers, whose places begin at a multiple of their bytes.

@@ -264,8 +264,8 @@ template <class T, int E> struct Walk {
     return key_bias()[j] != -INFINITY_F && (p.reverse ? block >= own : block <= own);
   }
 
-  // Add the pairs that each row may see to what it has read. Returns false if that would not be accurate: if a row's
-  // weights almost vanish beside that of a key that it does not see, or if something is not finite.
+  // Add to what each row has read the pairs that it may see. Returns false if that would be inaccurate: if a row's
+  // weights are tiny compared with the weight of a key that it does not see, or if something is not finite.
   DEVICE bool merge_pairs(Reading<E> &far, float (&pairs)[LANE_COLUMNS][4], float (&pair_ref)[2], bool odd, int rows_low,
                           int rows_high) {
     bool doubtful = odd;

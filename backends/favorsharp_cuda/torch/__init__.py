@@ -1,1 +1,1 @@
-"""The kernels as operators of torch."""
+"""The layer that only torch needs: the kernels as operators of torch."""

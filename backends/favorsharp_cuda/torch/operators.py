@@ -1,6 +1,6 @@
-"""The operators of torch that run the kernels: what each computes, its gradients, and its shapes.
+"""Declares the operators of torch that run the kernels: their results, gradients and shapes.
 
-`torch_ops` calls them. `favorsharp.torch_operators` makes of each what eager and traced calls need.
+`torch_ops` calls them. `favorsharp.torch_operators` turns each declaration into what eager and traced calls need.
 """
 
 from collections import OrderedDict
@@ -33,9 +33,9 @@ _maps: "OrderedDict[Any, TensorMap]" = OrderedDict()
 
 
 def kept(own: TensorMap) -> TensorMap:
-    """The map itself, or that of an earlier call with the same tensors, so that its packed form is found again.
+    """The map itself, or the map of an earlier call with the same tensors, whose packed form is known.
 
-    The cache knows tensors by their addresses and versions.
+    The cache identifies tensors by their addresses and versions.
     """
     # Changes of inference tensors are not counted, trained tensors change all the time, and a captured graph must pack
     # the map each time it runs.
@@ -56,7 +56,7 @@ _LIBRARY = Library("favorsharp_cuda", "cuda", kept)
 
 
 def _with_map(feature_map: Any, *found: Any) -> tuple[Any, ...]:
-    """Gradients of tensors, and those of the map if the last of `found`, the sums for them, is there."""
+    """The gradients of tensors, and those of the map if `found` ends with the sums for them."""
     *gradients, sums = found
     return tuple(gradients) if sums is None else (*gradients, *map_gradients(feature_map, sums.finished()))
 
