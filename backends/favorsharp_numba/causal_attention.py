@@ -51,7 +51,7 @@ def recent(state: State, k: Any, v: Any, key_mask: Any) -> dict[str, Any]:
     """The recent keys, values and mask of a state with a window, after further keys and values."""
     before = state.recent_k.shape[-2]
     left = num_leaving(before + k.shape[-2], state.window)
-    passed = max(0, left - before)  # of the new ones: they enter the sums at once and are not copied
+    passed = max(0, left - before)  # new keys that enter the sums at once are not copied
     mask = None if key_mask is None else key_mask[..., passed:]
     keys, values, mask = with_recent(state, k[..., passed:, :], v[..., passed:, :], mask)
     left -= passed

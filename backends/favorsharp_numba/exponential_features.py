@@ -1,4 +1,4 @@
-"""exp(u W^T + row + column), which is written to memory as it is computed, its gradients, and features of points."""
+"""The op `exponential_features`: exp(u W^T + row + column) and its gradients, and features of points, on the CPU."""
 
 import math
 from typing import Any
@@ -105,7 +105,7 @@ def exponential_features_of_points(
     Parameters
     ----------
     x : array, shape (*b, n, d)
-        Points as the caller has them; the transform of the map is part of the constants.
+        Unscaled points; the constants contain the transform of the map.
     feature_map : DenseExponentialMap
     side : {"query", "key"}
     logarithms : bool
@@ -139,7 +139,7 @@ def exponential_features_of_points(
 
 
 def _destination(held: Held, result: Any, batch: tuple[int, ...], dtype: Any) -> tuple[Points, bool, bool]:
-    """An array of results as a kernel takes it; whether it can write whole vectors there, and past the caches."""
+    """An array of results as kernels take it, and whether they can store whole vectors there, and past the caches."""
     points = held.points(result, batch)
     starts = points.base + held.arrays[-1].values
     whole = result.shape[-1] * dtype.itemsize % BYTES == 0

@@ -1,1 +1,1 @@
-"""From a call to a kernel: addresses of arrays, prepared problems, workspaces, and the threads that share the work."""
+"""The layer between a call and its kernel: addresses of arrays, prepared problems, workspaces, and the thread pool."""

@@ -88,7 +88,10 @@ class Address:
 
 
 def _with_memory(x: Any) -> Any:
-    """A copy of a tensor that has no address because it stands for zeros. Raise TypeError for any other without one."""
+    """A copy of a tensor that has no address because it stands for zeros.
+
+    Raise TypeError for other tensors without address.
+    """
     if x._is_zerotensor():
         return x.clone()
     raise TypeError(
@@ -315,7 +318,7 @@ def indices(batch: tuple[int, ...], whole: tuple[int, ...]) -> Constant:
 
 @lru_cache(maxsize=1024)
 def members(batch: tuple[int, ...], whole: tuple[int, ...]) -> tuple[Constant, Constant]:
-    """The query heads (entries of `whole`) sorted by key head (entry of `batch`), and where each key head's begin."""
+    """The query heads (entries of `whole`), sorted by key head (entry of `batch`), and the start of each key head."""
     heads = indices(batch, whole).values
     starts = np.zeros(math.prod(batch) + 1, np.int64)
     np.cumsum(np.bincount(heads, minlength=math.prod(batch)), out=starts[1:])
@@ -344,7 +347,7 @@ def empty(like: Any, shape: tuple[int, ...], dtype: str) -> Any:
 def target(out: Any, inputs: Sequence[Any], shape: tuple[int, ...], dtype: str) -> Any:
     """The array that a kernel writes its result to: `out`, or a new array if `out` cannot be used.
 
-    That is so if it is None, if a kernel cannot write to it in place, or if it shares memory with an input or with
+    `out` cannot be used if it is None, if a kernel cannot write to it in place, or if it shares memory with an input or
     itself.
     """
     if out is None or not usable_where_it_lies(out):

@@ -1,4 +1,4 @@
-"""Gradients of attention by the backward kernels, as plain functions of arrays; `vjp` and `torch_ops` call them."""
+"""Functions for the gradients of attention, which run the backward kernels; `vjp` and `torch_ops` call them."""
 
 from typing import Any
 
@@ -70,7 +70,7 @@ def attention_backward(
     of_map: bool = False,
     bounds: list[int] | None = None,
 ) -> tuple[Any, Any, Any, Any]:
-    """The gradients of q, k and v, in their shapes and dtypes, and the sums that the gradients of a map are made of.
+    """The gradients of q, k and v, in their shapes and dtypes, and the sums for the gradients of a map.
 
     Parameters
     ----------
@@ -157,7 +157,7 @@ def map_sums_size(s: Any) -> int:
 
 
 def map_sums(maps: Any, s: Any, batch: tuple[int, ...]) -> dict[str, Any]:
-    """What the kernels added up for a map, (heads, sides, items), as `favorsharp.backend.map_gradients` names it."""
+    """The sums that kernels made for a map, (heads, sides, items), named as `favorsharp.backend.map_gradients` does."""
     sums, at = {}, on_host(map_sums_at)(s, 0)
     for index, side in enumerate(("query", "key")):
         x = maps[:, index]

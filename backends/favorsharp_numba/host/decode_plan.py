@@ -1,4 +1,4 @@
-"""The plan of `decode_step`: what all tokens with the same shapes, dtypes and memory layouts share is computed once.
+"""The plan of `decode_step`: everything that tokens with the same shapes, dtypes and memory layouts share.
 
 The arithmetic of a token takes microseconds, less time than it takes to describe its arrays to a kernel. `dispatch`
 asks `turn_of` for a plan (the attribute `plan` of `favorsharp_numba.state.decode_step`).
@@ -57,7 +57,7 @@ class Turn:
         for x in (q, k, v, out):
             plan += [part for name, part in self.held.points(x, batch)._asdict().items() if name != "base"]
         plan.append(q.shape[-2])
-        # constants stay; the arrays of the first call are released
+        # the constants are kept; the arrays of the first call are released
         self.held.arrays = [x for x in self.held.arrays if not hasattr(x, "owner")]
         assert len(plan) == PLAN_SIZE
         self.plan = self.held.keep(np.array(plan, dtype=np.int64))
@@ -69,7 +69,7 @@ class Turn:
         kept, position = kept_at(state, self.layout)
         out = self.empty_like(self.out)
         places = tuple(map(self.start_of, (q, k, v, out)))
-        if not all(places):  # arrays without items have no address either
+        if not all(places):  # arrays without items have no address
             check_memory((q, k, v))
         self._run(places, kept, position)
         if kept.marks[0]:
@@ -109,7 +109,7 @@ def turn_of(q: Any, k: Any, v: Any, state: State, feature_map: Any) -> Turn | No
 
 
 def _start_of_numpy(x: Any) -> int:
-    """As `start_of` for NumPy arrays, in a third of the time if an array has items, has no gaps and is writable."""
+    """As `start_of` for NumPy arrays, but three times as fast if an array has items, has no gaps and is writable."""
     flags = x.flags
     if flags.c_contiguous and flags.writeable and x.size:
         return ctypes.addressof(ctypes.c_char.from_buffer(x))

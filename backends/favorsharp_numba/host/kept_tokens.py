@@ -1,8 +1,8 @@
-"""Keeps tokens for a while, before the sums of a state take them together: in `decode_step` and `update`.
+"""Keeps the tokens of `decode_step` and of short updates, before they are added to the sums of a state together.
 
-A token that entered the sums at once would read and write them whole, and with low parts twice as much. So its features
-and its value are kept beside an earlier state, and its query reads both (`kernels/decode_step.py`). A state after such
-a token computes its sums when someone reads them, or when SPAN tokens are kept.
+To add a token to the sums at once, all sums and their low parts would be read and written. So the features and the
+value of a token are kept beside an earlier state, and its query reads both (`kernels/decode_step.py`). A state after
+such a token computes its sums when someone reads them, or when SPAN tokens are kept.
 """
 
 import math
@@ -35,7 +35,7 @@ FEW = SPAN
 
 
 class Layout(NamedTuple):
-    """What kept tokens need of their map: the sizes, the scalar `one`, and the number of heads."""
+    """The sizes of the map of kept tokens, the scalar `one`, and the number of heads."""
 
     sizes: Sizes
     one: Any
@@ -45,7 +45,7 @@ class Layout(NamedTuple):
 class Kept:
     """A state with its sums, and the features and values of the tokens since then. The states after these share it.
 
-    A row is written once. If two states follow the same state, the second one finds its row taken and begins again.
+    A row is written once. If two states follow the same state, the second one finds its row taken, and makes new sums.
     """
 
     def __init__(self, layout: Layout, since: State) -> None:
@@ -72,20 +72,20 @@ class Kept:
         self.owners: dict[int, object] = {}
 
     def claim(self, position: int) -> bool:
-        """Whether the caller may write a row: it is the first one to ask, and the row is not behind the end."""
+        """Whether the caller may write a row: no other caller has claimed it, and the row exists."""
         own = object()
         return position < SPAN and self.owners.setdefault(position, own) is own
 
     def folded(self, count: int, *, raised: bool = False) -> dict[str, Any]:
         """The sums of the state after the first `count` tokens.
 
-        If `raised`, the tops also rise to those of the next token, which is too high to be kept.
+        If `raised`, the tops also rise to the log features of the next token, which are too large to be kept.
         """
         since, layout = self.since, self.layout
         known = since.kv_low is not None and since.z_low is not None
         given = since.kv, since.z, since.c, *((since.kv_low, since.z_low) if known else ())
         names = ("kv", "z", "c") if layout.one.dtype == np.float64 else ("kv", "z", "c", "kv_low", "z_low")
-        # NumPy's memory: what torch allocates may be a part of a graph, which cannot see what a kernel writes
+        # in NumPy's memory, because torch's may belong to a graph, which does not see what a kernel writes
         new = {name: np.empty(getattr(since, name.removesuffix("_low")).shape, layout.one.dtype) for name in names}
         places = [*map(start_of, given), 0, 0][:5] + [*map(start_of, new.values()), 0, 0][:5]
         marks, features, values = self.places
@@ -106,7 +106,7 @@ class Kept:
 
 def kept_at(state: State, layout: Layout, count: int = 1) -> tuple[Kept, int]:
     """Where the next `count` tokens of a state are kept, and the number of the first of their rows."""
-    if "kv" in vars(state):  # its sums have been asked for: it goes on like a copy of it that was saved
+    if "kv" in vars(state):  # its sums have been read, so it continues from them, as a saved copy would
         kept = Kept(layout, state)
     else:
         kept, position = state.single_tokens
@@ -118,7 +118,7 @@ def kept_at(state: State, layout: Layout, count: int = 1) -> tuple[Kept, int]:
 
 
 class After(NamedTuple):
-    """What a state after single tokens holds: the kept tokens, and the number of the first of them that it contains."""
+    """The tokens of a state: the kept tokens, and how many of the first of them the state contains."""
 
     kept: Kept
     taken: int
@@ -131,7 +131,7 @@ class After(NamedTuple):
     def sums(self) -> dict[str, Any]:
         """kv, z, c and the low parts of the state."""
         kept, since, taken = self.kept, self.kept.since, self.taken
-        if not is_compiling():  # a compiler sees no kernel
+        if not is_compiling():  # compilers cannot trace kernels
             with outside_modes(since.kv):
                 return kept.folded(taken)
         features = kept.features[..., :taken, : since.num_features]

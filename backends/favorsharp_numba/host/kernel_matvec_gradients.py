@@ -1,4 +1,4 @@
-"""Gradients of K(x, y) @ v by the backward kernel, as a plain function of arrays; `vjp` and `torch_ops` call it.
+"""A function for the gradients of K(x, y) @ v, which runs the backward kernel; `vjp` and `torch_ops` call it.
 
 The gradient of x reads the sums that y and v made in the forward pass. The gradients of y and v read the sums that x
 and the gradient of the result make, with the sides of the map exchanged.
@@ -18,7 +18,7 @@ from favorsharp_numba.kernels.kernel_matvec_gradients import read_gradients
 def kernel_matvec_backward(
     gradient: Any, x: Any, y: Any, v: Any, feature_map: Any, problem: AttentionProblem, *, of_map: bool = False
 ) -> tuple[Any, Any, Any, Any]:
-    """The gradients of x, y and v, in their shapes and dtypes, and the sums that the gradients of a map are made of.
+    """The gradients of x, y and v, in their shapes and dtypes, and the sums for the gradients of a map.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""Prepares what the kernel of `landmark_stream` takes, and makes the state after a call."""
+"""Prepares the arguments of the kernel of `landmark_stream`, and makes the state after a call."""
 
 import math
 from dataclasses import replace
@@ -30,7 +30,7 @@ MOST_KEYS = 1024
 
 
 class StreamProblem:
-    """A call of `landmark_stream` in the terms of its kernel."""
+    """A call of `landmark_stream`, with the arguments of its kernel."""
 
     def __init__(self, q: Any, k: Any, v: Any, state: LandmarkState, key_mask: Any | None, grouped: bool) -> None:
         self.q, self.k, self.v, self.mask, self.state = q, k, v, key_mask, state
@@ -55,7 +55,7 @@ class StreamProblem:
     def run(self) -> tuple[Any, LandmarkState]:
         """The result, and the state after the call.
 
-        If more keys are compressed at once than the kernel can, the reference runs, by the kernels of its steps.
+        If more keys are compressed at once than the kernel can hold, the reference runs, with the kernels of its steps.
         """
         if self.most > MOST_KEYS:
             options: dict[str, Any] = {"key_mask": self.mask, "grouped": self.queries != self.batch}
@@ -123,7 +123,7 @@ class StreamProblem:
         return numbers
 
     def _moments(self) -> Any:
-        """The moments of the state, as the kernel continues them."""
+        """The moments of the state, in the form that the kernel continues."""
         s, given = self.s, self.state.moments
         out = np.zeros((*self.batch, 2, 2 + s.d, s.d_wide))
         for side, name in enumerate("xy"):

@@ -1,8 +1,8 @@
 """The plan of a token of a stream of landmarks, and the store in which tokens between two compressions are kept.
 
-Most tokens only add a key and read all keys that are held. A store has room for the keys until the next compression, so
-that a token writes one row of each head. States are values: a state refers to the first rows of a store, and a token
-goes to the row behind them if no other token has been written there; otherwise, a new store begins with a copy.
+Most tokens only add a key and read all keys of the state. A store has room for the keys until the next compression, so
+that a token writes one row of each head. States are values: a state refers to the first rows of a store. A token is
+written to the next row if no other token is there; otherwise a new store is made, beginning with a copy.
 """
 
 import math

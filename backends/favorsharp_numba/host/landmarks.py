@@ -1,4 +1,4 @@
-"""Prepares what the kernels of landmarks take: packed constants of a metric, and points in whole vectors."""
+"""Prepares the arguments of the kernels of landmarks: packed constants of a metric, and points in whole vectors."""
 
 import math
 from typing import Any
@@ -27,7 +27,7 @@ def places_of(lanes: int, d: int, d_pad: int, e_pad: int) -> tuple[int, int, int
 
 
 class LandmarkProblem:
-    """Keys, and the landmarks that are chosen from them or that they are added to, in the terms of the kernels.
+    """Keys, and the landmarks that are chosen from them or to which they are added, as arguments of the kernels.
 
     Values are given if landmarks are to be condensed; without them, keys are added up. `slots` is the number of
     candidates if seeds are to be drawn, and `batches` are the leading axes of further arrays.
@@ -149,7 +149,7 @@ class LandmarkProblem:
                 share(merge_landmarks, self.heads, 0.0, items, self.one, s, sums, *targets)
 
     def uncentred(self, metric: Any, scale: float) -> Any:
-        """The landmarks as keys are: neither scaled nor centred."""
+        """The landmarks neither scaled nor centred, like keys."""
         return ((self.points[..., : self.s.d] + host(metric.center)) / scale**0.5).astype(self.dtype, copy=False)
 
     def log_weights(self, masses: Any) -> Any:

@@ -42,7 +42,7 @@ an eighth of that for windows of less than half a tile, whose sums gain little o
 
 
 class AttentionProblem:
-    """The arguments of a call in the terms of the kernels: batches, packed map, addresses, and sums.
+    """The arguments of the kernels for a call: batches, packed map, addresses, and sums.
 
     Parameters
     ----------
@@ -280,7 +280,7 @@ class AttentionProblem:
         return kept_sums(self.s, self.num_keys, self.window) * self.packed.dtype.itemsize <= most
 
     def _kept_between_passes(self, causal: bool) -> int:
-        """The place for what queries have read, between the two passes of bidirectional attention with a window."""
+        """The place of partial results of queries between the two passes of bidirectional attention with a window."""
         size = self.query_heads * self.num_queries * (self.s.e_pad + 2) if self.window > 0 and not causal else 0
         return self.held.place(np.empty(size, self.packed.dtype))
 
@@ -308,7 +308,7 @@ class AttentionProblem:
 
 
 def absorbed(state: State, k: Any, v: Any, key_mask: Any, feature_map: Any) -> State:
-    """The state after further keys and values. Its window is not looked at."""
+    """The state after further keys and values, without regard to its window."""
     problem = AttentionProblem(feature_map, None, k, v, key_mask=key_mask, state=state)
     problem.load_state(state)
     problem.load_lows(state)

@@ -26,12 +26,12 @@ from favorsharp_numba.kernels.arguments import TILE
 from favorsharp_numba.vectors.compiling import jit
 
 SMALL = 4e6
-"""The number of multiplications below which another thread costs more than it saves: some 40 microseconds of work."""
+"""The number of multiplications below which a further thread costs more than it saves: some 40 microseconds of work."""
 
 PATIENCE, MOMENT = 4000, 100
-"""How often a caller checks whether the workers have finished before it goes to sleep, some 100 microseconds in all:
-being woken takes 30, as long as a share of small work. And how often it still checks once they have finished, so that
-they can release the interpreter's lock."""
+"""How often a caller checks whether the workers have finished before it goes to sleep, some 100 microseconds in all;
+waking up takes 30, as long as a share of small work. The second number says how often it checks after they have
+finished, so that they can release the interpreter's lock."""
 
 PAUSE = "llvm.x86.sse2.pause" if platform.machine().lower() in ("x86_64", "amd64") else None
 """The instruction that tells a processor that a thread is waiting actively; other processors check faster without
@@ -39,7 +39,7 @@ it."""
 
 _calls: "queue.SimpleQueue[Work]" = queue.SimpleQueue()
 _workers: list[int] = []
-"""The worker threads, by the system's numbers."""
+"""The thread numbers of the workers, as the system counts them."""
 _places: set[int] = set()
 """The processors that the workers have been told to run on; empty before that."""
 _lock = threading.Lock()
@@ -103,7 +103,7 @@ def _look(context, address):
 
 @jit
 def watch(address, patience):
-    """Wait actively, without the interpreter's lock, until the integer at an address is 0 or patience ends."""
+    """Wait actively, without the interpreter's lock, until the integer at an address is 0 or patience has run out."""
     left = patience
     while left > 0:
         left -= 1
@@ -127,7 +127,7 @@ class Work:
         self.fault: BaseException | None = None
 
     def run(self) -> None:
-        """Take part as the caller, and wait for the workers; `fault` is what went wrong.
+        """Take part as the caller, and wait for the workers; afterwards `fault` holds an exception, if any.
 
         An interrupt is kept until all workers have finished, because they write to the caller's memory.
         """
@@ -221,7 +221,7 @@ def _keep_apart(count: int) -> None:
     global _places
     if _processor is None:
         return
-    with contextlib.suppress(OSError):  # not allowed here: workers run where the system puts them
+    with contextlib.suppress(OSError):  # the system does not allow it, so workers run where it puts them
         places = os.sched_getaffinity(0)
         others = places - {_processor()}
         if len(others) >= count:
@@ -230,7 +230,7 @@ def _keep_apart(count: int) -> None:
             return
         _places = places
         for worker in _workers:
-            if worker != threading.get_native_id():  # it is the caller where threads are greenlets
+            if worker != threading.get_native_id():  # if threads are greenlets, this is the caller
                 os.sched_setaffinity(worker, places)
 
 

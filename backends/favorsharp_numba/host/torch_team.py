@@ -22,7 +22,7 @@ class Shared(Protocol):
 
 _forked = False
 _free = threading.Lock()
-"""Held while a call uses the threads. A second caller would start as many again."""
+"""Held while a call uses the threads, because a second caller would start as many threads again."""
 
 
 def _leave_to_parent() -> None:
@@ -54,7 +54,7 @@ def _openmp() -> Any:
         return None
     path = Path(torch.__file__ or "").parent / "lib" / "libtorch_cpu.so"
     try:
-        library = ctypes.CDLL(str(path))  # finds the names of the libraries that torch is linked to, too
+        library = ctypes.CDLL(str(path))  # the search also finds libraries that torch is linked to
         start, end, inside = library.GOMP_parallel_start, library.GOMP_parallel_end, library.omp_in_parallel
     except (OSError, AttributeError):
         return None
@@ -70,8 +70,8 @@ def run(work: Shared) -> bool:
     Returns
     -------
     bool
-        False if nothing was done. That is so if torch uses no OpenMP with the entry points of GNU's, in a forked
-        child, inside of a parallel region, and while another call uses the threads.
+        False if nothing was done: if torch's OpenMP lacks the entry points of GNU's library, in a forked child, inside
+        a parallel region, and while another call uses the threads.
     """
     openmp = None if _forked else _openmp()
     if openmp is None or openmp.omp_in_parallel():

@@ -1,9 +1,10 @@
 """The plan of `decode_step` for a state with a window, and the store in which its recent keys and values are kept.
 
-Most tokens only join the recent keys, and their query reads these exactly and the sums by features. A store has room
-for two blocks of keys, and has the sums in the layout of the kernels, so that a token writes one row of each head. Only
-every `window`-th token moves a block into the sums. States are values: a state refers to the first rows of a store, and
-a token goes to the row behind them if no other token has been written there; otherwise, a new store begins with a copy.
+Most tokens only join the recent keys, and their query reads these exactly and the sums through features. A store has
+room for two blocks of keys, and holds the sums in the layout of the kernels, so that a token writes one row of each
+head. Only every `window`-th token moves a block into the sums. States are values: a state refers to the first rows of a
+store. A token is written to the next row if no other token is there; otherwise a new store is made, beginning with a
+copy.
 """
 
 import threading
@@ -44,7 +45,7 @@ class NearStore:
         problem.load_state(state)
         out = empty(q, (*batch, q.shape[-2], v.shape[-1]), name_of(q))
         self.out, self.arguments = problem.held.points(out, problem.batch), problem.arguments()
-        # the constants stay; q is released, and the store itself holds the others
+        # the constants are kept; q is released, and the store itself holds the other arrays
         problem.held.arrays = [x for x in problem.held.arrays if not hasattr(x, "owner")]
         kv, z = problem.state_sums()
         self.kv, self.z = numpy_or_torch(k, kv), numpy_or_torch(k, z)

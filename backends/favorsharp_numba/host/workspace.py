@@ -5,11 +5,14 @@ from typing import Any
 import numpy as np
 
 CACHE_LINE = 64
-"""Bytes. Workspaces begin at the beginning of a cache line."""
+"""The alignment of workspaces in bytes: the length of a cache line."""
 
 
 def workspaces(threads: int, items: int, dtype: Any) -> Any:
-    """Memory for some threads, a row for each, with room for a workspace of so many items at `place_in` the row."""
+    """Memory for several threads, with a row for each thread.
+
+    `place_in` the row is room for a workspace of so many items.
+    """
     return np.empty((threads, items + CACHE_LINE), dtype)
 
 

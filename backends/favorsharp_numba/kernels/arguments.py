@@ -1,4 +1,4 @@
-"""What kernels take: arrays by address, the sizes of a problem, and the packed constants of a feature map.
+"""The arguments of kernels: arrays by address, the sizes of a problem, and the packed constants of a feature map.
 
 The host fills these named tuples (`favorsharp_numba.host.arguments` and `.problem`). Two units of memory occur:
 *addresses* count bytes, and *places* count items of the dtype that the kernel computes in (`vectors/blocks.py`).
@@ -59,7 +59,7 @@ class Sizes(NamedTuple):
     """The sizes of a problem, and where in the packed constants of a side (queries or keys) the arrays are.
 
     `d_pad`, `m_pad` and `e_pad` are d, m and e rounded up to whole vectors. Rows of features are `feature_step` items
-    apart, a vector more than m_pad, so that the items of a column do not compete for the same lines of the cache.
+    apart, a vector more than m_pad, so that the items of a column are not mapped to the same cache lines.
 
     The log features of a point x are z A^T + column + f with z = alpha x - center and
     f = offset + linear.z - beta |z|^2 - |dense z|^2; `rows` holds A row by row, and `panels` its transpose in panels.

@@ -102,8 +102,8 @@ ReadSpace = namedtuple(
 
 @inlined
 def read_space(s, points):
-    """The parts of the workspace of `read_queries`. `scores` is also the room of `read_sums`, whose e tiles may be more
-    than `scores` and `largest`.
+    """The parts of the workspace of `read_queries`. `scores` is also the scratch memory of `read_sums`, which needs e
+    tiles; that may exceed `scores` and `largest`.
     """
     dense = points + TILE * s.d_pad
     factors = dense + TILE * s.d_pad

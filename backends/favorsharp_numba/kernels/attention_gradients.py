@@ -134,7 +134,7 @@ class Head(NamedTuple):
 
 
 class Tile(NamedTuple):
-    """A tile of readers, rounded up to n columns, and the positions coming .. behind of the one that comes next."""
+    """A tile of readers, rounded up to n columns, and the positions coming .. behind of the next tile."""
 
     start: int
     length: int
@@ -254,7 +254,7 @@ def load_taken(one, s, p, walk, head, a, start, count, w):
 
 @inlined
 def take_block(one, s, p, walk, head, a, current, w):
-    """The sums take the block that a block of readers is the first to read: with a window, the nearest far one."""
+    """Add to the sums the block that a block of readers is the first to read: with a window, the nearest far block."""
     entering = current
     if p.window > 0:
         entering = far_after(current) if walk.backwards else far_before(current)

@@ -65,10 +65,10 @@ def points_at(plan, number, base):
 
 
 class Kept(NamedTuple):
-    """Where tokens are kept that no sums contain yet: SPAN rows of features (m_pad) and of values (e_pad) a head.
+    """The memory of kept tokens, which are not in the sums: SPAN rows of features (m_pad) and values (e_pad) a head.
 
-    `marks` has an item that is 1 if a token rose above HIGHEST in any head, and such an item for each head. The row of
-    a token that rose has its log features, to base 2.
+    `marks` has an item that is 1 if a token's features exceeded HIGHEST in any head, and an item for each head. The row
+    of such a token holds its log features, to base 2.
     """
 
     marks: int
@@ -108,7 +108,7 @@ def turn(one, plan, q, k, v, out, kv, z, c, marks, features, values, position, l
 
     `plan` is the address of a plan, which is the same for all tokens. q, k, v, out, kv, z and c are addresses of
     arrays, of which those of the state have no gaps, and c are natural logarithms. The token goes to the row `position`
-    of the places in `Kept`. Plain integers are what a call passes in the least time.
+    of the places in `Kept`. All arguments are plain integers, because these are passed in the least time.
     """
     s = sizes_at(plan)
     w = turn_space(s, scratch)

@@ -1,4 +1,4 @@
-"""What the backward kernels of attention share: their arguments, and rows of gradients and of values.
+"""Parts that the backward kernels of attention share: their arguments, and rows of gradients and of values.
 
 A query i reads a key j with the weight exp2(lq_i + lk_j - r_i), summed over features, where r_i is the reference of the
 query. With G_i = (dout_i, -dout_i.out_i) / total_i and V_j = (v_j, 1), the gradient of that weight is G_i.V_j. So

@@ -111,7 +111,7 @@ def compress_keys(one, s, n, grain, noise, lists, side, points, keys, weight, va
 
 @inlined
 def load_rows_of_keys(one, s, n, side, points, weight, w):
-    """The rows of keys, and the log masses with which keys count."""
+    """Load the rows of keys, and the log masses with which keys count."""
     step, width = 2 * s.d_pad, panel(one)
     load_points(one, points, NO_MASK, 0, 0, n, s.d, step, side + ROOT, side + s.center, w.rows)
     product(
@@ -170,7 +170,7 @@ def score_candidates(one, s, n, noise, lists, keys, weight, w):
 def draw_seeds(one, s, n, grain, side, w):
     """The seeds as landmarks, and the seed that is nearest to each key.
 
-    The candidates are different keys. So if a distance may be a rounding error, that error stands for it and not 0.
+    The candidates are different keys. So a distance that may be a rounding error is set to that error, and not to 0.
     """
     step, line, count, nothing = 2 * s.d_pad, padded_keys(n), rest_of_tile(n, lanes(one)), one - one
     for j in range(s.m):

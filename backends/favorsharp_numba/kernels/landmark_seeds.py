@@ -1,7 +1,7 @@
 """The kernel that draws the seeds of landmarks: candidates among the keys, and then one seed after the other.
 
-It does what `favorsharp.ops.landmark_seeds` does. Projections of keys are in float64, whatever the dtype of the kernel:
-different keys must not have the same one.
+It computes the same as `favorsharp.ops.landmark_seeds`. Projections of keys are in float64, whatever the dtype of the
+kernel: different keys must not have the same one.
 """
 
 from collections import namedtuple
@@ -32,7 +32,7 @@ SeedSpace = namedtuple(
 
 @inlined
 def seed_space(s, rows):
-    """The parts of the workspace of `draw`: candidates as columns, and what is known of each."""
+    """The parts of the workspace of `draw`: candidates as columns, and their scores and distances."""
     lifted = rows + TILE * s.d_pad
     first = lifted + TILE * s.d_pad
     norms = first + TILE
@@ -129,7 +129,7 @@ def sorted_by(count, n, along):
         for start in range(0, count, 2 * width):
             middle, stop = min(start + width, count), min(start + 2 * width, count)
             left, right, place = start, middle, start
-            while left < middle and right < stop:  # without branches, whose outcomes no processor could predict
+            while left < middle and right < stop:  # without branches, which a processor could not predict
                 first, second = get(1.0, along + left), get(1.0, along + right)
                 take_left = first <= second
                 put(1.0, room + place, first if take_left else second)

@@ -1,4 +1,4 @@
-"""The kernel of a token of a stream between two compressions: the key enters a store, and the query reads all of it."""
+"""The kernel of a token of a stream between two compressions: the key enters a store, and the query reads the store."""
 
 from collections import namedtuple
 

@@ -25,7 +25,7 @@ from favorsharp_numba.vectors.rows import copy
 class Near(NamedTuple):
     """The keys of one or two tiles, positions start .. stop, the second tile from `middle` on.
 
-    `first` and `second` are the places of what is kept of the tiles; `values` and `other_values` those of their values.
+    `first` and `second` are the places of the data of the tiles; `values` and `other_values` those of their values.
     `finite`: all values are finite.
     """
 

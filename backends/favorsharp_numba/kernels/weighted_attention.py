@@ -92,7 +92,7 @@ def read_range(one, s, side, q, head, low, high, causal_from, visible, finite, o
         load_points(one, q, NO_MASK, head, start, count, s.d, s.d_pad, side + NEAR_ALPHA, side + s.center, w.points)
         turn_queries(one, s, side, count, False, w.points, w.points, w.factors, w.columns)
         attend_tile(one, s, side, start, count, causal_from, finite, w)
-        for t in range(count):  # a query that sees no key reads 0, also if it is not finite
+        for t in range(count):  # a query that sees no key gets 0, even if it is not finite
             if visible >= (s.m if causal_from < 0 else causal_from + start + t + 1):
                 put(one, w.total + t, one - one)
                 fill(one, w.numerator + t * s.e_pad, s.e_pad, one - one)

@@ -23,7 +23,7 @@ StoreSpace = namedtuple("StoreSpace", "points factors norms finite end")
 
 @inlined
 def store_space(s, points):
-    """The parts of what is kept of a tile of keys; the item at `finite` is 1 if all its values are finite, else 0."""
+    """The parts of the data of a tile of keys; the item at `finite` is 1 if all its values are finite, else 0."""
     factors = points + TILE * s.d_pad
     norms = factors + 2 * TILE
     finite = norms + TILE
@@ -36,7 +36,7 @@ SlotSpace = namedtuple("SlotSpace", "columns weights factors norms total referen
 
 @inlined
 def slot_space(s, columns):
-    """The parts of what is kept of a tile of queries of one head: a column for each, and rows of numerators."""
+    """The parts of the data of a tile of queries of one head: a column for each query, and rows of numerators."""
     weights = columns + TILE * s.d
     factors = weights + TILE * s.m
     norms = factors + 2 * TILE
@@ -101,7 +101,7 @@ def window_space(s, points):
 
 @inlined
 def store_at(w, tile):
-    """What is kept of a tile of keys."""
+    """The data of a tile of keys."""
     first = w.stores
     shift = tile % SLOTS * (first.end - first.points)
     return StoreSpace(
@@ -111,7 +111,7 @@ def store_at(w, tile):
 
 @inlined
 def slot_at(w, number):
-    """What is kept of a tile of queries of one of the heads that are worked on together."""
+    """The data of a tile of queries, of one of the heads that are processed together."""
     first = w.slots
     shift = number * (first.end - first.columns)
     return SlotSpace(
@@ -151,7 +151,7 @@ class Values(NamedTuple):
 
 
 class Head(NamedTuple):
-    """A key head: its number, the packed constants of its keys and queries, and where its query heads are listed."""
+    """A key head: its number, the packed constants of its keys and queries, and where the list has its query heads."""
 
     number: int
     keys: int

@@ -27,7 +27,7 @@ def kernel(layout: Any) -> Callable[[Callable[..., Any]], Any]:
     return compiled
 
 
-@lru_cache(maxsize=1024)  # a small call would notice the cost of a layout
+@lru_cache(maxsize=1024)  # computing a layout would slow down small calls
 def items_of(kernel: Any, sizes: Any) -> int:
     """The number of items of a kernel's workspace, for problems of the given sizes."""
     return int(on_host(kernel.layout)(sizes, 0).end)
@@ -37,7 +37,7 @@ def items_of(kernel: Any, sizes: Any) -> int:
 def on_host(function: Any) -> Callable[..., Any]:
     """A function that is `inlined` in kernels, as plain Python, and with it the inlined functions that it calls.
 
-    Called as it is, Numba would compile it.
+    If it were called directly, Numba would compile it.
     """
     plain = function.py_func
     names = {name: value for name, value in plain.__globals__.items() if name in plain.__code__.co_names}

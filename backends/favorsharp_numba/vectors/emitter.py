@@ -114,7 +114,7 @@ class Emitter:
     def add_with_low(self, x, low, value):
         """x + low + value, as a rounded sum and the part that the rounding took off. NaN if the sum is not finite.
 
-        That part is exact if value is smaller than x; otherwise it is off by the rounding of value + low.
+        The second part is exact if value is smaller than x; otherwise its error is the rounding error of value + low.
         """
         value = self.b.fadd(value, low)
         total = self.b.fadd(x, value)
@@ -192,4 +192,7 @@ def _power_series(degree, *, weighted):
 
 
 POWERS = {4: _power_series(5, weighted=True), 8: _power_series(11, weighted=False)}
-"""By item size. The error of the polynomial is one unit in the last place for float32, and two for float64."""
+"""The degree by item size.
+
+The error of the polynomial is one unit in the last place for float32, and two for float64.
+"""

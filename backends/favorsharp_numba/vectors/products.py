@@ -106,7 +106,7 @@ def _product(
         *places, ahead, sums = args[3:]
         ahead, sums = Ahead(*cgutils.unpack_tuple(builder, ahead)), ColumnSums(*cgutils.unpack_tuple(builder, sums))
         x, e = _Operands._make([*places, ahead, sums]), Emitter(builder, signature.args[0])
-        # the compiler would copy the function for calls that share a constant
+        # otherwise the compiler would copy the function for calls that share a constant
         builder.function.attributes.add("noduplicate")
         _each_tile(e, x, lambda tile: _compute(e, x, tile, start.literal_value, finish.literal_value))
         return context.get_dummy_value()
@@ -131,7 +131,7 @@ def _each_tile(e, x, body):
 
 def _compute(e, x, tile, start, finish):
     """Compute a register tile, from its beginning (SET ...) to its end (STORE ...)."""
-    _bring_share(e, x, tile)  # first: for a call, vectors in registers would be stored
+    _bring_share(e, x, tile)  # first: a call stores vectors from registers
     right, left, result = _corners(e, x, tile)
     left_rows = [e.b.mul(_number(r), x.a_row) for r in range(tile.rows)]
     result_rows = _lines(e, x, tile, result)
