@@ -192,7 +192,4 @@ def _power_series(degree, *, weighted):
 
 
 POWERS = {4: _power_series(5, weighted=True), 8: _power_series(11, weighted=False)}
-"""The degree by item size.
-
-The error of the polynomial is one unit in the last place for float32, and two for float64.
-"""
+"""The coefficients, by item size. The error is one unit in the last place for float32, and two for float64."""
