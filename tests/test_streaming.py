@@ -344,3 +344,22 @@ def test_a_pickled_state_has_no_more_than_its_fields(kind):
     assert len(kept) < held + 5000
     again = pickle.loads(kept)
     assert all(x.untyped_storage().nbytes() == x.nbytes for x in vars(again).values() if torch.is_tensor(x))
+
+
+@pytest.mark.parametrize("window", [0, 4])
+def test_a_state_may_have_more_axes_than_later_points(few_xp, window):
+    """Each of its heads goes on with the same points."""
+    q, k, v = attention_problem(1, (2,), n=30)
+    fm = fs.feature_map(fs.fit(few_xp(q[0]), few_xp(k[0])), 16, rng=0)
+    x, y, z = (few_xp(points[0, :9]) for points in (q, k, v))
+
+    def results(keys, values):
+        state = fs.update(fs.init_state(fm, 5, like=few_xp(keys), window=window), few_xp(keys), few_xp(values), fm)
+        yield fs.read(state, x, fm)
+        yield fs.read(fs.update(state, y, z, fm), x, fm)
+        yield fs.linear_attention(x, y, z, fm, is_causal=True, window=window, state=state)
+        yield fs.decode_step(x[:1, :], y[:1, :], z[:1, :], state, fm)[0]
+
+    alone = [[few_xp.back(out) for out in results(k[head], v[head])] for head in range(2)]
+    for got, *want in zip(results(k, v), *alone, strict=True):
+        np.testing.assert_allclose(few_xp.back(got), np.stack(want), rtol=1e-9, atol=1e-11)

@@ -227,3 +227,14 @@ def test_a_bidirectional_call_gives_the_state_of_its_landmarks(few_xp):
     out, windowed = fs.linear_attention(q, k, v, lm, window=16, return_state=True)
     np.testing.assert_allclose(few_xp.back(out), few_xp.back(fs.linear_attention(q, k, v, lm, window=16)))
     np.testing.assert_array_equal(few_xp.back(windowed.keys)[:, 8:], few_xp.back(k)[:, 32:])
+
+
+@pytest.mark.parametrize("dtypes", [("float32", "float64"), ("float64", "float32")])
+def test_moments_are_of_the_widest_dtype_so_far(dtypes):
+    arrays, lm = attention_problem(0, n=24), fs.landmarks(4)
+    state = fs.init_state(lm, arrays[2].shape[-1], like=arrays[1].astype(dtypes[0]))
+    for dtype, half in zip(dtypes, (slice(0, 12), slice(12, 24)), strict=True):
+        points = (x[half].astype(dtype) for x in arrays)
+        _, state = fs.linear_attention(*points, lm, is_causal=True, state=state, return_state=True)
+    assert state.moments.dtype == "float64"
+    assert state.keys.dtype == dtypes[0]
