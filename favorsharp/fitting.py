@@ -176,7 +176,7 @@ def fit_map(
     rng : None, int, SeedSequence or numpy Generator
         As in `feature_map`. For prototypes it chooses 1,024 of the queries, if there are more, and the starting points.
         For Nystrom maps it chooses the centres, and before that a sample of 512 queries and 512 keys; with more than
-        410 features, the sample has 1.25 queries and 1.25 keys for each feature.
+        512 features, the sample has a query and a key for each feature.
     refine : int
         For prototypes, the number of steps of gradient descent that bring attention weights nearer to the exact ones on
         the points of the fit; 40 are enough. With a thousand tokens or more, errors are about a tenth smaller on other

@@ -106,3 +106,45 @@ def test_landmarks_of_one_chunk_of_values_of_one_axis_and_errors():
     np.testing.assert_array_equal(got, want[:, 0])
     with pytest.raises(ValueError, match="agree in s"):
         fs.nadaraya_watson(x, y, v[:-1], lm)
+
+
+@pytest.mark.parametrize(("method", "values", "scheduler"), [("nystrom", 1, "processes"), ("trig", 2, "synchronous")])
+def test_a_ridge_of_chunks_is_that_of_one_array(method, values, scheduler):
+    """Also with chunks on several processes, and with weights, of which some chunk has none."""
+    dask, FeatureRidge = pytest.importorskip("dask"), pytest.importorskip("favorsharp.sklearn").FeatureRidge
+    rng = np.random.default_rng(0)
+    x, weight = rng.standard_normal((300, 3)), rng.integers(0, 3, 300) + 1.0
+    y = np.sin(2 * x[:, :values]) + 0.1 * rng.standard_normal((300, values))
+    if method == "trig":  # its features do not depend on points
+        weight[:50] = 0
+    y = y[:, 0] if values == 1 else y
+    model = FeatureRidge(method=method, n_components=16, gamma=0.3, random_state=0)
+    wanted = model.fit(x, y, sample_weight=weight)
+    errors, out = wanted.alpha_errors_, wanted.predict(x)
+    lazy = da.from_array(x, chunks=(50, 2))
+    with dask.config.set(scheduler=scheduler, num_workers=2):
+        found = model.fit(lazy, da.from_array(y, chunks=70), sample_weight=weight)
+        estimate = found.predict(lazy)
+        assert isinstance(estimate, da.Array)
+        assert estimate.shape == out.shape
+        np.testing.assert_allclose(estimate.compute(), out, rtol=1e-7)
+    np.testing.assert_allclose(found.alpha_errors_, errors, rtol=1e-7)
+
+
+def test_features_of_chunks_and_what_a_ridge_refuses():
+    sklearn = pytest.importorskip("favorsharp.sklearn")
+    x = np.random.default_rng(0).standard_normal((60, 3))
+    lazy, y = da.from_array(x, chunks=(25, 2)), x[:, 0]
+    features = sklearn.RandomFeatures("nystrom", n_components=8, random_state=0)
+    wanted = features.fit_transform(x)
+    found = features.fit(lazy).transform(lazy)
+    assert isinstance(found, da.Array)
+    assert found.shape == wanted.shape
+    np.testing.assert_allclose(found.compute(), wanted, rtol=1e-8)
+    ridge = sklearn.FeatureRidge(n_components=8, random_state=0)
+    with pytest.raises(ValueError, match="y has 59 rows, and X has 60"):
+        ridge.fit(lazy, y[:-1])
+    with pytest.raises(ValueError, match="at least one non-zero"):
+        ridge.fit(lazy, y, sample_weight=np.zeros(60))
+    with pytest.raises(TypeError, match="X: dask arrays"):
+        ridge.partial_fit(lazy, y)

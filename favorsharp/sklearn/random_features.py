@@ -12,19 +12,21 @@ from sklearn.utils._array_api import (  # private, and imported in this folder o
 from sklearn.utils.validation import check_is_fitted
 
 from favorsharp._checks import check_choice, check_integer
+from favorsharp._chunks import is_chunked
 from favorsharp.draws import DRAWS
 from favorsharp.map_choice import PURPOSES, SAMPLE, choose_map
 from favorsharp.methods import check_method
 from favorsharp.nystrom import sample_size
 from favorsharp.sklearn.base import KernelEstimator, rows_of, shuffled
+from favorsharp.sklearn.chunks import mapped, rows_in_memory
 
 
 class RandomFeatures(ClassNamePrefixFeaturesOutMixin, TransformerMixin, KernelEstimator):
     """Features of the Gaussian kernel, fitted to the data; a replacement for RBFSampler and Nystroem.
 
     The dot product of two transformed points approximates exp(-gamma |x - y|^2). By default the method is chosen by its
-    error on a sample. The estimator accepts NumPy arrays and, with scikit-learn's array API dispatch, torch tensors and
-    other arrays. float32 points give float32 features.
+    error on a sample. The estimator accepts NumPy and dask arrays and, with scikit-learn's array API dispatch, torch
+    tensors and other arrays. float32 points give float32 features.
 
     Parameters
     ----------
@@ -86,12 +88,12 @@ class RandomFeatures(ClassNamePrefixFeaturesOutMixin, TransformerMixin, KernelEs
         self.purpose = purpose
 
     def fit(self, X: Any, y: Any = None) -> Self:  # noqa: N803
-        """Fit the features to X, shape (n, d), and draw them."""
+        """Fit the features to X, shape (n, d), and draw them; of a dask array, to 10,000 random rows at most."""
         check_choice("purpose", self.purpose, PURPOSES)
         check_method(self.method, also=("auto", "nystrom"))
-        X = self._points(X, reset=True)  # noqa: N806
-        self.gamma_ = 1.0 / X.shape[1] if self.gamma is None else self._bandwidth(X)
         seed = self._seed()
+        X = self._points(rows_in_memory(X, seed) if is_chunked(X) else X, reset=True)  # noqa: N806
+        self.gamma_ = 1.0 / X.shape[1] if self.gamma is None else self._bandwidth(X)
         if self.method == "auto":
             check_choice("draw", self.draw, tuple(DRAWS))
             self._choose(X, seed)
@@ -121,8 +123,10 @@ class RandomFeatures(ClassNamePrefixFeaturesOutMixin, TransformerMixin, KernelEs
         return "'scale', None or a positive finite number"
 
     def transform(self, X: Any) -> Any:  # noqa: N803
-        """Compute the features of X, shape (n, d) -> (n, n_components), in the dtype of X."""
+        """Compute the features of X, shape (n, d) -> (n, n_components), in the dtype of X; of a dask array, lazily."""
         check_is_fitted(self)
+        if is_chunked(X):
+            return mapped(self.transform, X, self._n_features_out, X.dtype)
         check_same_namespace(X, self, attribute="_projection", method="transform")
         return self.feature_map_.query(self._points(X, reset=False))
 

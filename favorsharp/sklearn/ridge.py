@@ -1,5 +1,6 @@
 """Kernel ridge regression on features: the public estimator `FeatureRidge`."""
 
+from functools import partial, reduce
 from typing import Any, Self
 
 import numpy as np
@@ -17,9 +18,12 @@ from favorsharp._arrays import (
     on_device_of,
     statistics_dtype,
 )
+from favorsharp._checks import check_in_memory
+from favorsharp._chunks import is_chunked
 from favorsharp.ops.tiles import tiles_of
 from favorsharp.ridge import RidgePath, joined, ridge_path, sums_of
 from favorsharp.sklearn.base import KernelEstimator
+from favorsharp.sklearn.chunks import mapped, reduced
 from favorsharp.sklearn.random_features import RandomFeatures
 
 
@@ -91,15 +95,19 @@ class FeatureRidge(RegressorMixin, KernelEstimator):  # numpydoc ignore=PR02
 
         The optional sample_weight, shape (n,), holds weights of 0 or more; a weight of 3 has the same effect on the
         regression as repeating the point three times; the features do not depend on the weights. A point is left out
-        with all its weight.
+        with all its weight. With a dask array X, chunks of rows are summed where dask computes them, and joined; y and
+        sample_weight may be dask arrays, too.
         """
         self._sums = None
         penalties = self._penalties()
+        if is_chunked(X):
+            return self._fit_chunks(X, y, sample_weight, penalties)
+        check_in_memory(X=X, y=y, sample_weight=sample_weight)
         data = self._add(X, y, sample_weight)
         path = ridge_path(self._sums, penalties)
         errors = None
         if len(penalties) > 1:
-            errors = sum(path.left_out(*block) for block in self._blocks(*data))
+            errors = sum(path.left_out(*block) for block in _blocks(self.features_, *data))
         self._finish(path, penalties, errors)
         return self
 
@@ -108,6 +116,7 @@ class FeatureRidge(RegressorMixin, KernelEstimator):  # numpydoc ignore=PR02
 
         The penalty is chosen anew, by generalised cross-validation, because earlier points are not kept.
         """
+        check_in_memory(X=X, y=y, sample_weight=sample_weight)
         penalties = self._penalties()
         self._add(X, y, sample_weight)
         path = ridge_path(self._sums, penalties)
@@ -115,8 +124,10 @@ class FeatureRidge(RegressorMixin, KernelEstimator):  # numpydoc ignore=PR02
         return self
 
     def predict(self, X: Any) -> Any:  # noqa: N803
-        """Predict the values at X, shape (n, d) -> (n,) or (n, e)."""
+        """Predict the values at X, shape (n, d) -> (n,) or (n, e); of a dask array, lazily."""
         check_is_fitted(self)
+        if is_chunked(X):
+            return mapped(self.predict, X, None if self._single else self.coef_.shape[0], self._dtype)
         check_same_namespace(X, self, attribute="coef_", method="predict")
         X = self._points(X, reset=False)  # noqa: N806
         coefficients = self.coef_[None, :] if self._single else self.coef_
@@ -138,6 +149,16 @@ class FeatureRidge(RegressorMixin, KernelEstimator):  # numpydoc ignore=PR02
     def _add(self, x: Any, y: Any, sample_weight: Any) -> tuple[Any, Any, Any]:
         """Add a block to the sums, and return its points, values and weights."""
         first = not self.__sklearn_is_fitted__()
+        x, y, weight = self._checked(x, y, sample_weight, first)
+        if first:
+            self._start(x, y)
+        data = x, y[:, None] if y.ndim == 1 else y, weight
+        held = _summed(self.features_, *data)
+        self._sums = held if first else _joined_all([self._sums, held])
+        return data
+
+    def _checked(self, x: Any, y: Any, sample_weight: Any, first: bool) -> tuple[Any, Any, Any]:
+        """The points, values and weights of a block, without points of weight 0."""
         x, y = self._points(x, reset=first, y=y, multi_output=True, y_numeric=True)
         wide = statistics_dtype(x)
         y = cast(namespace_of(x).asarray(y, **on_device_of(x)), wide)
@@ -147,24 +168,40 @@ class FeatureRidge(RegressorMixin, KernelEstimator):  # numpydoc ignore=PR02
                 sample_weight, x, dtype=wide, ensure_non_negative=True, allow_all_zero_weights=not first
             )
             x, y, weight = x[weight > 0], y[weight > 0], weight[weight > 0]
-        if first:
-            self._single, self._dtype = y.ndim == 1, x.dtype
-            names = ("method", "n_components", "gamma", "draw", "random_state")
-            self.features_ = RandomFeatures(**{name: getattr(self, name) for name in names}).fit(x)
-            self.gamma_ = self.features_.gamma_
-        data = x, y[:, None] if y.ndim == 1 else y, weight
-        held = None if first else self._sums
-        for block in self._blocks(*data):
-            sums = sums_of(*block)
-            held = sums if held is None else joined(held, sums)
-        self._sums = held
-        return data
+        return x, y, weight
 
-    def _blocks(self, x: Any, y: Any, weight: Any) -> Any:
-        """Features, values and weights of blocks of points."""
-        for a, b in tiles_of(x.shape[0], self.n_components, ()):
-            if a < b:
-                yield cast(self.features_.transform(x[a:b, ...]), y.dtype), y[a:b, ...], weight[a:b, ...]
+    def _start(self, x: Any, y: Any) -> None:
+        """Make the features from points, which may be a dask array."""
+        self._single, self._dtype = y.ndim == 1, x.dtype
+        names = ("method", "n_components", "gamma", "draw", "random_state")
+        self.features_ = RandomFeatures(**{name: getattr(self, name) for name in names}).fit(x)
+        self.gamma_ = self.features_.gamma_
+
+    def _fit_chunks(self, x: Any, y: Any, sample_weight: Any, penalties: list[float]) -> Self:
+        """Fit to dask arrays: one pass for the sums, and with several penalties one for the errors."""
+        for name, a in (("y", y), ("sample_weight", sample_weight)):
+            if a is not None and len(a) != len(x):
+                raise ValueError(f"{name} has {len(a)} rows, and X has {len(x)}; accepted: as many")
+        self._start(x, y)
+        self.n_features_in_, self._dtype = x.shape[1], self.features_.feature_map_.projection.dtype
+        data = x, y, sample_weight
+        self._sums = reduced(self._sums_of_chunk, _joined_all, *data)
+        if self._sums is None:
+            raise ValueError("sample_weight must have at least one non-zero number, got zeros only")
+        path, errors = ridge_path(self._sums, penalties), None
+        if len(penalties) > 1:
+            errors = reduced(partial(self._errors_of_chunk, path), sum, *data)
+        self._finish(path, penalties, errors)
+        return self
+
+    def _sums_of_chunk(self, x: Any, y: Any, weight: Any) -> Any:
+        return _summed(self.features_, *self._of_chunk(x, y, weight))
+
+    def _errors_of_chunk(self, path: RidgePath, x: Any, y: Any, weight: Any) -> Any:
+        return sum(path.left_out(*block) for block in _blocks(self.features_, *self._of_chunk(x, y, weight)))
+
+    def _of_chunk(self, x: Any, y: Any, weight: Any) -> tuple[Any, Any, Any]:
+        return self._checked(x, y, None if weight is None else weight[:, 0], False)
 
     def _finish(self, path: RidgePath, penalties: list[float], errors: Any) -> None:
         best = 0
@@ -184,3 +221,20 @@ class FeatureRidge(RegressorMixin, KernelEstimator):  # numpydoc ignore=PR02
         tags = super().__sklearn_tags__()
         tags.target_tags.multi_output = True
         return tags
+
+
+def _summed(features: RandomFeatures, x: Any, y: Any, weight: Any) -> Any:
+    """The sums over all blocks; None if there is no point."""
+    return _joined_all([sums_of(*block) for block in _blocks(features, x, y, weight)])
+
+
+def _joined_all(parts: list[Any]) -> Any:
+    """Sums joined in their order; None stands for those of no points."""
+    return reduce(joined, [part for part in parts if part is not None]) if any(parts) else None
+
+
+def _blocks(features: RandomFeatures, x: Any, y: Any, weight: Any) -> Any:
+    """Features, values and weights of blocks of points."""
+    for a, b in tiles_of(x.shape[0], features.n_components, ()):
+        if a < b:
+            yield cast(features.transform(x[a:b, ...]), y.dtype), y[a:b, ...], weight[a:b, ...]
