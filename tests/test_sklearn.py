@@ -444,6 +444,23 @@ def test_weights_are_repetitions(method, dtype):
         np.testing.assert_allclose(getattr(ours, read)(x[:40]), getattr(theirs, read)(x[:40]), **tolerance)
 
 
+def test_rows_without_an_estimate_get_the_mean_of_all_values():
+    """Signed features can give a row a denominator that is not positive; the function has NaN there."""
+    rng = np.random.default_rng(12)
+    x, weight = rng.standard_normal((200, 2)), rng.integers(1, 4, 200)
+    y = np.stack([x[:, 0] + 5, x[:, 1]], axis=1)
+    model = NadarayaWatsonRegressor(method="trig", n_components=16, gamma=4.0, random_state=0)
+    for part in (slice(0, 120), slice(120, 200)):
+        model.partial_fit(x[part], y[part], sample_weight=weight[part])
+    repeated = (np.repeat(a, weight, axis=0) for a in (x, y))
+    wanted = fs.nadaraya_watson(4 * x, *repeated, model.feature_map_)
+    lost = np.isnan(wanted[:, 0])
+    assert 20 < lost.sum() < 180
+    found = model.predict(4 * x)
+    np.testing.assert_allclose(found[~lost], wanted[~lost])
+    np.testing.assert_allclose(found[lost], np.broadcast_to(np.average(y, axis=0, weights=weight), (lost.sum(), 2)))
+
+
 @pytest.mark.parametrize("method", ["exact", "optimal"])
 def test_blocks_with_and_without_weights(method):
     x = np.random.default_rng(5).standard_normal((90, 2))

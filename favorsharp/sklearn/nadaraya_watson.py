@@ -85,6 +85,7 @@ class _NadarayaWatson(KernelEstimator):
             self.feature_map_ = self._map(x, self.gamma_, seed, weight, method=self.method_)
         self._reference = x[:1, ...]  # the library, device and dtype of the fit
         self._sums: Any = None
+        self._mean: Any = None
 
     def _tuned(self, x: Any, v: Any, seed: int, weight: Any, methods: Any, gammas: list[float]) -> tuple[Any, float]:
         """The method and gamma whose leave-one-out estimates are closest to v; each pair costs a pass over the data."""
@@ -145,6 +146,8 @@ class _NadarayaWatson(KernelEstimator):
             sums: Any = state_of_points(x, v, self.feature_map_, weight)
         else:
             sums = gather(x, v, self.feature_map_, weight)
+        if self.method_ in SIGNED:
+            self._mean = _joined_mean(self._mean, v, weight)
         self._sums = sums if held is None else combine(held, sums)
 
     def _estimate(self, x: Any, method: str, finish: Any = means) -> Any:
@@ -161,6 +164,18 @@ class _NadarayaWatson(KernelEstimator):
 
     def __sklearn_is_fitted__(self) -> bool:
         return getattr(self, "_sums", None) is not None
+
+
+def _joined_mean(held: Any, v: Any, weight: Any) -> tuple[float, Any]:
+    """The total weight and the mean of the values of all blocks so far, (1, e)."""
+    xp = namespace_of(v)
+    weight = xp.ones_like(v[:, :1]) if weight is None else weight[:, None]
+    count = float(xp.sum(weight))
+    mean = xp.sum(v * (weight / count), axis=0, keepdims=True)
+    if held is None:
+        return count, mean
+    share = count / (held[0] + count)
+    return held[0] + count, (1 - share) * held[1] + share * mean
 
 
 def _exact_leave_one_out(x: Any, v: Any, gamma: float, weight: Any) -> Any:
@@ -190,7 +205,8 @@ class NadarayaWatsonRegressor(RegressorMixin, _NadarayaWatson):  # numpydoc igno
         As in `favorsharp.fit`; "exact" for exact sums in quadratic time; or "landmarks", which replaces the points by
         n_components weighted ones. Landmarks are biased, but on continuous data their error is several times smaller.
         "auto" takes "landmarks" or "optimal", whichever has the smaller leave-one-out square error on the first block.
-        With a signed method (`trig`, `poisson`, `geometric`) a row whose estimated denominator is not positive is NaN.
+        With a signed method (`trig`, `poisson`, `geometric`) a row whose estimated denominator is not positive gets the
+        mean of all values; `favorsharp.nadaraya_watson` gives NaN.
     n_components : int, default=256
         Features or landmarks. `partial_fit` holds up to twice as many landmarks.
     gamma : {"scale", "auto_cv"} or float, default="scale"
@@ -250,6 +266,8 @@ class NadarayaWatsonRegressor(RegressorMixin, _NadarayaWatson):  # numpydoc igno
     def predict(self, X: Any) -> Any:  # noqa: N803
         """Estimate the values at X, shape (n, d) -> (n,) or (n, e)."""
         out = self._estimate(X, "predict")
+        if self.method_ in SIGNED:
+            out = namespace_of(out).where(namespace_of(out).isnan(out), self._mean[1], out)
         return out[:, 0] if self._single else out
 
     def __sklearn_tags__(self) -> Any:
