@@ -1,8 +1,9 @@
-"""Landmarks beside other ways to replace n keys by m: `python -m benchmarks.paper.neighbours`.
+"""Attention by other libraries beside ours: `python -m benchmarks.paper.neighbours`.
 
-Bidirectional attention on six real heads, in float64. WildCat (arXiv 2602.10056) is computed
-from its formulas. Thinformer (arXiv 2502.12063) is its authors' own package, and its row is left out unless
-`pip install git+https://github.com/microsoft/thinformer.git` was run.
+The first table has errors on six real heads. WildCat (arXiv 2602.10056) is computed from its formulas.
+performer-pytorch and Thinformer (arXiv 2502.12063) are the authors' own packages. Their rows are left out unless
+`pip install performer-pytorch` and `pip install git+https://github.com/microsoft/thinformer.git` were run. The second
+table has the times of performer-pytorch and of our calls.
 """
 
 import importlib.util
@@ -77,6 +78,27 @@ def thinformer(q: Any, k: Any, v: Any, m: int, rng: np.random.Generator) -> Any:
     return out[0].movedim(1, 0).numpy()
 
 
+def performer(q: Any, k: Any, v: Any, m: int, rng: np.random.Generator) -> Any:
+    """FAVOR+ by performer-pytorch, which adds 1e-4 to each feature."""
+    import torch
+
+    torch.manual_seed(int(rng.integers(2**31)))
+    with torch.no_grad():
+        out = _performer(q.shape[-1], m)(*(torch.from_numpy(x)[None] for x in (q, k, v)))
+    return out[0].numpy()
+
+
+def _performer(size: int, m: int, *, causal: bool = False) -> Any:
+    from performer_pytorch import FastAttention
+
+    return FastAttention(size, nb_features=m, causal=causal)
+
+
+def favor(q: Any, k: Any, v: Any, m: int, rng: np.random.Generator) -> Any:
+    """FAVOR+ by this library."""
+    return fs.attention(q, k, v, method="posrf", num_features=m, rng=rng)
+
+
 def features(q: Any, k: Any, v: Any, m: int, rng: np.random.Generator) -> Any:
     """`optimal` features."""
     return fs.attention(q, k, v, num_features=m, rng=rng)
@@ -88,34 +110,87 @@ def ours(q: Any, k: Any, v: Any, m: int, rng: np.random.Generator) -> Any:
 
 
 WAYS = {
+    "FAVOR+, `posrf` (unbiased)": favor,
+    "FAVOR+, performer-pytorch": performer,
     "`optimal` features (unbiased)": features,
     "keys drawn uniformly": uniform,
     "Thinformer": thinformer,
     "WildCat": wildcat,
     "landmarks": ours,
 }
+PACKAGES = {performer: "performer_pytorch", thinformer: "thinformer"}
+
+
+def has(way: Any) -> bool:
+    """Whether the package that a way calls is installed."""
+    return way not in PACKAGES or importlib.util.find_spec(PACKAGES[way]) is not None
+
+
+def errors(seeds: int) -> list[str]:
+    """The table of relative errors on the shipped sample, in float64."""
+    q, k, v = (x.astype(np.float64) for x in load_sample())
+    exact = fs.softmax_attention(q, k, v)
+    rows = {
+        name: [
+            np.mean([relative_error(way(q, k, v, m, np.random.default_rng(s)), exact) for s in range(seeds)])
+            for m in SIZES
+        ]
+        for name, way in WAYS.items()
+        if has(way)
+    }
+    best = [emphasised(column, ".3f") for column in zip(*rows.values(), strict=True)]
+    return table(["", *(f"m = {m}" for m in SIZES)], zip(rows, *best, strict=True))
+
+
+def calls(n: int) -> dict[str, Any]:
+    """Calls on float32 tensors of eight heads of 64 with m = 128, by name; the first is torch's exact attention."""
+    import torch
+
+    q, k, v = torch.from_numpy(np.random.default_rng(0).standard_normal((3, 1, 8, n, 64), dtype=np.float32))
+    sdpa = torch.nn.functional.scaled_dot_product_attention
+    fm = fs.feature_map(fs.fit(q, k, method="posrf"), 128, rng=0)
+    few = fs.landmarks(128)
+    found = {
+        "exact attention (torch)": lambda: sdpa(q, k, v),
+        "FAVOR+, `posrf`": lambda: fs.linear_attention(q, k, v, fm),
+        "landmarks": lambda: fs.linear_attention(q, k, v, few),
+        "exact attention (torch), causal": lambda: sdpa(q, k, v, is_causal=True),
+        "FAVOR+, `posrf`, causal": lambda: fs.linear_attention(q, k, v, fm, is_causal=True),
+        "landmarks, causal": lambda: fs.linear_attention(q, k, v, few, is_causal=True),
+    }
+    if has(performer):
+        whole, causal = _performer(64, 128), _performer(64, 128, causal=True)
+        found |= {"FAVOR+, performer-pytorch": lambda: whole(q, k, v)}
+        found |= {"FAVOR+, performer-pytorch, causal": lambda: causal(q, k, v)}
+    return dict(sorted(found.items(), key=lambda item: "causal" in item[0]))
+
+
+def times(lengths: tuple[int, ...], rounds: int = 5) -> list[str]:
+    """The table of milliseconds of the processor in one thread: the least of calls that take turns."""
+    import torch
+
+    torch.set_num_threads(1)
+    columns = [dict.fromkeys(calls(n), math.inf) for n in lengths]
+    for n, least in zip(lengths, columns, strict=True):
+        ways = calls(n)
+        for name in [*ways] * rounds:
+            start = time.process_time()
+            with torch.no_grad():
+                ways[name]()
+            least[name] = min(least[name], time.process_time() - start)
+    rows = [[name, *(f"{1e3 * column[name]:.1f}" for column in columns)] for name in columns[0]]
+    return table(["milliseconds", *(f"n = {n:,}" for n in lengths)], rows)
 
 
 def main(
     output: Annotated[Path, typer.Option(help="The folder of the documentation.")] = DOCS,
     seeds: Annotated[int, typer.Option(help="Draws averaged over.")] = 10,
+    lengths: Annotated[str, typer.Option(help="Numbers of tokens that are timed, with commas between.")] = "512,4096",
 ) -> None:
-    """Write the table."""
+    """Write both tables."""
     start = time.perf_counter()
-    q, k, v = (x.astype(np.float64) for x in load_sample())
-    exact = fs.softmax_attention(q, k, v)
-    rows = {}
-    for name, way in WAYS.items():
-        if way is thinformer and importlib.util.find_spec("thinformer") is None:
-            continue
-        rows[name] = [
-            np.mean([relative_error(way(q, k, v, m, np.random.default_rng(s)), exact) for s in range(seeds)])
-            for m in SIZES
-        ]
-    best = [emphasised(column, ".3f") for column in zip(*rows.values(), strict=True)]
-    lines = [stamp(time.perf_counter() - start), ""]
-    lines += table(["", *(f"m = {m}" for m in SIZES)], zip(rows, *best, strict=True))
-    write("neighbours", lines, output)
+    lines = [*errors(seeds), *times(tuple(map(int, lengths.split(","))))]
+    write("neighbours", [stamp(time.perf_counter() - start), "", *lines], output)
 
 
 if __name__ == "__main__":
