@@ -149,3 +149,17 @@ def test_encoders_are_exact_where_every_key_is_kept(monkeypatch):
     text = "\n".join(encoders.lines_of(encoder.title, list(rows.values())))
     assert "| landmarks | 12 | - | 1.000 |" in text
     assert "| `optimal` | 12 | 16 |" in text
+
+
+def test_the_tables_of_the_neighbours_run(monkeypatch):
+    for needed in ("scipy", "torch", "typer", "matplotlib"):
+        pytest.importorskip(needed)
+    import importlib
+    from pathlib import Path
+
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1]))
+    neighbours = importlib.import_module("benchmarks.paper.neighbours")
+    monkeypatch.setattr(neighbours, "SIZES", (16,))
+    found = {row.split("|")[1].strip(): row.split("|")[2] for row in neighbours.errors(1)[2:-1]}
+    assert float(found["landmarks"].strip(" *")) < float(found["WildCat"]) < float(found["keys drawn uniformly"])
+    assert {row.count("|") for row in neighbours.times((8,), 1)[:-1]} == {3}

@@ -166,10 +166,9 @@ def calls(n: int) -> dict[str, Any]:
 
 
 def times(lengths: tuple[int, ...], rounds: int = 5) -> list[str]:
-    """The table of milliseconds of the processor in one thread: the least of calls that take turns."""
+    """The table of processor milliseconds: the least of calls that take turns."""
     import torch
 
-    torch.set_num_threads(1)
     columns = [dict.fromkeys(calls(n), math.inf) for n in lengths]
     for n, least in zip(lengths, columns, strict=True):
         ways = calls(n)
@@ -188,7 +187,10 @@ def main(
     lengths: Annotated[str, typer.Option(help="Numbers of tokens that are timed, with commas between.")] = "512,4096",
 ) -> None:
     """Write both tables."""
+    import torch
+
     start = time.perf_counter()
+    torch.set_num_threads(1)
     lines = [*errors(seeds), *times(tuple(map(int, lengths.split(","))))]
     write("neighbours", [stamp(time.perf_counter() - start), "", *lines], output)
 
