@@ -57,7 +57,6 @@ def attend(
     transformers calls this for every layer. It refuses attention patterns other than bidirectional, causal and sliding
     windows; biases; and keywords that might change the result.
     """
-    heard()
     if dropout:
         _without_dropout(registration, module, dropout)
     _check_keywords(registration, module, kwargs)
@@ -67,6 +66,8 @@ def attend(
     if seen.others:
         key, value, seen = others_first(key, value, seen)
     grouped = query.shape[1] != key.shape[1]
+    if seen.reach is None or registration.method == EXACT or _collector is not None:
+        heard()
     if seen.reach is not None:
         if _collector is not None and _collector.wants(module):
             _collector.windows += 1

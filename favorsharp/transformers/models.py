@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from functools import lru_cache, partial, wraps
 from typing import Any
-from weakref import WeakSet, ref
+from weakref import WeakKeyDictionary, WeakSet, ref
 
 import torch
 from transformers import PreTrainedModel
@@ -147,41 +147,59 @@ def _check_layers(model: Any, requested: str) -> None:
     if not any(reaches(kind) for kind in kinds):
         layers = [kind.__name__ for kind in kinds if "Attention" in kind.__name__ and not _is_of_torch(kind)]
         raise ValueError(_message(model, requested, layers[0] if layers else None))
-    if not any(map(_asks, kinds)):  # its layers are not part of transformers, and only a call shows what they do
+    # only a call shows what layers do that are not part of transformers, and whether all layers have sliding windows
+    if not any(map(_asks, kinds)) or _may_slide(model):
         _listen(model, requested)
 
 
 _listening: WeakSet[Any] = WeakSet()
-"""Models that run for the first time, and whose layers have not yet called a registered attention."""
+"""Models that run for the first time, and none of whose layers was yet approximated, or exact as was asked for."""
 
 
 def heard() -> None:
-    """Record that a registered attention was called."""
+    """Record that a registered attention approximated a layer."""
     if not torch.compiler.is_compiling():
         _listening.clear()
 
 
+_hooks: WeakKeyDictionary[Any, tuple[str, list[Any]]] = WeakKeyDictionary()
+"""The name that such a model was given, and its hooks, until its first call ends. A copy of the model is not here."""
+
+
 def _listen(model: Any, requested: str) -> None:
-    """Warn after the first call of a model if none of its layers called a registered attention."""
+    """Warn after the first call of a model if none of its layers was approximated."""
+    _forget(model)
+    _hooks[model] = requested, [model.register_forward_pre_hook(_begin), model.register_forward_hook(_end)]
 
-    def before(model: Any, args: Any) -> None:
-        if not torch.compiler.is_compiling():
-            _listening.add(model)
 
-    def after(model: Any, args: Any, out: Any) -> None:
-        if torch.compiler.is_compiling():
-            return
-        if model in _listening:
-            _listening.discard(model)
-            warnings.warn(
-                f"no attention layer of {type(model).__name__} called attn_implementation={requested!r}, so nothing of "
-                "it is approximated: favorsharp.transformers.check(model) lists its layers",
-                stacklevel=3,
-            )
-        for hook in hooks:
-            hook.remove()
+def _forget(model: Any) -> None:
+    for hook in _hooks.pop(model, ("", []))[1]:
+        hook.remove()
 
-    hooks = [model.register_forward_pre_hook(before), model.register_forward_hook(after)]
+
+def _begin(model: Any, args: Any) -> None:
+    if not torch.compiler.is_compiling() and model in _hooks:
+        _listening.add(model)
+
+
+def _end(model: Any, args: Any, out: Any) -> None:
+    if torch.compiler.is_compiling() or model not in _hooks:
+        return
+    requested, _ = _hooks[model]
+    _forget(model)
+    if model in _listening:
+        _listening.discard(model)
+        warnings.warn(
+            f"no attention layer of {type(model).__name__} was approximated by attn_implementation={requested!r}: "
+            "favorsharp.transformers.check(model) lists its layers and says why",
+            stacklevel=3,
+        )
+
+
+def _may_slide(model: Any) -> bool:
+    """Whether a layer or a config of a model speaks of a sliding window."""
+    parts = [part for module in model.modules() for part in (module, getattr(module, "config", None))]
+    return any(getattr(part, "sliding_window", None) for part in parts)
 
 
 def _message(model: Any, requested: str, layer: str | None) -> str:

@@ -3,6 +3,8 @@
 A model without such a layer warns at its first call.
 """
 
+import pickle
+
 import pytest
 import torch
 import transformers as hf
@@ -92,6 +94,33 @@ class Own(hf.PreTrainedModel):
 
 def test_a_model_that_approximates_nothing_warns_once():
     model = Own(hf.LlamaConfig(**SMALL, attn_implementation="landmarks"))
-    with pytest.warns(UserWarning, match="no attention layer of Own called attn_implementation='landmarks'"):
+    with pytest.warns(
+        UserWarning, match="no attention layer of Own was approximated by attn_implementation='landmarks'"
+    ):
         model(torch.ones(2, 4))
     model(torch.ones(2, 4))
+
+
+def test_a_model_of_sliding_windows_alone_warns_once():
+    """Its layers are exact with every method; with "exact" that is what was asked for."""
+    config = hf.MistralConfig(**SMALL, num_key_value_heads=2, sliding_window=8)
+    model, batch = hf.MistralModel(config), inputs("llama")
+    model.set_attn_implementation("exact")
+    model(**batch)
+    model.set_attn_implementation("landmarks")
+    copied = pickle.loads(pickle.dumps(model))
+    with pytest.warns(UserWarning, match="no attention layer of MistralModel was approximated"):
+        model(**batch)
+    model(**batch)
+    copied(**batch)
+    gemma = hf.Gemma3TextModel(
+        hf.Gemma3TextConfig(
+            **SMALL,
+            num_key_value_heads=2,
+            head_dim=8,
+            sliding_window=8,
+            layer_types=["sliding_attention", "full_attention"],
+        )
+    )
+    gemma.set_attn_implementation("landmarks")
+    gemma(**batch)

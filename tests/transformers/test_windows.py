@@ -10,6 +10,8 @@ from favorsharp.transformers import StateCache, calibrate, check, register
 from favorsharp.transformers.masks import Visible
 from favorsharp.transformers.windows import near_attention, near_step
 
+pytestmark = pytest.mark.filterwarnings("ignore:no attention layer of .* was approximated:UserWarning")
+
 METHODS = ("exact", "optimal", "landmarks")
 SMALL = {
     "vocab_size": 50,
