@@ -399,6 +399,23 @@ def update(
     """
     if isinstance(feature_map, Landmarks):
         return landmark_update(state, k, v, feature_map, key_mask=key_mask)
+    key = None
+    if isinstance(state, State) and state.window == 0 and key_mask is None:
+        key = key_of(feature_map, "update", k, v, state=layout_of(state))
+    if (plan := find(feature_map, key)) is None:
+        plan = _plan_of_update(state, k, v, feature_map, key_mask, key)
+    after: State = plan.run(state, k, v, plan.feature_map, key_mask=key_mask)
+    if after.fingerprint != state.fingerprint:
+        after = replace(after, fingerprint=state.fingerprint)
+    if after.single_tokens is not None:
+        after.remember("known_layout", plan.layout)
+    return after
+
+
+def _plan_of_update(
+    state: Any, k: Array, v: Array, feature_map: FeatureMap, key_mask: Array | None, key: Any
+) -> Plan:  # fmt: skip
+    """Check the arguments of `update`, and choose what runs it; the plan is kept if the call has a key."""
     check_floats(k=k, v=v)
     check_points("k", k, "(*b, s, d)")
     check_points("v", v, "(*b, s, e)")
@@ -407,8 +424,12 @@ def update(
     check_map(feature_map, 1, k=k)
     check_state(state, feature_map, k=k)
     check_values(state, v)
-    after = update_op(state, k, v, prepared_map(feature_map, state.like.dtype), key_mask=key_mask)
-    return after if after.fingerprint == state.fingerprint else replace(after, fingerprint=state.fingerprint)
+    prepared: Any = prepared_map(feature_map, state.like.dtype)
+    chosen = update_op.implementation(state, k, v, prepared, key_mask=key_mask)
+    plan = Plan(chosen.run, prepared, None if key is None else layout_of(state))
+    if key is not None:
+        keep(feature_map, key, plan)
+    return plan
 
 
 def read(state: Any, q: Array, /, feature_map: FeatureMap | Landmarks, *, enable_gqa: bool = False) -> Array:

@@ -1,15 +1,16 @@
 """Plans: the outcome of a call's checks and of its choice of an implementation, kept for later calls like it.
 
-For one token, the checks and the choice take longer than the arithmetic. So `linear_attention` and `decode_step` keep
-their outcome for each feature map, under a key, and a later call with the same key skips the checks. Therefore the
-checks of these two functions may only depend on what the key holds:
+For one token, the checks and the choice take longer than the arithmetic. So `linear_attention`, `decode_step` and
+`update` keep their outcome for each feature map, under a key, and a later call with the same key skips the checks.
+Therefore the checks of these functions may only depend on what the key holds:
 
 - of each array: type, shape, dtype, device, layout and whether it needs a gradient; for `decode_step` also how it
   lies in memory (strides, alignment);
 - of each plain option (bool, int, str and None): type and value;
 - of the feature map: its arrays (the key changes if a tensor among them is written to, or begins or ceases to need a
   gradient);
-- for `decode_step`, of the state: the same of its arrays as of the arguments, its window and its fingerprint;
+- for `decode_step` and `update`, of the state: the same of its arrays as of those of `decode_step`, its window and its
+  fingerprint;
 - the backends that `use` or the environment asks for, and the global settings of the array library.
 
 A map in the dtype of a computation, or with an axis for grouped heads, is kept in the same way (`prepared_map`), so

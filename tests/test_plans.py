@@ -148,6 +148,25 @@ def test_one_other_argument_of_a_token_of_landmarks(library, grouped):
         assert outcome(lambda: fs.decode_step(*arguments, state, used, **given)) == fresh  # noqa: B023
 
 
+@pytest.mark.parametrize("library", ["numpy", "torch"])
+def test_one_other_argument_of_update(library):
+    feature_map, own = made(library), points(library)[1:]
+    state = fs.init_state(feature_map, E, like=own[0])
+    hidden = (own[0] * 0)[..., 0] != 0
+    states = (replace(state, fingerprint="another"), replace(state, c=state.c[..., :-1]), None)
+    calls = [(*arguments[1:], state, None) for arguments in changed_points(library)]
+    calls += [(*own, other, None) for other in (*states, fs.init_state(feature_map, E + 1, like=own[0]))]
+    calls += [(*own, state, mask) for mask in (hidden, hidden[..., 1:], "no mask")]
+    for k, v, used, mask in calls:
+        call = lambda: (k, fs.update(used, k, v, feature_map, key_mask=mask))  # noqa: B023, E731
+        _derived._stores.clear()
+        fresh = outcome(call)
+        _derived._stores.clear()
+        fs.update(state, *own, feature_map)
+        assert plans_of(feature_map), "the first call has no plan"
+        assert outcome(call) == fresh
+
+
 def test_circumstances_are_part_of_the_key(monkeypatch):
     feature_map, own = made("numpy"), points("numpy")
 
