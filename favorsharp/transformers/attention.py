@@ -18,6 +18,11 @@ from favorsharp.transformers.models import adds_masks_only, heard, label, warn_o
 from favorsharp.transformers.registrations import EXACT, Registration
 from favorsharp.transformers.windows import NearKeys, near_attention, near_step
 
+try:
+    from transformers.utils.output_capturing import _active_collector
+except ImportError:  # versions that tell every layer what they record
+    _active_collector = None
+
 Tensor = Any
 
 _HARMLESS = frozenset(
@@ -306,11 +311,7 @@ def state_of(
 
 def _collected() -> Any:
     """The outputs besides the result that transformers records in the running call; it does not tell every layer."""
-    try:
-        from transformers.utils.output_capturing import _active_collector
-    except ImportError:  # versions of transformers that tell every layer
-        return None
-    return _active_collector.get()
+    return None if _active_collector is None else _active_collector.get()
 
 
 _collector: Any = None

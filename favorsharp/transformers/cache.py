@@ -64,14 +64,15 @@ class StateLayer(CacheLayerMixin):
         The other arguments are for other kinds of caches and have no effect here: positions and rotations (`args`), and
         `kwargs`, which paged caches read.
         """
-        unknown = {name: value for name, value in unknown.items() if name != "cache_kwargs" and value is not None}
+        if unknown:
+            unknown = {name: value for name, value in unknown.items() if name != "cache_kwargs" and value is not None}
         caller = _caller()
         if unknown:
             raise ValueError(
                 f"{_name_of(caller)} gives its cache {', '.join(unknown)}, which a StateCache does not serve; "
                 f"{_INSTEAD}"
             )
-        if caller is not None and getattr(_config_of(caller), "cross_attention_layers", None):
+        if caller is not None and _keeps_both(_config_of(caller)):
             raise ValueError(
                 f"{_name_of(caller)} belongs to a model that keeps self-attention and cross-attention in one cache and "
                 f"looks for the keys of an image there, which a StateCache does not hold; {_INSTEAD}"
@@ -372,12 +373,33 @@ def _hand_out(layer: StateLayer | None, caller: FrameType | None) -> None:
     _handed_out = None if layer is None or caller is None else (layer, caller)
 
 
+_OF_CACHES = vars(cache_utils)
+"""The global names of frames that belong to caches of transformers; their local names need not be looked up."""
+
+
 def _caller() -> FrameType | None:
     """The stack frame of the module that called the cache."""
     frame: FrameType | None = sys._getframe(2)
-    while frame is not None and not isinstance(frame.f_locals.get("self"), torch.nn.Module):
+    while frame is not None and (
+        frame.f_globals is _OF_CACHES or not isinstance(frame.f_locals.get("self"), torch.nn.Module)
+    ):
         frame = frame.f_back
     return frame
+
+
+_own_alone: Any = None
+"""The config that `_keeps_both` declined last: layers of a model share one, and its attributes take long to look up."""
+
+
+def _keeps_both(config: Any) -> bool:
+    """Whether a model of this config keeps self-attention and cross-attention in one cache."""
+    global _own_alone
+    if config is None or (_own_alone is not None and _own_alone() is config):
+        return False
+    if getattr(config, "cross_attention_layers", None):
+        return True
+    _own_alone = weakref.ref(config)
+    return False
 
 
 def _config_of(caller: FrameType) -> Any:

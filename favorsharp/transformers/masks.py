@@ -84,6 +84,9 @@ class CompactMask(torch.Tensor):
     others: int = 0
     """The number of keys at the end that are of another sequence."""
 
+    known: dict[tuple[int, int, bool], "Visible"] | None = None
+    """What `read_mask` found for other layers with these numbers of queries and keys, which are causal or not."""
+
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -114,7 +117,7 @@ class CompactMask(torch.Tensor):
 
     def described(self, reach: Reach | None, others: int = 0) -> "CompactMask":
         """The mask itself, to which these are attached."""
-        self.reach, self.others = reach, others
+        self.reach, self.others, self.known = reach, others, None
         return self
 
     def plain(self) -> Tensor:
@@ -277,7 +280,7 @@ def read_mask(mask: Any, n: int, s: int, is_causal: bool) -> Visible:
         If the mask is anything else.
     """
     if isinstance(mask, CompactMask):
-        return replace(_read_compact(mask.plain(), n, s, is_causal, mask.reach), others=mask.others)
+        return _read_once(mask, n, s, is_causal)
     if isinstance(mask, torch.Tensor) and mask.ndim > 4 and mask.shape[4:6] == _RECORDED:
         reach = (mask.shape[6] - 1, mask.shape[7] - 1) if mask.ndim == 8 else None
         return _read_compact(mask[(..., *(0 for _ in mask.shape[4:]))], n, s, is_causal, reach)
@@ -295,6 +298,17 @@ def read_mask(mask: Any, n: int, s: int, is_causal: bool) -> Visible:
         # one row for all queries; a single query sees the same keys in causal and bidirectional layers
         return Visible(mask.expand(-1, -1, -1, s)[:, :, 0, :], is_causal and n == 1)
     return _read_dense(mask, n, s, is_causal)
+
+
+def _read_once(mask: CompactMask, n: int, s: int, is_causal: bool) -> Visible:
+    """As `_read_compact`; layers that get the same mask share the result."""
+    if mask.known is None:
+        mask.known = {}
+    seen = mask.known.get((n, s, is_causal))
+    if seen is None:
+        seen = replace(_read_compact(mask.plain(), n, s, is_causal, mask.reach), others=mask.others)
+        mask.known[n, s, is_causal] = seen
+    return seen
 
 
 def _read_compact(mask: Tensor, n: int, s: int, is_causal: bool, reach: Reach | None = None) -> Visible:

@@ -158,7 +158,7 @@ _listening: WeakSet[Any] = WeakSet()
 
 def heard() -> None:
     """Record that a registered attention approximated a layer."""
-    if not torch.compiler.is_compiling():
+    if not torch.compiler.is_compiling() and _listening:
         _listening.clear()
 
 
