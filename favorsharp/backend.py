@@ -45,7 +45,16 @@ from favorsharp.landmarks.state import LandmarkState, grown, segments_of
 from favorsharp.moments import Moments
 from favorsharp.ops.compensated_sums import has_low_parts
 from favorsharp.ops.landmark_seeds import CANDIDATES, draw_seeds, noise_of
-from favorsharp.ops.state import State, absorb_features, empty_state, num_leaving, unsettled, with_recent, with_sums
+from favorsharp.ops.state import (
+    State,
+    absorb_features,
+    empty_state,
+    in_store,
+    num_leaving,
+    unsettled,
+    with_recent,
+    with_sums,
+)
 
 __all__ = [
     "CANDIDATES",
@@ -70,6 +79,7 @@ __all__ = [
     "fold",
     "grown",
     "has_low_parts",
+    "in_store",
     "is_compiling",
     "is_followed",
     "landmark_stream",

@@ -8,7 +8,7 @@ from favorsharp_numba.host.arguments import name_of
 from favorsharp_numba.host.decode_plan import turn_of
 from favorsharp_numba.host.kept_tokens import keeps, with_few
 from favorsharp_numba.host.problem import absorbed
-from favorsharp_numba.host.windowed_tokens import read_state, takes_store, updated, windowed_turn
+from favorsharp_numba.host.windowed_tokens import NearTurn, read_state, takes_store, updated
 
 
 def update(state: State, k: Any, v: Any, feature_map: Any, *, key_mask: Any = None) -> State:
@@ -35,6 +35,6 @@ def decode_step(q: Any, k: Any, v: Any, state: State, feature_map: Any, *, key_m
 
 def decode_step_plan(q: Any, k: Any, v: Any, state: State, feature_map: Any) -> Callable[..., tuple[Any, State]] | None:
     """What runs tokens of these layouts, or None if they have no plan."""
-    if takes_store(q, k, v, state):
-        return windowed_turn
+    if takes_store(q, k, v, state, feature_map):
+        return NearTurn(q, k, v, state, feature_map)
     return turn_of(q, k, v, state, feature_map)

@@ -94,18 +94,23 @@ class State:
     single_tokens: ClassVar[Any] = None
     """Tokens that a backend keeps beside a state, from which the state computes its sums (`unsettled`)."""
     store: ClassVar[Any] = None
-    """What a backend keeps beside a state with a window: memory with room for further keys, in which the state lies."""
+    """What a backend keeps beside a state with a window: memory with room for further keys, in which the state lies
+    (`in_store`)."""
 
     def remember(self, name: str, value: Any) -> None:
         """Attach `known_layout`, `single_tokens` or `store`. They are not part of the value: `replace` drops them."""
         object.__setattr__(self, name, value)
 
     def __getattr__(self, name: str) -> Any:
-        """Compute the sums of a state that `unsettled` made, when one of them is first read."""
-        if name not in _SUMS or "single_tokens" not in vars(self):
+        """Compute the fields that `unsettled` or `in_store` left out, when one of them is first read."""
+        if name in _SUMS and "single_tokens" in vars(self):
+            found = self.single_tokens.sums()
+        elif name in _RECENT and "store" in vars(self):
+            found = self.store.recent()
+        else:
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-        for sums, array in self.single_tokens.sums().items():
-            self.remember(sums, array)
+        for field_name, array in found.items():
+            self.remember(field_name, array)
         return vars(self)[name]
 
     def __getstate__(self) -> dict[str, Any]:
@@ -119,7 +124,7 @@ class State:
 
     @property
     def present(self) -> tuple[Array, ...]:
-        """The arrays other than low parts, without sums that have not been computed."""
+        """The arrays other than low parts, without those that have not been computed."""
         known = vars(self)
         return tuple(known[name] for name in _ARRAYS if name in known)
 
@@ -164,7 +169,8 @@ def empty_state(feature_map: PositiveMap, batch: tuple[int, ...], d: int, e: int
 
 
 _SUMS = ("kv", "z", "c", "kv_low", "z_low")
-_ARRAYS = ("kv", "z", "c", "recent_k", "recent_v", "recent_mask")
+_RECENT = ("recent_k", "recent_v", "recent_mask")
+_ARRAYS = ("kv", "z", "c", *_RECENT)
 _OTHERS = ("window", "recent_k", "recent_v", "recent_mask", "fingerprint")
 _BATCHED = ("kv", "z", "c", "recent_k", "recent_v", "kv_low", "z_low")
 
@@ -198,6 +204,13 @@ def unsettled(state: State, tokens: Any) -> State:
     """
     after = object.__new__(State)
     after.__dict__.update({name: getattr(state, name) for name in _OTHERS}, single_tokens=tokens)
+    return after
+
+
+def in_store(others: dict[str, Any], store: Any) -> State:
+    """A state whose recent keys are in a store: `store.recent()` returns these, `others` holds the other fields."""
+    after = object.__new__(State)
+    after.__dict__.update(others, store=store)
     return after
 
 

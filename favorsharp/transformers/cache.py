@@ -256,6 +256,7 @@ class StateCache(Cache):
 
         for layer in self.layers:
             if getattr(layer, "state", None) is not None:
+                getattr(layer.state, "recent_k", None)  # makes the arrays of keys that lie in a store
                 for x in held_arrays(layer.state):
                     measure(x)
                 kept = (getattr(layer.state, name, None) for name in ("single_tokens", "store"))

@@ -170,6 +170,10 @@ class Held:
         offsets = self.constant(a.offsets(batch, 2))
         return Points(KINDS[a.kind], a.start, offsets, a.strides[-2], a.strides[-1], a.item)
 
+    def layout(self, x: Any, batch: tuple[int, ...]) -> list[int]:
+        """The fields of `points` other than the address of the array."""
+        return [part for name, part in self.points(x, batch)._asdict().items() if name != "base"]
+
     def mask(self, x: Any, batch: tuple[int, ...]) -> Mask:
         """A mask (*b, n) as a kernel takes it; None is no mask."""
         if x is None:

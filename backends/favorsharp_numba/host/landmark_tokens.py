@@ -85,7 +85,7 @@ class Token:
         assert len(self.plan) == TOKEN_SIZES
         out = empty(state.keys, self.shape, self.dtype)
         for x, batch in ((q, self.shape[:-2]), (k, self.batch), (v, self.batch), (out, self.shape[:-2])):
-            self.plan += [part for name, part in self.held.points(x, batch)._asdict().items() if name != "base"]
+            self.plan += self.held.layout(x, batch)
         self.held.arrays = [x for x in self.held.arrays if not hasattr(x, "owner")]
         self.lanes = lanes
 

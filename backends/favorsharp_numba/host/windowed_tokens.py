@@ -7,31 +7,39 @@ store. A token is written to the next row if no other token is there; otherwise 
 copy.
 """
 
+import math
 import threading
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
-from favorsharp.backend import State, num_leaving, with_recent
+import numpy as np
+
+from favorsharp.backend import State, in_store, num_leaving, with_recent
 from favorsharp_numba.host.arguments import (
+    Held,
     broadcast,
-    check_memory,
     empty,
     expanded,
     host,
-    is_torch,
+    indices,
     name_of,
     numpy_or_torch,
-    packed_map,
+    pack,
     start_of,
     usable_where_it_lies,
 )
 from favorsharp_numba.host.problem import AttentionProblem, absorbed
+from favorsharp_numba.host.token_plans import TokenPlan
+from favorsharp_numba.kernels.windowed_token import PLAN_SIZE, near_turn
 
 
 class NearStore:
-    """Recent keys and values with room for two blocks, and the sums of a state, for the tokens of one layout."""
+    """Recent keys and values with room for two blocks, and the sums of a state in the layout of the kernels.
 
-    def __init__(self, q: Any, k: Any, v: Any, state: State, feature_map: Any) -> None:
+    `others` are the fields of a state in the store, without those of its recent keys.
+    """
+
+    def __init__(self, k: Any, v: Any, state: State, feature_map: Any) -> None:
         batch, self.room = tuple(state.kv.shape[:-2]), 2 * state.window
         self.used = held = int(state.recent_k.shape[-2])
         self.keys = empty(k, (*batch, self.room, k.shape[-1]), name_of(k))
@@ -40,76 +48,86 @@ class NearStore:
         self.keys[..., :held, :], self.values[..., :held, :] = state.recent_k, state.recent_v
         self.visible[...] = True
         self.visible[..., :held] = state.recent_mask
-        mask = None if host(state.recent_mask).all() else self.visible
-        problem = AttentionProblem(feature_map, q, self.keys, self.values, key_mask=mask, state=state)
+        problem = AttentionProblem(feature_map, None, self.keys, self.values, state=state)
         problem.load_state(state)
-        out = empty(q, (*batch, q.shape[-2], v.shape[-1]), name_of(q))
-        self.out, self.arguments = problem.held.points(out, problem.batch), problem.arguments()
-        # the constants are kept; q is released, and the store itself holds the other arrays
-        problem.held.arrays = [x for x in problem.held.arrays if not hasattr(x, "owner")]
-        kv, z = problem.state_sums()
-        self.kv, self.z = numpy_or_torch(k, kv), numpy_or_torch(k, z)
-        self.problem: Any = problem
-        self.queries = _layout(q)
+        kv, z = (numpy_or_torch(k, x) for x in problem.state_sums())
+        self.others = {"kv": kv, "z": z, "c": state.c, "kv_low": state.kv_low, "z_low": state.z_low}
+        self.others |= {"window": state.window, "fingerprint": state.fingerprint}
+        self.sums = problem.sums
+        places = start_of(self.sums) // self.sums.itemsize, start_of(self.keys), start_of(self.values)
+        self.places = *places, 0 if host(state.recent_mask).all() else start_of(self.visible)
         self.lock = threading.Lock()
 
-    def __reduce__(self) -> Any:
-        return type(None), ()  # copies and pickles of a state do not have it
-
-    def claim(self, position: int, q: Any, feature_map: Any) -> bool:
-        """Take the row behind `position` rows, if there is room and no other token has taken it.
-
-        The store must have been made for queries of this layout, and for the present numbers of the map.
-        """
-        if self.queries != _layout(q) or self.problem.packed is not packed_map(feature_map, self.problem.dtype):
-            return False
+    def claim(self, position: int) -> bool:
+        """Take the row behind `position` rows, if there is room and no other token has taken it."""
         with self.lock:
             if self.used != position or position == self.room:
                 return False
             self.used += 1
             return True
 
-    def read(self, q: Any, out: Any, recent: int) -> None:
-        """Queries read the sums, and the first `recent` keys exactly."""
-        start = start_of(q)
-        if not start:
-            check_memory((q,))
-        q, out = self.problem.q._replace(base=start), self.out._replace(base=start_of(out))
-        self.problem.read_points(self.arguments, q, out, recent=recent)
+
+class InStore(NamedTuple):
+    """The part of a store in which the recent keys of a state lie: its first rows."""
+
+    whole: NearStore
+    held: int
+
+    def __reduce__(self) -> Any:
+        return type(None), ()  # copies and pickles of a state do not have it
+
+    def recent(self) -> dict[str, Any]:
+        """The recent keys, values and mask of the state."""
+        whole, held = self
+        keys, values = whole.keys[..., :held, :], whole.values[..., :held, :]
+        return {"recent_k": keys, "recent_v": values, "recent_mask": whole.visible[..., :held]}
 
 
-def windowed_turn(q: Any, k: Any, v: Any, state: State, feature_map: Any) -> tuple[Any, State]:
-    """The result of a token, and the state after it; a plan for all states for which `takes_store` is true."""
-    held = int(state.recent_k.shape[-2])
-    if held == 2 * state.window:
-        state = updated(state, k, v, None, feature_map)
-        return read_state(state, q, feature_map, name_of(q)), state
-    store = state.store
-    if store is None or not store.claim(held, q, feature_map):
-        store = NearStore(q, k, v, state, feature_map)
-        store.claim(held, q, feature_map)
-    keys, values = store.keys[..., : held + 1, :], store.values[..., : held + 1, :]
-    keys[..., held:, :], values[..., held:, :] = k, v
-    out = empty(q, (*q.shape[:-1], v.shape[-1]), name_of(q))
-    store.read(q, out, held + 1)
-    after = State(
-        store.kv, store.z, state.c, state.window, keys, values, store.visible[..., : held + 1], state.fingerprint,
-        state.kv_low, state.z_low,
-    )  # fmt: skip
-    after.remember("store", store)
-    return out, after
+class NearTurn(TokenPlan):
+    """A plan: a function of q, k, v, a state and the map, for arrays laid out like those of the first call."""
+
+    def __init__(self, q: Any, k: Any, v: Any, state: State, feature_map: Any) -> None:
+        batch, self.window, held = tuple(state.kv.shape[:-2]), state.window, Held()
+        packed, sizes, query, key = pack(feature_map, name_of(state.kv), v.shape[-1])
+        heads, room = math.prod(batch), 2 * self.window
+        work = float(heads * q.shape[-2] * (sizes.m + room) * (sizes.d + sizes.e))
+        out = empty(q, (*batch, q.shape[-2], v.shape[-1]), name_of(q))
+        plan = [*sizes, held.place(query), held.place(key), held.constant(indices(packed.batch, batch))]
+        for x in (q, k, v, out, *(empty(k, (*batch, room, x.shape[-1]), name_of(x)) for x in (k, v))):
+            plan += held.layout(x, batch)
+        plan += [q.shape[-2], room, held.keep(room * np.arange(heads, dtype=np.int64))]
+        assert len(plan) == PLAN_SIZE
+        all_sizes = sizes, packed.padded(room)
+        super().__init__(near_turn, all_sizes, plan, held, one=packed.one, heads=heads, work=work, out=out)
+
+    def __call__(self, q: Any, k: Any, v: Any, state: State, feature_map: Any) -> tuple[Any, State]:
+        """The result of a token, and the state after it."""
+        part = state.store
+        if part is None or not part.whole.claim(part.held):
+            if state.recent_k.shape[-2] == 2 * self.window:
+                state = without_first_block(state, feature_map)
+            store = NearStore(k, v, state, feature_map)
+            part = InStore(store, store.used)
+            store.claim(part.held)
+        out, places = self.begun(q, k, v)
+        self.run(*places, *part.whole.places, part.held)
+        return out, in_store(part.whole.others, InStore(part.whole, part.held + 1))
 
 
-def _layout(x: Any) -> Any:
-    """The dtype, shape and strides of an array."""
-    return x.dtype, x.shape, x.stride() if is_torch(x) else x.strides
+def without_first_block(state: State, feature_map: Any) -> State:
+    """The state after its first block of recent keys has entered the sums."""
+    names, w = ("recent_k", "recent_v", "recent_mask"), state.window
+    k, v, mask = (getattr(state, name) for name in names)
+    left = absorbed(state, k[..., :w, :], v[..., :w, :], mask[..., :w], feature_map)
+    return replace(left, recent_k=k[..., w:, :], recent_v=v[..., w:, :], recent_mask=mask[..., w:])
 
 
-def takes_store(q: Any, k: Any, v: Any, state: State) -> bool:
-    """Whether `windowed_turn` takes arrays of these layouts: one key, of the dtype of the recent ones."""
-    batch = tuple(state.kv.shape[:-2])
+def takes_store(q: Any, k: Any, v: Any, state: State, feature_map: Any) -> bool:
+    """Whether there is a `NearTurn` for arrays of these layouts: one key, of the dtype of the recent ones."""
+    batch = tuple(state.like.shape[:-2])
     return (
         state.window > 0
+        and batch == broadcast(feature_map.batch_shape, batch)
         and q.shape[-2] > 0
         and k.shape[-2] == 1
         and (k.dtype, v.dtype) == (state.recent_k.dtype, state.recent_v.dtype)
