@@ -31,10 +31,10 @@ class PositiveMap(Protocol):
     def batch_shape(self) -> tuple[int, ...]:
         """The leading axes of the map's own arrays."""
 
-    def log_query(self, x: Array) -> Array:
+    def log_query(self, x: Array, /) -> Array:
         """Log features of queries, (*b, n, d) -> (*b, n, m)."""
 
-    def log_key(self, y: Array) -> Array:
+    def log_key(self, y: Array, /) -> Array:
         """Log features of keys, (*b, s, d) -> (*b, s, m)."""
 
     def log_kernel(self, x: Array, y: Array) -> Array:

@@ -7,6 +7,7 @@ import doctest
 import importlib
 import importlib.util
 import inspect
+import itertools
 
 import pytest
 
@@ -62,3 +63,14 @@ def test_examples(value):
     result = doctest.DocTestRunner().run(found)
     assert result.attempted or "+SKIP" in value.__doc__
     assert result.failed == 0
+
+
+@pytest.mark.parametrize("value", [value for value in public() if inspect.isfunction(value.values[0])])
+def test_leading_arrays_are_positional_only(value):
+    """As in NumPy, where names of array arguments are not a part of the interface."""
+    parameters = list(inspect.signature(value).parameters.values())
+    for parameter in itertools.takewhile(
+        lambda p: p.name in {"q", "k", "v", "x", "y", "exact", "approximate"}, parameters
+    ):
+        if parameter.default is inspect.Parameter.empty:
+            assert parameter.kind is inspect.Parameter.POSITIONAL_ONLY, parameter

@@ -37,6 +37,7 @@ def linear_attention(
     q: Array,
     k: Array,
     v: Array,
+    /,
     feature_map: FeatureMap | Landmarks,
     *,
     is_causal: bool = False,

@@ -56,12 +56,12 @@ class FeatureMap:
     """The kind of computation: "exponential", "elementwise" or "signed"; kernels accelerate the first."""
 
     @under_own_settings
-    def query(self, x: Array, *, out: Array | None = None) -> Array:
+    def query(self, x: Array, /, *, out: Array | None = None) -> Array:
         """Features of queries, (*b, n, d) -> (*b, n, m), in the dtype of x; written to `out` if that is given."""
         raise NotImplementedError
 
     @under_own_settings
-    def key(self, y: Array, *, out: Array | None = None) -> Array:
+    def key(self, y: Array, /, *, out: Array | None = None) -> Array:
         """Features of keys, (*b, s, d) -> (*b, s, m), in the dtype of y; written to `out` if that is given."""
         raise NotImplementedError
 
@@ -161,7 +161,7 @@ class PositiveFeatureMap(FeatureMap):
     family: ClassVar[str] = "elementwise"
 
     @under_own_settings
-    def log_query(self, x: Array, *, out: Array | None = None) -> Array:
+    def log_query(self, x: Array, /, *, out: Array | None = None) -> Array:
         """Logarithms of query features, 1/sqrt(m) included.
 
         Parameters
@@ -180,17 +180,17 @@ class PositiveFeatureMap(FeatureMap):
         return self._features("x", x, "query", True, out)
 
     @under_own_settings
-    def log_key(self, y: Array, *, out: Array | None = None) -> Array:
+    def log_key(self, y: Array, /, *, out: Array | None = None) -> Array:
         """Logarithms of key features, 1/sqrt(m) included, (*b, s, d) -> (*b, s, m), as `log_query`."""
         return self._features("y", y, "key", True, out)
 
     @under_own_settings
-    def query(self, x: Array, *, out: Array | None = None) -> Array:
+    def query(self, x: Array, /, *, out: Array | None = None) -> Array:
         """Features of queries, exp(log_query(x)), in the dtype of x; written to `out` if that is given."""
         return self._features("x", x, "query", False, out)
 
     @under_own_settings
-    def key(self, y: Array, *, out: Array | None = None) -> Array:
+    def key(self, y: Array, /, *, out: Array | None = None) -> Array:
         """Features of keys, exp(log_key(y)), in the dtype of y; written to `out` if that is given."""
         return self._features("y", y, "key", False, out)
 
@@ -232,7 +232,7 @@ class SignedFeatureMap(FeatureMap):
         return self.query_parts(y)
 
     @under_own_settings
-    def query(self, x: Array, *, out: Array | None = None) -> Array:
+    def query(self, x: Array, /, *, out: Array | None = None) -> Array:
         """Features of queries, (*b, n, d) -> (*b, n, m), in the dtype of x; written to `out` if that is given."""
         self._check_out("x", x, out)
         prepared, wide = self._prepared("x", x)
@@ -240,7 +240,7 @@ class SignedFeatureMap(FeatureMap):
         return written(cast(features * namespace_of(x).exp(log_factor), x.dtype), out)
 
     @under_own_settings
-    def key(self, y: Array, *, out: Array | None = None) -> Array:
+    def key(self, y: Array, /, *, out: Array | None = None) -> Array:
         """Features of keys, (*b, s, d) -> (*b, s, m), in the dtype of y; written to `out` if that is given."""
         self._check_out("y", y, out)
         prepared, wide = self._prepared("y", y)

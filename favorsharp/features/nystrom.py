@@ -45,11 +45,11 @@ class NystromMap(SignedFeatureMap):
         """Features without their factor, and its logarithm, (*b, s, m) and (*b, s, 1)."""
         return self._parts(*embed_key(self.parameters, y))
 
-    def query(self, x: Array, *, out: Array | None = None) -> Array:
+    def query(self, x: Array, /, *, out: Array | None = None) -> Array:
         """Features of queries, (*b, n, d) -> (*b, n, m), in the dtype of x; written to `out` if that is given."""
         return super().query(x, out=out) if self.parameters.kernel == "softmax" else self._gaussian("x", x, out)
 
-    def key(self, y: Array, *, out: Array | None = None) -> Array:
+    def key(self, y: Array, /, *, out: Array | None = None) -> Array:
         """Features of keys, (*b, s, d) -> (*b, s, m), in the dtype of y; written to `out` if that is given."""
         return super().key(y, out=out) if self.parameters.kernel == "softmax" else self._gaussian("y", y, out)
 

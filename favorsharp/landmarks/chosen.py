@@ -50,11 +50,11 @@ class LandmarkMap:
         """The leading axes of the landmarks."""
         return tuple(self.points.shape[:-2])
 
-    def log_query(self, x: Array) -> Array:
+    def log_query(self, x: Array, /) -> Array:
         """x.c, (*b, n, d) -> (*b, n, m)."""
         return self._query(x) @ namespace_of(x).matrix_transpose(self.points)
 
-    def log_key(self, y: Array) -> Array:
+    def log_key(self, y: Array, /) -> Array:
         """The log weight of each key at its own landmark, -inf at the others, (*b, s, d) -> (*b, s, m)."""
         return weights_of(self.points, self.used, self.metric, *self._key(y))
 
