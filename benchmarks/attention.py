@@ -28,7 +28,7 @@ def favor_plus(q: Any, k: Any, m: int) -> Any:
 
 
 def tables(*, quick: bool = False) -> Iterator[Table]:
-    """Every row."""
+    """All rows of this script."""
     for part in (fits, landmarks, one_call, given_maps, causal_maps, windows, training, tokens):
         yield from part(quick)
 
@@ -135,7 +135,7 @@ def causal_maps(quick: bool) -> Iterator[Table]:
 
 
 def windows(quick: bool) -> Iterator[Table]:
-    """Windows beside none, through features; and landmarks with a window beside exact attention."""
+    """Features with a window beside features without one; and landmarks with a window beside exact attention."""
     n = 128 if quick else 4096
     q, k, v = points(n)
     fm, lm = fs.feature_map(fs.fit(q, k), M, rng=0), fs.landmarks(M)
@@ -193,7 +193,7 @@ def decoded(q: Any, k: Any, v: Any, x: Any, start: int, count: int) -> Callable[
 
 
 def decoded_by_torch(step: Callable[..., Any], q: Any, k: Any, v: Any, start: int, count: int) -> Callable[[], Any]:
-    """The same by FAVOR+ in torch, from sums that are there."""
+    """The same by FAVOR+ in torch, which starts from given sums."""
     rows = torch.randn(M, D)
     first = torch.rand(H, M, D), torch.rand(H, 1, M)
     q, k, v = (torch.from_numpy(x) for x in (q, k, v))
@@ -208,7 +208,7 @@ def decoded_by_torch(step: Callable[..., Any], q: Any, k: Any, v: Any, start: in
 
 
 def tokens(quick: bool) -> Iterator[Table]:
-    """One token after the other; so many that landmarks compress their keys twice."""
+    """Tokens one after the other, enough for landmarks to compress their keys twice."""
     n, count = (128, 8) if quick else (4096, 2 * M + 4)
     q, k, v = points(n)
     fm = fs.feature_map(fs.fit(q, k), M, rng=0)

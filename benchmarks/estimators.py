@@ -13,7 +13,7 @@ from favorsharp.sklearn import FeatureRidge, NadarayaWatsonRegressor, RandomFeat
 
 
 def tables(*, quick: bool = False) -> Iterator[Table]:
-    """Every row."""
+    """All rows of this script."""
     yield from features(quick)
     yield from regressors(quick)
 

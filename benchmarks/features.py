@@ -17,13 +17,16 @@ KERNEL = "the kernel alone"
 
 
 def tables(*, quick: bool = False) -> Iterator[Table]:
-    """Every row."""
+    """All rows of this script."""
     yield from features(quick)
     yield from products(quick)
 
 
 def features(quick: bool) -> Iterator[Table]:
-    """`query` where the transform is a rotation, with peers, and where it is not; beside the op on ready arguments."""
+    """`query` with a transform that is a rotation, and with another one.
+
+    Beside peers, and beside the op on prepared arguments.
+    """
     n = 512 if quick else 131_072
     x = np.random.default_rng(0).standard_normal((n, D), dtype=np.float32)
     for kind, y in (("equal moments", x), ("different moments", 2 * x[:, ::-1] + x)):

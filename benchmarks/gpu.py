@@ -183,7 +183,7 @@ def token_peers(case: Token, device: str, feature_map: Any) -> tuple[Any, dict[s
     """A state after some keys, and functions of (q, k, v), one for each peer; ours first."""
     root, dtype = case.d**-0.25, getattr(torch, case.dtype)
     generator = torch.Generator(device).manual_seed(1)
-    shape = (case.batch, case.heads, 32 + case.recent, case.d)  # of which, with a window, as many are kept as are said
+    shape = (case.batch, case.heads, 32 + case.recent, case.d)  # with a window, `recent` of these are kept
     k, v = (torch.randn(shape, generator=generator, device=device, dtype=dtype) for _ in range(2))
     far, near = (k[..., :32, :], v[..., :32, :]), (k[..., 32:, :], v[..., 32:, :])
     state = fs.update(fs.init_state(feature_map, case.d, like=k), *far, feature_map)

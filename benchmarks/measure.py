@@ -28,13 +28,13 @@ class Table:
     goal : float, optional
         The least time of the best other over ours that is accepted.
     part : float, optional
-        The least part of the bound that is accepted.
+        The smallest share of the bound that is accepted.
     flops, moved : float, optional
-        Multiplications and additions of the work's matrix products; bytes that it has to read and write.
+        The multiplications and additions in the matrix products, and the bytes that must be read and written.
     own : bool
         Whether the others are calls of this library too.
     label : str
-        What the picture says; empty means that the row is not in it.
+        The label in the picture; empty means that the row is not in it.
     """
 
     work: str
@@ -61,11 +61,11 @@ class Table:
 
     @property
     def ratio(self) -> float | None:
-        """The time of the best other over ours."""
+        """The time of the best other software divided by ours."""
         return None if self.best is None else self.best[1] / self.ours
 
     def share(self, bounds: "Bounds") -> float | None:
-        """The least time that the machine needs for the products and bytes, over ours."""
+        """The least time that the machine needs for the products and bytes, divided by our time."""
         least = max((self.flops or 0) / bounds.flops, (self.moved or 0) / bounds.moved)
         return least / self.ours if least else None
 
@@ -77,7 +77,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Bounds:
-    """What the machine does at most in a second: multiplications and additions in float32, and bytes of a copy."""
+    """The peak rates of the machine, per second: multiplications and additions in float32, and bytes of a copy."""
 
     flops: float
     moved: float
@@ -92,7 +92,7 @@ def bounds(seconds: float = 1.0) -> Bounds:
 
 
 def copied(seconds: float = 1.0) -> float:
-    """Bytes a second of a copy by torch with all threads, those read and those written, larger than any cache."""
+    """Bytes per second, read and written, of a copy by torch with all threads; the array exceeds every cache."""
     import torch
 
     source = torch.ones(2**24 if seconds < 0.5 else 2**26)
@@ -105,14 +105,14 @@ def copied(seconds: float = 1.0) -> float:
 
 
 class OtherWork:
-    """Which part of the processors' time others have taken since this was made: other processes, and a hypervisor."""
+    """The share of processor time that other processes and a hypervisor have taken since the object was made."""
 
     def __init__(self) -> None:
         self.begin = self._now()
 
     @staticmethod
     def _now() -> tuple[float, float, float] | None:
-        """Seconds since the machine started: of all processes, of this one with its children, and of time as such."""
+        """Seconds since the machine started: processor time of all processes, that of this one, and wall time."""
         try:
             cores = {f"cpu{core}" for core in os.sched_getaffinity(0)}
             with open("/proc/stat") as lines:
@@ -126,7 +126,7 @@ class OtherWork:
 
     @property
     def part(self) -> float | None:
-        """Between 0 and 1; None where it is not known."""
+        """The share, between 0 and 1; None if it is not known."""
         now = self._now()
         if self.begin is None or now is None:
             return None
@@ -148,7 +148,7 @@ def compare(
 ) -> Table:
     """Time the peers in turn, round by round; a peer that fails or whose result is wrong is left out and named.
 
-    `times` is how often each call does the work; `about` is what `Table` takes besides.
+    `times` is how often each call does the work; `about` holds further arguments of `Table`.
     """
     left_out = {}
     runs: dict[str, Callable[[], Any]] = {}

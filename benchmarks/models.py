@@ -19,7 +19,7 @@ WITHOUT = "the model without attention"
 
 
 def tables(*, quick: bool = False) -> Iterator[Table]:
-    """Every row."""
+    """All rows of this script."""
     AttentionInterface.register("bench-none", lambda module, q, k, v, *_, **__: (q.transpose(1, 2), None))
     yield from block(quick)
     yield from encoders(quick)

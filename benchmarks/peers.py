@@ -1,6 +1,6 @@
 """Other implementations for a CPU user: the formulas in NumPy, torch and JAX. Inputs are contiguous, gradients off.
 
-All are stabilised by row and feature maxima as ours are, except for those that are called "plain" or say so.
+All of them subtract row and feature maxima as ours do, except those whose names or docstrings say otherwise.
 """
 
 import functools

@@ -57,15 +57,16 @@ TERMS = """\
 - *Times* are medians in milliseconds. Ours and the others take turns in one process, with a pause before each call, so
   that the threads of the one before are asleep. A time is worth little on another machine; compare ratios.
 - *Ratio*: the time of the best other software divided by ours. Above 1, ours takes less time.
-- *Of the bound*: the least time that the matrix products and the bytes of the work could take on this machine, over our
-  time. The products run at most at the rate of multiply-adds from the fastest cache, bytes at that of a copy; both are
-  measured in the same run. Exponentials, fits' decompositions and Python are not in it.
+- *Of the bound*: the least time that the matrix products and the bytes of the work could take on this machine, divided
+  by our time. The bound assumes products at the rate of multiply-adds from the fastest cache, and bytes at the rate of
+  a copy; both rates are measured in the same run. It does not include exponentials, decompositions in fits, and Python.
 - *Goal*: the least ratio, or share of the bound, that we accept. 1: no slower than the best other. 0.87 and 0.5: within
   1.15 times what multiply-adds say (a window of 64 in both directions needs 1.75 times as many). 60 % of the bound:
   within 1.15 times what OpenBLAS takes for the products, in tiles that stay in the cache. 67 %: within 1.5 times.
-- *A given map* was fitted and drawn before; a *fit* chooses its parameters. `out=` writes to an array that is there.
+- *A given map* was fitted and drawn before the call; a *fit* chooses its parameters. `out=` writes to an existing
+  array.
 - *Exact attention* is torch's `scaled_dot_product_attention`. *FAVOR+* is what other libraries have in place of our
-  maps: the formula in NumPy, torch, torch.compile or jax.jit, with as many features. What is marked *no maxima*
+  maps: the formula in NumPy, torch, torch.compile or jax.jit, with as many features. Code that is marked *no maxima*
   overflows on larger inputs than these; ours never does.
 - *The kernel alone* is our compiled function on prepared arguments. It is not compared.
 """
@@ -87,7 +88,7 @@ def named(found: Found) -> dict[str, measure.Table]:
 
 
 def sentences(found: Found, bounds: measure.Bounds) -> list[str]:
-    """What the table comes to; those whose rows are not there are left out."""
+    """Sentences that sum up the table; a sentence whose rows are missing is left out."""
     rows, said = named(found), []
     both = [[rows.get(f"attention through landmarks{kind}, n={n}") for kind in ("", ", causal")] for n in (4096, 1024)]
     if all(table for pair in both for table in pair):
@@ -119,7 +120,7 @@ def sentences(found: Found, bounds: measure.Bounds) -> list[str]:
 
 
 def about(part: float | None) -> str:
-    """What the run says of other work on the machine."""
+    """A sentence about other work on the machine during the run."""
     if part is None:
         return "Whether other work ran on the machine is not known."
     if part <= QUIET:
@@ -157,7 +158,7 @@ def tables_of(found: Found, bounds: measure.Bounds) -> Iterator[str]:
 
 
 def reasons(found: Found, bounds: measure.Bounds) -> Iterator[str]:
-    """Each missed goal, with what is known of it."""
+    """Each missed goal, with the known reasons."""
     for _, table in found:
         if table.missed(bounds):
             known = next((why for start, why in WHY.items() if table.work.startswith(start)), "no reason is known.")
@@ -217,7 +218,8 @@ def page(
 
 
 def picture(found: Found, path: Path) -> None:
-    """Ratios to the best other software: narrow, with its text above the bars, so that a telephone shows it too."""
+    """The picture of ratios to the best other software, narrow and with text above the bars, so that telephones can
+    show it."""
     import matplotlib
 
     matplotlib.use("Agg")

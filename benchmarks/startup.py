@@ -33,7 +33,7 @@ print(memory("VmHWM") - before - (0 if {into} else result.nbytes / 2**20))
 
 
 def run(code: str, **environment: str) -> float:
-    """The number that the code prints."""
+    """Run code in a new process, and return the number that it prints."""
     done = subprocess.run(
         [sys.executable, "-c", code], env={**os.environ, **environment}, capture_output=True, text=True, check=True
     )

@@ -1,4 +1,4 @@
-"""Points for maps that are made from points: pooling over axes and grouped heads, sampling, and k-means centres."""
+"""Prepares the points from which maps are made: pools axes and grouped heads, draws a sample, and finds centres."""
 
 from typing import Any
 

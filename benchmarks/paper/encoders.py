@@ -87,7 +87,7 @@ def near(window: int, _: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
 
 
 def chosen(options: dict[str, Any], _: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> Any:
-    """Attention by what is fitted to the input, each text and head by itself."""
+    """Attention by features or landmarks that are fitted to the input, separately for each text and head."""
     return fs.attention(q, k, v, scale=scale, rng=0, **options)
 
 

@@ -2,8 +2,8 @@
 
 A quarter of the rows, at most 1,000, is held out, and at most 4,000 of the others are fitted; columns are standardised
 by these. The errors are relative: that of the kernel matrix of as many rows as were fitted, estimated from held-out
-ones, and that of the matrix of held-out rows with each row divided by its sum, as smoothing needs it. There, a row that
-is farther off than zeros counts as zeros.
+ones, and that of the matrix of held-out rows with each row divided by its sum, as smoothing needs it. There, a row with
+a larger error than zeros counts as zeros.
 """
 
 import time

@@ -91,7 +91,7 @@ class Yardstick:
         self.exact = self.attended(length, 0)
 
     def attended(self, keys: int, first: int) -> Any:
-        """The attention of the chosen queries to so many recent keys, with a number of first ones among them."""
+        """The attention of the chosen queries to so many recent keys, some of which are the first keys."""
         q, k, v = self.points
         outs = []
         for i in self.chosen:
@@ -113,7 +113,7 @@ class Yardstick:
 
 
 def timed(call: Callable[[], Any], times: int) -> float:
-    """The least of some times of a call, after one that may compile."""
+    """The smallest of several times of a call, after a call that may compile."""
     call()
     found = []
     for _ in range(times):

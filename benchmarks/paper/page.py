@@ -1,4 +1,4 @@
-"""What the reports share: where tables and pictures go, the stamp above a table, and the style of pictures."""
+"""Functions that the reports share: folders of tables and pictures, the stamp above a table, the style of pictures."""
 
 import datetime
 from collections.abc import Iterable, Iterator, Sequence
@@ -39,7 +39,7 @@ def table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> list[str]:
 
 
 def emphasised(cells: Sequence[float], form: str, *, least: bool = True) -> list[str]:
-    """Numbers as text, the best in bold; None and NaN become a dash."""
+    """Numbers as text, with the best in bold; None and NaN become a dash."""
     known = [cell for cell in cells if cell is not None and cell == cell]
     best = (min if least else max)(known, default=None)
     texts = []

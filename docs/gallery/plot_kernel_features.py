@@ -2,8 +2,8 @@
 RBFSampler, Nystroem, ours: when which
 ======================================
 
-Features whose products stand for the Gaussian kernel: how near they are to it, for a wide and a narrow kernel, and what
-a ridge regression makes of them.
+Features whose products approximate the Gaussian kernel: their errors for a wide and a narrow kernel, and the results of
+ridge regressions on them.
 """
 
 import matplotlib.pyplot as plt
@@ -44,8 +44,8 @@ features = RandomFeatures(gamma=1 / 64, random_state=0).fit(x)
 print(features.method_, "|", features.reason_)
 
 # %%
-# Where the kernel is so narrow that every point is alone, no 256 features describe it: all errors are near 1, and those
-# of Fourier features above.
+# If the kernel is so narrow that every point is far from all others, 256 features cannot describe it: all errors are
+# near 1, and those of Fourier features are larger.
 
 exact = rbf_kernel(test, gamma=1.0)
 for name, make in makers.items():

@@ -2,8 +2,8 @@
 Long sequences over several processes
 =====================================
 
-Three processes hold a third of a sequence each. They exchange states and, with a window, one block of keys and values.
-Their results and gradients are those that one process would get for the whole sequence.
+Each of three processes holds a third of a sequence. They exchange states and, with a window, one block of keys and
+values. Their results and gradients are those that one process would get for the whole sequence.
 """
 
 import subprocess

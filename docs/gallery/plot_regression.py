@@ -2,7 +2,7 @@
 Kernel regression in one pass
 =============================
 
-The Nadaraya-Watson estimate from 20 000 noisy points: with features, and exact.
+The Nadaraya-Watson estimate from 20 000 noisy points, with features and exactly.
 """
 
 import matplotlib.pyplot as plt

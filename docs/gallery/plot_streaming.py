@@ -30,7 +30,7 @@ whole = fs.linear_attention(q, k, v, feature_map, is_causal=True, window=16)
 print(np.abs(np.concatenate(outs, axis=1) - whole).max() < 1e-10)
 
 # %%
-# What the state holds, beside a cache of all keys and values:
+# The size of the state, beside that of a cache of all keys and values:
 
 seen = np.arange(1, len(held) + 1)
 fig, ax = plt.subplots(figsize=(6, 3.6), layout="constrained")

@@ -37,7 +37,10 @@ KEPT = 4096
 """Arrays of random numbers that stay on GPUs: three for each choice, some kilobytes each."""
 
 _of_graphs: dict[int, Array] = {}
-"""Those that CUDA graphs read. They stay for ever, because nothing tells when a graph is deleted."""
+"""Arrays of random numbers that CUDA graphs read.
+
+They are never freed, because nothing shows when a graph is deleted.
+"""
 
 
 @dataclass(frozen=True, eq=False)
