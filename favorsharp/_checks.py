@@ -65,8 +65,8 @@ def check_in_memory(**named: Any) -> None:
     lazy = [name for name, x in named.items() if library_of(x) == "dask"]
     if lazy:
         raise TypeError(
-            f"{', '.join(lazy)}: dask arrays, which moments, fit, kernel_matvec and nadaraya_watson take, the latter "
-            "two with a NumPy feature map; accepted here: arrays in memory, such as .compute() gives"
+            f"{', '.join(lazy)} must be in memory, got dask arrays; accepted: what .compute() returns. moments and fit "
+            "take dask arrays, and so do kernel_matvec and nadaraya_watson with a NumPy feature map"
         )
 
 
@@ -74,8 +74,8 @@ def check_unfollowed(name: str, x: Array) -> None:
     """Raise if kernels cannot read an array that a pullback gets, because it is traced or followed by a mode."""
     if is_followed(x):
         raise TypeError(
-            f"{name} is traced, or a mode of torch follows operations, and the call before it was not; accepted: both "
-            "in one, so that the call is traced or followed too"
+            f"{name} is traced, or a mode of torch follows operations, but the forward call was not; accepted: both "
+            "calls inside the same trace or mode"
         )
 
 
@@ -204,7 +204,7 @@ def check_attention(
     if check_flag("is_causal", is_causal) and q.shape[-2] != k.shape[-2]:
         raise ValueError(
             f"is_causal needs as many queries as keys: q has n={q.shape[-2]}, k has s={k.shape[-2]}; "
-            "to go on after a prefix, pass its state"
+            "to continue after a prefix, pass its state"
         )
     return xp, group
 

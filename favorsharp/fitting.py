@@ -315,7 +315,7 @@ def _moments_of(
         given = [name for name, value in options.items() if is_array(value) or value != _UNGIVEN[name]]
         given = given if y is None else ["y", *given]
         if given:
-            raise TypeError(f"fit(moments) takes no {', '.join(given)}: the moments have them in")
+            raise TypeError(f"fit(moments) takes no {', '.join(given)}: pass these to moments(...) instead")
         return _known(x), scale
     if y is None:
         raise TypeError("fit takes queries and keys, or one Moments: y is missing")
@@ -323,7 +323,7 @@ def _moments_of(
     if options["weighting"] is not None:
         return attention_moments(x, y, kernel=kernel, scale=near, **options), near
     if options["is_causal"]:
-        raise ValueError("is_causal=True says which pairs a weighting counts; accepted with weighting=...")
+        raise ValueError("is_causal=True selects the pairs that a weighting counts; accepted: with weighting=...")
     gathering = {name: value for name, value in options.items() if name not in ("weighting", "is_causal")}
     return _known(moments(x, y, **gathering)), near
 

@@ -302,7 +302,7 @@ def check_a_group_of_some(rank, world):
     q, k, v = tensors(5, (3,), 4 * len(members), torch.float64)
     feature_map = fs.feature_map(fs.fit(q, k), 16, rng=0)
     if rank not in members:
-        refused("does not hold this process", fsd.linear_attention, q, k, v, feature_map, group=group)
+        refused("does not contain this process", fsd.linear_attention, q, k, v, feature_map, group=group)
         return
     here = slice(4 * members.index(rank), 4 * members.index(rank) + 4)
     own = (x[:, here] for x in (q, k, v))

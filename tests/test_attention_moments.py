@@ -142,7 +142,7 @@ def test_refusals():
     for call, error, message in (
         (lambda: fs.fit(x, y, weighting=-1), ValueError, "weighting must be a finite number of 0 or more, got -1"),
         (lambda: fs.fit(x, y, weighting="1"), TypeError, "weighting must be a finite number of 0 or more, got str"),
-        (lambda: fs.fit(x, y, is_causal=True), ValueError, "is_causal=True says which pairs a weighting counts"),
+        (lambda: fs.fit(x, y, is_causal=True), ValueError, "is_causal=True selects the pairs that a weighting counts"),
         (lambda: fs.fit(x, y, weighting=1, is_causal=True), ValueError, "is_causal needs .* x has n=6, y has s=7"),
         (lambda: fs.fit(fs.moments(x, y), weighting=1), TypeError, r"fit\(moments\) takes no weighting"),
         (lambda: fs.attention_moments(x, y[:, :3]), ValueError, "must agree in d"),

@@ -524,7 +524,7 @@ def test_a_point_without_neighbours_is_judged_by_the_mean_of_the_others(monkeypa
         (np.r_[np.nan, np.ones(19)], "sample_weight contains NaN"),
         (np.ones(19), r"sample_weight.shape == \(19,\), expected \(20,\)"),
         (np.zeros(20), "at least one non-zero"),
-        (np.full(20, 1e-60), "sample_weight leaves the range of float32"),
+        (np.full(20, 1e-60), "sample_weight exceeds the range of float32"),
     ],
 )
 @pytest.mark.parametrize("estimator", [NadarayaWatsonRegressor, NadarayaWatsonClassifier])

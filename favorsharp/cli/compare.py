@@ -45,7 +45,7 @@ def compare(
     window: Annotated[str, typer.Option(help="Block lengths of exactly scored keys; 0 for none.")] = DEFAULT_WINDOWS,
     draws: Annotated[str, typer.Option(help="iid, orthogonal, simplex, sobol, antithetic.")] = "orthogonal",
     seeds: Annotated[int, typer.Option(help="Draws that errors are averaged over.", min=1)] = 3,
-    heads: Annotated[str | None, typer.Option(help="Which of the leading index, such as 0,3,5.")] = None,
+    heads: Annotated[str | None, typer.Option(help="Entries of the leading axes, such as 0,3,5.")] = None,
     lengths: Annotated[
         str,
         typer.Option(
@@ -57,7 +57,7 @@ def compare(
     target: Annotated[float, typer.Option(help="The relative error you need.")] = 0.3,
     array: Annotated[str, typer.Option(help="numpy, torch or cupy.")] = "numpy",
     dtype: Annotated[
-        str, typer.Option(help="float32, float64, or float16 and bfloat16 where there are any.")
+        str, typer.Option(help="float32, float64, or float16 and bfloat16 if the library has them.")
     ] = "float32",
     backend: Annotated[str | None, typer.Option(help="Run by this implementation, or fail.")] = None,
     output: Annotated[Path, typer.Option(help="The picture: .png, .svg or .pdf.")] = Path("favorsharp-compare.png"),
@@ -139,9 +139,9 @@ def _options(methods: str, features: str, window: str, draws: str, causal: bool,
 
     names, ways = _words(methods), _words(draws)
     if not names:
-        raise ValueError(f"--methods names none, got {methods!r}; accepted: {', '.join(NAMES)}")
+        raise ValueError(f"--methods is empty, got {methods!r}; accepted: {', '.join(NAMES)}")
     if not ways:
-        raise ValueError(f"--draws names none, got {draws!r}; accepted: {', '.join(DRAWS)}")
+        raise ValueError(f"--draws is empty, got {draws!r}; accepted: {', '.join(DRAWS)}")
     for name in names:
         if name not in NAMES:
             raise ValueError(f"--methods: {name!r} is unknown or signed; accepted: {', '.join(NAMES)}")
@@ -190,7 +190,8 @@ def _library(array: str, dtype: str) -> Callable[[Any], Any]:
     make = make_array(array, dtype)
     if make is None:
         raise ValueError(
-            f"--array {array} --dtype {dtype} is not to be had here: not installed, no device, or no such dtype"
+            f"--array {array} --dtype {dtype} is not available here: the library is not installed, or lacks the device "
+            "or the dtype"
         )
     return make
 

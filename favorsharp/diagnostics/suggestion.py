@@ -155,7 +155,7 @@ def _check_suggest(x: Array, y: Array, v: Array | None, target_error: float, pur
     check_choice("purpose", purpose, ("kernel", "attention"))
     n, s = x.shape[-2], y.shape[-2]
     if not (n and s):
-        raise ValueError(f"suggest needs points to look at: x has n={n}, y has s={s}; accepted: 1 or more of each")
+        raise ValueError(f"suggest needs points: x has n={n}, y has s={s}; accepted: 1 or more of each")
 
 
 def _errors_of_features(

@@ -92,7 +92,7 @@ def check_group(group: Any) -> None:
     if group is not None and not outsider and not isinstance(group, dist.ProcessGroup):
         raise TypeError(f"group must be a torch.distributed.ProcessGroup or None, got {type(group).__name__}")
     if outsider or dist.get_rank(group) < 0:
-        raise ValueError("group does not hold this process; accepted: a group that it is a member of")
+        raise ValueError("group does not contain this process; accepted: a group that it is a member of")
 
 
 def on_every_rank(group: Any, make: Callable[[], Any], tell: Callable[[Any], Any]) -> tuple[Any, list[Any]]:

@@ -131,7 +131,7 @@ class _NadarayaWatson(KernelEstimator):
             counted, range_of = weight > 0, xp.finfo(v.dtype)
             x, v, weight = x[counted], v[counted], weight[counted]
             if bool(xp.any((weight < float(range_of.smallest_normal)) | (weight > float(range_of.max)))):
-                raise ValueError(f"sample_weight leaves the range of {dtype_name(v)}, the dtype of the fit; divide it")
+                raise ValueError(f"sample_weight exceeds the range of {dtype_name(v)}, the dtype of the fit; divide it")
             if x.shape[0] == 0:
                 return
         if first:

@@ -243,7 +243,7 @@ class MapBuffers(torch.nn.Module):
         self._refuse_landmarks("calibrate")
         if isinstance(q, Moments):
             if any(x is not None for x in (k, key_mask, query_mask, weighting)) or is_causal:
-                raise TypeError("calibrate(moments) takes no k, masks or weighting: the moments have them in")
+                raise TypeError("calibrate(moments) takes no k, masks or weighting: pass these to moments(...) instead")
             sample: dict[str, Any] = {}
         elif k is None:
             raise TypeError("calibrate takes queries and keys, or one Moments: k is missing")

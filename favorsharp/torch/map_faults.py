@@ -1,6 +1,6 @@
-"""Why numbers in buffers are no feature map: memory that nobody filled, or averages of different maps.
+"""Finds out why buffers hold no feature map: memory that was not filled, or averages of different maps.
 
-`MapBuffers` asks when its buffers have changed.
+`MapBuffers` calls this module when its buffers have changed.
 """
 
 import math
@@ -34,20 +34,20 @@ def check_values(parameters: Parameters, shapes: dict[str, tuple[int, ...]], dev
 
 
 def fault_of_rows(name: str, projection: torch.Tensor, draw: str | None, orthogonal: bool) -> str | None:
-    """Why random rows cannot be used by the module class `name`, or None; rows of the caller (no draw) may be any."""
+    """Why random rows cannot be used by the module class `name`, or None. Rows of the caller (no draw) may be any."""
     rows = projection.to(statistics_dtype(projection))
     square, cosine = torch.stack([rows.square().mean(), largest_cosine(rows)]).tolist()
     if not math.isfinite(square):
         return (
-            f"{name} has no random rows: nobody filled its memory (to_empty, or a load without that key); call "
+            f"{name} has no random rows: its memory was not filled (to_empty, or a load without that key); call "
             "reset_parameters() or redraw(), or load a state dict"
         )
     if draw is None or (may_be_normal(square, rows.numel()) and (cosine < ANGLE or not orthogonal)):
         return None
     return (
         f"the rows of {name} are not those of any draw {draw!r} (mean square {square:.3g}, largest cosine "
-        f"{cosine:.3g}): averages of different rows are like that, and memory that nobody filled. Average only "
-        "copies that share their rows, and leave out buffers otherwise; call redraw() or load a state dict"
+        f"{cosine:.3g}): they are averages of different rows, or memory that was not filled. Average only copies that "
+        "share their rows, or leave buffers out of averages; call redraw() or load a state dict"
     )
 
 
@@ -62,10 +62,10 @@ def numbers_of_parameters(values: list[torch.Tensor]) -> tuple[float, float, flo
 def fault_of_mixed_parameters(name: str, distance: float) -> str:
     """What is wrong with parameters in which g1^T g2 differs from I."""
     return (
-        f"the parameters of {name} are not those of one fit (g1^T g2 differs from I by {distance:.2g}): averages of "
-        "different calibrations are like that, numbers rounded to half precision, and memory that nobody filled. "
-        "Average only copies that share one calibration, and leave out buffers otherwise; call calibrate(q, k) or load "
-        "a state dict"
+        f"the parameters of {name} are not those of one fit (g1^T g2 differs from I by {distance:.2g}): they are "
+        "averages of different calibrations, were rounded to half precision, or their memory was not filled. Average "
+        "only copies that share one calibration, or leave buffers out of averages; call calibrate(q, k) or load a "
+        "state dict"
     )
 
 

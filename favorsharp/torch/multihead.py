@@ -73,7 +73,9 @@ class MultiheadAttention(torch.nn.Module):
         if embed_dim % num_heads:
             raise ValueError(f"embed_dim must be a multiple of num_heads, got {embed_dim} and {num_heads}")
         if dropout != 0:
-            raise ValueError(f"dropout acts on attention weights, which never exist here: got {dropout}; accepted: 0.0")
+            raise ValueError(
+                f"dropout must be 0.0, got {dropout}: it acts on attention weights, which are never computed"
+            )
         self.dropout = 0.0
         self.kdim = embed_dim if kdim is None else check_integer("kdim", kdim, 1)
         self.vdim = embed_dim if vdim is None else check_integer("vdim", vdim, 1)
@@ -239,7 +241,7 @@ class MultiheadAttention(torch.nn.Module):
             If an argument is not as described.
         """
         if need_weights:
-            raise ValueError("need_weights=True: attention weights never exist here; accepted: False")
+            raise ValueError("need_weights must be False, got True: attention weights are never computed")
         named = {"query": query, "key": key, "value": value}
         unbatched = query.ndim == 2
         query, key, value = (self._batch_first(self._checked(name, x)) for name, x in named.items())
@@ -250,7 +252,9 @@ class MultiheadAttention(torch.nn.Module):
         extra = (self.bias_k is not None) + self.add_zero_attn
         if extra:
             if is_causal or self.window:
-                raise ValueError("add_bias_kv and add_zero_attn add keys without a position: no causal mask, no window")
+                raise ValueError(
+                    "add_bias_kv and add_zero_attn add keys without a position; accepted: no causal mask and no window"
+                )
             k, v = self._extended(k, v)
             mask = None if mask is None else functional.pad(mask, (0, extra), value=True)
         mask = None if mask is None else mask[:, None, :]
@@ -358,7 +362,7 @@ def _asks_causal(mask: Any, is_causal: bool, points: tuple[int, int], heads: int
         _require((hidden == future).all(), refusal)
         return True
     if torch.compiler.is_compiling():
-        raise ValueError("attn_mask cannot choose while compiling: pass is_causal=True for a causal mask, or no mask")
+        raise ValueError("attn_mask cannot be read while compiling: pass is_causal=True for a causal mask, or no mask")
     if not bool(hidden.any()):
         return False
     if bool((hidden == future).all()):

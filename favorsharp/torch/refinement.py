@@ -287,7 +287,7 @@ def _batches(name: str, value: Any) -> list[tuple[torch.Tensor, ...]]:
             kinds = ", ".join(type(x).__name__ for x in batch)
             raise TypeError(f"{name} must hold tuples of tensors (q, k, v) or (q, k, v, key_mask), got ({kinds})")
         if any(is_traced(x) for x in batch):
-            raise TypeError(f"{name} are trained on: accepted are tensors with numbers, not traced, meta or fake ones")
+            raise TypeError(f"{name} must hold tensors with numbers, got traced, meta or fake tensors")
     if not found:
         raise ValueError(f"{name} holds no batch; accepted: one or more")
     return found

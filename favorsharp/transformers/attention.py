@@ -143,7 +143,7 @@ def _without_dropout(registration: Registration, module: Any, dropout: float) ->
     how = "(in the config: attention_probs_dropout_prob, attn_pdrop or attention_dropout)"
     if registration.dropout == "refuse":
         raise ValueError(f"{what}; accepted: 0 {how}, or model.eval()")
-    warn_once(module, "dropout", f"{what}, and the model trains without it; 0 {how} says so")
+    warn_once(module, "dropout", f"{what}, and the model trains without it; set it to 0 {how} to avoid this warning")
 
 
 def _check_positions(module: Any, seen: Visible, position_ids: Any, is_whole: bool) -> None:

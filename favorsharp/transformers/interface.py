@@ -98,7 +98,7 @@ def register(
         check_landmark_options(draw, calibrated=calibration != "input")
         settings = landmarks(m, room=room, rng=rng)
     elif room is not None or per != "head":
-        raise ValueError(f"room and per are of method 'landmarks', and method is {method!r}; accepted: their defaults")
+        raise ValueError(f"room and per belong to method 'landmarks', got method {method!r}; accepted: their defaults")
     registration = Registration(
         name=name,
         method=method,
@@ -124,4 +124,4 @@ def _check_name(name: Any) -> None:
         raise TypeError(f"name must be a string that is not empty, got {name!r}")
     taken = name in AttentionInterface._global_mapping and name not in REGISTERED
     if taken or name == "eager" or "flash" in name or any(c in name for c in "/|@:"):
-        raise ValueError(f"name {name!r} means something to transformers already; accepted: any other, without / | @ :")
+        raise ValueError(f"name {name!r} is used by transformers itself; accepted: any other name without / | @ :")

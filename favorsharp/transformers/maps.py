@@ -102,13 +102,13 @@ def map_for(
 def _why_not_fitted(registration: Registration, module: Any, n: int, s: int, seen: Visible) -> str | None:
     """Why a layer without a map is not fitted to its input, or None."""
     if registration.name in (getattr(getattr(module, "config", None), CALIBRATED, None) or ()):
-        return "the model was calibrated before it was saved, and its maps are not in the checkpoint: load_maps them"
+        return "the model was calibrated before it was saved, and its maps are not in the checkpoint: call load_maps"
     if registration.calibration == "frozen":
         return "it was registered with calibration='frozen'"
     if seen.is_causal:
         return "it is causal: a fit to the sequence itself would show it its own future"
     if crosses(module, n, s, seen):
-        return "its queries come from another sequence, which a fit would show its own future where that is causal"
+        return "its queries come from another sequence; if that is causal, a fit would show it its own future"
     return None
 
 

@@ -73,7 +73,7 @@ def test_memory_that_nobody_filled_is_refused(kind):
     """Such memory comes from to_empty, from skip_init, and from loaders that do not find a key."""
     with torch.device("meta"):
         module = KINDS_OF_MODULE[kind](rng=0)
-    with pytest.raises(RuntimeError, match="has no random rows: nobody filled its memory"):
+    with pytest.raises(RuntimeError, match="has no random rows: its memory was not filled"):
         result(module.to_empty(device="cpu"))
     with pytest.raises(RuntimeError, match="has no random rows"):
         result(torch.nn.utils.skip_init(type(module), *((8, 4) if kind != "multihead" else (32, 4))))

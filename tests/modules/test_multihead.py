@@ -174,14 +174,17 @@ def test_multihead_refuses_what_it_cannot_do():
     x = inputs({"batch_first": True})[0]
     module = MultiheadAttention(32, 4, batch_first=True, method="posrf")
     for call, message in (
-        (lambda: module(x, x, x, need_weights=True), "need_weights=True: attention weights never exist here"),
+        (
+            lambda: module(x, x, x, need_weights=True),
+            "need_weights must be False, got True: attention weights are never computed",
+        ),
         (lambda: module(x, x, x, attn_mask=torch.eye(30).bool()), "attn_mask is neither causal nor empty"),
         (lambda: module(x, x, x, attn_mask=torch.eye(30)), "attn_mask holds numbers other than 0 and -inf"),
         (lambda: module(x, x, x, attn_mask=torch.eye(30).bool(), is_causal=True), "neither causal nor empty"),
         (lambda: module(x, x, x, key_padding_mask=torch.ones(2, 30)), "key_padding_mask holds numbers other than"),
         (lambda: module(x, x, x, key_padding_mask=torch.ones(3, 30).bool()), r"accepted: \(batch, s\) = \(2, 30\)"),
         (lambda: module(x[..., :5], x, x), r"query has shape \(2, 30, 5\); accepted: .* the last of 32"),
-        (lambda: MultiheadAttention(32, 4, dropout=0.1), "dropout acts on attention weights"),
+        (lambda: MultiheadAttention(32, 4, dropout=0.1), "dropout must be 0.0, got 0.1"),
         (lambda: MultiheadAttention(32, 5), "embed_dim must be a multiple of num_heads, got 32 and 5"),
         (lambda: MultiheadAttention(32, 4, method="exact", window=4), "window is for features"),
     ):

@@ -233,7 +233,7 @@ def test_no_maps_to_save_or_load(tmp_path):
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"name": "sdpa"}, ValueError, "'sdpa' means something"),
+        ({"name": "sdpa"}, ValueError, "'sdpa' is used by transformers"),
         ({"name": "eager"}, ValueError, "'eager'"),
         ({"name": "flash_favor"}, ValueError, "'flash_favor'"),
         ({"name": "a/b"}, ValueError, "'a/b'"),

@@ -295,7 +295,7 @@ def test_a_number_of_landmarks_is_shared_by_the_heads_of_a_layer_or_of_a_model()
     register("shared", method="landmarks", num_features=3, per="model")
     with pytest.raises(ValueError, match=r"num_features=3 for a whole model.*accepted: 4 or more"):
         output(model, **batch)
-    with pytest.raises(ValueError, match="room and per are of method 'landmarks'"):
+    with pytest.raises(ValueError, match="room and per belong to method 'landmarks'"):
         register("shared", per="layer")
     with pytest.raises(ValueError, match="per must be one of|per"):
         register("shared", method="landmarks", per="token")
