@@ -60,9 +60,10 @@ TERMS = """\
 - *Of the bound*: the least time that the matrix products and the bytes of the work could take on this machine, divided
   by our time. The bound assumes products at the rate of multiply-adds from the fastest cache, and bytes at the rate of
   a copy; both rates are measured in the same run. It does not include exponentials, decompositions in fits, and Python.
-- *Goal*: the least ratio, or share of the bound, that we accept. 1: no slower than the best other. 0.87 and 0.5: within
-  1.15 times what multiply-adds say (a window of 64 in both directions needs 1.75 times as many). 60 % of the bound:
-  within 1.15 times what OpenBLAS takes for the products, in tiles that stay in the cache. 67 %: within 1.5 times.
+- *Goal*: the least ratio, or share of the bound, that we accept. A goal of 1 means no slower than the best other
+  software. Goals of 0.87 and 0.5 mean at most 1.15 times the time that the multiply-adds suggest (a window of 64 in
+  both directions needs 1.75 times as many). A goal of 60 % of the bound means at most 1.15 times the time of OpenBLAS
+  for the products, in tiles that stay in the cache; 67 % means at most 1.5 times the bound.
 - *A given map* was fitted and drawn before the call; a *fit* chooses its parameters. `out=` writes to an existing
   array.
 - *Exact attention* is torch's `scaled_dot_product_attention`. *FAVOR+* is what other libraries have in place of our

@@ -9,7 +9,7 @@ Therefore the checks of these functions may only depend on what the key holds:
 - of each plain option (bool, int, str and None): type and value;
 - of the feature map: its arrays (the key changes if a tensor among them is written to, or begins or ceases to need a
   gradient);
-- for `decode_step` and `update`, of the state: the same of its arrays as of those of `decode_step`, its window and its
+- for `decode_step` and `update`, of the state: the same of its arrays as for `decode_step`, its window and its
   fingerprint;
 - the backends that `use` or the environment asks for, and the global settings of the array library.
 

@@ -110,7 +110,7 @@ def test_landmarks_of_one_chunk_of_values_of_one_axis_and_errors():
 
 @pytest.mark.parametrize(("method", "values", "scheduler"), [("nystrom", 1, "processes"), ("trig", 2, "synchronous")])
 def test_a_ridge_of_chunks_is_that_of_one_array(method, values, scheduler):
-    """Also with chunks on several processes, and with weights, of which some chunk has none."""
+    """This holds also with chunks on several processes, and with weights that are 0 in a whole chunk."""
     dask, FeatureRidge = pytest.importorskip("dask"), pytest.importorskip("favorsharp.sklearn").FeatureRidge
     rng = np.random.default_rng(0)
     x, weight = rng.standard_normal((300, 3)), rng.integers(0, 3, 300) + 1.0

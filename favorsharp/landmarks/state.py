@@ -82,7 +82,7 @@ class LandmarkState:
     settings: Landmarks
 
     store: ClassVar[Any] = None
-    """What a backend keeps beside the state of a token: memory with room for further keys, in which the state lies."""
+    """A backend's memory for the state of a token: it holds the state, and has room for further keys."""
     next_token: ClassVar[Any] = None
     """What `decode_step` keeps of its checks for the next token."""
 

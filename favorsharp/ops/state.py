@@ -94,7 +94,7 @@ class State:
     single_tokens: ClassVar[Any] = None
     """Tokens that a backend keeps beside a state, from which the state computes its sums (`unsettled`)."""
     store: ClassVar[Any] = None
-    """What a backend keeps beside a state with a window: memory with room for further keys, in which the state lies
+    """A backend's memory for a state with a window: it holds the state's keys, and has room for further ones
     (`in_store`)."""
 
     def remember(self, name: str, value: Any) -> None:
@@ -208,7 +208,7 @@ def unsettled(state: State, tokens: Any) -> State:
 
 
 def in_store(others: dict[str, Any], store: Any) -> State:
-    """A state whose recent keys are in a store: `store.recent()` returns these, `others` holds the other fields."""
+    """A state whose recent keys are in a store; `store.recent()` returns them, and `others` holds the other fields."""
     after = object.__new__(State)
     after.__dict__.update(others, store=store)
     return after

@@ -1,4 +1,4 @@
-"""What the estimators do with dask arrays: a sample of rows in memory, and functions of chunks of rows."""
+"""Dask arrays in the estimators: a sample of rows in memory, and functions that run on chunks of rows."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,7 +8,7 @@ import numpy as np
 from favorsharp._chunks import as_chunked, point_blocks, tree_reduce
 
 ROWS = 10_000
-"""Rows of a dask array that features are made from, if there are so many."""
+"""The number of rows of a dask array from which features are made, if it has so many."""
 
 
 def rows_in_memory(x: Any, seed: int) -> Any:
@@ -20,7 +20,7 @@ def rows_in_memory(x: Any, seed: int) -> Any:
 
 
 def reduced(function: Callable[..., Any], join: Callable[[list[Any]], Any], x: Any, *others: Any) -> Any:
-    """The results of a function of each chunk of rows of x, and of the same rows of the others, joined by a tree.
+    """The results of a function for each chunk of rows of x, with the same rows of the other arrays, joined by a tree.
 
     None stands for an array that is not given.
     """
@@ -35,7 +35,7 @@ def reduced(function: Callable[..., Any], join: Callable[[list[Any]], Any], x: A
 
 
 def mapped(function: Callable[[Any], Any], x: Any, columns: int | None, dtype: Any) -> Any:
-    """The lazy results of a function of chunks of rows: as many rows, and `columns`, or one axis if that is None."""
+    """The lazy results of a function of chunks of rows, with as many rows, and `columns` columns or (None) one axis."""
     (x,) = as_chunked(X=x)
     x = x.rechunk({1: -1})
     if columns is None:

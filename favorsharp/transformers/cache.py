@@ -256,7 +256,7 @@ class StateCache(Cache):
 
         for layer in self.layers:
             if getattr(layer, "state", None) is not None:
-                getattr(layer.state, "recent_k", None)  # makes the arrays of keys that lie in a store
+                getattr(layer.state, "recent_k", None)  # makes the arrays of keys that are in a store
                 for x in held_arrays(layer.state):
                     measure(x)
                 kept = (getattr(layer.state, name, None) for name in ("single_tokens", "store"))
@@ -389,7 +389,7 @@ def _caller() -> FrameType | None:
 
 
 _own_alone: Any = None
-"""The config that `_keeps_both` declined last: layers of a model share one, and its attributes take long to look up."""
+"""The last config that `_keeps_both` declined: layers of a model share it, and looking up its attributes is slow."""
 
 
 def _keeps_both(config: Any) -> bool:

@@ -85,7 +85,7 @@ class CompactMask(torch.Tensor):
     """The number of keys at the end that are of another sequence."""
 
     known: dict[tuple[int, int, bool], "Visible"] | None = None
-    """What `read_mask` found for other layers with these numbers of queries and keys, which are causal or not."""
+    """The results of `read_mask` for this mask, by the numbers of queries and keys and by whether a layer is causal."""
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -301,7 +301,7 @@ def read_mask(mask: Any, n: int, s: int, is_causal: bool) -> Visible:
 
 
 def _read_once(mask: CompactMask, n: int, s: int, is_causal: bool) -> Visible:
-    """As `_read_compact`; layers that get the same mask share the result."""
+    """As `_read_compact`, but layers that get the same mask share the result."""
     if mask.known is None:
         mask.known = {}
     seen = mask.known.get((n, s, is_causal))

@@ -147,13 +147,13 @@ def _check_layers(model: Any, requested: str) -> None:
     if not any(reaches(kind) for kind in kinds):
         layers = [kind.__name__ for kind in kinds if "Attention" in kind.__name__ and not _is_of_torch(kind)]
         raise ValueError(_message(model, requested, layers[0] if layers else None))
-    # only a call shows what layers do that are not part of transformers, and whether all layers have sliding windows
+    # layers from outside transformers, and whether all layers have sliding windows, are known only after a call
     if not any(map(_asks, kinds)) or _may_slide(model):
         _listen(model, requested)
 
 
 _listening: WeakSet[Any] = WeakSet()
-"""Models that run for the first time, and none of whose layers was yet approximated, or exact as was asked for."""
+"""Models that run for the first time and of which no layer has been approximated (or been exact, if so registered)."""
 
 
 def heard() -> None:
@@ -163,7 +163,10 @@ def heard() -> None:
 
 
 _hooks: WeakKeyDictionary[Any, tuple[str, list[Any]]] = WeakKeyDictionary()
-"""The name that such a model was given, and its hooks, until its first call ends. A copy of the model is not here."""
+"""The registered name of such a model, and its hooks, until its first call ends.
+
+Copies of the model are not included.
+"""
 
 
 def _listen(model: Any, requested: str) -> None:
@@ -197,7 +200,7 @@ def _end(model: Any, args: Any, out: Any) -> None:
 
 
 def _may_slide(model: Any) -> bool:
-    """Whether a layer or a config of a model speaks of a sliding window."""
+    """Whether a layer or a config of a model has an attribute for a sliding window."""
     parts = [part for module in model.modules() for part in (module, getattr(module, "config", None))]
     return any(getattr(part, "sliding_window", None) for part in parts)
 

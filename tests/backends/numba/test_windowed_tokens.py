@@ -53,7 +53,7 @@ def test_tokens_give_what_one_call_gives(group, d, e, m, window, start, dtype, k
 
 
 def test_a_state_in_a_store_stays_what_it_is():
-    """Its keys are made when they are first read, and by then the store holds keys of later tokens."""
+    """Its keys are made when they are first read; by then the store holds the keys of later tokens, too."""
     q, k, v = np.random.default_rng(0).standard_normal((3, 2, 24, 8)).astype(np.float32)
     fm = fs.feature_map(fs.fit(q, k), 16, rng=0)
     _, states = tokens(q, k, v, fm, fs.init_state(fm, 8, like=k, window=5))
