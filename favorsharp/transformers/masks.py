@@ -79,10 +79,10 @@ class CompactMask(torch.Tensor):
     """
 
     reach: Reach | None = None
-    """How far before and behind a query the keys are that it sees, for masks of sliding windows."""
+    """For masks of sliding windows: how far before and after a query the keys that it sees reach."""
 
     others: int = 0
-    """The number of keys at the end that are of another sequence."""
+    """The number of keys at the end that belong to another sequence."""
 
     known: dict[tuple[int, int, bool], "Visible"] | None = None
     """The results of `read_mask` for this mask, by the numbers of queries and keys and by whether a layer is causal."""

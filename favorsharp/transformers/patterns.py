@@ -9,7 +9,7 @@ from transformers.masking_utils import and_masks, bidirectional_mask_function, c
 Tensor = Any
 
 Reach = tuple[int, int]
-"""How far before and behind a query the keys are that it sees through a sliding window."""
+"""How far before and after a query the keys reach that it sees through a sliding window."""
 
 
 def kind_of(
