@@ -1,4 +1,4 @@
-"""What the plans of single tokens have in common: constants for a kernel, its workspace, and arrays for its results."""
+"""The base of the plans of single tokens: constants for a kernel, its workspace, and arrays for its results."""
 
 import ctypes
 import threading
@@ -23,7 +23,7 @@ class TokenPlan:
     ) -> None:
         self.kernel, self.scratch = kernel, items_of(kernel, sizes)
         self.held, self.one, self.heads, self.work, self.out = held, one, heads, work, out
-        # constants stay; the arrays of the first call are released
+        # the constants are kept; the arrays of the first call are released
         held.arrays = [x for x in held.arrays if not hasattr(x, "owner")]
         self.plan = held.keep(np.array(plan, dtype=np.int64))
         self.empty_like, self.start_of = np.empty_like, _start_of_numpy
@@ -37,7 +37,7 @@ class TokenPlan:
         """A new array for the result of a token, and the addresses of q, k, v and of this array."""
         out = self.empty_like(self.out)
         places = tuple(map(self.start_of, (q, k, v, out)))
-        if not all(places):  # arrays without items have no address either
+        if not all(places):  # arrays without items have no address
             check_memory((q, k, v))
         return out, places
 
@@ -60,7 +60,7 @@ class TokenPlan:
 
 
 def _start_of_numpy(x: Any) -> int:
-    """As `start_of` for NumPy arrays, in a third of the time if an array has items, has no gaps and is writable."""
+    """As `start_of` for NumPy arrays, but three times as fast if an array has items, has no gaps and is writable."""
     flags = x.flags
     if flags.c_contiguous and flags.writeable and x.size:
         return ctypes.addressof(ctypes.c_char.from_buffer(x))

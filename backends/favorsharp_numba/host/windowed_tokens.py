@@ -68,7 +68,7 @@ class NearStore:
 
 
 class InStore(NamedTuple):
-    """The part of a store in which the recent keys of a state lie: its first rows."""
+    """The part of a store that holds the recent keys of a state: its first rows."""
 
     whole: NearStore
     held: int

@@ -132,7 +132,7 @@ def score_recent(one, s, side, key_side, q, head, row, keys, mask, count, w):
 
 @inlined
 def mix(one, s, side, head, values, mask, count, sums, w):
-    """The numerator = what a query reads; `total` has minus the reference of its scores.
+    """Compute the numerator of a query; `total` holds minus the reference of its scores.
 
     The weights are divided by their total first, so that no product is larger than a value or a sum.
     """
