@@ -45,10 +45,10 @@ def calls(library, map_dtype, n=N):
     fm = fs.feature_map(fs.fit(*(to(x) for x in rng.standard_normal((2, HEADS, 99, D)).astype(map_dtype))), M, rng=0)
     state = fs.update(fs.init_state(fm, D, like=k), k, v, fm)
     token = [x[:, :1] for x in (q, k, v)]
-    after = [state]
+    after, near = [state], [fs.update(fs.init_state(fm, D, like=k, window=16), k, v, fm)]
 
-    def step():
-        after[0] = fs.decode_step(*token, after[0], fm)[1]
+    def step(states):
+        states[0] = fs.decode_step(*token, states[0], fm)[1]
 
     attend = fs.linear_attention
     yield "attention", lambda: attend(q, k, v, fm), 2, 1
@@ -60,7 +60,8 @@ def calls(library, map_dtype, n=N):
     yield "packed", lambda: attend(q, k, v, fm, cu_seqlens=[0, 100, n]), 1, 1
     yield "update", lambda: fs.update(state, k, v, fm), 1, 0
     yield "read", lambda: fs.read(state, q, fm), 1, 1
-    yield "decode_step", step, 0, 0
+    yield "decode_step", lambda: step(after), 0, 0
+    yield "decode_step with a window", lambda: step(near), 0, 0
     yield "kernel_matvec", lambda: fs.kernel_matvec(q, k, v, fm), 2, 1
     yield "query", lambda: fm.query(q), 1, 1
     yield "log_key", lambda: fm.log_key(k), 1, 1
