@@ -35,16 +35,17 @@ def features(quick: bool) -> Iterator[Table]:
         rows, column = (np.ascontiguousarray(a, dtype=np.float32) for a in (fm.rows, fm.column))
         given = u, rows, row, column
         tensors = [torch.from_numpy(a) for a in given]
-        ready = {KERNEL: partial(exponential_features, *given)}
+        ready = {}
         if kind == "equal moments":
             ready["torch.compile, FAVOR+"] = partial(peers.compiled(peers.torch_features), *tensors)
             ready["jax.jit, FAVOR+"] = partial(peers.jitted("features"), *given)
             want = peers.numpy_features(*(a.astype(np.float64) for a in given))
         for into, out in (("", None), (", out=", fm.query(x))):
-            sides = {"favorsharp": partial(fm.query, x, out=out), **ready}
+            alone = partial(exponential_features, *given, out=None if out is None else np.empty_like(out))
+            sides = {"favorsharp": partial(fm.query, x, out=out), KERNEL: alone, **ready}
             work = f"query of {n} points, m={M}, {kind}{into}"
             least = 2.0 * n * D * (M if kind == "equal moments" else M + D)
-            if len(ready) > 1:
+            if ready:
                 label = "" if out is None else f"{M} features of {n:,} points"
                 yield compare(work, sides, want=want, goal=1.7, flops=least, beside=(KERNEL,), label=label)
             else:

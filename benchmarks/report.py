@@ -44,7 +44,8 @@ WHY = {
     "most 43 per cent of the bound can be reached.",
     "BERT-like": "at 512 tokens exact attention is a small part of the layer, and 64 landmarks take longer to choose "
     "than it takes.",
-    "query": "where the transform is no rotation the row term takes products of its own.",
+    "query": "where the transform is no rotation the row term takes half as many products again as the kernel alone, "
+    "which gets it as an argument.",
     "RandomFeatures, optimal: fit": "moments of float32 points are added in float64, and a decomposition follows; "
     "with 784 columns these take two thirds and a fifth of the time.",
     "RandomFeatures, optimal: transform": "checks and conversions of scikit-learn take part of it.",
