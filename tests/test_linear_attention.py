@@ -142,9 +142,10 @@ def test_packed_sequences_are_separate_ones(few_xp, is_causal, window):
         fs.linear_attention(*(x[:, a:b] for x in (q, k, v)), map_of(q, k), key_mask=mask[:, a:b], **options)
         for a, b in [(0, 7), (7, 30), (30, 60)]
     ]
-    for given in (bounds, tuple(bounds), xp(np.array(bounds), "int32")):
-        got = fs.linear_attention(*arrays, fm, cu_seqlens=given, key_mask=xp(mask), **options)
-        agree(xp.back(got), np.concatenate(want, axis=1))
+    for given, e in ((bounds, 5), (tuple(bounds), 2), (xp(np.array(bounds), "int32"), 1)):
+        few = xp(v[..., :e])
+        got = fs.linear_attention(*arrays[:2], few, fm, cu_seqlens=given, key_mask=xp(mask), **options)
+        agree(xp.back(got), np.concatenate(want, axis=1)[..., :e])
 
 
 def test_a_padded_batch_is_its_rows_one_by_one(few_xp):
