@@ -316,5 +316,5 @@ def _arrays_of(result: Any) -> list[Array]:
         seen = result.moments
         return [seen.mean_x, seen.covariance_x, seen.mean_y, seen.covariance_y]
     if isinstance(result, State):
-        return [result.kv, result.z, result.c, result.recent_k, result.recent_v]
+        return [result.kv, result.z, result.c, result.recent_k, result.recent_v, result.recent_mask]
     return [result]

@@ -1,6 +1,7 @@
 """`check_backend` finds wrong kernels, and accepts the loopback backend."""
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -133,6 +134,18 @@ def test_plans_are_compared(monkeypatch, found_again, off):
             check_backend("loopback")
     else:
         assert "plain, window 0 (plan)" in {row.case for row in check_backend("loopback")}
+
+
+def test_masks_of_recent_keys_are_compared(monkeypatch, found_again):
+    update = dispatch.OPS["update"].reference
+
+    def forgetful(*args, **options):
+        state = update(*args, **options)
+        return replace(state, recent_mask=np.ones_like(state.recent_mask))
+
+    a_backend(monkeypatch, update=forgetful)
+    with pytest.raises(AssertionError, match="update, case .*window 5.*error .* is above"):
+        check_backend("loopback")
 
 
 @pytest.mark.parametrize("off", [1.0, 1.01])
