@@ -77,6 +77,17 @@ def test_attention(window, causal):
         assert_close(out[:LAST][::-1], want)
 
 
+def test_equal_blocks_in_both_directions():
+    """Rounding errors of equal sums do not make up for each other."""
+    q, k, v, fm = problem(n=2000 * WINDOW)
+    k, v = (np.tile(x[:WINDOW], (2000, 1)) for x in (k, v))
+    with fs.use("numba"):
+        out = fs.linear_attention(q, k, v, fm, window=WINDOW)
+        back = fs.linear_attention(q[::-1], k[::-1], v[::-1], fm, window=WINDOW)[::-1]
+    for got in (out, back):
+        assert_close(got[-LAST:], expected(q, k, v, fm, window=WINDOW))
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("e", [1, 5])
 def test_operators(backend, e):

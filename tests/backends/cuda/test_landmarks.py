@@ -13,11 +13,12 @@ from favorsharp_cuda import landmarks  # noqa: E402
 
 
 def candidates(rng, batch, slots, d, dtype):
-    """Some slots without a candidate, and two equal candidates."""
+    """Some slots without a candidate, and equal candidates with the largest score, of which the first is drawn."""
     points, logs = rng.standard_normal((*batch, slots, d)), rng.gumbel(size=(*batch, slots))
     if slots > 9:
         logs[..., 3] = -np.inf
-        points[..., 7, :] = points[..., 8, :]
+        points[..., [7, slots - 1], :] = points[..., 8:9, :]
+        logs[..., [7, 8, slots - 1]] = 20.0
     return points.astype(dtype), logs.astype(dtype)
 
 
