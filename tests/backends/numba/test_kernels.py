@@ -203,6 +203,18 @@ def test_out_may_share_memory_with_the_inputs(call):
             )
 
 
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_no_kernel_writes_to_an_array_that_repeats_its_items(is_causal):
+    """Torch refuses to; a kernel would leave what one of its threads wrote last."""
+    torch = pytest.importorskip("torch")
+    q, k, v = (torch.asarray(x) for x in attention_problem(4, n=20))
+    fm = fs.feature_map(fs.fit(q, k), 16, rng=0)
+    out = torch.zeros(1, 5, dtype=torch.float64).expand(20, 5)
+    with fs.use("numba"), pytest.raises(RuntimeError, match="single memory location"):
+        fs.linear_attention(q, k, v, fm, is_causal=is_causal, out=out)
+    assert not out.any()
+
+
 def test_features_may_be_written_over_their_points():
     rng = np.random.default_rng(0)
     memory, rows = rng.standard_normal((300, 16)) / 2, rng.standard_normal((16, 16))
