@@ -10,6 +10,7 @@ from problems import attention_problem, key_mask
 import favorsharp as fs
 from favorsharp._values import astype
 from favorsharp.dispatch import watch
+from favorsharp.features.map_gradients import MAP_ARRAYS, arrays_of, with_arrays
 from favorsharp.ops.exponential_features import exponential_features
 
 pytestmark = [pytest.mark.own_backend, pytest.mark.kernels]
@@ -98,6 +99,19 @@ def test_gradients_of_every_array_of_the_map(is_causal, window, method, kernel, 
     got = gradients("numba", dtype, **options)
     want = gradients("reference", torch.float64, **options)
     assert_same([None if x is None else x.to(torch.float64) for x in got], want, ERROR[dtype])
+
+
+@pytest.mark.parametrize("number", range(len(MAP_ARRAYS)), ids=MAP_ARRAYS)
+def test_one_array_of_a_map_may_be_trained_alone(number):
+    q, k, v = (torch.asarray(x) for x in attention_problem(5, (2,), n=40))
+    fm, found = fs.feature_map(fs.fit(q[0], k[0]), 12, rng=0), []
+    for name in ("numba", "reference"):
+        own = [x.clone() for x in arrays_of(fm)]
+        own[number].requires_grad_()
+        with fs.use(name):
+            fs.linear_attention(q, k, v, with_arrays(fm, *own), is_causal=True).square().sum().backward()
+        found.append(own[number].grad)
+    torch.testing.assert_close(*found, rtol=1e-8, atol=1e-9)
 
 
 @pytest.mark.parametrize("window", [0, 16, 100])
