@@ -24,6 +24,7 @@ from favorsharp.landmarks.state import (
 )
 from favorsharp.ops.attention import attention as attention_op
 from favorsharp.ops.landmark_metric import Metric
+from favorsharp.ops.window_rule import num_leaving
 
 
 def whole(
@@ -171,7 +172,7 @@ def gathered(
 def num_recent(state: LandmarkState) -> int:
     """The number of keys in the current and the previous block of a window."""
     length, window = state.num_seen, state.window
-    return length - max(0, -(-length // window) - 2) * window if window else 0
+    return length - num_leaving(length, window) if window else 0
 
 
 def read_state(state: LandmarkState, q: Array, *, grouped: bool = False) -> Array:

@@ -18,6 +18,7 @@ from favorsharp._typing import Array, PositiveMap
 from favorsharp.ops.partials import Partial, exact_partial, merge, pair_partial
 from favorsharp.ops.state import State, absorb, absorb_features, log_features, read_partial
 from favorsharp.ops.tiles import tile_length, tiles_of
+from favorsharp.ops.window_rule import RECENT_BLOCKS, near_blocks
 
 Rows = tuple[int, int, Partial]
 """First position, position after the last, and the partial sums of the queries between them."""
@@ -68,7 +69,7 @@ def far_step(
         The state after taking in the keys that enter with this tile.
     """
     window = state.window
-    shift = 2 * window if not reverse else -2 * window
+    shift = RECENT_BLOCKS * window * (-1 if reverse else 1)
     first, last = start - shift, start - shift + tile  # the keys that enter with this tile
     length = q.shape[-2]
     if tile == window:  # one block: all of its queries read the same keys
@@ -76,8 +77,8 @@ def far_step(
         if low < high:
             state = absorb(state, k[..., low:high, :], v[..., low:high, :], key_mask[..., low:high], feature_map)
         batch = broadcast_shapes(q.shape[:-2], state.kv.shape[:-2])
-        parts = []
-        for a, b in tiles_of(min(tile, length - start), max(state.num_features, 3 * window), batch):
+        parts, width = [], max(state.num_features, len(near_blocks(causal=False)) * window)
+        for a, b in tiles_of(min(tile, length - start), width, batch):
             lq = log_features(feature_map, "query", cast(q[..., start + a : start + b, :], state.kv.dtype))
             parts.append((start + a, start + b, read_partial(state, lq)))
         return parts, state
@@ -116,9 +117,8 @@ def near_partial(
     start, stop = rows
     if stop - start <= window and start // window == (stop - 1) // window:
         return _near_of_one_block(q, k, v, key_mask, feature_map, rows, state, causal)
-    reach = 1 if causal else 2
     tile = -(-(stop - start) // window) * window
-    shifts = [(offset * window) for offset in range(-1, reach)]
+    shifts = [block * window for block in near_blocks(causal=causal)]
     own = _in_blocks(cast(rows_between(q, start, start + tile), dtype), window)
     keys, values, visible = (
         xp.concat([_in_blocks(rows_between(x, start + s, start + s + tile), window) for s in shifts], axis=-2)
@@ -128,7 +128,7 @@ def near_partial(
     pairs = mask[..., None, :]
     if causal:
         inside = xp.arange(window, **on_device_of(k))
-        offsets = xp.arange(-window, window, **on_device_of(k))
+        offsets = xp.arange(shifts[0], window, **on_device_of(k))
         pairs = pairs & (inside[:, None] >= offsets[None, :])
     part = exact_partial(
         feature_map.expanded().log_kernel(own, hide(keys, mask)), pairs, hide(values, mask), mixed=causal
@@ -150,7 +150,8 @@ def _near_of_one_block(
     window, dtype = state.window, state.kv.dtype
     start, stop = rows
     block = start // window * window
-    low, high = max(block - window, 0), min(block + (1 if causal else 2) * window, k.shape[-2])
+    near = near_blocks(causal=causal)
+    low, high = max(block + near.start * window, 0), min(block + near.stop * window, k.shape[-2])
     near_k = hide(cast(k[..., low:high, :], dtype), key_mask[..., low:high])
     logits = feature_map.log_kernel(cast(q[..., start:stop, :], dtype), near_k)
     visible = key_mask[..., None, low:high]

@@ -10,7 +10,8 @@ from favorsharp._typing import Array, PositiveMap
 from favorsharp.dispatch import Op
 from favorsharp.ops.blocks import far_step, near_partial, tile_of
 from favorsharp.ops.partials import finish, merge
-from favorsharp.ops.state import State, empty_state, num_leaving, with_recent
+from favorsharp.ops.state import State, empty_state, with_recent
+from favorsharp.ops.window_rule import num_leaving
 
 
 @Op

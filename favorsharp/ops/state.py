@@ -30,6 +30,7 @@ from favorsharp.moments import combine
 from favorsharp.ops.compensated_sums import added, has_low_parts, sums_of
 from favorsharp.ops.partials import Partial, exact_partial, finish, finite, merge
 from favorsharp.ops.tiles import tiles_of
+from favorsharp.ops.window_rule import num_leaving
 
 
 def log_features(feature_map: PositiveMap, side: str, x: Array) -> Array:
@@ -371,11 +372,6 @@ def with_recent(state: State, k: Array, v: Array, key_mask: Array | None) -> tup
         axis=-1,
     )
     return _joined(state.recent_k, k), _joined(state.recent_v, v), mask
-
-
-def num_leaving(length: int, window: int) -> int:
-    """The number of leading positions that are not in the last two blocks."""
-    return max(0, -(-length // window) - 2) * window
 
 
 @under_own_settings

@@ -7,7 +7,7 @@ of this file. `Tiles` has one method for each kernel.
 import math
 from typing import Any
 
-from favorsharp.backend import broadcast_shapes
+from favorsharp.backend import RECENT_BLOCKS, broadcast_shapes
 from favorsharp_cuda.host import arrays
 from favorsharp_cuda.host.declarations import THREADS, TILE, Scan, Walk
 from favorsharp_cuda.host.launch import multiprocessors, run
@@ -196,9 +196,10 @@ class Tiles:
         n, heads, parts = k.shape[-2], math.prod(out.shape[:-2]), self.padded_e // self.part
         if n >= LONGEST:
             raise ValueError(f"k has s={n}; accepted by the CUDA kernels: fewer than {LONGEST} positions in one call")
-        window = min(window, LONGEST // 2)  # a sequence has at most two such blocks, so all keys are near
+        # a sequence has at most two such blocks, so all keys are near
+        window = min(window, LONGEST // RECENT_BLOCKS)
         stages, shared, segments, span = self._cut_of_walk(heads * parts, n, window)
-        cut = segments, span, 2 * window * (-1 if reverse else 1), limit
+        cut = segments, span, RECENT_BLOCKS * window * (-1 if reverse else 1), limit
         sums = self._sums_before(k, v, factors, key_batch, cut, state, low, reverse)
         p = self.problem(tuple(out.shape[:-2]), key_batch)
         for name, x in (("k", k), ("v", v), ("q", q), ("out", out), ("key_factors", factors)):

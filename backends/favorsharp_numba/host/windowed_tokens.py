@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from favorsharp.backend import State, in_store, num_leaving, with_recent
+from favorsharp.backend import RECENT_BLOCKS, State, in_store, num_leaving, with_recent
 from favorsharp_numba.host.arguments import (
     Held,
     broadcast,
@@ -40,7 +40,7 @@ class NearStore:
     """
 
     def __init__(self, k: Any, v: Any, state: State, feature_map: Any) -> None:
-        batch, self.room = tuple(state.kv.shape[:-2]), 2 * state.window
+        batch, self.room = tuple(state.kv.shape[:-2]), RECENT_BLOCKS * state.window
         self.used = held = int(state.recent_k.shape[-2])
         self.keys = empty(k, (*batch, self.room, k.shape[-1]), name_of(k))
         self.values = empty(k, (*batch, self.room, v.shape[-1]), name_of(v))
@@ -89,7 +89,7 @@ class NearTurn(TokenPlan):
     def __init__(self, q: Any, k: Any, v: Any, state: State, feature_map: Any) -> None:
         batch, self.window, held = tuple(state.kv.shape[:-2]), state.window, Held()
         packed, sizes, query, key = pack(feature_map, name_of(state.kv), v.shape[-1])
-        heads, room = math.prod(batch), 2 * self.window
+        heads, room = math.prod(batch), RECENT_BLOCKS * self.window
         work = float(heads * q.shape[-2] * (sizes.m + room) * (sizes.d + sizes.e))
         out = empty(q, (*batch, q.shape[-2], v.shape[-1]), name_of(q))
         plan = [*sizes, held.place(query), held.place(key), held.constant(indices(packed.batch, batch))]
@@ -104,7 +104,7 @@ class NearTurn(TokenPlan):
         """The result of a token, and the state after it."""
         part = state.store
         if part is None or not part.whole.claim(part.held):
-            if state.recent_k.shape[-2] == 2 * self.window:
+            if state.recent_k.shape[-2] == RECENT_BLOCKS * self.window:
                 state = without_first_block(state, feature_map)
             store = NearStore(k, v, state, feature_map)
             part = InStore(store, store.used)
