@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from favorsharp._arrays import broadcast_shapes, cast, compute_dtype, dtype_name, library_of, result_dtype
+from favorsharp._arrays import cast, dtype_name, library_of, result_dtype
 from favorsharp._autodiff import needs_gradient
 from favorsharp._checks import check_attention
 from favorsharp._heads import merge_heads, split_heads
@@ -21,7 +21,7 @@ from favorsharp.distributed.collectives import Exchange, Tied, on_every_rank
 from favorsharp.distributed.shards import agreed
 from favorsharp.landmarks import Landmarks, LandmarkState
 from favorsharp.landmarks.attention import read_state
-from favorsharp.landmarks.state import empty_landmarks, extended, moments_of, reduced
+from favorsharp.landmarks.state import extended, moments_of, no_keys, reduced
 from favorsharp.moments import Moments, combine
 
 _SIDES = ("count_x", "mean_x", "covariance_x", "count_y", "mean_y", "covariance_y")
@@ -87,21 +87,19 @@ def _prepared(
     xp, heads = check_attention(q, k, v, is_causal=False, key_mask=key_mask, enable_gqa=enable_gqa)
     if library_of(q) != "torch":
         raise TypeError(f"q, k and v must be torch tensors, got arrays of {library_of(q)}")
-    batch = broadcast_shapes(k.shape[:-2], v.shape[:-2], () if key_mask is None else key_mask.shape[:-1])
-    like = cast(k[..., :0, :], compute_dtype(xp, q, k, v))
+    empty = no_keys(settings, q, k, v, key_mask, 0)
     told = {
         "length": k.shape[-2],
         "window": 0,
         "query heads to a key head": heads,
         "leading axes of the queries": tuple(q.shape[:-2]),
-        "leading axes of the keys": batch,
+        "leading axes of the keys": empty.batch_shape,
         "d, the size of a key": k.shape[-1],
         "e, the size of a value": v.shape[-1],
         "dtype": dtype_name(result_dtype(xp, q, k, v)),
         "whether gradients are recorded": any(needs_gradient(x) for x in (q, k, v)),
         "feature_map": settings,
     }
-    empty = empty_landmarks(settings, batch, k.shape[-1], v.shape[-1], 0, like)
     return _Call(split_heads(heads, q), k, v, key_mask, heads, empty, result_dtype(xp, q, k, v), told)
 
 

@@ -144,6 +144,13 @@ def empty_landmarks(
     )
 
 
+def no_keys(settings: Landmarks, q: Array, k: Array, v: Array, key_mask: Array | None, window: int) -> LandmarkState:
+    """The state with which a call of attention begins: of no keys, with the leading axes of keys, values and mask."""
+    like = cast(k[..., :0, :], compute_dtype(namespace_of(q, k, v), q, k, v))
+    batch = broadcast_shapes(k.shape[:-2], v.shape[:-2], () if key_mask is None else key_mask.shape[:-1])
+    return empty_landmarks(settings, batch, k.shape[-1], v.shape[-1], window, like)
+
+
 class Segment(NamedTuple):
     """Keys start .. stop of a call, between two compressions.
 

@@ -5,9 +5,7 @@ from itertools import pairwise
 from typing import Any, NamedTuple
 
 from favorsharp._arrays import (
-    broadcast_shapes,
     cast,
-    compute_dtype,
     library_of,
     namespace_of,
     result_dtype,
@@ -36,7 +34,7 @@ from favorsharp.dispatch import circumstances
 from favorsharp.landmarks.attention import absorbed, gathered, landmark_stream, read_state, stream, whole
 from favorsharp.landmarks.gradients import gradients_of
 from favorsharp.landmarks.settings import Landmarks, landmarks
-from favorsharp.landmarks.state import LandmarkState, empty_landmarks
+from favorsharp.landmarks.state import LandmarkState, empty_landmarks, no_keys
 
 
 def landmark_call(q: Array, k: Array, v: Array, num_landmarks: int, given: dict[str, Any], **options: Any) -> Array:
@@ -97,8 +95,7 @@ def landmark_attention(
         result = _packed(x, k, v, settings, bounds, key_mask, options)
     else:
         if state is None and (is_causal or return_state):
-            like = cast(k[..., :0, :], compute_dtype(xp, q, k, v))
-            state = empty_landmarks(settings, broadcast_shapes(*batches), k.shape[-1], v.shape[-1], window, like)
+            state = no_keys(settings, q, k, v, key_mask, window)
         result, state = _run(x, k, v, settings, state, key_mask, **options)
     result = cast(merge_heads(group, result), result_dtype(xp, q, k, v))
     if out is not None:
@@ -144,11 +141,7 @@ def _packed(
     for a, b in pairwise(bounds):
         mask = None if key_mask is None else key_mask[..., a:b]
         x, y, values = (points[..., a:b, :] for points in (q, k, v))
-        state = None
-        if options["is_causal"]:
-            batch = broadcast_shapes(k.shape[:-2], v.shape[:-2], () if mask is None else mask.shape[:-1])
-            like = cast(k[..., :0, :], compute_dtype(xp, q, k, v))
-            state = empty_landmarks(settings, batch, k.shape[-1], v.shape[-1], options["window"], like)
+        state = no_keys(settings, x, y, values, mask, options["window"]) if options["is_causal"] else None
         pieces.append(_run(x, y, values, settings, state, mask, **options)[0])
     return pieces[0] if len(pieces) == 1 else xp.concat(pieces, axis=-2)
 
