@@ -1,8 +1,8 @@
 """Kernel regression against the number of features and against time: `python -m benchmarks.paper.regression`.
 
 The error is the root mean square error on a fifth of the rows, in units of the target's standard deviation: predicting
-the mean gives 1. Columns are standardised by the training rows. Where a
-signed method has no estimate, Nadaraya-Watson takes the mean.
+the mean gives 1. Columns are standardised by the training rows. Where a signed method has no estimate, Nadaraya-Watson
+takes the mean.
 """
 
 import time
