@@ -304,17 +304,20 @@ def _summary(subject: _Subject) -> list[str]:
     """The time of exact attention; for landmarks and `optimal`, the setting with the least error that saves time."""
     exact = subject.rows[0].exact_seconds
     lines = [
-        f"Exact attention over {subject.points[1].shape[-2]:,} tokens takes {_milliseconds(exact)} ms, and its time "
-        "grows with the square of their number. The time of what follows grows in proportion to it."
+        f"Exact attention over {subject.points[1].shape[-2]:,} tokens takes {_milliseconds(exact)} ms, and twice the "
+        "tokens would take four times as long. By the approximations below they would take twice as long."
     ]
-    for method, law in ((LANDMARKS, "biased; each call chooses its own"), ("optimal", "unbiased; one map, many calls")):
+    for method, law in (
+        (LANDMARKS, "Landmarks are weighted keys that each call chooses; they are biased."),
+        ("optimal", "These random features are unbiased, and one map of them serves many calls."),
+    ):
         rows = [row for row in subject.rows if row.method == method]
         faster = [row for row in rows if WORTH * row.seconds <= exact]
         if faster:
             best = min(faster, key=lambda row: row.measured)
             gain, off = exact / best.seconds, 100 * best.measured
-            text = f"{_milliseconds(best.seconds)} ms, {gain:.0f} times as fast, with an error of {off:.0f} %"
-            lines.append(f"{_setting(best)}: {text} ({law}).")
+            text = f"{_milliseconds(best.seconds)} ms, {gain:.0f} times as fast, and {off:.0f} % off the exact result"
+            lines.append(f"{_setting(best)}: {text}. {law}")
         elif rows:
             lines.append(f"{method}: no setting is {WORTH} times as fast as exact attention at this length.")
     return lines
