@@ -17,6 +17,9 @@ NEWEST ?= $(shell for p in python3.14 python3.13 python3.12 \
 	$$(ls -d "$$(pyenv root 2>/dev/null)"/versions/3.1[2-9]*/bin/python3 2>/dev/null | sort -Vr) $(PYTHON); \
 	do $$p -c '' 2>/dev/null && echo $$p && break; done)
 
+# What is tried beside a wheel: extras without torch and JAX, which are hundreds of megabytes.
+EXTRAS := cpu sobol sklearn dask datasets cli
+
 .PHONY: help demo test test-loopback test-kernels test-cuda test-jax test-slow test-sweep test-parallel test-models test-architectures bench lint types layers docs wheel-check gpu-bundle gpu-check clean
 
 help:
@@ -113,8 +116,8 @@ wheel-check: $(VENV)/test
 	dist/newest/bin/python -m pip --disable-pip-version-check install --quiet dist/*.tar.gz
 	cd dist && newest/bin/python ../tests/wheel_smoke.py
 	dist/newest/bin/python -m pip --disable-pip-version-check install --quiet \
-		"$$(ls dist/*.whl)[sobol,datasets]"
-	cd dist && newest/bin/python ../tests/extras_smoke.py sobol datasets
+		"$$(ls dist/*.whl)[$$(echo $(EXTRAS) | tr ' ' ,)]"
+	cd dist && newest/bin/python ../tests/extras_smoke.py $(EXTRAS)
 
 gpu-bundle: $(VENV)/made
 	$(BIN)/python tests/gpu/bundle.py
