@@ -16,7 +16,7 @@ from landmark_problems import (
     relative,
     stream_problem,
 )
-from problems import attention_problem
+from problems import attention_problem, key_mask
 
 import favorsharp as fs
 from favorsharp.diagnostics import load_sample
@@ -238,3 +238,21 @@ def test_moments_are_of_the_widest_dtype_so_far(dtypes):
         _, state = fs.linear_attention(*points, lm, is_causal=True, state=state, return_state=True)
     assert state.moments.dtype == "float64"
     assert state.keys.dtype == dtypes[0]
+
+
+@pytest.mark.parametrize("window", WINDOWS)
+def test_what_a_mask_hides_within_a_stream_enters_nothing(few_xp, window):
+    """Neither its keys nor the queries at their positions, which would change the metric of later compressions."""
+    arrays, lm = attention_problem(4, (2,), n=60), fs.landmarks(4, room=4)
+    mask = key_mask(2, (2, 60), "holes")
+
+    def stream(*points):
+        given = (few_xp(x) for x in points)
+        options = {"key_mask": few_xp(mask), "window": window, "is_causal": True, "return_state": True}
+        out, state = fs.linear_attention(*given, lm, **options)
+        return [few_xp.back(x) for x in (out, state.moments.covariance_x, state.moments.mean_y)]
+
+    (out, *moments), (other, *others) = stream(*arrays), stream(*(np.where(mask[..., None], x, 9 - x) for x in arrays))
+    np.testing.assert_array_equal(np.where(mask[..., None], out, 0), np.where(mask[..., None], other, 0))
+    for got, want in zip(moments, others, strict=True):
+        np.testing.assert_array_equal(got, want)
