@@ -11,6 +11,7 @@ from problems import attention_problem
 
 import favorsharp as fs
 from favorsharp.diagnostics import expected_error
+from favorsharp.landmarks.state import map_of_points
 from favorsharp.ops.landmark_metric import Metric
 from favorsharp.ops.landmark_seeds import choose_seeds, noise_of
 
@@ -192,3 +193,15 @@ def test_expected_error_is_the_definition(few_xp, kernel):
     got = few_xp.back(expected_error(*wide, lm, key_mask=mask, enable_gqa=True))
     np.testing.assert_allclose(got, [want], rtol=1e-6)
     assert few_xp.back(expected_error(few_xp(q), few_xp(k), fs.landmarks(40, kernel=kernel))) == 0
+
+
+def test_weights_of_points_are_repetitions_in_the_metric(few_xp):
+    x, _, _ = attention_problem(6, n=30)
+    weight, lm = 1 + np.arange(30) % 3, fs.landmarks(7, kernel="gaussian", scale=0.1)
+    weighted = map_of_points(few_xp(x), lm, few_xp(weight.astype(float))).metric
+    repeated = map_of_points(few_xp(np.repeat(x, weight, axis=0)), lm).metric
+    for name in ("center", "direction"):
+        got, want = (few_xp.back(getattr(metric, name)) for metric in (weighted, repeated))
+        np.testing.assert_allclose(got, want, rtol=1e-9, atol=1e-12)
+    squares = [few_xp.back(metric.lift) @ few_xp.back(metric.lift).T for metric in (weighted, repeated)]
+    np.testing.assert_allclose(*squares, rtol=1e-9)
