@@ -24,6 +24,7 @@ from sklearn.preprocessing import StandardScaler
 from sklearn.utils.estimator_checks import check_estimator
 
 import favorsharp as fs
+from favorsharp import map_choice
 from favorsharp.sklearn import FeatureRidge, NadarayaWatsonClassifier, NadarayaWatsonRegressor, RandomFeatures
 from favorsharp.sklearn.nadaraya_watson import _exact_leave_one_out
 
@@ -162,6 +163,15 @@ def test_auto_is_never_far_behind_the_best(gamma, purpose, expected):
     assert chosen <= 1.02 * min(error(method)[0] for method in ("nystrom", "trig", "optimal"))
     assert features.method_ in features.reason_
     assert features.method_ == expected
+
+
+@pytest.mark.parametrize("purpose", ["inner product", "smoothing"])
+def test_auto_compares_by_the_error_of_its_purpose(purpose, monkeypatch):
+    x = np.random.default_rng(0).standard_normal((80, 2))
+    for name, error in (("product_error", 0.25), ("smoothing_error", 0.125)):
+        monkeypatch.setattr(map_choice, name, lambda *given, error=error: error)
+    features = RandomFeatures(n_components=8, purpose=purpose, random_state=0).fit(x)
+    assert f"nystrom {0.125 if purpose == 'smoothing' else 0.25}" in features.reason_
 
 
 def test_auto_compares_at_points_that_were_not_fitted():
