@@ -81,6 +81,28 @@ def test_features_that_rise_by_far(size, dtype):
         np.testing.assert_allclose(got, want, rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.parametrize("size", [1, 2])
+def test_features_that_rise_a_little_and_then_by_far(size):
+    """The sums are divided by both rises; of what they held, a share of 1e-8 is left."""
+    q, k, v, _ = problem((3,), 16, 4, 2, 8, np.float64)
+    fm = fs.feature_map(fs.fit(q, q, method="posrf"), 16, rng=0)
+    k = k[:, :1] / np.linalg.norm(k[:, :1], axis=-1, keepdims=True) + 0.02 * k
+    k = k * np.array([12, 11.9, 11.8, 11.7, 6, 6, 5.9, 5.8])[:, None]  # points far away have small features
+    states = []
+    for backend in ("numba", "reference"):
+        with fs.use(backend):
+            state = fs.init_state(fm, 2, like=k)
+            for start in range(0, 8, size):
+                part = (slice(None), slice(start, start + size))
+                if size == 1:
+                    _, state = fs.decode_step(q[part], k[part], v[part], state, fm)
+                else:
+                    state = fs.update(state, k[part], v[part], fm)
+        states.append(state)
+    for name in ("kv", "z", "c"):
+        np.testing.assert_allclose(*(getattr(state, name) for state in states), rtol=1e-11, atol=1e-12)
+
+
 def test_keys_of_two_ways():
     """Two states that continue one state do not see each other's keys, and that state does not change."""
     _, k, v, fm = problem((2,), 16, 8, 4, 40)
