@@ -240,11 +240,11 @@ def test_moments_are_of_the_widest_dtype_so_far(dtypes):
     assert state.keys.dtype == dtypes[0]
 
 
-@pytest.mark.parametrize("window", WINDOWS)
+@pytest.mark.parametrize("window", [0, 5])
 def test_what_a_mask_hides_within_a_stream_enters_nothing(few_xp, window):
     """Neither its keys nor the queries at their positions, which would change the metric of later compressions."""
-    arrays, lm = attention_problem(4, (2,), n=60), fs.landmarks(4, room=4)
-    mask = key_mask(2, (2, 60), "holes")
+    arrays, lm = attention_problem(4, (2,), n=40), fs.landmarks(4, room=4)
+    mask = key_mask(2, (2, 40), "holes")
 
     def stream(*points):
         given = (few_xp(x) for x in points)
