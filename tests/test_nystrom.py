@@ -65,6 +65,19 @@ def test_nearer_than_the_usual_map_of_the_same_centres(scale):
         assert np.linalg.norm(product(fm, points, points) - exact) < 0.97 * np.linalg.norm(usual - exact)
 
 
+def test_the_short_way_of_rough_kernels_is_the_long_one(monkeypatch):
+    """One Cholesky factor and float32 products, or eigenvectors and float64."""
+    x = np.random.default_rng(0).standard_normal((900, 6))
+    short = fitted(x, x, 100, kernel="gaussian", scale=0.4)
+    monkeypatch.setattr(nystrom, "COARSE", float("inf"))
+    long = fitted(x, x, 100, kernel="gaussian", scale=0.4)
+    assert (short.sharpness < 1).all()
+    np.testing.assert_array_equal(short.projection, long.projection)
+    assert not np.array_equal(short.root, long.root)
+    wanted = product(long, x, x)
+    assert np.linalg.norm(product(short, x, x) - wanted) < 1e-4 * np.linalg.norm(wanted)
+
+
 def test_groups_far_apart_keep_their_centres():
     """Centres move inwards by less than the width of the kernel."""
     x = np.random.default_rng(0).standard_normal((400, 4)) + 40 * (np.arange(400) % 2)[:, None]

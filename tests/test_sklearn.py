@@ -25,6 +25,7 @@ from sklearn.utils.estimator_checks import check_estimator
 
 import favorsharp as fs
 from favorsharp import map_choice
+from favorsharp.map_choice import smoothing_error
 from favorsharp.sklearn import FeatureRidge, NadarayaWatsonClassifier, NadarayaWatsonRegressor, RandomFeatures
 from favorsharp.sklearn.nadaraya_watson import _exact_leave_one_out
 
@@ -183,6 +184,17 @@ def test_auto_compares_at_points_that_were_not_fitted():
     smooth = RandomFeatures(n_components=150, gamma=0.01, random_state=0).fit(x)  # the points asked are fitted then
     made = smooth.transform(x)
     np.testing.assert_allclose(made @ made.T, rbf_kernel(x, gamma=0.01), atol=1e-6)
+
+
+def test_rows_count_alike_for_smoothing():
+    """A row far out has most of the squares, and is one of many."""
+    exact = np.eye(101)
+    exact[:100, :100] = 1.0
+    found = exact.copy()
+    found[100, 100] = 0.0
+    assert smoothing_error(found, exact, 101) == pytest.approx((1 / 101) ** 0.5)
+    half = np.where(np.arange(101) < 50, 1.0, 0.0)[:, None] * exact + 0.0  # the other rows have no sum
+    assert smoothing_error(half, exact, 101) == pytest.approx((51 / 101) ** 0.5)
 
 
 def test_auto_knows_the_error_of_fourier_features():
