@@ -39,9 +39,6 @@ FARTHEST = 0.45
 REGRESSED = 2.0
 """Points of the regression for each feature; the centres were made from the first of them."""
 
-SMOOTH = 1.25
-"""The same for a smooth kernel, whose points say less each."""
-
 WEIGHT = 2.5
 """How often the points that centres were made from count in the regression."""
 
@@ -95,10 +92,7 @@ def nystrom_map(
     points, seen = _taken(points, order), xp.take_along_axis(seen, order, axis=-1)
     sharpness = xp.where(rough, SHARPNESS, xp.ones_like(points[..., :1, :1]))
     centres = xp.sqrt(sharpness) * _centres(points, seen, rough, num_features)
-    least_count, share = SAMPLE // 2, REGRESSED
-    if not is_traced(rough) and not bool(xp.any(rough)):
-        least_count, share = SAMPLE // 4, SMOOTH
-    count = min(max(least_count, math.ceil(share * num_features)), points.shape[-2])
+    count = min(points.shape[-2], max(SAMPLE // 2, math.ceil(REGRESSED * num_features)))
     root = _root(points[..., :count, :], seen[..., :count], centres, sharpness, least)
     return NystromMap(p, num_features, centres, root, sharpness)
 
