@@ -46,11 +46,12 @@ from favorsharp.moments import Moments
 from favorsharp.ops.compensated_sums import has_low_parts
 from favorsharp.ops.landmark_seeds import CANDIDATES, draw_seeds, noise_of
 from favorsharp.ops.state import State, absorb_features, empty_state, in_store, unsettled, with_recent, with_sums
-from favorsharp.ops.window_rule import RECENT_BLOCKS, num_leaving
+from favorsharp.ops.window_rule import NEIGHBOURS, RECENT_BLOCKS, num_leaving
 
 __all__ = [
     "CANDIDATES",
     "FLOATS",
+    "NEIGHBOURS",
     "RECENT_BLOCKS",
     "STREAM_RIDGE",
     "Backend",

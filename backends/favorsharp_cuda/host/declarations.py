@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from favorsharp.backend import NEIGHBOURS, RECENT_BLOCKS
+
 AXES = 8
 """The most leading axes longer than 1 that a batch may have."""
 
@@ -36,6 +38,8 @@ _SIZES = {
     "GRADIENT_THREADS": GRADIENT_THREADS,
     "GRADIENT_ROWS": GRADIENT_ROWS,
     "PART": PART,
+    "NEIGHBOURS": NEIGHBOURS,
+    "RECENT_BLOCKS": RECENT_BLOCKS,
 }
 
 

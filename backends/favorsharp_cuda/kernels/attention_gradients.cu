@@ -341,7 +341,7 @@ template <class T, int W, int V, int M> KERNEL(GRADIENT_BOUNDS) gradient_sweep(A
   const i64 segments = only_states ? g.state_segments : g.segments, segment = blockIdx.x % segments;
   const i64 parts = only_states ? g.slices : 1, part = blockIdx.x / segments % parts;
   S s(g, blockIdx.x / segments / parts, raw);
-  const i64 w = g.window, shift = backwards ? 2 * w : -2 * w;
+  const i64 w = g.window, shift = (backwards ? RECENT_BLOCKS : -RECENT_BLOCKS) * w;
   const i64 low = only_states ? max((i64)0, segment * g.state_span + shift) : segment * g.span;
   const i64 high = only_states ? min(s.others(), segment * g.state_span + shift + g.state_span)
                                : min(s.readers(), low + g.span);

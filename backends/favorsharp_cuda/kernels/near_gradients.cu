@@ -47,7 +47,7 @@ template <class T, int W> KERNEL(GRADIENT_BOUNDS) near_gradients(ARGUMENT Gradie
   };
 
   load(keys_read, mine, read, factor_mine, last_mine, start, count);
-  i64 low = keys_read && g.causal ? start : (block - 1) * w, high = (block + 2) * w;
+  i64 low = keys_read && g.causal ? start : (block - NEIGHBOURS) * w, high = (block + 1 + NEIGHBOURS) * w;
   if (!keys_read && g.causal) high = start + count;
   low = low < 0 ? 0 : low, high = high < others ? high : others;
   for (i64 part = low; part < high; part += PART) {  // sums of a part are added to global memory

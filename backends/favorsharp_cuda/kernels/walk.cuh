@@ -304,15 +304,15 @@ template <class T, int E> struct Walk {
   // Whether a row of a block sees key j of a tile that begins `ahead` positions after the rows' tile.
   DEVICE bool sees_near(int row, int block, int j, int ahead) const {
     const int apart = key_block()[j] - block;
-    return key_bias()[j] != -INFINITY_F && apart >= -1 && apart <= 1 && !(p.causal && ahead + j > row);
+    return key_bias()[j] != -INFINITY_F && apart >= -NEIGHBOURS && apart <= NEIGHBOURS && !(p.causal && ahead + j > row);
   }
 
   // Score the keys of the rows' own block and of its neighbours exactly. `start` is the first position of the rows'
   // tile.
   DEVICE void read_near(Reading<E> &reading, int start, int low, int high) {
     const int w = (int)p.window, first_block = start / w, last_block = (start + high - 1) / w;
-    const int from = max((first_block - 1) * w, 0);
-    const int to = (int)min((i64)(last_block + (p.causal ? 1 : 2)) * w, p.num_keys);
+    const int from = max((first_block - NEIGHBOURS) * w, 0);
+    const int to = (int)min((i64)(last_block + 1 + (p.causal ? 0 : NEIGHBOURS)) * w, p.num_keys);
     load_points(q(), in_pieces<T>(p.q, p.d), start - (int)p.first_query, low, high, (int)p.d, query().root(),
                 query().near_center(), queries(), size(), query_unscale(), squares());
     __syncwarp();
