@@ -206,6 +206,7 @@ def test_bad_options_get_one_clear_line(tmp_path, capsys, monkeypatch, words, me
     assert err.count("\n") == 1
 
 
+@pytest.mark.own_backend
 def test_a_backend_that_is_not_there_gets_one_clear_line(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("FAVORSHARP_BACKEND", "triton")
     code, _, err = run(capsys, monkeypatch, "compare", "--output", str(tmp_path / "a.png"), *FAST)
