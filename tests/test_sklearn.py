@@ -441,7 +441,7 @@ def test_half_precision_tensors(dtype, monkeypatch):
     np.testing.assert_allclose(got, exact_means(x.double(), x.double(), y.numpy(), 0.5), rtol=1e-9)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("dtype", [pytest.param("float32", marks=pytest.mark.compiled(False)), "float64"])
 @pytest.mark.parametrize("method", ["exact", "optimal", "posrf", "trig"])
 def test_weights_are_repetitions(method, dtype):
     rng = np.random.default_rng(4)

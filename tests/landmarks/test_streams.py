@@ -229,6 +229,7 @@ def test_a_bidirectional_call_gives_the_state_of_its_landmarks(few_xp):
     np.testing.assert_array_equal(few_xp.back(windowed.keys)[:, 8:], few_xp.back(k)[:, 32:])
 
 
+@pytest.mark.compiled(False)
 @pytest.mark.parametrize("dtypes", [("float32", "float64"), ("float64", "float32")])
 def test_moments_are_of_the_widest_dtype_so_far(dtypes):
     arrays, lm = attention_problem(0, n=24), fs.landmarks(4)
