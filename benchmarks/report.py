@@ -42,8 +42,8 @@ WHY = {
     "a token, landmarks": "keys are compressed once in 128 tokens, and this is shared among the tokens here.",
     "a token of a Llama": "most of it is the layer's Python, which is the same for any number of earlier tokens.",
     "causal, forward and backward": "the goal was set by an earlier run; the ratio differs by a fifth between runs.",
-    "kernel_matvec": "with 8 columns a feature takes 9 multiply-adds and an exponential of 12 instructions, so that at "
-    "most 43 per cent of the bound can be reached.",
+    "kernel_matvec": "with 8 columns a feature takes 9 multiply-adds and an exponential of 12 instructions, so that "
+    "about 43 per cent of the bound is the most to expect.",
     "BERT-like": "at 512 tokens exact attention is a small part of the layer, and 64 landmarks take longer to choose "
     "than it takes.",
     "query": "where the transform is no rotation the row term takes half as many products again as the kernel alone, "
