@@ -146,5 +146,7 @@ def test_features_of_chunks_and_what_a_ridge_refuses():
         ridge.fit(lazy, y[:-1])
     with pytest.raises(ValueError, match="at least one non-zero"):
         ridge.fit(lazy, y, sample_weight=np.zeros(60))
-    with pytest.raises(TypeError, match="X must be in memory, got dask arrays"):
-        ridge.partial_fit(lazy, y)
+    smooth = sklearn.NadarayaWatsonRegressor(n_components=8, random_state=0)
+    for call in (ridge.partial_fit, smooth.fit, smooth.partial_fit):
+        with pytest.raises(TypeError, match="X must be in memory, got dask arrays"):
+            call(lazy, y)

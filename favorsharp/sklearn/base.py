@@ -20,7 +20,7 @@ from favorsharp._arrays import (
     namespace_of,
     to_host,
 )
-from favorsharp._checks import check_choice, check_integer
+from favorsharp._checks import check_choice, check_in_memory, check_integer
 from favorsharp.features import feature_map
 from favorsharp.fitting import fit, fit_map
 from favorsharp.methods import check_method, method_of
@@ -32,6 +32,7 @@ class KernelEstimator(BaseEstimator):
     """The base of the three estimators: checks of points, the bandwidth, the feature map and the tags."""
 
     def _points(self, x: Any, *, reset: bool, **options: Any) -> Any:
+        check_in_memory(X=x)
         xp, _, device = get_namespace_and_device(x)
         # as elsewhere in scikit-learn, dtypes other than float32 and float64 are converted to the widest float dtype
         dtypes = [dtype for dtype in supported_float_dtypes(xp, device) if dtype_name(dtype) != "float16"]
