@@ -11,7 +11,7 @@ from problems import attention_problem, key_mask
 from segments import short_segments
 
 import favorsharp as fs
-from favorsharp import choice, dispatch, testing
+from favorsharp import choice, discovery, dispatch, testing
 from favorsharp._values import astype
 from favorsharp.ops.attention import attention
 from favorsharp.ops.causal_attention import causal_attention
@@ -47,7 +47,8 @@ def on_the_host(monkeypatch):
     monkeypatch.setattr(launch, "module_class", HostModule)
     monkeypatch.setattr(HostModule, "shared_limit", 163 * 1024)  # of the oldest card
     monkeypatch.setattr(arrays, "empty", full_of_nan)
-    monkeypatch.setattr(choice, "backend_named", lambda name: backend if name == "cuda" else find(name))
+    for module in (choice, discovery):
+        monkeypatch.setattr(module, "backend_named", lambda name: backend if name == "cuda" else find(name))
     choice.choose.cache_clear()
     launch.forget()
     with short_segments():
