@@ -46,6 +46,8 @@ WHY = {
     "about 43 per cent of the bound is the most to expect.",
     "BERT-like": "at 512 tokens exact attention is a small part of the layer, and 64 landmarks take longer to choose "
     "than it takes.",
+    "query of 131072 points, m=128, equal moments": "the ratio differs by some hundredths between runs.",
+    "what attention adds to a block": "the ratio differs by some hundredths between runs.",
     "query": "where the transform is no rotation the row term takes half as many products again as the kernel alone, "
     "which gets it as an argument.",
     "RandomFeatures, optimal: fit": "moments of float32 points are added in float64, and a decomposition follows; "
