@@ -202,7 +202,10 @@ def _end(model: Any, args: Any, out: Any) -> None:
 def _may_slide(model: Any) -> bool:
     """Whether a layer or a config of a model has an attribute for a sliding window."""
     parts = [part for module in model.modules() for part in (module, getattr(module, "config", None))]
-    return any(getattr(part, "sliding_window", None) for part in parts)
+    try:
+        return any(getattr(part, "sliding_window", None) for part in parts)
+    except RuntimeError:  # transformers raises it if layers of the model have different windows
+        return True
 
 
 def _message(model: Any, requested: str, layer: str | None) -> str:
