@@ -2,6 +2,7 @@
 
 import pickle
 import re
+import tracemalloc
 from functools import partial
 from importlib.util import find_spec
 
@@ -26,6 +27,7 @@ from sklearn.utils.estimator_checks import check_estimator
 import favorsharp as fs
 from favorsharp import map_choice
 from favorsharp.map_choice import smoothing_error
+from favorsharp.ops import tiles
 from favorsharp.sklearn import FeatureRidge, NadarayaWatsonClassifier, NadarayaWatsonRegressor, RandomFeatures
 from favorsharp.sklearn.nadaraya_watson import _exact_leave_one_out
 
@@ -720,6 +722,18 @@ def test_ridge_blocks_and_weights():
     assert several.alpha_errors_.shape == (19,)
     assert several.alpha_errors_.argmin() not in (0, 18)
     assert whole.fit(x.astype(np.float32), y).predict(x.astype(np.float32)).dtype == np.float32
+
+
+def test_a_ridge_holds_the_sums_of_two_blocks_at_most(monkeypatch):
+    """The documented memory does not grow with the points; here 250 blocks have sums of 32 KiB."""
+    monkeypatch.setattr(tiles, "TILE_ELEMENTS", 1)
+    x, y = np.random.default_rng(0).standard_normal((2, 4000, 3))
+    model = FeatureRidge("trig", n_components=64, random_state=0).partial_fit(x, y[:, 0])
+    tracemalloc.start()
+    model.partial_fit(x, y[:, 0])
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 40 * 64 * 64 * 8
 
 
 def test_the_errors_of_ridge_blocks_are_those_of_generalised_cross_validation():

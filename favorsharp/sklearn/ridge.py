@@ -1,6 +1,7 @@
 """Kernel ridge regression on features: the public estimator `FeatureRidge`."""
 
-from functools import partial, reduce
+from collections.abc import Iterable
+from functools import partial
 from typing import Any, Self
 
 import numpy as np
@@ -225,12 +226,15 @@ class FeatureRidge(RegressorMixin, KernelEstimator):  # numpydoc ignore=PR02
 
 def _summed(features: RandomFeatures, x: Any, y: Any, weight: Any) -> Any:
     """The sums over all blocks; None if there is no point."""
-    return _joined_all([sums_of(*block) for block in _blocks(features, x, y, weight)])
+    return _joined_all(sums_of(*block) for block in _blocks(features, x, y, weight))
 
 
-def _joined_all(parts: list[Any]) -> Any:
-    """Sums joined in their order; None stands for those of no points."""
-    return reduce(joined, [part for part in parts if part is not None]) if any(parts) else None
+def _joined_all(parts: Iterable[Any]) -> Any:
+    """Sums joined one after the other, so that two of them are held at a time; None stands for those of no points."""
+    held = None
+    for part in parts:
+        held = part if held is None else held if part is None else joined(held, part)
+    return held
 
 
 def _blocks(features: RandomFeatures, x: Any, y: Any, weight: Any) -> Any:
