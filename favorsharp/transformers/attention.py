@@ -1,5 +1,6 @@
 """The attention function that transformers calls for each layer of a model with a registered name."""
 
+import sys
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -148,16 +149,36 @@ def _without_dropout(registration: Registration, module: Any, dropout: float) ->
 
 def _check_positions(module: Any, seen: Visible, position_ids: Any, is_whole: bool) -> None:
     """Warn if padding on the left shifts the positions of its rows and the caller did not correct them."""
-    if seen.key_mask is None or position_ids is None or not is_whole or torch.compiler.is_compiling():
+    if seen.key_mask is None or not is_whole or torch.compiler.is_compiling():
         return
-    if position_ids.shape[0] == 1 < seen.key_mask.shape[0] and not bool(seen.key_mask[:, 0, 0].all()):
+    visible = seen.key_mask[:, 0]
+    if bool(visible[:, 0].all()):
+        return
+    positions = _positions_above() if position_ids is None else position_ids
+    rows, s = visible.shape
+    if positions is None or positions.ndim < 2 or positions.shape[-1] != s or positions.shape[-2] not in (1, rows):
+        return
+    positions = positions.reshape(-1, *positions.shape[-2:])[0].expand(rows, -1)
+    first = visible.int().argmax(-1, keepdim=True).to(positions.device)
+    if bool(((first > 0) & (positions.gather(-1, first) == first)).any()):
         warn_once(
             module,
             "positions",
             "rows are padded on the left, and their positions count the padding: an approximation of such a row "
             "differs from that of the row alone; pass position_ids=(attention_mask.cumsum(-1) - 1).clamp(min=0), as "
-            "generate does",
+            "generate does, or pad on the right",
         )
+
+
+def _positions_above() -> Any:
+    """The positions in a running call of the model that has them; some models do not pass them to their attention."""
+    frame: Any = sys._getframe(2)
+    while frame is not None:
+        positions = frame.f_locals.get("position_ids")
+        if isinstance(positions, torch.Tensor) and isinstance(frame.f_locals.get("self"), torch.nn.Module):
+            return positions
+        frame = frame.f_back
+    return None
 
 
 def _check_keywords(registration: Registration, module: Any, keywords: dict[str, Any]) -> None:

@@ -6,7 +6,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 from tiny import CAUSAL, MODELS, inputs, output
-from transformers import AttentionInterface, DynamicCache, EncoderDecoderCache, GPT2LMHeadModel
+from transformers import (
+    AttentionInterface,
+    DynamicCache,
+    EncoderDecoderCache,
+    GPT2LMHeadModel,
+    ModernBertConfig,
+    ModernBertModel,
+)
 
 import favorsharp as fs
 from favorsharp.transformers import StateCache, calibrate, load_maps, register
@@ -301,12 +308,33 @@ def test_a_number_of_landmarks_is_shared_by_the_heads_of_a_layer_or_of_a_model()
         register("shared", method="landmarks", per="token")
 
 
-def test_padding_on_the_left_without_positions_warns_once():
+def modernbert():
+    """Rotary positions, which its attention is not told."""
+    config = ModernBertConfig(
+        vocab_size=50,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=64,
+        layer_types=["full_attention"] * 2,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        cls_token_id=1,
+        sep_token_id=2,
+    )
+    return ModernBertModel(config).double().eval()
+
+
+@pytest.mark.parametrize("model", [MODELS["llama"], modernbert], ids=["llama", "modernbert"])
+@pytest.mark.parametrize("rows", [slice(0, 3), slice(2, 3)], ids=["rows", "one row"])
+def test_padding_on_the_left_without_positions_warns_once(model, rows):
     register("landmarks", method="landmarks", num_features=4)
-    model, batch = MODELS["llama"](), inputs("llama")
+    model, ids = model(), inputs("llama")["input_ids"][rows]
     model.set_attn_implementation("landmarks")
-    mask = torch.arange(12)[None] >= torch.tensor([0, 3, 5])[:, None]
-    given = batch | {"attention_mask": mask.long(), "use_cache": False}
+    mask = torch.arange(12)[None] >= torch.tensor([0, 3, 5])[rows, None]
+    given = {"input_ids": ids, "attention_mask": mask.long()}
     output(model, **given, position_ids=(mask.cumsum(-1) - 1).clamp(min=0))
     output(model, **(given | {"attention_mask": mask.flip(1).long()}))
     with pytest.warns(UserWarning, match="padded on the left.*position_ids") as found:
