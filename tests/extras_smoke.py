@@ -28,7 +28,11 @@ def torch():
 
     from favorsharp.torch import MultiheadAttention
 
-    assert MultiheadAttention(8, 2)(*[torch.asarray(x, dtype=torch.float32)[None]] * 3)[0].shape == (1, 40, 8)
+    assert MultiheadAttention(8, 2, method="posrf")(*[torch.asarray(x, dtype=torch.float32)[None]] * 3)[0].shape == (
+        1,
+        40,
+        8,
+    )
 
 
 def jax():
