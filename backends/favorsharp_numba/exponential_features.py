@@ -14,7 +14,7 @@ from favorsharp_numba.host.arguments import (
     indices,
     like_array,
     name_of,
-    pack,
+    packed_map,
     promoted,
     summed_to,
     target,
@@ -114,7 +114,8 @@ def exponential_features_of_points(
         It receives the result.
     """
     dtype = widened(name_of(x))
-    packed, s, *constants = pack(feature_map, dtype, None)
+    packed = packed_map(feature_map, dtype)
+    s, *constants = packed.of_points
     batch, held, n = broadcast(x.shape[:-2], packed.batch), Held(), x.shape[-2]
     shape = (*batch, n, s.m)
     result = target(out, (x,), shape, name_of(x))

@@ -5,7 +5,8 @@ Arrays are read in place wherever a kernel can read them. Everything else in `ho
 
 import math
 from collections.abc import Sequence
-from functools import cache, lru_cache
+from dataclasses import replace
+from functools import cache, cached_property, lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -226,6 +227,18 @@ class Packed:
             self._by_size[e] = found
         return found
 
+    @cached_property
+    def of_points(self) -> tuple[Sizes, Any, Any]:
+        """As `for_values`, for features of points: the matrices `dense` are lower triangular.
+
+        Their decomposition takes as long as it saves in attention over some thousand points.
+        """
+        if not self.has_dense:
+            return self.for_values(None)
+        s, sides = self.layout(self.d), (self.query, self.key)
+        first, second = (self._packed(replace(side, dense=lower_triangular(side.dense)), s) for side in sides)
+        return s, first, second
+
     def layout(self, e: int) -> Sizes:
         """The sizes of a problem with values of size e, and where the constants are."""
         d, m = self.d, self.m
@@ -290,6 +303,11 @@ class Packed:
         spread = spread.reshape(count, d, panels, self.panel).swapaxes(1, 2)
         size = panels * d * self.panel
         out[:, place : place + size] = spread.reshape(count, size)
+
+
+def lower_triangular(dense: Any) -> Any:
+    """The lower triangular matrices with the same quadratic forms |z dense|^2, (count, d, d)."""
+    return np.swapaxes(np.linalg.qr(np.swapaxes(dense, -1, -2), mode="r"), -1, -2)
 
 
 MOST_SIZES = 4

@@ -8,12 +8,12 @@ from typing import NamedTuple
 import numpy as np
 
 from favorsharp_numba.kernels.arguments import ALPHA, NO_MASK, ONE, TILE
-from favorsharp_numba.kernels.tiles import load_points, log_factors, store_points
+from favorsharp_numba.kernels.tiles import factors_of_turned, load_points, store_points
 from favorsharp_numba.kernels.workspace import kernel
 from favorsharp_numba.vectors.blocks import multiply_block
 from favorsharp_numba.vectors.compiling import inlined
 from favorsharp_numba.vectors.dots import total_of
-from favorsharp_numba.vectors.items import get, integer_at, panel, put
+from favorsharp_numba.vectors.items import get, integer_at, lanes, panel, put
 from favorsharp_numba.vectors.products import (
     product,
     product_add,
@@ -141,7 +141,7 @@ def point_space(s, points):
 def features_of_points(one, s, p, x, out, low, high, scratch):
     """The features of tasks low .. high, from points as the caller has them; `p` is a `PointFeatures`.
 
-    The packed constants give logarithms to base 2.
+    The packed constants give logarithms to base 2; their matrix `dense` is lower triangular.
     """
     w = point_space(s, scratch)
     fill(one, w.scales, TILE, np.log(2.0) * one if p.logarithms else one)
@@ -152,7 +152,9 @@ def features_of_points(one, s, p, x, out, low, high, scratch):
         for start in range(p.n * piece // p.per_head, stop, TILE):
             count = min(TILE, stop - start)
             load_points(one, x, NO_MASK, head, start, count, s.d, s.d_pad, side + ALPHA, side + s.center, w.points)
-            log_factors(one, s, side, w.points, count, w.dense, w.factors)
+            if s.has_dense:
+                turn_rows(one, s, side, w.points, count, w.dense)
+            factors_of_turned(one, s, side, w.points, count, w.dense, w.factors)
             place, step = w.tile, s.m_pad
             if p.direct:
                 place = (out.base + integer_at(out.offsets + 8 * head) + start * out.row) // out.item
@@ -160,6 +162,15 @@ def features_of_points(one, s, p, x, out, low, high, scratch):
             put_features(one, s, p, side, count, place, step, w)
             if not p.direct:
                 store_points(one, out, head, start, count, s.m, s.m_pad, w.scales, w.tile)
+
+
+@inlined
+def turn_rows(one, s, side, z, count, turned):
+    """Rows z times the lower triangular matrix `dense`, without its zeros above the diagonal vectors."""
+    width, step = panel(one), lanes(one)
+    for j in range(0, s.d, step):
+        corner = side + s.dense + j // width * s.d * width + j * width + j % width
+        product(one, count, step, s.d - j, z + j, s.d_pad, 1, corner, s.d * width, width, turned + j, s.d_pad)
 
 
 @inlined

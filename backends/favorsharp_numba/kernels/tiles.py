@@ -90,12 +90,18 @@ def log_factors(one, s, side, z, count, dense, factors):
     """
     if s.has_dense:
         product(one, count, s.d_pad, s.d, z, s.d_pad, 1, side + s.dense, s.d * panel(one), panel(one), dense, s.d_pad)
+    factors_of_turned(one, s, side, z, count, dense, factors)
+
+
+@inlined
+def factors_of_turned(one, s, side, z, count, turned, factors):
+    """As `log_factors`, from rows `turned` = z times the matrix `dense`, which are overwritten."""
     squares = factors + TILE
     quadratic_rows(one, z, s.d_pad, count, s.d_pad, side + s.linear, factors, squares)
     combine(one, count, get(one, side + OFFSET), one, factors, -get(one, side + BETA), squares, factors)
     if s.has_dense:
-        dot_rows(one, dense, dense, s.d_pad, count, s.d_pad, dense)
-        add_rows(one, factors, count, dense, 0, 1, -one)
+        dot_rows(one, turned, turned, s.d_pad, count, s.d_pad, turned)
+        add_rows(one, factors, count, turned, 0, 1, -one)
     combine(one, count, one - one, one, factors, one - one, factors, factors)  # an infinity becomes NaN
 
 

@@ -16,6 +16,7 @@ SHAPES = {
     "a map for each head": ((2, 3), (3,), 131, 7, 13),
     "maps for points without heads": ((), (2,), 70, 16, 64),
     "one": ((2,), (), 1, 3, 1),
+    "many columns": ((2,), (), 67, 75, 20),
     "none": ((2,), (2,), 0, 5, 8),
 }
 TOLERANCE = {"float16": 4e-3, "float32": 2e-5, "float64": 1e-11}
