@@ -1,10 +1,11 @@
 """Nystrom's method: a map of kernels with centres, which are chosen from sample points (docs: theory, nystrom).
 
-With the centres C, the kernel K(x, y) is replaced by W(x, C) A W(C, y), where W is a kernel a little wider than K: its
-functions are nearer to the span of the largest directions of K. The centres are drawn from a sample of queries and
-keys, some uniformly and most in proportion to the error of the kernel of the point with itself that these leave. They
-move towards the means of the points around them, and towards the mean of all. A comes from a regression of the kernel
-matrix of points of the sample.
+With the centres C, the kernel K(x, y) is replaced by W(x, C) A W(C, y). The centres are drawn from a sample of queries
+and keys, some uniformly and the others in proportion to the error of the kernel of the point with itself that these
+leave. They move towards the means of the points around them. For kernels that are neither smooth nor narrow, W is a
+little wider than K, so that its functions are nearer to the span of the largest directions of K; the centres also move
+towards the mean of all, and A comes from a regression of the kernel matrix of points of the sample. For others W is K,
+and A is the inverse of W(C, C).
 """
 
 import math
@@ -21,17 +22,20 @@ from favorsharp.features.nystrom import NystromMap, gaussian
 from favorsharp.parameters import Parameters, embed_key, embed_query
 from favorsharp.samples import SAMPLE, k_means, sampled
 
-SHARPNESS = 0.92
-"""The scale of W, in units of that of K, if K is rough; else W is K."""
+SHARPNESS = 0.9
+"""The scale of W, in units of that of K, if W is wider than K."""
 
-FIRST = 0.25
-"""The share of centres that are drawn uniformly. The others are drawn by what these leave."""
+FIRST = 0.2
+"""The share of centres that are drawn uniformly if W is wider than K. The others are drawn by what these leave."""
 
-TOWARDS_MEANS = 0.5
+FIRST_OF_EQUAL = 0.5
+"""That share if W is K."""
+
+TOWARDS_MEANS = 0.7
 """The part of the way from a point of the sample to the mean of the points around it that a centre moves."""
 
-INWARDS = 0.2
-"""The part of the way to the mean of all points that centres move then, if the kernel is rough."""
+INWARDS = 0.3
+"""The part of the way to the mean of all points that centres move then, if W is wider than K."""
 
 FARTHEST = 0.45
 """The longest way that a centre moves, in widths of the kernel: no point may be far from its own centre."""
@@ -39,16 +43,17 @@ FARTHEST = 0.45
 REGRESSED = 2.0
 """Points of the regression for each feature; the centres were made from the first of them."""
 
-WEIGHT = 2.5
+WEIGHT = 3.0
 """How often the points that centres were made from count in the regression."""
 
 NOISE = 8.0
 """Eigenvalues below this times the root of m and the precision of the dtype of the features are left out. Along such a
 direction the rounding errors of kernels would be a tenth of the feature or more."""
 
-ROUGH = 0.02
-"""A kernel is called rough if its eigenvalues at the uniform centres are above this. Of others, a wider W and centres
-that have moved inwards would lose digits."""
+SMOOTH = 0.02
+NARROW = 0.85
+"""W is wider than K if the smallest eigenvalue of the matrix of K at the first centres is between these numbers. A
+wider W would lose digits of smooth kernels, and be wrong for kernels so narrow that hardly any two points are near."""
 
 COARSE = 1e-6
 """Where no combination of W of length 1 has a smaller sum of squares on the points of the regression, W is used as it
@@ -88,10 +93,10 @@ def nystrom_map(
         points = points * math.sqrt(p.scale)
         centre = _mean(points, seen)
         points, p = points - centre, replace(p, center_x=centre, center_y=centre)
-    order, rough = _order(points, seen, num_features, least, from_host(rng.gumbel(size=(2, most)), points))
+    order, wider = _order(points, seen, num_features, least, from_host(rng.gumbel(size=(2, most)), points))
     points, seen = _taken(points, order), xp.take_along_axis(seen, order, axis=-1)
-    sharpness = xp.where(rough, SHARPNESS, xp.ones_like(points[..., :1, :1]))
-    centres = xp.sqrt(sharpness) * _centres(points, seen, rough, num_features)
+    sharpness = xp.where(wider, SHARPNESS, xp.ones_like(points[..., :1, :1]))
+    centres = xp.sqrt(sharpness) * _centres(points, seen, wider, num_features)
     count = min(points.shape[-2], max(SAMPLE // 2, math.ceil(REGRESSED * num_features)))
     root = _root(points[..., :count, :], seen[..., :count], centres, sharpness, least)
     return NystromMap(p, num_features, centres, root, sharpness)
@@ -122,7 +127,7 @@ def _mean(points: Array, seen: Array) -> Array:
 
 
 def _order(points: Array, seen: Array, m: int, least: float, noise: Array) -> tuple[Array, Array]:
-    """The order in which points become centres, (*b, n), and whether the kernel is rough, (*b, 1, 1).
+    """The order in which points become centres, (*b, n), and whether W is wider than K, (*b, 1, 1).
 
     Points that do not count are the last. `noise` has two rows of Gumbel numbers.
     """
@@ -135,14 +140,27 @@ def _order(points: Array, seen: Array, m: int, least: float, noise: Array) -> tu
         for row in (noise[0, :], noise[1, :])
     )
     order = xp.argsort(xp.where(seen, key, -xp.inf), axis=-1, descending=True)
-    count = max(1, round(FIRST * m))
-    first = _taken(points, order[..., :count])
-    axes, values, kept = _directions(gaussian(first, first), least)
-    features = gaussian(points, first) @ (axes * xp.where(kept, 1 / xp.sqrt(values), 0.0))
-    left = xp.clip(1 - xp.sum(features * features, axis=-1), float(xp.finfo(points.dtype).eps), 1.0)
-    drawn = xp.argsort(order, axis=-1) < count
+    count, more = (max(1, round(share * m)) for share in (FIRST, FIRST_OF_EQUAL))
+    left, smallest = _left(points, order[..., :count], least)
+    wider = (smallest > SMOOTH) & (smallest < NARROW)
+    if is_traced(points) or not bool(xp.all(wider)):
+        left = xp.where(wider[..., 0], left, _left(points, order[..., :more], least)[0])
+    drawn = xp.argsort(order, axis=-1) < xp.where(wider[..., 0], xp.full_like(order[..., :1], count), more)
     key = xp.where(seen, xp.where(drawn, xp.inf, xp.log(left) + other), -xp.inf)
-    return xp.argsort(key, axis=-1, descending=True), xp.min(values, axis=-1, keepdims=True) > ROUGH
+    return xp.argsort(key, axis=-1, descending=True), wider
+
+
+def _left(points: Array, chosen: Array, least: float) -> tuple[Array, Array]:
+    """What centres at chosen points leave of the kernel of each point with itself, (*b, n), and an eigenvalue.
+
+    That is the smallest one of the kernel matrix of these centres, (*b, 1, 1).
+    """
+    xp = namespace_of(points)
+    centres = _taken(points, chosen)
+    axes, values, kept = _directions(gaussian(centres, centres), least)
+    features = gaussian(points, centres) @ (axes * xp.where(kept, 1 / xp.sqrt(values), 0.0))
+    left = xp.clip(1 - xp.sum(features * features, axis=-1), float(xp.finfo(points.dtype).eps), 1.0)
+    return left, xp.min(values, axis=-1, keepdims=True)
 
 
 def _taken(a: Array, order: Array) -> Array:
@@ -151,7 +169,7 @@ def _taken(a: Array, order: Array) -> Array:
     return xp.take(a, order, axis=0) if a.ndim == 2 else xp.take_along_axis(a, order[..., None], axis=-2)
 
 
-def _centres(points: Array, seen: Array, rough: Array, m: int) -> Array:
+def _centres(points: Array, seen: Array, wider: Array, m: int) -> Array:
     """Centres (*b, m, d) near the first points; they are repeated if fewer than m points count."""
     xp = namespace_of(points)
     count = xp.sum(cast(seen, xp.int64), axis=-1, keepdims=True)
@@ -163,51 +181,50 @@ def _centres(points: Array, seen: Array, rough: Array, m: int) -> Array:
     halves = 0.5 * xp.matrix_transpose(row_sum(narrow * narrow))
     means = _taken(means, xp.argmax(narrow @ xp.matrix_transpose(narrow) - halves, axis=-1))
     way = TOWARDS_MEANS * (means - centres)
-    way = way + INWARDS * cast(rough, points.dtype) * (_mean(points, seen) - centres - way)
+    way = way + INWARDS * cast(wider, points.dtype) * (_mean(points, seen) - centres - way)
     length = xp.sqrt(xp.sum(way * way, axis=-1, keepdims=True))
     way = way * xp.clip(FARTHEST / xp.where(length > 0, length, 1.0), None, 1.0)
     return xp.where(count[..., None] > m, centres + way, centres)  # with all points among the centres, the map is exact
 
 
 def _root(points: Array, seen: Array, centres: Array, sharpness: Array, least: float) -> Array:
-    """A root of the A for which W A W^T is nearest to the kernel matrix; W has the kernels of points with centres.
+    """A root of A, (*b, m, m): that of the inverse of W(C, C) if W is K, else that of a regression.
 
-    The functions of the regression are combinations of W that are orthonormal on the points. Products may be in float32
-    if the map is far from exact.
+    The regression needs no eigenvectors, and only float32, if W is well-conditioned.
     """
     xp = namespace_of(points)
-    wide, narrow = points.dtype, xp.float32
+    wider = sharpness < 1
     first = xp.arange(points.shape[-2], **on_device_of(points)) < centres.shape[-2]
-    weight = (cast(seen, wide) * (1 + (WEIGHT**0.5 - 1) * cast(first, wide)))[..., None]
-    combined, functions = _of_rough(points, weight, centres, sharpness)
-    if combined is None:
-        narrow = wide
-        axes, values, kept = _directions(gaussian(centres, centres), least)
-        axes = axes * xp.where(kept, 1 / values, 0.0)
-        functions = (gaussian(xp.sqrt(sharpness) * points, centres) @ axes) * weight
-        inner = _orthonormal(functions)
-        combined, functions = axes @ inner, functions @ inner
+    weight = (cast(seen, points.dtype) * (1 + (WEIGHT**0.5 - 1) * cast(first, points.dtype)))[..., None]
+    if not is_traced(points) and bool(xp.all(wider)) and points.shape[-2] >= 1.5 * centres.shape[-2]:
+        near, to = (cast(a, xp.float32) for a in (xp.sqrt(sharpness) * points, centres))
+        functions = gaussian(near, to) * cast(weight, xp.float32)
+        combined = _orthonormal(cast(functions, points.dtype))
+        if bool(xp.all(xp.sum(combined * combined, axis=(-2, -1)) < 1 / COARSE)):
+            return _regressed(points, weight, combined, functions @ cast(combined, xp.float32))
+    axes, values, kept = _directions(gaussian(centres, centres), least)
+    usual = axes * xp.where(kept, 1 / xp.sqrt(values), 0.0)
+    if not is_traced(points) and not bool(xp.any(wider)):
+        return usual
+    axes = axes * xp.where(kept, 1 / values, 0.0)
+    functions = (gaussian(xp.sqrt(sharpness) * points, centres) @ axes) * weight
+    inner = _orthonormal(functions)
+    return xp.where(wider, _regressed(points, weight, axes @ inner, functions @ inner), usual)
+
+
+def _regressed(points: Array, weight: Array, combined: Array, functions: Array) -> Array:
+    """A root of the A for which W A W^T is nearest to the kernel matrix of weighted points.
+
+    `combined` (*b, m, m) holds combinations of W that are orthonormal on these points, and `functions` (*b, n, m) their
+    values there, in the dtype in which kernels may be taken.
+    """
+    narrow = functions.dtype
     points, functions = cast(points, narrow), functions * cast(weight, narrow)
-    moment = cast(outer(functions, gaussian(points, points) @ functions), wide)
+    xp = namespace_of(points)
+    moment = cast(outer(functions, gaussian(points, points) @ functions), combined.dtype)
     size = trace(moment)
     rounding = 8 * float(xp.finfo(narrow).eps) * xp.where(size > 0, size, 1.0)  # 0 if no point counts
     return combined @ xp.linalg.cholesky(on_diagonal(moment, rounding))
-
-
-def _of_rough(points: Array, weight: Array, centres: Array, sharpness: Array) -> tuple[Array | None, Array]:
-    """Combinations of W that are orthonormal on the points, and their values in float32.
-
-    None in place of the first if W is not well-conditioned, or not known to be.
-    """
-    xp = namespace_of(points)
-    if is_traced(points) or points.shape[-2] < 1.5 * centres.shape[-2] or not bool(xp.all(sharpness < 1)):
-        return None, points
-    near, to = (cast(a, xp.float32) for a in (xp.sqrt(sharpness) * points, centres))
-    functions = gaussian(near, to) * cast(weight, xp.float32)
-    combined = _orthonormal(cast(functions, points.dtype))
-    if not bool(xp.all(xp.sum(combined * combined, axis=(-2, -1)) < 1 / COARSE)):
-        return None, points
-    return combined, functions @ cast(combined, xp.float32)
 
 
 def _orthonormal(functions: Array) -> Array:

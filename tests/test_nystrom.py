@@ -36,8 +36,8 @@ def test_centres_are_points_that_differ():
     points = np.repeat(rng.standard_normal((4, 3)), 3, axis=0) + 1e-3 * rng.standard_normal((12, 3))
     seen = np.ones(12, bool)
     for seed in range(5):
-        order, rough = nystrom._order(points, seen, 12, 1e-12, np.random.default_rng(seed).gumbel(size=(2, 12)))
-        found = nystrom._centres(points[order], seen, rough, 12)
+        order, wider = nystrom._order(points, seen, 12, 1e-12, np.random.default_rng(seed).gumbel(size=(2, 12)))
+        found = nystrom._centres(points[order], seen, wider, 12)
         np.testing.assert_array_equal(np.sort(found, axis=0), np.sort(points, axis=0))
 
 
@@ -76,6 +76,36 @@ def test_the_short_way_of_rough_kernels_is_the_long_one(monkeypatch):
     assert not np.array_equal(short.root, long.root)
     wanted = product(long, x, x)
     assert np.linalg.norm(product(short, x, x) - wanted) < 1e-4 * np.linalg.norm(wanted)
+
+
+def test_smooth_kernels_have_the_usual_map_of_their_centres():
+    """There, a regression would cost more than the rest of the fit and gain little."""
+    x = np.random.default_rng(0).standard_normal((700, 3))
+    fm = fitted(x, x, 60, kernel="gaussian", scale=0.2)
+    centres = (fm.projection + fm.parameters.center_x) / 0.2**0.5
+    kernel = partial(fs.kernel_matrix, kernel="gaussian", scale=0.2)
+    key = kernel(x, centres)
+    usual = key @ np.linalg.pinv(kernel(centres, centres), rcond=1e-14, hermitian=True) @ key.T
+    assert (fm.sharpness == 1).all()
+    np.testing.assert_allclose(product(fm, x, x), usual, atol=1e-6)
+
+
+def test_narrow_kernels_have_functions_of_their_own_width():
+    """Hardly any two points are near, and wider functions would reach too many."""
+    x = np.random.default_rng(0).standard_normal((700, 6))
+    wide, narrow = (fitted(x, x, 60, kernel="gaussian", scale=scale) for scale in (0.3, 5.0))
+    assert (wide.sharpness < 1).all()
+    assert (narrow.sharpness == 1).all()
+
+
+def test_a_rough_kernel_beside_a_smooth_one():
+    """Entries of a batch have the maps that they have alone."""
+    x = np.random.default_rng(0).standard_normal((2, 500, 4)) * np.array([0.3, 1.2])[:, None, None]
+    both = fitted(x, x, 40, kernel="gaussian", scale=0.5)
+    np.testing.assert_array_equal(both.sharpness[:, 0, 0] < 1, [False, True])
+    for points, found in zip(x, product(both, x, x), strict=True):
+        alone = fitted(points, points, 40, kernel="gaussian", scale=0.5)
+        np.testing.assert_allclose(found, product(alone, points, points), atol=3e-4)
 
 
 def test_groups_far_apart_keep_their_centres():

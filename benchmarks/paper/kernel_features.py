@@ -2,8 +2,8 @@
 
 A quarter of the rows, at most 1,000, is held out, and at most 4,000 of the others are fitted; columns are standardised
 by these. The errors are relative: that of the kernel matrix of as many rows as were fitted, estimated from held-out
-ones, and that of the matrix of held-out rows with each row divided by its sum, as smoothing needs it. There, a row with
-a larger error than zeros counts as zeros.
+ones, and that of a held-out row divided by its sum, as smoothing needs it (root mean square of all rows). There, a row
+with a larger error than zeros counts as zeros.
 """
 
 import time
@@ -26,7 +26,7 @@ from sklearn.preprocessing import StandardScaler
 from benchmarks.paper.classification import NAMES
 from benchmarks.paper.page import DOCS, emphasised, stamp, table, write
 from favorsharp import datasets
-from favorsharp.map_choice import PURPOSES, product_error
+from favorsharp.map_choice import PURPOSES, product_error, smoothing_error
 from favorsharp.sklearn import RandomFeatures
 
 OURS = ("nystrom", "trig", "optimal")
@@ -54,15 +54,6 @@ def points_of() -> dict[str, np.ndarray]:
     found = {"friedman1": shipped.make_friedman1(4000, n_features=10, random_state=0)[0], "normal": normal(5000)[0]}
     found |= {name: getattr(shipped, f"load_{name}")().data for name in ("digits", "breast_cancer", "wine", "diabetes")}
     return found | {name: getattr(datasets, f"fetch_{name}")().data for name in NAMES}
-
-
-def smoothing_error(found: np.ndarray, exact: np.ndarray, n: int) -> float:
-    """The error of the matrix with its rows divided by their sums; `auto` looks at the error of each row instead."""
-    total = found.sum(axis=1, keepdims=True)
-    wanted = exact / exact.sum(axis=1, keepdims=True)
-    weights = np.where(total > 0, found / np.where(total > 0, total, 1.0), 0.0)
-    size = np.sum(wanted**2, axis=1)
-    return float(np.sqrt(np.sum(np.minimum(np.sum((weights - wanted) ** 2, axis=1), size)) / np.sum(size)))
 
 
 ERRORS = dict(zip(PURPOSES, (product_error, smoothing_error), strict=True))
