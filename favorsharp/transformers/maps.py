@@ -77,14 +77,16 @@ def map_for(
                 f"{label(module)} was calibrated with scaling {frozen.parameters.scale}, and called with {expected}"
             )
         return frozen
-    if method_of(registration.method).is_fitted:
-        why = _why_not_fitted(registration, module, query.shape[-2], key.shape[-2], seen)
-        if why is not None:
-            raise ValueError(
-                f"attn_implementation={registration.name!r}, method {registration.method!r}: {label(module)} has no "
-                f"feature map, and {why}; accepted: favorsharp.transformers.calibrate(model, batches) first, or a "
-                "method that needs no calibration (posrf, landmarks)"
-            )
+    if not method_of(registration.method).is_fitted:  # one map for all heads and rows, of which a batch may lose some
+        points = query.new_zeros((1, query.shape[-1]))
+        return _drawn(registration, fit(points, points, method=registration.method, scale=scaling), query)
+    why = _why_not_fitted(registration, module, query.shape[-2], key.shape[-2], seen)
+    if why is not None:
+        raise ValueError(
+            f"attn_implementation={registration.name!r}, method {registration.method!r}: {label(module)} has no "
+            f"feature map, and {why}; accepted: favorsharp.transformers.calibrate(model, batches) first, or a "
+            "method that needs no calibration (posrf, landmarks)"
+        )
     visible = seen.key_mask
     same = visible is not None and query.shape[-2] == key.shape[-2]
     parameters = fit(
@@ -96,6 +98,10 @@ def map_for(
         mask_y=visible,
         enable_gqa=grouped,
     )
+    return _drawn(registration, parameters, query)
+
+
+def _drawn(registration: Registration, parameters: Any, query: Tensor) -> FeatureMap:
     return feature_map(parameters, registration.num_features, draw=registration.draw_for(query.shape[-1], query))
 
 

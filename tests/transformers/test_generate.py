@@ -18,6 +18,7 @@ NAMES = ("favorsharp", "windowed")
 def _registered():
     register("favorsharp", num_features=16, rng=0)
     register("windowed", num_features=16, rng=0, window=3)
+    register("posrf", method="posrf", num_features=16, rng=0)
 
 
 def made(name, implementation):
@@ -226,10 +227,11 @@ def test_a_static_cache_is_refused():
         model.generate(inputs("llama")["input_ids"], cache_implementation="static", max_new_tokens=3)
 
 
-@pytest.mark.parametrize("implementation", NAMES)
+@pytest.mark.parametrize("implementation", [*NAMES, "posrf"])
 def test_rows_of_the_batch_are_repeated_and_chosen(implementation):
-    """The padding among the keys of a window moves with its row."""
-    model = made("llama", implementation)
+    """The padding among the keys of a window moves with its row; a map that is not calibrated serves any rows."""
+    model = MODELS["llama"]() if implementation == "posrf" else made("llama", implementation)
+    model.set_attn_implementation(implementation)
     ids, mask = left_padded(inputs("llama")["input_ids"], (12, 9, 2))
     later = inputs("llama", n=2, seed=3)["input_ids"]
     rows = torch.tensor([2, 0])
