@@ -63,12 +63,17 @@ def least_ridge(s: Array) -> float:
 
 def regular(s: Array, other: Array, ridge: float) -> Array:
     """Add a ridge to s, relative to its trace; if s is zero, relative to the trace of `other`, or to 1."""
+    return on_diagonal(s, _ridge_row(s, other, ridge))
+
+
+def _ridge_row(s: Array, other: Array, ridge: float) -> Array:
+    """What `regular` adds to the diagonal, shape (*b, 1, d)."""
     own, borrowed = trace(s), trace(other)
     xp = namespace_of(own, borrowed)
     size = s.shape[-1]
     measure = xp.where(own > 0, own, xp.where(borrowed > 0, borrowed, float(size))) / size
     added = xp.where(own > 0, ridge * measure, (ridge or 1.0) * measure)
-    return on_diagonal(s, added + tie_break(s, ridge) * measure)
+    return added + tie_break(s, ridge) * measure
 
 
 def tie_break(s: Array, ridge: float) -> Array:
@@ -95,12 +100,19 @@ def eigen(s: Array) -> tuple[Array, Array]:
     return xp.flip(values, axis=-1)[..., None, :], xp.flip(xp.matrix_transpose(axes), axis=-2)
 
 
+def common_axes(s: Array, ridge: float) -> tuple[Array, Array]:
+    """The balance of a second moment with itself: the diagonal of g s g^T, shape (*b, 1, d), and g."""
+    added = _ridge_row(s, s, ridge)
+    values, axes = eigen(on_diagonal(s, added))
+    transposed = namespace_of(s).matrix_transpose
+    return values - transposed((axes * axes) @ transposed(added)), axes * signs(axes)
+
+
 def balance(s1: Array, s2: Array, ridge: float) -> tuple[Array, Array]:
     """Return g1, g2 with g1^T g2 = I that map both second moments to the same diagonal matrix, largest entry first."""
     xp = namespace_of(s1, s2)
-    if s2 is s1:  # the common axes
-        _, axes = eigen(regular(s1, s1, ridge))
-        axes = axes * signs(axes)
+    if s2 is s1:
+        _, axes = common_axes(s1, ridge)
         return axes, axes
     # a Cholesky factor costs much less than a square root, but needs the default ridge, which exceeds rounding errors
     factor = triangular if ridge >= min(least_ridge(s1), least_ridge(s2)) else square_root

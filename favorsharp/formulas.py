@@ -11,6 +11,7 @@ from favorsharp._algebra import (
     apply,
     balance,
     bessel,
+    common_axes,
     congruence,
     diagonal,
     identity,
@@ -96,16 +97,29 @@ def sderf(data: Statistics) -> Values:
 
 def optimal(data: Statistics) -> Values:
     """Centres, a full balance and one a for each axis: the smallest excess of the family (docs: theory, `optimal`)."""
-    g1, g2 = balance(data.covariance_x, data.covariance_y, data.ridge)
-    if data.cross is None:
+    if data.cross is not None:
+        g1, g2, sums = _balanced_pairs(data)
+    elif data.covariance_y is data.covariance_x:
+        variances, g1 = common_axes(data.covariance_x, data.ridge)
+        g2, sums = g1, 2 * variances
+    else:
+        g1, g2 = balance(data.covariance_x, data.covariance_y, data.ridge)
         sums = _spread(data, g1, g2)
-    else:  # in weighted pairs u and v are correlated, so the principal axes of u + v differ from those of u and v
-        xp = namespace_of(g1)
-        mixed = g1 @ data.cross @ xp.matrix_transpose(g2)
-        own = [g @ s @ xp.matrix_transpose(g) for g, s in ((g1, data.covariance_x), (g2, data.covariance_y))]
-        sums, axes = principal(own[0] + own[1] + mixed + xp.matrix_transpose(mixed), data.ridge)
-        g1, g2 = axes @ g1, axes @ g2
     return {**_values(g1, g2, _best_a(sums)), "center_x": data.mean_x, "center_y": data.mean_y}
+
+
+def _balanced_pairs(data: Statistics) -> tuple[Array, Array, Array]:
+    """The balance for weighted pairs, and the variances of u + v.
+
+    In such pairs u and v are correlated, so the principal axes of u + v differ from those of u and v.
+    """
+    assert data.cross is not None
+    g1, g2 = balance(data.covariance_x, data.covariance_y, data.ridge)
+    transposed = namespace_of(g1).matrix_transpose
+    mixed = g1 @ data.cross @ transposed(g2)
+    own = [g @ s @ transposed(g) for g, s in ((g1, data.covariance_x), (g2, data.covariance_y))]
+    sums, axes = principal(own[0] + own[1] + mixed + transposed(mixed), data.ridge)
+    return axes @ g1, axes @ g2, sums
 
 
 def poisson(data: Statistics) -> Values:

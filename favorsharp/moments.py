@@ -131,6 +131,20 @@ def moments(
     >>> fs.moments(q, k, axis=(0, -2))  # one set for each of two heads
     Moments(d=4, batch=(1, 2), dtype='float64')
     """
+    return gathered(x, y, axis=axis, mask_x=mask_x, mask_y=mask_y, enable_gqa=enable_gqa)
+
+
+def gathered(
+    x: Array,
+    y: Array,
+    *,
+    axis: int | tuple[int, ...],
+    mask_x: Array | None,
+    mask_y: Array | None,
+    enable_gqa: bool,
+    narrow: bool = False,
+) -> Moments:
+    """As `moments`. With `narrow`, moments of points that are on both sides may be rounded as in `point_moments`."""
     if is_chunked(x, y):
         return _chunked(x, y, axis, mask_x, mask_y, enable_gqa)
     xp = check_floats(x=x, y=y)
@@ -140,15 +154,15 @@ def moments(
     check_mask("mask_x", mask_x, "(*b, n)", x=x)
     check_mask("mask_y", mask_y, "(*b, s)", y=y)
     group = check_group(check_flag("enable_gqa", enable_gqa), x, y, ("x", "y"))
-    alike = y is x and mask_y is mask_x
+    alike = y is x and mask_y is mask_x and group == 1
     if group > 1:
         if mask_x is not None:
             mask_x = pool_heads(
                 xp.broadcast_to(mask_x, broadcast_shapes(mask_x.shape, x.shape[:-1]))[..., None], group
             )[..., 0]
         x = pool_heads(x, group)
-    side = _strict_moments(x, mask_x, averaged_axes(axis, x.ndim))
-    other = side if alike and group == 1 else _strict_moments(y, mask_y, averaged_axes(axis, y.ndim))
+    side = _strict_moments(x, mask_x, averaged_axes(axis, x.ndim), narrow=narrow and alike)
+    other = side if alike else _strict_moments(y, mask_y, averaged_axes(axis, y.ndim))
     return Moments(*side, *other, dtype=dtype_name(compute_dtype(xp, x, y)))
 
 
@@ -267,7 +281,7 @@ _Side = tuple[Array, Array, Array]
 
 
 @Op
-def point_moments(x: Array, mask: Array | None) -> tuple[Array, Array, Array]:
+def point_moments(x: Array, mask: Array | None, *, narrow: bool = False) -> tuple[Array, Array, Array]:
     """The moments of the visible points; points that are not finite count as hidden.
 
     Parameters
@@ -275,6 +289,9 @@ def point_moments(x: Array, mask: Array | None) -> tuple[Array, Array, Array]:
     x : array, shape (*b, n, d)
     mask : array of bool, shape (*b, n), or None
         True where a point is visible.
+    narrow : bool
+        Whether an implementation may multiply float32 points in float32, and add up some thousand of these products.
+        The error of an entry of the covariance is then up to 4e-6 times the standard deviations of its two coordinates.
 
     Returns
     -------
@@ -288,12 +305,12 @@ def point_moments(x: Array, mask: Array | None) -> tuple[Array, Array, Array]:
     return side_of(x, finite if mask is None else finite & mask)
 
 
-def _strict_moments(x: Array, mask: Array | None, axes: tuple[int, ...]) -> _Side:
-    """Count, mean and covariance of one side; NaN if a visible point is not finite."""
+def _strict_moments(x: Array, mask: Array | None, axes: tuple[int, ...], narrow: bool = False) -> _Side:
+    """Count, mean and covariance of one side; NaN if a visible point is not finite. `narrow`: as in `point_moments`."""
     if axes or is_traced(x) or is_restricted():  # a backend that the caller names for attention need not have this op
         return side_of(x, mask, axes)
     xp = namespace_of(x)
-    count, mean, covariance = point_moments(x, mask)
+    count, mean, covariance = point_moments(x, mask, narrow=narrow)
     visible = x.shape[-2] if mask is None else xp.sum(cast(mask, count.dtype), axis=-1)[..., None, None]
     return count, *(xp.where(count == visible, part, xp.nan) for part in (mean, covariance))
 
