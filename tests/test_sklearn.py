@@ -468,7 +468,7 @@ def test_weights_are_repetitions(method, dtype):
         np.testing.assert_allclose(getattr(ours, read)(x[:40]), getattr(theirs, read)(x[:40]), **tolerance)
 
 
-def test_rows_without_an_estimate_get_the_mean_of_all_values():
+def test_rows_without_an_estimate_get_that_of_landmarks():
     """Signed features can give a row a denominator that is not positive; the function has NaN there."""
     rng = np.random.default_rng(12)
     x, weight = rng.standard_normal((200, 2)), rng.integers(1, 4, 200)
@@ -482,7 +482,24 @@ def test_rows_without_an_estimate_get_the_mean_of_all_values():
     assert 20 < lost.sum() < 180
     found = model.predict(4 * x)
     np.testing.assert_allclose(found[~lost], wanted[~lost])
-    np.testing.assert_allclose(found[lost], np.broadcast_to(np.average(y, axis=0, weights=weight), (lost.sum(), 2)))
+    nearby = NadarayaWatsonRegressor(method="landmarks", n_components=16, gamma=4.0, random_state=0)
+    for part in (slice(0, 120), slice(120, 200)):
+        nearby.partial_fit(x[part], y[part], sample_weight=weight[part])
+    np.testing.assert_allclose(found[lost], nearby.predict(4 * x)[lost])
+
+
+def test_rows_far_from_all_points_get_the_value_of_the_nearest_landmark():
+    x, far = np.arange(8.0)[:, None], np.linspace(50, 60, 40)[:, None]
+    options = {"method": "trig", "n_components": 64, "gamma": 4.0, "random_state": 0}
+    regressor = NadarayaWatsonRegressor(**options).fit(x, x[:, 0])
+    lost = np.isnan(fs.nadaraya_watson(far, x, x, regressor.feature_map_)[:, 0])
+    assert lost.any()
+    np.testing.assert_allclose(regressor.predict(far)[lost], 7.0)
+    classifier = NadarayaWatsonClassifier(**options).fit(x, x[:, 0] > 3)
+    shares = np.eye(2)[(x[:, 0] > 3).astype(int)]
+    lost = (fs.kernel_matvec(far, x, shares, classifier.feature_map_) <= 0).all(axis=1)
+    assert lost.any()
+    np.testing.assert_allclose(classifier.predict_proba(far)[lost], np.broadcast_to([0.0, 1.0], (lost.sum(), 2)))
 
 
 @pytest.mark.parametrize("method", ["exact", "optimal"])

@@ -77,15 +77,16 @@ class _NadarayaWatson(KernelEstimator):
         methods = NW_CANDIDATES if self.method == "auto" else (self.method,)
         if len(gammas) * len(methods) > 1:
             self.method_, self.gamma_ = self._tuned(x, v, seed, weight, methods, gammas)
+        self._beside = self._landmarks(self.gamma_, seed)
+        self._near: Any = None  # landmarks beside the sums of a signed map, for rows where these give no estimate
         if self.method_ == LANDMARKS:
-            self.feature_map_: Any = self._landmarks(self.gamma_, seed)
+            self.feature_map_: Any = self._beside
         elif self.method_ == "exact":
             self.feature_map_ = None
         else:
             self.feature_map_ = self._map(x, self.gamma_, seed, weight, method=self.method_)
         self._reference = x[:1, ...]  # the library, device and dtype of the fit
         self._sums: Any = None
-        self._mean: Any = None
 
     def _tuned(self, x: Any, v: Any, seed: int, weight: Any, methods: Any, gammas: list[float]) -> tuple[Any, float]:
         """The method and gamma whose leave-one-out estimates are closest to v; each pair costs a pass over the data."""
@@ -147,10 +148,12 @@ class _NadarayaWatson(KernelEstimator):
         else:
             sums = gather(x, v, self.feature_map_, weight)
         if self.method_ in SIGNED:
-            self._mean = _joined_mean(self._mean, v, weight)
+            near = state_of_points(x, v, self._beside, weight)
+            self._near = near if held is None else combine(self._near, near)
         self._sums = sums if held is None else combine(held, sums)
 
     def _estimate(self, x: Any, method: str, finish: Any = means) -> Any:
+        """The estimates at unchecked points; those of landmarks where `finish`, with a signed map, gives NaN."""
         check_is_fitted(self)
         check_same_namespace(x, self, attribute="_reference", method=method)
         x = cast(self._points(x, reset=False), self._reference.dtype)
@@ -159,23 +162,27 @@ class _NadarayaWatson(KernelEstimator):
             weighted = bool(namespace_of(x).any(log_weight != 0))
             return gaussian_means(x, y, v, 2 * self.gamma_, log_weight if weighted else None)
         if self.method_ == LANDMARKS:
-            return gaussian_means(x, self._sums.keys, self._sums.values, 2 * self.gamma_, self._sums.log_weight)
-        return finish(self._sums, x, self.feature_map_)
+            return self._read(self._sums, x)
+        out = finish(self._sums, x, self.feature_map_)
+        lost = namespace_of(out).isnan(out)
+        if self.method_ in SIGNED and bool(namespace_of(out).any(lost)):
+            out = namespace_of(out).where(lost, self._read(self._near, x), out)
+        return out
+
+    def _read(self, state: Any, x: Any) -> Any:
+        return gaussian_means(x, state.keys, state.values, 2 * self.gamma_, state.log_weight)
 
     def __sklearn_is_fitted__(self) -> bool:
         return getattr(self, "_sums", None) is not None
 
 
-def _joined_mean(held: Any, v: Any, weight: Any) -> tuple[float, Any]:
-    """The total weight and the mean of the values of all blocks so far, (1, e)."""
-    xp = namespace_of(v)
-    weight = xp.ones_like(v[:, :1]) if weight is None else weight[:, None]
-    count = float(xp.sum(weight))
-    mean = xp.sum(v * (weight / count), axis=0, keepdims=True)
-    if held is None:
-        return count, mean
-    share = count / (held[0] + count)
-    return held[0] + count, (1 - share) * held[1] + share * mean
+def _positive_shares(sums: Any, x: Any, feature_map: Any) -> Any:
+    """Shares of the positive numerators, because the denominator of a signed map may not be; NaN if there are none."""
+    parts = products(sums, x, feature_map)
+    xp = namespace_of(parts)
+    parts = xp.clip(parts, 0.0, None)
+    total = xp.sum(parts, axis=1, keepdims=True)
+    return xp.where(total > 0, parts / xp.where(total > 0, total, 1.0), xp.nan)
 
 
 def _exact_leave_one_out(x: Any, v: Any, gamma: float, weight: Any) -> Any:
@@ -206,7 +213,8 @@ class NadarayaWatsonRegressor(RegressorMixin, _NadarayaWatson):  # numpydoc igno
         n_components weighted ones. Landmarks are biased, but on continuous data their error is several times smaller.
         "auto" takes "landmarks" or "optimal", whichever has the smaller leave-one-out square error on the first block.
         With a signed method (`trig`, `poisson`, `geometric`) a row whose estimated denominator is not positive gets the
-        mean of all values; `favorsharp.nadaraya_watson` gives NaN.
+        estimate of n_components landmarks, which are kept beside: far from all points, the value of the nearest one.
+        `favorsharp.nadaraya_watson` gives NaN.
     n_components : int, default=256
         Features or landmarks. `partial_fit` holds up to twice as many landmarks.
     gamma : {"scale", "auto_cv"} or float, default="scale"
@@ -266,8 +274,6 @@ class NadarayaWatsonRegressor(RegressorMixin, _NadarayaWatson):  # numpydoc igno
     def predict(self, X: Any) -> Any:  # noqa: N803
         """Estimate the values at X, shape (n, d) -> (n,) or (n, e)."""
         out = self._estimate(X, "predict")
-        if self.method_ in SIGNED:
-            out = namespace_of(out).where(namespace_of(out).isnan(out), self._mean[1], out)
         return out[:, 0] if self._single else out
 
     def __sklearn_tags__(self) -> Any:
@@ -345,8 +351,8 @@ class NadarayaWatsonClassifier(ClassifierMixin, _NadarayaWatson):
     def predict_proba(self, X: Any) -> Any:  # noqa: N803
         """Estimate the shares of the classes, shape (n, d) -> (n, classes).
 
-        With a signed method, estimates below 0 are taken as 0. If there is none above 0, the least one is subtracted
-        from all; if they are equal, so are the shares.
+        With a signed method, estimates below 0 are taken as 0. If there is none above 0, the shares are those of
+        landmarks, as in `NadarayaWatsonRegressor`.
         """
         return self._shares(X, "predict_proba")
 
@@ -359,15 +365,8 @@ class NadarayaWatsonClassifier(ClassifierMixin, _NadarayaWatson):
         return shares[:, 1] - shares[:, 0] if len(self._named()) == 2 else shares
 
     def _shares(self, x: Any, method: str) -> Any:
-        if getattr(self, "method_", None) not in SIGNED:  # raises before a fit
-            return self._estimate(x, method)
-        # the denominator of a signed map may not be positive, so shares are made from the numerators
-        parts = self._estimate(x, method, products)
-        xp = namespace_of(parts)
-        lifted = parts - xp.where(xp.max(parts, axis=1, keepdims=True) > 0, 0.0, xp.min(parts, axis=1, keepdims=True))
-        lifted = xp.clip(lifted, 0.0, None)
-        total = xp.sum(lifted, axis=1, keepdims=True)
-        return xp.where(total > 0, lifted / xp.where(total > 0, total, 1.0), 1.0 / parts.shape[1])
+        signed = getattr(self, "method_", None) in SIGNED  # raises later if there was no fit
+        return self._estimate(x, method, _positive_shares if signed else means)
 
     def _named(self) -> Any:
         """The classes as a NumPy array."""
