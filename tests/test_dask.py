@@ -147,6 +147,10 @@ def test_features_of_chunks_and_what_a_ridge_refuses():
     with pytest.raises(ValueError, match="at least one non-zero"):
         ridge.fit(lazy, y, sample_weight=np.zeros(60))
     smooth = sklearn.NadarayaWatsonRegressor(n_components=8, random_state=0)
-    for call in (ridge.partial_fit, smooth.fit, smooth.partial_fit):
-        with pytest.raises(TypeError, match="X must be in memory, got dask arrays"):
+    with pytest.raises(TypeError, match="X must be in memory, got dask arrays"):
+        ridge.partial_fit(lazy, y)
+    for call in (smooth.fit, smooth.partial_fit):
+        with pytest.raises(TypeError, match="X must be in memory, got dask arrays; accepted: one block .* partial_fit"):
             call(lazy, y)
+    with pytest.raises(TypeError, match="^X must be in memory"):
+        smooth.fit(x, y).predict(lazy)

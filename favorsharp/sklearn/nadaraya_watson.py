@@ -26,6 +26,7 @@ from favorsharp._arrays import (
     to_host,
 )
 from favorsharp._checks import check_integer
+from favorsharp._chunks import is_chunked
 from favorsharp._values import astype
 from favorsharp.exact import gaussian_means, kernel_matrix
 from favorsharp.landmarks import landmarks
@@ -66,6 +67,15 @@ class _NadarayaWatson(KernelEstimator):
         self.draw = draw
         self.random_state = random_state
         self.verbose = verbose
+
+    def _points(self, x: Any, *, reset: bool, **options: Any) -> Any:
+        lazy = [name for name, a in (("X", x), ("y", options.get("y"))) if is_chunked(a)]
+        if lazy:
+            raise TypeError(
+                f"{', '.join(lazy)} must be in memory, got dask arrays; accepted: one block of points in memory after "
+                "the other, which partial_fit and predict take"
+            )
+        return super()._points(x, reset=reset, **options)
 
     def _start(self, x: Any, v: Any, weight: Any) -> None:
         check_method(self.method, also=("auto", "exact", LANDMARKS))
