@@ -11,6 +11,15 @@ import array_api_compat
 from favorsharp._typing import Array
 
 
+def constant_while_compiling(function: Any) -> Any:
+    """A function that torch's compiler runs in Python, once for each graph, and whose result it takes as a constant.
+
+    `torch.compiler.assume_constant_result` sets the same attribute, but it imports the compiler: more than a second.
+    """
+    function._dynamo_marked_constant = True
+    return function
+
+
 def is_traced(x: Array) -> bool:
     """Whether the numbers of x are unknown or must not be read directly, so that no decision may depend on them.
 

@@ -33,6 +33,7 @@ from dataclasses import dataclass, field
 from typing import Any, Generic, ParamSpec, TypeVar, cast
 
 from favorsharp._arrays import under_own_settings
+from favorsharp._autodiff import constant_while_compiling
 from favorsharp.choice import (
     VARIABLE,
     BackendUnavailable,
@@ -160,6 +161,7 @@ class Op(Generic[P, R]):
 # While torch.compile traces -----------------------------------------------------------------------------------------
 
 
+@constant_while_compiling
 def _decide_while_tracing(latest: tuple[str, ...], *request: Any) -> tuple[str | None, str | None]:
     """`decide` for torch.compile, which runs this function instead of tracing it.
 
@@ -183,10 +185,6 @@ def _decide_while_tracing(latest: tuple[str, ...], *request: Any) -> tuple[str |
 
 _loaded: dict[str, Implementation] = {}
 """The implementations that traced calls run, by target."""
-
-# torch.compiler.assume_constant_result sets the same attribute; here torch is not imported.
-_decide_while_tracing._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
 
 # Explanations --------------------------------------------------------------------------------------------------------
 

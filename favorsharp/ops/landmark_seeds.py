@@ -23,7 +23,7 @@ from favorsharp._arrays import (
     statistics_dtype,
     stream_label,
 )
-from favorsharp._autodiff import is_capturing, is_compiling, is_traced
+from favorsharp._autodiff import constant_while_compiling, is_capturing, is_compiling, is_traced
 from favorsharp._nonfinite import hide
 from favorsharp._typing import Array, DType
 from favorsharp.ops.landmark_metric import Metric, centred
@@ -94,13 +94,10 @@ def _arrays_of(seed: int, event: int, slots: int, size: int) -> tuple[Any, Any, 
     return rng.standard_normal(size), rng.random(slots), rng.gumbel(size=slots)
 
 
+@constant_while_compiling
 def _drawn(seed: int, event: int, slots: int, size: int) -> tuple[tuple[float, ...], ...]:
     """The random numbers of `noise_of` as Python numbers, which a compiled graph can hold."""
     return tuple(tuple(array.tolist()) for array in _arrays_of(seed, event, slots, size))
-
-
-# torch.compiler.assume_constant_result sets the same attribute; here torch is not imported.
-_drawn._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def choose_seeds(

@@ -9,7 +9,7 @@ from typing import Any, Self
 import torch
 
 from favorsharp._arrays import is_array, stamps_of, statistics_dtype
-from favorsharp._autodiff import is_traced, is_traced_by_mode
+from favorsharp._autodiff import constant_while_compiling, is_traced, is_traced_by_mode
 from favorsharp._checks import check_choice, check_flag, check_integer
 from favorsharp._values import map_arrays
 from favorsharp.draws import DRAWS, draw_rows
@@ -408,7 +408,7 @@ class MapBuffers(torch.nn.Module):
                 self._held = (held, stamps_of(held), self._built())
         return fault
 
-    @torch.compiler.assume_constant_result
+    @constant_while_compiling
     def _fault_while_compiling(self) -> str | None:
         """`_fault`, evaluated once when torch traces the call."""
         return self._fault()

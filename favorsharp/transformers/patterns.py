@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from transformers.masking_utils import and_masks, bidirectional_mask_function, causal_mask_function, sdpa_mask
 
+from favorsharp._autodiff import constant_while_compiling
+
 Tensor = Any
 
 Reach = tuple[int, int]
@@ -81,7 +83,7 @@ def _has_no_tensor(mask_function: Any, attention_mask: Any, use_vmap: bool, keyw
     return str(getattr(mask_function, "__qualname__", "")).startswith("and_masks.")
 
 
-@torch.compiler.assume_constant_result
+@constant_while_compiling
 def _constant(mask_function: Any) -> tuple[Any, ...] | None:
     """The dtype and the reach of a pattern that needs no evaluation; it runs in Python while a graph is recorded."""
     windows, others = _split(mask_function)
