@@ -15,7 +15,7 @@ from favorsharp.dispatch import OPS
 from favorsharp.features import feature_map
 from favorsharp.fitting import fit
 from favorsharp.landmarks import landmarks as make_landmarks
-from favorsharp.landmarks.attention import landmark_stream, landmark_window  # noqa: F401  fills OPS
+from favorsharp.landmarks.attention import landmark_keys, landmark_stream, landmark_window  # noqa: F401  fills OPS
 from favorsharp.landmarks.state import empty_landmarks
 from favorsharp.moments import point_moments  # noqa: F401  fills OPS
 from favorsharp.ops import (  # noqa: F401  fill OPS
@@ -346,6 +346,26 @@ def _landmark_stream() -> Iterator[Case]:
         yield Case(f"{shape}, window {window}{', grouped' if grouped else ''}", make)
 
 
+def _landmark_keys() -> Iterator[Case]:
+    """Calls with no more different keys than landmarks, as for streams."""
+    for shape, masked, grouped in itertools.product(("plain", "one", "primes"), (False, True), (False, True)):
+
+        def make(
+            to: Callable[[Any], Array], shape: str = shape, masked: bool = masked, grouped: bool = grouped
+        ) -> Any:  # fmt: skip
+            q, k, v = _problem(shape)
+            m = SHAPES[shape][-1]
+            k = k[..., np.arange(k.shape[-2]) % m, :]
+            x = np.stack([q, q + 0.25], axis=-3) if grouped else q
+            mask = to(_mask(k.shape[:-1])) if masked else None
+            return (to(x), to(_strided(k)), to(v), make_landmarks(m, scale=0.25)), {
+                "key_mask": mask,
+                "grouped": grouped,
+            }
+
+        yield Case(f"{shape}{', masked' if masked else ''}{', grouped' if grouped else ''}", make)
+
+
 MAKERS: dict[str, Callable[[], Iterator[Case]]] = {
     "exponential_features": _exponential_features,
     "attention": lambda: itertools.chain(_attention(True, (0, 1, 5, 64)), _unequal()),
@@ -358,6 +378,7 @@ MAKERS: dict[str, Callable[[], Iterator[Case]]] = {
     "condense": _condense,
     "point_moments": _point_moments,
     "weighted_attention": _weighted_attention,
+    "landmark_keys": _landmark_keys,
     "landmark_stream": _landmark_stream,
     "landmark_window": _landmark_window,
 }

@@ -39,8 +39,8 @@ from favorsharp._derived import derived
 from favorsharp.dispatch import Backend, Kernel
 from favorsharp.features.folding import FoldedSide, fold
 from favorsharp.features.map_gradients import arrays_of, map_gradients, summed_to
-from favorsharp.landmarks.attention import landmark_stream
-from favorsharp.landmarks.metric import STREAM_RIDGE
+from favorsharp.landmarks.attention import landmark_keys, landmark_stream
+from favorsharp.landmarks.metric import RIDGE, STREAM_RIDGE
 from favorsharp.landmarks.state import LandmarkState, grown, segments_of
 from favorsharp.moments import Moments
 from favorsharp.ops.compensated_sums import has_low_parts
@@ -53,6 +53,7 @@ __all__ = [
     "FLOATS",
     "NEIGHBOURS",
     "RECENT_BLOCKS",
+    "RIDGE",
     "STREAM_RIDGE",
     "Backend",
     "FoldedSide",
@@ -76,6 +77,7 @@ __all__ = [
     "in_store",
     "is_compiling",
     "is_followed",
+    "landmark_keys",
     "landmark_stream",
     "library_of",
     "map_gradients",
@@ -110,6 +112,7 @@ MODULES = {
 LANDMARKS = {
     "choose_landmarks": "landmarks",
     "condense": "landmarks",
+    "landmark_keys": "landmarks",
     "landmark_stream": "landmark_stream",
     "landmark_window": "landmark_window",
     "point_moments": "point_moments",

@@ -1,12 +1,20 @@
-"""The ops `choose_landmarks` and `condense`: landmarks from keys, on the CPU."""
+"""The ops `landmark_keys`, `choose_landmarks` and `condense`: landmarks from keys, on the CPU."""
 
 from typing import Any
 
 import numpy as np
 
-from favorsharp.backend import noise_of
+from favorsharp.backend import CANDIDATES
 from favorsharp_numba.host.arguments import numpy_or_torch
+from favorsharp_numba.host.landmark_call import CallProblem
 from favorsharp_numba.host.landmarks import LandmarkProblem
+
+
+def landmark_keys(
+    q: Any, k: Any, v: Any, settings: Any, *, key_mask: Any | None = None, grouped: bool = False
+) -> tuple[Any, Any, Any]:
+    """As `favorsharp.landmarks.attention.landmark_keys`."""
+    return CallProblem(q, k, v, settings, key_mask, grouped).run()
 
 
 def choose_landmarks(
@@ -22,10 +30,9 @@ def choose_landmarks(
     event: int,
 ) -> tuple[Any, Any]:
     """As `favorsharp.ops.landmarks.choose_landmarks`."""
-    noise = noise_of(seed, event, num_landmarks, k.shape[-1])
     options: dict[str, Any] = {"num_landmarks": num_landmarks, "kernel": kernel, "scale": scale}
-    problem = LandmarkProblem(k, log_weight, None, metric, slots=len(noise.offsets), **options)
-    problem.draw(noise)
+    problem = LandmarkProblem(k, log_weight, None, metric, slots=CANDIDATES * num_landmarks, **options)
+    problem.draw(seed, event)
     problem.run(steps, problem.points, np.empty(0, problem.dtype))
     used = problem.used[..., None, :num_landmarks] == 0
     return tuple(numpy_or_torch(k, np.ascontiguousarray(x)) for x in (problem.points[..., : problem.s.d], used))

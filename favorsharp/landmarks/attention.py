@@ -42,19 +42,54 @@ def whole(
     Shapes as in `linear_attention`; in the dtype that q, k and v promote to.
     """
     xp = namespace_of(q, k, v)
-    dtype, out_dtype = compute_dtype(xp, q, k, v), result_dtype(xp, q, k, v)
-    weights = log_weights(k, key_mask, dtype)
+    out_dtype = result_dtype(xp, q, k, v)
+    weights = log_weights(k, key_mask, compute_dtype(xp, q, k, v))
     if k.shape[-2] <= settings.num_landmarks:  # there are no more keys than landmarks, so every key is its own landmark
         return cast(_read(q, (k, weights, v), settings, grouped), out_dtype)
-    chosen = landmark_map(k, weights, moments_of(q, k, key_mask, grouped=grouped), settings)
     if window == 0:
-        return cast(_read(q, condensed(chosen, k, weights, v), settings, grouped), out_dtype)
+        run = landmark_keys if settings.kernel == "softmax" else landmark_keys.reference
+        held = run(q, k, v, settings, key_mask=key_mask, grouped=grouped)
+        return cast(_read(q, held, settings, grouped), out_dtype)
+    chosen = landmark_map(k, weights, moments_of(q, k, key_mask, grouped=grouped), settings)
     if grouped:
         k, v, weights, chosen = k[..., None, :, :], v[..., None, :, :], add_mask_axis(weights), chosen.expanded()
     given = chosen.points, chosen.used, chosen.metric
     options: dict[str, Any] = {"kernel": chosen.kernel, "scale": chosen.scale}
     out: Array = landmark_window(q, k, weights, v, *given, window=window, **options)
     return out
+
+
+@Op
+def landmark_keys(
+    q: Array, k: Array, v: Array, settings: Landmarks, *, key_mask: Array | None = None, grouped: bool = False
+) -> tuple[Array, Array, Array]:
+    """The landmarks that stand for the keys of a call which is not causal. The reference calls other ops.
+
+    Kernels need not serve the Gaussian kernel.
+
+    Parameters
+    ----------
+    q : array, shape (*b, n, d), or (*b, g, n, d) if `grouped`
+    k : array, shape (*b, s, d)
+        One or more keys.
+    v : array, shape (*b, s, e)
+    settings : Landmarks
+    key_mask : array of bool, shape (*b, s), optional
+        True where a key is visible; if there are as many queries as keys, it applies to queries too.
+    grouped : bool
+        Whether g heads of queries read each head of keys.
+
+    Returns
+    -------
+    keys : array, shape (*b, m, d)
+        Not scaled. In the dtype to compute in, like the others.
+    log_weight : array, shape (*b, m)
+        -inf for unused landmarks.
+    values : array, shape (*b, m, e)
+    """
+    weights = log_weights(k, key_mask, compute_dtype(namespace_of(q, k, v), q, k, v))
+    chosen = landmark_map(k, weights, moments_of(q, k, key_mask, grouped=grouped), settings)
+    return condensed(chosen, k, weights, v)
 
 
 @Op

@@ -10,6 +10,7 @@ calls: Counter[str] = Counter()
 
 _OPS = ("exponential_features", "attention", "causal_attention", "update", "read", "decode_step", "kernel_matvec")
 _OPS += ("choose_landmarks", "condense", "point_moments", "weighted_attention", "landmark_stream", "landmark_window")
+_OPS += ("landmark_keys",)
 _EVERYTHING = {
     "libraries": frozenset({"numpy", "torch", "jax", "cupy", "array_api_strict"}),
     "devices": frozenset({"cpu", "cuda", "meta", "device1", "traced"}),

@@ -2,7 +2,6 @@
 
 import math
 from dataclasses import replace
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -13,11 +12,10 @@ from favorsharp.backend import (
     LandmarkState,
     Moments,
     landmark_stream,
-    noise_of,
     segments_of,
 )
 from favorsharp_numba.host.arguments import Held, broadcast, empty, host, name_of, numpy_or_torch, promoted, widened
-from favorsharp_numba.host.landmarks import places_of
+from favorsharp_numba.host.landmarks import drawn_numbers, places_of
 from favorsharp_numba.host.reading import reading_constants, reading_places
 from favorsharp_numba.host.threads import share
 from favorsharp_numba.kernels.landmark_stream import Stream, Values, stream
@@ -119,7 +117,7 @@ class StreamProblem:
         numbers = np.zeros((max(1, len(due)), s.d + 2 * s.slots))
         for row, x in zip(numbers, due, strict=False):
             slots = min(s.slots, x.before - s.keep)
-            row[: s.d + 2 * slots] = _numbers(settings.seed, x.seen, settings.num_landmarks, s.d, slots)
+            row[: s.d + 2 * slots] = drawn_numbers(settings.seed, x.seen, settings.num_landmarks, s.d, slots)
         return numbers
 
     def _moments(self) -> Any:
@@ -143,10 +141,3 @@ class StreamProblem:
         )
         dtype = max(self.state.moments.dtype, widened(promoted(name_of(self.q), name_of(self.k))))
         return Moments(count_x, mean_x, cov_x, count_y, mean_y, cov_y, dtype=dtype)
-
-
-@lru_cache(maxsize=256)  # the layers of a model share a seed
-def _numbers(seed: int, event: int, num_landmarks: int, size: int, slots: int) -> Any:
-    """The random numbers of a compression in one list."""
-    noise = noise_of(seed, event, num_landmarks, size)
-    return np.concatenate([noise.direction, noise.offsets[:slots], noise.gumbel[:slots]])

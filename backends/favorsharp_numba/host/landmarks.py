@@ -1,10 +1,12 @@
 """Prepares the arguments of the kernels of landmarks: packed constants of a metric, and points in whole vectors."""
 
 import math
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 
+from favorsharp.backend import noise_of
 from favorsharp_numba.host.arguments import LOG2E, Held, broadcast, host, name_of, promoted, widened
 from favorsharp_numba.host.threads import pieces_of, share
 from favorsharp_numba.kernels.arguments import HEADER, NEAR_SCALE, ONE
@@ -24,6 +26,13 @@ def places_of(lanes: int, d: int, d_pad: int, e_pad: int) -> tuple[int, int, int
     matrix = left + panels
     zeros = matrix + panels
     return center, direction, left, matrix, zeros, zeros + max(d_pad, e_pad)
+
+
+@lru_cache(maxsize=256)  # the layers of a model share a seed
+def drawn_numbers(seed: int, event: int, num_landmarks: int, size: int, slots: int) -> Any:
+    """The random numbers of a choice in one list: a direction, the offsets and the noise of the slots."""
+    noise = noise_of(seed, event, num_landmarks, size)
+    return np.concatenate([noise.direction, noise.offsets[:slots], noise.gumbel[:slots]])
 
 
 class LandmarkProblem:
@@ -72,11 +81,11 @@ class LandmarkProblem:
         problem.used[..., : problem.s.m] = np.where(host(used)[..., 0, :], 0.0, -np.inf)
         return problem
 
-    def draw(self, noise: Any) -> None:
+    def draw(self, seed: int, event: int) -> None:
         """Draw seeds as landmarks."""
         s, place = self.s, self.held.place
         self.points = np.empty((*self.batch, s.m, s.d_pad), self.dtype)
-        numbers = np.concatenate([noise.direction, noise.offsets[: s.slots], noise.gumbel[: s.slots]])
+        numbers = drawn_numbers(seed, event, s.m, s.d, s.slots)
         lists = np.empty((self.heads, LISTS * s.n))
         grain = np.asarray(16 * np.finfo(np.float64).eps, self.dtype)[()]
         work = float(self.heads * s.slots * s.m * s.d)

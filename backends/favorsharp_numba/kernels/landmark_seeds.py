@@ -61,27 +61,34 @@ def draw(one, s, k, weight, sides, noise, lists, grain, points, used, low, high,
     w = seed_space(s, scratch)
     for head in range(low, high):
         side, along = integer_at(sides + 8 * head), lists + head * LISTS * s.n
-        seen = project(one, s, k, weight, side, head, noise, along, w)
-        along = sorted_by(seen, s.n, along)
-        order, different = along + s.n, first_of_each(seen, s.n, along)
-        load_candidates(one, s, k, weight, side, head, noise + s.d, order, different, w)
-        square_distances(one, w.columns, s.slots_pad, s.d, s.slots_pad, side + s.zeros, 0, w.squares)
-        fill(one, w.logs + s.slots, s.slots_pad - s.slots, -np.inf * one)
-        begin_draw(one, s.slots_pad, w)
-        for j in range(s.m):
-            pick = best_candidate(one, s.slots_pad, w)
-            place = points + (head * s.m + j) * s.d_pad
-            needed = get(one, w.scores + pick) > -np.inf
-            put(one, used + head * s.m_pad + j, one - one if needed else -np.inf * one)
-            if needed:
-                load_key(one, s, k, side, head, order, slot_rank(s, noise + s.d, different, pick), place)
-            else:
-                combine(one, s.d_pad, one - one, -one, side + s.center, one - one, side + s.center, place)
-            square_distances(
-                one, w.columns, s.slots_pad, s.d, s.slots_pad, w.columns + pick, s.slots_pad, w.distances
-            )  # fmt: skip
-            size = get(one, w.squares + pick)
-            take_nearer(one, s.slots_pad, w.distances, w.squares, size, grain, j, w.left, w.owner)
+        own, free = points + head * s.m * s.d_pad, used + head * s.m_pad
+        draw_head(one, s, k, weight, side, head, noise, along, grain, own, free, w)
+
+
+@outlined
+def draw_head(one, s, k, weight, side, head, noise, along, grain, points, used, w):
+    """The seeds of a head; `along` is the place of its lists."""
+    seen = project(one, s, k, weight, side, head, noise, along, w)
+    along = sorted_by(seen, s.n, along)
+    order, different = along + s.n, first_of_each(seen, s.n, along)
+    load_candidates(one, s, k, weight, side, head, noise + s.d, order, different, w)
+    square_distances(one, w.columns, s.slots_pad, s.d, s.slots_pad, side + s.zeros, 0, w.squares)
+    fill(one, w.logs + s.slots, s.slots_pad - s.slots, -np.inf * one)
+    begin_draw(one, s.slots_pad, w)
+    for j in range(s.m):
+        pick = best_candidate(one, s.slots_pad, w)
+        place = points + j * s.d_pad
+        needed = get(one, w.scores + pick) > -np.inf
+        put(one, used + j, one - one if needed else -np.inf * one)
+        if needed:
+            load_key(one, s, k, side, head, order, slot_rank(s, noise + s.d, different, pick), place)
+        else:
+            combine(one, s.d_pad, one - one, -one, side + s.center, one - one, side + s.center, place)
+        square_distances(
+            one, w.columns, s.slots_pad, s.d, s.slots_pad, w.columns + pick, s.slots_pad, w.distances
+        )  # fmt: skip
+        size = get(one, w.squares + pick)
+        take_nearer(one, s.slots_pad, w.distances, w.squares, size, grain, j, w.left, w.owner)
 
 
 # Candidates ----------------------------------------------------------------------------------------------------------

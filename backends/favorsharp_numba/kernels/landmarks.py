@@ -256,29 +256,34 @@ def gather_landmarks(
     place of the log masses of all keys, which are computed in the first step unless they are `known`.
     """
     w = landmark_space(s, scratch)
-    fill(one, w.nothing, TILE, one - one)
     for task in range(low, high):
         head, piece = task // s.per_head, task % s.per_head
         side, own, total = integer_at(sides + 8 * head), points + head * s.m * s.d_pad, sums_at(s, sums, task)
         start, stop = s.n * piece // s.per_head, s.n * (piece + 1) // s.per_head
+        free, masses_of = used + head * s.m_pad, logs if s.condensing else logs + head * s.n
         for step in range(steps):
-            aim(one, s, side, own, used + head * s.m_pad, w)
-            empty_sums(one, s, total)
-            add_keys(one, s, side, own, k, weight, v, head, start, stop, total, logs, known or step > 0, w)
+            seen = known or step > 0
+            gather_range(one, s, side, own, free, k, weight, v, head, start, stop, total, masses_of, seen, w)
             if s.per_head == 1:
                 settle(one, s, total, results + head * s.m * s.width, masses + head * s.m_pad)
 
 
-@inlined
-def add_keys(one, s, side, points, k, weight, v, head, start, stop, sums, logs, known, w):
-    """Add the keys start .. stop of a head to its sums."""
+@outlined
+def gather_range(one, s, side, points, used, k, weight, v, head, start, stop, sums, logs, known, w):
+    """The sums of the keys start .. stop of a head, whose landmarks are at the place `points`.
+
+    Without `condensing`, `logs` is the place of the log masses of the head's keys.
+    """
+    fill(one, w.nothing, TILE, one - one)
+    aim(one, s, side, points, used, w)
+    empty_sums(one, s, sums)
     if s.condensing:
         log_norms_of_landmarks(one, s, side, points, w)
     for first in range(start, stop, TILE):
         count, after = min(TILE, stop - first), min(TILE, max(0, stop - first - TILE))
         next_keys = ahead_of(k, head, first + TILE, first + TILE + after, s.d)
         load_points(one, k, NO_MASK, head, first, count, s.d, s.d_pad, side + ROOT, side + s.center, w.rows)
-        masses, rows = w.logs if s.condensing else logs + head * s.n + first, w.rows
+        masses, rows = w.logs if s.condensing else logs + first, w.rows
         if not known:
             next_values = ahead_of(v, head, first + TILE, first + TILE + after, s.e)
             log_masses(one, s, side, weight, head, first, count, masses, w, next_values)

@@ -18,7 +18,7 @@ pytest.importorskip("numba")
 
 OPS = ["exponential_features", "attention", "causal_attention", "update", "read", "decode_step", "kernel_matvec"]
 OPS += ["choose_landmarks", "condense", "point_moments", "weighted_attention", "landmark_stream"]
-OPS += ["landmark_window"]
+OPS += ["landmark_window", "landmark_keys"]
 
 
 @pytest.mark.parametrize("library", ["numpy", "torch"])

@@ -18,6 +18,7 @@ from favorsharp_numba.host.arguments import Packed
 from favorsharp_numba.host.threads import share
 from favorsharp_numba.kernels import window_rule
 from favorsharp_numba.kernels.exponential_features import Features
+from favorsharp_numba.kernels.landmark_call import Call
 from favorsharp_numba.kernels.landmark_stream import Stream
 from favorsharp_numba.kernels.landmarks import Landmarks
 from favorsharp_numba.kernels.point_moments import MomentSizes
@@ -47,7 +48,8 @@ def sizes_for(name):
         places = 16, 32, 48, 112, 128
         return [Stream(5, 16, 8, m, 32, 3, 16, 2, 1, 7, 40, 48, 20, 4, 3, *places, 16, 32) for m in (1, 21)]
     if name.startswith("landmark"):
-        return [Landmarks(100, m, 24, 5, 8, 3, 16, 2, 0, 1, 1, 21, 24, 8, 16, 24, 64, 104, 112) for m in (1, 21, 200)]
+        found = [Landmarks(100, m, 24, 5, 8, 3, 16, 2, 0, 1, 1, 21, 24, 8, 16, 24, 64, 104, 112) for m in (1, 21, 200)]
+        return [Call(s, s, 3, 1, 100, 0, 112, 8, 2) for s in found] if name.startswith("landmark_call") else found
     if name.startswith("point_moments"):
         return [MomentSizes(100, 5, 8, 1)]
     found = []
