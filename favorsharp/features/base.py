@@ -1,6 +1,7 @@
 """The base classes of all feature maps."""
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any, ClassVar, Self
@@ -10,6 +11,7 @@ from favorsharp._arrays import (
     cast,
     compute_dtype,
     is_array,
+    library_of,
     namespace_of,
     to_host,
     under_own_settings,
@@ -19,6 +21,9 @@ from favorsharp._checks import check_out
 from favorsharp._typing import Array
 from favorsharp._values import astype, map_arrays
 from favorsharp.parameters import Parameters, check_data, log_kernel_of
+
+_TILE = 256
+"""Points whose signed features are computed at a time, for NumPy arrays."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -234,15 +239,35 @@ class SignedFeatureMap(FeatureMap):
     @under_own_settings
     def query(self, x: Array, /, *, out: Array | None = None) -> Array:
         """Features of queries, (*b, n, d) -> (*b, n, m), in the dtype of x; written to `out` if that is given."""
-        self._check_out("x", x, out)
-        prepared, wide = self._prepared("x", x)
-        features, log_factor = prepared.query_parts(wide)
-        return written(cast(features * namespace_of(x).exp(log_factor), x.dtype), out)
+        return self._features("x", x, "query_parts", out)
 
     @under_own_settings
     def key(self, y: Array, /, *, out: Array | None = None) -> Array:
         """Features of keys, (*b, s, d) -> (*b, s, m), in the dtype of y; written to `out` if that is given."""
-        self._check_out("y", y, out)
-        prepared, wide = self._prepared("y", y)
-        features, log_factor = prepared.key_parts(wide)
-        return written(cast(features * namespace_of(y).exp(log_factor), y.dtype), out)
+        return self._features("y", y, "key_parts", out)
+
+    def _features(self, name: str, x: Array, parts: str, out: Array | None) -> Array:
+        """Features of one side, with their common factor, written to `out` if that is given."""
+        self._check_out(name, x, out)
+        prepared, wide = self._prepared(name, x)
+
+        def of(points: Array) -> Array:
+            features, log_factor = getattr(prepared, parts)(points)
+            return cast(features * namespace_of(points).exp(log_factor), x.dtype)
+
+        return self._by_tiles(of, wide, x, out) if library_of(x) == "numpy" else written(of(wide), out)
+
+    def _by_tiles(self, features: Callable[[Array], Array], points: Array, x: Array, out: Array | None) -> Array:
+        """Features of points, computed in tiles that stay in the cache; for NumPy arrays.
+
+        `points` is x in the dtype to compute in. The result is `out`, or a new array in the dtype of x.
+        """
+        xp = namespace_of(x)
+        if out is None:
+            batch = broadcast_shapes(x.shape[:-2], self.batch_shape)
+            out = xp.empty((*batch, x.shape[-2], self.num_features), dtype=x.dtype)
+        elif xp.may_share_memory(out, points):
+            points = xp.asarray(points, copy=True)
+        for start in range(0, x.shape[-2], _TILE):
+            out[..., start : start + _TILE, :] = features(points[..., start : start + _TILE, :])
+        return out

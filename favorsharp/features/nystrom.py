@@ -3,14 +3,11 @@
 from dataclasses import dataclass
 
 from favorsharp._algebra import row_sum
-from favorsharp._arrays import broadcast_shapes, cast, library_of, namespace_of, under_own_settings
+from favorsharp._arrays import cast, library_of, namespace_of, under_own_settings
 from favorsharp._typing import Array
 from favorsharp.features.base import SignedFeatureMap, written
 from favorsharp.ops.tiles import tiles_of
 from favorsharp.parameters import embed_key, embed_query
-
-TILE = 256
-"""Points whose kernels with the centres are computed at a time, for NumPy arrays."""
 
 WIDE = 64
 """With more columns, points are not copied beside their square lengths."""
@@ -61,21 +58,17 @@ class NystromMap(SignedFeatureMap):
         p, own = prepared.parameters, namespace_of(x).sqrt(prepared.sharpness)
         root, centre = own * p.scale**0.5, own * p.center_x
 
-        def features(start: int, stop: int) -> Array:
-            u = wide[..., start:stop, :] * root - centre
+        def features(points: Array) -> Array:
+            u = points * root - centre
             found = gaussian(u, prepared.projection) @ prepared.root
             xp = namespace_of(found)
             length = xp.sqrt(xp.vecdot(found, found))[..., None]
             return cast(found / xp.maximum(length, xp.ones_like(length)), x.dtype)
 
-        if library_of(x) == "numpy":  # small tiles stay in the cache, and are computed in place
-            if out is None:
-                batch = broadcast_shapes(x.shape[:-2], self.batch_shape)
-                out = namespace_of(x).empty((*batch, x.shape[-2], self.num_features), dtype=x.dtype)
-            for start in range(0, x.shape[-2], TILE):
-                out[..., start : start + TILE, :] = features(start, start + TILE)
-            return out
-        parts = [features(*bounds) for bounds in tiles_of(x.shape[-2], self.num_features, self.batch_shape)]
+        if library_of(x) == "numpy":
+            return self._by_tiles(features, wide, x, out)
+        bounds = tiles_of(x.shape[-2], self.num_features, self.batch_shape)
+        parts = [features(wide[..., start:stop, :]) for start, stop in bounds]
         return written(parts[0] if len(parts) == 1 else namespace_of(x).concat(parts, axis=-2), out)
 
     def _parts(self, u: Array, log_factor: Array) -> tuple[Array, Array]:

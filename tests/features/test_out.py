@@ -26,6 +26,16 @@ def test_out_may_be_the_points():
     np.testing.assert_array_equal(fm.query(q, out=q), want)
 
 
+@pytest.mark.parametrize("method", ["optimal", "relu", "trig", "poisson", "nystrom"])
+def test_out_may_share_memory_with_the_points(method):
+    """The points are more than are computed at a time, and `out` begins one point after them."""
+    memory, _, _ = attention_problem(0, n=600)
+    fm = fs.fit_map(memory, memory, 8, method=method, kernel="gaussian", rng=0)
+    x, out = memory[:-1], memory[1:]
+    want = np.concatenate([fm.query(part) for part in (x[:250], x[250:])])
+    np.testing.assert_allclose(fm.query(x, out=out), want, rtol=1e-9, atol=1e-12)
+
+
 @pytest.mark.parametrize("method", ["optimal", "elu", "trig"])
 def test_out_of_another_shape_or_dtype_is_refused(method):
     q, k, _ = attention_problem(0, n=9)
