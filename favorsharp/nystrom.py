@@ -79,7 +79,7 @@ def nystrom_map(
     xp = namespace_of(x, y)
     least = NOISE * math.sqrt(num_features) * float(xp.finfo(fitted.g1.dtype).eps)
     most = sample_size(num_features)
-    p = astype(fitted, x.dtype)
+    p = fitted if fitted.kernel == "gaussian" else astype(fitted, x.dtype)  # the former's d x d matrices are not used
     if y is x:
         points, seen = _few(x, seen_x, rng, most)
         points = points if p.kernel == "gaussian" else embed_query(p, points)[0]
