@@ -20,6 +20,8 @@ import numpy as np
 from numba.core import caching
 from numba.core.runtime import rtsys
 
+from favorsharp_numba.vectors.parts import PartCompiler
+
 VARIABLE = "FAVORSHARP_NUMBA_VECTORS"
 
 
@@ -68,12 +70,12 @@ def jit(function: Callable[..., Any]) -> Any:
 def outlined(function: Callable[..., Any]) -> Any:
     """Compile a function that only other compiled functions call. A call from Python would crash the process.
 
-    Code for calls from Python is left out: it would take a tenth of the time that kernels take to compile.
+    There is no code for such calls, and no machine code of the function by itself.
     """
-    return _cached(function, no_cfunc_wrapper=True, no_cpython_wrapper=True)
+    return _cached(function, no_cfunc_wrapper=True, no_cpython_wrapper=True, pipeline_class=PartCompiler)
 
 
-def _cached(function: Callable[..., Any], **options: bool) -> Any:
+def _cached(function: Callable[..., Any], **options: Any) -> Any:
     dispatcher = numba.njit(nogil=True, error_model="numpy", **options)(function)
     try:
         dispatcher._cache = _Cache(function)
@@ -83,10 +85,7 @@ def _cached(function: Callable[..., Any], **options: bool) -> Any:
 
 
 def inlined(function: Callable[..., Any]) -> Any:
-    """A function that is compiled as a part of each function that calls it, and never by itself.
-
-    Other compiled functions are optimised by themselves, and once more inside of each of their callers.
-    """
+    """A function whose statements are copied into each function that calls it, before the types are known."""
     return numba.njit(nogil=True, error_model="numpy", inline="always")(function)
 
 

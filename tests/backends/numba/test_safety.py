@@ -318,6 +318,17 @@ def test_runs_where_nothing_can_be_cached(tmp_path):
     assert python(code, package=package, PYTHONDONTWRITEBYTECODE="1", **nowhere) == "NullCache True"
 
 
+def test_parts_of_kernels_have_no_machine_code_of_their_own():
+    """Also when they come from the cache."""
+    from numba import float64, int64
+
+    from favorsharp_numba.vectors.rows import fill
+
+    types = float64, int64, int64, float64
+    fill.compile(types)
+    assert not list(fill.overloads[types].library.get_defined_functions())
+
+
 @pytest.mark.slow
 def test_a_home_takes_the_cache_of_a_package_that_cannot_be_written_to(tmp_path):
     package = tmp_path / "backends"
