@@ -123,9 +123,9 @@ def predicted_heads(
         )
     p = _on_host(parameters)
     x, y, value = (np.asarray(to_host(array), dtype=np.float64) for array in (q, k, v))
-    queries = np.unique(np.linspace(0, x.shape[-2] - 1, rows).astype(int))
+    queries = sampled(x.shape[-2], rows)
     # a sample of keys stands for all of them, because the cost is quadratic in their number
-    seen = np.unique(np.linspace(0, y.shape[-2] - 1, min(y.shape[-2], _KEYS)).astype(int))
+    seen = sampled(y.shape[-2], min(y.shape[-2], _KEYS))
     pairs = _visible_and_far(queries, seen, window, is_causal)
     x, y, value = x[..., queries, :], y[..., seen, :], value[..., seen, :]
     batch = np.broadcast_shapes(x.shape[:-2], y.shape[:-2], value.shape[:-2])
@@ -136,6 +136,13 @@ def predicted_heads(
         own: dict[str, Any] = {name: values[head] for name, values in by_head.items()}
         heads.append(_predicted_head(replace(p, rate=None, **own), x[head], y[head], value[head], *pairs))
     return heads
+
+
+def sampled(length: int, count: int) -> Any:
+    """Up to `count` evenly spaced positions."""
+    import numpy as np
+
+    return np.unique(np.linspace(0, length - 1, count).astype(int))
 
 
 _KEYS = 512

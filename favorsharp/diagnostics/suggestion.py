@@ -4,18 +4,21 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from favorsharp._arrays import under_own_settings
+from favorsharp._arrays import to_host, under_own_settings
 from favorsharp._checks import check_choice, check_floats, check_points, check_same_size
 from favorsharp._typing import Array
 from favorsharp.diagnostics.prediction import (
     mean_of,
     predicted_heads,
+    relative_error,
     relative_of_heads,
+    sampled,
 )
 from favorsharp.fitting import fit_named
 from favorsharp.landmarks import landmarks
-from favorsharp.landmarks.expected import expected_error
-from favorsharp.landmarks.settings import GAUSSIAN_TILT
+from favorsharp.landmarks.attention import gathered, read_state
+from favorsharp.landmarks.settings import GAUSSIAN_TILT, Landmarks
+from favorsharp.landmarks.state import no_keys
 from favorsharp.methods import (
     LANDMARKS,
     TAKES_PROPOSALS,
@@ -36,7 +39,7 @@ class Suggestion:
     num_features : int
         Features, or landmarks.
     predicted_error : float
-        Relative error of the kernel-weighted means with that many features; with landmarks, `expected_error`.
+        Relative error of the kernel-weighted means with that many features; with landmarks, measured at 32 queries.
     target_error : float
     reached : bool
         Whether the prediction is at most the target; False if even the largest number of features misses it.
@@ -81,7 +84,8 @@ def suggest(
 
     Each method is fitted from moments. `predicted_error` then predicts its error for each number of features, from a
     sample of 32 queries and at most 512 keys. If several methods need the same number of features, the one with the
-    smallest error is chosen. For attention, up to 512 landmarks are considered too; `expected_error` predicts theirs.
+    smallest error is chosen. For attention, up to 512 landmarks are considered too; they are chosen, and read by 32
+    queries.
 
     Parameters
     ----------
@@ -130,7 +134,7 @@ def suggest(
     found = []
     for method in methods:
         if method == LANDMARKS:
-            errors = _errors_of_landmarks(x, y, kernel, scale)
+            errors = _errors_of_landmarks(x, y, values, kernel, scale)
         else:
             errors = _errors_of_features(x, y, values, method, kernel, scale)
         m, error = _first(errors, target_error)
@@ -168,13 +172,26 @@ def _errors_of_features(
         yield m, relative_of_heads(heads, m)
 
 
-def _errors_of_landmarks(x: Array, y: Array, kernel: str, scale: float | None) -> Iterator[tuple[int, float]]:
-    """Numbers of landmarks, and their expected errors."""
+def _errors_of_landmarks(
+    x: Array, y: Array, values: Array, kernel: str, scale: float | None
+) -> Iterator[tuple[int, float]]:
+    """Numbers of landmarks that all queries choose, and their errors at 32 queries."""
+    import numpy as np
+
+    x, y, values = (np.asarray(to_host(array), dtype=np.float64) for array in (x, y, values))
+    batch = np.broadcast_shapes(*(array.shape[:-2] for array in (x, y, values)))
+    x, y, values = (np.broadcast_to(array, (*batch, *array.shape[-2:])) for array in (x, y, values))
+    some = x[..., sampled(x.shape[-2], 32), :]
     options: dict[str, Any] = {"kernel": kernel, "scale": scale}
     options |= {"tilt": GAUSSIAN_TILT} if kernel == "gaussian" else {}
+
+    def read(settings: Landmarks) -> Array:
+        return read_state(gathered(x, y, values, no_keys(settings, x, y, values, None, 0)), some)
+
+    exact = read(landmarks(y.shape[-2], **options))  # as many as keys
     for m in _SIZES:
         if m <= _MOST_LANDMARKS:
-            yield m, mean_of(expected_error(x, y, landmarks(m, **options)))
+            yield m, mean_of(relative_error(read(landmarks(m, **options)), exact))
 
 
 def _first(errors: Iterable[tuple[int, float]], target: float) -> tuple[int, float]:
