@@ -138,10 +138,10 @@ def gathered(
     x: Array,
     y: Array,
     *,
-    axis: int | tuple[int, ...],
-    mask_x: Array | None,
-    mask_y: Array | None,
-    enable_gqa: bool,
+    axis: int | tuple[int, ...] = -2,
+    mask_x: Array | None = None,
+    mask_y: Array | None = None,
+    enable_gqa: bool = False,
     narrow: bool = False,
 ) -> Moments:
     """As `moments`. With `narrow`, moments of points that are on both sides may be rounded as in `point_moments`."""
