@@ -86,7 +86,7 @@ class NystromMap(SignedFeatureMap):
 def gaussian(points: Array, centres: Array) -> Array:
     """exp(-|u - c|^2 / 2), (*b, n, m)."""
     xp = namespace_of(points, centres)
-    own, other = (-0.5 * row_sum(a * a) for a in (points, centres))
+    own, other = (-0.5 * xp.vecdot(a, a)[..., None] for a in (points, centres))
     if points.shape[-1] > WIDE:
         logs = points @ xp.matrix_transpose(centres) + own + xp.matrix_transpose(other)
     else:  # with two more columns on each side, one product makes the whole exponent
