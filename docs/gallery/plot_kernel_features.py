@@ -58,3 +58,14 @@ for name, make in makers.items():
 
 model = FeatureRidge(gamma=1 / 64, random_state=0).fit(x, y)
 print(f"alpha {model.alpha_:.2g}, held-out R2 {model.score(test, wanted):.3f}")
+
+# %%
+# **When which.**
+#
+# - `RandomFeatures` for the Gaussian kernel of dense points: its default is nearest to the kernel, or takes Fourier
+#   features where points are so few and so far apart that these are nearer. `method="trig"` or `"optimal"` gives
+#   unbiased features; `purpose="smoothing"` chooses for averages of values.
+# - `Nystroem` for other kernels (polynomial, chi squared, a function), and if the fit is to look at 256 points only.
+# - `RBFSampler` for sparse tables, which `RandomFeatures` refuses.
+# - `FeatureRidge` in place of features and a ridge regression if there are more points than memory, or a penalty to
+#   choose.
