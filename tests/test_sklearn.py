@@ -311,7 +311,7 @@ def test_auto_finds_the_bandwidth_of_digits():
 
 def test_the_exact_estimate_far_from_everything_is_the_nearest_point():
     x = np.array([[0.0], [1.0], [2.0]])
-    model = NadarayaWatsonRegressor(method="exact", gamma=5.0).fit(x, [1.0, 2.0, 3.0])
+    model = NadarayaWatsonRegressor(method="exact", n_components=0, gamma=5.0).fit(x, [1.0, 2.0, 3.0])
     np.testing.assert_allclose(model.predict([[100.0]]), [3.0])
 
 

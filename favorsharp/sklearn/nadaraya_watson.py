@@ -87,7 +87,7 @@ class _NadarayaWatson(KernelEstimator):
         methods = NW_CANDIDATES if self.method == "auto" else (self.method,)
         if len(gammas) * len(methods) > 1:
             self.method_, self.gamma_ = self._tuned(x, v, seed, weight, methods, gammas)
-        self._beside = self._landmarks(self.gamma_, seed)
+        self._beside: Any = self._landmarks(self.gamma_, seed) if self.method_ in (LANDMARKS, *SIGNED) else None
         self._near: Any = None  # landmarks beside the sums of a signed map, for rows where these give no estimate
         if self.method_ == LANDMARKS:
             self.feature_map_: Any = self._beside
