@@ -279,10 +279,12 @@ def _length(spans: list[tuple[int, int]]) -> int:
 
 def _layer_for(layer: Any) -> Any:
     """The layer of a StateCache in place of the layer of a DynamicCache."""
+    recurrent = getattr(cache_utils, "LinearAttentionLayer", ())  # the first versions have none, nor a DummyLayer
     if isinstance(layer, cache_utils.DynamicLayer):
-        is_linear = isinstance(layer, cache_utils.LinearAttentionLayer)
-        return _hybrid_layer()(layer.number_of_states) if is_linear else StateLayer()
-    if isinstance(layer, cache_utils.LinearAttentionLayer | cache_utils.DummyLayer):
+        return _recurrent_layers()[1](layer.number_of_states) if isinstance(layer, recurrent) else StateLayer()
+    if isinstance(layer, recurrent):
+        return _recurrent_layers()[0](layer.number_of_states)
+    if isinstance(layer, getattr(cache_utils, "DummyLayer", ())):
         return layer
     raise ValueError(
         f"the model keeps a {type(layer).__name__} in its cache, for which a StateCache has no place; accepted: a "
@@ -291,10 +293,20 @@ def _layer_for(layer: Any) -> Any:
 
 
 @cache
-def _hybrid_layer() -> Any:
-    """The class of layers that keep a recurrence beside their keys."""
+def _recurrent_layers() -> tuple[Any, Any]:
+    """The classes of layers that keep a recurrence, without keys and beside them."""
 
-    class HybridStateLayer(cache_utils.LinearAttentionLayer, StateLayer):
+    class RecurrentLayer(cache_utils.LinearAttentionLayer):
+        """The states of convolutions and recurrences, of which rows can be repeated and chosen."""
+
+        def _rows(self, change: Any) -> None:
+            for states in (self.conv_states, self.recurrent_states):
+                states.update({i: change(x) for i, x in states.items() if x is not None})
+
+        batch_repeat_interleave = StateLayer.batch_repeat_interleave
+        batch_select_indices = StateLayer.batch_select_indices
+
+    class HybridStateLayer(RecurrentLayer, StateLayer):
         """A `StateLayer` with the states of convolutions and recurrences."""
 
         def __init__(self, number_of_states: int = 1) -> None:
@@ -312,14 +324,13 @@ def _hybrid_layer() -> Any:
 
         def _rows(self, change: Any) -> None:
             StateLayer._rows(self, change)
-            for states in (self.conv_states, self.recurrent_states):
-                states.update({i: change(x) for i, x in states.items() if x is not None})
+            super()._rows(change)
 
         reorder_cache = StateLayer.reorder_cache
         crop, get_max_length = StateLayer.crop, StateLayer.get_max_length
         offload, prefetch = StateLayer.offload, StateLayer.prefetch
 
-    return HybridStateLayer
+    return RecurrentLayer, HybridStateLayer
 
 
 def layer_of(module: Any, key: Tensor, value: Tensor) -> StateLayer | None:

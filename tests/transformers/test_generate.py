@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from tiny import MODELS, inputs, output
-from transformers import DynamicCache, EncoderDecoderCache, FalconH1Config
+from transformers import DynamicCache, EncoderDecoderCache, FalconH1Config, Qwen3NextConfig, cache_utils
 
 import favorsharp as fs
 from favorsharp.transformers import StateCache, calibrate, register
@@ -201,17 +201,27 @@ def test_a_cache_can_be_emptied_and_not_cropped():
         ("batch_select_indices", torch.tensor([1]), [1]),
     ],
 )
-def test_a_layer_with_a_recurrence_changes_its_rows_and_forgets_it(change, argument, order):
-    config = FalconH1Config(num_hidden_layers=1, hidden_size=32, num_attention_heads=4, num_key_value_heads=2)
+@pytest.mark.parametrize("beside_keys", [True, False])
+def test_a_layer_with_a_recurrence_changes_its_rows_and_forgets_it(change, argument, order, beside_keys):
+    kind, kinds = (FalconH1Config, {}) if beside_keys else (Qwen3NextConfig, {"layer_types": ["linear_attention"]})
+    config = kind(num_hidden_layers=1, hidden_size=32, num_attention_heads=4, num_key_value_heads=2, **kinds)
     cache, rows = StateCache(config=config), torch.randn(3, 4, 2)
     cache.update_recurrent_state(rows.clone(), 0)
-    cache.layers[0].state = NearKeys(rows[:, None], rows[:, None], torch.ones(3, 4, dtype=torch.bool))
+    if beside_keys:
+        cache.layers[0].state = NearKeys(rows[:, None], rows[:, None], torch.ones(3, 4, dtype=torch.bool))
     getattr(cache, change)(argument)
     assert torch.equal(cache.layers[0].recurrent_states[0], rows[order])
-    assert torch.equal(cache.layers[0].state.keys, rows[order, None])
+    assert not beside_keys or torch.equal(cache.layers[0].state.keys, rows[order, None])
     cache.reset()
-    assert cache.layers[0].state is None
+    assert not beside_keys or cache.layers[0].state is None
     assert not cache.layers[0].recurrent_states[0].any()
+
+
+def test_a_cache_for_a_config_needs_no_recurrent_layers_of_transformers(monkeypatch):
+    """Transformers 5.4 has none."""
+    for name in ("LinearAttentionLayer", "DummyLayer"):
+        monkeypatch.delattr(cache_utils, name)
+    assert [type(layer) for layer in StateCache(config=MODELS["llama"]().config).layers] == [StateLayer] * 2
 
 
 def test_another_attention_cannot_read_a_cache_of_states():
