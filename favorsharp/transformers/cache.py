@@ -51,6 +51,7 @@ class StateLayer(CacheLayerMixin):
         self.seen = 0
         self._given: tuple[Tensor, Tensor] | None = None
         self._received = False
+        self._keeps_one = False  # whether the model is known to keep no cross-attention in this cache
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Allocate nothing: the first keys make the state."""
@@ -72,11 +73,13 @@ class StateLayer(CacheLayerMixin):
                 f"{_name_of(caller)} gives its cache {', '.join(unknown)}, which a StateCache does not serve; "
                 f"{_INSTEAD}"
             )
-        if caller is not None and _keeps_both(_config_of(caller)):
-            raise ValueError(
-                f"{_name_of(caller)} belongs to a model that keeps self-attention and cross-attention in one cache and "
-                f"looks for the keys of an image there, which a StateCache does not hold; {_INSTEAD}"
-            )
+        if caller is not None and not self._keeps_one:
+            if getattr(_config_of(caller), "cross_attention_layers", None):
+                raise ValueError(
+                    f"{_name_of(caller)} belongs to a model that keeps self-attention and cross-attention in one cache "
+                    f"and looks for the keys of an image there, which a StateCache does not hold; {_INSTEAD}"
+                )
+            self._keeps_one = True
         if self._given is not None:
             _hand_out(None, None)
             raise ValueError(self._why_not_taken(caller))
@@ -148,7 +151,7 @@ class StateLayer(CacheLayerMixin):
     def reset(self) -> None:
         """Forget everything."""
         self.state, self.keys, self.values, self.seen = None, None, None, 0
-        self._given, self._received = None, False
+        self._given, self._received, self._keeps_one = None, False, False
         self.is_initialized = False
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -397,21 +400,6 @@ def _caller() -> FrameType | None:
     ):
         frame = frame.f_back
     return frame
-
-
-_own_alone: Any = None
-"""The last config that `_keeps_both` declined: layers of a model share it, and looking up its attributes is slow."""
-
-
-def _keeps_both(config: Any) -> bool:
-    """Whether a model of this config keeps self-attention and cross-attention in one cache."""
-    global _own_alone
-    if config is None or (_own_alone is not None and _own_alone() is config):
-        return False
-    if getattr(config, "cross_attention_layers", None):
-        return True
-    _own_alone = weakref.ref(config)
-    return False
 
 
 def _config_of(caller: FrameType) -> Any:
