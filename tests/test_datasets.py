@@ -12,7 +12,7 @@ from threading import Thread
 import numpy as np
 import pytest
 
-from favorsharp import datasets
+from favorsharp import _tables, datasets
 
 SMALL = {
     "abalone": ["M,0.455,0.365,0.095,0.514,0.2245,0.101,0.15,15", "F,0.35,0.265,0.0,0.2,0.09,0.04,0.07,7"],
@@ -30,7 +30,7 @@ WIDTHS = {"abalone": 9, "banknote": 4, "car": 11, "yeast": 8, "cmc": 9, "nursery
 
 
 def as_csv(name):
-    return "\n".join([",".join(datasets.TABLES[name].columns), *SMALL[name], ""])
+    return "\n".join([",".join(_tables.TABLES[name].columns), *SMALL[name], ""])
 
 
 def as_source(name):
@@ -45,9 +45,9 @@ def as_source(name):
 @pytest.fixture(autouse=True)
 def small_tables(monkeypatch):
     monkeypatch.delenv("FAVORSHARP_DATA", raising=False)
-    for name, table in datasets.TABLES.items():
+    for name, table in _tables.TABLES.items():
         monkeypatch.setitem(
-            datasets.TABLES, name, replace(table, sha256=hashlib.sha256(as_csv(name).encode()).hexdigest())
+            _tables.TABLES, name, replace(table, sha256=hashlib.sha256(as_csv(name).encode()).hexdigest())
         )
 
 
@@ -56,7 +56,7 @@ def archive(monkeypatch):
     """A server on this machine with the archives under UCI's paths; returns the list of requested paths."""
     pytest.importorskip("pooch")
     asked, content = [], {}
-    for name, table in datasets.TABLES.items():
+    for name, table in _tables.TABLES.items():
         buffer = io.BytesIO()
         with zipfile.ZipFile(buffer, "w") as file:
             file.writestr("Index", "of no use")
@@ -78,7 +78,7 @@ def archive(monkeypatch):
     Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     for variable in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
         monkeypatch.delenv(variable, raising=False)
-    monkeypatch.setattr(datasets, "ARCHIVE", f"http://127.0.0.1:{server.server_port}")
+    monkeypatch.setattr(_tables, "ARCHIVE", f"http://127.0.0.1:{server.server_port}")
     yield asked, content
     server.shutdown()
     server.server_close()
@@ -95,7 +95,7 @@ def test_a_download_and_every_copy_give_the_same_values(name, archive, tmp_path)
     assert first.data.shape == (2, WIDTHS[name])
     assert first.data.dtype == np.float64
     assert len(first.feature_names) == WIDTHS[name]
-    table = datasets.TABLES[name]
+    table = _tables.TABLES[name]
     for number, (file, content) in enumerate(
         {
             f"{table.file}.csv": as_csv(name).encode(),
@@ -115,13 +115,13 @@ def test_a_download_and_every_copy_give_the_same_values(name, archive, tmp_path)
 
 
 def test_values():
-    rows = datasets._rows(datasets.TABLES["chess"], as_source("chess"))
+    rows = _tables.parsed(_tables.TABLES["chess"], as_source("chess"))
     found = datasets._dataset("chess", rows)
     assert found.feature_names[:4] == ("wk_file=a", "wk_file=b", "wk_rank=1", "wr_file=b")
     np.testing.assert_array_equal(found.data[:, :5], [[1, 0, 1, 1, 0], [0, 1, 1, 0, 1]])
     assert found.target.tolist() == ["draw", "sixteen"]
     assert found.target_names == ("draw", "sixteen")
-    wifi = datasets._dataset("wifi", datasets._rows(datasets.TABLES["wifi"], as_source("wifi")))
+    wifi = datasets._dataset("wifi", _tables.parsed(_tables.TABLES["wifi"], as_source("wifi")))
     np.testing.assert_array_equal(wifi.data[1], [-59, -50, -45, -60, -45, -88, -87])
     assert wifi.target.dtype == np.int64
     assert repr(wifi) == "Dataset('wifi', n=2, d=7, classes=2)"
@@ -144,8 +144,8 @@ def test_what_is_not_the_table_is_refused(archive, tmp_path):
         (tmp_path / "car.csv.gz").write_bytes(bad)
         with pytest.raises(ValueError, match=r"car\.csv\.gz: not a gzip file"):
             fetch("car", data_home=tmp_path)
-    address = f"/{datasets.TABLES['wifi'].address}"
-    for bad in (b"not a zip file", content[f"/{datasets.TABLES['car'].address}"]):
+    address = f"/{_tables.TABLES['wifi'].address}"
+    for bad in (b"not a zip file", content[f"/{_tables.TABLES['car'].address}"]):
         content[address] = bad
         with pytest.raises(ValueError, match=r"wireless\+indoor\+localization\.zip: not an archive that holds wifi"):
             fetch("wifi", data_home=tmp_path / "new")
