@@ -8,9 +8,9 @@ import math
 from typing import Any
 
 from favorsharp.backend import State, unsettled
-from favorsharp_numba.host.arguments import Held, broadcast, empty, indices, name_of, pack, usable_where_it_lies
+from favorsharp_numba.host.arguments import Held, empty, indices, name_of, pack
 from favorsharp_numba.host.kept_tokens import After, Layout, is_whole, kept_at
-from favorsharp_numba.host.token_plans import TokenPlan
+from favorsharp_numba.host.token_plans import TokenPlan, is_plain_token
 from favorsharp_numba.kernels.decode_step import PLAN_SIZE, turn
 
 
@@ -41,18 +41,12 @@ class Turn(TokenPlan):
         self.run(*places, *kept.sums, *kept.places, position)
         if kept.marks[0]:
             kept, position = kept.begun_again(position, raised=True), 0
-            kept.claim(0)
             self.run(*places, *kept.sums, *kept.places, position)
         return out, unsettled(state, After(kept, position + 1))
 
 
 def turn_of(q: Any, k: Any, v: Any, state: State, feature_map: Any) -> Turn | None:
     """The plan for arrays of these layouts, or None if the kernel cannot take them."""
-    batch = tuple(state.like.shape[:-2])
-    if state.window or q.shape[-2] == 0 or k.shape[-2] != 1:
+    if state.window or not (state.single_tokens is not None or is_whole(state)):
         return None
-    if batch != broadcast(feature_map.batch_shape, batch) or not (state.single_tokens is not None or is_whole(state)):
-        return None
-    if not all(tuple(x.shape[:-2]) == batch and usable_where_it_lies(x) for x in (q, k, v)):
-        return None
-    return Turn(q, k, v, state, feature_map)
+    return Turn(q, k, v, state, feature_map) if is_plain_token(q, k, v, state, feature_map) else None

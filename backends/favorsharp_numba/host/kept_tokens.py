@@ -113,8 +113,7 @@ def kept_at(state: State, layout: Layout, count: int = 1) -> tuple[Kept, int]:
         if position + count <= SPAN and kept.claim(position):
             return kept, position
         kept = kept.begun_again(position)
-    kept.claim(0)
-    return kept, 0
+    return kept, 0  # no other caller knows these rows yet
 
 
 class After(NamedTuple):
@@ -184,7 +183,6 @@ def with_few(state: State, k: Any, v: Any, feature_map: Any) -> State:
         run(kept, position)
         if kept.marks[0]:
             kept, position = kept.begun_again(position, raised=True), 0
-            kept.claim(0)
             run(kept, position)
         state = unsettled(state, After(kept, position + count))
     return state

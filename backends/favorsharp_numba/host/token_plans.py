@@ -6,8 +6,9 @@ from typing import Any
 
 import numpy as np
 
+from favorsharp.backend import State
 from favorsharp_numba.host import workspace
-from favorsharp_numba.host.arguments import Held, check_memory, is_torch, start_of
+from favorsharp_numba.host.arguments import Held, broadcast, check_memory, is_torch, start_of, usable_where_it_lies
 from favorsharp_numba.host.threads import SMALL, share
 from favorsharp_numba.kernels.workspace import items_of
 
@@ -57,6 +58,17 @@ class TokenPlan:
             self.threads.memory = workspace.workspaces(1, self.scratch, self.one.dtype)
             place = self.threads.place = workspace.place_in(self.threads.memory[0])
         return place
+
+
+def is_plain_token(q: Any, k: Any, v: Any, state: State, feature_map: Any) -> bool:
+    """Whether these are a key and its value, and some queries, of the state's batch, that a kernel reads in place."""
+    batch = tuple(state.like.shape[:-2])
+    return (
+        q.shape[-2] > 0
+        and k.shape[-2] == 1
+        and batch == broadcast(feature_map.batch_shape, batch)
+        and all(tuple(x.shape[:-2]) == batch and usable_where_it_lies(x) for x in (q, k, v))
+    )
 
 
 def _start_of_numpy(x: Any) -> int:

@@ -26,10 +26,9 @@ from favorsharp_numba.host.arguments import (
     numpy_or_torch,
     pack,
     start_of,
-    usable_where_it_lies,
 )
 from favorsharp_numba.host.problem import AttentionProblem, absorbed
-from favorsharp_numba.host.token_plans import TokenPlan
+from favorsharp_numba.host.token_plans import TokenPlan, is_plain_token
 from favorsharp_numba.kernels.windowed_token import PLAN_SIZE, near_turn
 
 
@@ -124,15 +123,10 @@ def without_first_block(state: State, feature_map: Any) -> State:
 
 def takes_store(q: Any, k: Any, v: Any, state: State, feature_map: Any) -> bool:
     """Whether there is a `NearTurn` for arrays of these layouts: one key, of the dtype of the recent ones."""
-    batch = tuple(state.like.shape[:-2])
     return (
         state.window > 0
-        and batch == broadcast(feature_map.batch_shape, batch)
-        and q.shape[-2] > 0
-        and k.shape[-2] == 1
         and (k.dtype, v.dtype) == (state.recent_k.dtype, state.recent_v.dtype)
-        and all(tuple(x.shape[:-2]) == batch for x in (q, k, v))
-        and all(usable_where_it_lies(x) for x in (q, k, v))
+        and is_plain_token(q, k, v, state, feature_map)
     )
 
 
