@@ -39,7 +39,6 @@ def python(code, *, package=None, dtype="float64", **environment):
         env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), **environment},
         capture_output=True,
         text=True,
-        timeout=300,
         check=False,
     )
     assert result.returncode == 0, result.stderr[-3000:]
