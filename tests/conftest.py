@@ -1,15 +1,16 @@
 """The array libraries that every law is tested on, and the implementations that run in a test.
 
-A test runs the references, so that it compiles nothing. Two marks change that: `compiled` leaves the choice to
-favorsharp, and tests with `own_backend` choose backends themselves. In files with the mark `compiled`, tests of another
-dtype have `compiled(False)`, because all kernels would be compiled once more for it. `pytest --backend any` leaves the
-choice to favorsharp in all tests, as `make test-kernels` does.
+A test runs the references, also in processes that it starts, so that it compiles nothing. Two marks change that:
+`compiled` leaves the choice to favorsharp, and tests with `own_backend` choose backends themselves. In files with the
+mark `compiled`, tests of another dtype have `compiled(False)`, because all kernels would be compiled once more for it.
+`pytest --backend any` leaves the choice to favorsharp in all tests, as `make test-kernels` does.
 
 `pytest --backend loopback` wraps each test in `favorsharp.use("loopback")`. That backend is found through a real entry
 point, runs the references and counts its calls (tests/loopback). `make test-loopback` reruns the tests of attention,
 streams and regression that way, and the run fails if the backend never ran.
 """
 
+import gc
 import os
 import sys
 from collections.abc import Callable
@@ -156,14 +157,23 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--backend", default=None, help="run every test under favorsharp.use(NAME); any: whichever runs")
 
 
+def pytest_configure() -> None:
+    """Look for garbage less often: Numba makes so many objects that it would take a tenth of compilation."""
+    gc.set_threshold(100_000, 50, 100)
+
+
 def _is_compiled(item: pytest.Item) -> bool:
     mark = item.get_closest_marker("compiled")
     return mark is not None and mark.args != (False,)
 
 
+def _may_compile(item: pytest.Item) -> bool:
+    return _is_compiled(item) or item.get_closest_marker("own_backend") is not None
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Put the tests that compile kernels first, so that one of two workers of `--dist worksteal` gets all of them."""
-    items.sort(key=lambda item: not _is_compiled(item) and TESTS / "backends" / "numba" not in item.path.parents)
+    items.sort(key=lambda item: not _may_compile(item))
 
 
 @pytest.fixture(autouse=True)
@@ -174,7 +184,9 @@ def _under_backend(request: pytest.FixtureRequest) -> Any:
     if name == "any" or request.node.get_closest_marker("own_backend"):
         yield
         return
-    with fs.use(name):
+    with fs.use(name), pytest.MonkeyPatch.context() as environment:
+        if name == "reference":
+            environment.setenv("FAVORSHARP_BACKEND", name)  # for processes that the test starts
         yield
 
 

@@ -18,7 +18,6 @@ def promised(snippet):
     return behind or below
 
 
-@pytest.mark.own_backend
 @pytest.mark.parametrize("snippet", SNIPPETS, ids=[f"snippet-{i}" for i in range(len(SNIPPETS))])
 def test_snippet(snippet):
     run = subprocess.run([sys.executable, "-W", "error", "-c", snippet], capture_output=True, text=True, check=False)

@@ -104,17 +104,15 @@ def test_bad_arguments_raise_or_give_the_shapes_that_were_promised(indices, size
         assert out.shape == ((*x.shape[:-1], v.shape[-1]) if v.ndim > 1 else x.shape[:-1])
 
 
-@pytest.mark.own_backend
 @pytest.mark.parametrize(
     ("seed", "calls"),
     [(0, 300), pytest.param(1, 6000, marks=pytest.mark.slow), pytest.param(2, 6000, marks=pytest.mark.slow)],
 )
 def test_random_calls_never_crash_hang_or_lie_about_shapes(seed, calls):
     """The calls run in a process of their own, so that a crash or a hang ends this test only."""
-    pytest.importorskip("numba")  # vjp
     script = Path(__file__).with_name("fuzz.py")
     command = [sys.executable, str(script), str(seed), str(calls), *(["--torch"] if calls > 1000 else [])]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=60 + calls / 10)
+    run = subprocess.run(command, capture_output=True, text=True, timeout=600 + calls / 10)
     assert run.returncode == 0, run.stdout + run.stderr
 
 
