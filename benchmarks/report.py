@@ -45,8 +45,8 @@ WHY = {
     "causal, forward and backward": "the goal was set by an earlier run; the ratio differs by a fifth between runs.",
     "kernel_matvec": "with 8 columns a feature takes 9 multiply-adds and an exponential of 12 instructions, so that "
     "about 43 per cent of the bound is the most to expect.",
-    "BERT-like": "at 512 tokens exact attention is a small part of the layer, and 64 landmarks take longer to choose "
-    "than it takes.",
+    "BERT-like": "at 512 tokens exact attention is a small part of the layer, and attention through 64 landmarks "
+    "takes no less processor time.",
     "query of 131072 points, m=128, equal moments": "the ratio differs by some hundredths between runs.",
     "what attention adds to a block": "the ratio differs by some hundredths between runs.",
     "query": "where the transform is no rotation the row term takes half as many products again as the kernel alone, "
