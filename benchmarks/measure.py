@@ -35,6 +35,8 @@ class Table:
         Whether the others are calls of this library too.
     label : str
         The label in the picture; empty means that the row is not in it.
+    rounds : dict
+        The seconds of every round by name, if they are known.
     """
 
     work: str
@@ -47,6 +49,7 @@ class Table:
     beside: tuple[str, ...] = ()
     own: bool = False
     label: str = ""
+    rounds: dict[str, list[float]] = field(default_factory=dict)
 
     @property
     def ours(self) -> float:
@@ -56,13 +59,23 @@ class Table:
     @property
     def best(self) -> tuple[str, float] | None:
         """The fastest of the others that are compared."""
-        _, *others = self.seconds.items()
-        return min((x for x in others if x[0] not in self.beside), key=lambda x: x[1], default=None)
+        others = [name for name in list(self.seconds)[1:] if name not in self.beside]
+        return min(((name, self.seconds[name]) for name in others), key=lambda x: self.times(x[0]), default=None)
 
     @property
     def ratio(self) -> float | None:
         """The time of the best other software divided by ours."""
-        return None if self.best is None else self.best[1] / self.ours
+        return None if self.best is None else self.times(self.best[0])
+
+    def times(self, name: str) -> float:
+        """The time of a call divided by ours: the median over rounds.
+
+        What disturbs a round lengthens both of its times, so this differs less between runs than a ratio of medians.
+        """
+        if name not in self.rounds:
+            return self.seconds[name] / self.ours
+        ours = next(iter(self.rounds.values()))
+        return statistics.median(x / y for x, y in zip(self.rounds[name], ours, strict=True))
 
     def share(self, bounds: "Bounds") -> float | None:
         """The least time that the machine needs for the products and bytes, divided by our time."""
@@ -140,14 +153,15 @@ def compare(
     *,
     want: Any = None,
     tolerance: float = 1e-3,
-    rounds: int = 9,
+    rounds: int = 27,
     budget: float = 3.0,
     unchecked: tuple[str, ...] = ("favorsharp",),
     times: int = 1,
     **about: Any,
 ) -> Table:
-    """Time the peers in turn, round by round; a peer that fails or whose result is wrong is left out and named.
+    """Time the peers in turn, round by round, in every second round backwards.
 
+    A peer that fails or whose result is wrong is left out and named.
     `times` is how often each call does the work; `about` holds further arguments of `Table`.
     """
     left_out = {}
@@ -167,15 +181,21 @@ def compare(
     found: dict[str, list[float]] = {name: [] for name in runs}
     begin = time.perf_counter()
     for number in range(rounds):
-        for name, peer in runs.items():
+        order = list(runs) if number % 2 == 0 else list(runs)[::-1]
+        for name in order:
             time.sleep(PAUSE)
             start = time.perf_counter()
-            result = peer()
+            result = runs[name]()
             found[name].append((time.perf_counter() - start) / times)
             del result
         if number >= 2 and time.perf_counter() - begin > budget:
             break
-    return Table(work, {name: statistics.median(x) for name, x in found.items()}, left_out=left_out, **about)
+    return table_of(work, found, left_out=left_out, **about)
+
+
+def table_of(work: str, rounds: dict[str, list[float]], **about: Any) -> Table:
+    """A table from the seconds of every round."""
+    return Table(work, {name: statistics.median(x) for name, x in rounds.items()}, rounds=rounds, **about)
 
 
 def peak_fma(seconds: float = 1.0) -> float:

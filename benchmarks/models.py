@@ -11,7 +11,7 @@ from transformers import AttentionInterface, BertConfig, BertModel, DynamicCache
 
 import favorsharp as fs
 from benchmarks import peers
-from benchmarks.measure import Table, compare
+from benchmarks.measure import Table, compare, table_of
 from favorsharp.transformers import StateCache, calibrate, register
 
 EXACT = "exact attention (sdpa)"
@@ -50,14 +50,15 @@ def block(quick: bool) -> Iterator[Table]:
             WITHOUT: partial(whole, lambda q, k, v: v),
             "attention alone": partial(ours, q, k, v),
         },
-        rounds=15, budget=6.0,
-    ).seconds  # fmt: skip
-    less = found[WITHOUT]
-    added = {name: found[name] - less for name in ("favorsharp", "torch.compile, FAVOR+", EXACT) if name in found}
+        budget=6.0,
+    ).rounds  # fmt: skip
+    sides = [name for name in ("favorsharp", "torch.compile, FAVOR+", EXACT) if name in found]
+    added = {name: [x - y for x, y in zip(found[name], found[WITHOUT], strict=True)] for name in sides}
     label = f"features in a torch block, {n:,} tokens"
-    yield Table(f"what attention adds to a block of torch, n={n}, m={m}", added, goal=1.0, label=label)
+    yield table_of(f"what attention adds to a block of torch, n={n}, m={m}", added, goal=1.0, label=label)
     alone = {"favorsharp": added["favorsharp"], "alone": found["attention alone"]}
-    yield Table(f"what attention adds to a block of torch, n={n}, m={m}, beside itself alone", alone, 0.87, own=True)
+    work = f"what attention adds to a block of torch, n={n}, m={m}, beside itself alone"
+    yield table_of(work, alone, goal=0.87, own=True)
 
 
 def served(model: Any, name: str) -> Any:

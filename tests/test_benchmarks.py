@@ -50,6 +50,15 @@ def test_the_page_says_what_was_found_and_which_goals_are_missed(report, tmp_pat
     assert (tmp_path / "x.png").stat().st_size > 5_000
 
 
+def test_a_ratio_compares_times_of_one_round(report):
+    """The second round was disturbed in one call, and the third in both."""
+    table = report.measure.table_of(
+        "x", {"favorsharp": [1.0, 1.0, 4.0], "slow": [9.0, 9.0, 36.0], "other": [2.0, 8.0, 8.0]}
+    )
+    assert table.best == ("other", 8.0)
+    assert table.ratio == 2.0
+
+
 @pytest.mark.parametrize(("others", "said"), [(0.01, "1.0 per cent"), (0.2, "Disturbed"), (None, "not known")])
 def test_a_run_says_whether_other_work_ran(report, others, said):
     assert said in rows(report, others)[2]
