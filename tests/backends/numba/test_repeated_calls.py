@@ -65,6 +65,11 @@ def calls(library, map_dtype, n=N):
     yield "kernel_matvec", lambda: fs.kernel_matvec(q, k, v, fm), 2, 1
     yield "query", lambda: fm.query(q), 1, 1
     yield "log_key", lambda: fm.log_key(k), 1, 1
+    yield "combine", lambda: fs.combine(state, state), 0, 0
+    if library == "numpy":
+        estimators, points = pytest.importorskip("favorsharp.sklearn"), q.reshape(-1, D)
+        features = estimators.RandomFeatures(method="optimal", n_components=M, random_state=0).fit(points[:99])
+        yield "transform", lambda: features.transform(points), 1, 1
     yield "vjp", lambda: fs.vjp(attend, q, k, v, fm)[1](v), 4, None
 
 
