@@ -80,17 +80,22 @@ class TileMap:
     """Both sides of a map for tensor-core kernels, with logarithms to base 2.
 
     The first axis of all arrays, `count`, runs over the maps of a batch. A side's header (count, header_size) is in
-    float32: 8 scalars, center, linear and near_center (padded_d each), and column (padded_m; -inf from m on).
+    float32: 8 scalars, center, linear and near_center (padded_d each), and two columns (padded_m; -inf from m on), for
+    centred points and for points as they are.
 
-    A side's planes (count, 2, plane_rows, padded_d) are in float16: the rows of the map (padded_m), then those of the
-    quadratic form. Each of the two matrices is scaled by a power of two, so that its largest entry is between 2**12 and
-    2**13. The first plane has the numbers rounded to float16, the second plane the remainders.
+    Rows are in two planes of 16 bits: the numbers rounded, and the remainders. They lie as in shared memory, in tiles
+    (count, rows // 64, 2, 64, padded_d + 8). A side's planes, for centred points, are in float16: the rows of the map
+    (padded_m), then those of the quadratic form (plane_rows in all). Each of the two matrices is scaled by a power of
+    two, so that its largest entry is between 2**12 and 2**13. A side's rows, for points of bfloat16 as they are, are
+    the bits of bfloat16: the rows of the map times its root.
     """
 
     query_header: Any
     query_planes: Any
+    query_rows: Any
     key_header: Any
     key_planes: Any
+    key_rows: Any
     padded_d: int
     padded_m: int
     plane_rows: int
@@ -110,32 +115,58 @@ def _pack_tiles(feature_map: Any, may_read: bool) -> TileMap:
     _, m, d = sides[0].rows.shape
     padded_d, padded_m = -(-d // 16) * 16, -(-m // TILE) * TILE
     plane_rows = padded_m + -(-d // TILE) * TILE
-    (query_header, query_planes), (key_header, key_planes) = (
-        _tile_side(side, padded_d, padded_m, plane_rows) for side in sides
-    )
-    return TileMap(
-        query_header, query_planes, key_header, key_planes, padded_d, padded_m, plane_rows, query_header.shape[1],
-        not may_read or _has_dense(sides),
-    )  # fmt: skip
+    query, key = (_tile_side(side, padded_d, padded_m, plane_rows) for side in sides)
+    header_size = query[0].shape[1]
+    return TileMap(*query, *key, padded_d, padded_m, plane_rows, header_size, not may_read or _has_dense(sides))
 
 
-def _tile_side(side: FoldedSide, padded_d: int, padded_m: int, plane_rows: int) -> tuple[Any, Any]:
+def _tile_side(side: FoldedSide, padded_d: int, padded_m: int, plane_rows: int) -> tuple[Any, Any, Any]:
     xp = namespace_of(side.rows)
     device = on_device_of(side.rows)
     count, m, d = side.rows.shape
     rows, of_rows = _split(LOG2E * side.rows)
     dense, of_dense = _split(math.sqrt(LOG2E) * xp.matrix_transpose(side.dense))
-    planes = xp.zeros((count, 2, plane_rows, padded_d), dtype=rows.dtype, **device)
+    planes = xp.zeros((count, 2, plane_rows, padded_d + 8), dtype=rows.dtype, **device)
     planes[:, :, :m, :d] = rows
     planes[:, :, padded_m : padded_m + d, :d] = dense
-    header = xp.zeros((count, 8 + 3 * padded_d + padded_m), dtype=xp.float32, **device)
+    plain = _bfloat16_planes(LOG2E * side.root * side.rows)
+    plain_rows = xp.zeros((count, 2, padded_m, padded_d + 8), dtype=plain.dtype, **device)
+    plain_rows[:, :, :m, :d] = plain
+    header = xp.zeros((count, 8 + 3 * padded_d + 2 * padded_m), dtype=xp.float32, **device)
     header[:, 0], header[:, 1], header[:, 2] = side.root, LOG2E * side.offset, LOG2E * side.beta
     header[:, 3], header[:, 4], header[:, 5] = 1 / of_rows, 1 / of_dense, LOG2E
     for place, x in enumerate((side.center, LOG2E * side.linear, side.near_center)):
         header[:, 8 + place * padded_d : 8 + place * padded_d + d] = x
-    header[:, 8 + 3 * padded_d : 8 + 3 * padded_d + m] = LOG2E * side.column
-    header[:, 8 + 3 * padded_d + m :] = -math.inf
-    return header, planes
+    moved = side.column - xp.matmul(side.rows, side.center[..., None])[..., 0]
+    for first, column in ((8 + 3 * padded_d, side.column), (8 + 3 * padded_d + padded_m, moved)):
+        header[:, first : first + m] = LOG2E * column
+        header[:, first + m : first + padded_m] = -math.inf
+    return header, _tiles(planes), _tiles(plain_rows)
+
+
+def _tiles(planes: Any) -> Any:
+    """Planes (count, 2, n, width) as tiles (count, n // 64, 2, 64, width), one after the other in memory."""
+    xp = namespace_of(planes)
+    count, _, n, width = planes.shape
+    tiles = xp.empty((count, n // TILE, 2, TILE, width), dtype=planes.dtype, **on_device_of(planes))
+    tiles[...] = xp.permute_dims(xp.reshape(planes, (count, 2, n // TILE, TILE, width)), (0, 2, 1, 3, 4))
+    return tiles
+
+
+def _bfloat16_planes(matrix: Any) -> Any:
+    """Each matrix (count, n, d) as the bits of two planes of bfloat16, (count, 2, n, d), in int16.
+
+    Not every library has a dtype for bfloat16. Its bits are the upper half of those of float32.
+    """
+    xp = namespace_of(matrix)
+
+    def rounded(x: Any) -> Any:  # to the nearest number whose lower half is zero, and to even
+        bits = cast(x, xp.float32).view(xp.int32)
+        return (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+
+    high = rounded(matrix)
+    low = rounded(matrix - cast((high << 16).view(xp.float32), matrix.dtype))
+    return cast(xp.stack([high, low], axis=1), xp.int16)
 
 
 def _split(matrix: Any) -> tuple[Any, Any]:

@@ -40,9 +40,9 @@ def room_of(x: Any) -> int:
     return shared_room(arrays.device_number(x))
 
 
-def points_bytes(d: int) -> int:
-    """Bytes of a tile of 64 points, in two planes of float16."""
-    return 4 * TILE * (-(-d // 16) * 16 + 8)
+def points_bytes(d: int, number: int = 2) -> int:
+    """Bytes of a tile of 64 points, or of 64 rows of a map, in so many planes of 16 bits."""
+    return 2 * number * TILE * (-(-d // 16) * 16 + 8)
 
 
 def values_bytes(dtype: str, e: int) -> int:
@@ -52,18 +52,22 @@ def values_bytes(dtype: str, e: int) -> int:
 
 def shared_of_absorb(dtype: str, d: int, e: int) -> int:
     """Bytes of shared memory for a block of `absorb`."""
-    return 2 * points_bytes(d) + values_bytes(dtype, e) + 8 * TILE
+    return points_bytes(d, planes(dtype)) + points_bytes(d) + values_bytes(dtype, e) + 8 * TILE
 
 
 def shared_of_read(dtype: str, d: int, e: int, stages: int = 1) -> int:
     """Bytes of shared memory for a block of `read`."""
-    return points_bytes(d) + stages * (points_bytes(d) + values_bytes(dtype, e)) + 4 * TILE
+    return points_bytes(d, planes(dtype)) + stages * (points_bytes(d) + values_bytes(dtype, e)) + 4 * TILE
 
 
-def shared_of_walk(dtype: str, d: int, e: int, stages: int = 1) -> int:
-    """Bytes of shared memory for a block of `walk` that processes e columns of the values."""
-    numbers = 4 * (9 * TILE + 4) + 8 * len(START)
-    return (2 + stages) * points_bytes(d) + 2 * values_bytes(dtype, e) + values_bytes(dtype, TILE) + numbers
+def shared_of_walk(dtype: str, d: int, e: int, stages: int = 1, *, near: bool = True) -> int:
+    """Bytes of shared memory for a block of `walk` that processes e columns of the values.
+
+    With near keys, points of every dtype take two planes.
+    """
+    numbers = 4 * (9 * TILE + 20) + 8 * len(START)
+    points = 2 * points_bytes(d, 2 if near else planes(dtype)) + stages * points_bytes(d)
+    return points + 2 * values_bytes(dtype, e) + values_bytes(dtype, TILE) + numbers
 
 
 @lru_cache(maxsize=1024)

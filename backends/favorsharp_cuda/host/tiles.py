@@ -64,8 +64,8 @@ class Tiles:
         p, m = Problem(batch), self.map
         p.number("map_axis", tuple(self.feature_map.batch_shape))
         p.number("key_axis", key_batch)
-        for side, header, matrix in (("query", m.query_header, m.query_planes), ("key", m.key_header, m.key_planes)):
-            p.side(side, header=p.hold(header), planes=p.hold(matrix))
+        p.side("query", header=p.hold(m.query_header), planes=p.hold(m.query_planes), rows=p.hold(m.query_rows))
+        p.side("key", header=p.hold(m.key_header), planes=p.hold(m.key_planes), rows=p.hold(m.key_rows))
         p.set(
             m=self.feature_map.num_features, m_pad=m.padded_m, d=self.d, e=self.e, padded_d=m.padded_d,
             padded_e=self.padded_e, plane_rows=m.plane_rows, header_size=m.header_size, segments=1, normalised=1,
@@ -142,7 +142,7 @@ class Tiles:
         p = self.problem(batch, batch)
         out = None
         if totals:
-            out = arrays.empty(self.like, (math.prod(batch), self.map.padded_m * (2 + self.padded_e)), "float32")
+            out = arrays.empty(self.like, (math.prod(batch), self.map.padded_m * (9 + self.padded_e)), "float32")
             p.set(totals=p.hold(out))
         p.sums("in", state, low)
         p.sums("out", new, new_low)
@@ -228,7 +228,7 @@ class Tiles:
         `blocks` is the number of blocks for each segment. A segment has whole blocks of the window, or whole tiles.
         """
         unit = window if window >= TILE else TILE // window * window if window else TILE
-        one, two = (shared_of_walk(self.dtype, self.d, self.part, stages) for stages in (1, 2))
+        one, two = (shared_of_walk(self.dtype, self.d, self.part, stages, near=window > 0) for stages in (1, 2))
         stages = stages_of("walk", self.part, one, two, self.room)
         shared = two if stages == 2 else one
         slots = self.multiprocessors * resident("walk", self.part, shared, self.room)

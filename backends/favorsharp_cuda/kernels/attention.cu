@@ -5,11 +5,11 @@ namespace favorsharp {
 template <int P, int E>
 DEVICE void copy_stage(const Problem &p, u16 *stage, const SideView &side, const float *totals, int tile) {
   const int D = side.D;
-  copy_side(stage, side, tile * TILE, p.plane_rows);
+  copy_tile(stage, side.planes, tile, D);
   u16 *sums = stage + 2 * TILE * (D + 8);
-  const u16 *planes = (const u16 *)(totals + 2 * p.m_pad) + (i64)tile * TILE * E;
+  const u16 *planes = (const u16 *)(totals + p.m_pad) + (i64)tile * TILE * (E + 8);
 #pragma unroll
-  for (int i = 0; i < P; i++) copy_rows(sums + i * TILE * (E + 8), planes + i * p.m_pad * E, E);
+  for (int i = 0; i < P; i++) copy_plane<E + 8>(sums + i * TILE * (E + 8), planes + i * p.m_pad * (E + 8));
   commit_copies();
 }
 
@@ -17,20 +17,26 @@ template <class T, int E> KERNEL(THREADS) read(ARGUMENT Problem p) {
   constexpr int P = PLANES<T>;
   SHARED_MEMORY(raw);
   const int D = (int)p.padded_d, stage_size = 2 * TILE * (D + 8) + P * TILE * (E + 8);
-  u16 *points = (u16 *)raw, *stages = points + 2 * TILE * (D + 8);
+  u16 *points = (u16 *)raw, *stages = points + P * TILE * (D + 8);
   float *unscale = (float *)(stages + p.stages * stage_size);
   const int head = blockIdx.x / (u32)p.segments, tiles = (int)p.m_pad / TILE;
   const i64 first = blockIdx.x % (u32)p.segments * TILE;
   const int count = (int)min(p.num_queries - first, (i64)TILE);
   int index[AXES];
   split_head(p, head, index);
-  const SideView side = side_of(p, p.query, index);
-  const float *totals = totals_of(p, along(index, p.key_axis)), *c = totals, *z = totals + p.m_pad;
+  const SideView side = side_of<T>(p, p.query, index);
+  const float *totals = totals_of(p, along(index, p.key_axis)), *c = totals;
   copy_stage<P, E>(p, stages, side, totals, 0);
-  load_points(view<const T>(p.q, index), in_pieces<T>(p.q, p.d), first, 0, count, (int)p.d, side.root(), side.center(), points,
-              D, unscale);
-  __syncwarp();
-  const float back[2] = {unscale[row_of(0)] * side.unscale(), unscale[row_of(1)] * side.unscale()};
+  const View<const T> q = view<const T>(p.q, index);
+  const bool whole = in_pieces<T>(p.q, p.d);
+  float back[2] = {1, 1};
+  if constexpr (AS_THEY_ARE<T>) {
+    copy_points(q, whole, first, 0, count, (int)p.d, points, D);
+  } else {
+    load_points(q, whole, first, 0, count, (int)p.d, side.root(), side.center(), points, D, unscale);
+    __syncwarp();
+    back[0] = unscale[row_of(0)] * side.unscale(), back[1] = unscale[row_of(1)] * side.unscale();
+  }
   Reading<E> reading;
   reading.start();
   for (int tile = 0; tile < tiles; tile++) {
@@ -43,21 +49,19 @@ template <class T, int E> KERNEL(THREADS) read(ARGUMENT Problem p) {
     }
     __syncthreads();
     float log[LANE_COLUMNS][4], old[2];
-    multiply_points(log, points, stage, D);
+    multiply_queries<T>(log, points, stage, D);
 #pragma unroll
     for (int n = 0; n < LANE_COLUMNS; n++)
 #pragma unroll
       for (int i = 0; i < 2; i++) {
         const int j = tile * TILE + column_of(n, i);
         const float bias = side.column()[j] + c[j];
-        log[n][i] = log[n][i] * back[0] + bias;
-        log[n][i + 2] = log[n][i + 2] * back[1] + bias;
+        if (!AS_THEY_ARE<T>) log[n][i] *= back[0], log[n][i + 2] *= back[1];
+        log[n][i] += bias, log[n][i + 2] += bias;
       }
     weigh(log, reading.ref, old);
-    round_to_planes<P>(log);
     reading.scale(old);
-    add_weights(reading.den, log, [&](int column) { return z[again(tile) * TILE + column]; });
-    add_values<P, E>(reading.num, log, stage + 2 * TILE * (D + 8));
+    add_values<P, E>(reading, log, stage + 2 * TILE * (D + 8));
     __syncthreads();
     if (p.stages == 1 && tile + 1 < tiles) copy_stage<P, E>(p, stages, side, totals, tile + 1);
   }

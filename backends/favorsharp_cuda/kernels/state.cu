@@ -2,12 +2,30 @@
 // each segment of the keys, and `scan` combines the sums of segments.
 namespace favorsharp {
 
-// The summands of a point's factor, apart from those of the quadratic form.
+// The part of a point's factor that is a sum over its entries, of centred points: as `load_points` wants it,
 struct Factor {
   const float *linear, beta;
   int D;
   DEVICE explicit Factor(const SideView &side) : linear(global(side.linear())), beta(side.beta()), D(side.D) {}
   DEVICE float operator()(int j, float z) const { return j < D ? (linear[j] - beta * z) * z : 0.0f; }
+};
+// and as `for_pieces` wants it, from points as they are. The sum of row r is written to sums[r].
+template <class T> struct FactorOfRow {
+  Columns<T> linear, middle;
+  float root, beta, *sums;
+  DEVICE FactorOfRow(const SideView &side, float *sums)
+      : linear(global(side.linear()), side.D), middle(global(side.center()), side.D), root(side.root()), beta(side.beta()),
+        sums(sums) {}
+  DEVICE void operator()(int r, int j, int lanes, bool there, const u32 (&piece)[4]) const {
+    float sum = 0;
+#pragma unroll
+    for (int i = 0; i < ITEMS<T>; i++) {
+      const float z = root * item(piece, i, T()) - middle.at[i];
+      sum += (linear.at[i] - beta * z) * z;
+    }
+    sum = sum_of_row(sum, lanes);
+    if (j == 0) sums[r] = there ? sum : 0.0f;
+  }
 };
 
 // Write the part of log features that depends only on the point to `out` (*b, n, 1), for each point of q. It is -inf
@@ -21,14 +39,16 @@ template <class T> KERNEL(THREADS) factors(ARGUMENT Problem p) {
   const i64 first = blockIdx.x % (u32)p.segments * TILE;
   int index[AXES];
   split_head(p, head, index);
-  const SideView side = side_of(p, p.query, index);
+  const SideView side = side_of<half>(p, p.query, index);
   const int count = (int)min(p.num_queries - first, (i64)TILE);
   float squares[2] = {0, 0};
-  load_points(view<const T>(p.q, index), in_pieces<T>(p.q, p.d), first, 0, count, (int)p.d, side.root(), side.center(),
-              points, D, unscale, sums, Factor(side));
+  const View<const T> q = view<const T>(p.q, index);
+  const bool whole = in_pieces<T>(p.q, p.d);
   if (p.has_dense) {
-    for (i64 r = p.m_pad; r < p.plane_rows; r += TILE) {
-      copy_side(rows, side, r, p.plane_rows);
+    load_points(q, whole, first, 0, count, (int)p.d, side.root(), side.center(), points, D, unscale, sums, Factor(side));
+    const u16 *const dense = dense_of(p, p.query, index);
+    for (int tile = 0; tile < (int)(p.plane_rows - p.m_pad) / TILE; tile++) {
+      copy_tile(rows, dense, tile, D);
       commit_copies();
       wait_copies<0>();
       __syncthreads();
@@ -42,6 +62,7 @@ template <class T> KERNEL(THREADS) factors(ARGUMENT Problem p) {
       __syncthreads();
     }
   } else {
+    for_pieces(q, whole, first, 0, count, (int)p.d, D, FactorOfRow<T>(side, sums));
     __syncwarp();
   }
   split_head(p, again(head), index);  // computed again, because registers are scarce in the loop
@@ -87,13 +108,13 @@ template <int E> DEVICE void add_part(float *to, const Layout &at, int tile, con
 template <class T, int E> KERNEL(ABSORB_BOUNDS) absorb(ARGUMENT Problem p) {
   SHARED_MEMORY(raw);
   const int D = (int)p.padded_d;
-  u16 *rows = (u16 *)raw, *points = rows + 2 * TILE * (D + 8), *values = points + 2 * TILE * (D + 8);
+  u16 *rows = (u16 *)raw, *points = rows + 2 * TILE * (D + 8), *values = points + PLANES<T> * TILE * (D + 8);
   float *unscale = (float *)(values + PLANES<T> * TILE * (E + 8)), *bias = unscale + TILE;
   const int tiles = (int)p.m_pad / TILE, tile = (int)blockIdx.x % tiles, number = (int)blockIdx.x / tiles;
   const int segment = number % (int)p.segments;
   int index[AXES];
   split_head(p, number / (int)p.segments, index);
-  const SideView side = side_of(p, p.key, index);
+  const SideView side = side_of<T>(p, p.key, index);
   // the keys of the segment, which are counted in 32 bits; tiles.py checks that this is enough
   const i64 low = max((i64)segment * p.span - p.shift, (i64)0);
   const int count = (int)max(min((segment + 1) * (i64)p.span - p.shift, p.limit) - low, (i64)0);
@@ -105,7 +126,7 @@ template <class T, int E> KERNEL(ABSORB_BOUNDS) absorb(ARGUMENT Problem p) {
   const auto hidden = [&](int i) {
     return factors ? factors[i] == -INFINITY_F : p.mask.start && !mask.start[i * mask.row];
   };
-  copy_side(rows, side, tile * TILE, p.plane_rows);
+  copy_tile(rows, side.planes, tile, D);
   commit_copies();
   const bool whole_k = in_pieces<T>(p.k, p.d), whole_v = in_pieces<T>(p.v, p.e);
   float ref[2] = {-INFINITY_F, -INFINITY_F};
@@ -116,7 +137,15 @@ template <class T, int E> KERNEL(ABSORB_BOUNDS) absorb(ARGUMENT Problem p) {
   for (int first = 0; first < count; first += TILE) {
     const int here = min(count - first, TILE);
     __syncthreads();
-    load_points(k, whole_k, first, 0, here, (int)p.d, side.root(), side.center(), points, D, unscale, bias, Factor(side));
+    if constexpr (AS_THEY_ARE<T>) {
+      if (factors) {
+        copy_points(k, whole_k, first, 0, here, (int)p.d, points, D);
+      } else {
+        copy_points(k, whole_k, first, 0, here, (int)p.d, points, D, FactorOfRow<T>(side, bias));
+      }
+    } else {
+      load_points(k, whole_k, first, 0, here, (int)p.d, side.root(), side.center(), points, D, unscale, bias, Factor(side));
+    }
     load_values<T, E>(v, whole_v, first, 0, here, 0, p.e, hidden, values, nullptr);
     __syncwarp();  // a warp finishes the factors of its own rows
     if (lane_of() < 16) {
@@ -127,19 +156,19 @@ template <class T, int E> KERNEL(ABSORB_BOUNDS) absorb(ARGUMENT Problem p) {
     }
     __syncthreads();
     float log[LANE_COLUMNS][4], old[2];
-    multiply_points(log, rows, points, D);
+    multiply_keys<T>(log, rows, points, D);
+    const float back = side.unscale();
 #pragma unroll
     for (int n = 0; n < LANE_COLUMNS; n++)
 #pragma unroll
       for (int i = 0; i < 4; i++) {
         const int c = column_of(n, i % 2);
-        log[n][i] = bias[c] == -INFINITY_F ? bias[c] : log[n][i] * (side.unscale() * unscale[c]) + bias[c];
+        if (!AS_THEY_ARE<T>) log[n][i] *= back * unscale[c];
+        log[n][i] = bias[c] == -INFINITY_F ? bias[c] : log[n][i] + bias[c];
       }
     weigh(log, part.ref, old);
-    round_to_planes<PLANES<T>>(log);
     part.scale(old);
-    add_weights(part.den, log);
-    add_values<PLANES<T>, E>(part.num, log, values);
+    add_values<PLANES<T>, E>(part, log, values);
     if ((first + TILE) % PART == 0 && first + TILE < count) {
       add_part<E>(sums_of(p, again(number)), layout_of(p), again(tile), part, ref, begins);  // computed again, as
       part.start();                                                                         // registers are scarce
@@ -210,11 +239,12 @@ KERNEL(SCAN_BOUNDS) scan(ARGUMENT Problem p) {
   }
   if (p.flags & TOTALS) {
     float *to = totals_of(p, head);
-    u16 *planes = (u16 *)(to + 2 * p.m_pad) + r * E;
-    if (lane == 0) to[r] = c, to[p.m_pad + r] = z;
+    const int distance = (int)p.m_pad * (E + 8);
+    u16 *planes = (u16 *)(to + p.m_pad) + r * (E + 8);
+    if (lane == 0) to[r] = c, put_z<2>(planes + E, distance, z);
 #pragma unroll
     for (int i = 0; i < 4; i++)
-      if (lane + 32 * i < E) put_planes<2>(planes + lane + 32 * i, (int)p.m_pad * E, sum[i]);
+      if (lane + 32 * i < E) put_planes<2>(planes + lane + 32 * i, distance, sum[i]);
   }
   if (p.flags & STATE && r < p.m) {
     const View<float> kv = view<float>(p.kv_out, index), kv_low = view<float>(p.kv_low_out, index);

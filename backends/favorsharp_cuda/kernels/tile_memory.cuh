@@ -35,26 +35,20 @@ template <class T> DEVICE void append(u32 (&piece)[4], u32 bits, T) {
   piece[3] = piece[3] >> 16 | bits << 16;
 }
 
-// A piece of an array, or none.
-struct Place {
-  bool there;
-  i64 row;
-  int column;
-};
-
-// Load one piece after the other from where `place` says. Entries from `end` on, and pieces that are not there, are 0.
-template <class T, int COUNT, class Where>
-DEVICE void load_pieces(u32 (&pieces)[COUNT][4], const View<const T> &x, bool whole, int end, Where place) {
+// Load pieces that lie `step` items apart, the first one at `from`, if `there(n)`. A piece has `items` entries, the rest
+// is 0, as are pieces that are not there. `whole` says whether pieces may be read at once; else `column` is the distance
+// of their entries.
+template <class T, int COUNT, class There>
+DEVICE void load_pieces(u32 (&pieces)[COUNT][4], const T *from, i64 step, i64 column, bool whole, int items, There there) {
 #pragma unroll
   for (int n = 0; n < COUNT; n++)
 #pragma unroll
     for (int i = 0; i < 4; i++) pieces[n][i] = 0;
   if (whole) {
 #pragma unroll
-    for (int n = 0; n < COUNT; n++) {
-      const Place at = place(n);
-      if (!at.there || at.column >= end) continue;
-      const uint4 piece = load_16(x.start + at.row * x.row + at.column);  // columns are next to each other
+    for (int n = 0; n < COUNT; n++, from += step) {
+      if (!there(n) || items <= 0) continue;
+      const uint4 piece = load_16(from);
       pieces[n][0] = piece.x, pieces[n][1] = piece.y, pieces[n][2] = piece.z, pieces[n][3] = piece.w;
     }
   } else {
@@ -62,10 +56,7 @@ DEVICE void load_pieces(u32 (&pieces)[COUNT][4], const View<const T> &x, bool wh
     for (int i = 0; i < ITEMS<T>; i++) {
       u32 next[COUNT];
 #pragma unroll
-      for (int n = 0; n < COUNT; n++) {
-        const Place at = place(n);
-        next[n] = at.there && at.column + i < end ? bits_of(x.at(at.row, at.column + i)) : 0;
-      }
+      for (int n = 0; n < COUNT; n++) next[n] = there(n) && i < items ? bits_of(from[n * step + i * column]) : 0;
 #pragma unroll
       for (int n = 0; n < COUNT; n++) append(pieces[n], next[n], T());
     }
@@ -77,6 +68,73 @@ DEVICE void put_words(u16 *to, const u32 (&words)[1]) { *(u32 *)to = words[0]; }
 DEVICE void put_words(u16 *to, const u32 (&words)[2]) { *(uint2 *)to = make_uint2(words[0], words[1]); }
 DEVICE void put_words(u16 *to, const u32 (&words)[4]) { store_16(to, make_uint4(words[0], words[1], words[2], words[3])); }
 
+// Go through the pieces of this warp's 16 rows of a tile, use(row, column, lanes, there, piece). Lanes of one row are
+// neighbours, and their number is a power of two, so that no thread divides. Rows outside low .. high are not there, and
+// zero, as are entries from column d on. D is the size of a row in shared memory; lanes may lie behind it.
+template <class T, class Use>
+DEVICE void for_pieces(const View<const T> &x, bool whole, i64 first, int low, int high, int d, int D, Use use) {
+  constexpr int N = ITEMS<T>;
+  int shift = 1;
+  while (N << shift < D) shift++;
+  const int lanes = 1 << shift, rows = 32 >> shift;
+  const int own = warp_of() * 16 + (lane_of() >> shift), j = (lane_of() & lanes - 1) * N;
+  const i64 step = rows * x.row;
+  const T *from = x.start + ((first + own) * x.row + j * x.column);
+#pragma unroll 1
+  for (int begin = 0; begin < 16; begin += IN_FLIGHT * rows, from += IN_FLIGHT * step) {
+    u32 pieces[IN_FLIGHT][4];
+    load_pieces(pieces, from, step, x.column, whole, d - j, [&](int n) {
+      const int at = begin + n * rows, r = own + at;
+      return at < 16 && r >= low && r < high;
+    });
+#pragma unroll
+    for (int n = 0; n < IN_FLIGHT; n++) {
+      const int r = own + begin + n * rows;
+      if (begin + n * rows < 16) use(r, j, lanes, r >= low && r < high, pieces[n]);  // all lanes alike
+    }
+  }
+}
+
+// The largest number, and the sum, over the lanes of a row.
+DEVICE float largest_of_row(float x, int lanes) {
+#pragma unroll
+  for (int bit = 16; bit; bit >>= 1)
+    if (bit < lanes) x = larger(x, __shfl_xor_sync(WHOLE_WARP, x, bit));
+  return x;
+}
+DEVICE float sum_of_row(float x, int lanes) {
+#pragma unroll
+  for (int bit = 16; bit; bit >>= 1)
+    if (bit < lanes) x += __shfl_xor_sync(WHOLE_WARP, x, bit);
+  return x;
+}
+
+// What a lane holds of a vector with D entries, if it holds the entries at the same places of points: 0 behind it.
+template <class T> struct Columns {
+  float at[ITEMS<T>];
+  DEVICE Columns(const float *vector, int D) {
+    int lanes = 2;
+    while (ITEMS<T> * lanes < D) lanes *= 2;
+    const int j = (lane_of() & lanes - 1) * ITEMS<T>;
+#pragma unroll
+    for (int i = 0; i < ITEMS<T>; i++) at[i] = j < D ? vector[j + i] : 0.0f;
+  }
+};
+
+// Load 64 points as they are, in one plane. `use` sees the pieces.
+template <class T, class Use>
+DEVICE void copy_points(const View<const T> &x, bool whole, i64 first, int low, int high, int d, u16 *points, int D,
+                        Use use) {
+  for_pieces(x, whole, first, low, high, d, D, [&](int r, int j, int lanes, bool there, const u32(&piece)[4]) {
+    if (j < D) put_words(points + r * (D + 8) + j, piece);
+    use(r, j, lanes, there, piece);
+  });
+}
+template <class T>
+DEVICE void copy_points(const View<const T> &x, bool whole, i64 first, int low, int high, int d, u16 *points, int D) {
+  copy_points(x, whole, first, low, high, d, points, D, [](int, int, int, bool, const u32(&)[4]) {});
+}
+
 // Load 64 points as rows of two planes of float16, root x - center. Each row is scaled by a power of two, so that its
 // largest entry is between 2^12 and 2^13 and 22 bits of it are kept. Rows outside low .. high are zero. Each warp
 // writes its own rows and, if `sums` is given, the sum of term(column, entry) over each. `whole` says whether x may be
@@ -86,55 +144,36 @@ DEVICE void load_points(const View<const T> &x, bool whole, i64 first, int low, 
                         const float *center, u16 *planes, int D, float *unscale, float *sums, Term term) {
   constexpr int N = ITEMS<T>;
   const int pitch = D + 8;
-  int shift = 1;  // of the number of lanes that share a row, a power of two: no thread divides
-  while (N << shift < D) shift++;
-  const int lanes = 1 << shift, rows = 32 >> shift;
-  const int own = warp_of() * 16 + (lane_of() >> shift), j = (lane_of() & lanes - 1) * N;
-  float middle[N];
+  const Columns<T> middle(center, D);
+  for_pieces(x, whole, first, low, high, d, D, [&](int r, int j, int lanes, bool there, const u32(&piece)[4]) {
+    float z[N], top = 0;
 #pragma unroll
-  for (int i = 0; i < N; i++) middle[i] = j < D ? center[j + i] : 0.0f;
-#pragma unroll 1
-  for (int begin = 0; begin < 16; begin += IN_FLIGHT * rows) {
-    u32 pieces[IN_FLIGHT][4];
-    load_pieces(pieces, x, whole, d, [&](int n) {
-      const int at = begin + n * rows, r = own + at;
-      return Place{at < 16 && r >= low && r < high, first + r, j};
-    });
-#pragma unroll
-    for (int n = 0; n < IN_FLIGHT; n++) {
-      const int r = own + begin + n * rows;
-      if (begin + n * rows >= 16) continue;  // all lanes alike
-      const bool there = r >= low && r < high;
-      float z[N], top = 0;
-#pragma unroll
-      for (int i = 0; i < N; i++) {
-        z[i] = root * item(pieces[n], i, T()) - middle[i];
-        top = larger(top, fabsf(z[i]));
-      }
-      for (int bit = lanes / 2; bit; bit >>= 1) top = larger(top, __shfl_xor_sync(WHOLE_WARP, top, bit));
-      const int exponent = max((int)(__float_as_uint(top) >> 23), 13);
-      const float scale = there ? __uint_as_float((u32)(266 - exponent) << 23) : 0.0f;
-      u32 high_part[N / 2], low_part[N / 2];
-#pragma unroll
-      for (int i = 0; i < N; i += 2) {
-        const float a = z[i] * scale, b = z[i + 1] * scale;
-        const u32 both = high_part[i / 2] = to_halves(a, b);
-        low_part[i / 2] = to_halves(a - to_float(half{(u16)both}), b - to_float(half{(u16)(both >> 16)}));
-      }
-      if (j < D) {
-        put_words(planes + r * pitch + j, high_part);
-        put_words(planes + (TILE + r) * pitch + j, low_part);
-      }
-      if (j == 0) unscale[r] = __uint_as_float((u32)(exponent - 12) << 23);
-      if (sums) {
-        float sum = 0;
-#pragma unroll
-        for (int i = 0; i < N; i++) sum += term(j + i, z[i]);
-        for (int bit = lanes / 2; bit; bit >>= 1) sum += __shfl_xor_sync(WHOLE_WARP, sum, bit);
-        if (j == 0) sums[r] = there ? sum : 0.0f;
-      }
+    for (int i = 0; i < N; i++) {
+      z[i] = root * item(piece, i, T()) - middle.at[i];
+      top = larger(top, fabsf(z[i]));
     }
-  }
+    top = largest_of_row(top, lanes);
+    const int exponent = max((int)(__float_as_uint(top) >> 23), 13);
+    const float scale = there ? __uint_as_float((u32)(266 - exponent) << 23) : 0.0f;
+    u32 high_part[N / 2], low_part[N / 2];
+#pragma unroll
+    for (int i = 0; i < N; i += 2) {
+      const float a = z[i] * scale, b = z[i + 1] * scale;
+      const u32 both = high_part[i / 2] = to_halves(a, b);
+      low_part[i / 2] = to_halves(a - to_float(half{(u16)both}), b - to_float(half{(u16)(both >> 16)}));
+    }
+    if (j < D) {
+      put_words(planes + r * pitch + j, high_part);
+      put_words(planes + (TILE + r) * pitch + j, low_part);
+    }
+    if (j == 0) unscale[r] = __uint_as_float((u32)(exponent - 12) << 23);
+    if (!sums) return;
+    float sum = 0;
+#pragma unroll
+    for (int i = 0; i < N; i++) sum += term(j + i, z[i]);
+    sum = sum_of_row(sum, lanes);
+    if (j == 0) sums[r] = there ? sum : 0.0f;
+  });
 }
 // The same without sums,
 template <class T>
@@ -171,10 +210,20 @@ template <int P, int N> DEVICE void put_pieces(u16 *planes, int distance, const 
   if (P == 2) put_words(planes + distance, low);
 }
 
-// A word with ones where one of two bfloat16 in a word is not finite.
-DEVICE u32 not_finite(u32 word) {
-  return ((word & 0x7f80u) == 0x7f80u ? 0xffffu : 0) | ((word & 0x7f800000u) == 0x7f800000u ? 0xffff0000u : 0);
+// Write z behind a row of sums (64, E + 8), to the two columns that `multiply_last` reads: three parts of 8 bits, of which
+// one plane holds two.
+template <int P> DEVICE void put_z(u16 *behind, int distance, float z) {
+  const u32 high = to_bfloat16(z).bits;
+  const float rest = z - float_of_low(high);
+  const u32 middle = to_bfloat16(rest).bits;
+  store_16(behind, make_uint4(high | middle << 16, 0, 0, 0));
+  if (P == 2) store_16(behind + distance, make_uint4(to_bfloat16(rest - float_of_low(middle)).bits, 0, 0, 0));
 }
+
+// A word with ones where one of two bfloat16 in a word is not finite: the exponent has only ones, so adding 1 to it
+// carries into the sign.
+DEVICE u32 not_finite(u32 word) { return ((word & 0x7f807f80u) + 0x00800080u) & 0x80008000u; }
+DEVICE u32 whole_entries(u32 signs) { return (signs >> 15) * 0xffffu; }
 
 // Mark a key. The addition is atomic, because several threads may mark the same key.
 DEVICE void mark(float *x) { atomicAdd(x, 1.0f); }
@@ -186,70 +235,71 @@ DEVICE void mark(float *x) { atomicAdd(x, 1.0f); }
 template <class T, int E, class Hidden>
 DEVICE bool load_values(const View<const T> &v, bool whole, i64 first, int low, int high, int e_first, i64 e,
                         Hidden hides, u16 *planes, float *odd_keys) {
-  constexpr int N = ITEMS<T>, WIDTH = E / N, EACH = TILE * WIDTH / THREADS;
-  constexpr int COUNT = EACH % IN_FLIGHT == 0 ? IN_FLIGHT : EACH % 3 == 0 ? 3 : EACH;
+  constexpr int N = ITEMS<T>;
+  const int own = warp_of() * 16 + lane_of() % 16;  // lanes of the second half do the same again
+  const u32 hidden_rows = __ballot_sync(WHOLE_WARP, own < low || own >= high || hides((int)first + own));
   bool odd = false;
+  u32 odd_bits = 0;
+  if (threadIdx.x < TILE) {  // behind the values: 1 and 0, so that products with weights also give the sums of weights
+    u16 *const behind = planes + threadIdx.x * (E + 8) + E;
+    store_16(behind, make_uint4(to_bfloat16(1.0f).bits, 0, 0, 0));
+    if (PLANES<T> == 2) store_16(behind + TILE * (E + 8), make_uint4(0, 0, 0, 0));
+  }
   if (odd_keys) {
     if (threadIdx.x < TILE) odd_keys[threadIdx.x] = 0;
     __syncthreads();
   }
-#pragma unroll 1
-  for (int begin = threadIdx.x; begin < TILE * WIDTH; begin += COUNT * THREADS) {
-    u32 pieces[COUNT][4];
-    bool hidden[COUNT];
-    load_pieces(pieces, v, whole, (int)e, [&](int n) {
-      const int t = begin + n * THREADS, r = t / WIDTH;
-      return Place{r >= low && r < high, first + r, e_first + t % WIDTH * N};
-    });
+  const View<const T> columns = {v.start + e_first * v.column, v.row, v.column};
+  const int count = min((int)e - e_first, E);
+  for_pieces(columns, whole, first, low, high, count, E, [&](int r, int j, int, bool, const u32(&piece)[4]) {
+    if (j >= E) return;
+    const bool hidden = hidden_rows >> (r % 16) & 1;
+    u16 *const to = planes + r * (E + 8) + j;
+    if constexpr (PLANES<T> == 1) {  // the entries as they are
+      u32 words[4];
 #pragma unroll
-    for (int n = 0; n < COUNT; n++) {
-      const int r = (begin + n * THREADS) / WIDTH;
-      hidden[n] = r < low || r >= high || hides((int)first + r);
-    }
-#pragma unroll
-    for (int n = 0; n < COUNT; n++) {
-      const int t = begin + n * THREADS, r = t / WIDTH;
-      if constexpr (PLANES<T> == 1) {  // the entries as they are
-#pragma unroll
-        for (int i = 0; i < 4; i++) {
-          u32 &word = pieces[n][i];
-          if (hidden[n]) word = 0;
-          const u32 odd_entries = not_finite(word);
-          odd |= odd_entries != 0;
-          if (odd_keys && odd_entries) mark(odd_keys + r), word &= ~odd_entries;
-        }
-        put_words(planes + r * (E + 8) + t % WIDTH * N, pieces[n]);
-        continue;
+      for (int i = 0; i < 4; i++) {
+        words[i] = hidden ? 0 : piece[i];
+        const u32 signs = not_finite(words[i]);
+        odd_bits |= signs;
+        if (odd_keys && signs) mark(odd_keys + r), words[i] &= ~whole_entries(signs);
       }
-      float x[N];
-#pragma unroll
-      for (int i = 0; i < N; i++) {
-        x[i] = hidden[n] ? 0.0f : item(pieces[n], i, T());
-        if (x[i] - x[i] == 0) continue;
-        odd = true;
-        if (odd_keys) mark(odd_keys + r), x[i] = 0;
-      }
-      put_pieces<PLANES<T>>(planes + r * (E + 8) + t % WIDTH * N, TILE * (E + 8), x);
+      put_words(to, words);
+      return;
     }
-  }
-  return odd;
+    float x[N];
+#pragma unroll
+    for (int i = 0; i < N; i++) {
+      x[i] = hidden ? 0.0f : item(piece, i, T());
+      if (x[i] - x[i] == 0) continue;
+      odd = true;
+      if (odd_keys) mark(odd_keys + r), x[i] = 0;
+    }
+    put_pieces<PLANES<T>>(to, TILE * (E + 8), x);
+  });
+  return odd || odd_bits;
 }
 
-// Copy 64 rows of a matrix with `width` columns of halves to rows of width + 8, asynchronously.
-DEVICE void copy_rows(u16 *to, const u16 *from, int width) {
-  int shift = 1;  // of the number of threads that share a row, a power of two: no thread divides
-  while (8 << shift < width) shift++;
-  const int column = (threadIdx.x & (1 << shift) - 1) * 8, step = THREADS >> shift;
-  int row = threadIdx.x >> shift;
-  to += row * (width + 8) + column, from += row * width + column;
-#pragma unroll 1  // one address at a time: no thread waits for a copy here, and registers are scarce
-  for (; row < TILE && column < width; row += step, to += step * (width + 8), from += step * width)
+// Copy both planes of a tile of a map to shared memory, asynchronously. Each thread copies D / 8 + 1 pieces, and D / 8 is
+// even.
+DEVICE void copy_tile(u16 *to, const u16 *planes, int tile, int D) {
+  const int own = threadIdx.x * 8;
+  const u16 *from = planes + (tile * (int)halves_of(TILE, D) + own);
+  to += own;
+  copy_async(to, from, true);
+#pragma unroll 1  // few addresses: no thread waits for a copy here, and registers are scarce
+  for (int i = 0; i < D; i += 16) {
+    to += 16 * THREADS, from += 16 * THREADS;
+    copy_async(to - 8 * THREADS, from - 8 * THREADS, true);
     copy_async(to, from, true);
+  }
 }
-// Copy 64 rows of both planes of a side, asynchronously.
-DEVICE void copy_side(u16 *to, const SideView &side, i64 first, i64 plane_rows) {
-  copy_rows(to, side.planes + first * side.D, side.D);
-  copy_rows(to + TILE * (side.D + 8), side.planes + (plane_rows + first) * side.D, side.D);
+// Copy a plane of sums (64, WIDTH).
+template <int WIDTH> DEVICE void copy_plane(u16 *to, const u16 *from) {
+  const int own = threadIdx.x * 8;
+#pragma unroll
+  for (int i = 0; i < TILE * WIDTH; i += 8 * THREADS)
+    if (i + own < TILE * WIDTH) copy_async(to + own + i, from + own + i, true);
 }
 
 // ---- storing --------------------------------------------------------------------------------------------------------

@@ -11,6 +11,8 @@ constexpr float LN_2 = 0.6931471805599453f;
 // The number of planes of bfloat16 for weights, sums and values. The second plane holds what the first leaves.
 template <class T> constexpr int PLANES = 2;
 template <> constexpr int PLANES<bfloat16> = 1;
+// Whether points enter products as they are, next to planes of bfloat16 of the map. Other points are centred and split.
+template <class T> constexpr bool AS_THEY_ARE = PLANES<T> == 1;
 
 DEVICE int warp_of() { return threadIdx.x / 32; }
 DEVICE int lane_of() { return threadIdx.x % 32; }
@@ -28,11 +30,12 @@ DEVICE float quad_sum(float x) {
   return x + __shfl_xor_sync(WHOLE_WARP, x, 2);
 }
 
-// The constants of one side of a map, in float32: 8 scalars, center, linear and near_center (D each), column (m_pad).
+// The constants of one side of a map, in float32: 8 scalars, center, linear and near_center (D each); column (m_pad) for
+// centred points, and for points as they are.
 struct SideView {
   const float *start;
-  const u16 *planes;  // float16, two planes of plane_rows rows: of the map (m_pad), then of the quadratic form
-  int D;
+  const u16 *planes;  // tiles of 64 rows of the map, two planes of (64, D + 8) each, as they are in shared memory
+  int D, columns;     // where the column of the map lies
   DEVICE float root() const { return start[0]; }
   DEVICE float offset() const { return start[1]; }
   DEVICE float beta() const { return start[2]; }
@@ -42,12 +45,24 @@ struct SideView {
   DEVICE const float *center() const { return start + 8; }
   DEVICE const float *linear() const { return center() + D; }
   DEVICE const float *near_center() const { return linear() + D; }
-  DEVICE const float *column() const { return near_center() + D; }
+  DEVICE const float *column() const { return start + columns; }
 };
-DEVICE SideView side_of(const Problem &p, const Side &side, const int (&index)[AXES]) {
+// The number of halves in two planes of `rows` rows of points or of a map.
+DEVICE i64 halves_of(i64 rows, int D) { return 2 * rows * (D + 8); }
+template <class T> DEVICE int columns_of(const Problem &p) {
+  return 8 + 3 * (int)p.padded_d + (AS_THEY_ARE<T> ? (int)p.m_pad : 0);
+}
+template <class T> DEVICE SideView side_of(const Problem &p, const Side &side, const int (&index)[AXES]) {
   const i64 map = along(index, p.map_axis);
-  return {(const float *)side.header + map * p.header_size,
-          (const u16 *)side.planes + map * 2 * p.plane_rows * p.padded_d, (int)p.padded_d};
+  const int D = (int)p.padded_d;
+  const u16 *planes = AS_THEY_ARE<T> ? (const u16 *)side.rows + map * halves_of(p.m_pad, D)
+                                     : (const u16 *)side.planes + map * halves_of(p.plane_rows, D);
+  return {(const float *)side.header + map * p.header_size, planes, D, columns_of<T>(p)};
+}
+// The tiles of the quadratic form, for centred points.
+DEVICE const u16 *dense_of(const Problem &p, const Side &side, const int (&index)[AXES]) {
+  const int D = (int)p.padded_d;
+  return (const u16 *)side.planes + along(index, p.map_axis) * halves_of(p.plane_rows, D) + halves_of(p.m_pad, D);
 }
 
 // ---- sums relative to a reference -----------------------------------------------------------------------------------
@@ -114,10 +129,10 @@ DEVICE void add_to(float4 &place, float old, float x, float y) {
 DEVICE Layout layout_of(const Problem &p) { return {(int)p.m_pad, (int)p.padded_e}; }
 // The sums of a segment. The segments of all heads are numbered one after the other.
 DEVICE float *sums_of(const Problem &p, i64 number) { return (float *)p.sums + number * layout_of(p).size(); }
-// The sums of all keys of a head, as `read` takes them: c and z in float32 (m_pad each), then S as two planes of
-// bfloat16 (m_pad, E).
+// The sums of all keys of a head, as `read` takes them: c in float32 (m_pad), then S and z as two planes of bfloat16
+// (m_pad, E + 8), as in shared memory (`put_total`).
 DEVICE float *totals_of(const Problem &p, i64 key_head) {
-  return (float *)p.totals + key_head * p.m_pad * (2 + p.padded_e);
+  return (float *)p.totals + key_head * p.m_pad * (1 + p.padded_e + 8);
 }
 
 }  // namespace favorsharp

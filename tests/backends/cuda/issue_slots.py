@@ -138,6 +138,8 @@ SKIPPED = (
     *("append(", "next[n] =", "if (first + column_of(n, i) < end)"),  # of arrays that do not allow pieces
     *("mark(odd_keys", "s.read_near(", "if (p.flags & WALK", "if (enters) s.load_keys(entering"),  # of windows
     *("if (reads && !single()) copy_rows_of", "copy_rows_of(key(), tile + 1", "stages + (tile + 1) % 2"),  # one stage
+    *("load_points(q, whole, first, 0, count, (int)p.d, side.root(), side.center(), points, D, unscale, sums",),  # g
+    *("keep_of_blocks(pairs", "put_sums(r, n, own.x, own.y)", "// of keys that are hidden"),  # of windows and masks
 )
 """Lines that do not run, or whose work is counted on another line."""
 
@@ -148,23 +150,20 @@ def rules_of(s: Sizes) -> tuple[list[Rule], list[Rule]]:
     steps = lanes.bit_length() - 1
     loops = [
         ("for (int k = 0; k < D; k += 16)", s.d / 16),
-        ("row < TILE && column < width; row += step", lanes / 2),
-        ("while (8 << shift < width)", steps - 1),
+        ("for (int i = 0; i < D; i += 16)", s.d / 16),
         ("while (N << shift < D)", steps - 1),
+        ("while (ITEMS<T> * lanes < D)", steps - 1),
         ("for (int i = 0; i < ITEMS<T>; i++)", 0),
-        ("top = larger(top, __shfl_xor_sync", steps),
         ("begin < 16; begin += IN_FLIGHT * rows", max(1, 16 // (4 * (32 // lanes)))),
-        ("begin < TILE * WIDTH; begin += COUNT * THREADS", TILE * s.e / 8 / 128 / 4),
         ("tile < tiles; tile++", s.m / TILE),
         ("t < high * (E / N)", TILE * s.e / 8 / 128),
         ("t < high * E", 0),
         ("j < p.m; j += TILE", s.m / TILE),
-        ("r < p.plane_rows", 0),
+        ("(p.plane_rows - p.m_pad) / TILE", 0),
     ]
     lines = [
         *((text, 0) for text in SKIPPED),
         ("tile + 1 < tiles) copy_stage", 1 - TILE / s.m),
-        ("copy_rows(sums + i", s.e / s.d),
         ("add_part<E>(sums_of(p, again(number))", TILE / 2048),
         ("index[a] = rest % size", 2 / 8),
     ]
@@ -190,9 +189,12 @@ def listing_of(kernel: str, architecture: str = "sm_90") -> tuple[list[Counted],
     return read_listing(text, symbol)
 
 
-def of_tile(kernel: str, s: Sizes, body: str = "") -> Counter[str]:
+def of_tile(kernel: str, s: Sizes, body: str = "", without: str = "") -> Counter[str]:
     """What a warp issues for a tile of 64 points: the instructions of the loop that a line with the text closes, or
-    all."""
+    all.
+
+    Lines with the text `without` do not run.
+    """
     found, labels = _listing(kernel)
     if body:
         closing = [
@@ -203,7 +205,8 @@ def of_tile(kernel: str, s: Sizes, body: str = "") -> Counter[str]:
         start, stop = max(closing, key=lambda pair: pair[1] - pair[0])
         labels = {name: place - start for name, place in labels.items() if start <= place <= stop}
         found = found[start : stop + 1]
-    return counts(found, labels, *rules_of(s))
+    loops, lines = rules_of(s)
+    return counts(found, labels, loops, [*lines, *([(without, 0)] if without else [])])
 
 
 _listing = cache(listing_of)
@@ -226,13 +229,15 @@ class Share(NamedTuple):
         return max(self.issue, self.pipe, self.memory, self.cache)
 
 
-def share_of(kernel: str, s: Sizes, body: str, times: float, memory: float, cached: float) -> Share:
+def share_of(
+    kernel: str, s: Sizes, body: str, times: float, memory: float, cached: float, label: str = "", without: str = ""
+) -> Share:
     """A kernel that runs `times` times for a token, and moves bytes of memory and of the second-level cache."""
-    issued = of_tile(f"favorsharp::{kernel}", s, body)
+    issued = of_tile(f"favorsharp::{kernel}", s, body, without)
     taken = {pipe: times * each / TILE / MULTIPROCESSORS / GIGAHERTZ for pipe, each in cycles(issued).items()}
     issue = taken.pop("issue")
     busiest = max(taken, key=taken.__getitem__)
-    name = kernel.partition("<")[0]
+    name = label or kernel.partition("<")[0]
     rates = memory / BYTES_A_NANOSECOND, (memory + cached) / CACHED_A_NANOSECOND
     return Share(name, sum(issued.values()), issue, busiest, taken[busiest], *rates)
 
@@ -240,13 +245,17 @@ def share_of(kernel: str, s: Sizes, body: str, times: float, memory: float, cach
 def shares(s: Sizes) -> dict[str, Share]:
     """The kernels of attention with maps that have no quadratic form."""
     key, value, tiles = 2 * s.d, 2 * s.e, s.m / TILE
-    sums = 8 * s.m * s.e / TILE  # of a tile, with low parts
+    sums = 8 * s.m * s.e / TILE  # of a tile, with low parts; `walk` reads and writes them
+    absorb, tile = "first < count; first += TILE", "copy_points(k, whole_k, first, 0, here, (int)p.d, points, D"
     kind = "favorsharp::bfloat16"
     found = (
         share_of(f"factors<{kind}>", s, "", 1, key + 4, 0),
-        share_of(f"absorb<{kind}, {s.e}>", s, "first < count; first += TILE", tiles, key + value + 4, 0),
+        share_of(f"absorb<{kind}, {s.e}>", s, absorb, tiles, key + value + 4, 0, without=f"{tile});"),
+        share_of(
+            f"absorb<{kind}, {s.e}>", s, absorb, tiles, key + value + 4, 0, "absorb, causal", f"{tile}, FactorOfRow"
+        ),
         share_of(f"read<{kind}, {s.e}>", s, "", 1, key + value, s.m * (4 * s.d + 2 * s.e) / TILE),
-        share_of(f"walk<{kind}, {s.e}>", s, "while (done < all)", 1, 2 * (key + value) + 4, 2.5 * sums),
+        share_of(f"walk<{kind}, {s.e}>", s, "while (done < all)", 1, 2 * (key + value) + 4, 2 * sums),
     )
     return {each.kernel: each for each in found}
 
@@ -254,7 +263,7 @@ def shares(s: Sizes) -> dict[str, Share]:
 CALLS = {
     "bidirectional": ("absorb", "read"),
     "causal, heads that fill the card": ("factors", "walk"),
-    "causal, in segments": ("factors", "absorb", "walk"),
+    "causal, in segments": ("factors", "absorb, causal", "walk"),
 }
 """The kernels of each call, apart from `scan`."""
 

@@ -29,8 +29,8 @@ INSTRUCTIONS = {
     "STL": "stores to it",
 }
 
-SMALL_SPILL = 32
-"""Bytes that an instance may spill: a few registers, as in five instances of `walk` and `read`."""
+SMALL_SPILL = 150
+"""Bytes that an instance may spill, loads and stores together: addresses and counts, once a tile (cuda-kernels.md)."""
 
 BATCH = 12  # names in one run of NVRTC
 

@@ -96,14 +96,27 @@ SIZES = (
 """n, d, e, m: whole tiles, a little more, a little less."""
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("op", [attention, causal_attention], ids=lambda op: op.name)
-def test_more_than_one_tile_of_everything(op):
-    Problem(n=130, d=33, e=20, m=70).compare(op)
-    Problem(n=130, d=33, e=20, m=70, kernel="gaussian").compare(op, window=24)
+def test_more_than_one_tile_of_everything(op, dtype):
+    Problem(dtype, n=130, d=33, e=20, m=70).compare(op)
+    Problem(dtype, n=130, d=33, e=20, m=70, kernel="gaussian").compare(op, window=24)
+
+
+@pytest.mark.parametrize("op", [attention, causal_attention], ids=lambda op: op.name)
+def test_points_as_they_are_may_lie_far_from_zero(op):
+    """Points of bfloat16 are not centred before products with the map, so their center is in its column."""
+    problem = Problem("bfloat16", n=130, d=16, e=8, m=40, mask="none")
+    far = [x + 40 for x in problem.exact[:2]]
+    problem.points[:2] = [x.astype("bfloat16") for x in far]
+    problem.exact[:2] = [x.astype(np.float64) for x in problem.points[:2]]
+    drawn = fs.feature_map(fs.fit(*problem.exact[:2]), 40, rng=0)
+    problem.map, problem.exact_map = astype(drawn, np.dtype(np.float32)), drawn
+    problem.compare(op)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_attention_of_every_size(size, dtype):
     n, d, e, m = size
@@ -112,7 +125,7 @@ def test_attention_of_every_size(size, dtype):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_causal_attention_of_every_size(size, dtype):
     n, d, e, m = size
@@ -164,29 +177,31 @@ def test_grouped_heads_read_the_sums_of_their_key_head():
 
 @pytest.mark.parametrize("which", ["q", "k", "v"])
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_what_is_not_finite_stays_in_its_rows(which, bad):
-    problem = Problem(n=100, d=16, e=8, m=24, mask="none", batch=())
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("bfloat16", 1e-2)])
+def test_what_is_not_finite_stays_in_its_rows(which, bad, dtype, tolerance):
+    problem = Problem(dtype, n=100, d=16, e=8, m=24, mask="none", batch=())
     points = dict(zip("qkv", problem.points, strict=True))
     clean = {}
     for window in (0, 8, 64):
         with fs.use("cuda"):
-            clean[window] = causal_attention(*points.values(), problem.map, window=window)[0]
+            clean[window] = causal_attention(*points.values(), problem.map, window=window)[0].astype(np.float32)
     points[which] = points[which].copy()
     points[which][70, 3] = bad
     for window in (0, 8, 64):
         with fs.use("cuda"):
-            out = causal_attention(*points.values(), problem.map, window=window)[0]
-        before = np.allclose(out[:70], clean[window][:70], rtol=0, atol=1e-5 * np.abs(clean[window]).max())
+            out = causal_attention(*points.values(), problem.map, window=window)[0].astype(np.float32)
+        before = np.allclose(out[:70], clean[window][:70], rtol=0, atol=tolerance * np.abs(clean[window]).max())
         assert before, window
         assert not np.isfinite(out[70]).all()
         if which == "q":
-            np.testing.assert_allclose(out[71:], clean[window][71:], rtol=0, atol=1e-5)
+            np.testing.assert_allclose(out[71:], clean[window][71:], rtol=0, atol=tolerance)
         else:
             assert not np.isfinite(out[71:]).all(axis=-1).any()
 
 
-def test_a_hidden_key_may_be_anything():
-    problem = Problem(n=100, d=16, e=8, m=24)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_hidden_key_may_be_anything(dtype):
+    problem = Problem(dtype, n=100, d=16, e=8, m=24)
     hidden = ~problem.mask
     spoiled = [problem.points[0], problem.points[1].copy(), problem.points[2].copy()]
     spoiled[1][hidden], spoiled[2][hidden] = np.nan, np.inf

@@ -4,6 +4,7 @@ import gc
 import weakref
 from dataclasses import replace
 
+import ml_dtypes  # noqa: F401  np.dtype("bfloat16")
 import numpy as np
 import pytest
 from problems import attention_problem
@@ -49,6 +50,14 @@ def plain_terms(feature_map):
         yield terms | {"dense": terms["dense"].reshape(-1, D, D)}
 
 
+def untiled(tiles, size):
+    """Tiles (count, tiles, 2, 64, size + 8) of numbers in two planes, as one matrix of rows for each map."""
+    count, tile_count, planes, rows, width = tiles.shape
+    assert (planes, rows, width) == (2, 64, size + 8)
+    assert not tiles[..., size:].any()
+    return tiles.astype(np.float64).sum(axis=2).reshape(count, tile_count * rows, width)[..., :size]
+
+
 def tile_terms(feature_map):
     """The constants that tensor-core kernels read of each side, as natural logarithms."""
     packed = maps.tile_map(feature_map)
@@ -56,12 +65,12 @@ def tile_terms(feature_map):
     for header, planes in (
         (packed.query_header, packed.query_planes), (packed.key_header, packed.key_planes)
     ):  # fmt: skip
-        header, planes = np.asarray(header, np.float64), np.asarray(planes, np.float64).sum(axis=1)
-        assert planes.shape[1:] == (packed.plane_rows, padded)
+        header, planes = np.asarray(header, np.float64), untiled(np.asarray(planes), padded)
+        assert planes.shape[1] == packed.plane_rows
+        assert header.shape[1] == packed.header_size
         vectors = (header[:, 8 + i * padded :][:, :D] for i in range(3))
         terms = dict(zip(("center", "linear", "near_center"), vectors, strict=True))
-        terms["scalars"], column = header[:, :8].copy(), header[:, 8 + 3 * padded :]
-        assert column.shape[1] == packed.padded_m
+        terms["scalars"], column = header[:, :8].copy(), header[:, 8 + 3 * padded :][:, : packed.padded_m]
         assert np.all(column[:, M:] == -np.inf)
         rows, dense = planes[:, : packed.padded_m] * header[:, 3, None, None], planes[:, packed.padded_m :]
         assert not rows[:, M:].any()
@@ -79,7 +88,22 @@ def log_features(terms, x):
     z = root[..., None] * x - terms["center"][:, None]
     factor = offset + (z @ terms["linear"][..., None])[..., 0] - beta * np.sum(z * z, axis=-1)
     factor = factor - np.sum((z @ terms["dense"]) ** 2, axis=-1)
-    return z @ terms["rows"].swapaxes(-1, -2) + factor[..., None] + terms["column"][:, None]
+    points = root[..., None] * x if terms.get("as_they_are") else z
+    return points @ terms["rows"].swapaxes(-1, -2) + factor[..., None] + terms["column"][:, None]
+
+
+def terms_of_points_as_they_are(feature_map):
+    """The constants for points of bfloat16: their products with rows are not centred, but factors are."""
+    packed = maps.tile_map(feature_map)
+    sides = (packed.query_header, packed.query_rows), (packed.key_header, packed.key_rows)
+    for terms, (header, rows) in zip(tile_terms(feature_map), sides, strict=True):
+        rows = untiled(np.asarray(rows).view(np.dtype("bfloat16")), packed.padded_d)
+        assert not rows[:, M:].any()
+        column = np.asarray(header, np.float64)[:, 8 + 3 * packed.padded_d + packed.padded_m :]
+        assert np.all(column[:, M:] == -np.inf)
+        root = terms["scalars"][:, 0]
+        shifted = {"rows": rows[:, :M, :D] / maps.LOG2E / root[:, None, None], "column": column[:, :M] / maps.LOG2E}
+        yield terms | shifted | {"as_they_are": True}
 
 
 EVERY_MAP = [
@@ -93,7 +117,9 @@ EVERY_MAP = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("terms", "tolerance"), [(plain_terms, 1e-12), (tile_terms, 2e-5)])
+@pytest.mark.parametrize(
+    ("terms", "tolerance"), [(plain_terms, 1e-12), (tile_terms, 2e-5), (terms_of_points_as_they_are, 2e-4)]
+)
 @pytest.mark.parametrize("library", ["numpy", "torch"])
 @pytest.mark.parametrize(("make", "options"), EVERY_MAP)
 def test_packed_numbers_give_the_features_of_the_map(make, options, library, terms, tolerance):
@@ -114,6 +140,16 @@ def test_planes_fill_the_range_of_float16(largest):
     if largest:
         assert 2**12 <= scale[0] * largest <= 2**13
     np.testing.assert_allclose(planes.astype(float).sum(axis=1)[0] / scale, [[largest, -largest / 3]], rtol=2**-21)
+
+
+@pytest.mark.parametrize("x", [0.0, -1.0, 1 / 3, -1e30, 3e-30, 1.00390625, 1.01171875, np.inf, np.nan])
+def test_bits_of_bfloat16_are_rounded_to_nearest_and_even(x):
+    with np.errstate(invalid="ignore"):
+        planes = maps._bfloat16_planes(np.array([[[x, -x]]])).view(np.dtype("bfloat16"))
+    want = np.array([x, -x], np.float32).astype("bfloat16")
+    np.testing.assert_array_equal(planes[0, 0, 0].astype(float), want.astype(float))
+    if np.isfinite(x):
+        np.testing.assert_allclose(planes.astype(float).sum(axis=1)[0, 0], [x, -x], rtol=2**-16)
 
 
 @pytest.mark.parametrize("largest", [np.inf, np.nan])
@@ -155,6 +191,7 @@ def test_packing_a_trained_map_waits_for_nothing(make, options):
         packed = maps.tile_map(feature_map)
         maps.expanded_map(feature_map)
     assert packed.query_planes.dtype == torch.float16
+    assert packed.query_rows.dtype == torch.int16
 
 
 class Stream:

@@ -27,8 +27,8 @@ SHAPES = (
 TABLE = {
     ("bfloat16", 64, 64): {"walk": (2, 2), "read": (1, 4), "absorb": (1, 3)},
     ("bfloat16", 64, 256): {"walk": (2, 2), "read": (2, 3), "absorb": (1, 3)},
-    ("bfloat16", 128, 128): {"walk": (2, 1), "read": (1, 2), "absorb": (1, 2)},
-    ("bfloat16", 128, 256): {"walk": (2, 1), "read": (1, 2), "absorb": (1, 2)},
+    ("bfloat16", 128, 128): {"walk": (1, 2), "read": (1, 3), "absorb": (1, 3)},
+    ("bfloat16", 128, 256): {"walk": (1, 2), "read": (1, 3), "absorb": (1, 3)},
     ("float32", 64, 64): {"walk": (1, 2), "read": (1, 3), "absorb": (1, 3)},
     ("float32", 64, 256): {"walk": (1, 2), "read": (1, 3), "absorb": (1, 3)},
     ("float32", 128, 128): {"walk": (2, 1), "read": (1, 2), "absorb": (1, 2)},
@@ -47,7 +47,7 @@ def launches(dtype, d, m):
     these."""
     part = tile_sizes.walked_size(dtype, d, d, ROOM)
     e, walked = tile_sizes.value_size(d), tile_sizes.walked_value_size(d, part)
-    walk = [tile_sizes.shared_of_walk(dtype, d, part, stages) for stages in (1, 2)]
+    walk = [tile_sizes.shared_of_walk(dtype, d, part, stages, near=False) for stages in (1, 2)]
     read = [tile_sizes.shared_of_read(dtype, d, e, stages) for stages in (1, 2)]
     absorb = tile_sizes.shared_of_absorb(dtype, d, walked)
     stages = occupancy.stages_of("walk", part, *walk, ROOM)

@@ -43,6 +43,8 @@ def quick(shape, lengths, calls=CALLS, **more):
 TILES = Shape("float32", 64, 64, 144)
 QUICK = (
     quick(TILES, Lengths(0, 3), ("causal, masked",)),
+    # points that enter products as they are
+    quick(Shape("bfloat16", 64, 64, 144), Lengths(70, 97, (1,)), ("causal, masked", "attention, masked")),
     # tiles that are staged one by one
     quick(Shape("float32", 128, 5, 256, "sderf"), Lengths(70, 97, (1,)), ("causal, masked",)),
     # stages of `read` that are copied ahead
