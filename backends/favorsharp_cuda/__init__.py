@@ -21,5 +21,5 @@ _CHOICE = tuple(
 BACKEND = Backend(
     "cuda",
     requires=("cupy",),
-    kernels=(*bundled_kernels("favorsharp_cuda", "cupy", "cuda", FLOATS, traceable=True), *_CHOICE),
+    kernels=(*bundled_kernels("favorsharp_cuda", "cupy", "cuda", FLOATS, traceable=True, plans=True), *_CHOICE),
 )

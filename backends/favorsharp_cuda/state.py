@@ -11,6 +11,7 @@ from typing import Any
 from favorsharp.backend import State, broadcast_shapes, namespace_of, num_leaving, with_recent
 from favorsharp_cuda.host import arrays, plain, tile_sizes, tiles
 from favorsharp_cuda.host.problem import key_batch_of, lows_of, sums_of
+from favorsharp_cuda.host.token_plan import TokenPlan, plan_of
 
 FEW = 16
 """Calls with fewer points use the plain kernels: a single token would fill only one row of a tile of 64."""
@@ -70,6 +71,11 @@ def decode_step(q: Any, k: Any, v: Any, state: State, feature_map: Any, *, key_m
         return decoded
     state = update(state, k, v, feature_map, key_mask=key_mask)
     return read(state, q, feature_map), state
+
+
+def decode_step_plan(q: Any, k: Any, v: Any, state: State, feature_map: Any) -> TokenPlan | None:
+    """A function of the same arguments as `decode_step`, for tokens with the layouts of this one, or None."""
+    return plan_of(q, k, v, state, decode_step)
 
 
 def entering(state: State, new: Any) -> Any:

@@ -158,6 +158,10 @@ def decode_step(q: Any, k: Any, v: Any, state: State, feature_map: Any, *, key_m
     return out, _after(state, k, changed)
 
 
+def decode_step_plan(*_: Any) -> None:
+    """Tokens that are traced or recorded have no plan."""
+
+
 def kernel_matvec(x: Any, y: Any, v: Any, feature_map: Any) -> Any:
     """As `favorsharp.ops.kernel_matvec.kernel_matvec`."""
     followed = is_followed(x)

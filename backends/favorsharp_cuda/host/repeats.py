@@ -55,26 +55,36 @@ def forget() -> None:
     _epoch += 1
 
 
+def epoch() -> int:
+    """A number that changes when recorded calls are forgotten."""
+    return _epoch
+
+
 def repeated(function: Callable[..., Any]) -> Callable[..., Any]:
     """A function of tensors and a map, whose arrays decide only by their layout what it launches, with a memory.
 
     Results of the function are its arguments, tensors that it allocates by `arrays.empty`, and tuples of these. A call
     with the keyword `out` is not repeated, because its addresses decide whether a kernel may write there.
+
+    Its attribute `recorded` is a function of the same arguments: what `repeat` needs for such a call, or None.
     """
+
+    def described(given: Any, options: Any = ()) -> tuple[Any, list[Any], list[Any]]:
+        tensors: list[Any] = []
+        key: list[Any] = [function, _epoch]
+        return _described((*given, *options), tensors, key), tensors, key
 
     @wraps(function)
     def run(*given: Any, **options: Any) -> Any:
         if options.get("out") is not None:
             return function(*given, **options)
-        tensors: list[Any] = []
-        key: list[Any] = [function, _epoch]
-        feature_map = _described((*given, *options.items()), tensors, key)
+        feature_map, tensors, key = described(given, options.items())
         if not _is_repeatable(feature_map, tensors):
             return function(*given, **options)
         stream, is_capturing = launch.stream_of(tensors[0])
         if is_capturing:
             return function(*given, **options)
-        key += (stream, tensors[0].device, launch.shared_room(arrays.device_number(tensors[0])))
+        key += _place_of(stream, tensors)
         kept = derived(feature_map, "launches", dict)
         found = kept.get(kind := tuple(key), run)
         if found is run:
@@ -82,9 +92,21 @@ def repeated(function: Callable[..., Any]) -> Callable[..., Any]:
                 kept.clear()
             result, kept[kind] = _recorded(function, given, options, tensors)
             return result
-        return function(*given, **options) if found is None else _repeat(found, tensors)
+        return function(*given, **options) if found is None else repeat(found, tensors)
 
+    def recorded(*given: Any) -> _Known | None:
+        feature_map, tensors, key = described(given)
+        key += _place_of(launch.stream_of(tensors[0])[0], tensors)
+        found: _Known | None = derived(feature_map, "launches", dict).get(tuple(key))
+        return found
+
+    run.recorded = recorded  # type: ignore[attr-defined]
     return run
+
+
+def _place_of(stream: int, tensors: list[Any]) -> tuple[Any, ...]:
+    """The part of a key that says where a call runs."""
+    return stream, tensors[0].device, launch.shared_room(arrays.device_number(tensors[0]))
 
 
 def _described(values: Any, tensors: list[Any], key: list[Any]) -> Any:
@@ -149,7 +171,19 @@ def _located(result: Any, where: dict[int, int]) -> Any:
     return None if result is None else where[id(result)]
 
 
-def _repeat(known: _Known, tensors: list[Any]) -> Any:
+def recorded(function: Any, *given: Any) -> _Known | None:
+    """What is known of a call of a function that `repeated` has made, or None."""
+    found: _Known | None = function.recorded(*given)
+    return found
+
+
+def repeat(known: _Known, tensors: list[Any]) -> Any:
+    """The results of a recorded call with other tensors, in the order in which its arguments hold them."""
+    return _placed(known.results, launched(known, tensors))
+
+
+def launched(known: _Known, tensors: list[Any]) -> list[Any]:
+    """The arguments and the new tensors of such a call, among which `known.results` gives the places of results."""
     like = tensors[0]
     device = arrays.device_number(like)
     every, addresses, start = [*tensors], [x.data_ptr() for x in tensors], 0
@@ -171,7 +205,7 @@ def _repeat(known: _Known, tensors: list[Any]) -> Any:
             for place, source in each.places:
                 numbers[place] = addresses[source]
             launch.start(each.expression, device, each.grid, each.threads, np.frombuffer(numbers, PROBLEM), each.shared)
-    return _placed(known.results, every)
+    return every
 
 
 def _placed(results: Any, every: list[Any]) -> Any:
