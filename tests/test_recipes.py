@@ -112,6 +112,7 @@ if importlib.util.find_spec("jax"):
     )
 
 
+@pytest.mark.own_backend
 def test_adding_an_op(copy):
     (copy / "favorsharp/ops/doubled.py").write_text(
         '"""Twice a value."""\n'
