@@ -70,7 +70,7 @@ class Table:
     def times(self, name: str) -> float:
         """The time of a call divided by ours: the median over rounds.
 
-        What disturbs a round lengthens both of its times, so this differs less between runs than a ratio of medians.
+        A disturbance lengthens both times of a round, so this differs less between runs than a ratio of medians.
         """
         if name not in self.rounds:
             return self.seconds[name] / self.ours
@@ -159,7 +159,7 @@ def compare(
     times: int = 1,
     **about: Any,
 ) -> Table:
-    """Time the peers in turn, round by round, in every second round backwards.
+    """Time the peers in turn, round by round, and in reverse order in every second round.
 
     A peer that fails or whose result is wrong is left out and named.
     `times` is how often each call does the work; `about` holds further arguments of `Table`.

@@ -28,7 +28,7 @@ Found = list[tuple[str, measure.Table]]
 WHY = {
     "fit": "two decompositions of 64 x 64 matrices a head take about as long for any number of tokens.",
     "attention through landmarks": "a causal call of 1,024 tokens compresses its keys seven times, which takes half of "
-    "its time; on one thread it takes a tenth less with twice the room, or without any Lloyd step, and exact attention "
+    "its time. On one thread it takes a tenth less with twice the room, or without any Lloyd step, and exact attention "
     "takes no longer.",
     "attention through features, fit": "most of the time is the fit, whose decompositions do not depend on the length.",
     "features with window 16, causal": "near keys are scored in blocks that the processor's vectors do not fill.",
@@ -46,8 +46,9 @@ WHY = {
     "about 43 per cent of the bound is the most to expect.",
     "BERT-like": "at 512 tokens exact attention is a small part of the layer, and attention through 64 landmarks "
     "takes no less processor time.",
-    "query": "where the transform is no rotation, the kernel alone gets the row term as an argument; it takes 31 per "
-    "cent as many multiply-adds as the features, as whole vectors of a triangular matrix are multiplied.",
+    "query": "where the transform is no rotation, features have a row term that the kernel alone gets as an argument. "
+    "It takes 31 per cent as many multiply-adds as the features, because a triangular matrix is multiplied in whole "
+    "vectors.",
     "RandomFeatures, optimal: fit of 20000 x 8": "it makes some hundred small calls of NumPy and scikit-learn; "
     "RBFSampler, which reads no data, takes a third of the time.",
     "RandomFeatures, optimal: fit": "with 784 columns the product takes 0.6 of the time, and an eigendecomposition a "
@@ -68,11 +69,11 @@ TERMS = """\
   a copy; both rates are measured in the same run. It does not include exponentials, decompositions in fits, and Python.
 - *Goal*: the least ratio, or share of the bound, that we accept. A goal of 1 means no slower than the best other
   software. Goals of 0.87 and 0.5 mean at most 1.15 times the time that the multiply-adds suggest (a window of 64 in
-  both directions needs 1.75 times as many). The goal of 0.7 says the same of `query` with different moments beside the
-  kernel alone, which gets the row term as an argument: with a triangular matrix it needs d / 2m = 0.25 times as many
-  multiply-adds more. A goal of 67 % of the bound means at most 1.5 times the bound. That of `kernel_matvec` is 37 %:
-  with 8 columns a feature takes 9 multiply-adds and an exponential of 12 instructions, so that 43 % is the most to
-  expect, and 37 % is 1.15 times that time. Other goals are what earlier work on these calls set out to reach.
+  both directions needs 1.75 times as many). The goal of 0.7 means the same for `query` with different moments beside
+  the kernel alone, which gets the row term as an argument: with a triangular matrix, `query` needs d / 2m = 0.25 times
+  as many multiply-adds in addition. A goal of 67 % of the bound means at most 1.5 times the time of the bound. The goal
+  of `kernel_matvec` is 37 %: with 8 columns a feature takes 9 multiply-adds and an exponential of 12 instructions, so
+  that 43 % is the most to expect, and 37 % is 1.15 times that time. Other goals are from earlier work on these calls.
 - *A given map* was fitted and drawn before the call; a *fit* chooses its parameters. `out=` writes to an existing
   array.
 - *Exact attention* is torch's `scaled_dot_product_attention`. *FAVOR+* is what other libraries have in place of our

@@ -144,7 +144,7 @@ def gathered(
     enable_gqa: bool = False,
     narrow: bool = False,
 ) -> Moments:
-    """As `moments`. With `narrow`, moments of points that are on both sides may be rounded as in `point_moments`."""
+    """As `moments`. With `narrow`, moments may be rounded as in `point_moments` if both sides are the same points."""
     if is_chunked(x, y):
         return _chunked(x, y, axis, mask_x, mask_y, enable_gqa)
     xp = check_floats(x=x, y=y)
@@ -290,7 +290,7 @@ def point_moments(x: Array, mask: Array | None, *, narrow: bool = False) -> tupl
     mask : array of bool, shape (*b, n), or None
         True where a point is visible.
     narrow : bool
-        Whether an implementation may multiply float32 points in float32, and add up some thousand of these products.
+        Whether an implementation may multiply float32 points in float32, and add up some thousand products in float32.
         The error of an entry of the covariance is then up to 4e-6 times the standard deviations of its two coordinates.
 
     Returns

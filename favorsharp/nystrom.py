@@ -1,11 +1,12 @@
 """Nystrom's method: a map of kernels with centres, which are chosen from sample points (docs: theory, nystrom).
 
-With the centres C, the kernel K(x, y) is replaced by W(x, C) A W(C, y). The centres are drawn from a sample of queries
-and keys, some uniformly and the others in proportion to the error of the kernel of the point with itself that these
-leave. They move towards the means of the points around them. For kernels that are neither smooth nor narrow, W is a
-little wider than K, so that its functions are nearer to the span of the largest directions of K; the centres also move
-towards the mean of all, and A comes from a regression of the kernel matrix of points of the sample. For others W is K,
-and A is the inverse of W(C, C).
+With the centres C, a Gaussian kernel W and a matrix A, the kernel K(x, y) is replaced by W(x, C) A W(C, y). The centres
+are drawn from a sample of queries and keys: some uniformly, and the others in proportion to the part of the kernel of a
+point with itself that the first ones leave unexplained. Then they move towards the means of the points around them.
+
+If K is neither smooth nor narrow, W is a little wider than K, so that its functions are nearer to the largest
+eigenvectors of the kernel matrix. The centres also move towards the mean of all points, and A comes from a regression
+of the kernel matrix of points of the sample. Otherwise W is K, and A is the inverse of W(C, C).
 """
 
 import math
@@ -26,16 +27,17 @@ SHARPNESS = 0.9
 """The scale of W, in units of that of K, if W is wider than K."""
 
 FIRST = 0.2
-"""The share of centres that are drawn uniformly if W is wider than K. The others are drawn by what these leave."""
+"""The share of centres that are drawn uniformly if W is wider than K. The others are drawn by what these leave
+unexplained."""
 
 FIRST_OF_EQUAL = 0.5
-"""That share if W is K."""
+"""The share of centres that are drawn uniformly if W is K."""
 
 TOWARDS_MEANS = 0.7
 """The part of the way from a point of the sample to the mean of the points around it that a centre moves."""
 
 INWARDS = 0.3
-"""The part of the way to the mean of all points that centres move then, if W is wider than K."""
+"""The part of the remaining way to the mean of all points that centres then move, if W is wider than K."""
 
 FARTHEST = 0.45
 """The longest way that a centre moves, in widths of the kernel: no point may be far from its own centre."""
@@ -53,7 +55,7 @@ direction the rounding errors of kernels would be a tenth of the feature or more
 SMOOTH = 0.02
 NARROW = 0.85
 """W is wider than K if the smallest eigenvalue of the matrix of K at the first centres is between these numbers. A
-wider W would lose digits of smooth kernels, and be wrong for kernels so narrow that hardly any two points are near."""
+wider W would lose digits if K is smooth, and reach too far if K is so narrow that hardly any two points are near."""
 
 COARSE = 1e-6
 """Where no combination of W of length 1 has a smaller sum of squares on the points of the regression, W is used as it
@@ -79,7 +81,7 @@ def nystrom_map(
     xp = namespace_of(x, y)
     least = NOISE * math.sqrt(num_features) * float(xp.finfo(fitted.g1.dtype).eps)
     most = sample_size(num_features)
-    p = fitted if fitted.kernel == "gaussian" else astype(fitted, x.dtype)  # the former's d x d matrices are not used
+    p = fitted if fitted.kernel == "gaussian" else astype(fitted, x.dtype)  # the former needs no d x d matrices
     if y is x:
         points, seen = _few(x, seen_x, rng, most)
         points = points if p.kernel == "gaussian" else embed_query(p, points)[0]
@@ -151,9 +153,9 @@ def _order(points: Array, seen: Array, m: int, least: float, noise: Array) -> tu
 
 
 def _left(points: Array, chosen: Array, least: float) -> tuple[Array, Array]:
-    """What centres at chosen points leave of the kernel of each point with itself, (*b, n), and an eigenvalue.
+    """What centres at chosen points leave unexplained of the kernel of each point with itself, (*b, n).
 
-    That is the smallest one of the kernel matrix of these centres, (*b, 1, 1).
+    Also the smallest eigenvalue of the kernel matrix of these centres, (*b, 1, 1).
     """
     xp = namespace_of(points)
     centres = _taken(points, chosen)

@@ -2,7 +2,7 @@
 
 A test runs the references, also in processes that it starts, so that it compiles nothing. Two marks change that:
 `compiled` leaves the choice to favorsharp, and tests with `own_backend` choose backends themselves. In files with the
-mark `compiled`, tests of another dtype have `compiled(False)`, because all kernels would be compiled once more for it.
+mark `compiled`, tests of another dtype have `compiled(False)`, or all kernels would be compiled once more for it.
 `pytest --backend any` leaves the choice to favorsharp in all tests, as `make test-kernels` does.
 
 `pytest --backend loopback` wraps each test in `favorsharp.use("loopback")`. That backend is found through a real entry
@@ -158,7 +158,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure() -> None:
-    """Look for garbage less often: Numba makes so many objects that it would take a tenth of compilation."""
+    """Collect garbage less often: Numba makes so many objects that it would take a tenth of the compilation time."""
     gc.set_threshold(100_000, 50, 100)
 
 

@@ -121,7 +121,7 @@ def check_single_precision(rank, world):
 
 def check_any_implementation(rank, world):
     lengths = BLOCKS[world][0]
-    q, k, v = tensors(1, (3,), sum(lengths), torch.float64)  # of which other tests compile the kernels
+    q, k, v = tensors(1, (3,), sum(lengths), torch.float64)  # float64, for which other tests compile the kernels
     feature_map = fs.feature_map(fs.fit(q, k), 16, rng=0)
     here = slice(sum(lengths[:rank]), sum(lengths[: rank + 1]))
     own = [x[..., here, :] for x in (q, k, v)]

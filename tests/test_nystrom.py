@@ -79,7 +79,7 @@ def test_the_short_way_of_rough_kernels_is_the_long_one(monkeypatch):
 
 
 def test_smooth_kernels_have_the_usual_map_of_their_centres():
-    """There, a regression would cost more than the rest of the fit and gain little."""
+    """For them a regression would cost more than the rest of the fit, and gain little."""
     x = np.random.default_rng(0).standard_normal((700, 3))
     fm = fitted(x, x, 60, kernel="gaussian", scale=0.2)
     centres = (fm.projection + fm.parameters.center_x) / 0.2**0.5

@@ -85,7 +85,7 @@ def test_landmarks_for_a_gaussian_kernel_have_its_tilt():
     x = np.random.default_rng(0).standard_normal((60, 3))
     found = fs.suggest(x, x, target_error=0.3, kernel="gaussian", purpose="attention", methods=["landmarks"])
     settings = fs.landmarks(found.num_features, kernel="gaussian", tilt=GAUSSIAN_TILT)
-    v = np.random.default_rng(0).standard_normal((60, 32))  # what stands for values
+    v = np.random.default_rng(0).standard_normal((60, 32))  # `suggest` draws the same if no values are given
     logs = -0.5 * ((x[:, None] - x) ** 2).sum(-1)
     want = np.exp(logs) @ v / np.exp(logs).sum(-1, keepdims=True)
     some = np.unique(np.linspace(0, 59, 32).astype(int))
@@ -94,7 +94,7 @@ def test_landmarks_for_a_gaussian_kernel_have_its_tilt():
 
 
 def test_the_error_of_landmarks_is_not_far_off_where_the_model_of_queries_does_not_hold():
-    """Sharp clusters, of which no normal distribution of queries is a model: `expected_error` is off by 5."""
+    """In sharp clusters, which no normal distribution of queries describes, `expected_error` is 5 times too small."""
     rng = np.random.default_rng(11)
     centres = 2 * rng.standard_normal((12, 16))
     q, k = (centres[rng.integers(12, size=(2, 150))] + 0.3 * rng.standard_normal((2, 150, 16)) for _ in range(2))

@@ -1,9 +1,9 @@
 """Features of the Gaussian kernel beside scikit-learn's: `python -m benchmarks.paper.kernel_features`.
 
 A quarter of the rows, at most 1,000, is held out, and at most 4,000 of the others are fitted; columns are standardised
-by these. The errors are relative: that of the kernel matrix of as many rows as were fitted, estimated from held-out
-ones, and that of a held-out row divided by its sum, as smoothing needs it (root mean square of all rows). There, a row
-with a larger error than zeros counts as zeros.
+by these. There are two relative errors. One is that of the kernel matrix of as many rows as were fitted, estimated from
+held-out rows. The other is for smoothing: the error of held-out rows of the matrix after division by their sums (root
+mean square over rows). A row counts with an error of 1, that of an estimate of zeros, if its own error is larger.
 """
 
 import time

@@ -60,12 +60,12 @@ model = FeatureRidge(gamma=1 / 64, random_state=0).fit(x, y)
 print(f"alpha {model.alpha_:.2g}, held-out R2 {model.score(test, wanted):.3f}")
 
 # %%
-# **When which.**
+# **Which one to take.**
 #
-# - `RandomFeatures` for the Gaussian kernel of dense points: its default is nearest to the kernel, or takes Fourier
-#   features where points are so few and so far apart that these are nearer. `method="trig"` or `"optimal"` gives
-#   unbiased features; `purpose="smoothing"` chooses for averages of values.
-# - `Nystroem` for other kernels (polynomial, chi squared, a function), and if the fit is to look at 256 points only.
+# - `RandomFeatures` for the Gaussian kernel of dense points. By default it chooses the features that are nearest to the
+#   kernel: mostly those of Nyström's method, and Fourier features for few points that are far apart. `method="trig"` or
+#   `"optimal"` gives unbiased features; `purpose="smoothing"` chooses features for averages of values.
+# - `Nystroem` for other kernels (polynomial, chi squared, a function), and if the fit should look at 256 points only.
 # - `RBFSampler` for sparse tables, which `RandomFeatures` refuses.
-# - `FeatureRidge` in place of features and a ridge regression if there are more points than memory, or a penalty to
-#   choose.
+# - `FeatureRidge` for ridge regression on such features, if the points do not fit into memory, or if the penalty has to
+#   be chosen.

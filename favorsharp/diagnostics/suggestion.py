@@ -84,8 +84,8 @@ def suggest(
 
     Each method is fitted from moments. `predicted_error` then predicts its error for each number of features, from a
     sample of 32 queries and at most 512 keys. If several methods need the same number of features, the one with the
-    smallest error is chosen. For attention, up to 512 landmarks are considered too; they are chosen, and read by 32
-    queries.
+    smallest error is chosen. For attention, up to 512 landmarks are considered too. Their error is not predicted but
+    measured at 32 queries.
 
     Parameters
     ----------
@@ -175,7 +175,7 @@ def _errors_of_features(
 def _errors_of_landmarks(
     x: Array, y: Array, values: Array, kernel: str, scale: float | None
 ) -> Iterator[tuple[int, float]]:
-    """Numbers of landmarks that all queries choose, and their errors at 32 queries."""
+    """Numbers of landmarks and their errors at 32 queries; all queries take part in their choice."""
     import numpy as np
 
     x, y, values = (np.asarray(to_host(array), dtype=np.float64) for array in (x, y, values))

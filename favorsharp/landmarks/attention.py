@@ -63,7 +63,7 @@ def whole(
 def landmark_keys(
     q: Array, k: Array, v: Array, settings: Landmarks, *, key_mask: Array | None = None, grouped: bool = False
 ) -> tuple[Array, Array, Array]:
-    """The landmarks that stand for the keys of a call which is not causal. The reference calls other ops.
+    """The landmarks that replace the keys of a call that is not causal. The reference calls other ops.
 
     Kernels need not serve the Gaussian kernel.
 

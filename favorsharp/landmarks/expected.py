@@ -33,7 +33,7 @@ def expected_error(
     mean of these shares, weighted by the squared kernels. It costs as much as the choice of landmarks, and needs no
     values. Use it to compare heads and numbers of landmarks. The error of the output also depends on the values, and
     was 0.2 to 2 times this number on the heads of the attention sample. Where queries form sharp clusters, which no
-    normal distribution describes, it was up to 15 times this number; `suggest` therefore measures.
+    normal distribution describes, it was up to 15 times this number; so `suggest` measures the error instead.
 
     Parameters
     ----------

@@ -72,8 +72,8 @@ class _NadarayaWatson(KernelEstimator):
         lazy = [name for name, a in (("X", x), ("y", options.get("y"))) if is_chunked(a)]
         if lazy:
             raise TypeError(
-                f"{', '.join(lazy)} must be in memory, got dask arrays; accepted: one block of points in memory after "
-                "the other, which partial_fit and predict take"
+                f"{', '.join(lazy)} must be in memory, got dask arrays; accepted: one block of points after the other, "
+                "in memory, in calls of partial_fit or predict"
             )
         return super()._points(x, reset=reset, **options)
 
@@ -163,7 +163,7 @@ class _NadarayaWatson(KernelEstimator):
         self._sums = sums if held is None else combine(held, sums)
 
     def _estimate(self, x: Any, method: str, finish: Any = means) -> Any:
-        """The estimates at unchecked points; those of landmarks where `finish`, with a signed map, gives NaN."""
+        """The estimates at unchecked points. Where a signed map gives NaN, they are those of landmarks."""
         check_is_fitted(self)
         check_same_namespace(x, self, attribute="_reference", method=method)
         x = cast(self._points(x, reset=False), self._reference.dtype)
@@ -187,7 +187,7 @@ class _NadarayaWatson(KernelEstimator):
 
 
 def _positive_shares(sums: Any, x: Any, feature_map: Any) -> Any:
-    """Shares of the positive numerators, because the denominator of a signed map may not be; NaN if there are none."""
+    """Shares of the positive numerators, as the denominator of a signed map may be negative; NaN if there are none."""
     parts = products(sums, x, feature_map)
     xp = namespace_of(parts)
     parts = xp.clip(parts, 0.0, None)
@@ -223,7 +223,7 @@ class NadarayaWatsonRegressor(RegressorMixin, _NadarayaWatson):  # numpydoc igno
         n_components weighted ones. Landmarks are biased, but on continuous data their error is several times smaller.
         "auto" takes "landmarks" or "optimal", whichever has the smaller leave-one-out square error on the first block.
         With a signed method (`trig`, `poisson`, `geometric`) a row whose estimated denominator is not positive gets the
-        estimate of n_components landmarks, which are kept beside: far from all points, the value of the nearest one.
+        estimate of n_components landmarks, which are kept, too: far from all points, the value of the nearest one.
         `favorsharp.nadaraya_watson` gives NaN.
     n_components : int, default=256
         Features or landmarks. `partial_fit` holds up to twice as many landmarks.

@@ -171,7 +171,7 @@ def _check_positions(module: Any, seen: Visible, position_ids: Any, is_whole: bo
 
 
 def _positions_above() -> Any:
-    """The positions in a running call of the model that has them; some models do not pass them to their attention."""
+    """The positions of the nearest module above that has them; some models do not pass them to their attention."""
     frame: Any = sys._getframe(2)
     while frame is not None:
         positions = frame.f_locals.get("position_ids")

@@ -282,7 +282,7 @@ def _length(spans: list[tuple[int, int]]) -> int:
 
 def _layer_for(layer: Any) -> Any:
     """The layer of a StateCache in place of the layer of a DynamicCache."""
-    recurrent = getattr(cache_utils, "LinearAttentionLayer", ())  # the first versions have none, nor a DummyLayer
+    recurrent = getattr(cache_utils, "LinearAttentionLayer", ())  # early versions lack this class and DummyLayer
     if isinstance(layer, cache_utils.DynamicLayer):
         return _recurrent_layers()[1](layer.number_of_states) if isinstance(layer, recurrent) else StateLayer()
     if isinstance(layer, recurrent):
@@ -297,10 +297,10 @@ def _layer_for(layer: Any) -> Any:
 
 @cache
 def _recurrent_layers() -> tuple[Any, Any]:
-    """The classes of layers that keep a recurrence, without keys and beside them."""
+    """Two classes of layers: with a recurrence alone, and with a recurrence beside keys."""
 
     class RecurrentLayer(cache_utils.LinearAttentionLayer):
-        """The states of convolutions and recurrences, of which rows can be repeated and chosen."""
+        """The states of convolutions and recurrences; their rows can be repeated and chosen."""
 
         def _rows(self, change: Any) -> None:
             for states in (self.conv_states, self.recurrent_states):

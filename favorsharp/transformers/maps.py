@@ -77,7 +77,7 @@ def map_for(
                 f"{label(module)} was calibrated with scaling {frozen.parameters.scale}, and called with {expected}"
             )
         return frozen
-    if not method_of(registration.method).is_fitted:  # one map for all heads and rows, of which a batch may lose some
+    if not method_of(registration.method).is_fitted:  # one map for all heads and rows, so that rows may leave the batch
         points = query.new_zeros((1, query.shape[-1]))
         return _drawn(registration, fit(points, points, method=registration.method, scale=scaling), query)
     why = _why_not_fitted(registration, module, query.shape[-2], key.shape[-2], seen)

@@ -1,4 +1,4 @@
-"""The kernel of `landmark_keys`: the landmarks of a head in one task are those of the ops, one after the other."""
+"""The kernel of `landmark_keys`, one task a head, finds the landmarks that separate ops find one after the other."""
 
 import numpy as np
 import pytest
