@@ -14,11 +14,11 @@ from favorsharp_numba.vectors.compiling import TAGS
 from favorsharp_numba.vectors.emitter import BYTES
 
 BLOCK = 2048
-"""The number of float32 points whose products are added up in float32, if rounding may be that large."""
+"""The number of points whose products are added up in float32, if `narrow` allows it."""
 FEW = 64
 """With fewer coordinates float32 saves no time."""
 RANGE = 1e-25, 1e25
-"""If the largest variance of a head is in this range, no square that matters was too large or small for float32."""
+"""If the largest variance of each head is in this range, no square that matters is too large or small for float32."""
 
 
 def point_moments(x: Any, mask: Any, *, narrow: bool = False) -> tuple[Any, Any, Any]:

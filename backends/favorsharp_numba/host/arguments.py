@@ -231,7 +231,7 @@ class Packed:
     def of_points(self) -> tuple[Sizes, Any, Any]:
         """As `for_values`, for features of points: the matrices `dense` are lower triangular.
 
-        Their decomposition takes as long as it saves in attention over some thousand points.
+        Attention does not use them: the decomposition takes as long as it would save there at some thousand points.
         """
         if not self.has_dense:
             return self.for_values(None)
