@@ -43,13 +43,14 @@ def whole(
     """
     xp = namespace_of(q, k, v)
     out_dtype = result_dtype(xp, q, k, v)
-    weights = log_weights(k, key_mask, compute_dtype(xp, q, k, v))
-    if k.shape[-2] <= settings.num_landmarks:  # there are no more keys than landmarks, so every key is its own landmark
-        return cast(_read(q, (k, weights, v), settings, grouped), out_dtype)
-    if window == 0:
+    are_few = k.shape[-2] <= settings.num_landmarks
+    if window == 0 and not are_few:
         run = landmark_keys if settings.kernel == "softmax" else landmark_keys.reference
         held = run(q, k, v, settings, key_mask=key_mask, grouped=grouped)
         return cast(_read(q, held, settings, grouped), out_dtype)
+    weights = log_weights(k, key_mask, compute_dtype(xp, q, k, v))
+    if are_few:  # every key is its own landmark
+        return cast(_read(q, (k, weights, v), settings, grouped), out_dtype)
     chosen = landmark_map(k, weights, moments_of(q, k, key_mask, grouped=grouped), settings)
     if grouped:
         k, v, weights, chosen = k[..., None, :, :], v[..., None, :, :], add_mask_axis(weights), chosen.expanded()
